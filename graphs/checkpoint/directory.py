@@ -1,0 +1,67 @@
+"""A checkpoint directory: which tensor lies in which file, whatever the shards are called."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo, read_header
+from qwen_export.graphs.config import CheckpointConfig, load_config
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Configuration and tensor table; no weight has been read."""
+
+    path: Path
+    config: CheckpointConfig
+    tensors: dict[str, TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config.json and the headers of all weight files."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError("the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json.")
+    config = load_config(directory)
+    return Checkpoint(directory, config, _tensors(directory))
+
+
+def _tensors(directory: Path) -> dict[str, TensorInfo]:
+    index = directory / INDEX
+    if not index.exists():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError("the directory has no safetensors files", where=str(directory))
+        return _merge(files)
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError("the weight index is not readable", where=str(index), got=str(error), expected="a JSON object weight_map") from error
+    escaped = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if escaped:
+        raise CheckpointError("the weight index names a file outside the directory", where=str(index), got=escaped[0])
+    tensors = _merge([directory / name for name in names])
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise CheckpointError("a tensor of the weight index is not in its file", where=str(index), got=f"{name} in {file}")
+    return tensors
+
+
+def _merge(files: list[Path]) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise CheckpointError("a tensor is stored twice", where=name, got=f"{tensors[name].file.name} and {file.name}")
+            tensors[name] = tensor
+    return tensors

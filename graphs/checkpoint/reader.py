@@ -1,0 +1,77 @@
+"""Reading weights: a few rows at a time, checked as they pass.
+
+Rows are read into a fresh array and dropped after use, so a build's memory does not grow with the checkpoint, as it would with mapped
+files.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.directory import Checkpoint
+from qwen_export.graphs.checkpoint.names import stored_name
+from qwen_export.graphs.checkpoint.safetensors_header import ITEM_SIZE, TensorInfo
+from qwen_export.graphs.weights.expression import Array
+
+_BITS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+# Unused vocabulary rows are legitimately zero; any other all-zero output row is a damaged projection.
+_MAY_HAVE_ZERO_ROWS = ("embed_tokens.weight", "lm_head.weight")
+
+
+class CheckpointReader:
+    """A `TensorSource` over a checkpoint, in the names of the modules."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows start..stop-1 of the parameter `name`, as fp32. Raises CheckpointError for values that no model can use."""
+        info = self._checkpoint.tensors[stored_name(self._checkpoint.config, name)]
+        raw = self._read(info, start, stop)
+        if info.dtype == "BF16":
+            finite = not np.any((raw & 0x7F80) == 0x7F80)
+            values = np.left_shift(raw, 16, dtype=np.uint32).view(np.float32)
+        else:
+            values = raw.astype(np.float32, copy=False)
+            finite = bool(np.isfinite(values).all())
+        if not finite:
+            raise CheckpointError("a weight has values that are not finite", where=info.name, fix="The checkpoint is damaged.")
+        if len(info.shape) == 2 and not name.endswith(_MAY_HAVE_ZERO_ROWS):
+            zero = ~values.any(axis=1)
+            if zero.any():
+                raise CheckpointError(
+                    "a projection has rows that are all zero",
+                    where=info.name,
+                    got=f"{int(zero.sum())} of rows {start}..{stop - 1}, first {start + int(zero.argmax())}",
+                    fix="The checkpoint is damaged: a converter dropped part of it.",
+                )
+        return values
+
+    def _read(self, info: TensorInfo, start: int, stop: int) -> Array:
+        row = prod(info.shape[1:]) * ITEM_SIZE[info.dtype]
+        buffer = np.empty((stop - start, *info.shape[1:]), _BITS[info.dtype])
+        if info.file not in self._files:
+            self._files[info.file] = info.file.open("rb", buffering=0)
+        file, view, done = self._files[info.file], memoryview(buffer).cast("B") if buffer.nbytes else memoryview(b""), 0
+        file.seek(info.offset + start * row)
+        while done < buffer.nbytes:
+            got = file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not got:
+                raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}")
+            done += got
+        return buffer

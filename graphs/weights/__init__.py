@@ -1,0 +1,1 @@
+"""Lazy weights: how each tensor of a graph is made from tensors of the checkpoint."""

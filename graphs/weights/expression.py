@@ -1,0 +1,261 @@
+"""Lazy weights: how a tensor of the graph is made from tensors of the checkpoint.
+
+A weight is a small expression tree over stored tensors. It is evaluated while the bundle is written, a block of rows at a time, so that
+the memory a build needs does not depend on the size of the model. Folds happen in fp32 and are rounded once, at the end.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[np.generic]
+BLOCK_BYTES = 32 << 20
+
+
+class TensorSource(Protocol):
+    """Stored tensors by name, in the names of the modules."""
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows start..stop-1 of a stored tensor (its first axis), as fp32."""
+
+
+class Weight(ABC):
+    """A tensor of the graph; `rows` makes part of it."""
+
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    @abstractmethod
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        """Rows start..stop-1 of the first axis."""
+
+    @abstractmethod
+    def stored(self) -> Iterator[str]:
+        """Names of the checkpoint tensors that go into it."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * int(self.dtype.itemsize)
+
+    def blocks(self, source: TensorSource) -> Iterator[Array]:
+        """The whole tensor in order, in blocks of about BLOCK_BYTES."""
+        count = self.shape[0] if self.shape else 1
+        step = max(1, BLOCK_BYTES * count // max(1, prod(self.shape) * 4))
+        for start in range(0, count, step):
+            yield self.rows(source, start, min(count, start + step))
+
+    def evaluate(self, source: TensorSource) -> Array:
+        return np.concatenate(list(self.blocks(source)))
+
+
+@dataclass(frozen=True)
+class StoredWeight(Weight):
+    """A tensor of the checkpoint, converted to `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return source.rows(self.name, start, stop).astype(self.dtype.numpy(), copy=False)
+
+    def stored(self) -> Iterator[str]:
+        yield self.name
+
+
+@dataclass(frozen=True)
+class Offset(Weight):
+    """w + offset, in fp32: the 1 of a zero-centred norm."""
+
+    of: StoredWeight
+    offset: float
+
+    def __post_init__(self) -> None:
+        _set(self, shape=self.of.shape, dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return (source.rows(self.of.name, start, stop) + np.float32(self.offset)).astype(self.dtype.numpy(), copy=False)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class NegativeExp(Weight):
+    """-exp(w) in fp32: the decay scale of a DeltaNet layer from its A_log."""
+
+    of: StoredWeight
+
+    def __post_init__(self) -> None:
+        _set(self, shape=self.of.shape, dtype=ir.DataType.FLOAT)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return -np.exp(source.rows(self.of.name, start, stop))
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Reshaped(Weight):
+    """The same elements in another shape. The first axis keeps its length."""
+
+    of: Weight
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if prod(self.shape) != prod(self.of.shape) or self.shape[0] != self.of.shape[0]:
+            raise ValueError(f"cannot view {self.of.shape} as {self.shape}")
+        _set(self, dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return self.of.rows(source, start, stop).reshape(stop - start, *self.shape[1:])
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Transposed(Weight):
+    """A matrix turned over. Evaluated whole: the one transform whose memory is the whole tensor."""
+
+    of: Weight
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(self.of.shape[1], self.of.shape[0]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.ascontiguousarray(self.of.evaluate(source)[:, start:stop].T)
+
+    def blocks(self, source: TensorSource) -> Iterator[Array]:
+        yield np.ascontiguousarray(self.of.evaluate(source).T)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class HeadRows(Weight):
+    """Rows first..first+take-1 of every group of `group` rows: the query or the gate half of each head of q_proj."""
+
+    of: Weight
+    group: int
+    first: int
+    take: int
+
+    def __post_init__(self) -> None:
+        groups = self.of.shape[0] // self.group
+        _set(self, shape=(groups * self.take, *self.of.shape[1:]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        parts, row = [], start
+        while row < stop:
+            group, inside = divmod(row, self.take)
+            count = min(self.take - inside, stop - row)
+            begin = group * self.group + self.first + inside
+            parts.append(self.of.rows(source, begin, begin + count))
+            row += count
+        return np.concatenate(parts)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Stacked(Weight):
+    """Several weights of equal row shape on top of each other: one matrix product instead of several."""
+
+    parts: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        if any(p.shape[1:] != first.shape[1:] or p.dtype != first.dtype for p in self.parts):
+            raise ValueError(f"cannot stack {[p.shape for p in self.parts]}")
+        _set(self, shape=(sum(p.shape[0] for p in self.parts), *first.shape[1:]), dtype=first.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        taken, base = [], 0
+        for part in self.parts:
+            low, high = max(start, base), min(stop, base + part.shape[0])
+            if low < high:
+                taken.append(part.rows(source, low - base, high - base))
+            base += part.shape[0]
+        return np.concatenate(taken)
+
+    def stored(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.stored()
+
+
+@dataclass(frozen=True)
+class Constant(Weight):
+    """A small array that does not come from the checkpoint."""
+
+    values: tuple[float, ...]
+    dtype: ir.DataType
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(len(self.values),))
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.array(self.values[start:stop]).astype(self.dtype.numpy())
+
+    def stored(self) -> Iterator[str]:
+        return iter(())
+
+
+def _set(weight: Weight, **values: object) -> None:
+    for name, value in values.items():
+        object.__setattr__(weight, name, value)
+
+
+class WeightTensor(ir.LazyTensor):
+    """A `Weight` in the place where onnx_ir keeps an initializer's value."""
+
+    def __init__(self, weight: Weight, name: str) -> None:
+        super().__init__(self._unwritten, weight.dtype, ir.Shape(weight.shape), name=name)
+        self.weight = weight
+
+    def _unwritten(self) -> ir.TensorProtocol:
+        raise RuntimeError(f"weight {self.name} was read before it was written to the bundle")
+
+
+def weight_of(value: ir.Value | None) -> Weight | None:
+    """The lazy weight behind a value, None when it is computed."""
+    tensor = value.const_value if value is not None else None
+    return tensor.weight if isinstance(tensor, WeightTensor) else None
+
+
+def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
+    """A new initializer, or the one of that name."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = WeightTensor(weight, name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(weight.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+__all__: Sequence[str] = (
+    "Constant",
+    "HeadRows",
+    "NegativeExp",
+    "Offset",
+    "Reshaped",
+    "Stacked",
+    "StoredWeight",
+    "TensorSource",
+    "Transposed",
+    "Weight",
+    "WeightTensor",
+    "add_weight",
+    "weight_of",
+)

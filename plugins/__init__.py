@@ -1,0 +1,1 @@
+"""Ops of domain qwen and what each target makes of them."""

@@ -1,0 +1,1 @@
+"""Lowerings of the qwen ops to the kernels of ONNX Runtime."""

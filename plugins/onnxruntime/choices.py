@@ -1,0 +1,82 @@
+"""Which lowering each op gets on ONNX Runtime: per device an ordered list, the first whose kernels are registered wins.
+
+This module imports neither torch nor onnx: `inspect` asks it before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen_export.plugins.onnxruntime.kernels import Kernels
+
+ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+_MS, _AI = "com.microsoft", ""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that a lowering emits. `activation` names its type variables that carry the build's precision, `fp32` those that are
+    fp32 whatever the precision."""
+
+    op: str
+    domain: str = _MS
+    activation: tuple[str, ...] = ("T",)
+    fp32: tuple[str, ...] = ()
+
+    def available(self, kernels: Kernels, precision: str) -> bool:
+        wanted = {name: ELEMENT[precision] for name in self.activation} | {name: "float" for name in self.fp32}
+        return kernels.has(self.domain, self.op, **wanted)
+
+    def sentence(self, precision: str) -> str:
+        return f"{self.domain or 'ai.onnx'}.{self.op} for {ELEMENT[precision] if self.activation else 'float'}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to lower one op; `name` is its key in the table of lowerings."""
+
+    name: str
+    kernels: tuple[Kernel, ...]
+
+
+_SPLIT = Kernel("Split", _AI, ())
+_SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
+_CONV = Kernel("CausalConvWithState")
+_GATED_NORM = Kernel("GatedRMSNorm")
+_GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
+
+CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "cpu": {
+        "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
+        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
+        "gated_delta_net": (
+            Choice("linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
+        ),
+        "gated_attention": (Choice("group_query_attention", (_GQA,)),),
+    },
+    "cuda": {
+        "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
+        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
+        "gated_delta_net": (
+            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
+        ),
+        "gated_attention": (Choice("packed_group_query_attention", (_GQA,)),),
+    },
+}
+
+
+def choose(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op, and a sentence for each op that has none."""
+    chosen, refusals = {}, []
+    for op, candidates in CHOICES[kernels.device].items():
+        for candidate in candidates:
+            missing = [k for k in candidate.kernels if not k.available(kernels, precision)]
+            if not missing:
+                chosen[op] = candidate
+                break
+        else:
+            wanted = ", ".join(k.sentence(precision) for k in missing)
+            refusals.append(f"{op}: {kernels.source} has no {kernels.device} kernel of {wanted}")
+    return chosen, refusals

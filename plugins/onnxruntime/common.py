@@ -1,0 +1,65 @@
+"""Pieces that several lowerings share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from qwen_export.errors import CaptureError
+from qwen_export.graphs.passes.context import new_node
+from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
+from qwen_export.graphs.weights.expression import Constant, Weight, add_weight, weight_of
+from qwen_export.plugins.ops.schema import DOMAIN
+
+
+class Emitter:
+    """Collects the nodes that replace one op; constants are shared through the graph."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self.prefix = graph, prefix
+        self.nodes: list[ir.Node] = []
+
+    def __call__(self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object) -> tuple[ir.Value, ...]:
+        """Emit a node; returns its outputs. `dtype` or `like` type them."""
+        node = new_node(domain, op, inputs, outputs, **attributes)  # type: ignore[arg-type]
+        node.name = f"{self.prefix}.{op}.{len(self.nodes)}"
+        for i, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{i}"
+        self.nodes.append(node)
+        return tuple(node.outputs)
+
+    def linear(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+        """x times a weight [N,K], as qwen::linear, to be lowered with the others."""
+        return self(DOMAIN, LINEAR, [x, add_weight(self.graph, name, weight)], like=x)[0]
+
+    def ints(self, *values: int) -> ir.Value:
+        """An int64 vector, shared by name."""
+        name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
+            self.graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        return self.graph.initializers[name]
+
+    def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:
+        """A constant vector, shared by name."""
+        return add_weight(self.graph, name, Constant((value,) * size, dtype))
+
+
+def producing_linear(value: ir.Value | None) -> tuple[ir.Value, Weight]:
+    """The input and the weight of the qwen::linear that makes `value`."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_linear(node) or node.inputs[0] is None:
+        raise CaptureError("an op of domain qwen is fed by something else than a projection", where=str(value and value.name))
+    weight = weight_of(node.inputs[1])
+    if weight is None:
+        raise CaptureError("a projection has no weight", where=str(node.name))
+    return node.inputs[0], weight
+
+
+def layer_prefix(node: ir.Node) -> str:
+    """`layers.3` for a node whose states belong to layer 3."""
+    for value in node.inputs:
+        if value is not None and value.is_graph_input() and (value.name or "").startswith("layers."):
+            return ".".join((value.name or "").split(".")[:2])
+    raise CaptureError("an op with state has no state input", where=str(node.name))

@@ -1,0 +1,54 @@
+"""Every lowering to ONNX Runtime, by op and by the name that plugins.onnxruntime.choices gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import PassContext, replace_node
+from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.plugins.onnxruntime.group_query_attention import lower_group_query_attention
+from qwen_export.plugins.onnxruntime.linear_attention import lower_linear_attention
+from qwen_export.plugins.onnxruntime.packed_attention import lower_packed_attention
+from qwen_export.plugins.onnxruntime.packed_delta_net import lower_packed_delta_net
+from qwen_export.plugins.onnxruntime.simple import lower_fused_matmul, lower_simplified_norm
+from qwen_export.plugins.ops.schema import DOMAIN
+
+Lowering = Callable[[ir.Graph, ir.Node, PassContext], tuple[list[ir.Node], list[ir.Value]]]
+"""Makes the nodes that replace one op, and the values that replace its outputs."""
+
+LOWERINGS: dict[tuple[str, str], Lowering] = {
+    ("gated_delta_net", "linear_attention"): lower_linear_attention,
+    ("gated_delta_net", "packed_delta_net"): lower_packed_delta_net,
+    ("gated_attention", "group_query_attention"): lower_group_query_attention,
+    ("gated_attention", "packed_group_query_attention"): lower_packed_attention,
+    ("rms_norm", "simplified_norm"): lower_simplified_norm,
+    (LINEAR, "fused_matmul"): lower_fused_matmul,
+}
+
+
+def lower_mixers(model: ir.Model, context: PassContext) -> int:
+    """Lower the two stateful ops. They may regroup the projections that feed them, so linears are lowered after them."""
+    changed = _lower(model, context, ("gated_delta_net", "gated_attention"))
+    for value in [v for v in model.graph.inputs if v.name == "length" and not v.uses()]:
+        model.graph.inputs.remove(value)
+    return changed
+
+
+def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
+    """Lower everything else of domain qwen."""
+    return _lower(model, context, ("rms_norm", LINEAR))
+
+
+def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:
+    changed = 0
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type in ops:
+            nodes, outputs = LOWERINGS[(node.op_type, context.choices[node.op_type].name)](model.graph, node, context)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                if new.shape is None:
+                    new.shape = old.shape
+            replace_node(model.graph, node, nodes, outputs)
+            changed += 1
+    return changed

@@ -1,0 +1,1 @@
+"""The ops: equation, shapes, eager body, fake, ONNX schema."""

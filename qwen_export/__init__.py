@@ -1,0 +1,36 @@
+"""qwen-export: compile Qwen3.5 / Qwen3.6 checkpoints into bundles that run without PyTorch.
+
+    from qwen_export import build
+    build("checkpoints/qwen", "bundles/qwen")
+
+    from qwen_export.runtimes import load
+    model = load("bundles/qwen")
+    for text in model.stream([{"role": "user", "content": "Hello"}]):
+        print(text, end="")
+
+Importing this package is cheap: nothing heavier than the standard library is loaded until a name is used.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_export.build import build as build
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build"]
+
+# A bare clone: graphs/, plugins/ and runtimes/ lie beside this folder and are found here as qwen_export.graphs and so on.
+_root = Path(__file__).resolve().parent.parent
+if (_root / "graphs" / "__init__.py").exists() and (_root / "pyproject.toml").exists() and str(_root) not in __path__:
+    __path__.append(str(_root))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "build":
+        from qwen_export.build import build
+
+        return build
+    raise AttributeError(f"module 'qwen_export' has no attribute {name!r}")

@@ -1,0 +1,132 @@
+"""The build: checkpoint in, verified bundle out. This file is the list of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_export import __version__
+from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.rotary import rotary_frequencies
+from qwen_export.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    RotarySpec,
+    StateSpec,
+    TargetSpec,
+    TensorSpec,
+    hash_file,
+)
+from qwen_export.plan import BuildPlan, plan_build
+from qwen_export.staging import staged_directory
+from qwen_export.text_assets import copy_text_assets, stop_ids
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+GRAPH, WEIGHTS = "decoder.onnx", "decoder.weights"
+
+Report = Callable[[str, int, int], None]
+"""Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    target: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_context: int | None = None,
+    dump_ir: str | Path | None = None,
+    force: bool = False,
+    report: Report | None = None,
+) -> Path:
+    """Compile the checkpoint directory into a bundle at `output` and return its path.
+
+    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
+    `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    say = report or (lambda name, done, total: None)
+    say("reading headers", 0, 0)
+    source = open_checkpoint(checkpoint)
+    plan = plan_build(source, target, device, precision, max_context)
+    with staged_directory(Path(output), replace=force) as staging:
+        say("capturing the graph", 0, 0)
+        model = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        files = _emit(source, model, staging, say)
+        _manifest(source, plan, model, files, staging)
+    return Path(output)
+
+
+def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
+    """Capture the decoder and run the target's passes. Reads no weight."""
+    from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.passes.context import PassContext
+    from qwen_export.graphs.pipeline import run_passes
+
+    model = capture_decoder(source.config.text, plan.precision)
+    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
+    return model
+
+
+def _emit(source: Checkpoint, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
+    """Write weights, graph and text assets; returns the files of the bundle."""
+    import onnx_ir as ir
+
+    from qwen_export.graphs.checkpoint.reader import CheckpointReader
+    from qwen_export.graphs.weights.writer import weight_bytes, write_weights
+
+    total, done = weight_bytes(model), 0
+
+    def progress(name: str, count: int) -> None:
+        nonlocal done
+        done += count
+        say(name, done, total)
+
+    with CheckpointReader(source) as reader:
+        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
+    model.producer_name, model.producer_version = "qwen-export", __version__
+    ir.save(model, staging / GRAPH)
+    for name in (GRAPH, *copy_text_assets(source.path, staging)):
+        files[name] = hash_file(staging / name)
+    return files
+
+
+def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], staging: Path) -> None:
+    text = source.config.text
+    inv_freq, scaling = rotary_frequencies(text)
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain})
+    manifest = Manifest(
+        schema=SCHEMA_VERSION,
+        producer=f"qwen-export {__version__}",
+        model=text.to_json(),
+        target=TargetSpec(plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)),
+        max_context=plan.max_context,
+        rotary=RotarySpec(tuple(inv_freq), scaling),
+        graphs={"decoder": _graph_spec(model)},
+        files=files,
+        stop_ids=stop_ids(source.path, text.eos_token_ids),
+        precision_plan={"weights": plan.precision, "activations": plan.precision, "recurrent state": "fp32", "attention cache": plan.precision},
+        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
+    )
+    (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _graph_spec(model: ir.Model) -> GraphSpec:
+    def spec(value: ir.Value) -> TensorSpec:
+        if value.shape is None or value.dtype is None or value.name is None:
+            raise AssertionError("the verifier lets no untyped signature through")
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+        return TensorSpec(value.name, value.dtype.name.lower(), shape)
+
+    inputs = tuple(spec(v) for v in model.graph.inputs)
+    outputs = tuple(spec(v) for v in model.graph.outputs)
+    names = {t.name for t in outputs}
+    states = tuple(
+        StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names
+    )
+    return GraphSpec(GRAPH, inputs, outputs, states)

@@ -1,0 +1,104 @@
+"""What a build will do, decided before any weight is read and without torch: `inspect` prints it, `build` carries it out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.checkpoint.directory import Checkpoint
+from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
+from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.plugins.onnxruntime.choices import Choice, choose
+from qwen_export.plugins.onnxruntime.kernels import Kernels, installed
+from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.targets import TARGETS, Target
+
+DEFAULT_CONTEXT = 32768
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
+_BASE_BYTES = 250 << 20
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A supported build: the target with its lowerings, and what it will cost in bytes."""
+
+    target: Target
+    device: str
+    precision: str
+    max_context: int
+    choices: dict[str, Choice]
+    bundle_bytes: int
+    state_bytes: int
+    cache_bytes_per_token: int
+
+    @property
+    def run_bytes(self) -> int:
+        """Estimated peak memory of a run with a full context."""
+        return _BASE_BYTES + self.bundle_bytes + self.state_bytes + self.max_context * self.cache_bytes_per_token
+
+
+def plan_build(
+    checkpoint: Checkpoint, target: str = "onnxruntime", device: str = "cpu", precision: str = "fp32", max_context: int | None = None
+) -> BuildPlan:
+    """Decide how to build, or raise UnsupportedError with every reason at once."""
+    if target not in TARGETS:
+        raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
+    chosen, config = TARGETS[target], checkpoint.config.text
+    reasons = _checkpoint_reasons(checkpoint)
+    if device not in chosen.devices:
+        reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
+    if precision not in chosen.precisions:
+        reasons.append(f"target {target} has no precision {precision!r}, only {', '.join(chosen.precisions)}")
+    limit = config.max_position_embeddings
+    context = min(DEFAULT_CONTEXT, limit) if max_context is None else max_context
+    if not 0 < context <= limit:
+        reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
+    choices: dict[str, Choice] = {}
+    if device in chosen.devices and precision in chosen.precisions:
+        choices, refused = choose(kernels_for(device), precision)
+        if refused and device == "cpu" and precision != "fp32":
+            refused = [*refused, "build for this device with --precision fp32"]
+        reasons += refused
+    if reasons:
+        raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
+    check_tensors(checkpoint)
+    size = BYTES[precision]
+    return BuildPlan(
+        chosen,
+        device,
+        precision,
+        context,
+        choices,
+        bundle_bytes=size * sum(prod(shape) for _, shape in decoder_tensors(config)),
+        state_bytes=state_bytes(config, size),
+        cache_bytes_per_token=cache_bytes_per_token(config, size),
+    )
+
+
+def kernels_for(device: str) -> Kernels:
+    """Kernels of the installed ONNX Runtime; for a device that it was not built with, those recorded from a release that was."""
+    return installed(device) or recorded(device)
+
+
+def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
+    reasons = []
+    if checkpoint.config.text.is_moe:
+        reasons.append("mixture-of-experts layers are not supported yet; dense checkpoints (0.8B to 27B) are")
+    if checkpoint.config.quantization:
+        method = checkpoint.config.quantization.get("quant_method", "unknown")
+        reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
+    return reasons
+
+
+def state_bytes(config: TextConfig, size: int) -> int:
+    """Recurrent states (fp32) and convolution histories of one sequence."""
+    layers = sum(kind != FULL for kind in config.layer_types)
+    recurrent = 4 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return layers * (recurrent + size * (config.linear_conv_kernel_dim - 1) * config.conv_dim)
+
+
+def cache_bytes_per_token(config: TextConfig, size: int) -> int:
+    """Keys and values of one token over all attention layers."""
+    return sum(kind == FULL for kind in config.layer_types) * 2 * size * config.num_key_value_heads * config.head_dim

@@ -1,0 +1,1 @@
+"""The part that ships to the target machine: numpy and one backend."""

@@ -1,0 +1,78 @@
+"""The one module that talks to ONNX Runtime: opening a graph, and calls with every input and output bound by address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import BundleError
+from qwen_export.manifest import GraphSpec
+from qwen_export.runtimes.buffers import ELEMENTS
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+# Inputs that kernels read on the host, whatever the device.
+HOST_INPUTS = ("total_length",)
+
+
+class Session:
+    """One compiled graph, loaded."""
+
+    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None = None) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # failures arrive as exceptions
+        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.inter_op_num_threads = 1
+        # Mapped weights are used where they lie: no copy at load, and the pages are shared with the file cache. One-token steps are as fast
+        # either way; repacked weights would only help calls of 2 to 8 tokens.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        providers = _providers(ort, device)
+        try:
+            self.native = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises several unrelated types
+            raise BundleError(
+                "ONNX Runtime could not load the graph", where=str(path), got=_first_line(error), fix="Run `qwen-export check` on the bundle."
+            ) from error
+        self.spec, self.device = spec, device
+
+    def call(self) -> Call:
+        return Call(self)
+
+
+class Call:
+    """A set of bindings that is run again and again: addresses stay, contents change."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._binding = session.native.io_binding()
+        self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
+
+    def input(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        device = "cpu" if name in HOST_INPUTS else self._session.device
+        self._binding.bind_input(name, device, 0, ELEMENTS[self._inputs[name].dtype][1], shape, address)
+
+    def output(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
+
+    def run(self, options: Any = None) -> None:
+        try:
+            self._session.native.run_with_iobinding(self._binding, options)
+        except Exception as error:
+            raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+
+
+def _providers(ort: Any, device: str) -> list[Any]:
+    wanted = _PROVIDERS[device]
+    if wanted[0] not in ort.get_available_providers():
+        raise BundleError(
+            f"the bundle is compiled for {device}, and the installed ONNX Runtime has no {wanted[0]}",
+            got=", ".join(ort.get_available_providers()),
+            fix="pip install onnxruntime-gpu, or build with --device cpu." if device == "cuda" else "Reinstall onnxruntime.",
+        )
+    return list(wanted)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
