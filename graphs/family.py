@@ -231,7 +231,7 @@ def tiny_config(
         vision=Vision(2, 32, 64, 2) if vision else None,
         tied=tied,
         vocab=vocab_size,
-        head_dim=32,
+        head_dim=64,
         key_heads=2,
         linear_head_dim=16,
         positions=4096,

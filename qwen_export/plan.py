@@ -10,7 +10,7 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
-from qwen_export.plugins.onnxruntime.kernels import Kernels, installed
+from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.targets import TARGETS, Target
 
@@ -57,7 +57,7 @@ def plan_build(
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     choices: dict[str, Choice] = {}
     if device in chosen.devices and precision in chosen.precisions:
-        choices, refused = choose(kernels_for(device), precision)
+        choices, refused = choose(kernels_for(device), precision, config)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
         reasons += refused

@@ -30,11 +30,19 @@ _SCORE_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """Everything one sequence has read: exact, self-contained, and valid for any decoder of the same bundle."""
+class Mark:
+    """A point to go back to within one decoder: recurrent states and conv histories after `tokens`. The caches stay where they are, so it
+    is small, and valid as long as the sequence still begins with `tokens`."""
 
     tokens: tuple[int, ...]
     states: dict[str, Bytes]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything one sequence has read: self-contained, valid for any decoder of the same bundle and precision."""
+
+    mark: Mark
     caches: dict[str, Bytes]
 
 
@@ -65,19 +73,16 @@ class Decoder:
     def tokens(self, sequence: int = 0) -> tuple[int, ...]:
         return tuple(self._tokens[sequence])
 
-    def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None) -> Logits:
-        """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V]."""
+    def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
+        """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted."""
         if not len(ids):
             raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
         self._check_room(sequence, len(ids))
-        logits = None
-        for start in range(0, len(ids), chunk or self.chunk):
-            part = ids[start : start + (chunk or self.chunk)]
-            rows = 1 if start + len(part) == len(ids) else 0
-            logits = self._run(np.asarray([part], np.int64), sequence, rows)
-        if logits is None:
-            raise AssertionError("the loop ran at least once")
-        return logits[0, -1]
+        size = chunk or self.chunk
+        for start in range(0, len(ids) - size, size):
+            self._run(np.asarray([ids[start : start + size]], np.int64), sequence, 0)
+        last = len(ids) - 1 - (len(ids) - 1) % size
+        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).reshape(-1)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read tokens in one call; returns the logits of all of them, f32[T,V]."""
@@ -92,35 +97,46 @@ class Decoder:
 
     def reset(self, sequence: int = 0) -> None:
         """Forget everything the sequence has read."""
-        self.restore(Snapshot((), {}, {}), sequence)
+        self.rewind(Mark((), {}), sequence)
+
+    def mark(self, sequence: int = 0) -> Mark:
+        """Remember this point of the sequence."""
+        fixed = [spec.name for spec in self.session.spec.states if not spec.grows]
+        return Mark(self.tokens(sequence), {name: _row(self._states[name], sequence).copy() for name in fixed})
+
+    def rewind(self, mark: Mark, sequence: int = 0) -> None:
+        """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
+        length = len(mark.tokens)
+        if tuple(self._tokens[sequence][:length]) != mark.tokens:
+            raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
+        for spec in self.session.spec.states:
+            if not spec.grows:
+                buffer = self._states[spec.name]
+                _set_row(buffer, sequence, mark.states.get(spec.name, np.zeros(buffer.row_bytes(), np.uint8)))
+        del self._tokens[sequence][length:]
 
     def snapshot(self, sequence: int = 0) -> Snapshot:
-        """Copy what the sequence has read: recurrent states, conv histories, and the used part of the caches."""
-        states, caches = {}, {}
-        for spec in self.session.spec.states:
-            data = _row(self._states[spec.name], sequence)
-            if spec.grows:
-                used = self._cache_view(data, spec.shape)[:, : len(self._tokens[sequence])]
-                caches[spec.name] = np.ascontiguousarray(used)
-            else:
-                states[spec.name] = data.copy()
-        return Snapshot(tuple(self._tokens[sequence]), states, caches)
+        """Copy what the sequence has read: a mark and the used part of the caches."""
+        used = len(self._tokens[sequence])
+        caches = {
+            spec.name: np.ascontiguousarray(self._cache_view(_row(self._states[spec.name], sequence), spec.shape)[:, :used])
+            for spec in self.session.spec.states
+            if spec.grows
+        }
+        return Snapshot(self.mark(sequence), caches)
 
     def restore(self, snapshot: Snapshot, sequence: int = 0) -> None:
-        """Make the sequence what it was at the snapshot, bit for bit. An empty snapshot forgets everything."""
-        length = len(snapshot.tokens)
+        """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
+        length = len(snapshot.mark.tokens)
         if length > self.capacity:
             raise ContextOverflow("the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens")
         for spec in self.session.spec.states:
-            buffer = self._states[spec.name]
             if spec.grows:
-                if length:
-                    data = _row(buffer, sequence)
-                    self._cache_view(data, spec.shape)[:, :length] = snapshot.caches[spec.name]
-                    _set_row(buffer, sequence, data)
-            else:
-                _set_row(buffer, sequence, snapshot.states.get(spec.name, np.zeros(buffer.row_bytes(), np.uint8)))
-        self._tokens[sequence] = list(snapshot.tokens)
+                row = _row(self._states[spec.name], sequence)
+                self._cache_view(row, spec.shape)[:, :length] = snapshot.caches[spec.name]
+                _set_row(self._states[spec.name], sequence, row)
+        self._tokens[sequence] = list(snapshot.mark.tokens)
+        self.rewind(snapshot.mark, sequence)
 
     def _cache_view(self, row: Bytes, shape: tuple[int | str, ...]) -> Bytes:
         """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,row]."""

@@ -5,9 +5,11 @@ This module imports neither torch nor onnx: `inspect` asks it before anything is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from qwen_export.plugins.onnxruntime.kernels import Kernels
+from qwen_export.graphs.config import TextConfig
+from qwen_export.runtimes.onnxruntime_kernels import Kernels
 
 ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 _MS, _AI = "com.microsoft", ""
@@ -37,6 +39,14 @@ class Choice:
 
     name: str
     kernels: tuple[Kernel, ...]
+    limit: Callable[[TextConfig], str] = lambda config: ""
+    """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
+
+
+def _rotary_limit(config: TextConfig) -> str:
+    if config.rotary_dim % 16:
+        return f"GroupQueryAttention rotates a multiple of 16 dimensions, and this model has {config.rotary_dim}"
+    return ""
 
 
 _SPLIT = Kernel("Split", _AI, ())
@@ -53,7 +63,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "gated_delta_net": (
             Choice("linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
         ),
-        "gated_attention": (Choice("group_query_attention", (_GQA,)),),
+        "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
     },
     "cuda": {
         "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
@@ -62,21 +72,26 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "gated_delta_net": (
             Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
         ),
-        "gated_attention": (Choice("packed_group_query_attention", (_GQA,)),),
+        "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
     },
 }
 
 
-def choose(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:
+def choose(kernels: Kernels, precision: str, config: TextConfig) -> tuple[dict[str, Choice], list[str]]:
     """The lowering of each op, and a sentence for each op that has none."""
     chosen, refusals = {}, []
     for op, candidates in CHOICES[kernels.device].items():
-        for candidate in candidates:
-            missing = [k for k in candidate.kernels if not k.available(kernels, precision)]
-            if not missing:
-                chosen[op] = candidate
-                break
+        reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
+        if "" in reasons:
+            chosen[op] = candidates[reasons.index("")]
         else:
-            wanted = ", ".join(k.sentence(precision) for k in missing)
-            refusals.append(f"{op}: {kernels.source} has no {kernels.device} kernel of {wanted}")
+            refusals.append(f"{op}: {'; or '.join(reasons)}")
     return chosen, refusals
+
+
+def _reason(choice: Choice, kernels: Kernels, precision: str, config: TextConfig) -> str:
+    """Why the choice is out, "" when it is not."""
+    missing = [k.sentence(precision) for k in choice.kernels if not k.available(kernels, precision)]
+    if missing:
+        return f"{kernels.source} has no {kernels.device} kernel of {', '.join(missing)}"
+    return choice.limit(config)

@@ -1,13 +1,13 @@
 """Kernels of execution providers that the machine which builds does not have.
 
-Recorded from the kernel registry of onnxruntime-gpu 1.31.1 on a CUDA host (`python -m qwen_export.plugins.onnxruntime.kernels cuda`
+Recorded from the kernel registry of onnxruntime-gpu 1.31.1 on a CUDA host (`python -m qwen_export.runtimes.onnxruntime_kernels cuda`
 prints it). Only the operators that some lowering emits are listed. The target box checks again with what is installed there.
 """
 
 from __future__ import annotations
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.plugins.onnxruntime.kernels import Kernels
+from qwen_export.runtimes.onnxruntime_kernels import Kernels
 
 _FLOATS = frozenset({"float", "float16", "bfloat16"})
 _MS = "com.microsoft"

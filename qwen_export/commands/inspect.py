@@ -1,0 +1,43 @@
+"""qwen-export inspect"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from qwen_export.commands.output import count, size
+from qwen_export.inspection import inspect_checkpoint
+
+
+@click.command("inspect")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(checkpoint: Path, as_json: bool) -> None:
+    """Say what CHECKPOINT is and what each target can do with it. Reads headers only."""
+    report = inspect_checkpoint(checkpoint)
+    click.echo(json.dumps(report, indent=1) if as_json else _text(report))
+
+
+def _text(report: dict[str, Any]) -> str:
+    model = report["model"]
+    mixers = f"{model['layers']} layers ({model['layers'] - model['attention_layers']} DeltaNet, {model['attention_layers']} attention)"
+    experts = f", {model['experts']} experts" if model["experts"] else ""
+    lines = [
+        f"{report['architecture']}, {model['kind']}, {mixers}{experts}",
+        f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}, context {model['max_context']}, rope {model['rope']}, "
+        f"{'tied' if model['tied_head'] else 'separate'} head, quantization {report['quantization']}",
+        f"{report['files']} file(s), {size(report['bytes'])}: "
+        + ", ".join(f"{name} {count(part['parameters'])}" for name, part in report["parts"].items()),
+        "",
+    ]
+    for entry in report["targets"]:
+        name = f"{entry['target']} {entry['device']} {entry['precision']}"
+        if entry["supported"]:
+            memory = f"bundle {size(entry['bundle_bytes'])}, run {size(entry['run_bytes'])} at {entry['max_context']} tokens"
+            lines.append(f"  yes  {name:24} {memory}")
+        else:
+            lines.append(f"  no   {name:24} {entry['why']}")
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What a checkpoint is and what each target can do with it, from headers alone. Imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import QwenExportError
+from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX
+from qwen_export.graphs.config import FULL
+from qwen_export.plan import plan_build
+from qwen_export.targets import TARGETS
+
+
+def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A JSON-able report: `model`, `parts` (parameters and bytes of text, mtp, vision), `quantization`, and per target, device and
+    precision whether it is supported, why not, and the estimated bytes of the bundle and of a run."""
+    checkpoint = open_checkpoint(path)
+    text = checkpoint.config.text
+    return {
+        "path": str(checkpoint.path),
+        "architecture": checkpoint.config.architecture,
+        "model": {
+            "type": text.model_type,
+            "kind": "mixture of experts" if text.is_moe else "dense",
+            "layers": text.num_layers,
+            "attention_layers": sum(kind == FULL for kind in text.layer_types),
+            "hidden_size": text.hidden_size,
+            "vocab_size": text.vocab_size,
+            "max_context": text.max_position_embeddings,
+            "tied_head": text.tie_word_embeddings,
+            "experts": text.num_experts,
+            "rope": text.rope.kind,
+        },
+        "parts": _parts(checkpoint),
+        "quantization": _quantization(checkpoint),
+        "bytes": checkpoint.nbytes,
+        "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
+        "targets": list(_targets(checkpoint)),
+    }
+
+
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    parts: dict[str, dict[str, int]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        part = "mtp" if name.startswith(MTP_PREFIX) else "vision" if name.startswith(VISION_PREFIX) else "text"
+        entry = parts.setdefault(part, {"tensors": 0, "parameters": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += prod(tensor.shape)
+        entry["bytes"] += tensor.nbytes
+    return parts
+
+
+def _quantization(checkpoint: Checkpoint) -> str:
+    if not checkpoint.config.quantization:
+        return "none"
+    return str(checkpoint.config.quantization.get("quant_method", "unknown"))
+
+
+def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    for target in TARGETS.values():
+        for device in target.devices:
+            for precision in target.precisions:
+                entry: dict[str, Any] = {"target": target.name, "device": device, "precision": precision}
+                try:
+                    plan = plan_build(checkpoint, target.name, device, precision)
+                except QwenExportError as error:
+                    yield entry | {"supported": False, "why": error.got or str(error)}
+                else:
+                    lowerings = {op: choice.name for op, choice in plan.choices.items()}
+                    yield entry | {
+                        "supported": True,
+                        "bundle_bytes": plan.bundle_bytes,
+                        "run_bytes": plan.run_bytes,
+                        "max_context": plan.max_context,
+                        "lowerings": lowerings,
+                    }

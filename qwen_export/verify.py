@@ -1,0 +1,186 @@
+"""Proof that a bundle is the model it was built from.
+
+The compiled artifact is run through its own runtime and compared with the eager modules in fp32, and with transformers where that is
+installed: a prompt in one call, the same prompt in chunks, token by token, after a rewind, and greedy continuation. The result is stored
+in the bundle's manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import VerifyError
+from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.manifest import MANIFEST, load_manifest
+from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.model import load
+
+# Largest allowed |error| of a logit, in standard deviations of the reference's logits.
+TOLERANCE = {"fp32": 1.5e-4, "fp16": 0.06, "bf16": 0.4}
+PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
+_CAPACITY = 128
+
+Logits = npt.NDArray[np.float32]
+Report = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison. `max_abs_error` in logits; None for a check that counts instead."""
+
+    name: str
+    against: str
+    max_abs_error: float | None
+    tolerance: float | None
+    passed: bool
+    note: str = ""
+
+
+def verify(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
+    """Run every check; the result has `passed`, `logit_std` and `checks`, and is written to the bundle's manifest.
+
+    Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
+    say = report or (lambda name: None)
+    directory, source = Path(bundle), open_checkpoint(reference)
+    manifest = load_manifest(directory)
+    if source.config.text.to_json() != manifest.model:
+        raise VerifyError("the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint.")
+    say("loading the bundle")
+    model = load(directory, max_context=min(_CAPACITY, manifest.max_context))
+    ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
+    say("eager reference")
+    expected = _eager(source, ids)
+    scale = float(expected.std())
+    limit = TOLERANCE[manifest.target.precision] * scale
+    decoder = model.decoder()
+    checks = [_logits(name, "eager", run(decoder, ids), expected, limit) for name, run in _announced(say)]
+    checks.append(_rewind(decoder, ids))
+    say("greedy continuation")
+    checks.append(_greedy(decoder, source, ids, limit))
+    if importlib.util.find_spec("transformers"):
+        say("transformers")
+        checks.append(_logits("prefill", "transformers", _one_call(decoder, ids), _transformers(source, ids), limit))
+    result = {
+        "passed": all(check.passed for check in checks),
+        "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "precision": manifest.target.precision,
+        "logit_std": scale,
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+    updated = dataclasses.replace(manifest, verification=result)
+    temporary = directory / f".{MANIFEST}.{os.getpid()}"
+    temporary.write_text(updated.to_json(), encoding="utf-8")
+    temporary.replace(directory / MANIFEST)
+    return result
+
+
+def _one_call(decoder: Decoder, ids: list[int]) -> Logits:
+    decoder.reset()
+    return decoder.read(ids).copy()
+
+
+def _chunked(decoder: Decoder, ids: list[int]) -> Logits:
+    """Chunks of 1, 2, 3, ... tokens: every split falls somewhere else in the convolution's window."""
+    decoder.reset()
+    parts, start, size = [], 0, 1
+    while start < len(ids):
+        parts.append(decoder.read(ids[start : start + size]).copy())
+        start, size = start + size, size + 1
+    return np.concatenate(parts)
+
+
+def _token_by_token(decoder: Decoder, ids: list[int]) -> Logits:
+    decoder.reset()
+    return np.concatenate([decoder.step([token]).copy() for token in ids])
+
+
+_RUNS: tuple[tuple[str, Callable[[Decoder, list[int]], Logits]], ...] = (
+    ("prefill", _one_call),
+    ("chunked prefill", _chunked),
+    ("decode", _token_by_token),
+)
+
+
+def _announced(say: Report) -> Any:
+    for name, run in _RUNS:
+        say(name)
+        yield name, run
+
+
+def _logits(name: str, against: str, got: Logits, expected: Logits, limit: float) -> Check:
+    error = float(np.abs(got - expected).max())
+    return Check(name, against, error, limit, bool(error <= limit))
+
+
+def _rewind(decoder: Decoder, ids: list[int]) -> Check:
+    """Read, rewind to the middle, read other text, restore a snapshot of the end: bit for bit what it was."""
+    half = len(ids) // 2
+    decoder.reset()
+    decoder.prefill(ids[:half])
+    middle = decoder.mark()
+    first = decoder.prefill(ids[half:]).copy()
+    end = decoder.snapshot()
+    decoder.rewind(middle)
+    decoder.prefill(ids[: len(ids) - half])
+    decoder.restore(end)
+    decoder.rewind(middle)
+    error = float(np.abs(decoder.prefill(ids[half:]) - first).max())
+    return Check("snapshot, restore, rewind", "itself", error, 0.0, error == 0.0)
+
+
+def _greedy(decoder: Decoder, source: Checkpoint, ids: list[int], limit: float) -> Check:
+    """Greedy tokens of the bundle against the eager model on the same text; a difference counts only beyond the tolerance."""
+    decoder.reset()
+    logits, chosen = decoder.prefill(ids), []
+    for _ in range(GREEDY_TOKENS):
+        chosen.append(int(logits.argmax()))
+        logits = decoder.step([chosen[-1]])[0]
+    rows = _eager(source, [*ids, *chosen])[len(ids) - 1 : -1]
+    gaps = rows.max(axis=1) - rows[np.arange(len(chosen)), chosen]
+    ties, wrong = int(((gaps > 0) & (gaps <= 2 * limit)).sum()), int((gaps > 2 * limit).sum())
+    return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
+
+
+def _eager(source: Checkpoint, ids: list[int]) -> Logits:
+    from qwen_export.graphs.models.eager import EagerSequence
+    from qwen_export.graphs.models.load import load_decoder
+
+    return EagerSequence(load_decoder(source), _CAPACITY).read(ids)
+
+
+def _transformers(source: Checkpoint, ids: list[int]) -> Logits:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import torch
+    import transformers
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(source.path), dtype=torch.float32, local_files_only=True).eval()
+        return model(torch.tensor([ids])).logits[0].numpy()  # type: ignore[no-any-return]
+
+
+def as_lines(result: dict[str, Any]) -> list[str]:
+    """One line per check, for people."""
+    lines = [f"logits have a standard deviation of {result['logit_std']:.3f}"]
+    for check in result["checks"]:
+        error = check["note"] if check["max_abs_error"] is None else f"max |error| {check['max_abs_error']:.2e} (limit {check['tolerance']:.1e})"
+        lines.append(f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']:26} against {check['against']:12} {error}")
+    return lines
+
+
+def dump(result: dict[str, Any]) -> str:
+    return json.dumps(result, indent=1)

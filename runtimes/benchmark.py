@@ -1,0 +1,78 @@
+"""Speed of a bundle on this machine: prefill by prompt length, decode, load time and memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.model import load
+
+Report = Callable[[str], None]
+
+
+def benchmark(
+    bundle: Path, prompt_tokens: Sequence[int], new_tokens: int, threads: int | None = None, rounds: int = 3, report: Report | None = None
+) -> dict[str, Any]:
+    """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
+
+    Prefill ends when the last token's logits are there; decode is measured after the shortest prompt, greedily."""
+    say = report or (lambda text: None)
+    say("loading")
+    started = time.perf_counter()
+    model = load(bundle, threads=threads)
+    load_s = time.perf_counter() - started
+    need = max(prompt_tokens) + new_tokens + 1
+    if need > model.manifest.max_context:
+        raise QwenExportError(
+            "the benchmark does not fit the bundle's context", got=f"{need} tokens", expected=f"at most {model.manifest.max_context}"
+        )
+    decoder = model.decoder()
+    generator = np.random.default_rng(0)
+    vocabulary = model.manifest.model["vocab_size"]
+    decoder.prefill(generator.integers(0, vocabulary, 8).tolist())
+    decoder.step([0])
+    prefill, decode = [], []
+    for count in sorted(prompt_tokens):
+        ids = generator.integers(0, vocabulary, count).tolist()
+        times = []
+        for i in range(rounds):
+            say(f"prefill {count}, round {i + 1}")
+            decoder.reset()
+            started = time.perf_counter()
+            logits = decoder.prefill(ids)
+            times.append(time.perf_counter() - started)
+        prefill.append({"tokens": count, "tok_per_s": count / float(np.median(times))})
+        if count == min(prompt_tokens):
+            token = int(logits.argmax())
+            for i in range(rounds):
+                say(f"decode, round {i + 1}")
+                started = time.perf_counter()
+                for _ in range(new_tokens // rounds or 1):
+                    token = int(decoder.step([token])[0].argmax())
+                decode.append((time.perf_counter() - started) / (new_tokens // rounds or 1))
+    return {
+        "bundle": str(bundle),
+        "device": model.manifest.target.device,
+        "precision": model.manifest.target.precision,
+        "max_context": decoder.capacity,
+        "load_s": load_s,
+        "prefill": prefill,
+        "decode_tok_per_s": 1 / float(np.median(decode)),
+        "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory of this process so far, in MB; 0 where the system does not tell."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    return 0.0

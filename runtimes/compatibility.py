@@ -1,0 +1,72 @@
+"""Can this machine run the bundle? Answered before anything is loaded, in one sentence."""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+
+from qwen_export.errors import BundleError
+from qwen_export.manifest import Manifest
+from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS, installed, version
+
+_BACKENDS = ("onnxruntime",)
+
+
+def check_runnable(manifest: Manifest) -> None:
+    """Raise BundleError with the exact mismatch: backend, version, execution provider or operator."""
+    target = manifest.target
+    if target.backend not in _BACKENDS:
+        raise BundleError("the bundle needs a backend that this version does not have", got=target.backend, expected=", ".join(_BACKENDS))
+    have = version()
+    if not have:
+        extra = "onnxruntime-gpu" if target.device == "cuda" else "onnxruntime"
+        raise BundleError("ONNX Runtime is not installed", fix=f"pip install 'qwen-export[{extra}]'.")
+    if _numbers(have) < _numbers(target.minimum_backend):
+        raise BundleError(
+            "the installed ONNX Runtime is older than the bundle needs",
+            got=have,
+            expected=f"at least {target.minimum_backend}",
+            fix="pip install -U onnxruntime.",
+        )
+    kernels = installed(target.device)
+    if kernels is None:
+        raise BundleError(
+            f"the bundle is compiled for {target.device}, and the installed ONNX Runtime {have} has no {PROVIDERS[target.device]}",
+            fix="pip install onnxruntime-gpu, or build the checkpoint with --device cpu.",
+        )
+    missing = [name for name in target.operators if not kernels.has(*name.rsplit(".", 1))]
+    if missing:
+        raise BundleError(
+            f"the installed ONNX Runtime {have} lacks operators of the bundle for {target.device}",
+            got=", ".join(missing),
+            fix=f"Install onnxruntime {target.minimum_backend} or newer.",
+        )
+
+
+def needed_memory(manifest: Manifest, bundle: Path) -> int:
+    """Bytes of weights and, with a full context, of states and caches."""
+    graphs = sum((bundle / name).stat().st_size for name in manifest.files)
+    dims = {"B": 1, "S": manifest.max_context}
+    states = 0
+    for graph in manifest.graphs.values():
+        for state in graph.states:
+            states += ELEMENTS[state.dtype][0] * prod(d if isinstance(d, int) else dims[d] for d in state.shape)
+    return graphs + states
+
+
+def available_memory() -> int | None:
+    """Bytes of free host memory, None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+        return None
+    except OSError:
+        names = getattr(os, "sysconf_names", {})
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())

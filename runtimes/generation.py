@@ -1,0 +1,75 @@
+"""Plain generation: one sampled token after the other."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from qwen_export.runtimes.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling import Sampler
+from qwen_export.runtimes.token_history import TokenHistory
+
+
+@dataclass
+class Statistics:
+    """What one answer cost. Times in seconds from the request."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    new_tokens: int = 0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    finish: str = ""
+    """Why it ended: "stop", "length" or "cancelled"; "" while it runs."""
+
+    @property
+    def decode_tok_per_s(self) -> float:
+        """New tokens per second after the first."""
+        span = self.total_s - self.first_token_s
+        return (self.new_tokens - 1) / span if self.new_tokens > 1 and span > 0 else 0.0
+
+    @property
+    def prefill_tok_per_s(self) -> float:
+        read = self.prompt_tokens - self.reused_tokens
+        return read / self.first_token_s if self.first_token_s > 0 else 0.0
+
+
+@dataclass
+class Request:
+    """A prompt as token ids, and when to stop. `mark_at`: tokens of the prompt that the next turn's prompt will begin with."""
+
+    ids: Sequence[int]
+    sampler: Sampler
+    stop_ids: Collection[int]
+    max_new_tokens: int | None = None
+    mark_at: int | None = None
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Iterator[int]:
+    """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens; raises
+    ContextOverflow when the context is full before that."""
+    started = time.perf_counter()
+    statistics.prompt_tokens = len(request.ids)
+    logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at)
+    history = TokenHistory(request.ids)
+    while True:
+        token = request.sampler.sample(logits, history)
+        statistics.total_s = time.perf_counter() - started
+        if not statistics.new_tokens:
+            statistics.first_token_s = statistics.total_s
+        if token in request.stop_ids:
+            statistics.finish = "stop"
+            return
+        statistics.new_tokens += 1
+        history.push(token)
+        if statistics.new_tokens == request.max_new_tokens:
+            statistics.finish = "length"
+        yield token
+        if request.cancelled.is_set():
+            statistics.finish = "cancelled"
+        if statistics.finish:
+            return
+        logits = reuse.decoder.step([token])[0]

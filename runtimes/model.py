@@ -1,0 +1,176 @@
+"""A loaded bundle: prompts and chats in, text out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, file_path, load_manifest
+from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, thinking_prefix
+from qwen_export.runtimes.compatibility import check_runnable
+from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.detokenize import Detokenizer
+from qwen_export.runtimes.generation import Request, Statistics, generate
+from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.onnxruntime_session import Session
+from qwen_export.runtimes.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
+from qwen_export.runtimes.sampling import Sampler, SamplingParams
+from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
+from qwen_export.runtimes.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.tokenizer import TextTokenizer
+
+
+def load(bundle: str | Path, *, max_context: int | None = None, threads: int | None = None) -> Model:
+    """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
+
+    Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
+    directory = Path(bundle)
+    manifest = load_manifest(directory)
+    ensure_whole(directory, manifest)
+    check_runnable(manifest)
+    graph = manifest.graphs["decoder"]
+    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads)
+    return Model(directory, manifest, session, max_context)
+
+
+class Model:
+    """One conversation at a time; for several sequences or your own loop take `decoder()`."""
+
+    def __init__(self, directory: Path, manifest: Manifest, session: Session, max_context: int | None) -> None:
+        self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
+
+    def decoder(self, batch: int = 1) -> Decoder:
+        """A fresh decoder with its own states and caches over the same weights."""
+        return Decoder(self._session, self.manifest, batch, self._max_context)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        if TOKENIZER not in self.manifest.files:
+            raise BundleError("the bundle has no tokenizer", where=str(self.directory), fix="Build from a checkpoint that has tokenizer.json.")
+        return TextTokenizer.from_file(self.directory / TOKENIZER)
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        if CHAT_TEMPLATE not in self.manifest.files:
+            raise BundleError("the bundle has no chat template", where=str(self.directory), fix="Give a plain prompt, without --chat.")
+        special = {k: v for k, v in self._json(TOKENIZER_CONFIG).items() if k.endswith("_token") and isinstance(v, str)}
+        return ChatTemplate((self.directory / CHAT_TEMPLATE).read_text(encoding="utf-8"), special)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        return stop_ids(self.tokenizer, self._json(GENERATION_CONFIG)) | frozenset(self.manifest.stop_ids)
+
+    def recommended(self, thinking: bool) -> SamplingParams:
+        """Sampling parameters for this model in one mode, when the caller names none."""
+        facts = ModelFacts.from_template(self.template) if CHAT_TEMPLATE in self.manifest.files else ModelFacts(None, False)
+        return recommended(facts, thinking, self._json(GENERATION_CONFIG))
+
+    def stream(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        enable_thinking: bool | None = None,
+        preserve_thinking: bool | None = None,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
+
+        A prompt that continues the last one is not read again. `enable_thinking` and `preserve_thinking` None leave the choice to the
+        checkpoint's template; `sampling` None takes the model card's values for the mode."""
+        safe = shield_messages(messages, self.tokenizer)
+        options = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
+        prompt = self.template.render(safe, tools, **options)
+        history = self.template.render(safe, tools, add_generation_prompt=False, **options)
+        thinking = thinking_prefix(prompt)
+        ids = self.tokenizer.encode(prompt)
+        past = self.tokenizer.encode(history) if prompt.startswith(history) else []
+        mark_at = len(past) if past and ids[: len(past)] == past else None
+        splitter = ReasoningSplitter(thinking)
+        return self._generation(ids, sampling or self.recommended(thinking), max_new_tokens, stop, splitter, mark_at)
+
+    def complete(
+        self, prompt: str, *, sampling: SamplingParams | None = None, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+    ) -> Generation:
+        """Continue a text as it stands, without a template. Control tokens in it count as such."""
+        return self._generation(self.tokenizer.encode(prompt), sampling or self.recommended(False), max_new_tokens, stop, None, None)
+
+    def _generation(
+        self,
+        ids: list[int],
+        sampling: SamplingParams,
+        max_new_tokens: int | None,
+        stop: Sequence[str],
+        splitter: ReasoningSplitter | None,
+        mark_at: int | None,
+    ) -> Generation:
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise QwenExportError("the number of new tokens is out of range", got=max_new_tokens, expected="at least 1")
+        if not ids:
+            raise QwenExportError("the prompt is empty", fix="Give some text.")
+        request = Request(ids, Sampler(sampling, self.tokenizer.vocab_size), self.stop_ids, max_new_tokens, mark_at)
+        return Generation(self._conversation, request, Detokenizer(self.tokenizer.tokenizer), StopStrings(stop), splitter)
+
+    @cached_property
+    def _conversation(self) -> PrefixReuse:
+        return PrefixReuse(self.decoder())
+
+    def _json(self, name: str) -> dict[str, Any]:
+        if name not in self.manifest.files:
+            return {}
+        value = json.loads((self.directory / name).read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+
+
+class Generation:
+    """One answer in the making: an iterator over its text. `tokens`, `content`, `reasoning` and `statistics` grow as it goes on."""
+
+    def __init__(
+        self, reuse: PrefixReuse, request: Request, detokenizer: Detokenizer, stops: StopStrings, splitter: ReasoningSplitter | None
+    ) -> None:
+        self.statistics = Statistics()
+        self.tokens: list[int] = []
+        self.content, self.reasoning = "", ""
+        self._request, self._stops, self._splitter, self._detokenizer = request, stops, splitter, detokenizer
+        self._tokens = generate(reuse, request, self.statistics)
+        self._events = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return (event.text for event in self._events if isinstance(event, Content))
+
+    def events(self) -> Iterator[Event]:
+        """Pieces of reasoning and answer, in order."""
+        return self._events
+
+    def cancel(self) -> None:
+        """End after the token in progress; may be called from another thread."""
+        self._request.cancelled.set()
+
+    def _run(self) -> Iterator[Event]:
+        for token in self._tokens:
+            self.tokens.append(token)
+            yield from self._emit(self._stops.push(self._detokenizer.push(token)))
+            if self._stops.stopped:
+                self.statistics.finish = "stop"
+                break
+        yield from self._emit(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+        yield from self._record(self._splitter.flush() if self._splitter else [])
+
+    def _emit(self, text: str) -> Iterator[Event]:
+        if text:
+            yield from self._record(self._splitter.push(text) if self._splitter else [Content(text)])
+
+    def _record(self, events: Sequence[Event]) -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, Reasoning):
+                self.reasoning += event.text
+            else:
+                self.content += event.text
+            yield event

@@ -1,0 +1,52 @@
+"""Which tokens a sequence already holds, for the sampling penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class TokenHistory:
+    """Counts of generated tokens and the set of prompt tokens.
+
+    Presence and frequency penalties look at generated tokens only, the repetition penalty at prompt and generated tokens (the OpenAI API's
+    and vLLM's definitions, which the recommended settings assume). `push` and `pop` are O(1); a speculative round pushes its drafts
+    and pops the rejected ones.
+    """
+
+    def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
+        ids = np.unique(np.fromiter(prompt_ids, np.int64))
+        self._slot = {int(token): slot for slot, token in enumerate(ids)}
+        self._ids = ids
+        self._counts = np.zeros(len(ids), np.int64)
+        self._in_prompt = np.ones(len(ids), bool)
+
+    def push(self, token_id: int) -> None:
+        """One more generated token."""
+        slot = self._slot.setdefault(token_id, len(self._slot))
+        if slot == len(self._ids):
+            spare = max(64, slot)
+            self._ids = np.concatenate([self._ids, np.zeros(spare, np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(spare, np.int64)])
+            self._in_prompt = np.concatenate([self._in_prompt, np.zeros(spare, bool)])
+        self._ids[slot] = token_id
+        self._counts[slot] += 1
+
+    def pop(self, token_id: int) -> None:
+        """Take back one `push` of the same token."""
+        slot = self._slot[token_id]
+        assert self._counts[slot] > 0, f"token {token_id} was not generated"
+        self._counts[slot] -= 1
+
+    def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and counts (>= 1) of the generated tokens."""
+        used = len(self._slot)
+        present = np.flatnonzero(self._counts[:used])
+        return self._ids[present], self._counts[present]
+
+    def seen(self) -> NDArray[np.int64]:
+        """Ids of all tokens of prompt and answer, each once."""
+        used = len(self._slot)
+        return self._ids[:used][self._in_prompt[:used] | (self._counts[:used] > 0)]

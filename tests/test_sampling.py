@@ -1,0 +1,237 @@
+"""The distribution is that of transformers' processors; choices are reproducible; padding is never chosen."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.chat import ChatTemplate
+from qwen_export.runtimes.sampling import Distribution, Sampler, SamplingParams, nucleus, top_ids
+from qwen_export.runtimes.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
+from qwen_export.runtimes.token_history import TokenHistory
+from tests.support.templates import OTHER_TEMPLATE, family_template
+
+V = 248_320
+PARAMS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.1, 0.7, 1.0, 2.5]),
+        "top_k": st.sampled_from([0, 1, 2, 20, 5000]),
+        "top_p": st.sampled_from([0.01, 0.5, 0.8, 0.95, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "repetition_penalty": st.sampled_from([0.8, 1.0, 1.3]),
+    }
+)
+
+
+def transformers_probs(logits: np.ndarray, prompt: list[int], params: SamplingParams) -> np.ndarray:
+    """float64[V] after transformers' processors, in the order in which `generate` puts them."""
+    torch = pytest.importorskip("torch")
+    processors: Any = pytest.importorskip("transformers.generation.logits_process")
+    chain = [processors.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), processors.TemperatureLogitsWarper(params.temperature)]
+    chain += [processors.TopKLogitsWarper(params.top_k)] if params.top_k else []
+    chain += [processors.TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []
+    chain += [processors.MinPLogitsWarper(params.min_p)]
+    ids, scores = torch.tensor([prompt], dtype=torch.int64), torch.tensor(logits[None], dtype=torch.float64)
+    for process in chain:
+        scores = process(ids, scores)
+    return scores.softmax(-1)[0].numpy()
+
+
+def dense(distribution: Distribution, size: int) -> np.ndarray:
+    probs = np.zeros(size)
+    probs[distribution.ids] = distribution.probs
+    return probs
+
+
+@settings(max_examples=200, deadline=None)
+@given(PARAMS, st.integers(0, 2**32), st.sampled_from([5, 300, 3000]), st.sampled_from([0.3, 3.0]), st.integers(0, 4))
+def test_distribution_equals_transformers(options: dict[str, Any], seed: int, size: int, spread: float, prompt_length: int) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal(size) * spread
+    prompt = rng.integers(0, size, prompt_length).tolist()
+    params = SamplingParams(**options)
+    expected = transformers_probs(logits, prompt, params)
+    got = dense(Sampler(params).distribution(logits, TokenHistory(prompt)), size)
+    # A cumulative sum within rounding of top_p may fall on either side.
+    full = np.sort(transformers_probs(logits, prompt, SamplingParams(**{**options, "top_p": 1.0, "min_p": 0.0})))[::-1].cumsum()
+    assume(params.top_p == 1 or np.abs(full - params.top_p).min() > 1e-9)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-15)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([1, 20, 60, 700]), st.sampled_from([64, 1000, 20_001]), st.booleans())
+def test_top_ids_are_the_k_largest_with_ties(seed: int, k: int, size: int, coarse: bool) -> None:
+    x = np.random.default_rng(seed).standard_normal(size).astype(np.float32)
+    x = np.round(x) if coarse else x
+    expected = np.arange(size) if k >= size else np.flatnonzero(x >= np.sort(x)[-k])
+    np.testing.assert_array_equal(top_ids(x, k), expected)
+
+
+def test_nucleus_takes_the_lower_id_on_a_tie() -> None:
+    assert nucleus(np.array([1.0, 4.0, 1.0, 4.0, 1.0]), 0.75).tolist() == [0, 1, 3]
+    assert nucleus(np.ones(1000), 0.5).tolist() == list(range(500))
+
+
+def test_full_vocabulary_in_float32() -> None:
+    logits = (np.random.default_rng(0).standard_normal(V) * 3).astype(np.float32)
+    for options in ({"top_k": 20, "top_p": 0.95}, {"top_p": 0.8, "temperature": 0.7}, {"min_p": 0.1}, {}):
+        params = SamplingParams(**options)
+        got = Sampler(params).distribution(logits)
+        assert got.probs.sum() == pytest.approx(1) and np.all(np.diff(got.ids) > 0)
+        np.testing.assert_allclose(dense(got, V), transformers_probs(logits, [], params), rtol=2e-4, atol=1e-7)
+
+
+def test_presence_and_frequency_count_generated_tokens_only() -> None:
+    logits = np.array([0.0, 0.0, 0.0, 0.0])
+    history = TokenHistory([0])
+    for token in (1, 2, 2, 3):
+        history.push(token)
+    history.pop(3)
+    sampler = Sampler(SamplingParams(presence_penalty=1.0, frequency_penalty=0.5))
+    expected = np.exp([0, -1.5, -2.0, 0])
+    np.testing.assert_allclose(sampler.distribution(logits, history).probs, expected / expected.sum())
+    assert logits.tolist() == [0, 0, 0, 0], "the caller's logits were changed"
+    assert history.seen().tolist() == [0, 1, 2]
+
+
+def test_history_grows_and_takes_back() -> None:
+    history = TokenHistory([5, 5, 7])
+    tokens = np.random.default_rng(0).integers(0, 300, 1000).tolist()
+    for token in tokens + [400] * 3:
+        history.push(token)
+    for _ in range(3):
+        history.pop(400)
+    ids, counts = history.generated()
+    assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {t: tokens.count(t) for t in tokens}
+    assert set(history.seen().tolist()) == {5, 7, *tokens}
+
+
+def test_greedy_is_the_largest_logit_and_the_lowest_id_on_a_tie() -> None:
+    logits = np.array([1, 3, 2, 3], np.float32)
+    for params in (SamplingParams(greedy=True), SamplingParams(temperature=0)):
+        distribution = Sampler(params).distribution(logits)
+        assert distribution.ids.tolist() == [1] and distribution.probs.tolist() == [1.0]
+    history = TokenHistory()
+    history.push(1)
+    assert Sampler(SamplingParams(greedy=True, presence_penalty=0.5)).sample(logits, history) == 3
+
+
+def test_padding_rows_are_never_chosen() -> None:
+    logits = np.zeros(V, np.float32)
+    logits[248_077:] = 50
+    for options in ({"greedy": True}, {"top_k": 20}, {"top_p": 0.9}, {}):
+        sampler = Sampler(SamplingParams(seed=1, **options), vocab_limit=248_077)
+        assert max(sampler.sample(logits) for _ in range(20)) < 248_077
+        assert sampler.distribution(logits, TokenHistory([248_100])).of(248_100) == 0
+
+
+def test_equal_seeds_give_equal_tokens() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.standard_normal((50, 1000)).astype(np.float32)
+    first, second, other = (Sampler(SamplingParams(seed=seed)) for seed in (7, 7, 8))
+    tokens = [first.sample(row) for row in rows]
+    assert tokens == [second.sample(row) for row in rows]
+    assert tokens != [other.sample(row) for row in rows]
+    assert tokens[:5] == [617, 911, 785, 215, 340], "a seed must mean the same in every release"
+
+
+def test_samples_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.0001, 0.2, 0.2999]))
+    sampler = Sampler(SamplingParams(seed=0))
+    distribution = sampler.distribution(logits)
+    counts = np.bincount([distribution.draw(sampler.rng) for _ in range(20_000)], minlength=4)
+    np.testing.assert_allclose(counts / 20_000, distribution.probs, atol=0.015)
+    assert distribution.of(2) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [{"greedy": True}, {"top_k": 20}, {"top_p": 0.9}, {}])
+def test_unusable_logits_are_an_error(bad: float, options: dict[str, Any]) -> None:
+    logits = np.full(20_000, -np.inf if bad == -np.inf else 0.0, np.float32)
+    logits[12_345] = bad
+    with pytest.raises(QwenExportError, match="no usable logits"):
+        Sampler(SamplingParams(**options)).sample(logits)
+
+
+def test_masked_logits_are_fine() -> None:
+    logits = np.full(10_000, -np.inf, np.float32)
+    logits[[3, 9_999]] = 1.0
+    for options in ({"top_k": 20}, {"top_p": 0.9}, {"top_k": 1}, {}):
+        sampler = Sampler(SamplingParams(seed=0, **options))
+        assert {sampler.sample(logits) for _ in range(50)} == {3, 9_999}
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "value"),
+    [
+        ("--temperature", "temperature", -0.1),
+        ("--temperature", "temperature", float("nan")),
+        ("--temperature", "temperature", float("inf")),
+        ("--top-p", "top_p", 0.0),
+        ("--top-p", "top_p", 1.1),
+        ("--top-k", "top_k", -1),
+        ("--top-k", "top_k", 2.5),
+        ("--min-p", "min_p", 1.5),
+        ("--presence-penalty", "presence_penalty", 3.0),
+        ("--frequency-penalty", "frequency_penalty", -3.0),
+        ("--repetition-penalty", "repetition_penalty", 0.0),
+        ("--seed", "seed", -1),
+    ],
+)
+def test_value_out_of_range_names_the_flag(flag: str, name: str, value: float) -> None:
+    with pytest.raises(QwenExportError, match=f"The value of {flag} is out of range: got"):
+        SamplingParams(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("variant", "generation", "small"), [("3.5", "3.5", False), ("3.5-small", "3.5", True), ("3.6", "3.6", False), ("3.8", "3.8", False)]
+)
+def test_generation_and_size_class_are_read_off_the_template(variant: str, generation: str, small: bool) -> None:
+    facts = ModelFacts.from_template(ChatTemplate(family_template(variant)))
+    assert facts == ModelFacts(generation, small)
+    assert recommended(facts, thinking=True) == RECOMMENDED[generation, small, True]
+    assert recommended(facts, thinking=False) == RECOMMENDED[generation, small, False]
+
+
+def test_precedence_of_generation_config() -> None:
+    known = ModelFacts("3.6", small=False)
+    unknown = ModelFacts.from_template(ChatTemplate(OTHER_TEMPLATE))
+    shipped = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 20, "eos_token_id": [248046, 248044]}
+    tuned = shipped | {"temperature": 0.3}
+    assert unknown.generation is None
+    assert recommended(known, False, shipped) == SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5)
+    assert recommended(known, False, tuned) == recommended(known, True, tuned) == SamplingParams(temperature=0.3, top_p=0.95, top_k=20)
+    assert recommended(unknown, True, shipped) == SamplingParams(temperature=1.0, top_p=0.95, top_k=20)
+    assert recommended(unknown, True, {"eos_token_id": 1}) == recommended(unknown, False) == FALLBACK
+    assert recommended(known, True, {"do_sample": False}).is_greedy
+    with pytest.raises(QwenExportError, match=r"generation_config.json.*--top-p"):
+        recommended(known, True, {"top_p": 7})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"greedy": True}, {"top_k": 20, "top_p": 0.95}, {"top_k": 20, "top_p": 0.95, "presence_penalty": 1.5}, {"top_p": 0.95}, {}],
+    ids=str,
+)
+def test_cost_per_token(options: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal(V).astype(np.float32)
+    logits[rng.integers(0, V, 100)] += rng.random(100).astype(np.float32) * 20
+    history = TokenHistory(range(2000))
+    for token in rng.integers(0, V, 2000).tolist():
+        history.push(token)
+    sampler = Sampler(SamplingParams(seed=0, **options), vocab_limit=248_077)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        sampler.sample(logits, history)
+        times.append(time.perf_counter() - start)
+    microseconds = np.median(times) * 1e6
+    print(f"\n{options}: {microseconds:.0f} us")
+    assert microseconds < (2_000 if options.get("greedy") or options.get("top_k") else 40_000)
