@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -133,7 +134,7 @@ class _Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.data.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
@@ -163,8 +164,10 @@ def load_config(directory: Path) -> CheckpointConfig:
         raise ConfigError(
             "no config.json in the checkpoint directory", where=str(directory), fix="Give the directory that a Qwen3.5 / Qwen3.6 release unpacks to."
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError("config.json is not valid JSON", where=str(path), got=str(error)) from error
+    except OSError as error:
+        raise ConfigError("config.json cannot be read", where=str(path), got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("config.json is not valid JSON", where=str(path), got=error) from error
     if not isinstance(raw, dict):
         raise ConfigError("config.json is not a JSON object", where=str(path), got=type(raw).__name__)
     return parse_config(raw, where=str(path))
@@ -172,9 +175,9 @@ def load_config(directory: Path) -> CheckpointConfig:
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> CheckpointConfig:
     """Validate the contents of a config.json."""
-    architectures = raw.get("architectures") or []
-    name = architectures[0] if architectures else "nothing"
-    if name not in _ARCHITECTURES:
+    architectures = raw.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else "nothing"
+    if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise UnsupportedError(
             "this checkpoint's architecture is not one of the Qwen3.5 / Qwen3.6 family",
             where=where,
@@ -191,12 +194,15 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Checkpoi
     tied = text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))
     if not isinstance(tied, bool):
         raise ConfigError("config value 'tie_word_embeddings' cannot be used", where=where, got=repr(tied), expected="true or false")
+    quantization = raw.get("quantization_config") or text.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ConfigError("config value 'quantization_config' cannot be used", where=where, got=repr(quantization), expected="a JSON object")
     return CheckpointConfig(
         text=_parse_text(_Fields(text, where), model_type, tied),
         architecture=name,
         text_prefix=prefix,
         vision=vision,
-        quantization=raw.get("quantization_config") or text.get("quantization_config"),
+        quantization=quantization,
         raw=raw,
     )
 
@@ -240,7 +246,7 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
     ):
         if many % few:
             raise f.wrong(what, many, f"a multiple of {few}")
-    if config.rotary_dim % 2 or not config.rotary_dim:
+    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
         raise f.wrong("partial_rotary_factor", config.rope.partial_rotary_factor, "a factor that rotates an even number of dimensions")
     if config.rope.mrope_section and sum(config.rope.mrope_section) != config.rotary_dim // 2:
         raise f.wrong("mrope_section", list(config.rope.mrope_section), f"numbers that sum to {config.rotary_dim // 2}")
@@ -262,7 +268,10 @@ def _rope(f: _Fields) -> RopeConfig:
     """`rope_parameters`, or the older spread-out form (rope_theta, partial_rotary_factor, rope_scaling)."""
     given = f.data.get("rope_parameters")
     scaling = f.data.get("rope_scaling")
-    if given is not None and scaling is not None and dict(given) != dict(scaling):
+    for key, value in (("rope_parameters", given), ("rope_scaling", scaling)):
+        if value is not None and not isinstance(value, dict):
+            raise f.wrong(key, value, "a JSON object")
+    if given is not None and scaling is not None and given != scaling:
         raise f.wrong("rope_scaling", scaling, "nothing beside rope_parameters")
     source = dict(given if given is not None else scaling or {})
     if "type" in source:
@@ -283,6 +292,8 @@ def _rope(f: _Fields) -> RopeConfig:
         )
     r = _Fields(source, f.where)
     section = source.get("mrope_section") or []
+    if not isinstance(section, list) or not all(type(n) is int and n > 0 for n in section):
+        raise r.wrong("mrope_section", section, "a list of positive integers")
     if section:
         r.must_be("mrope_interleaved", True)
     base = {

@@ -23,7 +23,7 @@ from qwen_export.manifest import (
 )
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.staging import staged_directory
-from qwen_export.text_assets import copy_text_assets, stop_ids
+from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -54,6 +54,7 @@ def build(
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, target, device, precision, max_context)
+    check_text_assets(source.path)
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
         model = lower(source, plan, Path(dump_ir) if dump_ir else None)

@@ -26,7 +26,8 @@ class QwenExportError(Exception):
         facts = [f"{name} {value}" for name, value in (("got", self.got), ("expected", self.expected)) if value]
         if facts:
             text += ": " + ", ".join(facts)
-        return f"{text}. {self.fix}" if self.fix else f"{text}."
+        # One line, whatever names and messages of others hold.
+        return " ".join((f"{text}. {self.fix}" if self.fix else f"{text}.").splitlines())
 
 
 class CheckpointError(QwenExportError):

@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from qwen_export.errors import BundleError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+DIMS = ("B", "T", "S", "N")
+"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits."""
+MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
+"""Values of the model configuration that runtimes read."""
 _CHUNK = 8 << 20
 
 TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
@@ -117,10 +124,12 @@ def load_manifest(bundle: str | Path) -> Manifest:
         raise BundleError("this is not a bundle: it has no manifest.json", where=str(bundle), fix="Make one with `qwen-export build`.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        schema = raw["schema"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise BundleError("the manifest is not readable", where=str(path), got=str(error), fix="Copy the bundle again.") from error
-    if not isinstance(schema, int) or schema > SCHEMA_VERSION:
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError("the manifest is not readable", where=str(path), got=error, fix="Copy the bundle again.") from error
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if type(schema) is not int or schema < 1:
+        raise BundleError("the manifest has no schema version", where=str(path), fix="Copy the bundle again.")
+    if schema > SCHEMA_VERSION:
         raise BundleError(
             "the bundle was made by a newer qwen-export",
             where=str(bundle),
@@ -129,14 +138,12 @@ def load_manifest(bundle: str | Path) -> Manifest:
             fix="Update qwen-export on this machine.",
         )
     try:
-        manifest = _parse(raw)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError("the manifest has missing or wrong fields", where=str(path), got=str(error), fix="Copy the bundle again.") from error
+        manifest: Manifest = _parse(Manifest, raw)
+        _check(manifest)
+    except ValueError as error:
+        raise BundleError("the manifest has missing or wrong fields", where=str(path), got=error, fix="Copy the bundle again.") from error
     for name in manifest.files:
         file_path(directory, name)
-    for graph in manifest.graphs.values():
-        if graph.file not in manifest.files:
-            raise BundleError("a graph's file is not listed in the manifest", where=str(path), got=graph.file)
     return manifest
 
 
@@ -144,9 +151,9 @@ def file_path(bundle: Path, name: str) -> Path:
     """The path of a listed file. Raises BundleError when it would lie outside the bundle."""
     pure = PurePosixPath(name)
     path = bundle / pure
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not name:
-        raise BundleError("the manifest names a file outside the bundle", where=str(bundle), got=name)
-    if path.exists() and not path.resolve().is_relative_to(bundle.resolve()):
+    if pure.is_absolute() or ".." in pure.parts or any(c in name for c in "\\:\0") or not name:
+        raise BundleError("the manifest names a file outside the bundle", where=str(bundle), got=repr(name))
+    if os.path.exists(path) and not path.resolve().is_relative_to(bundle.resolve()):
         raise BundleError("a file of the bundle is a link to outside", where=str(bundle), got=name)
     return path
 
@@ -171,10 +178,13 @@ def check_hash(bundle: Path, name: str, entry: FileEntry, progress: Callable[[in
     """Raise BundleError unless the file's SHA-256 is the recorded one. `progress` gets the bytes of each step."""
     path = file_path(bundle, name)
     digest = hashlib.sha256()
-    for chunk in _chunks(path):
-        digest.update(chunk)
-        if progress:
-            progress(len(chunk))
+    try:
+        for chunk in _chunks(path):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    except OSError as error:
+        raise BundleError("a file of the bundle cannot be read", where=str(path), got=error.strerror) from error
     if digest.hexdigest() != entry.sha256:
         raise BundleError(
             "a file of the bundle was changed or damaged",
@@ -198,28 +208,54 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _parse(raw: dict[str, Any]) -> Manifest:
-    """Unknown fields are left out: a newer minor version may add some."""
+def _parse(kind: Any, value: Any, where: str = "") -> Any:
+    """`value`, parsed JSON, as the type `kind`: a dataclass, tuple, dict, union or plain type. Raises ValueError with the place that is
+    wrong. Unknown fields are left out: a newer minor version may add some."""
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        given, hints = _expect(dict, value, where), get_type_hints(kind)
+        missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
+        if missing:
+            raise ValueError(f"{where or 'the manifest'} has no {missing[0]}")
+        return kind(**{f.name: _parse(hints[f.name], given[f.name], f"{where}.{f.name}".lstrip(".")) for f in fields(kind) if f.name in given})
+    container, arguments = get_origin(kind), get_args(kind)
+    if container is tuple:
+        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
+    if container is dict:
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
+    if container is UnionType:
+        return _parse(next((option for option in arguments if type(value) is option), arguments[0]), value, where)
+    if kind is float:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{where} is not a number")
+        return float(value)
+    if type(_expect(kind, value, where)) is int and value < 0:
+        raise ValueError(f"{where} is negative")
+    return value
 
-    def make(kind: type, data: dict[str, Any]) -> Any:
-        known = {f.name for f in fields(kind)}
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in known})
 
-    def graph(data: dict[str, Any]) -> GraphSpec:
-        return GraphSpec(
-            data["file"],
-            tuple(make(TensorSpec, t) for t in data["inputs"]),
-            tuple(make(TensorSpec, t) for t in data["outputs"]),
-            tuple(make(StateSpec, t) for t in data["states"]),
-        )
+def _expect(kind: type, value: Any, where: str) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{where or 'the manifest'} is a {type(value).__name__}, not a {kind.__name__}")
+    return value
 
-    return make(  # type: ignore[no-any-return]
-        Manifest,
-        raw
-        | {
-            "target": make(TargetSpec, raw["target"]),
-            "rotary": make(RotarySpec, raw["rotary"]),
-            "graphs": {name: graph(data) for name, data in raw["graphs"].items()},
-            "files": {name: make(FileEntry, data) for name, data in raw["files"].items()},
-        },
-    )
+
+def _check(manifest: Manifest) -> None:
+    """What the types do not say but a runtime relies on. Raises ValueError."""
+    if "decoder" not in manifest.graphs:
+        raise ValueError("graphs has no decoder")
+    for name in MODEL_SIZES:
+        if type(manifest.model.get(name)) is not int or manifest.model[name] < 1:
+            raise ValueError(f"model.{name} is not a positive number")
+    for name, graph in manifest.graphs.items():
+        if graph.file not in manifest.files:
+            raise ValueError(f"the file of graph {name} is not listed: {graph.file}")
+        inputs, outputs = {t.name for t in graph.inputs}, {t.name for t in graph.outputs}
+        for tensor in (*graph.inputs, *graph.outputs, *graph.states):
+            unknown = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in DIMS]
+            if unknown:
+                raise ValueError(f"graph {name}, tensor {tensor.name}: unknown dim {unknown[0]}")
+        for state in graph.states:
+            if state.name not in inputs or state.after not in outputs:
+                raise ValueError(f"graph {name}: state {state.name} is not an input with an output {state.after}")

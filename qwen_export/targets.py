@@ -31,6 +31,7 @@ ONNXRUNTIME = Target(
         "graphs.passes.recognise_linear:recognise_linear",
         "graphs.passes.fold_weight_views:fold_weight_views",
         "graphs.passes.fuse_silu:fuse_silu",
+        "graphs.passes.widen_logits:widen_logits",
         "plugins.onnxruntime.lowerings:lower_mixers",
         "graphs.passes.fuse_residual_norm:fuse_residual_norm",
         "plugins.onnxruntime.lowerings:lower_simple_ops",

@@ -19,6 +19,13 @@ def check_runnable(manifest: Manifest) -> None:
     target = manifest.target
     if target.backend not in _BACKENDS:
         raise BundleError("the bundle needs a backend that this version does not have", got=target.backend, expected=", ".join(_BACKENDS))
+    if target.device not in PROVIDERS:
+        raise BundleError("the bundle is compiled for a device that this version does not know", got=target.device, expected=", ".join(PROVIDERS))
+    types = {tensor.dtype for graph in manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs, *graph.states)}
+    if types - set(ELEMENTS):
+        raise BundleError(
+            "the bundle's graphs use element types that this version does not know", got=", ".join(sorted(types - set(ELEMENTS)))
+        )
     have = version()
     if not have:
         extra = "onnxruntime-gpu" if target.device == "cuda" else "onnxruntime"
@@ -31,12 +38,14 @@ def check_runnable(manifest: Manifest) -> None:
             fix="pip install -U onnxruntime.",
         )
     kernels = installed(target.device)
+    if kernels is None and target.device == 'cuda':
+        return
     if kernels is None:
         raise BundleError(
             f"the bundle is compiled for {target.device}, and the installed ONNX Runtime {have} has no {PROVIDERS[target.device]}",
             fix="pip install onnxruntime-gpu, or build the checkpoint with --device cpu.",
         )
-    missing = [name for name in target.operators if not kernels.has(*name.rsplit(".", 1))]
+    missing = [name for name in target.operators if not kernels.has(*name.rpartition(".")[::2])]
     if missing:
         raise BundleError(
             f"the installed ONNX Runtime {have} lacks operators of the bundle for {target.device}",

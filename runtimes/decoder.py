@@ -187,9 +187,10 @@ class _BoundCall:
 
     def __init__(self, decoder: Decoder, b: int, T: int, sequence: int | None, rows: int) -> None:
         session, kind = decoder.session, BUFFERS[decoder.session.device]
-        self._call: Call = session.call()
+        self._call: Call = session.call(repeated=repeated)
         self._controls: dict[str, Buffer] = {}
         row = sequence or 0
+        repeated = T == 1 and sequence is None
         dims = {"B": b, "T": T, "N": rows}
 
         def shape(spec: TensorSpec) -> tuple[int, ...]:
@@ -211,13 +212,16 @@ class _BoundCall:
             else:
                 self._logits = kind(spec.dtype, shape(spec))
                 self._call.output(spec.name, shape(spec), self._logits.address)
-        self._T = T
+        self._T, self._capacity = T, decoder.capacity
+        self._recorded = session.device == "cuda" and repeated
         self._controls["logit_rows"].write(_bytes(np.arange(T - rows, T, dtype=np.int64)))
 
     def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> Logits:
         self._controls["input_ids"].write(_bytes(ids))
         self._controls["last_slot"].write(_bytes(lengths + np.int32(self._T - 1)))
-        self._controls["total_length"].write(_bytes(np.array(lengths.max() + self._T, np.int32)))
+        # A recorded step keeps the value it was recorded with: the capacity is right for all of them.
+        total = self._capacity if self._recorded else lengths.max() + self._T
+        self._controls["total_length"].write(_bytes(np.array(total, np.int32)))
         self._call.run()
         logits = self._logits
         if isinstance(logits, HostBuffer) and logits.dtype == "float":

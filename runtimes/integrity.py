@@ -24,14 +24,14 @@ def ensure_whole(bundle: Path, manifest: Manifest, progress: Callable[[str, int]
     file's name and the bytes just hashed."""
     check_sizes(bundle, manifest)
     note = _note(bundle)
-    known = {} if again else _read(note)
+    known = {} if again or note is None else _read(note)
     passed: dict[str, Fingerprint] = {}
     for name, entry in manifest.files.items():
         fingerprint = _fingerprint(file_path(bundle, name))
         if known.get(name) != fingerprint:
             check_hash(bundle, name, entry, partial(progress, name) if progress else None)
         passed[name] = fingerprint
-    if passed != known:
+    if note is not None and passed != known:
         with contextlib.suppress(OSError):  # an unwritable home only costs the next run a hash
             note.parent.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(passed))
@@ -42,9 +42,12 @@ def _fingerprint(path: Path) -> Fingerprint:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
 
 
-def _note(bundle: Path) -> Path:
-    """One note per manifest content and place: rewriting the manifest makes everything unknown again."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache")
+def _note(bundle: Path) -> Path | None:
+    """One note per manifest content and place: rewriting the manifest makes everything unknown again. None for a user without a home."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     identity = str(bundle.resolve()).encode() + (bundle / MANIFEST).read_bytes()
     return base / "qwen-export" / "whole" / f"{hashlib.sha256(identity).hexdigest()[:32]}.json"
 

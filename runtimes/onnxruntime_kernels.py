@@ -49,6 +49,10 @@ def installed(device: str) -> Kernels | None:
         raise UnsupportedError(
             "ONNX Runtime is not installed", fix="Install one of the extras: pip install 'qwen-export[onnxruntime]' (CPU) or '[onnxruntime-gpu]'."
         ) from error
+    import onnxruntime
+
+    if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
+        return None
     types: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = defaultdict(list)
     for kernel in native.get_all_opkernel_def():
         if kernel.provider == PROVIDERS[device]:

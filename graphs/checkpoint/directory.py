@@ -43,11 +43,16 @@ def _tensors(directory: Path) -> dict[str, TensorInfo]:
             raise CheckpointError("the directory has no safetensors files", where=str(directory))
         return _merge(files)
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError("the weight index is not readable", where=str(index), got=str(error), expected="a JSON object weight_map") from error
-    escaped = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError("the weight index cannot be read", where=str(index), got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("the weight index is not valid JSON", where=str(index), got=error) from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError("the weight index has no weight_map from tensors to files", where=str(index))
+    names = sorted(set(weight_map.values()))
+    escaped = [name for name in names if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name]
     if escaped:
         raise CheckpointError("the weight index names a file outside the directory", where=str(index), got=escaped[0])
     tensors = _merge([directory / name for name in names])

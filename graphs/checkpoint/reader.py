@@ -9,7 +9,8 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from io import FileIO
+from typing import Self
 
 import numpy as np
 
@@ -29,7 +30,7 @@ class CheckpointReader:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        self._files: dict[Path, BinaryIO] = {}
+        self._files: dict[Path, FileIO] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -65,13 +66,23 @@ class CheckpointReader:
     def _read(self, info: TensorInfo, start: int, stop: int) -> Array:
         row = prod(info.shape[1:]) * ITEM_SIZE[info.dtype]
         buffer = np.empty((stop - start, *info.shape[1:]), _BITS[info.dtype])
-        if info.file not in self._files:
-            self._files[info.file] = info.file.open("rb", buffering=0)
-        file, view, done = self._files[info.file], memoryview(buffer).cast("B") if buffer.nbytes else memoryview(b""), 0
-        file.seek(info.offset + start * row)
-        while done < buffer.nbytes:
-            got = file.readinto(view[done:])  # type: ignore[attr-defined]
-            if not got:
-                raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}")
-            done += got
+        try:
+            complete = self._fill(buffer, info.file, info.offset + start * row)
+        except OSError as error:
+            raise CheckpointError("a weight file cannot be read", where=f"{info.file}, tensor {info.name}", got=error.strerror) from error
+        if not complete:
+            raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}")
         return buffer
+
+    def _fill(self, buffer: Array, path: Path, offset: int) -> bool:
+        """Read the bytes at `offset` into `buffer`; False when the file ends before that."""
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        file, view, done = self._files[path], memoryview(buffer).cast("B") if buffer.nbytes else memoryview(b""), 0
+        file.seek(offset)
+        while done < buffer.nbytes:
+            got = file.readinto(view[done:])
+            if not got:
+                return False
+            done += got
+        return True

@@ -17,7 +17,11 @@ from typing import Any
 
 from qwen_export.errors import CheckpointError
 
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+# Bytes per element of the format's types, those of less than a byte left out.
+ITEM_SIZE = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1},
+}
 _MAX_HEADER = 100 << 20
 
 
@@ -56,28 +60,44 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise CheckpointError("a weight file cannot be read", where=str(path), got=os.strerror(error.errno or 0)) from error
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items()]
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("the safetensors header is not readable", where=str(path), got=str(error)) from error
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("the safetensors header is not valid JSON", where=str(path), got=error, fix="Copy or download the file again.") from error
+    if not isinstance(entries, dict):
+        raise CheckpointError("the safetensors header is not a JSON object", where=str(path), got=type(entries).__name__)
+    tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
     _check_layout(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor(path: Path, name: str, entry: dict[str, Any], base: int) -> TensorInfo:
-    begin, end = entry["data_offsets"]
-    shape = tuple(entry["shape"])
-    if entry["dtype"] not in ITEM_SIZE:
-        raise CheckpointError("unknown element type", where=f"{path}, tensor {name}", got=entry["dtype"], expected=", ".join(ITEM_SIZE))
-    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
-        raise ValueError(f"tensor {name} has a negative or fractional size")
-    tensor = TensorInfo(name, path, entry["dtype"], shape, base + begin)
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different; json itself would silently keep the last."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return values
+
+
+def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
+    where = f"{path}, tensor {name}"
+    fields = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError("a tensor of the safetensors header has no usable dtype, shape and data_offsets", where=where)
+    if dtype not in ITEM_SIZE:
+        raise CheckpointError("unknown element type", where=where, got=dtype, expected=", ".join(ITEM_SIZE))
+    begin, end = offsets
+    tensor = TensorInfo(name, path, dtype, tuple(shape), base + begin)
     if end - begin != tensor.nbytes:
         raise CheckpointError(
-            "a tensor's bytes do not match its shape", where=f"{path}, tensor {name}", got=f"{end - begin} bytes", expected=f"{tensor.nbytes}"
+            "a tensor's bytes do not match its shape", where=where, got=f"{end - begin} bytes", expected=f"{tensor.nbytes}"
         )
     return tensor
+
+
+def _sizes(value: Any) -> bool:
+    """A JSON list of whole numbers >= 0."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:
