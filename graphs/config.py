@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class TextConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, for the bundle's manifest."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -296,16 +296,14 @@ def _rope(f: _Fields) -> RopeConfig:
         raise r.wrong("mrope_section", section, "a list of positive integers")
     if section:
         r.must_be("mrope_interleaved", True)
-    base = {
-        "theta": r.number("rope_theta"),
-        "partial_rotary_factor": r.number("partial_rotary_factor", 0.25),
-        "mrope_section": tuple(section),
-    }
+    base = RopeConfig(
+        theta=r.number("rope_theta"), partial_rotary_factor=r.number("partial_rotary_factor", 0.25), mrope_section=tuple(section)
+    )
     if kind == "default":
-        return RopeConfig(**base)
+        return base
     factor = r.number("factor")
-    return RopeConfig(
-        **base,
+    return replace(
+        base,
         kind="yarn",
         factor=factor,
         original_max_position_embeddings=r.integer("original_max_position_embeddings", f.integer("max_position_embeddings")),

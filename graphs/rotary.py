@@ -16,9 +16,9 @@ from qwen_export.graphs.config import TextConfig
 def rotary_frequencies(config: TextConfig) -> tuple[list[float], float]:
     """The R/2 frequencies (fp32 values) in radians per position, and the factor on cos and sin."""
     rope, R = config.rope, config.rotary_dim
-    # The same fp32 steps as the reference: at 262144 positions the rounding of a frequency is visible.
+    # Rounded to fp32 where the reference rounds: at 262144 positions the last bit of a frequency is visible.
     exponent = np.arange(0, R, 2, dtype=np.int64).astype(np.float32) / np.float32(R)
-    plain = np.float32(1) / np.power(np.float32(rope.theta), exponent, dtype=np.float32)
+    plain = np.float32(1) / np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)
     if rope.kind == "default":
         return [float(f) for f in plain], 1.0
 

@@ -213,7 +213,7 @@ def _parse(kind: Any, value: Any, where: str = "") -> Any:
     wrong. Unknown fields are left out: a newer minor version may add some."""
     if kind is Any:
         return value
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         given, hints = _expect(dict, value, where), get_type_hints(kind)
         missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
         if missing:
@@ -252,10 +252,11 @@ def _check(manifest: Manifest) -> None:
         if graph.file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not listed: {graph.file}")
         inputs, outputs = {t.name for t in graph.inputs}, {t.name for t in graph.outputs}
-        for tensor in (*graph.inputs, *graph.outputs, *graph.states):
-            unknown = [dim for dim in tensor.shape if isinstance(dim, str) and dim not in DIMS]
+        shapes = {t.name: t.shape for t in (*graph.inputs, *graph.outputs)} | {s.name: s.shape for s in graph.states}
+        for tensor, shape in shapes.items():
+            unknown = [dim for dim in shape if isinstance(dim, str) and dim not in DIMS]
             if unknown:
-                raise ValueError(f"graph {name}, tensor {tensor.name}: unknown dim {unknown[0]}")
+                raise ValueError(f"graph {name}, tensor {tensor}: unknown dim {unknown[0]}")
         for state in graph.states:
             if state.name not in inputs or state.after not in outputs:
                 raise ValueError(f"graph {name}: state {state.name} is not an input with an output {state.after}")

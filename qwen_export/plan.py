@@ -10,8 +10,8 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
-from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import ContextOverflow, QwenExportError
-from qwen_export.manifest import Manifest, TensorSpec
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, HostBuffer, decode, encode
-from qwen_export.runtimes.onnxruntime_session import Call, Session
+from qwen_export.manifest import Manifest
+from qwen_export.runtimes.bound_call import BoundCall, CallShape
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, encode
+from qwen_export.runtimes.onnxruntime_session import Session
 
 Logits = npt.NDArray[np.float32]
 
-# Tokens per prefill call: enough to keep matrix products busy, few enough to bound activations and attention scores.
+# Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
-# Attention scores of one call, Hq x T x S fp32 values on the host, stay below this.
-_SCORE_BYTES = 512 << 20
+# CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
+_FIRST_SLOTS = 2048
+_SLOT_AXIS = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything one sequence has read: self-contained, valid for any decoder of the same bundle and precision."""
+    """Everything one sequence has read: self-contained, valid for any decoder of the same bundle."""
 
     mark: Mark
     caches: dict[str, Bytes]
@@ -55,15 +56,18 @@ class Decoder:
         limit = manifest.model["max_position_embeddings"]
         if not 0 < self.capacity <= limit:
             raise QwenExportError("the context is larger than the model's", got=self.capacity, expected=f"at most {limit}", fix="Lower --max-context.")
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        if batch < 1:
+            raise QwenExportError("a decoder needs at least one sequence", got=batch)
+        self.chunk = PREFILL_CHUNK[session.device]
+        self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
         kind = BUFFERS[session.device]
-        self._specs = {tensor.name: tensor for tensor in (*session.spec.inputs, *session.spec.outputs)}
-        self._states = {state.name: kind(state.dtype, self._shape(state.shape)) for state in session.spec.states}
-        self._tables = {name: self._table(kind, name) for name in ("cos", "sin")}
-        self._calls: dict[tuple[int, int | None, int], _BoundCall] = {}
-        heads = manifest.model["num_attention_heads"]
-        room = _SCORE_BYTES // (4 * heads * self.capacity) if session.device == "cpu" else PREFILL_CHUNK["cuda"]
-        self.chunk = max(16, min(PREFILL_CHUNK[session.device], room))
+        dims = {"B": batch, "S": self.slots}
+        self.states: dict[str, Buffer] = {
+            spec.name: kind(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape)) for spec in session.spec.states
+        }
+        self.tables = {spec.name: self._table(kind, spec.name, spec.dtype) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        self._tokens: list[list[int]] = [[] for _ in range(batch)]
+        self._calls: dict[CallShape, BoundCall] = {}
 
     @property
     def lengths(self) -> list[int]:
@@ -74,14 +78,15 @@ class Decoder:
         return tuple(self._tokens[sequence])
 
     def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
-        """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted."""
+        """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
+        Logits are valid until the next call."""
         if not len(ids):
             raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
         self._check_room(sequence, len(ids))
         size = chunk or self.chunk
-        for start in range(0, len(ids) - size, size):
-            self._run(np.asarray([ids[start : start + size]], np.int64), sequence, 0)
         last = len(ids) - 1 - (len(ids) - 1) % size
+        for start in range(0, last, size):
+            self._run(np.asarray([ids[start : start + size]], np.int64), sequence, 0)
         return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).reshape(-1)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
@@ -102,7 +107,7 @@ class Decoder:
     def mark(self, sequence: int = 0) -> Mark:
         """Remember this point of the sequence."""
         fixed = [spec.name for spec in self.session.spec.states if not spec.grows]
-        return Mark(self.tokens(sequence), {name: _row(self._states[name], sequence).copy() for name in fixed})
+        return Mark(self.tokens(sequence), {name: self.states[name].read_row(sequence) for name in fixed})
 
     def rewind(self, mark: Mark, sequence: int = 0) -> None:
         """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
@@ -111,17 +116,16 @@ class Decoder:
             raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
         for spec in self.session.spec.states:
             if not spec.grows:
-                buffer = self._states[spec.name]
-                _set_row(buffer, sequence, mark.states.get(spec.name, np.zeros(buffer.row_bytes(), np.uint8)))
+                buffer = self.states[spec.name]
+                buffer.write_row(sequence, mark.states.get(spec.name, np.zeros(buffer.row_bytes, np.uint8)))
         del self._tokens[sequence][length:]
 
     def snapshot(self, sequence: int = 0) -> Snapshot:
         """Copy what the sequence has read: a mark and the used part of the caches."""
         used = len(self._tokens[sequence])
         caches = {
-            spec.name: np.ascontiguousarray(self._cache_view(_row(self._states[spec.name], sequence), spec.shape)[:, :used])
-            for spec in self.session.spec.states
-            if spec.grows
+            name: np.ascontiguousarray(self._cache_rows(self.states[name].read_row(sequence), name)[:, :used])
+            for name in self._cache_names()
         }
         return Snapshot(self.mark(sequence), caches)
 
@@ -130,17 +134,20 @@ class Decoder:
         length = len(snapshot.mark.tokens)
         if length > self.capacity:
             raise ContextOverflow("the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens")
-        for spec in self.session.spec.states:
-            if spec.grows:
-                row = _row(self._states[spec.name], sequence)
-                self._cache_view(row, spec.shape)[:, :length] = snapshot.caches[spec.name]
-                _set_row(self._states[spec.name], sequence, row)
+        self._make_room(length)
+        for name in self._cache_names():
+            row = self.states[name].read_row(sequence)
+            self._cache_rows(row, name)[:, :length] = snapshot.caches[name]
+            self.states[name].write_row(sequence, row)
         self._tokens[sequence] = list(snapshot.mark.tokens)
         self.rewind(snapshot.mark, sequence)
 
-    def _cache_view(self, row: Bytes, shape: tuple[int | str, ...]) -> Bytes:
-        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,row]."""
-        return row.reshape(int(shape[1]), self.capacity, -1)
+    def _cache_names(self) -> list[str]:
+        return [spec.name for spec in self.session.spec.states if spec.grows]
+
+    def _cache_rows(self, row: Bytes, name: str) -> Bytes:
+        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
+        return row.reshape(self.states[name].shape[1], self.slots, -1)
 
     def _check_room(self, sequence: int, count: int) -> None:
         used = len(self._tokens[sequence])
@@ -151,100 +158,53 @@ class Decoder:
                 expected=f"at most {self.capacity}",
                 fix=f"Shorten the input, or load with a larger max_context (the model's limit is {self.manifest.model['max_position_embeddings']}).",
             )
+        self._make_room(used + count)
+
+    def _make_room(self, length: int) -> None:
+        """Double the allocated slots until `length` fits. Happens on CUDA only, and a few times in a long conversation."""
+        if length <= self.slots:
+            return
+        slots = self.slots
+        while slots < length:
+            slots *= 2
+        slots = min(slots, self.capacity)
+        for name in self._cache_names():
+            buffer = self.states[name]
+            if not isinstance(buffer, CudaBuffer):
+                raise AssertionError("host caches have their full size from the start")
+            self.states[name] = buffer.grown(_SLOT_AXIS, slots, max(self.lengths))
+        self.slots = slots
+        self._calls.clear()
 
     def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int) -> Logits:
-        """One call over `ids` [b,T]: all sequences, or one; logits of the last `rows` tokens."""
-        b, T = ids.shape
-        key = (T, sequence, rows)
-        if key not in self._calls:
-            # Decode and whole chunks come back; the odd sizes of prompts' ends do not.
-            for old in [k for k in self._calls if k[0] not in (1, self.chunk)]:
-                del self._calls[old]
-            self._calls[key] = _BoundCall(self, b, T, sequence, rows)
+        """One call over `ids` [b,T]: all sequences, or one; logits f32[b,rows,V] of the last `rows` tokens."""
         members = range(self.batch) if sequence is None else [sequence]
+        shape = CallShape(len(members), ids.shape[1], rows, sequence or 0, repeated=sequence is None)
+        if shape not in self._calls:
+            self._bind(shape, ids)
         lengths = np.array([len(self._tokens[i]) for i in members], np.int32)
-        logits = self._calls[key].run(ids, lengths)
+        logits = self._calls[shape].run(ids, lengths)
         for row, i in enumerate(members):
             self._tokens[i].extend(ids[row].tolist())
         return logits
 
-    def _shape(self, shape: tuple[int | str, ...], **dims: int) -> tuple[int, ...]:
-        known = {"B": self.batch, "S": self.capacity} | dims
-        return tuple(d if isinstance(d, int) else known[d] for d in shape)
+    def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
+        """Make the bindings for calls of one shape. Steps and whole chunks come back; the odd sizes of prompts' ends are dropped."""
+        for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
+            del self._calls[old]
+        call = self._calls[shape] = BoundCall(self.session, shape, self.states, self.tables, self.slots)
+        if call.recorded:
+            # Recording runs the graph several times over: do that now, and put the states back.
+            marks = [self.mark(i) for i in range(self.batch)]
+            call.run(ids, np.array(self.lengths, np.int32))
+            for i, mark in enumerate(marks):
+                self.rewind(mark, i)
 
-    def _table(self, kind: type[Buffer], name: str) -> Buffer:
-        spec, rotary = self._specs[name], self.manifest.rotary
-        buffer = kind(spec.dtype, self._shape(spec.shape))
+    def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
+        rotary = self.manifest.rotary
         # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
         angles = np.arange(self.capacity, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
         values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-        buffer.write(encode(values, spec.dtype))
+        buffer = kind(dtype, values.shape)
+        buffer.write(encode(values, dtype))
         return buffer
-
-
-class _BoundCall:
-    """Bindings for calls of one shape."""
-
-    def __init__(self, decoder: Decoder, b: int, T: int, sequence: int | None, rows: int) -> None:
-        session, kind = decoder.session, BUFFERS[decoder.session.device]
-        self._call: Call = session.call(repeated=repeated)
-        self._controls: dict[str, Buffer] = {}
-        row = sequence or 0
-        repeated = T == 1 and sequence is None
-        dims = {"B": b, "T": T, "N": rows}
-
-        def shape(spec: TensorSpec) -> tuple[int, ...]:
-            return decoder._shape(spec.shape, **dims)
-
-        outputs = {state.after: decoder._states[state.name] for state in session.spec.states}
-        for spec in session.spec.inputs:
-            if spec.name in decoder._states:
-                self._call.input(spec.name, shape(spec), decoder._states[spec.name].row_address(row))
-            elif spec.name in decoder._tables:
-                self._call.input(spec.name, shape(spec), decoder._tables[spec.name].address)
-            else:
-                control = (HostBuffer if spec.name == "total_length" else kind)(spec.dtype, shape(spec))
-                self._controls[spec.name] = control
-                self._call.input(spec.name, shape(spec), control.address)
-        for spec in session.spec.outputs:
-            if spec.name in outputs:
-                self._call.output(spec.name, shape(spec), outputs[spec.name].row_address(row))
-            else:
-                self._logits = kind(spec.dtype, shape(spec))
-                self._call.output(spec.name, shape(spec), self._logits.address)
-        self._T, self._capacity = T, decoder.capacity
-        self._recorded = session.device == "cuda" and repeated
-        self._controls["logit_rows"].write(_bytes(np.arange(T - rows, T, dtype=np.int64)))
-
-    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> Logits:
-        self._controls["input_ids"].write(_bytes(ids))
-        self._controls["last_slot"].write(_bytes(lengths + np.int32(self._T - 1)))
-        # A recorded step keeps the value it was recorded with: the capacity is right for all of them.
-        total = self._capacity if self._recorded else lengths.max() + self._T
-        self._controls["total_length"].write(_bytes(np.array(total, np.int32)))
-        self._call.run()
-        logits = self._logits
-        if isinstance(logits, HostBuffer) and logits.dtype == "float":
-            return logits.array
-        return decode(logits.read(), logits.dtype, logits.shape)
-
-
-def _bytes(array: npt.NDArray[Any]) -> Bytes:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _row(buffer: Buffer, index: int) -> Bytes:
-    """One sequence's bytes; on the host a view."""
-    size = buffer.row_bytes()
-    data = buffer.bytes if isinstance(buffer, HostBuffer) else buffer.read()
-    return data[index * size : (index + 1) * size]
-
-
-def _set_row(buffer: Buffer, index: int, data: Bytes) -> None:
-    size = buffer.row_bytes()
-    if isinstance(buffer, HostBuffer):
-        buffer.bytes[index * size : (index + 1) * size] = data
-    else:
-        everything = buffer.read()
-        everything[index * size : (index + 1) * size] = data
-        buffer.write(everything)

@@ -86,7 +86,7 @@ class Model:
         A prompt that continues the last one is not read again. `enable_thinking` and `preserve_thinking` None leave the choice to the
         checkpoint's template; `sampling` None takes the model card's values for the mode."""
         safe = shield_messages(messages, self.tokenizer)
-        options = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
+        options: dict[str, Any] = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
         prompt = self.template.render(safe, tools, **options)
         history = self.template.render(safe, tools, add_generation_prompt=False, **options)
         thinking = thinking_prefix(prompt)

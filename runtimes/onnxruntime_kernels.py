@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
@@ -31,18 +30,17 @@ class Kernels:
 
 
 def version() -> str:
-    """Version of the installed ONNX Runtime distribution, "" when there is none."""
-    for name in _DISTRIBUTIONS:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+    """Version of the ONNX Runtime that is imported here, "" when there is none."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return ""
+    return str(onnxruntime.__version__)
 
 
 @cache
 def installed(device: str) -> Kernels | None:
-    """Kernels of the installed ONNX Runtime for "cpu" or "cuda"; None where this build of it lacks the provider."""
+    """Kernels of the installed ONNX Runtime for "cpu" or "cuda"; None where this build of it lacks the provider or does not tell."""
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as native
     except ImportError as error:
@@ -62,3 +60,12 @@ def installed(device: str) -> Kernels | None:
             }
             types[(kernel.domain, kernel.op_name)].append(constraints)
     return Kernels(device, f"onnxruntime {version()}", dict(types)) if types else None
+
+
+def has_provider(device: str) -> bool:
+    """Whether the ONNX Runtime that is imported here was built with the provider of `device`."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return False
+    return PROVIDERS[device] in onnxruntime.get_available_providers()

@@ -6,19 +6,19 @@ files.
 
 from __future__ import annotations
 
+from io import FileIO
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from io import FileIO
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import stored_name
 from qwen_export.graphs.checkpoint.safetensors_header import ITEM_SIZE, TensorInfo
-from qwen_export.graphs.weights.expression import Array
 
 _BITS = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 # Unused vocabulary rows are legitimately zero; any other all-zero output row is a damaged projection.
@@ -40,7 +40,7 @@ class CheckpointReader:
             file.close()
         self._files.clear()
 
-    def rows(self, name: str, start: int, stop: int) -> Array:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start..stop-1 of the parameter `name`, as fp32. Raises CheckpointError for values that no model can use."""
         info = self._checkpoint.tensors[stored_name(self._checkpoint.config, name)]
         raw = self._read(info, start, stop)
@@ -63,7 +63,7 @@ class CheckpointReader:
                 )
         return values
 
-    def _read(self, info: TensorInfo, start: int, stop: int) -> Array:
+    def _read(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
         row = prod(info.shape[1:]) * ITEM_SIZE[info.dtype]
         buffer = np.empty((stop - start, *info.shape[1:]), _BITS[info.dtype])
         try:
@@ -74,11 +74,11 @@ class CheckpointReader:
             raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}")
         return buffer
 
-    def _fill(self, buffer: Array, path: Path, offset: int) -> bool:
+    def _fill(self, buffer: npt.NDArray[Any], path: Path, offset: int) -> bool:
         """Read the bytes at `offset` into `buffer`; False when the file ends before that."""
         if path not in self._files:
             self._files[path] = path.open("rb", buffering=0)
-        file, view, done = self._files[path], memoryview(buffer).cast("B") if buffer.nbytes else memoryview(b""), 0
+        file, view, done = self._files[path], buffer.reshape(-1).view(np.uint8).data, 0
         file.seek(offset)
         while done < buffer.nbytes:
             got = file.readinto(view[done:])

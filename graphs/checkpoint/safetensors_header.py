@@ -81,13 +81,13 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     where = f"{path}, tensor {name}"
     fields = entry if isinstance(entry, dict) else {}
-    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-    if not isinstance(dtype, str) or not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
+    dtype, shape, offsets = fields.get("dtype"), _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
+    if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
         raise CheckpointError("a tensor of the safetensors header has no usable dtype, shape and data_offsets", where=where)
     if dtype not in ITEM_SIZE:
         raise CheckpointError("unknown element type", where=where, got=dtype, expected=", ".join(ITEM_SIZE))
     begin, end = offsets
-    tensor = TensorInfo(name, path, dtype, tuple(shape), base + begin)
+    tensor = TensorInfo(name, path, dtype, shape, base + begin)
     if end - begin != tensor.nbytes:
         raise CheckpointError(
             "a tensor's bytes do not match its shape", where=where, got=f"{end - begin} bytes", expected=f"{tensor.nbytes}"
@@ -95,9 +95,9 @@ def _tensor(path: Path, name: str, entry: Any, base: int) -> TensorInfo:
     return tensor
 
 
-def _sizes(value: Any) -> bool:
-    """A JSON list of whole numbers >= 0."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A JSON list of whole numbers >= 0; None for anything else."""
+    return tuple(value) if isinstance(value, list) and all(type(n) is int and n >= 0 for n in value) else None
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:

@@ -20,7 +20,7 @@ def fold_weight_views(model: ir.Model, context: PassContext) -> int:
         if node.domain or node.op_type not in _VIEWS or weight is None or source is None:
             continue
         out = node.outputs[0]
-        shape = tuple(int(d) for d in out.shape or ())
+        shape = out.shape.numpy() if out.shape is not None else ()
         view = add_weight(graph, f"{source.name}.view", Reshaped(weight, shape))
         out.replace_all_uses_with(view)
         graph.remove(node, safe=True)

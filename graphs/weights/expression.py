@@ -23,7 +23,7 @@ BLOCK_BYTES = 32 << 20
 class TensorSource(Protocol):
     """Stored tensors by name, in the names of the modules."""
 
-    def rows(self, name: str, start: int, stop: int) -> Array:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Rows start..stop-1 of a stored tensor (its first axis), as fp32."""
 
 

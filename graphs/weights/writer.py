@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.graphs.weights.expression import TensorSource, WeightTensor
+from qwen_export.graphs.weights.expression import TensorSource, Weight, weight_of
 from qwen_export.manifest import FileEntry
 
 # Page alignment lets a runtime map each tensor straight from the file.
@@ -27,7 +27,7 @@ Progress = Callable[[str, int], None]
 
 def weight_bytes(model: ir.Model) -> int:
     """Size of the file that `write_weights` will make, without padding."""
-    return sum(value.const_value.weight.nbytes for value in _weights(model))
+    return sum(weight.nbytes for _, weight in _weights(model))
 
 
 def write_weights(model: ir.Model, source: TensorSource, path: Path, progress: Progress | None = None) -> FileEntry:
@@ -45,15 +45,14 @@ def write_weights(model: ir.Model, source: TensorSource, path: Path, progress: P
             while len(pending) > 2 * _IN_FLIGHT:
                 pending.popleft().result()
 
-        for value in _weights(model):
-            weight = value.const_value.weight
+        for value, weight in _weights(model):
             padding = -offset % ALIGNMENT
             if padding:
                 put(memoryview(bytes(padding)))
             offset += padding
             begin = offset
             for block in weight.blocks(source):
-                data = memoryview(np.ascontiguousarray(block).view(np.uint8).reshape(-1))
+                data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
                 put(data)
                 offset += data.nbytes
                 if progress:
@@ -68,8 +67,8 @@ def write_weights(model: ir.Model, source: TensorSource, path: Path, progress: P
     return FileEntry(offset, digest.hexdigest())
 
 
-def _weights(model: ir.Model) -> list[ir.Value]:
-    return [value for value in model.graph.initializers.values() if isinstance(value.const_value, WeightTensor)]
+def _weights(model: ir.Model) -> list[tuple[ir.Value, Weight]]:
+    return [(value, weight) for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None]
 
 
 def _write_all(write: Callable[[memoryview], int | None], data: memoryview) -> None:

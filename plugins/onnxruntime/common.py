@@ -38,7 +38,7 @@ class Emitter:
         name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
         if name not in self.graph.initializers:
             tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
-            self.graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+            self.graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor))
         return self.graph.initializers[name]
 
     def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from qwen_export.build import build
-from qwen_export.commands.output import size
+from qwen_export.commands.output import progress_bar, size
 from qwen_export.manifest import load_manifest
 from qwen_export.targets import PRECISIONS, TARGETS
 
@@ -43,7 +42,7 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
         def report(name: str, done: int, total: int) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
-from qwen_export.commands.output import size
+from qwen_export.commands.output import progress_bar, size
 from qwen_export.errors import BundleError
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.compatibility import available_memory, check_runnable, needed_memory
@@ -22,7 +20,7 @@ def command(bundle: Path) -> None:
     """Say whether BUNDLE is whole and runs on this machine; if not, what exactly is wrong."""
     manifest = load_manifest(bundle)
     total = sum(entry.size for entry in manifest.files.values())
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("hashing", total=total)
         ensure_whole(bundle, manifest, lambda name, n: bar.update(task, advance=n, description=f"hashing {name}"), again=True)
     click.echo(f"files      {len(manifest.files)} files, {size(total)}, all hashes match")

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on stderr that leaves nothing behind, and nothing at all where stderr is not a terminal."""
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+
 
 def size(count: int) -> str:
     """Bytes for people: `1.6 GiB`, `23 MiB`."""

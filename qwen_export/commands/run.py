@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import Progress
 
+from qwen_export.commands.output import progress_bar
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.generation import Statistics
 from qwen_export.runtimes.integrity import ensure_whole
@@ -105,6 +104,6 @@ def _summary(s: Statistics) -> str:
 def hash_with_progress(bundle: Path) -> None:
     """The first look at a bundle hashes it; show how far that is."""
     manifest = load_manifest(bundle)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress_bar() as bar:
         task = bar.add_task("checking files", total=sum(entry.size for entry in manifest.files.values()))
         ensure_whole(bundle, manifest, lambda name, n: bar.update(task, advance=n))

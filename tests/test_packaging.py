@@ -1,0 +1,193 @@
+"""What is installed, and what importing it costs: the packages, the wheel, and the line between the runtime and the compiler."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TREES = {"qwen_export": "qwen_export", "graphs": "qwen_export.graphs", "plugins": "qwen_export.plugins", "runtimes": "qwen_export.runtimes"}
+HEAVY = ("torch", "onnx", "transformers", "onnx_ir", "onnxscript", "safetensors")
+
+
+def sources(*trees: str) -> list[Path]:
+    return [path for tree in trees for path in sorted((ROOT / tree).rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    """qwen_export.graphs.config for graphs/config.py."""
+    tree, *rest = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join([TREES[tree], *(part for part in rest if part != "__init__")])
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            yield node.module or ""
+
+
+def in_fresh_python(code: str, *arguments: str) -> Any:
+    """Run `code` outside of the checkout and return the JSON that it prints last."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_listed_packages_are_those_of_the_tree() -> None:
+    folders = {path.parent for path in sources(*TREES)}
+    assert all((folder / "__init__.py").exists() for folder in folders), "a folder without __init__.py would not be packaged"
+    in_tree = {module_name(folder / "__init__.py") for folder in folders}
+    listed = project()["tool"]["setuptools"]["packages"]
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == in_tree
+
+
+def test_versions_agree() -> None:
+    import qwen_export
+
+    assert project()["project"]["version"] == qwen_export.__version__
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_no_bare_import_of_a_top_level_folder(tree: str) -> None:
+    """`import graphs` would work in a checkout and load a second copy of every class."""
+    for path in sources(*TREES, "tests", "examples", "benchmarks"):
+        assert tree == "qwen_export" or not [name for name in imports(path) if name.split(".")[0] == tree], path
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    for tree in TREES:
+        shutil.copytree(ROOT / tree, copy / tree, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(copy)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        metadata = next(file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA"))
+        entries = next(file.read(name).decode() for name in file.namelist() if name.endswith("/entry_points.txt"))
+    expected = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
+    assert names == expected | {"qwen_export/py.typed"}
+    assert "qwen-export = qwen_export.cli:main" in entries
+    required = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
+    assert {requirement.split(">")[0] for requirement in required} == {"numpy", "tokenizers", "jinja2", "click", "rich"}
+
+
+# The line between the runtime and the compiler
+
+ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime"}
+
+
+@pytest.mark.parametrize("path", sources("runtimes"), ids=lambda path: path.stem)
+def test_the_runtime_imports_nothing_of_the_compiler(path: Path) -> None:
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "qwen_export":
+            assert name in ("qwen_export.errors", "qwen_export.manifest") or name.startswith("qwen_export.runtimes"), name
+        else:
+            assert top in ALLOWED or top in sys.stdlib_module_names, name
+
+
+def test_manifest_and_errors_need_the_standard_library_only() -> None:
+    for name in ("manifest", "errors"):
+        for imported in imports(ROOT / "qwen_export" / f"{name}.py"):
+            assert imported == "qwen_export.errors" or imported.split(".")[0] in sys.stdlib_module_names
+
+
+def test_only_the_session_modules_know_onnxruntime() -> None:
+    users = {path.stem for path in sources("runtimes") if "onnxruntime" in {name.split(".")[0] for name in imports(path)}}
+    assert users <= {"onnxruntime_session", "onnxruntime_kernels", "buffers"}
+
+
+_LOADED = "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+
+
+def test_importing_the_package_loads_the_standard_library_only() -> None:
+    code = f"import json, sys; before = set(sys.modules); import qwen_export, qwen_export.runtimes, qwen_export.manifest; {_LOADED}"
+    bare = in_fresh_python(f"import json, sys; {_LOADED}")
+    new = set(in_fresh_python(code)) - set(bare) - {"qwen_export"}
+    assert new <= set(sys.stdlib_module_names)
+
+
+def test_running_a_bundle_loads_neither_torch_nor_onnx(tiny_bundle: Path) -> None:
+    code = f"""
+import json, sys
+from qwen_export.runtimes import SamplingParams, load
+model = load(sys.argv[1])
+answer = model.stream([{{"role": "user", "content": "Hello"}}], sampling=SamplingParams(greedy=True), max_new_tokens=4)
+"".join(answer)
+assert len(answer.tokens) >= 1
+{_LOADED}
+"""
+    loaded = set(in_fresh_python(code, str(tiny_bundle)))
+    assert {"onnxruntime", "tokenizers", "jinja2"} <= loaded
+    assert not loaded & set(HEAVY)
+
+
+def test_run_and_check_load_neither_torch_nor_onnx(tiny_bundle: Path) -> None:
+    code = f"import json, sys; from qwen_export.cli import main; main(sys.argv[1:]); {_LOADED}"
+    for arguments in (["check", str(tiny_bundle)], ["run", str(tiny_bundle), "Hello", "--max-new-tokens", "2"]):
+        assert not set(in_fresh_python(code, *arguments)) & set(HEAVY)
+
+
+# What `inspect` needs must answer at once
+
+EARLY = [
+    "graphs.config",
+    "graphs.checkpoint.directory",
+    "graphs.checkpoint.names",
+    "graphs.checkpoint.safetensors_header",
+    "plan",
+    "inspection",
+]
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_planning_loads_neither_torch_nor_onnx(name: str) -> None:
+    assert not set(in_fresh_python(f"import json, sys; import qwen_export.{name}; {_LOADED}")) & set(HEAVY)
+
+
+def test_inspect_answers_within_a_second(tiny_checkpoint: Path) -> None:
+    code = f"import json, sys; from qwen_export.cli import main; main(sys.argv[1:]); {_LOADED}"
+    times = []
+    for _ in range(3):  # the best of three: the machine may be busy
+        started = time.perf_counter()
+        loaded = in_fresh_python(code, "inspect", str(tiny_checkpoint))
+        times.append(time.perf_counter() - started)
+        if times[-1] < 1:
+            break
+    assert not set(loaded) & set(HEAVY)
+    assert min(times) < 1
+
+
+def test_the_public_names_are_there() -> None:
+    code = """
+import json
+from qwen_export import build as first
+import qwen_export.commands.build
+from qwen_export import build as second
+import qwen_export
+print(json.dumps([callable(first), callable(second), first is second, callable(qwen_export.build)]))
+"""
+    assert in_fresh_python(code) == [True, True, True, True]
