@@ -162,7 +162,9 @@ def load_config(directory: Path) -> CheckpointConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(
-            "no config.json in the checkpoint directory", where=str(directory), fix="Give the directory that a Qwen3.5 / Qwen3.6 release unpacks to."
+            "no config.json in the checkpoint directory",
+            where=str(directory),
+            fix="Give the directory that a Qwen3.5 / Qwen3.6 release unpacks to.",
         ) from None
     except OSError as error:
         raise ConfigError("config.json cannot be read", where=str(path), got=error.strerror) from error
@@ -196,7 +198,9 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Checkpoi
         raise ConfigError("config value 'tie_word_embeddings' cannot be used", where=where, got=repr(tied), expected="true or false")
     quantization = raw.get("quantization_config") or text.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError("config value 'quantization_config' cannot be used", where=where, got=repr(quantization), expected="a JSON object")
+        raise ConfigError(
+            "config value 'quantization_config' cannot be used", where=where, got=repr(quantization), expected="a JSON object"
+        )
     return CheckpointConfig(
         text=_parse_text(_Fields(text, where), model_type, tied),
         architecture=name,

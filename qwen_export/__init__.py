@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_export.build import build as build
+    from qwen_export.compiler import build as build
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build"]
@@ -29,8 +29,9 @@ if (_root / "graphs" / "__init__.py").exists() and (_root / "pyproject.toml").ex
 
 
 def __getattr__(name: str) -> Any:
+    # No module of this package may be called like a function here: importing it would put the module in the function's place.
     if name == "build":
-        from qwen_export.build import build
+        from qwen_export.compiler import build
 
         return build
     raise AttributeError(f"module 'qwen_export' has no attribute {name!r}")

@@ -218,7 +218,9 @@ def _parse(kind: Any, value: Any, where: str = "") -> Any:
         missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
         if missing:
             raise ValueError(f"{where or 'the manifest'} has no {missing[0]}")
-        return kind(**{f.name: _parse(hints[f.name], given[f.name], f"{where}.{f.name}".lstrip(".")) for f in fields(kind) if f.name in given})
+        return kind(
+            **{f.name: _parse(hints[f.name], given[f.name], f"{where}.{f.name}".lstrip(".")) for f in fields(kind) if f.name in given}
+        )
     container, arguments = get_origin(kind), get_args(kind)
     if container is tuple:
         return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))

@@ -40,7 +40,9 @@ def _check_replaceable(destination: Path, replace: bool) -> None:
     if not os.path.lexists(destination):
         return
     if not replace:
-        raise BuildError("the output directory exists already", where=str(destination), fix="Give another -o, or --force to replace the bundle.")
+        raise BuildError(
+            "the output directory exists already", where=str(destination), fix="Give another -o, or --force to replace the bundle."
+        )
     if not destination.is_dir() or (not (destination / MANIFEST).exists() and any(destination.iterdir())):
         raise BuildError("the output path holds something that is not a bundle", where=str(destination), fix="Give another -o.")
 

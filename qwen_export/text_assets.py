@@ -17,7 +17,9 @@ def check_text_assets(checkpoint: Path) -> None:
     _read_json(checkpoint / TOKENIZER_CONFIG)
     if not (checkpoint / TOKENIZER).exists() and (checkpoint / "vocab.json").exists():
         raise CheckpointError(
-            "the checkpoint has no tokenizer.json", where=str(checkpoint), fix="Save it once with transformers: AutoTokenizer(...).save_pretrained."
+            "the checkpoint has no tokenizer.json",
+            where=str(checkpoint),
+            fix="Save it once with transformers: AutoTokenizer(...).save_pretrained.",
         )
 
 
@@ -41,7 +43,9 @@ def stop_ids(checkpoint: Path, config_ids: tuple[int, ...]) -> tuple[int, ...]:
     given = _read_json(checkpoint / GENERATION_CONFIG).get("eos_token_id")
     more = given if isinstance(given, list) else [given] if given is not None else []
     if not all(type(i) is int and i >= 0 for i in more):
-        raise CheckpointError("eos_token_id is not a token id or a list of them", where=str(checkpoint / GENERATION_CONFIG), got=repr(given))
+        raise CheckpointError(
+            "eos_token_id is not a token id or a list of them", where=str(checkpoint / GENERATION_CONFIG), got=repr(given)
+        )
     return tuple(sorted({*config_ids, *more}))
 
 

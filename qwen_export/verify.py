@@ -61,14 +61,16 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     model = load(directory, max_context=min(_CAPACITY, manifest.max_context))
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
     say("eager reference")
-    expected = _eager(source, ids)
+    eager = _eager(source)
+    expected = eager(ids)
     scale = float(expected.std())
     limit = TOLERANCE[manifest.target.precision] * scale
     decoder = model.decoder()
     checks = [_logits(name, "eager", run(decoder, ids), expected, limit) for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
     say("greedy continuation")
-    checks.append(_greedy(decoder, source, ids, limit))
+    checks.append(_greedy(decoder, eager, ids, limit))
+    del eager  # transformers wants the memory
     if importlib.util.find_spec("transformers"):
         say("transformers")
         checks.append(_logits("prefill", "transformers", _one_call(decoder, ids), _transformers(source, ids), limit))
@@ -140,24 +142,26 @@ def _rewind(decoder: Decoder, ids: list[int]) -> Check:
     return Check("snapshot, restore, rewind", "itself", error, 0.0, error == 0.0)
 
 
-def _greedy(decoder: Decoder, source: Checkpoint, ids: list[int], limit: float) -> Check:
+def _greedy(decoder: Decoder, eager: Callable[[list[int]], Logits], ids: list[int], limit: float) -> Check:
     """Greedy tokens of the bundle against the eager model on the same text; a difference counts only beyond the tolerance."""
     decoder.reset()
     logits, chosen = decoder.prefill(ids), []
     for _ in range(GREEDY_TOKENS):
         chosen.append(int(logits.argmax()))
         logits = decoder.step([chosen[-1]])[0]
-    rows = _eager(source, [*ids, *chosen])[len(ids) - 1 : -1]
+    rows = eager([*ids, *chosen])[len(ids) - 1 : -1]
     gaps = rows.max(axis=1) - rows[np.arange(len(chosen)), chosen]
     ties, wrong = int(((gaps > 0) & (gaps <= 2 * limit)).sum()), int((gaps > 2 * limit).sum())
     return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
 
 
-def _eager(source: Checkpoint, ids: list[int]) -> Logits:
+def _eager(source: Checkpoint) -> Callable[[list[int]], Logits]:
+    """The eager modules with the checkpoint's weights in fp32, as a function from token ids to logits [T,V]."""
     from qwen_export.graphs.models.eager import EagerSequence
     from qwen_export.graphs.models.load import load_decoder
 
-    return EagerSequence(load_decoder(source), _CAPACITY).read(ids)
+    model = load_decoder(source)
+    return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
 
 
 def _transformers(source: Checkpoint, ids: list[int]) -> Logits:

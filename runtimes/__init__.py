@@ -1,9 +1,9 @@
 """The part that ships to the target machine: numpy, a tokenizer, a template engine and one backend.
 
-    from qwen_export.runtimes import load
-    model = load("bundles/qwen")
-    for text in model.stream([{"role": "user", "content": "Hello"}], enable_thinking=False):
-        print(text, end="")
+from qwen_export.runtimes import load
+model = load("bundles/qwen")
+for text in model.stream([{"role": "user", "content": "Hello"}], enable_thinking=False):
+    print(text, end="")
 """
 
 from __future__ import annotations

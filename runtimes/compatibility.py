@@ -20,7 +20,9 @@ def check_runnable(manifest: Manifest) -> None:
     if target.backend not in _BACKENDS:
         raise BundleError("the bundle needs another backend than this version has", got=target.backend, expected=", ".join(_BACKENDS))
     if target.device not in PROVIDERS:
-        raise BundleError("the bundle is compiled for another device than this version knows", got=target.device, expected=", ".join(PROVIDERS))
+        raise BundleError(
+            "the bundle is compiled for another device than this version knows", got=target.device, expected=", ".join(PROVIDERS)
+        )
     types = {tensor.dtype for graph in manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)}
     types |= {state.dtype for graph in manifest.graphs.values() for state in graph.states}
     unknown = sorted(types - ELEMENTS.keys())

@@ -51,7 +51,9 @@ class Model:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         if TOKENIZER not in self.manifest.files:
-            raise BundleError("the bundle has no tokenizer", where=str(self.directory), fix="Build from a checkpoint that has tokenizer.json.")
+            raise BundleError(
+                "the bundle has no tokenizer", where=str(self.directory), fix="Build from a checkpoint that has tokenizer.json."
+            )
         return TextTokenizer.from_file(self.directory / TOKENIZER)
 
     @cached_property

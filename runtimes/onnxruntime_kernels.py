@@ -45,7 +45,8 @@ def installed(device: str) -> Kernels | None:
         from onnxruntime.capi import onnxruntime_pybind11_state as native
     except ImportError as error:
         raise UnsupportedError(
-            "ONNX Runtime is not installed", fix="Install one of the extras: pip install 'qwen-export[onnxruntime]' (CPU) or '[onnxruntime-gpu]'."
+            "ONNX Runtime is not installed",
+            fix="Install one of the extras: pip install 'qwen-export[onnxruntime]' (CPU) or '[onnxruntime-gpu]'.",
         ) from error
     import onnxruntime
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_export.build import build
+from qwen_export.compiler import build
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
@@ -68,3 +68,13 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return synthesize(config or tiny_config(), tmp_path / f"made-{count}", **options)  # type: ignore[arg-type]
 
     return make
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the expected files of tests/data/golden anew")
+
+
+@pytest.fixture
+def update_golden(request: pytest.FixtureRequest) -> bool:
+    """Whether expected texts are to be written anew."""
+    return bool(request.config.getoption("--update-golden"))

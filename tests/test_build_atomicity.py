@@ -16,13 +16,13 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from qwen_export.build import build
+from qwen_export.compiler import build
 from qwen_export.errors import BuildError, CheckpointError, QwenExportError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import decoder_tensors
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.weights import writer
+from qwen_export.graphs.weights import hashed_file
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.manifest import MANIFEST, load_manifest
 from qwen_export.plan import BuildPlan
@@ -60,7 +60,7 @@ def capture_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
             add_weight(model.graph, name, StoredWeight(name, shape, ir.DataType.FLOAT))
         return model
 
-    monkeypatch.setattr("qwen_export.build.lower", weights_only)
+    monkeypatch.setattr("qwen_export.compiler.lower", weights_only)
 
 
 # Failures on the way
@@ -87,7 +87,7 @@ def test_a_failure_keeps_the_bundle_that_was_there(checkpoint_copy: Path, tiny_b
 @pytest.mark.usefixtures("capture_skipped")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_while_weights_are_written(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    real, written = writer._write_all, 0
+    real, written = hashed_file._write_all, 0
 
     def filling(write: Callable[[memoryview], int | None], data: memoryview) -> None:
         nonlocal written
@@ -96,7 +96,7 @@ def test_a_full_disk_while_weights_are_written(tiny_checkpoint: Path, out: Path,
             raise OSError(code, os.strerror(code))
         real(write, data)
 
-    monkeypatch.setattr(writer, "_write_all", filling)
+    monkeypatch.setattr(hashed_file, "_write_all", filling)
     with pytest.raises(BuildError, match=r"disk is full.*Free space"):
         build(tiny_checkpoint, out / "bundle")
     assert contents(out) == []
@@ -133,7 +133,7 @@ def test_a_disk_that_really_is_full(tiny_checkpoint: Path, small_disk: Path) -> 
 
 
 def test_an_existing_output_is_refused_without_force(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.build.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.compiler.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "empty").mkdir()
     (out / "file").write_text("mine")
     (out / "dangling").symlink_to("nowhere")
@@ -152,7 +152,7 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path, out: 
 
 
 def test_force_never_deletes_what_is_not_a_bundle(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.build.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.compiler.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "thesis").mkdir()
     (out / "thesis" / "chapter.tex").write_text("years of work")
     (out / "file").write_text("mine")

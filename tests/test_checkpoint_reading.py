@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from qwen_export.build import build
+from qwen_export.compiler import build
 from qwen_export.errors import CheckpointError, ConfigError, QwenExportError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import INDEX, open_checkpoint
 from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, stored_name
@@ -74,7 +74,7 @@ def refused(directory: Path, kind: type[QwenExportError], *mentions: str, monkey
     def reached(*arguments: object) -> None:
         raise AssertionError("the build began its work")
 
-    monkeypatch.setattr("qwen_export.build.lower", reached)
+    monkeypatch.setattr("qwen_export.compiler.lower", reached)
     monkeypatch.setattr(CheckpointReader, "_fill", reached)
     out = tmp_path / "out"
     out.mkdir()
@@ -86,16 +86,6 @@ def refused(directory: Path, kind: type[QwenExportError], *mentions: str, monkey
         assert text in message
     assert "\n" not in message and message[-1] in ".?"
     for jargon in _JARGON:
-        "Traceback",
-        "Error(",
-        "NoneType",
-        "to unpack",
-        "argument",
-        "object has no",
-        "unhashable",
-        "indices must",
-        "subscriptable",
-    ):
         assert jargon not in message
 
 

@@ -62,7 +62,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         entries = json.loads(text.decode("utf-8"), object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError("the safetensors header is not valid JSON", where=str(path), got=error, fix="Copy or download the file again.") from error
+        raise CheckpointError(
+            "the safetensors header is not valid JSON", where=str(path), got=error, fix="Copy or download the file again."
+        ) from error
     if not isinstance(entries, dict):
         raise CheckpointError("the safetensors header is not a JSON object", where=str(path), got=type(entries).__name__)
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]

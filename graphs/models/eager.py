@@ -30,7 +30,14 @@ class EagerSequence:
         T = len(ids)
         count = torch.tensor([T])
         logits, _, self.state = self.model(
-            torch.tensor([list(ids)]), self._cos, self._sin, torch.tensor([self.length]), torch.tensor([0]), count, torch.arange(T), self.state
+            torch.tensor([list(ids)]),
+            self._cos,
+            self._sin,
+            torch.tensor([self.length]),
+            torch.tensor([0]),
+            count,
+            torch.arange(T),
+            self.state,
         )
         # Committed at once: nothing stays pending.
         for layer in self.state:

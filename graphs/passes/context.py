@@ -42,7 +42,10 @@ def new_node(
     **attributes: int | float | str | Sequence[int] | ir.TensorProtocol,
 ) -> ir.Node:
     """A node with plain attributes. New outputs get `dtype`, or the dtype of `like`."""
-    attrs = [ir.Attr(k, ir.AttributeType.TENSOR, v) if isinstance(v, ir.TensorProtocol) else ir.convenience.convert_attribute(k, v) for k, v in attributes.items()]
+    attrs = [
+        ir.Attr(k, ir.AttributeType.TENSOR, v) if isinstance(v, ir.TensorProtocol) else ir.convenience.convert_attribute(k, v)
+        for k, v in attributes.items()
+    ]
     if isinstance(outputs, int):
         node = ir.Node(domain, op, list(inputs), attrs, num_outputs=outputs)
         for value in node.outputs:

@@ -26,7 +26,7 @@ class Kernel:
     fp32: tuple[str, ...] = ()
 
     def available(self, kernels: Kernels, precision: str) -> bool:
-        wanted = {name: ELEMENT[precision] for name in self.activation} | {name: "float" for name in self.fp32}
+        wanted = dict.fromkeys(self.activation, ELEMENT[precision]) | dict.fromkeys(self.fp32, "float")
         return kernels.has(self.domain, self.op, **wanted)
 
     def sentence(self, precision: str) -> str:
@@ -61,7 +61,9 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
-            Choice("linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
+            Choice(
+                "linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)
+            ),
         ),
         "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
     },
@@ -69,9 +71,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
-        "gated_delta_net": (
-            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
-        ),
+        "gated_delta_net": (Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
     },
 }

@@ -20,7 +20,9 @@ class Emitter:
         self.graph, self.prefix = graph, prefix
         self.nodes: list[ir.Node] = []
 
-    def __call__(self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object) -> tuple[ir.Value, ...]:
+    def __call__(
+        self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object
+    ) -> tuple[ir.Value, ...]:
         """Emit a node; returns its outputs. `dtype` or `like` type them."""
         node = new_node(domain, op, inputs, outputs, **attributes)  # type: ignore[arg-type]
         node.name = f"{self.prefix}.{op}.{len(self.nodes)}"
@@ -38,7 +40,9 @@ class Emitter:
         name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
         if name not in self.graph.initializers:
             tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
-            self.graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor))
+            self.graph.register_initializer(
+                ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            )
         return self.graph.initializers[name]
 
     def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:

@@ -34,9 +34,7 @@ def lower_packed_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext)
     if state is not None:
         state.shape = ir.Shape(["B", Hv, Dv, Dk])
     q, k, v = emit("", "Split", [u, emit.ints(Hk * Dk, Hk * Dk, Hv * Dv)], 3, like=u, axis=2)
-    heads = [
-        emit("", "Reshape", [x, emit.ints(0, 0, n, d)], like=u)[0] for x, n, d in ((q, Hk, Dk), (k, Hk, Dk), (v, Hv, Dv))
-    ]
+    heads = [emit("", "Reshape", [x, emit.ints(0, 0, n, d)], like=u)[0] for x, n, d in ((q, Hk, Dk), (k, Hk, Dk), (v, Hv, Dv))]
     o, after = emit(
         MICROSOFT,
         "GatedDeltaNet",

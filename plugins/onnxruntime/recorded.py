@@ -21,7 +21,10 @@ _CUDA: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
     (_MS, "CausalConvWithState"): [{"T": _FLOATS}],
     (_MS, "GatedDeltaNet"): [{"T": _FLOATS, "TS": frozenset({"float"})}],
     (_MS, "GatedRMSNorm"): [{"T": _FLOATS}],
-    (_MS, "GroupQueryAttention"): [{"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})}, {"T": frozenset({"bfloat16"}), "T_CACHE": frozenset({"bfloat16"})}],
+    (_MS, "GroupQueryAttention"): [
+        {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})},
+        {"T": frozenset({"bfloat16"}), "T_CACHE": frozenset({"bfloat16"})},
+    ],
 }
 _RECORDED = {"cuda": Kernels("cuda", "onnxruntime-gpu 1.31.1 (recorded)", _CUDA)}
 

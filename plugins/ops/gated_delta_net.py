@@ -57,7 +57,7 @@ def _body(
     state f32[B,Hv,Dk,Dv]  pending_qkv [B,P,C]  pending_b, pending_a [B,P,Hv]  accepted i64[B] in 0..P  commit i64[B] in 0..T
     -> y [B,T,Hv*Dv], conv_history' [B,K-1,C], state' f32[B,Hv,Dk,Dv]. Outputs at t >= commit > 0 are unspecified.
     """
-    B, T, C = qkv.shape
+    B, T, _ = qkv.shape
     P, K, Hv = pending_qkv.shape[1], conv_weight.shape[1], a.shape[2]
     if bool((accepted < 0).any() | (accepted > P).any() | (commit < 0).any() | (commit > T).any()):
         raise ValueError(f"accepted must be in 0..{P} and commit in 0..{T}, got {accepted.tolist()} and {commit.tolist()}")

@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qwen_export.build import build
 from qwen_export.commands.output import progress_bar, size
+from qwen_export.compiler import build
 from qwen_export.manifest import load_manifest
 from qwen_export.targets import PRECISIONS, TARGETS
 
@@ -18,7 +18,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option("--target", default="onnxruntime", show_default=True, type=click.Choice(list(TARGETS)))
-@click.option("--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default.")
+@click.option(
+    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default."
+)
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")

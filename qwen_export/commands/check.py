@@ -26,7 +26,9 @@ def command(bundle: Path) -> None:
     click.echo(f"files      {len(manifest.files)} files, {size(total)}, all hashes match")
     check_runnable(manifest)
     operators = len(manifest.target.operators)
-    click.echo(f"backend    onnxruntime {version()} (at least {manifest.target.minimum_backend}), {operators} special operators all present")
+    click.echo(
+        f"backend    onnxruntime {version()} (at least {manifest.target.minimum_backend}), {operators} special operators all present"
+    )
     need, have = needed_memory(manifest, bundle), available_memory()
     if have is not None and manifest.target.device == "cpu" and need > have:
         raise BundleError(

@@ -22,4 +22,6 @@ def command(bundle: Path, reference: Path, as_json: bool) -> None:
     click.echo(dump(result) if as_json else "\n".join(as_lines(result)))
     if not result["passed"]:
         failed = [check["name"] for check in result["checks"] if not check["passed"]]
-        raise VerifyError("the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="Please report this with the output above.")
+        raise VerifyError(
+            "the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="Please report this with the output above."
+        )

@@ -105,13 +105,20 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
         model=text.to_json(),
-        target=TargetSpec(plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)),
+        target=TargetSpec(
+            plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)
+        ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
         graphs={"decoder": _graph_spec(model)},
         files=files,
         stop_ids=stop_ids(source.path, text.eos_token_ids),
-        precision_plan={"weights": plan.precision, "activations": plan.precision, "recurrent state": "fp32", "attention cache": plan.precision},
+        precision_plan={
+            "weights": plan.precision,
+            "activations": plan.precision,
+            "recurrent state": "fp32",
+            "attention cache": plan.precision,
+        },
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -127,7 +134,5 @@ def _graph_spec(model: ir.Model) -> GraphSpec:
     inputs = tuple(spec(v) for v in model.graph.inputs)
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
-    states = tuple(
-        StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names
-    )
+    states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
     return GraphSpec(GRAPH, inputs, outputs, states)

@@ -1,0 +1,52 @@
+# Set-up, tests, lint and the demo, on Linux and macOS. Everything is installed into $(VENV); a second run starts at once.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+# PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the build for CPUs. `make TORCH_INDEX=` asks PyPI only.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := $(shell grep '^torch==' constraints.txt)
+PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
+
+.PHONY: help demo test lint typing clean
+
+help:
+	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
+	@echo "make test    run the tests"
+	@echo "make lint    ruff and mypy"
+	@echo "make clean   remove build/ and $(VENV)"
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(STAMP) typing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# graphs/, plugins/ and runtimes/ are packages of qwen_export by a mapping in pyproject.toml, which mypy does not follow: links do it.
+typing:
+	@rm -rf build/typing
+	@mkdir -p build/typing/qwen_export
+	@ln -s "$(CURDIR)"/qwen_export/*.py "$(CURDIR)"/qwen_export/py.typed "$(CURDIR)"/qwen_export/commands build/typing/qwen_export/
+	@ln -s "$(CURDIR)"/graphs "$(CURDIR)"/plugins "$(CURDIR)"/runtimes build/typing/qwen_export/
+
+# torch goes first, at the pinned version: a resolver that may choose takes the newest one, with CUDA.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { \
+	    for python in $(PYTHONS); do \
+	        if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	            echo "$$python -m venv $(VENV)"; $$python -m venv $(VENV) && exit 0; \
+	            echo "error: $$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv)."; exit 1; \
+	        fi; \
+	    done; \
+	    echo "error: no Python 3.11 or newer found as any of: $(PYTHONS)."; exit 1; }
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)

@@ -1,0 +1,426 @@
+"""Capture and lowering without weights: every size of the family, the graphs as text, and what the verifier refuses."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
+
+from qwen_export.errors import CaptureError, UnsupportedError
+from qwen_export.graphs.capture import capture_decoder
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.config import FULL, LINEAR, parse_config
+from qwen_export.graphs.family import FAMILY, tiny_config
+from qwen_export.graphs.passes.context import MICROSOFT, PassContext, new_node
+from qwen_export.graphs.passes.verify import verify_graph
+from qwen_export.graphs.pipeline import print_graph, run_passes
+from qwen_export.graphs.rotary import rotary_frequencies
+from qwen_export.graphs.weights.expression import weight_of
+from qwen_export.plan import kernels_for, plan_build
+from qwen_export.plugins.onnxruntime.choices import CHOICES, choose
+from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.targets import ONNXRUNTIME, pass_names
+
+GOLDEN = Path(__file__).parent / "data" / "golden"
+DENSE = ("0.8B", "2B", "4B", "9B", "27B")
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+
+Lowered = Callable[..., ir.Model]
+
+
+def lower(raw: dict[str, Any], device: str, precision: str, dump: Path | None = None) -> ir.Model:
+    """The target graph of a configuration. For devices that this machine lacks, the recorded kernels decide."""
+    config = parse_config(raw).text
+    kernels = kernels_for(device) if device == "cpu" else recorded(device)
+    choices, refused = choose(kernels, precision, config)
+    assert not refused
+    model = capture_decoder(config, precision)
+    run_passes(model, ONNXRUNTIME, PassContext(config, precision, choices), dump)
+    return model
+
+
+@pytest.fixture(scope="module")
+def lowered() -> Lowered:
+    """`lower` of `tiny_config(**options)`, each once."""
+    made: dict[str, ir.Model] = {}
+
+    def get(device: str = "cpu", precision: str = "fp32", **options: Any) -> ir.Model:
+        key = repr((device, precision, sorted(options.items())))
+        if key not in made:
+            made[key] = lower(tiny_config(**options), device, precision)
+        return made[key]
+
+    return get
+
+
+def op_counts(model: ir.Model) -> Counter[str]:
+    return Counter(f"{node.domain}.{node.op_type}".removeprefix(".") for node in model.graph)
+
+
+def producer(value: ir.Value | None) -> ir.Node:
+    node = value.producer() if value is not None else None
+    assert node is not None
+    return node
+
+
+# ---- every size
+
+# Nodes of one layer, MLP and norms included, and of what stands around the layers.
+LAYER_NODES = {"cpu": {LINEAR: 21, FULL: 21}, "cuda": {LINEAR: 20, FULL: 13}}
+OUTER_NODES = {"cpu": 7, "cuda": 8}
+LIMIT = {LINEAR: 27, FULL: 26}
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "precision", "seconds"),
+    [
+        ("0.8B", "cpu", "fp32", 30),
+        ("2B", "cuda", "fp16", 30),
+        ("4B", "cuda", "bf16", 30),
+        ("9B", "cpu", "fp32", 30),
+        pytest.param("27B", "cuda", "fp16", 60, marks=pytest.mark.slow),
+    ],
+)
+def test_every_dense_size_lowers_without_weights(size: str, device: str, precision: str, seconds: int) -> None:
+    before, start = peak_bytes(), time.process_time()
+    model = lower(FAMILY[size], device, precision)
+    assert time.process_time() - start < seconds
+    assert peak_bytes() - before < 600 << 20
+    weights = [weight_of(value) for value in model.graph.initializers.values()]
+    assert sum(weight.nbytes for weight in weights if weight is not None) > 1e9
+    held = [value for value in model.graph.initializers.values() if weight_of(value) is None]
+    assert sum(value.const_value.nbytes for value in held if value.const_value is not None) < 4096
+    assert not [node.op_type for node in model.graph if node.domain == "qwen"]
+    kinds = Counter(parse_config(FAMILY[size]).text.layer_types)
+    assert len(model.graph) == OUTER_NODES[device] + sum(count * LAYER_NODES[device][kind] for kind, count in kinds.items())
+
+
+def test_the_sizes_above_are_all_there_are() -> None:
+    assert [name for name, raw in FAMILY.items() if not parse_config(raw).text.is_moe] == [*DENSE, "3.6-27B"]
+    # The 3.6 release differs in what it says about itself, not in what is computed.
+    assert parse_config(FAMILY["3.6-27B"]).text == parse_config(FAMILY["27B"]).text
+
+
+def peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- op counts
+
+MLP = {"com.microsoft.FusedMatMul": 3, "com.microsoft.QuickGelu": 1, "Mul": 1}
+NORMS = {"com.microsoft.SkipSimplifiedLayerNormalization": 2}
+LAYERS: dict[tuple[str, str], dict[str, int]] = {
+    ("cpu", LINEAR): {
+        "com.microsoft.FusedMatMul": 5,
+        "com.microsoft.CausalConvWithState": 1,
+        "Split": 2,
+        "Reshape": 2,
+        "SimplifiedLayerNormalization": 1,
+        "com.microsoft.LinearAttentionGate": 1,
+        "com.microsoft.LinearAttention": 1,
+        "com.microsoft.GatedRMSNorm": 1,
+    },
+    ("cpu", FULL): {
+        "com.microsoft.FusedMatMul": 5,
+        "Reshape": 4,
+        "SimplifiedLayerNormalization": 2,
+        "com.microsoft.GroupQueryAttention": 1,
+        "Sigmoid": 1,
+        "Mul": 1,
+    },
+    ("cuda", LINEAR): {
+        "com.microsoft.FusedMatMul": 2,
+        "com.microsoft.CausalConvWithState": 1,
+        "Split": 3,
+        "Cast": 1,
+        "Reshape": 4,
+        "com.microsoft.GatedDeltaNet": 1,
+        "com.microsoft.GatedRMSNorm": 1,
+    },
+    ("cuda", FULL): {"com.microsoft.FusedMatMul": 3, "com.microsoft.GroupQueryAttention": 1, "Sigmoid": 1, "Mul": 1},
+}
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
+def test_nodes_of_a_layer(device: str, precision: str, lowered: Lowered) -> None:
+    """Two stacks of layers: their difference from a base is what one layer of each kind adds."""
+    base = op_counts(lowered(device, precision, layers=1, layer_types=[LINEAR]))
+    for kind in (LINEAR, FULL):
+        more = op_counts(lowered(device, precision, layers=2, layer_types=[LINEAR, kind]))
+        layer = Counter(LAYERS[device, kind]) + Counter(MLP) + Counter(NORMS)
+        assert more - base == layer
+        assert not base - more
+        assert layer.total() == LAYER_NODES[device][kind] <= LIMIT[kind]
+
+
+def test_every_choice_that_can_be_compiled_in_is_covered(lowered: Lowered) -> None:
+    """Each op has one lowering per device, and its kernels are what the golden graphs consist of."""
+    for device, precision in (("cpu", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")):
+        found = {(node.domain, node.op_type) for node in lowered(device, precision).graph}
+        for candidates in CHOICES[device].values():
+            assert len(candidates) == 1
+            assert {(kernel.domain, kernel.op) for kernel in candidates[0].kernels} - {("", "SimplifiedLayerNormalization")} <= found
+
+
+# ---- goldens
+
+GOLDENS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "cpu_fp32": ("cpu", "fp32", {}),
+    "cuda_fp16": ("cuda", "fp16", {}),
+    "cuda_bf16_tied": ("cuda", "bf16", {"tied": True}),
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_the_graph_is_the_golden_one(name: str, lowered: Lowered, update_golden: bool) -> None:
+    device, precision, options = GOLDENS[name]
+    check_golden(name, print_graph(lowered(device, precision, **options).graph), update_golden)
+
+
+def test_the_captured_graph_is_the_golden_one(update_golden: bool, captured: ir.Model) -> None:
+    check_golden("captured_fp32", print_graph(captured.graph), update_golden)
+
+
+def check_golden(name: str, text: str, update: bool) -> None:
+    path = GOLDEN / f"{name}.txt"
+    if update:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8"), "when the change is meant: pytest tests/test_capture.py --update-golden"
+
+
+def test_dump_writes_one_file_per_phase(tmp_path: Path, lowered: Lowered) -> None:
+    model = lower(tiny_config(), "cpu", "fp32", dump=tmp_path / "ir")
+    phases = ["captured", *pass_names(ONNXRUNTIME)]
+    assert sorted(file.name for file in (tmp_path / "ir").iterdir()) == [f"{i:02d}_{name}.txt" for i, name in enumerate(phases)]
+    assert (tmp_path / "ir" / f"{len(phases) - 1:02d}_{phases[-1]}.txt").read_text() == print_graph(model.graph)
+    # The same input gives the same text, whatever was captured before.
+    assert print_graph(model.graph) == print_graph(lowered().graph)
+
+
+# ---- the shape of the graph
+
+
+@pytest.fixture(scope="module")
+def captured() -> ir.Model:
+    """The tiny decoder before any pass."""
+    return capture_decoder(parse_config(tiny_config()).text, "fp32")
+
+
+def names(values: list[ir.Value]) -> list[str]:
+    return [value.name or "" for value in values]
+
+
+def test_pending_inputs_are_captured_and_folded_away(captured: ir.Model, lowered: Lowered) -> None:
+    transaction = {"accepted", "commit", "layers.0.pending_qkv", "layers.2.pending_b", "layers.2.pending_a"}
+    assert transaction <= set(names(captured.graph.inputs))
+    assert {"hidden", "layers.0.pending_qkv.next"} <= set(names(captured.graph.outputs))
+    assert Counter(node.op_type for node in captured.graph if node.domain == "qwen") == {
+        "rms_norm": 9,
+        "gated_delta_net": 3,
+        "gated_attention": 1,
+    }
+    for device, precision in (("cpu", "fp32"), ("cuda", "fp16")):
+        graph = lowered(device, precision).graph
+        everything = [*names(graph.inputs), *names(graph.outputs)]
+        assert not [name for name in everything if "pending" in name or name in ("accepted", "commit", "hidden", "length")]
+        states = [name.removesuffix(".next") for name in names(graph.outputs) if name.endswith(".next")]
+        assert states == [name for name in names(graph.inputs) if name.startswith("layers.")]
+
+
+@pytest.mark.parametrize(("device", "precision", "dtype"), [("cpu", "fp32", "FLOAT"), ("cuda", "fp16", "FLOAT16"), ("cuda", "bf16", "BFLOAT16")])
+def test_dtypes_of_the_signature(device: str, precision: str, dtype: str, lowered: Lowered) -> None:
+    graph = lowered(device, precision).graph
+    for value in [*graph.inputs, *graph.outputs]:
+        name = (value.name or "").removesuffix(".next").rsplit(".", 1)[-1]
+        if name in ("recurrent", "logits"):
+            assert value.dtype == ir.DataType.FLOAT
+        elif name in ("conv_history", "k_cache", "v_cache", "cos", "sin"):
+            assert value.dtype == ir.DataType[dtype]
+    decay = [value for name, value in graph.initializers.items() if "A_log" in name or "dt_bias" in name]
+    assert len(decay) == 6
+    assert {value.dtype for value in decay} == {ir.DataType.FLOAT}
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_only_wanted_rows_reach_the_head(device: str, precision: str, tied: bool, lowered: Lowered) -> None:
+    graph = lowered(device, precision, tied=tied).graph
+    logits = graph.outputs[0]
+    assert logits.name == "logits"
+    assert [str(d.value) if isinstance(d, ir.SymbolicDim) else d for d in logits.shape or ()] == ["B", "N", 512]
+    head = producer(logits)
+    head = producer(head.inputs[0]) if head.op_type == "Cast" else head
+    weight = head.inputs[1]
+    assert head.op_type == "FusedMatMul"
+    assert weight is not None
+    assert weight.name == ("embed_tokens.weight" if tied else "lm_head.weight")
+    assert ("lm_head.weight" in graph.initializers) is not tied
+    gather = producer(head.inputs[0])
+    assert gather.op_type == "Gather"
+    assert gather.attributes.get_int("axis") == 1
+    assert "logit_rows" in names(sources(gather.inputs[1]))
+
+
+def sources(value: ir.Value | None) -> list[ir.Value]:
+    """The graph inputs that a value is made from."""
+    if value is None:
+        return []
+    node = value.producer()
+    if node is None:
+        return [value]
+    return [source for inner in node.inputs for source in sources(inner)]
+
+
+def test_rope_scaling_changes_tables_not_graphs(lowered: Lowered) -> None:
+    """YaRN, the flat layout and the default rope share one graph: the frequencies travel in the manifest."""
+    config = tiny_config(vision=False)
+    config["rope_parameters"] = {**config["rope_parameters"], **YARN}
+    assert print_graph(lower(config, "cpu", "fp32").graph) == print_graph(lowered().graph)
+
+
+# ---- rotary tables
+
+
+@pytest.mark.parametrize("scaling", [{}, YARN, {**YARN, "truncate": False, "beta_fast": 24.0, "attention_factor": 1.25}], ids=["default", "yarn", "tuned"])
+@pytest.mark.parametrize("make", [lambda: FAMILY["0.8B"]["text_config"], lambda: tiny_config(vision=False)], ids=["0.8B", "tiny"])
+def test_rotary_tables_equal_those_of_transformers(make: Callable[[], dict[str, Any]], scaling: dict[str, Any]) -> None:
+    raw = {**make(), "architectures": ["Qwen3_5ForCausalLM"], "max_position_embeddings": 262144}
+    raw["rope_parameters"] = {**raw["rope_parameters"], **scaling}
+    config = parse_config(raw).text
+    frequencies, factor = rotary_frequencies(config)
+    theirs = Qwen3_5TextRotaryEmbedding(Qwen3_5TextConfig(**{k: v for k, v in raw.items() if k != "architectures"}))
+    # The last bit may differ: power functions are not correctly rounded.
+    np.testing.assert_allclose(np.float32(frequencies), theirs.inv_freq.numpy(), rtol=1.2e-7, atol=0)
+    assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+
+    positions = np.unique([*range(64), 4095, 32768, 262143, 262144, 299999, 300000, *np.random.default_rng(0).integers(0, 300000, 500)])
+    cos, sin = theirs(torch.zeros(1), torch.from_numpy(positions)[None, None].expand(3, 1, -1))
+    angles = positions.astype(np.float32)[:, None] * np.float32(frequencies)
+    half = config.rotary_dim // 2
+    # One unit in the last place of a frequency is 0.02 radians at position 300000, for the fastest of them.
+    for mine, expected in ((np.cos(angles), cos), (np.sin(angles), sin)):
+        np.testing.assert_allclose(mine * np.float32(factor), expected[0, :, :half].numpy(), rtol=0, atol=1e-6)
+        np.testing.assert_array_equal(expected[0, :, :half], expected[0, :, half:])
+
+
+# ---- refusals
+
+Checkpoints = Callable[..., Path]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_the_cpu_is_refused_with_every_missing_kernel(precision: str, tiny_checkpoint: Path) -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        plan_build(open_checkpoint(tiny_checkpoint), precision=precision)
+    text = str(refusal.value)
+    assert "has no cpu kernel of" in text
+    assert f"com.microsoft.FusedMatMul for {'float16' if precision == 'fp16' else 'bfloat16'}" in text
+    assert "build for this device with --precision fp32" in text
+
+
+def test_a_rotary_width_that_the_kernel_cannot_turn_is_refused(make_checkpoint: Checkpoints) -> None:
+    rope = {**tiny_config(vision=False)["rope_parameters"], "mrope_section": [2, 1, 1]}
+    checkpoint = make_checkpoint(tiny_config(vision=False, head_dim=32, rope_parameters=rope))
+    with pytest.raises(UnsupportedError, match=r"gated_attention: GroupQueryAttention rotates a multiple of 16 dimensions, and this model has 8"):
+        plan_build(open_checkpoint(checkpoint))
+
+
+def test_experts_are_refused(make_checkpoint: Checkpoints) -> None:
+    checkpoint = make_checkpoint(tiny_config(moe=True))
+    with pytest.raises(UnsupportedError, match="mixture-of-experts layers are not supported yet; dense checkpoints"):
+        plan_build(open_checkpoint(checkpoint))
+
+
+def test_all_reasons_come_at_once(make_checkpoint: Checkpoints) -> None:
+    checkpoint = make_checkpoint(tiny_config(moe=True))
+    with pytest.raises(UnsupportedError) as refusal:
+        plan_build(open_checkpoint(checkpoint), precision="fp16", max_context=10**9)
+    for reason in ("mixture-of-experts", "kernel of", "outside 1..4096"):
+        assert reason in str(refusal.value)
+
+
+# ---- the verifier
+
+
+def value(name: str, dtype: ir.DataType | None = ir.DataType.FLOAT, *shape: int) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape or (2, 2)), type=None if dtype is None else ir.TensorType(dtype))
+
+
+def graph_of(inputs: list[ir.Value], nodes: list[ir.Node], outputs: list[ir.Value]) -> ir.Model:
+    return ir.Model(ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 21, MICROSOFT: 1, "qwen": 1}), ir_version=10)
+
+
+def passing_through(domain: str, op: str, inputs: list[ir.Value | None]) -> ir.Model:
+    node = new_node(domain, op, inputs, [value("y")])
+    return graph_of([v for v in inputs if v is not None], [node], list(node.outputs))
+
+
+def test_the_verifier_accepts_a_sound_graph() -> None:
+    verify_graph(passing_through("", "Identity", [value("x")]), "a test")
+
+
+@pytest.mark.parametrize(
+    ("domain", "op", "index"),
+    [
+        ("qwen", "gated_delta_net", 5),
+        ("qwen", "gated_delta_net", 6),
+        ("qwen", "gated_delta_net", 9),
+        (MICROSOFT, "LinearAttention", 3),
+        (MICROSOFT, "LinearAttentionGate", 1),
+        (MICROSOFT, "LinearAttentionGate", 2),
+        (MICROSOFT, "GatedDeltaNet", 6),
+        (MICROSOFT, "GatedDeltaNet", 7),
+    ],
+)
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=["fp16", "bf16"])
+def test_the_verifier_wants_state_and_decay_in_fp32(domain: str, op: str, index: int, dtype: ir.DataType) -> None:
+    inputs: list[ir.Value | None] = [value(f"x{i}") for i in range(10)]
+    verify_graph(passing_through(domain, op, inputs), "a test")
+    inputs = [value(f"x{i}", dtype if i == index else ir.DataType.FLOAT) for i in range(10)]
+    with pytest.raises(CaptureError, match=rf"must be fp32 is not \(after a test, {domain}\.{op} .*got x{index}"):
+        verify_graph(passing_through(domain, op, inputs), "a test")
+
+
+def test_the_verifier_refuses_a_value_used_before_it_is_made() -> None:
+    x, early, late = value("x"), value("early"), value("late")
+    first = new_node("", "Identity", [late], [early])
+    second = new_node("", "Identity", [x], [late])
+    verify_graph(graph_of([x], [second, first], [early]), "a test")
+    first, second = (new_node("", "Identity", [late2 := value("late")], [value("early")]), new_node("", "Identity", [x2 := value("x")], [late2]))
+    with pytest.raises(CaptureError, match="reads a value that is not made before it"):
+        verify_graph(graph_of([x2], [first, second], list(first.outputs)), "a test")
+
+
+def test_the_verifier_refuses_an_untyped_output() -> None:
+    x, y = value("x"), value("y", None)
+    with pytest.raises(CaptureError, match=r"input or output has no type .*got y"):
+        verify_graph(graph_of([x], [new_node("", "Identity", [x], [y])], [y]), "a test")
+
+
+def test_the_verifier_refuses_an_output_that_nothing_makes() -> None:
+    with pytest.raises(CaptureError, match="a graph output is not made by any node"):
+        verify_graph(graph_of([value("x")], [], [value("y")]), "a test")
+
+
+def test_the_verifier_refuses_two_of_one_name() -> None:
+    x, y = value("x"), value("x")
+    with pytest.raises(CaptureError, match="the same name or none"):
+        verify_graph(graph_of([x], [new_node("", "Identity", [x], [y])], [y]), "a test")
+
+
+def test_the_verifier_refuses_a_node_that_writes_to_its_input() -> None:
+    with pytest.raises(CaptureError, match="a node writes to its input"):
+        verify_graph(passing_through("", "index_put_", [value("x")]), "a test")
