@@ -3,8 +3,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-# PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the build for CPUs. `make TORCH_INDEX=` asks PyPI only.
+# PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the build for CPUs. Asked where it can be reached.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+REACHABLE = $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(TORCH_INDEX)/", timeout=5)' 2>/dev/null
 TORCH := $(shell grep '^torch==' constraints.txt)
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 
@@ -44,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt
 	        fi; \
 	    done; \
 	    echo "error: no Python 3.11 or newer found as any of: $(PYTHONS)."; exit 1; }
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	if $(REACHABLE); then index="--extra-index-url $(TORCH_INDEX)"; fi; $(BIN)/python -m pip install --quiet $$index $(TORCH)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 

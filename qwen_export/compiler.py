@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from qwen_export.manifest import (
     hash_file,
 )
 from qwen_export.plan import BuildPlan, plan_build
+from qwen_export.plugins.native.library import NATIVE
 from qwen_export.staging import staged_directory
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
@@ -58,7 +60,7 @@ def build(
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
         model = lower(source, plan, Path(dump_ir) if dump_ir else None)
-        files = _emit(source, model, staging, say)
+        files = _emit(source, plan, model, staging, say)
         _manifest(source, plan, model, files, staging)
     return Path(output)
 
@@ -74,8 +76,8 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     return model
 
 
-def _emit(source: Checkpoint, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
-    """Write weights, graph and text assets; returns the files of the bundle."""
+def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
+    """Write weights, graph, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
@@ -92,7 +94,9 @@ def _emit(source: Checkpoint, model: ir.Model, staging: Path, say: Report) -> di
         files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
     model.producer_name, model.producer_version = "qwen-export", __version__
     ir.save(model, staging / GRAPH)
-    for name in (GRAPH, *copy_text_assets(source.path, staging)):
+    for library in plan.plugins:
+        shutil.copyfile(library, staging / library.name)
+    for name in (GRAPH, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
@@ -100,7 +104,8 @@ def _emit(source: Checkpoint, model: ir.Model, staging: Path, say: Report) -> di
 def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], staging: Path) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain})
+    # Operators of the plugins come with the bundle.
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain and node.domain != NATIVE})
     manifest = Manifest(
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
@@ -112,6 +117,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         rotary=RotarySpec(tuple(inv_freq), scaling),
         graphs={"decoder": _graph_spec(model)},
         files=files,
+        plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         precision_plan={
             "weights": plan.precision,

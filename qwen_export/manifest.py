@@ -106,6 +106,8 @@ class Manifest:
     rotary: RotarySpec
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
+    plugins: tuple[str, ...] = ()
+    """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
     stop_ids: tuple[int, ...] = ()
     precision_plan: dict[str, str] = field(default_factory=dict)
     speculation: dict[str, Any] = field(default_factory=dict)
@@ -250,6 +252,9 @@ def _check(manifest: Manifest) -> None:
     for name in MODEL_SIZES:
         if type(manifest.model.get(name)) is not int or manifest.model[name] < 1:
             raise ValueError(f"model.{name} is not a positive number")
+    for name in manifest.plugins:
+        if name not in manifest.files:
+            raise ValueError(f"the plugin is not listed: {name}")
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not listed: {graph.file}")

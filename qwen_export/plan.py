@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
 from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
@@ -32,6 +34,13 @@ class BuildPlan:
     bundle_bytes: int
     state_bytes: int
     cache_bytes_per_token: int
+
+    @property
+    def plugins(self) -> tuple[Path, ...]:
+        """Libraries with kernels that the graph uses: they become part of the bundle."""
+        library = find_library()
+        native = any(kernel.domain == NATIVE for choice in self.choices.values() for kernel in choice.kernels)
+        return (library,) if native and library is not None else ()
 
     @property
     def run_bytes(self) -> int:
@@ -78,8 +87,9 @@ def plan_build(
 
 
 def kernels_for(device: str) -> Kernels:
-    """Kernels of the installed ONNX Runtime; for a device that it was not built with, those recorded from a release that was."""
-    return installed(device) or recorded(device)
+    """Kernels of the installed ONNX Runtime; for a device that it was not built with, those recorded from a release that was. Our own
+    are among them where their library is found."""
+    return with_native(installed(device) or recorded(device))
 
 
 def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:

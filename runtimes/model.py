@@ -34,7 +34,8 @@ def load(bundle: str | Path, *, max_context: int | None = None, threads: int | N
     ensure_whole(directory, manifest)
     check_runnable(manifest)
     graph = manifest.graphs["decoder"]
-    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads)
+    plugins = [file_path(directory, name) for name in manifest.plugins]
+    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins)
     return Model(directory, manifest, session, max_context)
 
 

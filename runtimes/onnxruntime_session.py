@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ HOST_INPUTS = ("total_length",)
 class Session:
     """One compiled graph, loaded."""
 
-    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None = None) -> None:
+    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None = None, plugins: Sequence[Path] = ()) -> None:
+        """`plugins` are libraries with custom ops of the graph."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -35,6 +37,8 @@ class Session:
         options.add_session_config_entry("session.disable_prepacking", "1")
         providers = _providers(ort, device)
         try:
+            for plugin in plugins:
+                options.register_custom_ops_library(str(plugin.resolve()))
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(

@@ -14,6 +14,7 @@ _FP32_INPUTS = {
     ("com.microsoft", "LinearAttentionGate"): [1, 2],
     ("com.microsoft", "LinearAttention"): [3],
     ("com.microsoft", "GatedDeltaNet"): [4, 5, 6, 7, 8],
+    ("qwen.native", "DeltaNet"): [2, 3, 6],
 }
 _MUTATING = ("copy_", "index_put_", "fill_")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from qwen_export.graphs.config import TextConfig
+from qwen_export.plugins.native.library import NATIVE
 from qwen_export.runtimes.onnxruntime_kernels import Kernels
 
 ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
@@ -49,6 +50,28 @@ def _rotary_limit(config: TextConfig) -> str:
     return ""
 
 
+def _native_limit(config: TextConfig) -> str:
+    """The kernels load 8 elements at a time."""
+    widths = {
+        "hidden size": config.hidden_size,
+        "intermediate size": config.intermediate_size,
+        "attention width": config.num_attention_heads * config.head_dim,
+        "key and value width": config.num_key_value_heads * config.head_dim,
+        "DeltaNet width": config.value_dim,
+        "DeltaNet projection": config.conv_dim + config.value_dim + 2 * config.linear_num_value_heads,
+        "vocabulary": config.vocab_size,
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 8]
+    return f"the native products need multiples of 8, and this model has {', '.join(odd)}" if odd else ""
+
+
+def _native_delta_net_limit(config: TextConfig) -> str:
+    shape = (config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim)
+    if shape != (128, 128, 4) or config.linear_num_key_heads > 64:
+        return f"the native DeltaNet has heads of 128 values and 4 taps, and this model has {shape}"
+    return _native_limit(config)
+
+
 _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
 _CONV = Kernel("CausalConvWithState")
@@ -68,10 +91,16 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
     },
     "cuda": {
-        "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
+        "linear": (
+            Choice("native_linear", (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE)), _native_limit),
+            Choice("fused_matmul", (Kernel("FusedMatMul"),)),
+        ),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
-        "gated_delta_net": (Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),),
+        "gated_delta_net": (
+            Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
+            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
+        ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
     },
 }

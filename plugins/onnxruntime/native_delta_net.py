@@ -1,0 +1,39 @@
+"""gated_delta_net on our own kernel: everything between the projections is one launch for up to 8 tokens, four for more.
+
+As in packed_delta_net one product makes qkv, z, a and b, and the state is V-major.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.weights.expression import Stacked
+from qwen_export.plugins.native.library import NATIVE
+from qwen_export.plugins.onnxruntime.common import Emitter, layer_prefix, producing_linear
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+
+
+def lower_native_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ...)     nothing pending
+    Result linear, qwen.native::DeltaNet"""
+    config, prefix = context.config, f"{layer_prefix(node)}.linear_attn"
+    emit = Emitter(graph, prefix)
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    parts = [producing_linear(given[name]) for name in ("qkv", "z", "a", "b")]
+    packed = emit.linear(parts[0][0], Stacked(tuple(weight for _, weight in parts)), f"{prefix}.in_proj")
+    state, history = given["state"], given["conv_history"]
+    if state is None or history is None:
+        raise TypeError("a DeltaNet layer has no state")
+    state.shape = ir.Shape(["B", config.linear_num_value_heads, config.linear_value_head_dim, config.linear_key_head_dim])
+    y, history_out, state_out = emit(
+        NATIVE,
+        "DeltaNet",
+        [packed, *(given[name] for name in ("conv_weight", "a_log", "dt_bias", "norm", "conv_history", "state"))],
+        3,
+        like=packed,
+        key_heads=config.linear_num_key_heads,
+        epsilon=node.attributes.get_float("eps"),
+    )
+    state_out.type, state_out.shape, history_out.shape = state.type, state.shape, history.shape
+    return emit.nodes, [y, history_out, state_out]

@@ -1,0 +1,46 @@
+"""qwen::linear on our own kernel: up to 8 rows are bound by reading the weight once, more rows are cuBLAS."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognise_linear import is_linear
+from qwen_export.plugins.native.library import NATIVE
+
+LINEAR, SWIGLU = "Linear", "SwiGlu"
+# Where each op takes the norm of its input.
+NORM_INPUT = {LINEAR: 3, SWIGLU: 2}
+_RESIDUAL_INPUT = 2
+
+
+def lower_native_linear(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+    """qwen::linear(x, w) -> qwen.native::Linear(x, w)"""
+    product = new_node(NATIVE, LINEAR, list(node.inputs), like=node.outputs[0], epsilon=0.0)
+    return [product], list(product.outputs)
+
+
+def is_native(node: ir.Node | None, *ops: str) -> bool:
+    return node is not None and node.domain == NATIVE and node.op_type in ops
+
+
+def with_norm(node: ir.Node, x: ir.Value | None, weight: ir.Value, eps: float) -> ir.Node:
+    """The native form of a product that reads x and normalises it itself."""
+    op = LINEAR if is_linear(node) else node.op_type
+    inputs: list[ir.Value | None] = [x, *node.inputs[1:]]
+    inputs += [None] * (NORM_INPUT[op] - len(inputs))
+    return new_node(NATIVE, op, [*inputs, weight], like=node.outputs[0], epsilon=eps)
+
+
+def with_residual(node: ir.Node, residual: ir.Value) -> ir.Node:
+    """The native form of a product that adds `residual` to its result."""
+    inputs = list(node.inputs)
+    inputs[_RESIDUAL_INPUT : _RESIDUAL_INPUT + 1] = [residual]
+    eps = 0.0 if is_linear(node) else node.attributes.get_float("epsilon")
+    return new_node(NATIVE, LINEAR, inputs, like=node.outputs[0], epsilon=eps)
+
+
+def put(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """`new` in the place of `old`, with the shape of its result."""
+    new.outputs[0].shape = old.outputs[0].shape
+    replace_node(graph, old, [new], new.outputs)
