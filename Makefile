@@ -35,7 +35,7 @@ typing:
 	@ln -s "$(CURDIR)"/qwen_export/*.py "$(CURDIR)"/qwen_export/py.typed "$(CURDIR)"/qwen_export/commands build/typing/qwen_export/
 	@ln -s "$(CURDIR)"/graphs "$(CURDIR)"/plugins "$(CURDIR)"/runtimes build/typing/qwen_export/
 
-# torch goes first, at the pinned version: a resolver that may choose takes the newest one, with CUDA.
+# torch goes first, alone and at the pinned version: a resolver that may choose takes the newest one, with CUDA.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { \
 	    for python in $(PYTHONS); do \

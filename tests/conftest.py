@@ -15,6 +15,8 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -43,6 +45,30 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of `tiny_checkpoint` for the CPU in fp32. Shared: copy it (`bundle_copy`) before changing anything."""
     return build(tiny_checkpoint, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Path:
+    """The trained dense checkpoint of this repository."""
+    return EXAMPLES / "demo-dense"
+
+
+@pytest.fixture(scope="session")
+def demo_moe_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained mixture-of-experts checkpoint, in a folder that a test may look around in."""
+    return Path(shutil.copytree(EXAMPLES / "demo-moe", tmp_path_factory.mktemp("moe") / "checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def demo_bundle(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `demo_checkpoint` for the CPU in fp32. Shared: copy it (`demo_bundle_copy`) before changing anything."""
+    return build(demo_checkpoint, tmp_path_factory.mktemp("bundles") / "demo")
+
+
+@pytest.fixture
+def demo_bundle_copy(demo_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of the demo checkpoint that the test may damage or write to."""
+    return Path(shutil.copytree(demo_bundle, tmp_path / "demo"))
 
 
 @pytest.fixture

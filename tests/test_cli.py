@@ -1,0 +1,134 @@
+"""The command line, as processes would call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_export.cli import main
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Any:
+    """Run a command; returns exit code, stdout, stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        code = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_inspect_says_what_can_be_built(run: Any, tiny_checkpoint: Path) -> None:
+    code, out, _ = run("inspect", tiny_checkpoint, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report["parts"].keys() == {"text", "mtp", "vision"}
+    entries = {(t["device"], t["precision"]): t for t in report["targets"]}
+    assert entries["cpu", "fp32"]["supported"] and entries["cpu", "fp32"]["bundle_bytes"] > 0
+    assert not entries["cpu", "fp16"]["supported"] and "FusedMatMul" in entries["cpu", "fp16"]["why"]
+    code, out, _ = run("inspect", tiny_checkpoint)
+    assert code == 0 and "yes  onnxruntime cpu fp32" in out
+
+
+def test_inspect_explains_a_refusal(run: Any, demo_moe_checkpoint: Path) -> None:
+    code, out, _ = run("inspect", demo_moe_checkpoint)
+    assert code == 0 and "mixture-of-experts" in out and "yes" not in out.split("\n\n")[1]
+    code, _, err = run("build", demo_moe_checkpoint, "-o", demo_moe_checkpoint.parent / "nothing")
+    assert code == 1 and err.count("\n") == 1 and "mixture-of-experts" in err
+    assert not (demo_moe_checkpoint.parent / "nothing").exists()
+
+
+def test_estimated_bundle_size_is_right(run: Any, demo_checkpoint: Path, demo_bundle: Path) -> None:
+    _, out, _ = run("inspect", demo_checkpoint, "--json")
+    estimate = next(t for t in json.loads(out)["targets"] if (t["device"], t["precision"]) == ("cpu", "fp32"))["bundle_bytes"]
+    real = (demo_bundle / "decoder.weights").stat().st_size
+    assert abs(estimate / real - 1) < 0.02
+
+
+def test_verify_reports_each_check_and_records_the_result(run: Any, demo_checkpoint: Path, demo_bundle_copy: Path) -> None:
+    code, out, _ = run("verify", demo_bundle_copy, "--reference", demo_checkpoint, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["passed"]
+    errors = {(c["name"], c["against"]): c["max_abs_error"] for c in result["checks"]}
+    assert errors["prefill", "transformers"] <= 1e-4
+    assert errors["decode", "eager"] <= 1e-4 and errors["chunked prefill", "eager"] <= 1e-4
+    assert errors["snapshot, restore, rewind", "itself"] == 0
+    code, out, _ = run("check", demo_bundle_copy)
+    assert code == 0 and "passed" in out and "runnable   yes" in out
+
+
+def test_verify_refuses_another_checkpoint(run: Any, tiny_checkpoint: Path, demo_bundle: Path) -> None:
+    code, _, err = run("verify", demo_bundle, "--reference", tiny_checkpoint)
+    assert code == 1 and err.startswith("error: ") and "not the checkpoint" in err
+
+
+def test_verify_finds_a_wrong_weight(run: Any, demo_checkpoint: Path, demo_bundle_copy: Path) -> None:
+    """A bundle whose hashes match but whose numbers do not: the builder itself was wrong."""
+    import numpy as np
+
+    from qwen_export.manifest import hash_file
+
+    weights = demo_bundle_copy / "decoder.weights"
+    data = np.fromfile(weights, np.float32)
+    data[len(data) // 2 :] *= 1.01
+    data.tofile(weights)
+    manifest = json.loads((demo_bundle_copy / "manifest.json").read_text())
+    manifest["files"]["decoder.weights"]["sha256"] = hash_file(weights).sha256
+    (demo_bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    code, out, err = run("verify", demo_bundle_copy, "--reference", demo_checkpoint)
+    assert code == 1 and "FAIL" in out and "not the same model" in err
+
+
+def test_run_streams_to_stdout_and_reports_to_stderr(run: Any, demo_bundle: Path) -> None:
+    code, out, err = run("run", demo_bundle, "def f(x):\n", "--greedy", "--max-new-tokens", "8")
+    assert code == 0 and out.strip()
+    assert "tok/s" in err and "8 new tokens" in err and "first token" in err
+    again = run("run", demo_bundle, "def f(x):\n", "--greedy", "--max-new-tokens", "8")
+    assert again[1] == out
+
+
+def test_run_with_a_seed_is_reproducible(run: Any, demo_bundle: Path) -> None:
+    flags = ("--temperature", "1.2", "--top-k", "40", "--top-p", "0.99", "--min-p", "0.01", "--presence-penalty", "0.5", "--max-new-tokens", "16")
+    first = run("run", demo_bundle, "def f(x):\n", *flags, "--seed", "7")
+    assert first[0] == 0 and first[1] == run("run", demo_bundle, "def f(x):\n", *flags, "--seed", "7")[1]
+
+
+def test_run_chats_with_and_without_thinking(run: Any, demo_bundle: Path) -> None:
+    question = "What does the function os.path.join do?"
+    plain = run("run", demo_bundle, question, "--chat", "--no-thinking", "--greedy", "--max-new-tokens", "30", "--system", "Be short.")
+    thinking = run("run", demo_bundle, question, "--chat", "--thinking", "--greedy", "--max-new-tokens", "30", "--preserve-thinking")
+    assert plain[0] == thinking[0] == 0 and plain[1] != thinking[1]
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--top-p", "1.5"), ("--temperature", "-1"), ("--max-new-tokens", "0")])
+def test_a_flag_out_of_range_is_one_sentence(run: Any, demo_bundle: Path, flag: str, value: str) -> None:
+    code, out, err = run("run", demo_bundle, "x", flag, value)
+    assert code == 1 and not out and err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_bench_prints_the_figures_and_draws_them(run: Any, demo_bundle: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "speed.png"
+    code, out, _ = run("bench", demo_bundle, "--prompt-tokens", "16,32", "--new-tokens", "6", "--json", "--plot", plot)
+    result = json.loads(out)
+    assert code == 0 and [row["tokens"] for row in result["prefill"]] == [16, 32]
+    assert result["decode_tok_per_s"] > 0 and result["load_s"] > 0 and result["peak_rss_mb"] > 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_beyond_the_context_is_refused(run: Any, demo_bundle: Path) -> None:
+    code, _, err = run("bench", demo_bundle, "--prompt-tokens", "100000")
+    assert code == 1 and "does not fit" in err
+
+
+def test_unknown_commands_and_options_exit_with_two(run: Any) -> None:
+    assert run("fly")[0] == 2
+    assert run("build", "x")[0] == 2
