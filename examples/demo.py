@@ -1,6 +1,6 @@
 """What `make demo` runs: build the small model that comes with the project, prove the build, complete a function, answer a question.
 
-    python examples/demo.py [CHECKPOINT] [BUNDLE]
+python examples/demo.py [CHECKPOINT] [BUNDLE]
 """
 
 from __future__ import annotations

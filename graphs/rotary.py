@@ -18,7 +18,8 @@ def rotary_frequencies(config: TextConfig) -> tuple[list[float], float]:
     rope, R = config.rope, config.rotary_dim
     # Rounded to fp32 where the reference rounds: at 262144 positions the last bit of a frequency is visible.
     exponent = np.arange(0, R, 2, dtype=np.int64).astype(np.float32) / np.float32(R)
-    plain = np.float32(1) / np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)
+    powers = np.power(rope.theta, exponent.astype(np.float64)).astype(np.float32)
+    plain = np.float32(1) / powers
     if rope.kind == "default":
         return [float(f) for f in plain], 1.0
 
@@ -31,6 +32,7 @@ def rotary_frequencies(config: TextConfig) -> tuple[list[float], float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, R - 1)
     high = high + 0.001 if low == high else high
-    stretched = np.clip((np.arange(R // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
-    blended = (plain / np.float32(rope.factor)) * stretched + plain * (1 - stretched)
+    kept = 1 - np.clip((np.arange(R // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    stretched = np.float32(1) / (np.float32(rope.factor) * powers)
+    blended = stretched * (1 - kept) + plain * kept
     return [float(f) for f in blended.astype(np.float32)], rope.attention_factor

@@ -25,7 +25,7 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"qwen_export.commands.{name}").command  # type: ignore[no-any-return]
+        return importlib.import_module(f"qwen_export.commands.{name}").command
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,6 +52,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        click.echo(f"error: {error.strerror or error} ({error.filename}).", err=True)
+        sys.exit(1)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> Any:

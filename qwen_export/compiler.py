@@ -93,6 +93,8 @@ def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, s
     with CheckpointReader(source) as reader:
         files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
     model.producer_name, model.producer_version = "qwen-export", __version__
+    for node in model.graph:
+        model.opset_imports.setdefault(node.domain, 1)
     ir.save(model, staging / GRAPH)
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)

@@ -26,9 +26,7 @@ class CallShape(NamedTuple):
 class BoundCall:
     """Bindings of one shape over a decoder's buffers; `slots` is the size of its caches."""
 
-    def __init__(
-        self, session: Session, shape: CallShape, states: Mapping[str, Buffer], tables: Mapping[str, Buffer], slots: int
-    ) -> None:
+    def __init__(self, session: Session, shape: CallShape, states: Mapping[str, Buffer], tables: Mapping[str, Buffer], slots: int) -> None:
         self._call = session.call(repeated=shape.repeated)
         self._T, self._slots = shape.T, slots
         self.recorded = session.device == "cuda" and shape.repeated

@@ -88,8 +88,9 @@ class CudaBuffer(Buffer):
         self._pinned: Bytes | None = None
 
     def __del__(self) -> None:
-        if getattr(self, "_pinned", None) is not None:
-            cuda_memory.unpin(self._pinned.ctypes.data)
+        pinned = getattr(self, "_pinned", None)
+        if pinned is not None:
+            cuda_memory.unpin(pinned.ctypes.data)
         if hasattr(self, "address"):
             cuda_memory.free(self.address)
 

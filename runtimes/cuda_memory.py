@@ -28,7 +28,9 @@ def _runtime() -> ctypes.CDLL:
         library.cudaHostUnregister.argtypes = [pointer]
         library.cudaGetErrorString.argtypes, library.cudaGetErrorString.restype = [ctypes.c_int], ctypes.c_char_p
         return library
-    raise BundleError("the CUDA runtime library is not installed", got="none of " + ", ".join(_NAMES), fix="Install CUDA, or nvidia-cuda-runtime.")
+    raise BundleError(
+        "the CUDA runtime library is not installed", got="none of " + ", ".join(_NAMES), fix="Install CUDA, or nvidia-cuda-runtime."
+    )
 
 
 def _call(name: str, *arguments: object) -> None:

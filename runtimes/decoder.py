@@ -55,7 +55,9 @@ class Decoder:
         self.capacity = capacity or manifest.max_context
         limit = manifest.model["max_position_embeddings"]
         if not 0 < self.capacity <= limit:
-            raise QwenExportError("the context is larger than the model's", got=self.capacity, expected=f"at most {limit}", fix="Lower --max-context.")
+            raise QwenExportError(
+                "the context is larger than the model's", got=self.capacity, expected=f"at most {limit}", fix="Lower --max-context."
+            )
         if batch < 1:
             raise QwenExportError("a decoder needs at least one sequence", got=batch)
         self.chunk = PREFILL_CHUNK[session.device]
@@ -133,7 +135,9 @@ class Decoder:
         """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
         length = len(snapshot.mark.tokens)
         if length > self.capacity:
-            raise ContextOverflow("the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens")
+            raise ContextOverflow(
+                "the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens"
+            )
         self._make_room(length)
         for name in self._cache_names():
             row = self.states[name].read_row(sequence)
@@ -156,7 +160,7 @@ class Decoder:
                 "the context is full",
                 got=f"{used} tokens read and {count} more",
                 expected=f"at most {self.capacity}",
-                fix=f"Shorten the input, or load with a larger max_context (the model's limit is {self.manifest.model['max_position_embeddings']}).",
+                fix=f"Shorten the input, or load with a larger max_context, at most {self.manifest.model['max_position_embeddings']}.",
             )
         self._make_room(used + count)
 

@@ -51,9 +51,15 @@ def lower(raw: dict[str, Any], device: str, precision: str, dump: Path | None = 
 
 
 @pytest.fixture(scope="module")
-def lowered() -> Lowered:
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phases of the tiny decoder on its way to the CPU; filled by `lowered`."""
+    return tmp_path_factory.mktemp("dump") / "ir"
+
+
+@pytest.fixture(scope="module")
+def lowered(dump: Path) -> Lowered:
     """`lower` of `tiny_config(**options)`, each once."""
-    made: dict[str, ir.Model] = {}
+    made: dict[str, ir.Model] = {"('cpu', 'fp32', [])": lower(tiny_config(), "cpu", "fp32", dump)}
 
     def get(device: str = "cpu", precision: str = "fp32", **options: Any) -> ir.Model:
         key = repr((device, precision, sorted(options.items())))
@@ -121,6 +127,15 @@ def peak_bytes() -> int:
 
 MLP = {"com.microsoft.FusedMatMul": 3, "com.microsoft.QuickGelu": 1, "Mul": 1}
 NORMS = {"com.microsoft.SkipSimplifiedLayerNormalization": 2}
+# Embedding, first norm, the choice of rows (4 nodes), the head.
+OUTSIDE = {
+    "Gather": 2,
+    "SimplifiedLayerNormalization": 1,
+    "Constant": 1,
+    "Reshape": 1,
+    "Cast": 1,
+    "com.microsoft.FusedMatMul": 1,
+}
 LAYERS: dict[tuple[str, str], dict[str, int]] = {
     ("cpu", LINEAR): {
         "com.microsoft.FusedMatMul": 5,
@@ -155,23 +170,25 @@ LAYERS: dict[tuple[str, str], dict[str, int]] = {
 
 @pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
 def test_nodes_of_a_layer(device: str, precision: str, lowered: Lowered) -> None:
-    """Two stacks of layers: their difference from a base is what one layer of each kind adds."""
-    base = op_counts(lowered(device, precision, layers=1, layer_types=[LINEAR]))
+    """Linear, linear, linear, full against linear, full: the difference is two linear layers, and what is left beside a layer of each kind
+    stands outside the layers."""
+    four, two = op_counts(lowered(device, precision)), op_counts(lowered(device, precision, layers=2, layer_types=[LINEAR, FULL]))
+    layer = {kind: Counter(LAYERS[device, kind]) + Counter(MLP) + Counter(NORMS) for kind in (LINEAR, FULL)}
+    outside = Counter(OUTSIDE) + Counter({"Cast": precision != "fp32"})
+    assert four == two + layer[LINEAR] + layer[LINEAR]
+    assert two == outside + layer[LINEAR] + layer[FULL]
+    assert outside.total() == OUTER_NODES[device]
     for kind in (LINEAR, FULL):
-        more = op_counts(lowered(device, precision, layers=2, layer_types=[LINEAR, kind]))
-        layer = Counter(LAYERS[device, kind]) + Counter(MLP) + Counter(NORMS)
-        assert more - base == layer
-        assert not base - more
-        assert layer.total() == LAYER_NODES[device][kind] <= LIMIT[kind]
+        assert layer[kind].total() == LAYER_NODES[device][kind] <= LIMIT[kind]
 
 
 def test_every_choice_that_can_be_compiled_in_is_covered(lowered: Lowered) -> None:
     """Each op has one lowering per device, and its kernels are what the golden graphs consist of."""
-    for device, precision in (("cpu", "fp32"), ("cuda", "fp16"), ("cuda", "bf16")):
-        found = {(node.domain, node.op_type) for node in lowered(device, precision).graph}
+    for device, precision, options in GOLDENS.values():
+        found = {(node.domain, node.op_type) for node in lowered(device, precision, **options).graph}
         for candidates in CHOICES[device].values():
             assert len(candidates) == 1
-            assert {(kernel.domain, kernel.op) for kernel in candidates[0].kernels} - {("", "SimplifiedLayerNormalization")} <= found
+            assert {(kernel.domain, kernel.op) for kernel in candidates[0].kernels} <= found
 
 
 # ---- goldens
@@ -201,13 +218,13 @@ def check_golden(name: str, text: str, update: bool) -> None:
     assert text == path.read_text(encoding="utf-8"), "when the change is meant: pytest tests/test_capture.py --update-golden"
 
 
-def test_dump_writes_one_file_per_phase(tmp_path: Path, lowered: Lowered) -> None:
-    model = lower(tiny_config(), "cpu", "fp32", dump=tmp_path / "ir")
+def test_dump_writes_one_file_per_phase(dump: Path, lowered: Lowered) -> None:
     phases = ["captured", *pass_names(ONNXRUNTIME)]
-    assert sorted(file.name for file in (tmp_path / "ir").iterdir()) == [f"{i:02d}_{name}.txt" for i, name in enumerate(phases)]
-    assert (tmp_path / "ir" / f"{len(phases) - 1:02d}_{phases[-1]}.txt").read_text() == print_graph(model.graph)
-    # The same input gives the same text, whatever was captured before.
-    assert print_graph(model.graph) == print_graph(lowered().graph)
+    assert sorted(file.name for file in dump.iterdir()) == [f"{i:02d}_{name}.txt" for i, name in enumerate(phases)]
+    assert (dump / f"{len(phases) - 1:02d}_{phases[-1]}.txt").read_text() == print_graph(lowered().graph)
+    # Only the logits of half-precision graphs have to be widened.
+    texts = [(dump / f"{i:02d}_{name}.txt").read_text() for i, name in enumerate(phases)]
+    assert [name for name, before, after in zip(phases[1:], texts, texts[1:], strict=False) if before == after] == ["widen_logits"]
 
 
 # ---- the shape of the graph
@@ -240,9 +257,10 @@ def test_pending_inputs_are_captured_and_folded_away(captured: ir.Model, lowered
         assert states == [name for name in names(graph.inputs) if name.startswith("layers.")]
 
 
-@pytest.mark.parametrize(("device", "precision", "dtype"), [("cpu", "fp32", "FLOAT"), ("cuda", "fp16", "FLOAT16"), ("cuda", "bf16", "BFLOAT16")])
-def test_dtypes_of_the_signature(device: str, precision: str, dtype: str, lowered: Lowered) -> None:
-    graph = lowered(device, precision).graph
+@pytest.mark.parametrize(("name", "dtype"), [("cpu_fp32", "FLOAT"), ("cuda_fp16", "FLOAT16"), ("cuda_bf16_tied", "BFLOAT16")])
+def test_dtypes_of_the_signature(name: str, dtype: str, lowered: Lowered) -> None:
+    device, precision, options = GOLDENS[name]
+    graph = lowered(device, precision, **options).graph
     for value in [*graph.inputs, *graph.outputs]:
         name = (value.name or "").removesuffix(".next").rsplit(".", 1)[-1]
         if name in ("recurrent", "logits"):
@@ -254,10 +272,10 @@ def test_dtypes_of_the_signature(device: str, precision: str, dtype: str, lowere
     assert {value.dtype for value in decay} == {ir.DataType.FLOAT}
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cpu", "fp32"), ("cuda", "fp16")])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_only_wanted_rows_reach_the_head(device: str, precision: str, tied: bool, lowered: Lowered) -> None:
-    graph = lowered(device, precision, tied=tied).graph
+@pytest.mark.parametrize("name", GOLDENS)
+def test_only_wanted_rows_reach_the_head(name: str, lowered: Lowered) -> None:
+    device, precision, options = GOLDENS[name]
+    graph, tied = lowered(device, precision, **options).graph, bool(options)
     logits = graph.outputs[0]
     assert logits.name == "logits"
     assert [str(d.value) if isinstance(d, ir.SymbolicDim) else d for d in logits.shape or ()] == ["B", "N", 512]
@@ -294,7 +312,9 @@ def test_rope_scaling_changes_tables_not_graphs(lowered: Lowered) -> None:
 # ---- rotary tables
 
 
-@pytest.mark.parametrize("scaling", [{}, YARN, {**YARN, "truncate": False, "beta_fast": 24.0, "attention_factor": 1.25}], ids=["default", "yarn", "tuned"])
+@pytest.mark.parametrize(
+    "scaling", [{}, YARN, {**YARN, "truncate": False, "beta_fast": 24.0, "attention_factor": 1.25}], ids=["default", "yarn", "tuned"]
+)
 @pytest.mark.parametrize("make", [lambda: FAMILY["0.8B"]["text_config"], lambda: tiny_config(vision=False)], ids=["0.8B", "tiny"])
 def test_rotary_tables_equal_those_of_transformers(make: Callable[[], dict[str, Any]], scaling: dict[str, Any]) -> None:
     raw = {**make(), "architectures": ["Qwen3_5ForCausalLM"], "max_position_embeddings": 262144}
@@ -302,17 +322,18 @@ def test_rotary_tables_equal_those_of_transformers(make: Callable[[], dict[str, 
     config = parse_config(raw).text
     frequencies, factor = rotary_frequencies(config)
     theirs = Qwen3_5TextRotaryEmbedding(Qwen3_5TextConfig(**{k: v for k, v in raw.items() if k != "architectures"}))
-    # The last bit may differ: power functions are not correctly rounded.
-    np.testing.assert_allclose(np.float32(frequencies), theirs.inv_freq.numpy(), rtol=1.2e-7, atol=0)
+    # Equal bit for bit where torch's power function is correctly rounded; it need not be on every processor.
+    np.testing.assert_array_max_ulp(np.float32(frequencies), theirs.inv_freq.numpy(), maxulp=1)
     assert factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
     positions = np.unique([*range(64), 4095, 32768, 262143, 262144, 299999, 300000, *np.random.default_rng(0).integers(0, 300000, 500)])
     cos, sin = theirs(torch.zeros(1), torch.from_numpy(positions)[None, None].expand(3, 1, -1))
     angles = positions.astype(np.float32)[:, None] * np.float32(frequencies)
     half = config.rotary_dim // 2
-    # One unit in the last place of a frequency is 0.02 radians at position 300000, for the fastest of them.
+    # A last bit of a frequency is up to 0.02 radians at position 300000.
+    slack = 1e-6 + 3 * positions[:, None] * np.abs(np.float32(frequencies) - theirs.inv_freq.numpy())
     for mine, expected in ((np.cos(angles), cos), (np.sin(angles), sin)):
-        np.testing.assert_allclose(mine * np.float32(factor), expected[0, :, :half].numpy(), rtol=0, atol=1e-6)
+        assert (np.abs(mine * np.float32(factor) - expected[0, :, :half].numpy()) <= slack).all()
         np.testing.assert_array_equal(expected[0, :, :half], expected[0, :, half:])
 
 
@@ -334,7 +355,9 @@ def test_half_precision_on_the_cpu_is_refused_with_every_missing_kernel(precisio
 def test_a_rotary_width_that_the_kernel_cannot_turn_is_refused(make_checkpoint: Checkpoints) -> None:
     rope = {**tiny_config(vision=False)["rope_parameters"], "mrope_section": [2, 1, 1]}
     checkpoint = make_checkpoint(tiny_config(vision=False, head_dim=32, rope_parameters=rope))
-    with pytest.raises(UnsupportedError, match=r"gated_attention: GroupQueryAttention rotates a multiple of 16 dimensions, and this model has 8"):
+    with pytest.raises(
+        UnsupportedError, match=r"gated_attention: GroupQueryAttention rotates a multiple of 16 dimensions, and this model has 8"
+    ):
         plan_build(open_checkpoint(checkpoint))
 
 
@@ -399,7 +422,10 @@ def test_the_verifier_refuses_a_value_used_before_it_is_made() -> None:
     first = new_node("", "Identity", [late], [early])
     second = new_node("", "Identity", [x], [late])
     verify_graph(graph_of([x], [second, first], [early]), "a test")
-    first, second = (new_node("", "Identity", [late2 := value("late")], [value("early")]), new_node("", "Identity", [x2 := value("x")], [late2]))
+    first, second = (
+        new_node("", "Identity", [late2 := value("late")], [value("early")]),
+        new_node("", "Identity", [x2 := value("x")], [late2]),
+    )
     with pytest.raises(CaptureError, match="reads a value that is not made before it"):
         verify_graph(graph_of([x2], [first, second], list(first.outputs)), "a test")
 

@@ -97,7 +97,20 @@ def test_run_streams_to_stdout_and_reports_to_stderr(run: Any, demo_bundle: Path
 
 
 def test_run_with_a_seed_is_reproducible(run: Any, demo_bundle: Path) -> None:
-    flags = ("--temperature", "1.2", "--top-k", "40", "--top-p", "0.99", "--min-p", "0.01", "--presence-penalty", "0.5", "--max-new-tokens", "16")
+    flags = (
+        "--temperature",
+        "1.2",
+        "--top-k",
+        "40",
+        "--top-p",
+        "0.99",
+        "--min-p",
+        "0.01",
+        "--presence-penalty",
+        "0.5",
+        "--max-new-tokens",
+        "16",
+    )
     first = run("run", demo_bundle, "def f(x):\n", *flags, "--seed", "7")
     assert first[0] == 0 and first[1] == run("run", demo_bundle, "def f(x):\n", *flags, "--seed", "7")[1]
 

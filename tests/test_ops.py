@@ -79,9 +79,7 @@ def make_mixer(ratio: int, key_heads: int = 2, taps: int = 4) -> Mixer:
     value_heads = ratio * key_heads
     channels = 2 * key_heads * DK + value_heads * DV
     decay = np.log(np.random.default_rng(1).uniform(0.5, 4, value_heads))
-    return Mixer(
-        key_heads, value_heads, noise(2, channels, taps), decay, noise(3, value_heads) - 2, 1 + 0.2 * noise(4, DV)
-    )
+    return Mixer(key_heads, value_heads, noise(2, channels, taps), decay, noise(3, value_heads) - 2, 1 + 0.2 * noise(4, DV))
 
 
 def make_tokens(mixer: Mixer, B: int, T: int, seed: int = 10) -> Tokens:
@@ -281,8 +279,11 @@ def test_half_precision_activations_keep_an_fp32_state(dtype: torch.dtype) -> No
     y, next_history, next_state = run(mixer, x, history, state, dtype=dtype)
     assert (y.dtype, next_history.dtype, next_state.dtype) == (dtype, dtype, torch.float32)
     rounded = Mixer(
-        2, 4, *(tensor(v, d).double().numpy() for v, d in ((mixer.conv_weight, dtype), (mixer.a_log, torch.float32))),
-        mixer.dt_bias, tensor(mixer.norm, dtype).double().numpy(),
+        2,
+        4,
+        *(tensor(v, d).double().numpy() for v, d in ((mixer.conv_weight, dtype), (mixer.a_log, torch.float32))),
+        mixer.dt_bias,
+        tensor(mixer.norm, dtype).double().numpy(),
     )
     inputs = Tokens(*(tensor(v, dtype).double().numpy() for v in (x.qkv, x.z, x.b, x.a)))
     expected, _, states = reference(rounded, inputs, 0, tensor(history, dtype).double().numpy(), state)
@@ -334,7 +335,9 @@ class Attention:
         )
 
 
-def make_attention(ratio: int, *, kv_heads: int = 2, lengths: tuple[int, ...] = (0, 5), T: int = 3, S: int = 11, D: int = 8, R: int = 4) -> Attention:
+def make_attention(
+    ratio: int, *, kv_heads: int = 2, lengths: tuple[int, ...] = (0, 5), T: int = 3, S: int = 11, D: int = 8, R: int = 4
+) -> Attention:
     """Cached keys and values up to each sequence's length; the slots behind are NaN. Angles of slot s are its position's, as for text."""
     B, heads = len(lengths), ratio * kv_heads
     k_cache, v_cache = noise(60, B, kv_heads, S, D), noise(61, B, kv_heads, S, D)

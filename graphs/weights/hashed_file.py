@@ -31,7 +31,7 @@ class HashedFile:
         self._file = _open(path)
         # Anonymous maps are page-aligned, as direct writes want their memory.
         self._free = deque(mmap.mmap(-1, _STAGE_BYTES) for _ in range(_STAGES))
-        self._busy: deque[tuple[mmap.mmap, Future[object], Future[object]]] = deque()
+        self._busy: deque[tuple[mmap.mmap, Future[None], Future[None]]] = deque()
         self._stage, self._filled = self._free.popleft(), 0
         self._digest = hashlib.sha256()
         self._writer, self._hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
