@@ -21,7 +21,7 @@ from measured_process import run_measured
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY
 
-QWEN_EXPORT = Path(sys.executable).with_name("qwen-export")
+QWEN_EXPORT = (sys.executable, "-m", "qwen_export")
 PEER_SCRIPT = Path(__file__).with_name("peer_genai.py")
 WORKLOAD = ("--prompt-tokens", "128,2048", "--new-tokens", "256")
 
@@ -37,8 +37,8 @@ def measure(checkpoint: Path, work: Path, precision: str) -> dict[str, Any]:
     """Build a bundle for CUDA and measure it. Keys of `qwen-export bench --json` and `build_s`, `build_rss_mb`."""
     bundle = work / f"{checkpoint.name}-{precision}"
     shutil.rmtree(bundle, ignore_errors=True)
-    built = run_measured([QWEN_EXPORT, "build", checkpoint, "-o", bundle, "--precision", precision, "--device", "cuda"])
-    result = json.loads(run_measured([QWEN_EXPORT, "bench", bundle, *WORKLOAD, "--json"]).stdout)
+    built = run_measured([*QWEN_EXPORT, "build", checkpoint, "-o", bundle, "--precision", precision, "--device", "cuda"])
+    result = json.loads(run_measured([*QWEN_EXPORT, "bench", bundle, *WORKLOAD, "--json"]).stdout)
     shutil.rmtree(bundle)
     return {"build_s": built.wall_s, "build_rss_mb": built.peak_rss_mb, **result}
 

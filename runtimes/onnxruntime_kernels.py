@@ -9,7 +9,6 @@ from functools import cache
 from qwen_export.errors import UnsupportedError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def installed(device: str) -> Kernels | None:
     import onnxruntime
 
     if "TensorrtExecutionProvider" in onnxruntime.get_available_providers():
-        return None
+        return None  # asking would load TensorRT, and end the process where it is not installed
     types: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = defaultdict(list)
     for kernel in native.get_all_opkernel_def():
         if kernel.provider == PROVIDERS[device]:

@@ -42,7 +42,10 @@ class Session:
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
-                "ONNX Runtime could not load the graph", where=str(path), got=_first_line(error), fix="Run `qwen-export check` on the bundle."
+                "ONNX Runtime could not load the graph",
+                where=str(path),
+                got=_first_line(error),
+                fix="Run `qwen-export check` on the bundle.",
             ) from error
         self.spec, self.device = spec, device
         self._graphs = 0

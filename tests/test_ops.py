@@ -201,7 +201,7 @@ def transactions(draw: st.DrawFn) -> dict[str, Any]:
 @example({"ratio": 2, "taps": 4, "P": 0, "T": 5, "accepted": [0, 0], "commit": [5, 2]})  # a ragged prefill
 @settings(max_examples=60, deadline=None)
 def test_a_transaction_equals_plain_processing(case: dict[str, Any]) -> None:
-    """The accepted pending tokens and the committed new ones enter the state, nothing else does; what has no part in the answer is NaN here."""
+    """The accepted pending tokens and the committed new ones enter the state and nothing else does: the rest is NaN here."""
     mixer, B, T = make_mixer(case["ratio"], 1, case["taps"]), len(case["commit"]), case["T"]
     pending, new, (history, state) = make_tokens(mixer, B, case["P"], 30), make_tokens(mixer, B, T, 40), make_state(mixer, B)
     for i in range(B):
@@ -339,7 +339,8 @@ def make_attention(
     ratio: int, *, kv_heads: int = 2, lengths: tuple[int, ...] = (0, 5), T: int = 3, S: int = 11, D: int = 8, R: int = 4
 ) -> Attention:
     """Cached keys and values up to each sequence's length; the slots behind are NaN. Angles of slot s are its position's, as for text."""
-    B, heads = len(lengths), ratio * kv_heads
+    B, S, kv_heads = len(lengths), 11, 2
+    heads = ratio * kv_heads
     k_cache, v_cache = noise(60, B, kv_heads, S, D), noise(61, B, kv_heads, S, D)
     for i, length in enumerate(lengths):
         k_cache[i, :, length:] = v_cache[i, :, length:] = np.nan

@@ -16,6 +16,9 @@ from typing import Any
 
 import pytest
 
+from qwen_export.graphs.config import parse_config
+from qwen_export.graphs.family import tiny_config
+
 ROOT = Path(__file__).parents[1]
 TREES = {"qwen_export": "qwen_export", "graphs": "qwen_export.graphs", "plugins": "qwen_export.plugins", "runtimes": "qwen_export.runtimes"}
 HEAVY = ("torch", "onnx", "transformers", "onnx_ir", "onnxscript", "safetensors")
@@ -187,3 +190,17 @@ import qwen_export
 print(json.dumps([callable(first), callable(second), first is second, callable(qwen_export.build)]))
 """
     assert in_fresh_python(code) == [True, True, True, True]
+
+
+def test_recorded_kernels_are_those_of_the_installed_release() -> None:
+    """What is recorded for builds that cannot be asked must not promise more than the registry of the same release."""
+    from qwen_export.plugins.onnxruntime.choices import CHOICES, choose
+    from qwen_export.plugins.onnxruntime.recorded import recorded
+    from qwen_export.runtimes.onnxruntime_kernels import installed
+
+    real = installed("cpu")
+    assert real is not None
+    config = parse_config(tiny_config()).text
+    for precision in ("fp32", "fp16", "bf16"):
+        assert choose(recorded("cpu"), precision, config)[0].keys() == choose(real, precision, config)[0].keys(), precision
+    assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys()

@@ -1,7 +1,8 @@
-"""Kernels of execution providers that the machine which builds does not have.
+"""Kernels of ONNX Runtime builds that cannot be asked: those for a device that this machine lacks, and onnxruntime-gpu, whose registry
+crashes the process when its TensorRT provider finds no TensorRT.
 
-Recorded from the kernel registry of onnxruntime-gpu 1.31.1 on a CUDA host (`python -m qwen_export.runtimes.onnxruntime_kernels cuda`
-prints it). Only the operators that some lowering emits are listed. The target box checks again with what is installed there.
+Only operators that some lowering emits are listed. CUDA: those of onnxruntime-gpu 1.31.1, run in fp16 and bf16 on an H200; its
+GroupQueryAttention takes no fp32. CPU: as the registry of onnxruntime 1.31.1 answers. The target box looks again when it loads the graph.
 """
 
 from __future__ import annotations
@@ -26,13 +27,30 @@ _CUDA: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
         {"T": frozenset({"bfloat16"}), "T_CACHE": frozenset({"bfloat16"})},
     ],
 }
-_RECORDED = {"cuda": Kernels("cuda", "onnxruntime-gpu 1.31.1 (recorded)", _CUDA)}
+_FLOAT, _FLOAT_OR_HALF = frozenset({"float"}), frozenset({"float", "float16"})
+_CPU: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
+    (_MS, "FusedMatMul"): [{"T": _FLOAT}],
+    ("", "SimplifiedLayerNormalization"): [{"T": _FLOATS}],
+    ("", "Split"): [{"T": _FLOATS}],
+    (_MS, "SkipSimplifiedLayerNormalization"): [{"T": _FLOATS}],
+    (_MS, "QuickGelu"): [{"T": _FLOAT}],
+    (_MS, "CausalConvWithState"): [{"T": _FLOAT}],
+    (_MS, "LinearAttentionGate"): [{"T": _FLOAT_OR_HALF, "TF": _FLOAT}],
+    (_MS, "LinearAttention"): [{"T": _FLOAT}],
+    (_MS, "GatedRMSNorm"): [{"T": _FLOAT_OR_HALF}],
+    (_MS, "GroupQueryAttention"): [{"T": _FLOAT, "T_CACHE": _FLOAT}, {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})}],
+}
+_RECORDED = {
+    "cuda": Kernels("cuda", "onnxruntime-gpu 1.31.1 (recorded)", _CUDA),
+    "cpu": Kernels("cpu", "onnxruntime 1.31.1 (recorded)", _CPU),
+}
 
 
 def recorded(device: str) -> Kernels:
     """The recorded kernels of a device. Raises UnsupportedError for a device of which nothing is recorded."""
     if device not in _RECORDED:
         raise UnsupportedError(
-            f"the installed ONNX Runtime has no {device} execution provider, and none is recorded", fix="Install the build of it that does."
+            f"the installed ONNX Runtime does not tell its {device} kernels, and none are recorded",
+            fix="Install the build of it for this device.",
         )
     return _RECORDED[device]
