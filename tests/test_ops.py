@@ -222,11 +222,12 @@ def test_decoding_by_verify_and_accept_equals_plain_decoding() -> None:
     """Three speculative rounds (commit 0, then accept some of it) leave what reading the kept tokens one by one leaves."""
     mixer = make_mixer(2)
     history, state = make_state(mixer, 1)
-    left, pending, accepted = (tensor(history), tensor(state)), None, [0]
+    left, pending, accepted = (tensor(history), tensor(state)), make_tokens(mixer, 1, 0), [0]
     kept: list[Tokens] = []
     for round_, take in enumerate((3, 1, 2)):
         new = make_tokens(mixer, 1, 4, 50 + 10 * round_)
-        y, *left = run(mixer, new, *left, pending, accepted, [0])  # type: ignore[assignment]
+        y, *after = run(mixer, new, *left, pending, accepted, [0])
+        left = (after[0], after[1])
         kept.append(new[:take])
         pending, accepted = new, [take]
     _, next_history, next_state = run(mixer, make_tokens(mixer, 1, 1, 90), *left, pending, accepted, [0])
@@ -249,10 +250,11 @@ def test_prefill_may_be_split_anywhere() -> None:
     x, before = make_tokens(mixer, 2, 9), make_state(mixer, 2)
     whole = run(mixer, x, *before)
     for cuts in [*([c] for c in range(1, 9)), list(range(1, 9)), [2, 3, 7]]:
-        parts, left = [], before
+        parts: list[torch.Tensor] = []
+        left: tuple[Any, Any] = before
         for start, stop in zip([0, *cuts], [*cuts, 9], strict=True):
-            y, *left = run(mixer, x[start:stop], *left)  # type: ignore[assignment]
-            parts.append(y)
+            y, *after = run(mixer, x[start:stop], *left)
+            parts, left = [*parts, y], (after[0], after[1])
         for got, expected in zip((torch.cat(parts, 1), *left), whole, strict=True):
             close(got, expected, 1e-12)
 
@@ -278,12 +280,10 @@ def test_half_precision_activations_keep_an_fp32_state(dtype: torch.dtype) -> No
     x, (history, state) = make_tokens(mixer, 1, 6), make_state(mixer, 1)
     y, next_history, next_state = run(mixer, x, history, state, dtype=dtype)
     assert (y.dtype, next_history.dtype, next_state.dtype) == (dtype, dtype, torch.float32)
-    rounded = Mixer(
-        2,
-        4,
-        *(tensor(v, d).double().numpy() for v, d in ((mixer.conv_weight, dtype), (mixer.a_log, torch.float32))),
-        mixer.dt_bias,
-        tensor(mixer.norm, dtype).double().numpy(),
+    rounded = dataclasses.replace(
+        mixer,
+        conv_weight=tensor(mixer.conv_weight, dtype).double().numpy(),
+        norm=tensor(mixer.norm, dtype).double().numpy(),
     )
     inputs = Tokens(*(tensor(v, dtype).double().numpy() for v in (x.qkv, x.z, x.b, x.a)))
     expected, _, states = reference(rounded, inputs, 0, tensor(history, dtype).double().numpy(), state)
