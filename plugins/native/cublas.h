@@ -1,0 +1,13 @@
+// The one function of cuBLAS that is used, found at run time: the library must be the one whose handle the execution provider hands out.
+#pragma once
+
+#include <cuda_runtime.h>
+
+namespace qwen {
+
+enum class Element { kHalf, kBfloat16 };
+
+// y [M,N] = x [M,K] w [N,K]^T + beta * y, row-major, fp32 accumulation. Throws std::runtime_error.
+void product(void* cublas_handle, Element type, const void* x, const void* w, float beta, void* y, int M, int N, int K);
+
+}  // namespace qwen

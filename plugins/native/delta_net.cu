@@ -1,0 +1,380 @@
+// Columns of the state are independent: S[:,v] <- e^g S[:,v] + k delta_v with delta_v = beta (v - e^g k.S[:,v]). A few lanes hold one column in
+// registers for the whole call and meet only in the two dot products. Both are taken with the old state,
+//     o_v = q.S'[:,v] = e^g q.S[:,v] + (q.k) delta_v,
+// so that one token costs one reduction, not two.
+//
+// Few tokens (decode, verify): one block per value head does everything. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
+// in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm.
+
+#include "delta_net.cuh"
+
+#include "device.cuh"
+
+namespace qwen {
+namespace {
+
+constexpr float kL2Eps = 1e-6f;
+
+// Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.
+template <typename T>
+__device__ inline float convolve(const T* packed, const T* history, const T* conv, int t, int c, int C, int width) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kTaps; i++) {
+    const int row = t + i - (kTaps - 1);
+    const T value = row < 0 ? history[(row + kTaps - 1) * C + c] : packed[size_t(row) * width + c];
+    sum += to_float(value) * to_float(conv[c * kTaps + i]);
+  }
+  return silu(sum);
+}
+
+__device__ inline float softplus(float x) { return x > 20.0f ? x : log1pf(__expf(x)); }
+
+__device__ inline float decay(float a, float a_log, float dt_bias) { return expf(-expf(a_log) * softplus(a + dt_bias)); }
+
+__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
+// ---- few tokens ----
+
+constexpr int kLanes = 4;                     // lanes per column
+constexpr int kHeadThreads = kHead * kLanes;  // 512
+static_assert(kFewTokens <= kHeadThreads / 32, "a warp writes the outputs of one token");
+
+template <typename T>
+__global__ void __launch_bounds__(kHeadThreads) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
+  __shared__ __align__(16) float q[kFewTokens][kHead], k[kFewTokens][kHead], v[kFewTokens][kHead], o[kFewTokens][kHead];
+  __shared__ float qk[kFewTokens], gate[kFewTokens], beta[kFewTokens];
+  __shared__ bool last;
+
+  const int hv = blockIdx.x, b = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+  const int Hk = shape.Hk, Hv = shape.Hv, tokens = shape.T, ratio = Hv / Hk, hk = hv / ratio;
+  const int C = shape.channels(), width = shape.width();
+  const T* packed = in.packed + size_t(b) * tokens * width;
+  const T* history = in.history + size_t(b) * (kTaps - 1) * C;
+  T* history_out = in.history_out + size_t(b) * (kTaps - 1) * C;
+
+  // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds k = 16 j + 4 p + 0..3.
+  const int column = tid / kLanes, part = tid % kLanes;
+  const size_t at = ((size_t(b) * Hv + hv) * kHead + column) * kHead + part * 4;
+  float4 S[8];
+#pragma unroll
+  for (int j = 0; j < 8; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * 16);
+  // 384 threads own a channel each; taps and history do not depend on the projection either.
+  const int group = tid / kHead, within = tid % kHead;  // 0: q, 1: k, 2: v
+  const int channel = group == 0 ? hk * kHead + within : group == 1 ? (Hk + hk) * kHead + within : (2 * Hk + hv) * kHead + within;
+  float taps[kTaps], past[kTaps - 1];
+  T new_history[kTaps - 1];
+  if (group < 3) {
+#pragma unroll
+    for (int i = 0; i < kTaps; i++) taps[i] = to_float(in.conv[channel * kTaps + i]);
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; i++) {
+      new_history[i] = history[i * C + channel];
+      past[i] = to_float(new_history[i]);
+    }
+  }
+  const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
+  float norm[4];  // of the outputs that this lane will write
+#pragma unroll
+  for (int i = 0; i < 4; i++) norm[i] = to_float(in.norm[lane * 4 + i]);
+  wait_for_previous();
+  let_next_start();
+
+  float gating[4];  // warp t writes token t
+  if (warp < tokens) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) gating[i] = to_float(packed[size_t(warp) * width + C + hv * kHead + lane * 4 + i]);
+  }
+  if (group < 3) {
+    float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
+    for (int t = 0; t < tokens; t++) {
+      const T value = packed[size_t(t) * width + channel];
+      const float x = to_float(value);
+      into[t * kHead + within] = silu(past[0] * taps[0] + past[1] * taps[1] + past[2] * taps[2] + x * taps[3]);
+      past[0] = past[1], past[1] = past[2], past[2] = x;
+      new_history[0] = new_history[1], new_history[1] = new_history[2], new_history[2] = value;
+    }
+  } else if (within < tokens) {
+    const T* row = packed + size_t(within) * width + C + Hv * kHead;
+    gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
+    beta[within] = sigmoid(to_float(row[Hv + hv]));
+  }
+  __syncthreads();
+  if (const int t = warp; t < tokens) {
+    float4 a = reinterpret_cast<float4*>(q[t])[lane], c = reinterpret_cast<float4*>(k[t])[lane];
+    const float sa = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) + kL2Eps) * rsqrtf(float(kHead));
+    const float sc = rsqrtf(warp_sum(c.x * c.x + c.y * c.y + c.z * c.z + c.w * c.w) + kL2Eps);
+    a = make_float4(a.x * sa, a.y * sa, a.z * sa, a.w * sa), c = make_float4(c.x * sc, c.y * sc, c.z * sc, c.w * sc);
+    const float dot = warp_sum(a.x * c.x + a.y * c.y + a.z * c.z + a.w * c.w);
+    reinterpret_cast<float4*>(q[t])[lane] = a, reinterpret_cast<float4*>(k[t])[lane] = c;
+    if (lane == 0) qk[t] = dot;
+  }
+  // A key head's part of the history is read by all its value heads: the last of them to have read it writes it.
+  if (tid == 0) {
+    last = true;
+    if (ratio > 1) {
+      int* counter = arrivals + b * Hk + hk;
+      __threadfence();
+      last = atomicAdd(counter, 1) == ratio - 1;
+      if (last) *counter = 0;
+    }
+  }
+  __syncthreads();
+  if (group == 2 || (group < 2 && last)) {
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
+  }
+
+  for (int t = 0; t < tokens; t++) {
+    float sk = 0.0f, sq = 0.0f;
+    float4 key[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      key[j] = reinterpret_cast<const float4*>(k[t])[j * 4 + part];
+      const float4 query = reinterpret_cast<const float4*>(q[t])[j * 4 + part];
+      sk += S[j].x * key[j].x + S[j].y * key[j].y + S[j].z * key[j].z + S[j].w * key[j].w;
+      sq += S[j].x * query.x + S[j].y * query.y + S[j].z * query.z + S[j].w * query.w;
+    }
+#pragma unroll
+    for (int step = 1; step < kLanes; step *= 2) {
+      sk += __shfl_xor_sync(0xffffffffu, sk, step);
+      sq += __shfl_xor_sync(0xffffffffu, sq, step);
+    }
+    const float e = gate[t], delta = beta[t] * (v[t][column] - e * sk);
+    if (part == 0) o[t][column] = e * sq + qk[t] * delta;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+      S[j].x = e * S[j].x + delta * key[j].x, S[j].y = e * S[j].y + delta * key[j].y;
+      S[j].z = e * S[j].z + delta * key[j].z, S[j].w = e * S[j].w + delta * key[j].w;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; j++) *reinterpret_cast<float4*>(in.state_out + at + j * 16) = S[j];
+  __syncthreads();
+
+  if (warp < tokens) {
+    const float4 a = reinterpret_cast<const float4*>(o[warp])[lane];
+    const float scale = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) / kHead + eps);
+    T* y = in.y + (size_t(b) * tokens + warp) * Hv * kHead + hv * kHead + lane * 4;
+    const float value[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
+  }
+}
+
+// ---- many tokens ----
+
+constexpr int kChunk = 16;    // tokens per stage of the recurrence
+constexpr int kColumns = 16;  // columns per block
+constexpr int kSplit = 8;     // lanes per column
+constexpr int kThreads = kColumns * kSplit;
+
+// fp32, tokens padded to whole chunks with tokens that leave the state alone.
+struct Workspace {
+  float* qk;     // [B,Hk,T',2,128]
+  float* v;      // [B,Hv,T',128]
+  float* o;      // [B,Hv,T',128]
+  float* dot;    // [B,Hk,T']       q.k
+  float* gates;  // [B,Hv,T',2]     decay, beta
+};
+
+int padded(int tokens) { return (tokens + kChunk - 1) / kChunk * kChunk; }
+
+Workspace divide(const DeltaNetShape& s, void* memory) {
+  const size_t n = size_t(s.B) * padded(s.T);
+  Workspace w;
+  w.qk = static_cast<float*>(memory);
+  w.v = w.qk + n * s.Hk * 2 * kHead;
+  w.o = w.v + n * s.Hv * kHead;
+  w.dot = w.o + n * s.Hv * kHead;
+  w.gates = w.dot + n * s.Hk;
+  return w;
+}
+
+// A warp makes one token of one key head (q and k) or of one value head (v and the gates).
+template <typename T>
+__global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Workspace out, int padded_tokens) {
+  wait_for_previous();
+  let_next_start();
+  const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, b = blockIdx.z;
+  const int Hk = shape.Hk, Hv = shape.Hv, C = shape.channels(), width = shape.width();
+  if (t >= padded_tokens) return;
+  const bool real = t < shape.T;
+  const T* packed = in.packed + size_t(b) * shape.T * width;
+  const T* history = in.history + size_t(b) * (kTaps - 1) * C;
+  auto four = [&](int channel) {
+    float4 u = make_float4(0, 0, 0, 0);
+    if (real) {
+      float* item = &u.x;
+#pragma unroll
+      for (int i = 0; i < 4; i++) item[i] = convolve(packed, history, in.conv, t, channel + i, C, width);
+    }
+    return u;
+  };
+  if (int(blockIdx.y) < Hk) {
+    const int h = blockIdx.y;
+    float4 q = four(h * kHead + lane * 4), k = four((Hk + h) * kHead + lane * 4);
+    const float sq = rsqrtf(warp_sum(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w) + kL2Eps) * rsqrtf(float(kHead));
+    const float sk = rsqrtf(warp_sum(k.x * k.x + k.y * k.y + k.z * k.z + k.w * k.w) + kL2Eps);
+    q = make_float4(q.x * sq, q.y * sq, q.z * sq, q.w * sq), k = make_float4(k.x * sk, k.y * sk, k.z * sk, k.w * sk);
+    const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
+    const size_t row = (size_t(b) * Hk + h) * padded_tokens + t;
+    reinterpret_cast<float4*>(out.qk + row * 2 * kHead)[lane] = q;
+    reinterpret_cast<float4*>(out.qk + row * 2 * kHead + kHead)[lane] = k;
+    if (lane == 0) out.dot[row] = dot;
+  } else {
+    const int h = blockIdx.y - Hk;
+    const size_t row = (size_t(b) * Hv + h) * padded_tokens + t;
+    reinterpret_cast<float4*>(out.v + row * kHead)[lane] = four((2 * Hk + h) * kHead + lane * 4);
+    if (lane == 0) {
+      const T* gates = packed + size_t(real ? t : 0) * width + C + Hv * kHead;
+      out.gates[row * 2] = real ? decay(to_float(gates[h]), in.a_log[h], in.dt_bias[h]) : 1.0f;
+      out.gates[row * 2 + 1] = real ? sigmoid(to_float(gates[Hv + h])) : 0.0f;
+    }
+  }
+}
+
+__device__ inline void copy_async(void* shared, const void* global) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(address), "l"(global));
+}
+
+__global__ void __launch_bounds__(kThreads) recurrence_kernel(DeltaNetShape shape, const float* state, float* state_out, Workspace w, int padded_tokens) {
+  struct Stage {
+    float qk[kChunk][2][kHead], v[kChunk][kColumns], gates[kChunk][2], dot[kChunk];
+  };
+  __shared__ __align__(16) Stage stage[2];
+  __shared__ float o[kChunk][kColumns];
+  const int first = blockIdx.x * kColumns, hv = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
+  const int hk = hv / (shape.Hv / shape.Hk);
+  const int column = tid / kSplit, part = tid % kSplit;
+  const size_t key_row = (size_t(b) * shape.Hk + hk) * padded_tokens, value_row = (size_t(b) * shape.Hv + hv) * padded_tokens;
+  const size_t at = ((size_t(b) * shape.Hv + hv) * kHead + first + column) * kHead + part * 4;
+
+  float4 S[4];  // k = 32 j + 4 part + 0..3
+#pragma unroll
+  for (int j = 0; j < 4; j++) S[j] = *reinterpret_cast<const float4*>(state + at + j * 32);
+  wait_for_previous();
+  let_next_start();
+
+  auto fetch = [&](Stage& into, int t) {
+    const float* qk = w.qk + (key_row + t) * 2 * kHead;
+#pragma unroll
+    for (int i = 0; i < kChunk * 2 * kHead / 4 / kThreads; i++)
+      copy_async(&into.qk[0][0][0] + (i * kThreads + tid) * 4, qk + (i * kThreads + tid) * 4);
+    if (tid < kChunk * kColumns / 4)
+      copy_async(&into.v[tid / 4][tid % 4 * 4], w.v + (value_row + t + tid / 4) * kHead + first + tid % 4 * 4);
+    else if (tid < 64 + kChunk * 2 / 4)
+      copy_async(&into.gates[0][0] + (tid - 64) * 4, w.gates + (value_row + t) * 2 + (tid - 64) * 4);
+    else if (tid >= 96 && tid < 96 + kChunk / 4)
+      copy_async(into.dot + (tid - 96) * 4, w.dot + key_row + t + (tid - 96) * 4);
+    asm volatile("cp.async.commit_group;");
+  };
+
+  fetch(stage[0], 0);
+  for (int t0 = 0, now = 0; t0 < padded_tokens; t0 += kChunk, now ^= 1) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    if (t0 + kChunk < padded_tokens) fetch(stage[now ^ 1], t0 + kChunk);
+    const Stage& in = stage[now];
+#pragma unroll 4
+    for (int i = 0; i < kChunk; i++) {
+      const float4* query = reinterpret_cast<const float4*>(in.qk[i][0]);
+      const float4* key = reinterpret_cast<const float4*>(in.qk[i][1]);
+      float4 k[4];
+      float sk[4], sq[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        k[j] = key[j * 8 + part];
+        const float4 q = query[j * 8 + part];
+        sk[j] = S[j].x * k[j].x + S[j].y * k[j].y + S[j].z * k[j].z + S[j].w * k[j].w;
+        sq[j] = S[j].x * q.x + S[j].y * q.y + S[j].z * q.z + S[j].w * q.w;
+      }
+      float a = (sk[0] + sk[1]) + (sk[2] + sk[3]), c = (sq[0] + sq[1]) + (sq[2] + sq[3]);
+#pragma unroll
+      for (int step = 1; step < kSplit; step *= 2) {
+        a += __shfl_xor_sync(0xffffffffu, a, step);
+        c += __shfl_xor_sync(0xffffffffu, c, step);
+      }
+      const float e = in.gates[i][0], delta = in.gates[i][1] * (in.v[i][column] - e * a);
+      if (part == 0) o[i][column] = e * c + in.dot[i] * delta;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        S[j].x = e * S[j].x + delta * k[j].x, S[j].y = e * S[j].y + delta * k[j].y;
+        S[j].z = e * S[j].z + delta * k[j].z, S[j].w = e * S[j].w + delta * k[j].w;
+      }
+    }
+    __syncthreads();
+    for (int i = tid; i < kChunk * kColumns; i += kThreads)
+      w.o[(value_row + t0 + i / kColumns) * kHead + first + i % kColumns] = o[i / kColumns][i % kColumns];
+  }
+#pragma unroll
+  for (int j = 0; j < 4; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
+}
+
+// A warp per token and value head.
+template <typename T>
+__global__ void gated_norm_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, const float* o, int padded_tokens) {
+  wait_for_previous();
+  let_next_start();
+  const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
+  if (t >= shape.T) return;
+  const int Hv = shape.Hv, C = shape.channels(), width = shape.width();
+  const float4 a = reinterpret_cast<const float4*>(o + ((size_t(b) * Hv + h) * padded_tokens + t) * kHead)[lane];
+  const float scale = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) / kHead + eps);
+  const T* packed = in.packed + (size_t(b) * shape.T + t) * width;
+  const T* z = packed + C + h * kHead + lane * 4;
+  T* y = in.y + ((size_t(b) * shape.T + t) * Hv + h) * kHead + lane * 4;
+  const float value[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) y[i] = from_float<T>(value[i] * scale * to_float(in.norm[lane * 4 + i]) * silu(to_float(z[i])));
+}
+
+// The last three rows of (history | qkv).
+template <typename T>
+__global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
+  wait_for_previous();
+  let_next_start();
+  const int C = shape.channels(), c = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
+  if (c >= C) return;
+  T rows[kTaps - 1];
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; i++) {
+    const int row = shape.T + i - (kTaps - 1);
+    rows[i] = row < 0 ? in.history[(size_t(b) * (kTaps - 1) + row + kTaps - 1) * C + c]
+                      : in.packed[(size_t(b) * shape.T + row) * shape.width() + c];
+  }
+#pragma unroll
+  for (int i = 0; i < kTaps - 1; i++) in.history_out[(size_t(b) * (kTaps - 1) + i) * C + c] = rows[i];
+}
+
+bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
+
+}  // namespace
+
+size_t delta_net_workspace(const DeltaNetShape& s) {
+  if (in_one_kernel(s)) return 0;
+  return sizeof(float) * size_t(s.B) * padded(s.T) * (size_t(s.Hk) * (2 * kHead + 1) + size_t(s.Hv) * (2 * kHead + 2));
+}
+
+template <typename T>
+void delta_net(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, void* workspace, int* arrivals, int arrivals_size, cudaStream_t stream) {
+  if (in_one_kernel(s)) {
+    if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
+    launch(few_tokens_kernel<T>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps, arrivals);
+    return;
+  }
+  const Workspace w = divide(s, workspace);
+  const int tokens = padded(s.T), per_block = 4;
+  launch(prepare_kernel<T>, dim3((tokens + per_block - 1) / per_block, s.Hk + s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, w, tokens);
+  launch(history_kernel<T>, dim3((s.channels() + 255) / 256, s.B), dim3(256), 0, stream, s, in);
+  launch(recurrence_kernel, dim3(kHead / kColumns, s.Hv, s.B), dim3(kThreads), 0, stream, s, in.state, in.state_out, w, tokens);
+  launch(gated_norm_kernel<T>, dim3((s.T + per_block - 1) / per_block, s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, eps, w.o, tokens);
+}
+
+#define INSTANTIATE(T) \
+  template void delta_net<T>(const DeltaNetShape&, const DeltaNetTensors<T>&, float, void*, int*, int, cudaStream_t);
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+
+}  // namespace qwen

@@ -1,0 +1,41 @@
+// A Gated DeltaNet mixer between its input and output projections: causal conv + SiLU, L2 norm, gates, recurrence, gated RMS norm.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace qwen {
+
+constexpr int kHead = 128;     // Dk and Dv
+constexpr int kTaps = 4;       // taps of the convolution
+constexpr int kFewTokens = 8;  // up to here one kernel does everything
+
+struct DeltaNetShape {
+  int B, T, Hk, Hv;
+  __host__ __device__ int channels() const { return (2 * Hk + Hv) * kHead; }  // of the convolution: q | k | v
+  __host__ __device__ int width() const { return channels() + Hv * kHead + 2 * Hv; }
+};
+
+// packed [B,T,C+Hv*128+2Hv] = qkv | z | a | b   conv [C,4]  a_log, dt_bias f32[Hv]  norm [128]
+// history [B,3,C] and state f32[B,Hv,Dv,Dk] (V-major); each may be the same memory as its successor
+// y [B,T,Hv*128]
+template <typename T>
+struct DeltaNetTensors {
+  const T *packed, *conv;
+  const float *a_log, *dt_bias;
+  const T *norm, *history;
+  const float* state;
+  T *y, *history_out;
+  float* state_out;
+};
+
+// Bytes of workspace that a call needs, 0 for few tokens.
+size_t delta_net_workspace(const DeltaNetShape& shape);
+
+// `arrivals` are `arrivals_size` zeros on the device that belong to the caller's node; they are zeros again after the call.
+template <typename T>
+void delta_net(const DeltaNetShape& shape, const DeltaNetTensors<T>& tensors, float eps, void* workspace, int* arrivals, int arrivals_size,
+               cudaStream_t stream);
+
+}  // namespace qwen

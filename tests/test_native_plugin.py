@@ -1,0 +1,363 @@
+"""The CUDA plugin: where the build uses it, and each op against float64 on a device."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from onnx import helper
+
+from qwen_export import build
+from qwen_export.compiler import lower
+from qwen_export.errors import BundleError
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
+from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
+from qwen_export.plugins.native import library
+from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, decode, encode
+from qwen_export.runtimes.integrity import ensure_whole
+
+Array = npt.NDArray[Any]
+
+
+# ---- what the build makes of it; needs no device ----
+
+
+@pytest.fixture
+def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / library.LIBRARY
+    path.write_bytes(b"kernels")
+    monkeypatch.setenv(library.VARIABLE, str(path))
+    return path
+
+
+@pytest.fixture
+def wide_heads(tmp_path: Path) -> Path:
+    """A tiny checkpoint with the DeltaNet heads of the family, which the kernel is made for."""
+    config = tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128)
+    return synthesize(config, tmp_path / "wide")
+
+
+def lowered(checkpoint: Path, precision: str) -> Counter[str]:
+    """Operators of the CUDA graph and how often each occurs."""
+    source = open_checkpoint(checkpoint)
+    model = lower(source, plan_build(source, "onnxruntime", "cuda", precision))
+    return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph)
+
+
+def test_a_delta_net_layer_is_five_launches(wide_heads: Path, fake_library: Path) -> None:
+    counts = lowered(wide_heads, "fp16")
+    linear, attention = 3, 1
+    assert counts["qwen.native.DeltaNet"] == linear
+    assert counts["qwen.native.SwiGlu"] == linear + attention
+    # in, out and down of a DeltaNet layer; q|k|v, gate, out and down of an attention layer; the head
+    assert counts["qwen.native.Linear"] == 3 * linear + 4 * attention + 1
+    assert counts["SimplifiedLayerNormalization"] == 1, "only the last norm is a node: rows are picked after it"
+    assert not {"Add", "Split", "com.microsoft.SkipSimplifiedLayerNormalization", "com.microsoft.FusedMatMul"} & set(counts)
+
+
+def test_heads_of_another_size_keep_the_kernel_of_the_runtime(tiny_checkpoint: Path, fake_library: Path) -> None:
+    counts = lowered(tiny_checkpoint, "bf16")
+    assert counts["com.microsoft.GatedDeltaNet"] == 3 and counts["qwen.native.DeltaNet"] == 0
+    assert counts["qwen.native.SwiGlu"] == 4
+
+
+def test_without_the_library_nothing_changes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIABLE, "")
+    assert not [name for name in lowered(tiny_checkpoint, "fp16") if name.startswith(library.NATIVE)]
+
+
+def test_the_bundle_carries_and_hashes_the_library(wide_heads: Path, fake_library: Path, tmp_path: Path) -> None:
+    bundle = build(wide_heads, tmp_path / "bundle", device="cuda", precision="fp16")
+    manifest = load_manifest(bundle)
+    assert manifest.plugins == (library.LIBRARY,)
+    assert not [name for name in manifest.target.operators if name.startswith(library.NATIVE)], "not asked of ONNX Runtime"
+    ensure_whole(bundle, manifest)
+    (bundle / library.LIBRARY).write_bytes(b"kernel$")
+    with pytest.raises(BundleError, match="changed or damaged"):
+        ensure_whole(bundle, manifest)
+    (bundle / library.LIBRARY).unlink()
+    with pytest.raises(BundleError, match="missing"):
+        ensure_whole(bundle, manifest)
+
+
+def test_a_cpu_bundle_has_no_plugin(wide_heads: Path, fake_library: Path, tmp_path: Path) -> None:
+    assert load_manifest(build(wide_heads, tmp_path / "bundle")).plugins == ()
+
+
+def test_a_built_library_loads_without_a_device() -> None:
+    path = Path(library.__file__).parent / library.LIBRARY
+    if not path.is_file():
+        pytest.skip("not built")
+    assert ctypes.CDLL(str(path)).RegisterCustomOps
+
+
+# ---- the kernels ----
+
+LIMIT = {"float16": 1e-3, "bfloat16": 8e-3}
+"""Largest relative error in the norm: half a unit in the last place of the result, and of a normalised input."""
+
+
+@cache
+def session(op: str, dtype: str, inputs: tuple[tuple[str, str], ...], outputs: tuple[tuple[str, str, int], ...], attributes: str) -> Any:
+    """One node with dynamic shapes. `inputs` are names ("" is left out) and dtypes, `outputs` names, dtypes and ranks."""
+    import onnxruntime as ort
+
+    ort.preload_dlls()
+    node = helper.make_node(
+        op, [name for name, _ in inputs], [name for name, _, _ in outputs], domain=library.NATIVE, **dict(eval(attributes))
+    )
+    given = [helper.make_tensor_value_info(name, ELEMENTS[kind][1], None) for name, kind in inputs if name]
+    made = [helper.make_tensor_value_info(name, ELEMENTS[kind][1], [None] * rank) for name, kind, rank in outputs]
+    graph = helper.make_graph([node], op, given, made)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(library.NATIVE, 1)], ir_version=10)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library.find_library()))
+    providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"}), "CPUExecutionProvider"]
+    return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+
+
+_graphs = iter(range(1, 1 << 30))
+
+
+def device(values: Array, dtype: str) -> CudaBuffer:
+    buffer = CudaBuffer(dtype, values.shape)
+    buffer.write(encode(values.astype(np.float32), dtype))
+    return buffer
+
+
+def rounded(values: Array, dtype: str) -> Array:
+    """What the device sees, in float64."""
+    return decode(encode(values.astype(np.float32), dtype), dtype, values.shape).astype(np.float64)
+
+
+class OneOp:
+    """An op bound to fresh device buffers; every run writes over poisoned outputs."""
+
+    def __init__(
+        self,
+        op: str,
+        dtype: str,
+        inputs: dict[str, tuple[Array, str] | None],
+        outputs: dict[str, tuple[tuple[int, ...], str]],
+        **attributes: Any,
+    ) -> None:
+        import onnxruntime as ort
+
+        named = tuple((name if given else "", given[1] if given else dtype) for name, given in inputs.items())
+        made = tuple((name, kind, len(shape)) for name, (shape, kind) in outputs.items())
+        self._session = session(op, dtype, named, made, repr(sorted(attributes.items())))
+        self._binding = self._session.io_binding()
+        self.inputs = {name: device(*given) for name, given in inputs.items() if given}
+        self.outputs = {name: CudaBuffer(kind, shape) for name, (shape, kind) in outputs.items()}
+        for name, buffer in self.inputs.items():
+            self._binding.bind_input(name, "cuda", 0, ELEMENTS[buffer.dtype][1], buffer.shape, buffer.address)
+        self.bind_outputs()
+        self._options = ort.RunOptions()
+
+    def bind_outputs(self, **instead: CudaBuffer) -> None:
+        self.outputs |= instead
+        for name, buffer in self.outputs.items():
+            self._binding.bind_output(name, "cuda", 0, ELEMENTS[buffer.dtype][1], buffer.shape, buffer.address)
+
+    def run(self, *, recorded: bool = False, poison: bool = True) -> dict[str, Array]:
+        if not recorded:
+            self._options.add_run_config_entry("gpu_graph_id", "-1")
+        if poison:
+            for buffer in self.outputs.values():
+                buffer.write(np.full(buffer.nbytes, 0xFF, np.uint8))
+        self._session.run_with_iobinding(self._binding, self._options)
+        return {name: decode(b.read(), b.dtype, b.shape).astype(np.float64) for name, b in self.outputs.items()}
+
+    def replays(self, **kwargs: Any) -> Iterator[dict[str, Array]]:
+        """A plain run, the run that records, two replays."""
+        self._options.add_run_config_entry("gpu_graph_id", str(next(_graphs)))
+        for _ in range(4):
+            yield self.run(recorded=True, **kwargs)
+
+
+def error(got: Array, expected: Array) -> float:
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+def normalised(x: Array, weight: Array, dtype: str) -> Array:
+    return rounded(x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight, dtype)
+
+
+gpu = pytest.mark.gpu
+DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 64]
+SHAPES = [(8, 8), (24, 40), (1024, 3584), (1024, 2048), (8224, 1024), (3584, 1032)]
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize(("N", "K"), SHAPES)
+@pytest.mark.parametrize("extras", ["", "residual", "norm", "residual norm"])
+def test_linear(dtype: str, N: int, K: int, extras: str) -> None:
+    rng = np.random.default_rng(N + K)
+    for M in ROWS if N * K < 1 << 23 else [1, 8, 9, 33]:
+        check_linear(rng, dtype, M, N, K, extras)
+
+
+@gpu
+@DTYPES
+def test_linear_of_a_prefill(dtype: str) -> None:
+    check_linear(np.random.default_rng(0), dtype, 2048, 1024, 2048, "residual norm")
+
+
+def check_linear(rng: np.random.Generator, dtype: str, M: int, N: int, K: int, extras: str) -> None:
+    x, w = rounded(rng.normal(size=(1, M, K)), dtype), rounded(rng.normal(size=(N, K)) / np.sqrt(K), dtype)
+    residual = rounded(rng.normal(size=(1, M, N)), dtype) if "residual" in extras else None
+    norm = rounded(1 + rng.normal(size=K) / 4, dtype) if "norm" in extras else None
+    optional = {name: (value, dtype) if value is not None else None for name, value in (("residual", residual), ("norm", norm))}
+    op = OneOp("Linear", dtype, {"x": (x, dtype), "w": (w, dtype)} | optional, {"y": ((1, M, N), dtype)}, epsilon=1e-6)
+    expected = (x if norm is None else normalised(x, norm, dtype)) @ w.T + (0 if residual is None else residual)
+    assert error(op.run()["y"], expected) < LIMIT[dtype], (M, N, K)
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize(("N", "K"), [(8, 8), (40, 24), (3584, 1024), (1032, 2560)])
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_swiglu(dtype: str, N: int, K: int, with_norm: bool) -> None:
+    rng = np.random.default_rng(N + K)
+    for M in [*ROWS, 2048] if N == 3584 else ROWS:
+        x, w = rounded(rng.normal(size=(1, M, K)), dtype), rounded(rng.normal(size=(2 * N, K)) / np.sqrt(K), dtype)
+        norm = rounded(1 + rng.normal(size=K) / 4, dtype)
+        inputs = {"x": (x, dtype), "w": (w, dtype), "norm": (norm, dtype) if with_norm else None}
+        op = OneOp("SwiGlu", dtype, inputs, {"y": ((1, M, N), dtype)}, epsilon=1e-6)
+        h = (normalised(x, norm, dtype) if with_norm else x) @ w.T
+        # More rows go through a gate and up of the element type.
+        assert error(op.run()["y"], silu(h[..., :N]) * h[..., N:]) < 2 * LIMIT[dtype], (M, N, K)
+
+
+def delta_net_inputs(rng: np.random.Generator, dtype: str, B: int, T: int, Hk: int, Hv: int) -> dict[str, tuple[Array, str]]:
+    """Keys of a head share a direction, betas reach 1 and decays reach 1: what a recurrence gets wrong first."""
+    C, wide = (2 * Hk + Hv) * 128, (2 * Hk + Hv) * 128 + Hv * 128
+    packed = rng.normal(size=(B, T, wide + 2 * Hv))
+    packed[..., :C] += 0.7 * rng.normal(size=C)
+    packed[..., wide : wide + Hv] -= 2
+    packed[..., wide + Hv :] += 2
+    tensors = {
+        "packed": packed,
+        "conv": rng.normal(size=(C, 4)) / 2,
+        "norm": 1 + rng.normal(size=128) / 4,
+        "history": rng.normal(size=(B, 3, C)),
+    }
+    fp32 = {"a_log": rng.normal(size=Hv), "dt_bias": rng.normal(size=Hv), "state": rng.normal(size=(B, Hv, 128, 128))}
+    given = {name: (rounded(value, dtype), dtype) for name, value in tensors.items()}
+    given |= {name: (rounded(value, "float"), "float") for name, value in fp32.items()}
+    return {name: given[name] for name in ("packed", "conv", "a_log", "dt_bias", "norm", "history", "state")}
+
+
+def delta_net_reference(given: dict[str, tuple[Array, str]], Hk: int, Hv: int) -> dict[str, Array]:
+    packed, conv, a_log, dt_bias, norm, history, state = (value for value, _ in given.values())
+    B, T, _ = packed.shape
+    C = history.shape[2]
+    rows = np.concatenate([history, packed[..., :C]], axis=1)
+    u = silu(sum(rows[:, i : i + T] * conv[:, i] for i in range(4)))
+    z, a, b = np.split(packed[..., C:], [Hv * 128, Hv * 128 + Hv], axis=2)
+    q, k, v = (part.reshape(B, T, -1, 128) for part in np.split(u, [Hk * 128, 2 * Hk * 128], axis=2))
+    q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), Hv // Hk, axis=2) for x in (q, k))
+    decay, beta = np.exp(-np.exp(a_log) * np.logaddexp(0, a + dt_bias)), 1 / (1 + np.exp(-b))
+    S, o = state.copy(), np.empty((B, T, Hv, 128))
+    for t in range(T):
+        S = S * decay[:, t, :, None, None]
+        delta = beta[:, t, :, None] * (v[:, t] - np.einsum("bhvk,bhk->bhv", S, k[:, t]))
+        S = S + delta[..., None] * k[:, t, :, None, :]
+        o[:, t] = np.einsum("bhvk,bhk->bhv", S, q[:, t]) / np.sqrt(128)
+    y = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * norm
+    return {"y": y.reshape(B, T, -1) * silu(z), "history_out": rows[:, T:], "state_out": S}
+
+
+def delta_net_op(dtype: str, given: dict[str, tuple[Array, str]], Hk: int) -> OneOp:
+    B, T, _ = given["packed"][0].shape
+    Hv = given["state"][0].shape[1]
+    outputs = {
+        "y": ((B, T, Hv * 128), dtype),
+        "history_out": (given["history"][0].shape, dtype),
+        "state_out": (given["state"][0].shape, "float"),
+    }
+    return OneOp("DeltaNet", dtype, dict(given), outputs, key_heads=Hk, epsilon=1e-6)
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize(("Hk", "Hv"), [(2, 2), (2, 4), (1, 3), (16, 16), (16, 48)])
+def test_delta_net(dtype: str, Hk: int, Hv: int) -> None:
+    rng = np.random.default_rng(Hv)
+    for B, T in [(1, t) for t in range(1, 10)] + [(2, 1), (3, 5), (2, 17), (1, 64), (3, 100)]:
+        given = delta_net_inputs(rng, dtype, B, T, Hk, Hv)
+        got, expected = delta_net_op(dtype, given, Hk).run(), delta_net_reference(given, Hk, Hv)
+        assert error(got["y"], expected["y"]) < LIMIT[dtype], (B, T)
+        assert error(got["state_out"], expected["state_out"]) < 1e-5, (B, T)
+        assert np.array_equal(got["history_out"], expected["history_out"]), (B, T)
+
+
+@gpu
+def test_delta_net_of_a_prefill() -> None:
+    given = delta_net_inputs(np.random.default_rng(0), "float16", 1, 2048, 2, 4)
+    got, expected = delta_net_op("float16", given, 2).run(), delta_net_reference(given, 2, 4)
+    assert error(got["y"], expected["y"]) < LIMIT["float16"] and error(got["state_out"], expected["state_out"]) < 1e-5
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize("T", [1, 4, 20])
+def test_delta_net_writes_its_state_in_place(dtype: str, T: int) -> None:
+    """Value heads share the history of their key head, and some block is the last to read it."""
+    given = delta_net_inputs(np.random.default_rng(T), dtype, 2, T, 16, 48)
+    apart = delta_net_op(dtype, given, 16).run()
+    op = delta_net_op(dtype, given, 16)
+    op.bind_outputs(history_out=op.inputs["history"], state_out=op.inputs["state"])
+    together = op.run(poison=False)
+    for name in apart:
+        assert np.array_equal(apart[name], together[name]), name
+
+
+@gpu
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_a_replay_gives_what_a_plain_run_gives(dtype: str, rows: int) -> None:
+    rng = np.random.default_rng(rows)
+
+    def tensor(*shape: int) -> tuple[Array, str]:
+        return rng.normal(size=shape) / 8, dtype
+
+    makes: list[Callable[[], OneOp]] = [
+        lambda: OneOp(
+            "Linear",
+            dtype,
+            {"x": tensor(1, rows, 1024), "w": tensor(1024, 1024), "residual": tensor(1, rows, 1024), "norm": tensor(1024)},
+            {"y": ((1, rows, 1024), dtype)},
+            epsilon=1e-6,
+        ),
+        lambda: OneOp(
+            "SwiGlu",
+            dtype,
+            {"x": tensor(1, rows, 1024), "w": tensor(7168, 1024), "norm": tensor(1024)},
+            {"y": ((1, rows, 3584), dtype)},
+            epsilon=1e-6,
+        ),
+        lambda: delta_net_op(dtype, delta_net_inputs(rng, dtype, 1, rows, 16, 32), 16),
+    ]
+    for make in makes:
+        first, *others = make().replays()
+        for other in others:
+            for name in first:
+                assert np.array_equal(first[name], other[name]), name
