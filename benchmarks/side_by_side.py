@@ -51,13 +51,13 @@ class Row:
 
 
 def compare_runs(
-    bundle: Path, peer: Path, prompts: str, new_tokens: int, threads: int, rounds: int
+    bundle: Path, peer: Path, prompts: str, new_tokens: int, threads: int, rounds: int, flags: list[str]
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Measure both `rounds` times, alternating. Returns the table's rows and the raw results."""
+    """Measure both `rounds` times, alternating; `flags` are more options for ours. Returns the table's rows and the raw results."""
     workload = ["--prompt-tokens", prompts, "--new-tokens", str(new_tokens), "--json"]
     raw = []
     for number in range(1, rounds + 1):
-        ours = json.loads(run_measured([QWEN_EXPORT, "bench", bundle, *workload], cpus=threads).stdout)
+        ours = json.loads(run_measured([QWEN_EXPORT, "bench", bundle, *workload, *flags], cpus=threads).stdout)
         theirs_command = [PEER_PYTHON, PEER_SCRIPT, "run", peer, *workload, "--threads", str(threads)]
         theirs = json.loads(run_measured(theirs_command, cpus=threads).stdout)
         raw.append({"ours": ours, "peer": theirs})
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", default="128,512,2048")
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repack", action="store_true", help="load ours with repacked weights")
     parser.add_argument("--reuse", action="store_true", help="take the exports of an earlier call, measure only the runs")
     parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with transformers")
     parser.add_argument("--json", type=Path, help="write the raw results here")
@@ -144,7 +145,8 @@ def main() -> None:
     rows = []
     if not (options.reuse and bundle.exists() and peer.exists()):
         rows += compare_exports(checkpoint, bundle, peer, options.precision)
-    runs, raw = compare_runs(bundle, peer, options.prompt_tokens, options.new_tokens, options.threads, options.rounds)
+    flags = ["--repack"] if options.repack else []
+    runs, raw = compare_runs(bundle, peer, options.prompt_tokens, options.new_tokens, options.threads, options.rounds, flags)
     rows += runs
     deviation = None
     if not options.no_parity:

@@ -16,7 +16,14 @@ Report = Callable[[str], None]
 
 
 def benchmark(
-    bundle: Path, prompt_tokens: Sequence[int], new_tokens: int, threads: int | None = None, rounds: int = 3, report: Report | None = None
+    bundle: Path,
+    prompt_tokens: Sequence[int],
+    new_tokens: int,
+    threads: int | None = None,
+    rounds: int = 3,
+    report: Report | None = None,
+    *,
+    repack: bool = False,
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
@@ -24,7 +31,7 @@ def benchmark(
     say = report or (lambda text: None)
     say("loading")
     started = time.perf_counter()
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, repack=repack)
     load_s = time.perf_counter() - started
     need = max(prompt_tokens) + new_tokens + 1
     if need > model.manifest.max_context:

@@ -25,8 +25,11 @@ from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
 
-def load(bundle: str | Path, *, max_context: int | None = None, threads: int | None = None) -> Model:
+def load(bundle: str | Path, *, max_context: int | None = None, threads: int | None = None, repack: bool = False) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
+
+    By default CPU weights are mapped and used where they lie: loading takes no time, and processes share the memory. With `repack` ONNX
+    Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster.
 
     Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
     directory = Path(bundle)
@@ -35,7 +38,7 @@ def load(bundle: str | Path, *, max_context: int | None = None, threads: int | N
     check_runnable(manifest)
     graph = manifest.graphs["decoder"]
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins)
+    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins, repack=repack)
     return Model(directory, manifest, session, max_context)
 
 

@@ -22,8 +22,17 @@ HOST_INPUTS = ("total_length",)
 class Session:
     """One compiled graph, loaded."""
 
-    def __init__(self, path: Path, spec: GraphSpec, device: str, threads: int | None = None, plugins: Sequence[Path] = ()) -> None:
-        """`plugins` are libraries with custom ops of the graph."""
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        device: str,
+        threads: int | None = None,
+        plugins: Sequence[Path] = (),
+        *,
+        repack: bool = False,
+    ) -> None:
+        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -32,9 +41,7 @@ class Session:
         options.log_severity_level = 4  # failures arrive as exceptions
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
         options.inter_op_num_threads = 1
-        # Mapped weights are used where they lie: no copy at load, and the pages are shared with the file cache. One-token steps are as fast
-        # either way; repacked weights would only help calls of 2 to 8 tokens.
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
         providers = _providers(ort, device)
         try:
             for plugin in plugins:

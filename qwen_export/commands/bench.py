@@ -34,14 +34,17 @@ class _Numbers(click.ParamType):
 @click.option("--prompt-tokens", default="128,512,2048", show_default=True, type=_Numbers())
 @click.option("--new-tokens", default=64, show_default=True, type=click.IntRange(1))
 @click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
+@click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw prefill speed by prompt length.")
-def command(bundle: Path, prompt_tokens: tuple[int, ...], new_tokens: int, threads: int | None, as_json: bool, plot: Path | None) -> None:
+def command(
+    bundle: Path, prompt_tokens: tuple[int, ...], new_tokens: int, threads: int | None, repack: bool, as_json: bool, plot: Path | None
+) -> None:
     """Measure BUNDLE on this machine: load, prefill, decode, memory."""
     hash_with_progress(bundle)
     console = Console(stderr=True)
     with console.status("loading") as status:
-        result = benchmark(bundle, prompt_tokens, new_tokens, threads, report=lambda text: status.update(text))
+        result = benchmark(bundle, prompt_tokens, new_tokens, threads, report=lambda text: status.update(text), repack=repack)
     click.echo(json.dumps(result, indent=1) if as_json else _text(result))
     if plot is not None:
         _draw(result, plot)

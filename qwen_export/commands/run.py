@@ -33,6 +33,7 @@ from qwen_export.runtimes.reasoning import Reasoning
 @click.option("--greedy", is_flag=True, default=None, help="Always the likeliest token.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
+@click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
 def command(
     bundle: Path,
     prompt: str,
@@ -43,11 +44,12 @@ def command(
     max_new_tokens: int | None,
     max_context: int | None,
     threads: int | None,
+    repack: bool,
     **sampling: Any,
 ) -> None:
     """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat."""
     hash_with_progress(bundle)
-    model = load(bundle, max_context=max_context, threads=threads)
+    model = load(bundle, max_context=max_context, threads=threads, repack=repack)
     given = {name: value for name, value in sampling.items() if value is not None}
     if chat or system is not None or thinking is not None:
         generation = _answer(model, prompt, system, thinking, preserve_thinking, given, max_new_tokens)
