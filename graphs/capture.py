@@ -108,7 +108,7 @@ def _named(model: ir.Model, module: Decoder, state: State) -> ir.Model:
         if name not in parameters:
             raise CaptureError("the traced graph has a constant that is not a parameter", where=name)
         tensor = parameters[name]
-        weight = StoredWeight(name, tuple(tensor.shape), ir.DataType.FLOAT if tensor.dtype == torch.float32 else _ir_dtype(tensor.dtype))
+        weight = StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype))
         value.const_value = WeightTensor(weight, name)
     return model
 

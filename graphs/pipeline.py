@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qwen_export.graphs.passes.context import Pass, PassContext
 from qwen_export.graphs.passes.verify import verify_graph
-from qwen_export.targets import Target
+from qwen_export.targets import Target, pass_names
 
 
 def run_passes(model: ir.Model, target: Target, context: PassContext, dump: Path | None = None) -> None:
@@ -17,9 +17,9 @@ def run_passes(model: ir.Model, target: Target, context: PassContext, dump: Path
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
     phases: list[tuple[str, Pass | None]] = [("captured", None)]
-    for path in target.passes:
-        module, name = path.split(":")
-        phases.append((name, getattr(importlib.import_module(f"qwen_export.{module}"), name)))
+    for path, name in zip(target.passes, pass_names(target), strict=True):
+        module = importlib.import_module(f"qwen_export.{path.removesuffix(f':{name}')}")
+        phases.append((name, getattr(module, name)))
     for number, (name, rewrite) in enumerate(phases):
         if rewrite is not None:
             rewrite(model, context)

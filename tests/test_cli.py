@@ -122,6 +122,11 @@ def test_run_chats_with_and_without_thinking(run: Any, demo_bundle: Path) -> Non
     assert plain[0] == thinking[0] == 0 and plain[1] != thinking[1]
 
 
+def test_an_option_of_chats_asks_a_chat(run: Any, demo_bundle: Path) -> None:
+    arguments = ("run", demo_bundle, "What is os.path?", "--greedy", "--max-new-tokens", "8", "--preserve-thinking")
+    assert run(*arguments)[1] == run(*arguments, "--chat")[1]
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--top-p", "1.5"), ("--temperature", "-1"), ("--max-new-tokens", "0")])
 def test_a_flag_out_of_range_is_one_sentence(run: Any, demo_bundle: Path, flag: str, value: str) -> None:
     code, out, err = run("run", demo_bundle, "x", flag, value)

@@ -1,13 +1,15 @@
-"""Which tensors a dense text decoder is made of, and what else may lie in its checkpoint."""
+"""Which tensors a text decoder is made of, and what else may lie in its checkpoint."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
+from qwen_export.graphs.checkpoint.tensor_table import Layout, tensor_table
+from qwen_export.graphs.config import CheckpointConfig, TextConfig
 
 MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
@@ -15,39 +17,12 @@ _SHOWN = 4
 
 
 def decoder_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name (that of the module's parameter) and stored shape of every tensor of a dense decoder."""
-    H, D, I = config.hidden_size, config.head_dim, config.intermediate_size  # noqa: E741
-    C, K, Hv = config.conv_dim, config.linear_conv_kernel_dim, config.linear_num_value_heads
-    yield "embed_tokens.weight", (config.vocab_size, H)
-    for i, kind in enumerate(config.layer_types):
-        layer = f"layers.{i}."
-        yield layer + "input_layernorm.weight", (H,)
-        yield layer + "post_attention_layernorm.weight", (H,)
-        if kind == FULL:
-            mixer = layer + "self_attn."
-            yield mixer + "q_proj.weight", (config.num_attention_heads * 2 * D, H)
-            yield mixer + "k_proj.weight", (config.num_key_value_heads * D, H)
-            yield mixer + "v_proj.weight", (config.num_key_value_heads * D, H)
-            yield mixer + "o_proj.weight", (H, config.num_attention_heads * D)
-            yield mixer + "q_norm.weight", (D,)
-            yield mixer + "k_norm.weight", (D,)
-        else:
-            mixer = layer + "linear_attn."
-            yield mixer + "in_proj_qkv.weight", (C, H)
-            yield mixer + "in_proj_z.weight", (config.value_dim, H)
-            yield mixer + "in_proj_b.weight", (Hv, H)
-            yield mixer + "in_proj_a.weight", (Hv, H)
-            yield mixer + "conv1d.weight", (C, 1, K)
-            yield mixer + "A_log", (Hv,)
-            yield mixer + "dt_bias", (Hv,)
-            yield mixer + "norm.weight", (config.linear_value_head_dim,)
-            yield mixer + "out_proj.weight", (H, config.value_dim)
-        yield layer + "mlp.gate_proj.weight", (I, H)
-        yield layer + "mlp.up_proj.weight", (I, H)
-        yield layer + "mlp.down_proj.weight", (H, I)
-    yield "norm.weight", (H,)
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight", (config.vocab_size, H)
+    """Name (that of the module's parameter) and stored shape of every tensor of the decoder."""
+    values = asdict(config)
+    if not config.is_moe:
+        del values["num_experts"]  # its presence is what tells the layouts apart
+    for entry in tensor_table(values, Layout(with_mtp=False)):
+        yield entry.name.removeprefix("model."), entry.shape
 
 
 def stored_name(config: CheckpointConfig, name: str) -> str:

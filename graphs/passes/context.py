@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice
 
@@ -53,13 +52,6 @@ def new_node(
             value.type = ir.TensorType(kind) if kind is not None else None
         return node
     return ir.Node(domain, op, list(inputs), attrs, outputs=list(outputs))
-
-
-def insert_before(anchor: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    graph = anchor.graph
-    if graph is None:
-        raise CaptureError("a pass lost the graph of a node", where=str(anchor.name))
-    graph.insert_before(anchor, list(nodes))
 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:

@@ -22,7 +22,9 @@ from qwen_export.runtimes.reasoning import Reasoning
 @click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it stands.")
 @click.option("--system", help="System message (implies --chat).")
 @click.option("--thinking/--no-thinking", "thinking", default=None, help="Overrides the template's default (implies --chat).")
-@click.option("--preserve-thinking", is_flag=True, default=None, help="Keep past reasoning in the prompt, where the template can.")
+@click.option(
+    "--preserve-thinking", is_flag=True, default=None, help="Keep past reasoning in the prompt, where the template can (implies --chat)."
+)
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full.")
 @click.option("--temperature", type=float)
 @click.option("--top-p", type=float)
@@ -51,7 +53,7 @@ def command(
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, threads=threads, repack=repack)
     given = {name: value for name, value in sampling.items() if value is not None}
-    if chat or system is not None or thinking is not None:
+    if chat or any(option is not None for option in (system, thinking, preserve_thinking)):
         generation = _answer(model, prompt, system, thinking, preserve_thinking, given, max_new_tokens)
     else:
         params = dataclasses.replace(model.recommended(False), **given)
