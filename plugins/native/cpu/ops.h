@@ -1,0 +1,10 @@
+// The ops of this library. Each function adds one file's ops to the domain; library.cc calls all of them.
+#pragma once
+
+#include "call.h"
+
+namespace qwen {
+
+void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
+
+}  // namespace qwen
