@@ -13,6 +13,40 @@ from qwen_export.runtimes.token_history import TokenHistory
 
 
 @dataclass
+class SpeculationStatistics:
+    """What drafting came to. A round is one decoder call; times in seconds, draft and verify those of the backend alone."""
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """Rounds that had a draft at position 1, 2, ..."""
+    accepted: list[int] = field(default_factory=list)
+    """Those of them in which it was kept."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    host_s: float = 0.0
+
+    def add(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+        self.rounds += 1
+        self.tokens += accepted + 1
+        for table, count in ((self.drafted, drafted), (self.accepted, accepted)):
+            table += [0] * (drafted - len(table))
+            for i in range(count):
+                table[i] += 1
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of the drafts at position 1, 2, ... that were kept."""
+        return [a / d for a, d in zip(self.accepted, self.drafted, strict=True)]
+
+
+@dataclass
 class Statistics:
     """What one answer cost. Times in seconds from the request."""
 
@@ -23,6 +57,7 @@ class Statistics:
     total_s: float = 0.0
     finish: str = ""
     """Why it ended: "stop", "length" or "cancelled"; "" while it runs."""
+    speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
     def decode_tok_per_s(self) -> float:

@@ -147,6 +147,20 @@ class Sampler:
         return x
 
 
+def residual(wanted: Distribution, drafted: Distribution) -> Distribution:
+    """max(p - q, 0), normalised: what is left of `wanted` when a draft from `drafted` was not kept."""
+    at = np.searchsorted(drafted.ids, wanted.ids)
+    inside = at < len(drafted.ids)
+    same = np.zeros(len(wanted.ids), bool)
+    same[inside] = drafted.ids[at[inside]] == wanted.ids[inside]
+    probs = wanted.probs.copy()
+    probs[same] = np.maximum(probs[same] - drafted.probs[at[same]], 0)
+    kept = probs > 0
+    if not kept.any():  # rounding: the two are equal, and any token of them will do
+        return wanted
+    return Distribution(wanted.ids[kept], probs[kept] / probs[kept].sum())
+
+
 def _check_peak(peak: np.floating[Any]) -> None:
     if not np.isfinite(peak):
         raise QwenExportError(

@@ -15,11 +15,13 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class PassContext:
-    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target."""
+    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target; `speculation`: calls may
+    leave tokens pending."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
+    speculation: bool = False
 
     @property
     def activation(self) -> ir.DataType:

@@ -171,6 +171,23 @@ class HeadRows(Weight):
 
 
 @dataclass(frozen=True)
+class FirstRows(Weight):
+    """The first `count` rows. Shares the memory of the whole where that is written, too."""
+
+    of: Weight
+    count: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(self.count, *self.of.shape[1:]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return self.of.rows(source, start, stop)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
 class Stacked(Weight):
     """Several weights of equal row shape on top of each other: one matrix product instead of several."""
 
@@ -247,6 +264,7 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 
 __all__: Sequence[str] = (
     "Constant",
+    "FirstRows",
     "HeadRows",
     "NegativeExp",
     "Offset",

@@ -42,6 +42,8 @@ class Choice:
     kernels: tuple[Kernel, ...]
     limit: Callable[[TextConfig], str] = lambda config: ""
     """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
+    transaction: bool = True
+    """Whether a state may have tokens pending, as speculation needs it."""
 
 
 def _rotary_limit(config: TextConfig) -> str:
@@ -99,17 +101,20 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
         "gated_delta_net": (
             Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
-            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
+            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT), transaction=False),
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
     },
 }
 
 
-def choose(kernels: Kernels, precision: str, config: TextConfig) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op, and a sentence for each op that has none."""
+def choose(
+    kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False
+) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op, and a sentence for each op that has none. With `transaction` only lowerings that speculation can use."""
     chosen, refusals = {}, []
-    for op, candidates in CHOICES[kernels.device].items():
+    for op, every in CHOICES[kernels.device].items():
+        candidates = [choice for choice in every if choice.transaction or not transaction]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]
