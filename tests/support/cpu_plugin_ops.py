@@ -49,7 +49,9 @@ def call(library: str, op: str, x: Array, w: Array, threads: int = 2, **extras: 
     tensors = {"x": x, **{name: value for name, value in extras.items() if value is not None}}
     made = session(library, op, weight, tuple(sorted(tensors.keys() - {"x"})), threads)
     values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
-    values["w"] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(w).view(np.uint16 if weight == "bfloat16" else w.dtype), _ELEMENT[weight])
+    values["w"] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+        np.ascontiguousarray(w).view(np.uint16 if weight == "bfloat16" else w.dtype), _ELEMENT[weight]
+    )
     return np.asarray(made.run_with_ort_values(["y"], values)[0].numpy())
 
 
@@ -84,7 +86,14 @@ def inputs(op: str, M: int, N: int, K: int, weight: str) -> tuple[Array, Array, 
 
 def check(library: str) -> None:
     """Every op, shape, number of rows, weight type and combination of optional inputs; and equal rows give equal bits."""
-    for op, extras in (("Linear", ""), ("Linear", "residual"), ("Linear", "norm"), ("Linear", "residual norm"), ("SwiGlu", ""), ("SwiGlu", "norm")):
+    for op, extras in (
+        ("Linear", ""),
+        ("Linear", "residual"),
+        ("Linear", "norm"),
+        ("Linear", "residual norm"),
+        ("SwiGlu", ""),
+        ("SwiGlu", "norm"),
+    ):
         for weight in ("float", "bfloat16"):
             for N, K in SHAPES:
                 whole: Array | None = None
@@ -93,7 +102,15 @@ def check(library: str) -> None:
                     given = {"residual": residual} if "residual" in extras else {}
                     given |= {"norm": norm} if "norm" in extras else {}
                     got = call(library, op, x, w, **given)
-                    assert error(got, expected(op, x, w, **given)) < TOLERANCE, (op, extras, weight, N, K, M, error(got, expected(op, x, w, **given)))
+                    assert error(got, expected(op, x, w, **given)) < TOLERANCE, (
+                        op,
+                        extras,
+                        weight,
+                        N,
+                        K,
+                        M,
+                        error(got, expected(op, x, w, **given)),
+                    )
                     whole = got if whole is None else whole
                     assert np.array_equal(got, whole[:M]), ("bits differ", op, extras, weight, N, K, M)
 
