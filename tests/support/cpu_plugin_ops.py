@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,8 @@ def call(library: str, op: str, x: Array, w: Array, threads: int = 2, **extras: 
     tensors = {"x": x, **{name: value for name, value in extras.items() if value is not None}}
     made = session(library, op, weight, tuple(sorted(tensors.keys() - {"x"})), threads)
     values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
-    values["w"] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-        np.ascontiguousarray(w).view(np.uint16 if weight == "bfloat16" else w.dtype), _ELEMENT[weight]
-    )
+    raw = np.ascontiguousarray(w).view(np.uint16 if weight == "bfloat16" else w.dtype)
+    values["w"] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, _ELEMENT[weight])
     return np.asarray(made.run_with_ort_values(["y"], values)[0].numpy())
 
 
@@ -84,35 +84,28 @@ def inputs(op: str, M: int, N: int, K: int, weight: str) -> tuple[Array, Array, 
     return x[:M], w.astype(bfloat16) if weight == "bfloat16" else w, residual[:M], norm
 
 
+FORMS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Linear", ()),
+    ("Linear", ("residual",)),
+    ("Linear", ("norm",)),
+    ("Linear", ("residual", "norm")),
+    ("SwiGlu", ()),
+    ("SwiGlu", ("norm",)),
+)
+
+
 def check(library: str) -> None:
-    """Every op, shape, number of rows, weight type and combination of optional inputs; and equal rows give equal bits."""
-    for op, extras in (
-        ("Linear", ""),
-        ("Linear", "residual"),
-        ("Linear", "norm"),
-        ("Linear", "residual norm"),
-        ("SwiGlu", ""),
-        ("SwiGlu", "norm"),
-    ):
-        for weight in ("float", "bfloat16"):
-            for N, K in SHAPES:
-                whole: Array | None = None
-                for M in reversed(ROWS):
-                    x, w, residual, norm = inputs(op, M, N, K, weight)
-                    given = {"residual": residual} if "residual" in extras else {}
-                    given |= {"norm": norm} if "norm" in extras else {}
-                    got = call(library, op, x, w, **given)
-                    assert error(got, expected(op, x, w, **given)) < TOLERANCE, (
-                        op,
-                        extras,
-                        weight,
-                        N,
-                        K,
-                        M,
-                        error(got, expected(op, x, w, **given)),
-                    )
-                    whole = got if whole is None else whole
-                    assert np.array_equal(got, whole[:M]), ("bits differ", op, extras, weight, N, K, M)
+    """Every op, combination of optional inputs, weight type, shape and number of rows; and equal rows give equal bits."""
+    for (op, extras), weight, (N, K) in product(FORMS, _ELEMENT, SHAPES):
+        whole: Array | None = None
+        for M in reversed(ROWS):
+            x, w, residual, norm = inputs(op, M, N, K, weight)
+            given = {name: {"residual": residual, "norm": norm}[name] for name in extras}
+            got = call(library, op, x, w, **given)
+            whole = got if whole is None else whole
+            where = (op, extras, weight, N, K, M)
+            assert error(got, expected(op, x, w, **given)) < TOLERANCE, where
+            assert np.array_equal(got, whole[:M]), ("bits differ", *where)
 
 
 if __name__ == "__main__":
