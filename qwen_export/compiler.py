@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
@@ -30,6 +31,9 @@ from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_id
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+    from qwen_export.graphs.config import TextConfig
+    from qwen_export.graphs.passes.context import PassContext
 
 DECODER, MTP = "decoder", "mtp"
 WEIGHTS = "model.weights"
@@ -77,12 +81,10 @@ def build(
 def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
     """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
-    from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
 
     model = capture_decoder(source.config.text, plan.precision)
-    context = PassContext(source.config.text, plan.precision, plan.choices, plan.speculation is not None)
-    run_passes(model, plan.target, context, dump)
+    run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
 
 
@@ -90,16 +92,20 @@ def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> 
     """The same for the draft head."""
     from qwen_export.graphs.capture import capture_mtp
     from qwen_export.graphs.models.mtp import mtp_config
-    from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
 
     if plan.speculation is None or plan.no_head:
         raise ValueError("the plan has no draft head")
     text = source.config.text
     model = capture_mtp(text, plan.precision, plan.speculation.draft_vocab)
-    context = PassContext(mtp_config(text), plan.precision, plan.choices, speculation=True)
-    run_passes(model, plan.target, context, dump / MTP if dump else None)
+    run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
     return model
+
+
+def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
+    from qwen_export.graphs.passes.context import PassContext
+
+    return PassContext(config, plan.precision, plan.choices, stored_dtypes(source), plan.speculation is not None)
 
 
 def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> dict[str, FileEntry]:
@@ -156,7 +162,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         speculation=plan.speculation,
         precision_plan={
-            "weights": plan.precision,
+            "weights": _weight_types(models.values(), plan.precision),
             "activations": plan.precision,
             "recurrent state": "fp32",
             "attention cache": plan.precision,
@@ -164,6 +170,12 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
+    weights = (value for model in models for value in model.graph.initializers.values())
+    kept = precision == "fp32" and any(value.dtype is not None and value.dtype.name == "BFLOAT16" for value in weights)
+    return "fp32; projections, embedding and head bf16, as stored" if kept else precision
 
 
 def _graph_spec(name: str, model: ir.Model) -> GraphSpec:

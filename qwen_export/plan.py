@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, has_mtp, mtp_tensors
+from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, has_mtp, mtp_tensors, stored_dtypes
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
@@ -46,7 +47,7 @@ class BuildPlan:
     @property
     def plugins(self) -> tuple[Path, ...]:
         """Libraries with kernels that the graph uses: they become part of the bundle."""
-        library = find_library()
+        library = find_library(self.device)
         native = any(kernel.domain == NATIVE for choice in self.choices.values() for kernel in choice.kernels)
         return (library,) if native and library is not None else ()
 
@@ -102,7 +103,7 @@ def plan_build(
         precision,
         context,
         choices,
-        bundle_bytes=size * sum(prod(shape) for _, shape in tensors),
+        bundle_bytes=_weight_bytes(checkpoint, precision, choices, tensors),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
         speculation=speculation,
@@ -144,6 +145,17 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
         method = checkpoint.config.quantization.get("quant_method", "unknown")
         reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
     return reasons
+
+
+def _weight_bytes(
+    checkpoint: Checkpoint, precision: str, choices: dict[str, Choice], tensors: Sequence[tuple[str, tuple[int, ...]]]
+) -> int:
+    """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
+    stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
+    return sum(
+        prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
+        for name, shape in tensors
+    )
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

@@ -45,6 +45,13 @@ def stored_name(config: CheckpointConfig, name: str) -> str:
     return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
 
 
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype that each tensor of decoder and draft head is stored in, by the name of its parameter."""
+    config, have = checkpoint.config, checkpoint.tensors
+    names = [name for name, _ in (*decoder_tensors(config.text), *mtp_tensors(config.text))]
+    return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
+
+
 def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
     """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape, and nothing lies beside it that nobody reads."""
     config = checkpoint.config
