@@ -111,9 +111,7 @@ def plan_build(
     )
 
 
-def _speculation(
-    checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, lookup: bool
-) -> tuple[SpeculationSpec | None, str]:
+def _speculation(checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, lookup: bool) -> tuple[SpeculationSpec | None, str]:
     """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
     config = checkpoint.config.text
     if not mtp:
@@ -125,7 +123,10 @@ def _speculation(
     else:
         if draft_vocab is not None and draft_vocab < _SMALLEST_DRAFT_VOCAB:
             raise UnsupportedError(
-                "the draft vocabulary is too small", got=draft_vocab, expected=f"at least {_SMALLEST_DRAFT_VOCAB}", fix="Raise --draft-vocab."
+                "the draft vocabulary is too small",
+                got=draft_vocab,
+                expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
+                fix="Raise --draft-vocab.",
             )
         return SpeculationSpec(MAX_DRAFT, min(draft_vocab or config.vocab_size, config.vocab_size)), ""
     return (SpeculationSpec(MAX_DRAFT, 0) if lookup else None), why

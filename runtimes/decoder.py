@@ -221,7 +221,8 @@ class Decoder:
         for name, buffer in self._caches().items():
             if name not in snapshot.caches:
                 raise QwenExportError(
-                    "the snapshot was taken without the draft head", fix="Take it from a decoder that drafts, or restore it into one that does not."
+                    "the snapshot was taken without the draft head",
+                    fix="Take it from a decoder that drafts, or restore it into one that does not.",
                 )
             row = buffer.read_row(sequence)
             self._cache_rows(buffer, row)[:, :length] = snapshot.caches[name]

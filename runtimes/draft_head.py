@@ -116,7 +116,7 @@ class DraftHead:
         logits = self._calls[T, rows].run(ids, np.array([position], np.int32))
         if rows:
             self._input.copy_from(self._output, 0, (T - 1) * self._row_bytes, self._row_bytes)
-        if T > self._repeated:
+        if self._repeated < T:
             del self._calls[T, rows]
         return logits.reshape(-1)
 
@@ -129,7 +129,7 @@ class DraftHead:
         }
         outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
         dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
-        return BoundCall(self.session, dims, inputs, outputs, repeated=T <= self._repeated)
+        return BoundCall(self.session, dims, inputs, outputs, repeated=self._repeated >= T)
 
     @property
     def _repeated(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
@@ -83,7 +83,7 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Iterator[int]:
+def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
     """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens; raises
     ContextOverflow when the context is full before that."""
     started = time.perf_counter()

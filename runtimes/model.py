@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ from qwen_export.runtimes.speculation import Speculator
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
-
 Speculate = str | int
-Generate = Callable[[PrefixReuse, Request, Statistics], Iterator[int]]
 
 
 def load(
@@ -99,6 +97,7 @@ class Model:
     ) -> None:
         self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
         self._head, self._speculate = head, speculate
+        self._running: Generator[int, None, None] | None = None
 
     def decoder(self, batch: int = 1, *, drafts: bool = False) -> Decoder:
         """A fresh decoder with its own states and caches over the same weights; with `drafts` the bundle's draft head keeps up with it."""
@@ -174,18 +173,28 @@ class Model:
         if not ids:
             raise QwenExportError("the prompt is empty", fix="Give some text.")
         request = Request(ids, Sampler(sampling, self.tokenizer.vocab_size), self.stop_ids, max_new_tokens, mark_at)
-        return Generation(self._conversation, self._generate(request), request, self._detokenizer(), StopStrings(stop), splitter)
+        statistics = Statistics()
+        detokenizer = Detokenizer(self.tokenizer.tokenizer)
+        return Generation(self.generate(request, statistics), statistics, request, detokenizer, StopStrings(stop), splitter)
 
-    def _detokenizer(self) -> Detokenizer:
-        return Detokenizer(self.tokenizer.tokenizer)
-
-    def _generate(self, request: Request) -> Generate:
-        """How the tokens of an answer are made."""
-        decoder = self._conversation.decoder
+    def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
+        """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is still running; what the prompt
+        shares with the last one is not read again."""
+        if self._running is not None:
+            self._running.close()
+        reuse = self._conversation
         if self._policy is None:
-            return generate
-        drafter: Drafter = HeadDrafter(decoder.head, request.sampler) if decoder.head is not None else LookupDrafter(decoder)
-        return Speculator(drafter, self._policy).generate
+            self._running = generate(reuse, request, statistics)
+        else:
+            head = reuse.decoder.head
+            drafter: Drafter = HeadDrafter(head, request.sampler) if head is not None else LookupDrafter(reuse.decoder)
+            self._running = Speculator(drafter, self._policy).generate(reuse, request, statistics)
+        return self._running
+
+    @property
+    def speculates(self) -> bool:
+        """Whether answers are made with drafts."""
+        return self._policy is not None
 
     @cached_property
     def _policy(self) -> Policy | None:
@@ -210,13 +219,19 @@ class Generation:
     """One answer in the making: an iterator over its text. `tokens`, `content`, `reasoning` and `statistics` grow as it goes on."""
 
     def __init__(
-        self, reuse: PrefixReuse, tokens: Generate, request: Request, detokenizer: Detokenizer, stops: StopStrings, splitter: ReasoningSplitter | None
+        self,
+        tokens: Generator[int, None, None],
+        statistics: Statistics,
+        request: Request,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        splitter: ReasoningSplitter | None,
     ) -> None:
-        self.statistics = Statistics()
+        self.statistics = statistics
         self.tokens: list[int] = []
         self.content, self.reasoning = "", ""
         self._request, self._stops, self._splitter, self._detokenizer = request, stops, splitter, detokenizer
-        self._tokens = tokens(reuse, request, self.statistics)
+        self._tokens = tokens
         self._events = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -236,6 +251,7 @@ class Generation:
             yield from self._emit(self._stops.push(self._detokenizer.push(token)))
             if self._stops.stopped:
                 self.statistics.finish = "stop"
+                self._tokens.close()
                 break
         yield from self._emit(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
         yield from self._record(self._splitter.flush() if self._splitter else [])

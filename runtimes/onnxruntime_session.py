@@ -35,8 +35,8 @@ class Session:
         weights: MappedWeights | None = None,
         repack: bool = False,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses `weights` where they
-        lie, and shares them with other graphs."""
+        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses `weights`
+        where they lie, and shares them with other graphs."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):

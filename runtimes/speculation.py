@@ -14,7 +14,7 @@ which p and q have one token each: a draft is kept if it is the model's own choi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import NamedTuple
 
 from qwen_export.runtimes.decoder import Decoder
@@ -39,7 +39,7 @@ class Speculator:
     def __init__(self, drafter: Drafter, policy: Policy) -> None:
         self._drafter, self._policy = drafter, policy
 
-    def generate(self, reuse: PrefixReuse, request: Request, statistics: Statistics) -> Iterator[int]:
+    def generate(self, reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """As `generation.generate`: the same tokens when sampling is greedy, the same distribution when not, in fewer calls."""
         started = time.perf_counter()
         statistics.prompt_tokens = len(request.ids)

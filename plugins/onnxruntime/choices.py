@@ -109,9 +109,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 }
 
 
-def choose(
-    kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False
-) -> tuple[dict[str, Choice], list[str]]:
+def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False) -> tuple[dict[str, Choice], list[str]]:
     """The lowering of each op, and a sentence for each op that has none. With `transaction` only lowerings that speculation can use."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():
