@@ -59,9 +59,10 @@ def build(
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
-    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids;
-    `lookup`: without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens.
+    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
+    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    phase. Raises QwenExportError; on any failure no bundle is left behind."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)

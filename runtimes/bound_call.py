@@ -33,9 +33,11 @@ class BoundCall:
                 self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
             self._call.input(spec.name, size(spec), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
         for spec in session.spec.outputs:
-            if spec.name not in outputs:
+            if spec.name in outputs:
+                self._call.output(spec.name, size(spec), outputs[spec.name])
+            else:
                 self._logits = kind(spec.dtype, size(spec))
-            self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else self._logits.address)
+                self._call.output(spec.name, size(spec), self._logits.address)
         self._controls["logit_rows"].write(as_bytes(np.arange(self._T - dims["N"], self._T, dtype=np.int64)))
 
     def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:

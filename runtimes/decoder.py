@@ -305,7 +305,7 @@ class Decoder:
         )
 
     def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
-        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; the odd sizes of prompts' ends are dropped."""
+        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
         for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
             del self._calls[old]
         states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}

@@ -3,8 +3,8 @@
     value(k) = (1 + a_1 + a_1 a_2 + ... + a_1..a_k) / (verify(k+1) + draft(k))
 
 a_i is the measured share of rounds in which the i-th draft was accepted when those before it were; verify and draft are measured times.
-Widths that were not tried yet are estimated from their neighbours. A width is tried when its value by an optimistic estimate is the
-best, so that trying costs a few rounds at the start and now and then one, never a share of the stream.
+What was not measured lately is taken from its neighbours: a_i from a_(i-1), times of a width from the next ones. So a length that might pay
+is tried, which costs a few rounds at the start and now and then one, never a share of the stream.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Protocol
 
 # Rounds after which a measurement counts half: texts change.
-_HALF_LIFE = 32
+_HALF_LIFE = 64
 _FADE = 0.5 ** (1 / _HALF_LIFE)
-# An acceptance that nobody has measured: rather high, so that it is measured.
-_PRIOR, _PRIOR_WEIGHT = 0.7, 2.0
+# The acceptance before anything is measured: rather high, so that it is measured. Rounds that a guess weighs against measured ones.
+_PRIOR, _GUESS_WEIGHT = 0.7, 2.0
 # A verify of one more token, in plain steps, before it was measured; a draft likewise.
 _WIDER, _DRAFT = 0.08, 0.25
 # Samples of a time before it is believed.
@@ -45,27 +45,48 @@ class FixedLength:
         pass
 
 
-class _Mean:
-    """A fading mean. The first sample of a time may hold a page fault or a graph being recorded: the second takes its place."""
+class _Time:
+    """A fading mean of seconds. The first sample may hold a page fault or a graph being recorded: the second takes its place."""
 
-    def __init__(self, value: float = 0.0, weight: float = 0.0) -> None:
-        self.value, self.weight, self.samples = value, weight, 0
+    def __init__(self) -> None:
+        self.value, self._weight, self._samples = 0.0, 0.0, 0
 
-    def add(self, value: float) -> None:
-        self.samples += 1
-        self.weight = self.weight * _FADE + 1
-        self.value += (value - self.value) / self.weight
-
-    def add_time(self, seconds: float) -> None:
+    def add(self, seconds: float) -> None:
         """One sample counts at most double: another process must not rule a length out."""
-        if self.samples < _SURE:
-            self.value, self.samples, self.weight = seconds, self.samples + 1, 1.0
+        self._samples += 1
+        if self._samples <= _SURE:
+            self.value, self._weight = seconds, 1.0
         else:
-            self.add(min(seconds, 2 * self.value))
+            self._weight = self._weight * _FADE + 1
+            self.value += (min(seconds, 2 * self.value) - self.value) / self._weight
 
     @property
     def known(self) -> bool:
-        return self.samples >= _SURE
+        return self._samples >= _SURE
+
+
+class _Acceptance:
+    """Fading shares of kept drafts by position, given that those before were kept."""
+
+    def __init__(self, longest: int) -> None:
+        self._kept, self._seen = [0.0] * longest, [0.0] * longest
+
+    def add(self, drafted: int, accepted: int) -> None:
+        for i in range(len(self._seen)):
+            self._kept[i] *= _FADE
+            self._seen[i] *= _FADE
+        for i in range(min(drafted, accepted + 1)):
+            self._kept[i] += i < accepted
+            self._seen[i] += 1
+
+    def expected_tokens(self, count: int) -> float:
+        """Of a round with `count` drafts."""
+        expected, chance, share = 1.0, 1.0, _PRIOR
+        for kept, seen in zip(self._kept[:count], self._seen[:count], strict=True):
+            share = (kept + _GUESS_WEIGHT * share) / (seen + _GUESS_WEIGHT)
+            chance *= share
+            expected += chance
+        return expected
 
 
 class AdaptiveLength:
@@ -73,10 +94,10 @@ class AdaptiveLength:
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._acceptance = [_Mean(_PRIOR, _PRIOR_WEIGHT) for _ in range(longest)]
-        self._plain = _Mean()
-        self._verify = {1: self._plain} | {k + 1: _Mean() for k in range(1, longest + 1)}
-        self._draft = {k: _Mean() for k in range(1, longest + 1)}
+        self._acceptance = _Acceptance(longest)
+        self._plain = _Time()
+        self._verify = {1: self._plain} | {k + 1: _Time() for k in range(1, longest + 1)}
+        self._draft = {k: _Time() for k in range(1, longest + 1)}
         self._since_draft, self._patience = 0, _PROBE_AFTER
 
     def length(self, limit: int) -> int:
@@ -89,11 +110,10 @@ class AdaptiveLength:
         return best
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        self._verify[drafted + 1].add_time(verify_s)
-        for i in range(min(drafted, accepted + 1)):
-            self._acceptance[i].add(float(i < accepted))
+        self._verify[drafted + 1].add(verify_s)
         if drafted:
-            self._draft[drafted].add_time(draft_s)
+            self._draft[drafted].add(draft_s)
+            self._acceptance.add(drafted, accepted)
             self._patience = _PROBE_AFTER if self.value(1) > self.value(0) else min(2 * self._patience, 1 << 14)
             self._since_draft = 0
         else:
@@ -101,11 +121,7 @@ class AdaptiveLength:
 
     def value(self, count: int) -> float:
         """Expected tokens per second with drafts of that length."""
-        expected, chance = 1.0, 1.0
-        for mean in self._acceptance[:count]:
-            chance *= mean.value
-            expected += chance
-        return expected / (self._verify_s(count + 1) + self._draft_s(count))
+        return self._acceptance.expected_tokens(count) / (self._verify_s(count + 1) + self._draft_s(count))
 
     def _verify_s(self, width: int) -> float:
         known = {k: mean.value for k, mean in self._verify.items() if mean.known}

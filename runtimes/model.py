@@ -178,8 +178,8 @@ class Model:
         return Generation(self.generate(request, statistics), statistics, request, detokenizer, StopStrings(stop), splitter)
 
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
-        """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is still running; what the prompt
-        shares with the last one is not read again."""
+        """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is still running; what the
+        prompt shares with the last one is not read again."""
         if self._running is not None:
             self._running.close()
         reuse = self._conversation

@@ -53,7 +53,7 @@ def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
-    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape, and nothing lies beside it that nobody reads."""
+    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
     config = checkpoint.config
     tensors = [*decoder_tensors(config.text), *(mtp_tensors(config.text) if mtp and has_mtp(checkpoint) else ())]
     wanted = {stored_name(config, name): shape for name, shape in tensors}

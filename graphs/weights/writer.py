@@ -25,7 +25,7 @@ def weight_bytes(models: Sequence[ir.Model]) -> int:
 
 
 def write_weights(models: Sequence[ir.Model], source: TensorSource, path: Path, progress: Progress | None = None) -> FileEntry:
-    """Evaluate every lazy weight of the graphs into `path`, equal ones once, and turn it into external data there. Returns size and SHA-256.
+    """Evaluate every lazy weight of the graphs into `path`, equal ones once, and turn them into external data there. Returns size and hash.
 
     Peak memory: a few blocks of 4 MB, or the largest tensor that a transform needs whole."""
     written: dict[Weight, int] = {}
