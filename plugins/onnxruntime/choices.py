@@ -74,6 +74,11 @@ def _native_delta_net_limit(config: TextConfig) -> str:
     return _native_limit(config)
 
 
+def _transaction_limit(config: TextConfig) -> str:
+    taps = config.linear_conv_kernel_dim
+    return "" if 2 <= taps <= 4 else f"the native DeltaNet takes 2 to 4 taps, and this model has {taps}"
+
+
 _NATIVE_LINEAR = (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE))
 _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
@@ -87,6 +92,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
+            Choice("native_transaction", (Kernel("DeltaNetTransaction", NATIVE),), _transaction_limit),
             Choice(
                 "linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)
             ),
