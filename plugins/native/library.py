@@ -19,7 +19,8 @@ VARIABLE = "QWEN_EXPORT_CUDA_PLUGIN"
 """Path of the library, where it does not lie next to this file; empty: build without it."""
 
 _HALF = frozenset({"float16", "bfloat16"})
-OPS = ("Linear", "SwiGlu", "DeltaNet")
+OPS = {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | {"float"}}
+"""Element types of each op."""
 
 
 def find_library() -> Path | None:
@@ -37,4 +38,4 @@ def with_native(kernels: Kernels) -> Kernels:
     """The kernels of a CUDA device, with those of the library where it is found."""
     if kernels.device != "cuda" or find_library() is None:
         return kernels
-    return Kernels(kernels.device, kernels.source, kernels.types | {(NATIVE, op): [{"T": _HALF}] for op in OPS})
+    return Kernels(kernels.device, kernels.source, kernels.types | {(NATIVE, op): [{"T": types}] for op, types in OPS.items()})
