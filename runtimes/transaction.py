@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from math import prod
 
-from qwen_export.manifest import GraphSpec
-from qwen_export.runtimes.buffers import ELEMENTS, Buffer, Bytes
+from qwen_export.manifest import GraphSpec, StateSpec
+from qwen_export.runtimes.buffers import Buffer, Bytes
 
 
 class Transaction:
@@ -22,8 +22,10 @@ class Transaction:
         dims = {"B": batch, "P": width}
         shapes = {s.name: tuple(d if isinstance(d, int) else dims[d] for d in s.shape) for s in self.specs}
         self._sets = tuple({s.name: kind(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
-        token = max((prod(shapes[s.name][2:]) * ELEMENTS[s.dtype][0] for s in self.specs), default=0)
-        self._unread = kind("float", (token // 4 * max(longest, batch),))
+        largest: dict[str, StateSpec] = {}
+        for s in self.specs:
+            largest[_key(s)] = max(largest.get(_key(s), s), s, key=lambda spec: prod(shapes[spec.name]))
+        self._unread = {key: kind(s.dtype, (prod(shapes[s.name][2:]) * max(longest, batch),)) for key, s in largest.items()}
         self.current = 0
         self.accepted = [0] * batch
 
@@ -32,9 +34,9 @@ class Transaction:
         return {name: buffer.row_address(sequence) for name, buffer in self._sets[self.current].items()}
 
     def outputs(self, sequence: int, *, commit: bool) -> dict[str, int]:
-        """Addresses of where a call leaves its inputs. The layers of a call that commits all write to one place, one after the other."""
+        """Addresses of where a call leaves its inputs. In a call that commits the layers write to one place, one after the other."""
         other = self._sets[1 - self.current]
-        return {s.after: self._unread.address if commit else other[s.name].row_address(sequence) for s in self.specs}
+        return {s.after: self._unread[_key(s)].address if commit else other[s.name].row_address(sequence) for s in self.specs}
 
     def verified(self, sequence: int, count: int) -> None:
         """A call has left `count` tokens open."""
@@ -54,3 +56,8 @@ class Transaction:
         for name, data in saved.items():
             if name in self._sets[self.current]:
                 self._sets[self.current][name].write_row(sequence, data)
+
+
+def _key(state: StateSpec) -> str:
+    """`pending_ab` of `layers.3.pending_ab`."""
+    return state.name.rsplit(".", 1)[-1]
