@@ -187,7 +187,7 @@ class Model:
             self._running = generate(reuse, request, statistics)
         else:
             head = reuse.decoder.head
-            drafter: Drafter = HeadDrafter(head, request.sampler) if head is not None else LookupDrafter(reuse.decoder)
+            drafter: Drafter = HeadDrafter(head) if head is not None else LookupDrafter(reuse.decoder)
             self._running = Speculator(drafter, self._policy).generate(reuse, request, statistics)
         return self._running
 

@@ -13,12 +13,15 @@ import pytest
 
 from qwen_export.cli import main
 from qwen_export.errors import BundleError
-from qwen_export.manifest import MANIFEST, check_hash, load_manifest
+from qwen_export.manifest import MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
+from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.integrity import ensure_whole
 from tests.support.safetensors_files import edit_json
 
-FILES = ("model.weights", "decoder.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") else ()
+FILES = ("model.weights", "decoder.onnx", "mtp.onnx", *TEXT_FILES, *PLUGINS)
 Refused = Callable[..., None]
 
 
@@ -252,8 +255,8 @@ def test_a_link_inside_the_bundle_is_fine(bundle_copy: Path) -> None:
 
 
 def test_a_newer_schema(bundle_copy: Path, is_refused: Refused) -> None:
-    edit_manifest(bundle_copy, lambda m: put(m, "schema", 2))
-    is_refused(bundle_copy, "newer qwen-export", "schema 2", "Update")
+    edit_manifest(bundle_copy, lambda m: put(m, "schema", SCHEMA_VERSION + 1))
+    is_refused(bundle_copy, "newer qwen-export", f"schema {SCHEMA_VERSION + 1}", "Update")
 
 
 @pytest.mark.parametrize("schema", [..., 0, -1, "1", 1.0, True, None, [1]])

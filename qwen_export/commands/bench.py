@@ -100,7 +100,8 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     kept = (result["speculation"] or {}).get("acceptance")
-    figure, (axes, *more) = pyplot.subplots(1, 2 if kept else 1, figsize=(10 if kept else 6, 3.5), squeeze=False)[0]
+    figure, grid = pyplot.subplots(1, 2 if kept else 1, figsize=(10 if kept else 6, 3.5), squeeze=False)
+    axes, *more = grid[0]
     if kept:
         more[0].bar(range(1, len(kept) + 1), [100 * share for share in kept])
         more[0].set(xlabel="position of the draft", ylabel="kept, %", ylim=(0, 100), title="drafts kept, of those made")
