@@ -208,8 +208,7 @@ def check_case(library: str, case: Case, tolerance: float = TOLERANCE) -> None:
 
 def check(library: str) -> None:
     """Shapes of heads, lengths of calls and transactions, hard inputs, for the instruction set of this process."""
-    shapes = [Shape(), Shape(ratio=2, Dk=32, Dv=64, K=3), Shape(ratio=3, Dk=20, Dv=12, K=2), Shape(Hk=1, ratio=4, Dk=64, Dv=32)]
-    shapes += [Shape(Hk=1, ratio=8, Dk=8, Dv=24), Shape(ratio=2, Dk=128, Dv=128)]
+    shapes = [Shape(), Shape(ratio=3, Dk=20, Dv=12, K=2), Shape(Hk=1, ratio=8, Dk=32, Dv=64, K=3), Shape(ratio=2, Dk=128, Dv=128)]
     for shape in shapes:
         for seed, (T, P, accepted, commit) in enumerate(
             [
@@ -219,12 +218,10 @@ def check(library: str) -> None:
                 (5, 3, [3, 0], [4, 0]),
                 (40, 0, None, None),
                 (70, 6, [2, 6], [0, 33]),
-                (128, 1, [1, 0], [128, 3]),
             ]
         ):
-            for hard in (False, True):
-                check_case(library, make_case(shape, 2 if accepted else 1, T, P, accepted, commit, seed=seed, hard=hard))
-        check_bits(library, shape)
+            check_case(library, make_case(shape, 2 if accepted else 1, T, P, accepted, commit, seed=seed, hard=seed % 2 == 0))
+        check_bits(library, shape, 5)
 
 
 def check_bits(library: str, shape: Shape, tokens: int = 9) -> None:
@@ -254,4 +251,5 @@ def check_bits(library: str, shape: Shape, tokens: int = 9) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     check(sys.argv[1])
