@@ -1,4 +1,4 @@
-"""Transactions on the CPU: the plugin's kernel against the eager op in float64, and whole graphs of both lowerings against plain reading."""
+"""Transactions on the CPU: the plugin's kernel against the eager op in float64, and graphs of both lowerings against plain reading."""
 
 from __future__ import annotations
 
@@ -86,22 +86,35 @@ def test_the_bits_of_a_token_do_not_depend_on_its_call(library: str, shape: Shap
     op.check_bits(library, shape)
 
 
-@pytest.mark.parametrize("T", [300, 256])
-def test_a_long_call_is_as_exact_as_short_ones(library: str, T: int) -> None:
-    """Keys that share a direction, betas near 1, decays from 1 to nothing: what an inverse of the chunked form gets wrong first."""
+def test_a_long_verify_commits_nothing(library: str) -> None:
+    """Pending tokens, then more new ones than are prepared at a time, none of which may enter the state."""
+    check = make_case(Shape(ratio=2, Dk=32, Dv=32), 2, 75, 40, [40, 33], [0, 0])
+    op.check_case(library, check)
+    cut = op.call(library, check.replaced(qkvz=check.tensors["qkvz"][:, :1], ab=check.tensors["ab"][:, :1]))
+    whole = op.call(library, check)
+    for name in ("conv_history_out", "state_out"):
+        assert np.array_equal(whole[name], cut[name]), name
+    assert np.array_equal(whole["y"][:, :1], cut["y"])
+
+
+def test_a_long_call_is_a_row_of_short_ones(library: str) -> None:
+    """Bit for bit, wherever a prompt is split. Keys share a direction, betas are near 1, decays go from 1 to nothing."""
+    T = 300
     case = make_case(Shape(Hk=1, ratio=2, Dk=128, Dv=128), 1, T, 0, None, None, seed=T, hard=True)
     wanted, got = op.expected(case), op.call(library, case)
     qkvz, ab, states = case.tensors["qkvz"], case.tensors["ab"], {name: case.tensors[name] for name in ("conv_history", "state")}
     rows = []
-    for start in range(0, T, 16):
-        part = op.call(library, case.replaced(qkvz=qkvz[:, start : start + 16], ab=ab[:, start : start + 16], **states))
+    for start in range(0, T, 37):
+        part = op.call(library, case.replaced(qkvz=qkvz[:, start : start + 37], ab=ab[:, start : start + 37], **states))
         states = {"conv_history": part["conv_history_out"], "state": part["state_out"]}
         rows.append(part["y"])
-    stepwise = {"y": np.concatenate(rows, axis=1), "state_out": states["state"]}
-    for name in ("y", "state_out"):
-        exact = op.error(stepwise[name], wanted[name])
-        assert op.error(got[name], wanted[name]) < max(2e-6, 3 * exact), name
-    assert np.array_equal(got["conv_history_out"], states["conv_history"])
+    for name, parts in {
+        "y": np.concatenate(rows, axis=1),
+        "state_out": states["state"],
+        "conv_history_out": states["conv_history"],
+    }.items():
+        assert np.array_equal(got[name], parts), name
+        assert op.error(got[name], wanted[name]) < 3e-6, name
 
 
 def test_what_follows_the_committed_tokens_of_a_long_call_leaves_no_trace(library: str) -> None:
@@ -209,9 +222,7 @@ def test_pending_tensors_of_the_packed_form(library: str) -> None:
     assert [name for name in names(graph.outputs) if name.startswith("layers.")] == [f"{name}.next" for name in states]
     assert {"accepted", "commit"} < set(names(graph.inputs))
     assert "hidden" in names(graph.outputs)
-    shapes = {
-        value.name: [d if isinstance(d, int) else d.value for d in value.shape or ()] for value in [*graph.inputs, *graph.outputs]
-    }
+    shapes = {value.name: [d if isinstance(d, int) else d.value for d in value.shape or ()] for value in [*graph.inputs, *graph.outputs]}
     for key, width in (("pending_qkvz", config.conv_dim + config.value_dim), ("pending_ab", 2 * config.linear_num_value_heads)):
         assert shapes[f"layers.1.{key}"] == ["B", "P", width]
         assert shapes[f"layers.1.{key}.next"] == ["B", "T", width]

@@ -39,11 +39,11 @@ class Shape:
     K: int = 4
 
     @property
-    def Hv(self) -> int:
+    def Hv(self) -> int:  # noqa: N802
         return self.Hk * self.ratio
 
     @property
-    def C(self) -> int:
+    def C(self) -> int:  # noqa: N802
         return 2 * self.Hk * self.Dk + self.Hv * self.Dv
 
 
@@ -104,9 +104,7 @@ def session(library: str, key_heads: int, names: tuple[str, ...], threads: int =
         for name in names
     ]
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in zip(OUTPUTS, (3, 3, 4), strict=True)]
-    node = helper.make_node(
-        "DeltaNetTransaction", list(names), list(OUTPUTS), domain="qwen.native", key_heads=key_heads, epsilon=EPSILON
-    )
+    node = helper.make_node("DeltaNetTransaction", list(names), list(OUTPUTS), domain="qwen.native", key_heads=key_heads, epsilon=EPSILON)
     graph = helper.make_graph([node], "delta_net", given, made)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
     options = ort.SessionOptions()
