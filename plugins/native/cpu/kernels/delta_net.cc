@@ -22,7 +22,8 @@ struct Head {
   }
 
   // Tokens start .. start+count-1, pending ones first.
-  void prepare(int64_t start, int64_t count, float* to_q, float* to_k, float* to_v, float* decay, float* beta, int64_t Dk, int64_t Dv) const {
+  void prepare(int64_t start, int64_t count, float* to_q, float* to_k, float* to_v, float* decay, float* beta, int64_t Dk,
+               int64_t Dv) const {
     const int64_t C = net.channels();
     conv_silu(net.K, rows, q, net.conv_weight, C, start, count, to_q, Dk);
     conv_silu(net.K, rows, k, net.conv_weight, C, start, count, to_k, Dk);
@@ -77,8 +78,8 @@ void delta_net_head(const DeltaNet& net, int64_t task, float* scratch) {
   const Segment q = copied(net, b, key_head * net.Dk, net.Dk, &local);
   const Segment k = copied(net, b, (net.Hk + key_head) * net.Dk, net.Dk, &local);
   const Segment v = copied(net, b, 2 * net.Hk * net.Dk + h * net.Dv, net.Dv, &local);
-  const Rows rows = {net.P ? net.pending_qkvz + b * net.P * net.width() : nullptr, net.qkvz + b * net.T * net.width(), net.width(), net.K - 1,
-                     kept};
+  const float* const pending = net.P ? net.pending_qkvz + b * net.P * net.width() : nullptr;
+  const Rows rows = {pending, net.qkvz + b * net.T * net.width(), net.width(), net.K - 1, kept};
   const Head head = {net, b, h, kept, fresh, done > 0, rows, q, k, v};
   // Value heads share the history of their key head, which may be written in place: the last to have read it writes.
   if (net.readers[b * net.Hk + key_head].fetch_add(1, std::memory_order_acq_rel) + 1 == ratio) {

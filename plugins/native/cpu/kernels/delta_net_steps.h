@@ -1,8 +1,8 @@
 // The recurrence token by token, over a tile of the state's columns. Columns do not see each other and each sums over the key dimension
 // in order, so a token's result has the same bits in every tile width and in every call that it may be part of.
 //
-// Prompts too: with the tile in the first cache this runs at the rate of the multipliers, 4 operations per element and token. The chunked (WY)
-// form needs 3 and its scores: measured 7 to 10 % faster for chunks of 16, for other bits wherever a prompt is split.
+// Prompts too: with the tile in the first cache this runs at the rate of the multipliers, 4 operations per element and token. The chunked
+// (WY) form needs 3 and its scores: measured 7 to 10 % faster for chunks of 16, for other bits wherever a prompt is split.
 #pragma once
 
 #include "../delta_net.h"
@@ -106,8 +106,8 @@ inline void tile_steps(const Tokens& tokens, const Span& span, int64_t column, i
     const bool straight = last && whole && target;
     float* const to = straight ? target + column : span.tile;
     const int64_t to_stride = straight ? span.Dv : kWidth;
-    any_pass<NV>(!last || target, t >= span.first, !last, from, from_stride, to, to_stride, span.Dk, decay, k, q, k + tokens.key_stride, delta, o,
-                 m);
+    any_pass<NV>(!last || target, t >= span.first, !last, from, from_stride, to, to_stride, span.Dk, decay, k, q, k + tokens.key_stride, delta,
+                 o, m);
     from = to, from_stride = to_stride;
     if (target && !straight) save(target);
     if (t >= span.first)
