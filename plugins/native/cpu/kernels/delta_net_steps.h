@@ -106,8 +106,8 @@ inline void tile_steps(const Tokens& tokens, const Span& span, int64_t column, i
     const bool straight = last && whole && target;
     float* const to = straight ? target + column : span.tile;
     const int64_t to_stride = straight ? span.Dv : kWidth;
-    any_pass<NV>(!last || target, t >= span.first, !last, from, from_stride, to, to_stride, span.Dk, decay, k, q, k + tokens.key_stride, delta,
-                 o, m);
+    any_pass<NV>(!last || target, t >= span.first, !last, from, from_stride, to, to_stride, span.Dk, decay, k, q, k + tokens.key_stride,
+                 delta, o, m);
     from = to, from_stride = to_stride;
     if (target && !straight) save(target);
     if (t >= span.first)
