@@ -60,7 +60,7 @@ def _taps(graph: ir.Graph, given: dict[str, ir.Value | None]) -> ir.Value:
 
 
 def _pending(graph: ir.Graph, layer: str, packed: ir.Value, gates: ir.Value) -> list[ir.Value]:
-    """Put pending_qkvz and pending_ab in the place of the layer's pending inputs, and what the products make in the place of its outputs."""
+    """Put pending_qkvz and pending_ab in the place of the layer's pending inputs, and what the products make in that of its outputs."""
     inputs = _named(graph.inputs, layer, "")
     outputs = _named(graph.outputs, layer, ".next")
     place, place_after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])

@@ -39,11 +39,11 @@ class Shape:
     K: int = 4
 
     @property
-    def Hv(self) -> int:
+    def Hv(self) -> int:  # noqa: N802
         return self.Hk * self.ratio
 
     @property
-    def C(self) -> int:
+    def C(self) -> int:  # noqa: N802
         return 2 * self.Hk * self.Dk + self.Hv * self.Dv
 
 
@@ -104,9 +104,7 @@ def session(library: str, key_heads: int, names: tuple[str, ...], threads: int =
         for name in names
     ]
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in zip(OUTPUTS, (3, 3, 4), strict=True)]
-    node = helper.make_node(
-        "DeltaNetTransaction", list(names), list(OUTPUTS), domain="qwen.native", key_heads=key_heads, epsilon=EPSILON
-    )
+    node = helper.make_node("DeltaNetTransaction", list(names), list(OUTPUTS), domain="qwen.native", key_heads=key_heads, epsilon=EPSILON)
     graph = helper.make_graph([node], "delta_net", given, made)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
     options = ort.SessionOptions()
@@ -208,8 +206,7 @@ def check_case(library: str, case: Case, tolerance: float = TOLERANCE) -> None:
 
 def check(library: str) -> None:
     """Shapes of heads, lengths of calls and transactions, hard inputs, for the instruction set of this process."""
-    shapes = [Shape(), Shape(ratio=2, Dk=32, Dv=64, K=3), Shape(ratio=3, Dk=20, Dv=12, K=2), Shape(Hk=1, ratio=4, Dk=64, Dv=32)]
-    shapes += [Shape(Hk=1, ratio=8, Dk=8, Dv=24), Shape(ratio=2, Dk=128, Dv=128)]
+    shapes = [Shape(), Shape(ratio=3, Dk=20, Dv=12, K=2), Shape(Hk=1, ratio=8, Dk=32, Dv=64, K=3), Shape(ratio=2, Dk=128, Dv=128)]
     for shape in shapes:
         for seed, (T, P, accepted, commit) in enumerate(
             [
@@ -219,12 +216,10 @@ def check(library: str) -> None:
                 (5, 3, [3, 0], [4, 0]),
                 (40, 0, None, None),
                 (70, 6, [2, 6], [0, 33]),
-                (128, 1, [1, 0], [128, 3]),
             ]
         ):
-            for hard in (False, True):
-                check_case(library, make_case(shape, 2 if accepted else 1, T, P, accepted, commit, seed=seed, hard=hard))
-        check_bits(library, shape)
+            check_case(library, make_case(shape, 2 if accepted else 1, T, P, accepted, commit, seed=seed, hard=seed % 2 == 0))
+        check_bits(library, shape, 5)
 
 
 def check_bits(library: str, shape: Shape, tokens: int = 9) -> None:
@@ -254,4 +249,5 @@ def check_bits(library: str, shape: Shape, tokens: int = 9) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     check(sys.argv[1])

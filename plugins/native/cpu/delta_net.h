@@ -29,22 +29,19 @@ struct DeltaNet {
   int64_t done(int64_t b) const { return commit ? commit[b] : T; }
 };
 
-// Sizes that every instruction set agrees on.
-constexpr int64_t kRowPad = 16, kColumnPad = 32;  // rows of q and k, of v and o, are padded with zeros to multiples of these
-constexpr int64_t kTileColumns = 128;             // most columns of the state that the sequential form keeps at hand
-constexpr int64_t kChunk = 32;                    // tokens of a chunk
-constexpr int64_t kSequential = 24;               // calls with fewer new tokens go token by token
+// Rows of q and k, of v and o, are padded with zeros to multiples of these.
+constexpr int64_t kRowPad = 16, kColumnPad = 32;
+// Tokens that are prepared at a time; the state stays in the second cache between blocks and a part of it in the first within one.
+constexpr int64_t kBlock = 32;
+constexpr int64_t kTileColumns = 128;  // most columns of the state that are at hand at a time
 
 constexpr int64_t padded(int64_t size, int64_t to) { return (size + to - 1) / to * to; }
 
 // Floats of scratch that one task needs. Its start is aligned to 64 bytes.
 inline size_t delta_net_scratch(const DeltaNet& net) {
   const int64_t Dk = padded(net.Dk, kRowPad), Dv = padded(net.Dv, kColumnPad);
-  const int64_t rows = net.P + kChunk;
-  const int64_t row_buffers = padded(rows, kRowPad) * (2 * Dk + 2 * Dv + 2);
-  const int64_t history = padded((net.K - 1) * (2 * Dk + Dv), kRowPad);
-  const int64_t chunk = Dk * Dv + kChunk * (Dk + Dv + 3 * kChunk + 2);
-  return size_t(row_buffers + history + chunk + Dk * kTileColumns);
+  const int64_t history = padded((net.K - 1) * (2 * Dk + Dv), kRowPad), tokens = kBlock * (2 * Dk + 2 * Dv + 2);
+  return size_t(history + tokens + Dv + Dk * kTileColumns + Dk * Dv);
 }
 
 // One value head of one sequence: task = b * Hv + h. Tasks may run at the same time, in any order.

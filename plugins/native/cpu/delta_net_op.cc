@@ -35,13 +35,15 @@ class DeltaNetKernel {
 
   void compute(Call& call) {
     const Shape qkvz = call.shape(kQkvz), conv = call.shape(kConvWeight), history = call.shape(kHistory), state = call.shape(kState);
-    expect(qkvz.size() == 3 && conv.size() == 2 && state.size() == 4, "DeltaNetTransaction: qkvz [B,T,*], conv_weight [K,C], state [B,Hv,Dk,Dv]");
+    expect(qkvz.size() == 3 && conv.size() == 2 && state.size() == 4,
+           "DeltaNetTransaction: qkvz is [B,T,*], conv_weight [K,C], state [B,Hv,Dk,Dv]");
     DeltaNet net{};
     net.B = qkvz[0], net.T = qkvz[1], net.K = conv[0], net.Hk = key_heads_, net.Hv = state[1], net.Dk = state[2], net.Dv = state[3];
     const int64_t B = net.B, Hv = net.Hv;
     expect(net.Hk > 0 && Hv % net.Hk == 0, "DeltaNetTransaction: value heads must be a multiple of key heads");
     expect(2 <= net.K && net.K <= 4, "DeltaNetTransaction: the convolution must have 2, 3 or 4 taps");
-    expect(conv[1] == net.channels() && qkvz[2] == net.width() && state[0] == B, "DeltaNetTransaction: qkvz, conv_weight and state do not fit");
+    expect(conv[1] == net.channels() && qkvz[2] == net.width() && state[0] == B,
+           "DeltaNetTransaction: qkvz, conv_weight and state do not fit");
     expect(call.shape(kAb) == Shape{B, net.T, 2 * Hv}, "DeltaNetTransaction: ab is not [B,T,2*Hv]");
     expect(history == Shape{B, net.K - 1, net.channels()}, "DeltaNetTransaction: conv_history is not [B,K-1,C]");
     expect(call.shape(kDecay) == Shape{Hv} && call.shape(kDtBias) == Shape{Hv} && call.shape(kNorm) == Shape{net.Dv},

@@ -2,7 +2,6 @@
 
 #include "../delta_net.h"
 
-#include "delta_net_chunk.h"
 #include "delta_net_rows.h"
 #include "delta_net_steps.h"
 
@@ -23,7 +22,8 @@ struct Head {
   }
 
   // Tokens start .. start+count-1, pending ones first.
-  void prepare(int64_t start, int64_t count, float* to_q, float* to_k, float* to_v, float* decay, float* beta, int64_t Dk, int64_t Dv) const {
+  void prepare(int64_t start, int64_t count, float* to_q, float* to_k, float* to_v, float* decay, float* beta, int64_t Dk,
+               int64_t Dv) const {
     const int64_t C = net.channels();
     conv_silu(net.K, rows, q, net.conv_weight, C, start, count, to_q, Dk);
     conv_silu(net.K, rows, k, net.conv_weight, C, start, count, to_k, Dk);
@@ -78,8 +78,8 @@ void delta_net_head(const DeltaNet& net, int64_t task, float* scratch) {
   const Segment q = copied(net, b, key_head * net.Dk, net.Dk, &local);
   const Segment k = copied(net, b, (net.Hk + key_head) * net.Dk, net.Dk, &local);
   const Segment v = copied(net, b, 2 * net.Hk * net.Dk + h * net.Dv, net.Dv, &local);
-  const Rows rows = {net.P ? net.pending_qkvz + b * net.P * net.width() : nullptr, net.qkvz + b * net.T * net.width(), net.width(), net.K - 1,
-                     kept};
+  const float* const pending = net.P ? net.pending_qkvz + b * net.P * net.width() : nullptr;
+  const Rows rows = {pending, net.qkvz + b * net.T * net.width(), net.width(), net.K - 1, kept};
   const Head head = {net, b, h, kept, fresh, done > 0, rows, q, k, v};
   // Value heads share the history of their key head, which may be written in place: the last to have read it writes.
   if (net.readers[b * net.Hk + key_head].fetch_add(1, std::memory_order_acq_rel) + 1 == ratio) {
@@ -88,32 +88,27 @@ void delta_net_head(const DeltaNet& net, int64_t task, float* scratch) {
   }
   write_history(head, v);
 
-  const float* before = net.state + task * net.Dk * net.Dv;
-  float* after = net.state_out + task * net.Dk * net.Dv;
-  const bool chunked = fresh >= kSequential;
-  const int64_t sequential = chunked ? kept : kept + fresh, buffered = sequential > kChunk ? sequential : kChunk;
-  float *to_q = take(buffered * Dk), *to_k = take(buffered * Dk), *to_v = take(buffered * Dv), *o = take(buffered * Dv);
-  float *decay = take(buffered), *beta = take(buffered);
-
-  head.prepare(0, sequential, to_q, to_k, to_v, decay, beta, Dk, Dv);
+  float* const state = net.state_out + task * net.Dk * net.Dv;
+  float *to_q = take(kBlock * Dk), *to_k = take(kBlock * Dk), *to_v = take(kBlock * Dv), *o = take(kBlock * Dv);
+  float *decay = take(kBlock), *beta = take(kBlock), *m = take(Dv), *tile = take(Dk * kTileColumns), *beyond = take(Dk * Dv);
   const Tokens tokens = {to_q, to_k, to_v, decay, beta, o, Dk, Dv};
-  steps(tokens, sequential, kept, chunked || !head.commits ? kept : sequential, before, after, net.Dk, net.Dv, take(Dk * kTileColumns));
-  if (!chunked) {
-    head.finish(0, fresh, o + kept * Dv, Dv);
-  } else {
-    Chunk chunk;
-    chunk.q = to_q, chunk.k = to_k, chunk.v = to_v, chunk.o = o, chunk.decay = decay, chunk.beta = beta, chunk.Dk = Dk, chunk.Dv = Dv;
-    chunk.S = take(Dk * Dv), chunk.keys = take(kChunk * Dk), chunk.X = take(kChunk * kPanel), chunk.from_start = take(kChunk);
-    chunk.G = take(kChunk * kChunk), chunk.A = take(kChunk * kChunk), chunk.P = take(kChunk * kChunk);
-    read_state(chunk, after, net.Dk, net.Dv);
-    for (int64_t start = 0; start < fresh; start += kChunk) {
-      const int64_t left = fresh - start, count = left < kChunk ? left : kChunk;
-      head.prepare(kept + start, count, to_q, to_k, to_v, decay, beta, Dk, Dv);
-      advance(chunk, count);
-      head.finish(start, count, o, Dv);
-    }
-    if (head.commits) write_state(chunk, after, net.Dk, net.Dv);
-  }
+
+  // `beyond` is the state after tokens that are not committed, from block to block.
+  const int64_t total = kept + fresh, keep = head.commits ? total : kept;
+  const float* before = net.state + task * net.Dk * net.Dv;
+  int64_t start = 0;
+  do {
+    const int64_t left = total - start, n = left < kBlock ? left : kBlock, first = kept > start ? kept - start : 0;
+    head.prepare(start, n, to_q, to_k, to_v, decay, beta, Dk, Dv);
+    const int64_t until = keep - start;  // how many of this block are committed; 0: all before it were, and their state lies in its place
+    const bool committed = until >= n;
+    const Span span = {n,          first,  committed ? n : until == 0 && start > 0 ? -1 : until, before, state, left > n ? beyond : nullptr,
+                       net.Dk, net.Dv, m, tile};
+    steps(tokens, span);
+    if (first < n) head.finish(start + first - kept, n - first, o + first * Dv, Dv);
+    before = committed ? state : beyond;
+    start += n;
+  } while (start < total);
   // Nobody reads these rows, but they are part of the tensor.
   for (int64_t t = fresh; t < net.T; t++) std::memset(net.y + ((b * net.T + t) * net.Hv + h) * net.Dv, 0, size_t(net.Dv) * sizeof(float));
 }

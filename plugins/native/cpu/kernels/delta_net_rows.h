@@ -1,4 +1,5 @@
-// What a token brings to the recurrence of one value head: convolved and normalised q, k, v and its gates; and what leaves it: the gated norm.
+// What a token brings to the recurrence of one value head: convolved and normalised q, k, v and its gates; and what leaves it, normed and
+// gated.
 #pragma once
 
 #include "../delta_net.h"
