@@ -146,7 +146,7 @@ def test_the_bundle_has_the_plugin_and_half_the_bytes(
     sizes = [(bundle / "decoder.weights").stat().st_size for bundle in (tiny_bundle, other)]
     assert sizes[0] < 0.65 * sizes[1]
     for size, estimate in zip(sizes, estimates, strict=True):
-        assert estimate == pytest.approx(size, rel=0.1)
+        assert 0 <= size - estimate < 4096 * 100, "every tensor begins on a page"
 
 
 def test_inspect_tells_the_lowering(plugin: Path, tiny_checkpoint: Path) -> None:
@@ -170,8 +170,8 @@ def test_bundles_compute_what_transformers_computes(
 def test_tokens_at_once_are_tokens_one_by_one(plugin: Path, tiny_bundle: Path) -> None:
     model, ids = load(tiny_bundle, threads=2), list(range(40, 48))
     at_once, step = model.decoder(), model.decoder()
-    together = at_once.read(ids)
-    alone = np.concatenate([step.read([token]) for token in ids])
+    together = at_once.read(ids).copy()
+    alone = np.concatenate([step.read([token]).copy() for token in ids])
     assert np.abs(together - alone).max() < 1e-5
 
 

@@ -2,7 +2,7 @@
 
     export ORT_INCLUDE_DIR=$(python plugins/native/fetch_headers.py)
 
-Takes ORT_INCLUDE_DIR, else the system's headers, else those of Debian's package, downloaded once into build/ and compared with a known hash.
+Takes ORT_INCLUDE_DIR, else the system's headers, else those of Debian's package, downloaded once into build/ if its hash is the known one.
 Newer runtimes accept libraries built with older headers. Standard library only: it runs before anything is installed.
 """
 
