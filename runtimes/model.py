@@ -42,7 +42,8 @@ def load(
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
 
     By default CPU weights are mapped and used where they lie: loading takes no time, and processes share the memory. With `repack` ONNX
-    Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster.
+    Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
+    for bundles without the CPU plugin only, whose products read the mapped order at full speed.
 
     `speculate`: "auto" drafts as many tokens per round as pay, none included, where the bundle has a draft head; a number is the length of
     every draft; "lookup" drafts what followed the same words earlier in the text, with any bundle that was built for speculation; "off"

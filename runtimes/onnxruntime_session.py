@@ -47,9 +47,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
         providers = _providers(ort, device)
+        for plugin in plugins:
+            _register(options, plugin)
         try:
-            for plugin in plugins:
-                options.register_custom_ops_library(str(plugin.resolve()))
             self._weights = _values(ort, spec, weights) if weights is not None and device == "cpu" and not repack else {}
             for name, value in self._weights.items():
                 options.add_initializer(name, value)
@@ -112,6 +112,18 @@ def _values(ort: Any, spec: GraphSpec, weights: MappedWeights) -> dict[str, Any]
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
     return {weight.name: value(weight) for weight in spec.weights}
+
+
+def _register(options: Any, plugin: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(plugin.resolve()))
+    except Exception as error:
+        raise BundleError(
+            "a library of the bundle cannot be loaded on this machine",
+            where=str(plugin),
+            got=_first_line(error),
+            fix="Build the checkpoint on a machine like this one, or without the plugin.",
+        ) from error
 
 
 def _providers(ort: Any, device: str) -> list[Any]:
