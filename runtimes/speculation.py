@@ -93,4 +93,3 @@ class Speculator:
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
         numbers.host_s += time.perf_counter() - began - (verify_busy - busy)
         return _Round(tokens, verified=bool(drafts))
-
