@@ -10,6 +10,7 @@ difference is larger than --tie.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -91,7 +92,8 @@ def main() -> None:
     prompts = cut_prompts(load(arguments.bundle, speculate="off"), arguments.text, arguments.prompts)
     parts = [prompts[i :: arguments.processes] for i in range(arguments.processes)]
     tasks = [(arguments.bundle, part, arguments.new_tokens, lengths, 1 if arguments.processes > 1 else 0) for part in parts]
-    with ProcessPoolExecutor(arguments.processes) as pool:
+    # A process that already uses CUDA cannot be forked.
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(compare, tasks))
     print("| draft length | prompts | tokens each | texts that part | at a tie | largest gap | tokens per round |")
     print("|---|---|---|---|---|---|---|")

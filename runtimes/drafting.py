@@ -60,8 +60,8 @@ class LookupDrafter:
         return []
 
     def _follow(self, token: int) -> None:
-        """Bring the index to the decoder's text and `token`: for every run of tokens that ends before the last one, where it goes on. A stale
-        entry costs a bad guess, never a wrong token, so what was read before is not compared again."""
+        """Bring the index to the decoder's text and `token`: for every run of tokens that ends before the last one, where it goes on. A
+        stale entry costs a bad guess, never a wrong token, so what was read before is not compared again."""
         length = self._decoder.lengths[0]
         if len(self._text) > length:
             self._text, self._seen = [], {}
