@@ -14,11 +14,22 @@ import pytest
 from qwen_export.cli import main
 from qwen_export.errors import BundleError
 from qwen_export.manifest import MANIFEST, check_hash, load_manifest
+from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.integrity import ensure_whole
 from tests.support.safetensors_files import edit_json
 
-FILES = ("decoder.weights", "decoder.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+# With the CPU plugin where it is compiled.
+PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") is not None else ()
+FILES = (
+    "decoder.weights",
+    "decoder.onnx",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    *PLUGINS,
+)
 Refused = Callable[..., None]
 
 
