@@ -16,12 +16,14 @@ MICROSOFT = "com.microsoft"
 @dataclass(frozen=True)
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
-    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32)."""
+    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). With `speculation` calls may leave tokens
+    pending."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
     stored: Mapping[str, str] = field(default_factory=dict)
+    speculation: bool = False
 
     @property
     def activation(self) -> ir.DataType:
