@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
@@ -121,7 +122,8 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         files=files,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
-        precision_plan={
+        precision_plan=_quantized_forms(source)
+        | {
             "weights": plan.precision,
             "activations": plan.precision,
             "recurrent state": "fp32",
@@ -130,6 +132,14 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _quantized_forms(source: Checkpoint) -> dict[str, str]:
+    """What became of each quantized form that the decoder's weights were stored in."""
+    prefix = source.config.text_prefix
+    weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    forms = storage_summary(weights)
+    return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
 
 
 def _graph_spec(model: ir.Model) -> GraphSpec:

@@ -34,7 +34,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
     config = checkpoint.config
     wanted = {stored_name(config, name): shape for name, shape in decoder_tensors(config.text)}
-    have = checkpoint.tensors
+    have = checkpoint.weights
     missing = [name for name in wanted if name not in have]
     if missing:
         raise CheckpointError(

@@ -1,0 +1,56 @@
+"""Integer weights on a grid per group: w[o, i] = scale[o, g] * (code[o, i] - zero[o, g]), g = i // group.
+
+The formats differ in how codes, scales and zero points lie in the file; each is a subclass that says how to read some rows of them.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, LogicalTensor, Parts
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class IntegerTensor(LogicalTensor):
+    """`method` is the name for people."""
+
+    method: str
+    bits: int
+    group: int
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def storage(self) -> str:
+        return f"{self.method} int{self.bits} g{self.group}"
+
+    @abstractmethod
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None: ...
+
+    def rows(self, parts: Parts, start: int, stop: int) -> Floats:
+        codes = self.codes(parts, start, stop)
+        if codes is None:
+            raise NotImplementedError(f"{self.method} without a grid along its rows must have rows of its own")
+        return codes.values()
+
+
+def unpack(words: npt.NDArray[Any], bits: int) -> Bytes:
+    """[..., n] of 32-bit words to [..., n, 32/bits] codes, the lowest bits first."""
+    count = 32 // bits
+    raw = np.ascontiguousarray(words).view("<u4")
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    return (raw[..., None] >> shifts).astype(np.uint8).reshape(*raw.shape, count) & np.uint8((1 << bits) - 1)
+
+
+def none_if_middle(zeros: Bytes, bits: int) -> Bytes | None:
+    """Symmetric weights store the same zero point everywhere, the middle of the range."""
+    return None if (zeros == 1 << (bits - 1)).all() else np.ascontiguousarray(zeros)
