@@ -25,7 +25,7 @@ from qwen_export.manifest import (
 )
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
-from qwen_export.staging import staged_directory
+from qwen_export.staging import JOURNAL, staged_directory
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
@@ -47,21 +47,25 @@ def build(
     max_context: int | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
+    jobs: int | None = None,
+    max_memory: int | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    `dump_ir` a directory for one text file per compiler phase. `jobs` threads make weights, by default one per core; `max_memory` is what
+    the process may use while it does, in bytes. Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the
+    next build to `output` goes on with the weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, target, device, precision, max_context)
     check_text_assets(source.path)
-    with staged_directory(Path(output), replace=force) as staging:
+    with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
         model = lower(source, plan, Path(dump_ir) if dump_ir else None)
-        files = _emit(source, plan, model, staging, say)
+        files = _emit(source, plan, model, staging, say, jobs, max_memory)
         _manifest(source, plan, model, files, staging)
     return Path(output)
 
@@ -77,12 +81,16 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     return model
 
 
-def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
+def _emit(
+    source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report, jobs: int | None, max_memory: int | None
+) -> dict[str, FileEntry]:
     """Write weights, graph, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
-    from qwen_export.graphs.weights.writer import weight_bytes, write_weights
+    from qwen_export.graphs.weights.journal import Journal
+    from qwen_export.graphs.weights.memory import block_budget
+    from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
 
     total, done = weight_bytes(model), 0
 
@@ -92,7 +100,8 @@ def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, s
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
+        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(model, max_memory)
+        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
     model.producer_name, model.producer_version = "qwen-export", __version__
     for node in model.graph:
         model.opset_imports.setdefault(node.domain, 1)

@@ -69,6 +69,14 @@ class CheckpointReader:
         """The same rows on the checkpoint's own integer grid; None for a weight that is not stored on one."""
         return self._weight(name).codes(self, start, stop)
 
+    def identity(self, name: str) -> str:
+        """What tells the contents of a stored weight without reading them: its parts, with size and time of their files."""
+        parts = []
+        for info in self._weight(name).parts:
+            stat = info.file.stat()
+            parts.append(f"{info.file.absolute()} {stat.st_size} {stat.st_mtime_ns} {info.offset} {info.dtype} {info.shape}")
+        return "; ".join([self._weight(name).storage, *parts])
+
     def stored(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows start..stop-1 of a stored tensor, in the numpy type of its elements."""
         dtype = numpy_type(info)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.weights.expression import TensorSource, Weight, weight_of
-from qwen_export.graphs.weights.hashed_file import HashedFile
+from qwen_export.graphs.weights.hashed_file import HashedFile, Prefix
+from qwen_export.graphs.weights.journal import Finished, Identity, Journal, key_of
+from qwen_export.graphs.weights.pipeline import BUDGET_BYTES, Pipeline
 from qwen_export.manifest import FileEntry
 
 # Page alignment lets a runtime map each tensor straight from the file.
@@ -19,30 +22,101 @@ Progress = Callable[[str, int], None]
 """Called with the tensor's name and the bytes just written."""
 
 
+@dataclass(frozen=True)
+class Resume:
+    """Where finished tensors are noted, and what tells the contents of stored ones."""
+
+    journal: Journal
+    identity: Identity
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Size of the file that `write_weights` will make, without padding."""
     return sum(weight.nbytes for _, weight in _weights(model))
 
 
-def write_weights(model: ir.Model, source: TensorSource, path: Path, progress: Progress | None = None) -> FileEntry:
+def write_weights(
+    model: ir.Model,
+    source: TensorSource,
+    path: Path,
+    progress: Progress | None = None,
+    *,
+    jobs: int | None = None,
+    budget: int = BUDGET_BYTES,
+    resume: Resume | None = None,
+) -> FileEntry:
     """Evaluate every lazy weight of `model` into `path` and turn it into external data there. Returns size and SHA-256.
 
-    Peak memory: a few blocks of 4 MB, or the largest tensor that a transform needs whole."""
-    with HashedFile(path) as file:
-        for value, weight in _weights(model):
-            file.write(memoryview(bytes(-file.size % ALIGNMENT)))
-            begin = file.size
-            for block in weight.blocks(source):
-                data = np.ascontiguousarray(block).view(np.uint8).reshape(-1).data
-                file.write(data)
-                if progress:
-                    progress(value.name or "", data.nbytes)
-            if file.size - begin != weight.nbytes:
-                raise AssertionError(f"weight {value.name} wrote {file.size - begin} bytes of {weight.nbytes}")
-            value.const_value = ir.ExternalTensor(
-                path.name, begin, weight.nbytes, weight.dtype, name=value.name or "", shape=ir.Shape(weight.shape), base_dir=path.parent
-            )
+    `jobs` threads make blocks ahead of the writer, by default one per core; those blocks hold at most `budget` bytes, or one that is
+    larger. With `resume`, tensors that an earlier run finished in `path` stay."""
+    say = progress or (lambda name, count: None)
+    places = list(_places(_weights(model)))
+    done, prefix = _finished(places, path, resume, lambda count: say("checking what is there", count))
+    with HashedFile(path, prefix) as file, Pipeline(source, jobs or os.cpu_count() or 1, budget) as pipeline:
+        pending = iter(places[done:])
+        place: _Place | None = None
+        for block in pipeline.blocks(place.weight for place in places[done:]):
+            if place is None:
+                place = next(pending)
+                file.write(memoryview(bytes(place.begin - file.size)))
+            file.write(block.data)
+            say(place.name, block.data.nbytes)
+            if block.last:
+                if file.size != place.end:
+                    raise AssertionError(f"weight {place.name} wrote {file.size - place.begin} bytes of {place.weight.nbytes}")
+                if resume:
+                    _note(file, place, resume)
+                place = None
+    for place in places:
+        place.value.const_value = place.external(path)
     return file.entry
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a weight lies in the file, in bytes."""
+
+    value: ir.Value
+    weight: Weight
+    begin: int
+
+    @property
+    def name(self) -> str:
+        return self.value.name or ""
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.weight.nbytes
+
+    def external(self, path: Path) -> ir.ExternalTensor:
+        shape = ir.Shape(self.weight.shape)
+        return ir.ExternalTensor(
+            path.name, self.begin, self.weight.nbytes, self.weight.dtype, name=self.name, shape=shape, base_dir=path.parent
+        )
+
+
+def _places(weights: list[tuple[ir.Value, Weight]]) -> list[_Place]:
+    places, end = [], 0
+    for value, weight in weights:
+        begin = end + -end % ALIGNMENT
+        places.append(_Place(value, weight, begin))
+        end = begin + weight.nbytes
+    return places
+
+
+def _finished(places: list[_Place], path: Path, resume: Resume | None, progress: Callable[[int], None]) -> tuple[int, Prefix | None]:
+    if resume is None:
+        return 0, None
+    expected = ((key_of(place.weight, resume.identity), place.end) for place in places)
+    done, prefix = resume.journal.resume(path, expected, progress)
+    if prefix is None:
+        path.unlink(missing_ok=True)
+    return done, prefix
+
+
+def _note(file: HashedFile, place: _Place, resume: Resume) -> None:
+    key = key_of(place.weight, resume.identity)
+    file.mark(lambda end, sha256: resume.journal.append(Finished(key, end, sha256)))
 
 
 def _weights(model: ir.Model) -> list[tuple[ir.Value, Weight]]:
