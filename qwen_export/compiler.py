@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,12 @@ from qwen_export.manifest import (
     FileEntry,
     GraphSpec,
     Manifest,
+    Reference,
     RotarySpec,
     StateSpec,
     TargetSpec,
     TensorSpec,
+    WeightSpec,
     hash_file,
 )
 from qwen_export.plan import BuildPlan, plan_build
@@ -47,6 +49,7 @@ def build(
     max_context: int | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
+    weights: str = "copy",
     jobs: int | None = None,
     max_memory: int | None = None,
     report: Report | None = None,
@@ -54,9 +57,12 @@ def build(
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase. `jobs` threads make weights, by default one per core; `max_memory` is what
-    the process may use while it does, in bytes. Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the
-    next build to `output` goes on with the weights that are finished."""
+    `dump_ir` a directory for one text file per compiler phase. With `weights` "reference", what the checkpoint stores as the graph needs
+    it stays there, and the bundle runs only beside the checkpoint; `packaging.package` completes it. `jobs` threads make weights, by
+    default one per core; `max_memory` is what the process may use meanwhile, in bytes.
+
+    Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
+    weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
@@ -65,8 +71,10 @@ def build(
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
         model = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        references = _refer(source, model, staging) if weights == "reference" else {}
         files = _emit(source, plan, model, staging, say, jobs, max_memory)
-        _manifest(source, plan, model, files, staging)
+        files |= {name: hash_file(staging / name) for name in references}
+        _manifest(source, plan, model, files, references, staging)
     return Path(output)
 
 
@@ -79,6 +87,12 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     model = capture_decoder(source.config.text, plan.precision)
     run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
     return model
+
+
+def _refer(source: Checkpoint, model: ir.Model, staging: Path) -> dict[str, Reference]:
+    from qwen_export.graphs.weights.reference import refer_to_checkpoint
+
+    return refer_to_checkpoint(model, source, staging)
 
 
 def _emit(
@@ -113,7 +127,9 @@ def _emit(
     return files
 
 
-def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], staging: Path) -> None:
+def _manifest(
+    source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], references: dict[str, Reference], staging: Path
+) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
@@ -129,6 +145,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         rotary=RotarySpec(tuple(inv_freq), scaling),
         graphs={"decoder": _graph_spec(model)},
         files=files,
+        references=references,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         precision_plan=_quantized_forms(source)
@@ -162,4 +179,14 @@ def _graph_spec(model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(GRAPH, inputs, outputs, states)
+    return GraphSpec(GRAPH, inputs, outputs, states, tuple(_weight_specs(model)))
+
+
+def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            location = str(tensor.location)
+            yield WeightSpec(value.name or "", location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)

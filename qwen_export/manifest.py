@@ -18,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from qwen_export.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 DIMS = ("B", "T", "S", "N")
 """Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits."""
@@ -65,6 +65,27 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class WeightSpec:
+    """Where a weight of a graph lies: bytes from `offset` of `file`, row-major. Graphs may share weights."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file outside the bundle that has weights of it: where it is on this machine, its size in bytes, and when it was last changed, in
+    nanoseconds."""
+
+    path: str
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
 class GraphSpec:
     """One compiled graph: its file, its inputs and outputs in order, and its states."""
 
@@ -72,6 +93,7 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
+    weights: tuple[WeightSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,8 @@ class Manifest:
     rotary: RotarySpec
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
+    references: dict[str, Reference] = field(default_factory=dict)
+    """Files outside the bundle, by the name of the note that lies in the bundle in the place of each."""
     plugins: tuple[str, ...] = ()
     """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
     stop_ids: tuple[int, ...] = ()
@@ -160,8 +184,35 @@ def file_path(bundle: Path, name: str) -> Path:
     return path
 
 
+def weights_path(bundle: Path, manifest: Manifest, name: str) -> Path:
+    """The file with the weights that are listed under this file name, inside the bundle or referred to."""
+    return Path(manifest.references[name].path) if name in manifest.references else file_path(bundle, name)
+
+
+def check_references(bundle: Path, manifest: Manifest) -> None:
+    """Every file that the bundle refers to is there as it was when the bundle was built."""
+    for reference in manifest.references.values():
+        try:
+            stat = Path(reference.path).stat()
+        except OSError as error:
+            raise BundleError(
+                "a checkpoint file that the bundle refers to cannot be found",
+                where=str(bundle),
+                got=f"{reference.path}: {error.strerror}",
+                fix="Put it back, or build again; `qwen-export package` makes a bundle that needs no other files.",
+            ) from error
+        if (stat.st_size, stat.st_mtime_ns) != (reference.size, reference.modified_ns):
+            raise BundleError(
+                "a checkpoint file that the bundle refers to was changed since the build",
+                where=str(bundle),
+                got=reference.path,
+                fix="Build the bundle again.",
+            )
+
+
 def check_sizes(bundle: Path, manifest: Manifest) -> None:
-    """Every listed file is there with its size."""
+    """Every listed file is there with its size, and every file that is referred to."""
+    check_references(bundle, manifest)
     for name, entry in manifest.files.items():
         path = file_path(bundle, name)
         if not path.is_file():
@@ -264,6 +315,9 @@ def _check(manifest: Manifest) -> None:
             unknown = [dim for dim in shape if isinstance(dim, str) and dim not in DIMS]
             if unknown:
                 raise ValueError(f"graph {name}, tensor {tensor}: unknown dim {unknown[0]}")
+        for weight in graph.weights:
+            if weight.file not in manifest.files:
+                raise ValueError(f"graph {name}: the file of weight {weight.name} is not listed: {weight.file}")
         for state in graph.states:
             if state.name not in inputs or state.after not in outputs:
                 raise ValueError(f"graph {name}: state {state.name} is not an input with an output {state.after}")

@@ -59,6 +59,8 @@ def check_runnable(manifest: Manifest) -> None:
 def needed_memory(manifest: Manifest, bundle: Path) -> int:
     """Bytes of weights and, with a full context, of states and caches."""
     graphs = sum((bundle / name).stat().st_size for name in manifest.files)
+    outside = {(w.file, w.offset): w for graph in manifest.graphs.values() for w in graph.weights if w.file in manifest.references}
+    graphs += sum(ELEMENTS[weight.dtype][0] * prod(weight.shape) for weight in outside.values())
     dims = {"B": 1, "S": manifest.max_context}
     states = 0
     for graph in manifest.graphs.values():

@@ -16,6 +16,7 @@ from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.detokenize import Detokenizer
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
@@ -38,7 +39,9 @@ def load(bundle: str | Path, *, max_context: int | None = None, threads: int | N
     check_runnable(manifest)
     graph = manifest.graphs["decoder"]
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins, repack=repack)
+    weights = MappedWeights(directory, manifest)
+    path = file_path(directory, graph.file)
+    session = Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack)
     return Model(directory, manifest, session, max_context)
 
 

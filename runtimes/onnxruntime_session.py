@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import BundleError
-from qwen_export.manifest import GraphSpec
+from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 
 # A step on CUDA is some 400 small kernels: recorded once as a CUDA graph, they are launched as one. Calls opt in, see `Call.run`.
@@ -30,9 +31,11 @@ class Session:
         threads: int | None = None,
         plugins: Sequence[Path] = (),
         *,
+        weights: MappedWeights | None = None,
         repack: bool = False,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`."""
+        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. ONNX Runtime reads no file outside the
+        graph's directory: weights that the bundle refers to are given to it from `weights`."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -46,6 +49,12 @@ class Session:
         try:
             for plugin in plugins:
                 options.register_custom_ops_library(str(plugin.resolve()))
+            self._weights = _values(ort, spec, weights) if weights is not None else {}
+            if device == "cpu" and not repack:  # used where they lie
+                for name, value in self._weights.items():
+                    options.add_initializer(name, value)
+            elif self._weights:  # copied to the device, or into the kernels' order
+                options.add_external_initializers(list(self._weights), list(self._weights.values()))
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
@@ -89,6 +98,17 @@ class Call:
             self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+
+
+def _values(ort: Any, spec: GraphSpec, weights: MappedWeights) -> dict[str, Any]:
+    """The weights that the bundle refers to, as values over the mapped memory; the session needs them as long as it lives."""
+
+    def value(weight: WeightSpec) -> Any:
+        size, number = ELEMENTS[weight.dtype]
+        array = weights.bytes(weight).view(f"u{size}").reshape(weight.shape)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+
+    return {weight.name: value(weight) for weight in spec.weights if weights.is_reference(weight)}
 
 
 def _providers(ort: Any, device: str) -> list[Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qwen_export.errors import BuildError
-from qwen_export.graphs.weights.expression import weight_of
 from qwen_export.graphs.weights.pipeline import BUDGET_BYTES, block_bytes
+from qwen_export.graphs.weights.writer import lazy_weights
 
 # Buffers of the reader and the writer, scales that are kept, and what allocators hold on to.
 _AROUND_BYTES = 192 << 20
@@ -20,8 +20,7 @@ def block_budget(model: ir.Model, max_memory: int | None) -> int:
     Raises BuildError when the largest block of the model does not fit."""
     if max_memory is None:
         return BUDGET_BYTES
-    weights = [weight for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None]
-    largest = max((block_bytes(weight, start, stop) for weight in weights for start, stop in weight.spans()), default=0)
+    largest = max((block_bytes(weight, start, stop) for _, weight in lazy_weights(model) for start, stop in weight.spans()), default=0)
     budget = max_memory - _resident() - _AROUND_BYTES
     if budget < largest:
         raise BuildError(

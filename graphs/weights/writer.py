@@ -31,8 +31,8 @@ class Resume:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Size of the file that `write_weights` will make, without padding."""
-    return sum(weight.nbytes for _, weight in _weights(model))
+    """Size of the file that `write_weights` will make of the lazy weights, without padding."""
+    return sum(weight.nbytes for _, weight in lazy_weights(model))
 
 
 def write_weights(
@@ -50,7 +50,7 @@ def write_weights(
     `jobs` threads make blocks ahead of the writer, by default one per core; those blocks hold at most `budget` bytes, or one that is
     larger. With `resume`, tensors that an earlier run finished in `path` stay."""
     say = progress or (lambda name, count: None)
-    places = list(_places(_weights(model)))
+    places = _places(lazy_weights(model))
     done, prefix = _finished(places, path, resume, lambda count: say("checking what is there", count))
     with HashedFile(path, prefix) as file, Pipeline(source, jobs or os.cpu_count() or 1, budget) as pipeline:
         pending = iter(places[done:])
@@ -70,6 +70,10 @@ def write_weights(
     for place in places:
         place.value.const_value = place.external(path)
     return file.entry
+
+
+def lazy_weights(model: ir.Model) -> list[tuple[ir.Value, Weight]]:
+    return [(value, weight) for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None]
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,3 @@ def _finished(places: list[_Place], path: Path, resume: Resume | None, progress:
 def _note(file: HashedFile, place: _Place, resume: Resume) -> None:
     key = key_of(place.weight, resume.identity)
     file.mark(lambda end, sha256: resume.journal.append(Finished(key, end, sha256)))
-
-
-def _weights(model: ir.Model) -> list[tuple[ir.Value, Weight]]:
-    return [(value, weight) for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None]

@@ -24,6 +24,13 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
+@click.option(
+    "--weights",
+    default="copy",
+    show_default=True,
+    type=click.Choice(["copy", "reference"]),
+    help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -35,6 +42,7 @@ def command(
     device: str,
     max_context: int | None,
     dump_ir: Path | None,
+    weights: str,
     jobs: int | None,
     max_memory: float | None,
     force: bool,
@@ -62,6 +70,7 @@ def command(
             precision=precision or ("fp16" if device == "cuda" else "fp32"),
             max_context=max_context,
             dump_ir=dump_ir,
+            weights=weights,
             jobs=jobs,
             max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
