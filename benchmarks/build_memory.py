@@ -126,14 +126,14 @@ def throughput(checkpoint: Path, rounds: int) -> None:
             model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
             for tensor, shape in decoder_tensors(source.config.text):
                 add_weight(model.graph, tensor, StoredWeight(tensor, shape, dtype))
-            size = weight_bytes(model)
+            size = weight_bytes([model])
             with tempfile.TemporaryDirectory(dir=Path.cwd()) as directory, CheckpointReader(source) as reader:
                 drop_cache(source.path)
                 copied = min(copied, seconds(lambda to=Path(directory) / "copy", size=size: copy(source.path, to, size)))
                 (Path(directory) / "copy").unlink()
                 drop_cache(source.path)
                 used = time.process_time()
-                made = min(made, seconds(lambda m=model, r=reader, to=Path(directory) / "weights": write_weights(m, r, to)))
+                made = min(made, seconds(lambda m=model, r=reader, to=Path(directory) / "weights": write_weights([m], r, to)))
                 cpu = min(cpu, time.process_time() - used)
         print(f"{name}: copy {copied:.1f} s, weights {made:.1f} s ({cpu:.1f} s of CPU), {size / 1e6 / made:.0f} MB/s, x{made / copied:.2f}")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
+from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
@@ -27,13 +28,18 @@ from qwen_export.manifest import (
 )
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
+from qwen_export.runtimes.compatibility import this_platform
 from qwen_export.staging import JOURNAL, staged_directory
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH, WEIGHTS = "decoder.onnx", "decoder.weights"
+    from qwen_export.graphs.config import TextConfig
+    from qwen_export.graphs.passes.context import PassContext
+
+DECODER, MTP = "decoder", "mtp"
+WEIGHTS = "model.weights"
 
 Report = Callable[[str, int, int], None]
 """Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
@@ -47,6 +53,9 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
     dump_ir: str | Path | None = None,
     force: bool = False,
     weights: str = "copy",
@@ -56,49 +65,79 @@ def build(
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
-    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase. With `weights` "reference", what the checkpoint stores as the graph needs
-    it stays there, and the bundle runs only beside the checkpoint; `packaging.package` completes it. `jobs` threads make weights, by
-    default one per core; `max_memory` is what the process may use meanwhile, in bytes.
+    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens.
+    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
+    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
+    checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
+    may use meanwhile, in bytes.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context)
+    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
-        model = lower(source, plan, Path(dump_ir) if dump_ir else None)
-        references = _refer(source, model, staging) if weights == "reference" else {}
-        files = _emit(source, plan, model, staging, say, jobs, max_memory)
+        dump = Path(dump_ir) if dump_ir else None
+        models = {DECODER: lower(source, plan, dump)}
+        if not plan.no_head:
+            models[MTP] = lower_mtp(source, plan, dump)
+        references = _refer(source, models, staging) if weights == "reference" else {}
+        files = _emit(source, plan, models, staging, say, jobs, max_memory)
         files |= {name: hash_file(staging / name) for name in references}
-        _manifest(source, plan, model, files, references, staging)
+        _manifest(source, plan, models, files, references, staging)
     return Path(output)
 
 
 def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
     """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
-    from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
 
     model = capture_decoder(source.config.text, plan.precision)
-    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
+    run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
 
 
-def _refer(source: Checkpoint, model: ir.Model, staging: Path) -> dict[str, Reference]:
+def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
+    """The same for the draft head."""
+    from qwen_export.graphs.capture import capture_mtp
+    from qwen_export.graphs.models.mtp import mtp_config
+    from qwen_export.graphs.pipeline import run_passes
+
+    if plan.speculation is None or plan.no_head:
+        raise ValueError("the plan has no draft head")
+    text = source.config.text
+    model = capture_mtp(text, plan.precision, plan.speculation.draft_vocab)
+    run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
+    return model
+
+
+def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
+    from qwen_export.graphs.passes.context import PassContext
+
+    return PassContext(config, plan.precision, plan.choices, stored_dtypes(source), plan.speculation is not None)
+
+
+def _refer(source: Checkpoint, models: dict[str, ir.Model], staging: Path) -> dict[str, Reference]:
     from qwen_export.graphs.weights.reference import refer_to_checkpoint
 
-    return refer_to_checkpoint(model, source, staging)
+    return refer_to_checkpoint(list(models.values()), source, staging)
 
 
 def _emit(
-    source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report, jobs: int | None, max_memory: int | None
+    source: Checkpoint,
+    plan: BuildPlan,
+    models: dict[str, ir.Model],
+    staging: Path,
+    say: Report,
+    jobs: int | None,
+    max_memory: int | None,
 ) -> dict[str, FileEntry]:
-    """Write weights, graph, plugins and text assets; returns the files of the bundle."""
+    """Write weights, graphs, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
@@ -106,7 +145,8 @@ def _emit(
     from qwen_export.graphs.weights.memory import block_budget
     from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
 
-    total, done = weight_bytes(model), 0
+    graphs = list(models.values())
+    total, done = weight_bytes(graphs), 0
 
     def progress(name: str, count: int) -> None:
         nonlocal done
@@ -114,43 +154,61 @@ def _emit(
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(model, max_memory)
-        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
-    model.producer_name, model.producer_version = "qwen-export", __version__
-    for node in model.graph:
-        model.opset_imports.setdefault(node.domain, 1)
-    ir.save(model, staging / GRAPH)
+        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
+        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
+    for graph, model in models.items():
+        model.producer_name, model.producer_version = "qwen-export", __version__
+        for node in model.graph:
+            model.opset_imports.setdefault(node.domain, 1)
+        ir.save(model, staging / _file(graph))
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    for name in (GRAPH, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    for name in (*map(_file, models), *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
 
+def _file(graph: str) -> str:
+    return f"{graph}.onnx"
+
+
 def _manifest(
-    source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], references: dict[str, Reference], staging: Path
+    source: Checkpoint,
+    plan: BuildPlan,
+    models: dict[str, ir.Model],
+    files: dict[str, FileEntry],
+    references: dict[str, Reference],
+    staging: Path,
 ) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain and node.domain != NATIVE})
+    nodes = [node for model in models.values() for node in model.graph]
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain and node.domain != NATIVE})
     manifest = Manifest(
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
         model=text.to_json(),
         target=TargetSpec(
-            plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)
+            plan.target.name,
+            plan.device,
+            plan.precision,
+            plan.target.backend,
+            plan.target.minimum_backend,
+            tuple(operators),
+            this_platform() if plan.plugins else "",
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
-        graphs={"decoder": _graph_spec(model)},
+        graphs={name: _graph_spec(name, model) for name, model in models.items()},
         files=files,
         references=references,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
+        speculation=plan.speculation,
         precision_plan=_quantized_forms(source)
         | {
-            "weights": plan.precision,
+            "weights": _weight_types(models.values(), plan.precision),
             "activations": plan.precision,
             "recurrent state": "fp32",
             "attention cache": plan.precision,
@@ -168,7 +226,13 @@ def _quantized_forms(source: Checkpoint) -> dict[str, str]:
     return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
 
 
-def _graph_spec(model: ir.Model) -> GraphSpec:
+def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
+    weights = (value for model in models for value in model.graph.initializers.values())
+    kept = precision == "fp32" and any(value.dtype is not None and value.dtype.name == "BFLOAT16" for value in weights)
+    return "fp32; projections, embedding and head bf16, as stored" if kept else precision
+
+
+def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
             raise AssertionError("the verifier lets no untyped signature through")
@@ -179,7 +243,7 @@ def _graph_spec(model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(GRAPH, inputs, outputs, states, tuple(_weight_specs(model)))
+    return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
 
 
 def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:

@@ -236,7 +236,7 @@ def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> P
 )
 def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, number: signal.Signals, stage: str) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.partial/bundle" + ("/decoder.weights" if stage == "writing" else ""), process)
+    wait_for(out, ".bundle.partial/bundle" + ("/model.weights" if stage == "writing" else ""), process)
     time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -247,7 +247,7 @@ def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, n
 
 def test_a_killed_build_leaves_nothing_that_runs(slow_checkpoint: Path, out: Path) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.partial/bundle/decoder.weights", process)
+    wait_for(out, ".bundle.partial/bundle/model.weights", process)
     process.kill()
     process.communicate(timeout=60)
     assert not (out / "bundle").exists()
@@ -267,7 +267,7 @@ def interrupt_after_a_tensor(checkpoint: Path, bundle: Path, number: signal.Sign
         time.sleep(0.001)
     process.send_signal(number)
     process.communicate(timeout=60)
-    assert not bundle.exists() and (bundle.parent / ".bundle.partial" / "bundle" / "decoder.weights").exists()
+    assert not bundle.exists() and (bundle.parent / ".bundle.partial" / "bundle" / "model.weights").exists()
 
 
 @pytest.mark.usefixtures("capture_skipped")
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_made_again(slow_checkpoint: Path, out: Path, tmp_p
         for path in checkpoint.glob("*.safetensors"):
             os.utime(path)
     else:
-        with (out / ".bundle.partial" / "bundle" / "decoder.weights").open("r+b") as file:
+        with (out / ".bundle.partial" / "bundle" / "model.weights").open("r+b") as file:
             file.seek(1000)
             file.write(b"damage")
     seen: set[str] = set()

@@ -25,20 +25,25 @@ def copy_referred(
 ) -> tuple[FileEntry, Places]:
     """Copy every external tensor whose location is one of `files` to `path`, shared ones once, and point the graphs there."""
     places: Places = {}
+    sizes: dict[tuple[str, int], int] = {}
+    referred = [
+        (value, tensor, (str(tensor.location), tensor.offset or 0))
+        for model in models
+        for value in model.graph.initializers.values()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor) and str(tensor.location) in files
+    ]
+    for _, tensor, place in referred:  # a graph may use only the front of a weight
+        sizes[place] = max(sizes.get(place, 0), tensor.nbytes)
     with HashedFile(path) as out:
-        for model in models:
-            for value in model.graph.initializers.values():
-                tensor = value.const_value
-                if not isinstance(tensor, ir.ExternalTensor) or str(tensor.location) not in files:
-                    continue
-                note, offset, size = str(tensor.location), tensor.offset or 0, tensor.nbytes
-                if (note, offset) not in places:
-                    out.write(memoryview(bytes(-out.size % ALIGNMENT)))
-                    places[note, offset] = out.size
-                    _copy(files[note], offset, size, out, partial(progress, value.name or ""))
-                value.const_value = ir.ExternalTensor(
-                    path.name, places[note, offset], size, tensor.dtype, name=value.name or "", shape=tensor.shape, base_dir=path.parent
-                )
+        for value, tensor, place in referred:
+            name = value.name or ""
+            if place not in places:
+                out.write(memoryview(bytes(-out.size % ALIGNMENT)))
+                places[place] = out.size
+                _copy(files[place[0]], place[1], sizes[place], out, partial(progress, name))
+            value.const_value = ir.ExternalTensor(
+                path.name, places[place], tensor.nbytes, tensor.dtype, name=name, shape=tensor.shape, base_dir=path.parent
+            )
     return out.entry, places
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qwen_export.errors import BuildError
 from qwen_export.graphs.weights.pipeline import BUDGET_BYTES, block_bytes
-from qwen_export.graphs.weights.writer import lazy_weights
+from qwen_export.graphs.weights.writer import distinct_weights
 
 # Buffers of the reader and the writer, scales that are kept, and what allocators hold on to.
 _AROUND_BYTES = 192 << 20
 
 
-def block_budget(model: ir.Model, max_memory: int | None) -> int:
+def block_budget(models: Sequence[ir.Model], max_memory: int | None) -> int:
     """What blocks may hold, so that the process stays below `max_memory` bytes.
 
-    Raises BuildError when the largest block of the model does not fit."""
+    Raises BuildError when the largest block of the graphs does not fit."""
     if max_memory is None:
         return BUDGET_BYTES
-    largest = max((block_bytes(weight, start, stop) for _, weight in lazy_weights(model) for start, stop in weight.spans()), default=0)
+    largest = max((block_bytes(weight, start, stop) for weight in distinct_weights(models) for start, stop in weight.spans()), default=0)
     budget = max_memory - _resident() - _AROUND_BYTES
     if budget < largest:
         raise BuildError(

@@ -1,15 +1,15 @@
-"""Writing all weights of a graph to one external-data file, in order, without ever holding more than a few blocks."""
+"""Writing all weights of a bundle's graphs to one external-data file, in order, without ever holding more than a few blocks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export.graphs.weights.expression import TensorSource, Weight, weight_of
+from qwen_export.graphs.weights.expression import FirstRows, TensorSource, Weight, weight_of
 from qwen_export.graphs.weights.hashed_file import HashedFile, Prefix
 from qwen_export.graphs.weights.journal import Finished, Identity, Journal, key_of
 from qwen_export.graphs.weights.pipeline import BUDGET_BYTES, Pipeline
@@ -30,13 +30,13 @@ class Resume:
     identity: Identity
 
 
-def weight_bytes(model: ir.Model) -> int:
+def weight_bytes(models: Sequence[ir.Model]) -> int:
     """Size of the file that `write_weights` will make of the lazy weights, without padding."""
-    return sum(weight.nbytes for _, weight in lazy_weights(model))
+    return sum(weight.nbytes for weight in distinct_weights(models))
 
 
 def write_weights(
-    model: ir.Model,
+    models: Sequence[ir.Model],
     source: TensorSource,
     path: Path,
     progress: Progress | None = None,
@@ -45,12 +45,13 @@ def write_weights(
     budget: int = BUDGET_BYTES,
     resume: Resume | None = None,
 ) -> FileEntry:
-    """Evaluate every lazy weight of `model` into `path` and turn it into external data there. Returns size and SHA-256.
+    """Evaluate every lazy weight of the graphs into `path`, equal ones once, and turn them into external data there. Returns size and
+    SHA-256.
 
     `jobs` threads make blocks ahead of the writer, by default one per core; those blocks hold at most `budget` bytes, or one that is
     larger. With `resume`, tensors that an earlier run finished in `path` stay."""
     say = progress or (lambda name, count: None)
-    places = _places(lazy_weights(model))
+    places = _places(models)
     done, prefix = _finished(places, path, resume, lambda count: say("checking what is there", count))
     with HashedFile(path, prefix) as file, Pipeline(source, jobs or os.cpu_count() or 1, budget) as pipeline:
         pending = iter(places[done:])
@@ -67,43 +68,54 @@ def write_weights(
                 if resume:
                     _note(file, place, resume)
                 place = None
-    for place in places:
-        place.value.const_value = place.external(path)
+    begins = {place.weight: place.begin for place in places}
+    for value, weight in lazy_weights(models):
+        value.const_value = external(path, begins[_whole(weight)], weight, value.name or "")
     return file.entry
 
 
-def lazy_weights(model: ir.Model) -> list[tuple[ir.Value, Weight]]:
-    return [(value, weight) for value in model.graph.initializers.values() if (weight := weight_of(value)) is not None]
+def external(path: Path, begin: int, weight: Weight, name: str) -> ir.ExternalTensor:
+    """A weight in the file `path`, from byte `begin`."""
+    return ir.ExternalTensor(path.name, begin, weight.nbytes, weight.dtype, name=name, shape=ir.Shape(weight.shape), base_dir=path.parent)
+
+
+def lazy_weights(models: Sequence[ir.Model]) -> list[tuple[ir.Value, Weight]]:
+    """The values whose weights are not written yet."""
+    values = (value for model in models for value in model.graph.initializers.values())
+    return [(value, weight) for value in values if (weight := weight_of(value)) is not None]
+
+
+def distinct_weights(models: Sequence[ir.Model]) -> dict[Weight, str]:
+    """What is stored for the lazy weights, in order, with the name of the first value that it is for."""
+    found: dict[Weight, str] = {}
+    for value, weight in lazy_weights(models):
+        found.setdefault(_whole(weight), value.name or "")
+    return found
+
+
+def _whole(weight: Weight) -> Weight:
+    """What is stored for a weight: rows at the front of another are read where that one lies."""
+    return weight.of if isinstance(weight, FirstRows) else weight
 
 
 @dataclass(frozen=True)
 class _Place:
     """Where a weight lies in the file, in bytes."""
 
-    value: ir.Value
+    name: str
     weight: Weight
     begin: int
-
-    @property
-    def name(self) -> str:
-        return self.value.name or ""
 
     @property
     def end(self) -> int:
         return self.begin + self.weight.nbytes
 
-    def external(self, path: Path) -> ir.ExternalTensor:
-        shape = ir.Shape(self.weight.shape)
-        return ir.ExternalTensor(
-            path.name, self.begin, self.weight.nbytes, self.weight.dtype, name=self.name, shape=shape, base_dir=path.parent
-        )
 
-
-def _places(weights: list[tuple[ir.Value, Weight]]) -> list[_Place]:
+def _places(models: Sequence[ir.Model]) -> list[_Place]:
     places, end = [], 0
-    for value, weight in weights:
+    for weight, name in distinct_weights(models).items():
         begin = end + -end % ALIGNMENT
-        places.append(_Place(value, weight, begin))
+        places.append(_Place(name, weight, begin))
         end = begin + weight.nbytes
     return places
 
