@@ -113,6 +113,10 @@ class Decoder:
     def tokens(self, sequence: int = 0) -> tuple[int, ...]:
         return tuple(self._tokens[sequence])
 
+    def tokens_from(self, position: int) -> list[int]:
+        """What the first sequence has read from a position on."""
+        return self._tokens[0][position:]
+
     def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""

@@ -89,19 +89,18 @@ class DraftHead:
 
     def catch_up(self) -> None:
         """Read every row whose token is known."""
-        tokens = self._decoder.tokens()
-        if self.length < len(tokens) - 1:
-            self._read(tokens[self.length + 1 :], rows=0)
+        if self.length < self._known() - 1:
+            self._read(self._decoder.tokens_from(self.length + 1), rows=0)
 
     def first(self, token: int) -> Logits:
         """The draft after `token`, which follows the text read: logits f32[draft_vocab], valid until the next call."""
-        return self._read((*self._decoder.tokens()[self.length + 1 :], token), rows=1)
+        return self._read([*self._decoder.tokens_from(self.length + 1), token], rows=1)
 
     def following(self, token: int, depth: int) -> Logits:
         """The draft after the draft `token`, the `depth`-th of its round (1 is the first)."""
         return self._run(np.array([[token]], np.int64), self.length + depth - 1, rows=1)
 
-    def _read(self, tokens: tuple[int, ...], rows: int) -> Logits:
+    def _read(self, tokens: list[int], rows: int) -> Logits:
         start = (self.length - self._base) * self._row_bytes
         self._input.copy_from(self._log, 0, start, len(tokens) * self._row_bytes)
         logits = self._run(np.array([tokens], np.int64), self.length, rows)

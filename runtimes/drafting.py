@@ -66,7 +66,7 @@ class LookupDrafter:
         if len(self._text) > length:
             self._text, self._seen = [], {}
         known = max(1, len(self._text))
-        self._text += (*self._decoder.tokens()[len(self._text) :], token)
+        self._text += (*self._decoder.tokens_from(len(self._text)), token)
         for end in range(known, len(self._text)):
             for n in range(self.SHORTEST, min(self.LONGEST, end) + 1):
                 self._seen[tuple(self._text[end - n : end])] = end
