@@ -173,7 +173,10 @@ def test_codes_are_the_checkpoints_own(quantized: Make, form: str) -> None:
         rows = checkpoint.weights[f"{MODULE}.weight"].shape[0]
         for start, stop in ((0, rows), (5, 19)):
             codes = reader.codes(name, start, stop)
-            assert isinstance(codes, Codes) and codes.bits == 4 and codes.group in (64, 128)
+            grid = reader.grid(name)
+            assert isinstance(codes, Codes) and grid is not None
+            assert (codes.bits, codes.group, codes.zeros is None) == (grid.bits, grid.group, grid.symmetric)
+            assert grid.scales == ("BF16" if "packed" in form else "F16")
             assert codes.codes.dtype == np.uint8 and codes.codes.max() <= 15
             assert (codes.zeros is None) == ("asymmetric" not in form and form != "awq")
             zeros = np.float32(8) if codes.zeros is None else np.repeat(codes.zeros, codes.group, axis=1).astype(np.float32)
@@ -185,6 +188,7 @@ def test_codes_are_the_checkpoints_own(quantized: Make, form: str) -> None:
 @pytest.mark.parametrize("form", ["fp8", "nvfp4", "gptq-act-order"])
 def test_weights_without_a_grid_along_their_rows_have_no_codes(quantized: Make, form: str) -> None:
     with CheckpointReader(open_checkpoint(quantized(form).path)) as reader:
+        assert reader.grid("layers.0.mlp.up_proj.weight") is None
         assert reader.codes("layers.0.mlp.up_proj.weight", 0, 4) is None
         assert reader.codes("layers.0.input_layernorm.weight", 0, 4) is None
 
@@ -386,6 +390,13 @@ def test_a_group_that_does_not_exist(quantized: Make, damaged: Callable[..., Pat
     order = quantized("gptq").stored[f"{MODULE}.g_idx"].clone()
     order[3] = 99
     with CheckpointReader(open_checkpoint(damaged("gptq", g_idx=order))) as reader, pytest.raises(CheckpointError, match=r"g_idx.*99"):
+        reader.rows("layers.0.mlp.up_proj.weight", 0, 4)
+
+
+def test_zero_points_of_another_variant(damaged: Callable[..., Path]) -> None:
+    """Version 2 stores zero points as they are: read as version 1, every weight would be off by one."""
+    path = damaged("gptq-v2", config={"checkpoint_format": "gptq"})
+    with CheckpointReader(open_checkpoint(path)) as reader, pytest.raises(CheckpointError, match=r"zero points.*got 9, expected 8"):
         reader.rows("layers.0.mlp.up_proj.weight", 0, 4)
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.file_access import SharedFile
-from qwen_export.graphs.checkpoint.formats.logical import Codes, LogicalTensor, numpy_type
+from qwen_export.graphs.checkpoint.formats.logical import Codes, Grid, LogicalTensor, numpy_type
 from qwen_export.graphs.checkpoint.names import stored_name
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
@@ -65,8 +65,12 @@ class CheckpointReader:
             )
         return values
 
+    def grid(self, name: str) -> Grid | None:
+        """The integer grid that the parameter is stored on; None for one that is not."""
+        return self._weight(name).grid
+
     def codes(self, name: str, start: int, stop: int) -> Codes | None:
-        """The same rows on the checkpoint's own integer grid; None for a weight that is not stored on one."""
+        """The same rows as `rows` on that grid, bit for bit what the checkpoint stores."""
         return self._weight(name).codes(self, start, stop)
 
     def identity(self, name: str) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
-from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, none_if_middle, unpack
+from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, unpack, zeros_of
 from qwen_export.graphs.checkpoint.formats.logical import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
@@ -27,7 +27,6 @@ _NIBBLE = [0, 4, 1, 5, 2, 6, 3, 7]
 class AwqTensor(IntegerTensor):
     qweight: TensorInfo
     qzeros: TensorInfo | None
-    scales: TensorInfo
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -37,7 +36,7 @@ class AwqTensor(IntegerTensor):
         scales = checked_scales(self.scales, np.ascontiguousarray(parts.whole(self.scales)[:, start:stop].T))
         zeros = None
         if self.qzeros is not None:
-            zeros = none_if_middle(_outputs(parts.whole(self.qzeros), start, stop), self.bits)
+            zeros = zeros_of(self, _outputs(parts.whole(self.qzeros), start, stop))
         return Codes(_outputs(parts.whole(self.qweight), start, stop), scales, zeros, self.group, self.bits)
 
 
@@ -82,4 +81,4 @@ class Awq(Format):
         qzeros = None
         if self.settings.get("zero_point", True) or module + ".qzeros" in tensors:
             qzeros = part(tensors, name, module + ".qzeros", (inputs // group, words), ("I32",))
-        return AwqTensor(name, (words * _PER_WORD, inputs), "awq", 4, group, info, qzeros, scales)
+        return AwqTensor(name, (words * _PER_WORD, inputs), "awq", 4, group, qzeros is None, True, scales, info, qzeros)

@@ -16,7 +16,7 @@ from typing import Any
 from qwen_export.errors import CheckpointError, UnsupportedError
 from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
 from qwen_export.graphs.checkpoint.formats.fp4 import fp4_tensor
-from qwen_export.graphs.checkpoint.formats.integer import IntegerTensor, none_if_middle, unpack
+from qwen_export.graphs.checkpoint.formats.integer import IntegerTensor, unpack, zeros_of
 from qwen_export.graphs.checkpoint.formats.logical import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
 from qwen_export.graphs.checkpoint.formats.scaled import SCALE_TYPES, scaled_tensor
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
@@ -27,23 +27,22 @@ LAYOUTS = ("pack-quantized", "nvfp4-pack-quantized", "float-quantized", "int-qua
 @dataclass(frozen=True)
 class PackedTensor(IntegerTensor):
     packed: TensorInfo
-    scale: TensorInfo
     zero_point: TensorInfo | None
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        return (self.packed, self.scale, *((self.zero_point,) if self.zero_point else ()))
+        return (self.packed, self.scales, *((self.zero_point,) if self.zero_point else ()))
 
     def codes(self, parts: Parts, start: int, stop: int) -> Codes:
         codes = unpack(parts.stored(self.packed, start, stop), self.bits).reshape(stop - start, -1)
-        scales = checked_scales(self.scale, parts.stored(self.scale, start, stop))
+        scales = checked_scales(self.scales, parts.stored(self.scales, start, stop))
         zeros = None
         if self.zero_point is not None:
             per_word = 32 // self.bits
             first = start // per_word
             words = parts.stored(self.zero_point, first, -(-stop // per_word)).T  # packed along O
             unpacked = unpack(words, self.bits).reshape(words.shape[0], -1)
-            zeros = none_if_middle(unpacked[:, start - first * per_word : stop - first * per_word].T, self.bits)
+            zeros = zeros_of(self, unpacked[:, start - first * per_word : stop - first * per_word].T)
         return Codes(codes, scales, zeros, self.group, self.bits)
 
 
@@ -118,7 +117,7 @@ class CompressedTensors(Format):
         zeros = None
         if weight + "_zero_point" in tensors:
             zeros = part(tensors, weight, weight + "_zero_point", (-(-outputs * bits // 32), groups), ("I32",))
-        return PackedTensor(weight, (outputs, inputs), self.method, bits, inputs // groups, info, scales, zeros)
+        return PackedTensor(weight, (outputs, inputs), self.method, bits, inputs // groups, zeros is None, True, scales, info, zeros)
 
     @staticmethod
     def _fits(scheme: Mapping[str, Any], words: int, groups: int) -> bool:

@@ -2,7 +2,7 @@
 along O; `X.g_idx` i32[I], the group of each input.
 
 `checkpoint_format` "gptq" stores zero points less one (in bits wide arithmetic), "gptq_v2" as they are. With `desc_act` inputs were
-quantized in another order, so that the inputs of a group are not neighbours: such a weight has no grid along its rows and is dequantized.
+quantized in another order, so that the inputs of a group are not neighbours: such a weight has no grid along its rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
-from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, none_if_middle, unpack
+from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, unpack, zeros_of
 from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, LogicalTensor, Parts, Tensors, checked_scales, part
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
@@ -24,7 +24,6 @@ from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 class GptqTensor(IntegerTensor):
     qweight: TensorInfo
     qzeros: TensorInfo
-    scales: TensorInfo
     g_idx: TensorInfo | None
     zero_offset: int
 
@@ -34,9 +33,9 @@ class GptqTensor(IntegerTensor):
 
     def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
         order = self._groups(parts)
-        if (order[:-1] > order[1:]).any() or (order != np.arange(len(order)) // self.group).any():
+        if (order != np.arange(len(order)) // self.group).any():
             return None
-        zeros = none_if_middle(self._zeros(parts, start, stop), self.bits)
+        zeros = zeros_of(self, self._zeros(parts, start, stop))
         return Codes(self._matrix(parts, start, stop), self._scales(parts, start, stop), zeros, self.group, self.bits)
 
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
@@ -45,7 +44,9 @@ class GptqTensor(IntegerTensor):
             return codes.values()
         order = self._groups(parts)
         values = self._matrix(parts, start, stop).astype(np.float32)
-        values -= self._zeros(parts, start, stop)[:, order]
+        stored = self._zeros(parts, start, stop)
+        zeros_of(self, stored)
+        values -= stored[:, order]
         values *= self._scales(parts, start, stop)[:, order]
         return values
 
@@ -121,4 +122,6 @@ class Gptq(Format):
         g_idx = part(tensors, name, module + ".g_idx", (inputs,), ("I32",)) if module + ".g_idx" in tensors else None
         if g_idx is None and self.settings.get("desc_act"):
             part(tensors, name, module + ".g_idx", (inputs,), ("I32",))
-        return GptqTensor(name, (outputs, inputs), "gptq", bits, group, info, qzeros, scales, g_idx, self._zero_offset)
+        shape, symmetric = (outputs, inputs), self.settings.get("sym", True) is True
+        in_order = not self.settings.get("desc_act")
+        return GptqTensor(name, shape, "gptq", bits, group, symmetric, in_order, scales, info, qzeros, g_idx, self._zero_offset)

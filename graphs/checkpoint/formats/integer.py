@@ -12,18 +12,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, LogicalTensor, Parts
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, Grid, LogicalTensor, Parts
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class IntegerTensor(LogicalTensor):
-    """`method` is the name for people."""
+    """`method` is the name for people; `in_order` false where the inputs of a group are not neighbours."""
 
     method: str
     bits: int
     group: int
+    symmetric: bool
+    in_order: bool
+    scales: TensorInfo
+
+    @property
+    def grid(self) -> Grid | None:
+        return Grid(self.bits, self.group, self.symmetric, self.scales.dtype) if self.in_order else None
 
     @property
     def dtype(self) -> str:
@@ -51,6 +60,15 @@ def unpack(words: npt.NDArray[Any], bits: int) -> Bytes:
     return (raw[..., None] >> shifts).astype(np.uint8).reshape(*raw.shape, count) & np.uint8((1 << bits) - 1)
 
 
-def none_if_middle(zeros: Bytes, bits: int) -> Bytes | None:
-    """Symmetric weights store the same zero point everywhere, the middle of the range."""
-    return None if (zeros == 1 << (bits - 1)).all() else np.ascontiguousarray(zeros)
+def zeros_of(weight: IntegerTensor, zeros: Bytes) -> Bytes | None:
+    """Zero points that were stored; None for a symmetric weight. Raises CheckpointError where such a one has others than the middle of
+    the range: then the file is of another variant than its settings say, and every value would be off."""
+    if not weight.symmetric:
+        return np.ascontiguousarray(zeros)
+    middle = 1 << (weight.bits - 1)
+    if (zeros != middle).any():
+        other = int(zeros[zeros != middle][0])
+        raise CheckpointError(
+            "a symmetric weight has zero points that are not in the middle", where=weight.name, got=other, expected=middle
+        )
+    return None

@@ -48,10 +48,22 @@ class Parts(Protocol):
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The grid of an integer-quantized weight, known from the headers: what a kernel must have to keep it. `group` values along a row share
+    a scale; `symmetric` weights have no zero points; `scales` is the safetensors type of the scales."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    scales: str
+
+
+@dataclass(frozen=True)
 class Codes:
     """Rows of an integer-quantized weight on its own grid: weight[r, i] = scales[r, i // group] * (codes[r, i] - zeros[r, i // group]).
 
-    codes: u8[R, I], each below 2^bits; scales: f32[R, I // group]; zeros: u8[R, I // group], None where all are 2^(bits-1)."""
+    codes: u8[R, I], each below 2^bits; scales: f32[R, I // group]; zeros: u8[R, I // group], None for a symmetric weight, whose zero points
+    are all 2^(bits-1)."""
 
     codes: npt.NDArray[np.uint8]
     scales: Floats
@@ -99,8 +111,13 @@ class LogicalTensor(ABC):
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
         """Rows start..stop-1 of the first axis. Raises CheckpointError for scales that no model can use."""
 
+    @property
+    def grid(self) -> Grid | None:
+        """The integer grid along its rows that the checkpoint stores; None for a weight that has none."""
+        return None
+
     def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
-        """The same rows on the integer grid that the checkpoint stores; None for a weight that has none along its rows."""
+        """The same rows on that grid."""
         return None
 
 

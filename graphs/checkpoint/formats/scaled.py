@@ -26,12 +26,12 @@ _E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.f
 
 @dataclass(frozen=True)
 class ScaledTensor(LogicalTensor):
-    """`block` is (rows, columns) that share a scale; `grid` the shape of the scales of one matrix."""
+    """`block` is (rows, columns) that share a scale; `counts` how many there are, down and across one matrix."""
 
     elements: TensorInfo
     scale: TensorInfo
     block: tuple[int, int]
-    grid: tuple[int, int]
+    counts: tuple[int, int]
 
     @property
     def dtype(self) -> str:
@@ -42,7 +42,7 @@ class ScaledTensor(LogicalTensor):
         kind = "fp8" if self.elements.dtype == "F8_E4M3" else "int8"
         if self.block == self.shape:
             return f"{kind} per tensor"
-        return f"{kind} per channel" if self.grid[1] == 1 and self.block[0] == 1 else f"{kind} {self.block[0]}x{self.block[1]}"
+        return f"{kind} per channel" if self.counts[1] == 1 and self.block[0] == 1 else f"{kind} {self.block[0]}x{self.block[1]}"
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -53,9 +53,9 @@ class ScaledTensor(LogicalTensor):
         values = _E4M3[raw.view(np.uint8)] if self.elements.dtype == "F8_E4M3" else raw.astype(np.float32)
         scales = checked_scales(self.scale, parts.whole(self.scale))
         if len(self.shape) == 2:
-            _scale(values, scales.reshape(self.grid), self.block, start)
+            _scale(values, scales.reshape(self.counts), self.block, start)
         else:
-            for matrix, grid in zip(values, scales.reshape(-1, *self.grid)[start:stop], strict=True):
+            for matrix, grid in zip(values, scales.reshape(-1, *self.counts)[start:stop], strict=True):
                 _scale(matrix, grid, self.block, 0)
         return values
 
