@@ -144,9 +144,10 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     reasons = []
     if checkpoint.config.text.is_moe:
         reasons.append("mixture-of-experts layers are not supported yet; dense checkpoints (0.8B to 27B) are")
-    if checkpoint.config.quantization:
-        method = checkpoint.config.quantization.get("quant_method", "unknown")
-        reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
+    try:
+        _ = checkpoint.weights
+    except UnsupportedError as error:
+        reasons.append(str(error).removesuffix("."))
     return reasons
 
 
