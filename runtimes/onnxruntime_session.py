@@ -46,6 +46,8 @@ class Session:
         options.log_severity_level = 4  # failures arrive as exceptions
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
         options.inter_op_num_threads = 1
+        # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
         providers = _providers(ort, device)
         for plugin in plugins:
@@ -84,8 +86,9 @@ class Call:
         import onnxruntime as ort
 
         self._session = session
-        self._options = ort.RunOptions()
-        if session.device == "cuda":
+        # None costs 80 us less than options without entries.
+        self._options = ort.RunOptions() if session.device == "cuda" else None
+        if self._options is not None:
             self._options.add_run_config_entry("gpu_graph_id", graph)
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
