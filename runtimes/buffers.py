@@ -87,6 +87,10 @@ class HostBuffer(Buffer):
         assert isinstance(other, HostBuffer)
         self._bytes[offset : offset + nbytes] = other._bytes[start : start + nbytes]
 
+    def view(self) -> npt.NDArray[Any]:
+        """The memory itself, in its element type; not for bfloat16."""
+        return self._bytes.view(_NUMPY[self.dtype]).reshape(self.shape)
+
     def array(self) -> npt.NDArray[np.float32]:
         return decode(self._bytes, self.dtype, self.shape)
 
