@@ -30,6 +30,12 @@ def stored_name(config: CheckpointConfig, name: str) -> str:
     return name if name == "lm_head.weight" else config.text_prefix + name
 
 
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype that each tensor of the decoder is stored in, by the name of its parameter."""
+    config = checkpoint.config
+    return {name: checkpoint.tensors[stored_name(config, name)].dtype for name, _ in decoder_tensors(config.text)}
+
+
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
     config = checkpoint.config
