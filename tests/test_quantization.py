@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export import build
-from qwen_export.compiler import lower
+from qwen_export.compiler import WEIGHTS, lower
 from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
@@ -193,7 +193,8 @@ def test_the_defaults_leave_gates_and_router_alone(precision: str) -> None:
 
 def test_a_file_overrides_groups_and_matrices(plan_file: PlanFile) -> None:
     file = plan_file(
-        '[mlp]\nblock = 128\nzeros = true\n[attention]\nformat = "int8"\n[matrices]\n"layers.0.*" = { format = "stored" }\n"*.down_proj" = { block = 64 }'
+        '[mlp]\nblock = 128\nzeros = true\n[attention]\nformat = "int8"\n'
+        '[matrices]\n"layers.0.*" = { format = "stored" }\n"*.down_proj" = { block = 64 }'
     )
     plan = load_plan("int4", file, tied=False)
     assert str(plan.groups["mlp"]) == "int4 block 128 search zeros"
@@ -276,8 +277,7 @@ def test_a_quantised_bundle_computes_what_its_codes_say(precision: str, tied: bo
     assert PrecisionPlan.from_json(manifest.precision_plan).groups["mlp"].format == precision
     result = verify(bundle, checkpoint)
     assert result["passed"], result
-    errors = [check["note"] for check in result["checks"] if check["against"] == "eager, quant."]
-    assert len(errors) == 3 and len(set(errors)) == 1, "a row does not depend on the number of rows"
+    assert sum(check["against"] == "eager, quant." for check in result["checks"]) == 3
 
 
 @needs_plugin
@@ -285,8 +285,8 @@ def test_the_size_is_the_one_that_inspect_tells_and_tied_weights_are_stored_once
     checkpoint = synthesize(
         tiny_config(tied=True, vision=False, vocab_size=4096), tmp_path / "c", tokenizer=write_tiny_tokenizer(tmp_path / "tokenizer")
     )
-    plan = plan_build(open_checkpoint(checkpoint), precision="int4")
-    bundle = build(checkpoint, tmp_path / "bundle", precision="int4")
+    plan = plan_build(open_checkpoint(checkpoint), precision="int4", mtp=False)
+    bundle = build(checkpoint, tmp_path / "bundle", precision="int4", mtp=False)
     initializers = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph.initializer
     stored = [tensor for tensor in initializers if "embed_tokens" in tensor.name]
     assert len(stored) == 1 and stored[0].dims[0] == 4096 // 16
@@ -297,7 +297,7 @@ def test_the_size_is_the_one_that_inspect_tells_and_tied_weights_are_stored_once
 @needs_plugin
 def test_a_build_is_reproducible(tiny_checkpoint: Path, tmp_path: Path) -> None:
     first, second = (build(tiny_checkpoint, tmp_path / name, precision="int4") for name in ("a", "b"))
-    assert load_manifest(first).files["decoder.weights"] == load_manifest(second).files["decoder.weights"]
+    assert load_manifest(first).files[WEIGHTS] == load_manifest(second).files[WEIGHTS]
     shutil.rmtree(second)
 
 

@@ -19,7 +19,10 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option("--target", default="onnxruntime", show_default=True, type=click.Choice(list(TARGETS)))
 @click.option(
-    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default. int8, int4: quantised weights."
+    "--precision",
+    default=None,
+    type=click.Choice(PRECISIONS),
+    help="Weights and activations; fp32 on cpu, fp16 on cuda by default. int8, int4: quantised weights.",
 )
 @click.option(
     "--plan",
