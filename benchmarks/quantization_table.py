@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/quantization_table.py [--checkpoint examples/demo-dense] [--windows 16] [--plot docs/quantization.png]
 
 Every row is a bundle, built and run as users do. The text is Python that no package of the training corpus holds: the training scripts of
-this repository, cut into windows that are read from an empty state. KL is that of the row's distribution from the fp32 bundle's, mean over tokens.
-The interval of the perplexity change is one standard error over windows, of the paired difference.
+this repository, cut into windows that are read from an empty state. KL is that of the row's distribution from the fp32 bundle's, mean over
+tokens. The interval of the perplexity change is one standard error over windows, of the paired difference.
 """
 
 from __future__ import annotations

@@ -242,9 +242,30 @@ def lowered(checkpoint: Path, file: Path | None = None) -> Counter[str]:
 def test_what_the_plan_names_is_quantised_and_nothing_else(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     counts = lowered(tiny_checkpoint)
     assert counts["qwen.native.QuantSwiGlu"] == 4 and counts["qwen.native.QuantGather"] == 1
-    assert counts["qwen.native.Linear"] == 6, "in_proj_a and in_proj_b of three layers"
+    assert counts["qwen.native.Linear"] == 3, "in_proj_a and in_proj_b of three layers, in one product"
     counts = lowered(tiny_checkpoint, plan_file('[mlp]\nformat = "stored"\n[embedding]\nformat = "stored"'))
     assert counts["qwen.native.QuantSwiGlu"] == 0 and counts["qwen.native.SwiGlu"] == 4 and counts["qwen.native.QuantGather"] == 0
+
+
+@pytest.mark.usefixtures("with_library")
+def test_a_stack_is_cut_where_the_format_changes(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
+    before = lowered(tiny_checkpoint)
+    counts = lowered(tiny_checkpoint, plan_file('[matrices]\n"layers.0.linear_attn.in_proj_z" = { format = "stored" }'))
+    assert counts["Concat"] == before["Concat"] + 1 and counts["qwen.native.Linear"] == before["qwen.native.Linear"] + 1
+    assert counts["qwen.native.QuantLinear"] == before["qwen.native.QuantLinear"]
+
+
+@needs_plugin
+def test_the_draft_head_reads_the_first_panels_of_the_head(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(tiny_checkpoint, tmp_path / "bundle", precision="int8", draft_vocab=256)
+
+    def places(file: str, name: str) -> dict[str, int]:
+        tensors = onnx.load(bundle / file, load_external_data=False).graph.initializer
+        (tensor,) = [tensor for tensor in tensors if name in tensor.name and tensor.data_type == onnx.TensorProto.UINT8]
+        return {entry.key: int(entry.value) for entry in tensor.external_data if entry.key in ("offset", "length")}
+
+    whole, part = places("decoder.onnx", "lm_head"), places("mtp.onnx", "draft_head")
+    assert part["offset"] == whole["offset"] and part["length"] * 2 == whole["length"]
 
 
 @pytest.mark.usefixtures("with_library")

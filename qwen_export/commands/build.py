@@ -10,7 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
 from qwen_export.targets import PRECISIONS, TARGETS
 
 
@@ -61,6 +64,9 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision in QUANTIZED:
+        plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
+        click.echo("\n".join(plan.quantization_lines), err=True)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
