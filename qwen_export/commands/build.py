@@ -40,6 +40,15 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default the whole vocabulary.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
+@click.option(
+    "--weights",
+    default="copy",
+    show_default=True,
+    type=click.Choice(["copy", "reference"]),
+    help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
+@click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(
     checkpoint: Path,
@@ -53,6 +62,9 @@ def command(
     lookup: bool,
     plan_file: Path | None,
     dump_ir: Path | None,
+    weights: str,
+    jobs: int | None,
+    max_memory: float | None,
     force: bool,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
@@ -85,6 +97,9 @@ def command(
             lookup=lookup,
             plan_file=plan_file,
             dump_ir=dump_ir,
+            weights=weights,
+            jobs=jobs,
+            max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             report=report,
         )
