@@ -56,6 +56,7 @@ def build(
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
+    plan_file: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
     weights: str = "copy",
@@ -65,7 +66,8 @@ def build(
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
-    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens.
+    `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantise weights as their plan says,
+    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
@@ -77,7 +79,8 @@ def build(
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup)
+    file = Path(plan_file) if plan_file else None
+    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup, plan_file=file)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
@@ -97,7 +100,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     from qwen_export.graphs.capture import capture_decoder
     from qwen_export.graphs.pipeline import run_passes
 
-    model = capture_decoder(source.config.text, plan.precision)
+    model = capture_decoder(source.config.text, plan.activations)
     run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
 
@@ -111,7 +114,7 @@ def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> 
     if plan.speculation is None or plan.no_head:
         raise ValueError("the plan has no draft head")
     text = source.config.text
-    model = capture_mtp(text, plan.precision, plan.speculation.draft_vocab)
+    model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
     run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
     return model
 
@@ -119,7 +122,7 @@ def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> 
 def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
     from qwen_export.graphs.passes.context import PassContext
 
-    return PassContext(config, plan.precision, plan.choices, stored_dtypes(source), plan.speculation is not None)
+    return PassContext(config, plan.activations, plan.choices, stored_dtypes(source), plan.speculation is not None, plan.quantization)
 
 
 def _refer(source: Checkpoint, models: dict[str, ir.Model], staging: Path) -> dict[str, Reference]:
@@ -208,11 +211,12 @@ def _manifest(
         speculation=plan.speculation,
         precision_plan=_quantized_forms(source)
         | {
-            "weights": _weight_types(models.values(), plan.precision),
-            "activations": plan.precision,
+            "weights": _weight_types(models.values(), plan.activations),
+            "activations": plan.activations,
             "recurrent state": "fp32",
-            "attention cache": plan.precision,
-        },
+            "attention cache": plan.activations,
+        }
+        | (plan.quantization.to_json() if plan.quantization else {}),
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

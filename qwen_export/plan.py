@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, has_mtp, mtp_tensors, stored_dtypes
 from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
@@ -43,6 +44,19 @@ class BuildPlan:
     """How calls may leave tokens pending, None when they may not."""
     no_head: str = ""
     """Why there is no draft head, "" when there is one."""
+    quantization: PrecisionPlan | None = None
+    group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Per group of the precision plan: parameters and bytes."""
+
+    @property
+    def activations(self) -> str:
+        """The precision of activations and caches, and of weights that are not quantised."""
+        return activation_precision(self.precision)
+
+    @property
+    def quantization_lines(self) -> list[str]:
+        """The precision plan for people; nothing where nothing is quantised."""
+        return as_table(self.quantization, self.group_sizes) if self.quantization else []
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -67,8 +81,10 @@ def plan_build(
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
+    plan_file: Path | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab` and `lookup` as in `build`."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab` and `lookup` as in `build`.
+    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -85,30 +101,42 @@ def plan_build(
     choices: dict[str, Choice] = {}
     if device in chosen.devices and precision in chosen.precisions:
         kernels = kernels_for(device)
-        choices, refused = choose(kernels, precision, config, transaction=speculation is not None)
+        choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
         if refused and speculation is not None:
             speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-            choices, refused = choose(kernels, precision, config)
+            choices, refused = choose(kernels, activation_precision(precision), config)
+        refused += _quantization_reasons(device, precision, choices)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
         reasons += refused
+    if plan_file is not None and precision not in QUANTIZED:
+        reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     check_tensors(checkpoint, mtp=not no_head)
     tensors = [*decoder_tensors(config), *(() if no_head else mtp_tensors(config))]
-    size = BYTES[precision]
+    size = BYTES[activation_precision(precision)]
+    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
+    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
         precision,
         context,
         choices,
-        bundle_bytes=_weight_bytes(checkpoint, precision, choices, tensors),
+        bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
         speculation=speculation,
         no_head=no_head,
+        quantization=quantization,
+        group_sizes=groups,
     )
+
+
+def activation_precision(precision: str) -> str:
+    """The precision of what is not quantised."""
+    return "fp32" if precision in QUANTIZED else precision
 
 
 def _speculation(
@@ -151,15 +179,38 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _weight_bytes(
-    checkpoint: Checkpoint, precision: str, choices: dict[str, Choice], tensors: Sequence[tuple[str, tuple[int, ...]]]
-) -> int:
-    """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
+def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+    """Why the products of this build cannot be quantised."""
+    if precision not in QUANTIZED:
+        return []
+    if device != "cpu":
+        return [f"{precision} is supported on cpu only, so far"]
+    if "linear" in choices and choices["linear"].name != "native_linear":
+        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
+    return []
+
+
+def _group_sizes(
+    checkpoint: Checkpoint,
+    precision: str,
+    choices: dict[str, Choice],
+    quantization: PrecisionPlan | None,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
+    graphs.passes.keep_stored_bf16 leaves them so."""
     stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
-    return sum(
-        prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
-        for name, shape in tensors
-    )
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, shape in tensors:
+        format = quantization.of(name).quant if quantization else None
+        if format is not None:
+            panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
+            nbytes = panels * width
+        else:
+            nbytes = prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
+        parameters, total = sizes.get(group_of(name), (0, 0))
+        sizes[group_of(name)] = (parameters + prod(shape), total + nbytes)
+    return sizes
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

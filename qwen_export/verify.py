@@ -2,7 +2,8 @@
 
 The compiled artifact is run through its own runtime and compared with the eager modules in fp32, and with transformers where that is
 installed: a prompt in one call, the same prompt in chunks, token by token, after a rewind, and greedy continuation. The result is stored
-in the bundle's manifest.
+in the bundle's manifest. Where weights are quantised, the reference of these runs has the values that the codes stand for, so that a wrong
+code shows however coarse the format is; what the format costs is a check of its own, against the weights of the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ import numpy.typing as npt
 
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan
 from qwen_export.manifest import MANIFEST, load_manifest
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.model import load
 
 # Largest allowed |error| of a logit, in standard deviations of the reference's logits. transformers itself, in fp16 and bf16, is off by
 # 0.05 and 0.34 on the 0.8B shape.
-TOLERANCE = {"fp32": 1.5e-4, "fp16": 0.08, "bf16": 0.5}
+TOLERANCE = {"fp32": 1.5e-4, "fp16": 0.08, "bf16": 0.5, "int8": 0.5, "int4": 0.5}
+# Quantised: the largest error is a matter of luck, so the root mean square decides, in the same unit. "activations": against the same
+# rounded weights; else against those of the checkpoint.
+RMS_TOLERANCE = {"activations": 0.1, "int8": 0.15, "int4": 0.7}
 PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
 _CAPACITY = 128
 
@@ -69,7 +74,20 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     scale = float(expected.std())
     limit = TOLERANCE[manifest.target.precision] * scale
     decoder = model.decoder()
-    checks = [_logits(name, "eager", run(decoder, ids), expected, limit) for name, run in _announced(say)]
+    quantized = manifest.target.precision in QUANTIZED
+
+    def compared(name: str, against: str, got: Logits, wanted: Logits, rounding: str) -> Check:
+        return _rms(name, against, got, wanted, RMS_TOLERANCE[rounding]) if quantized else _logits(name, against, got, wanted, limit)
+
+    checks: list[Check] = []
+    against = "eager"
+    if quantized:
+        checks.append(compared("quantisation", against, _one_call(decoder, ids), expected, manifest.target.precision))
+        del eager
+        say("eager reference with the quantised weights")
+        eager, against = _eager(source, PrecisionPlan.from_json(manifest.precision_plan)), "eager, quant."
+        expected = eager(ids)
+    checks += [compared(name, against, run(decoder, ids), expected, "activations") for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
     say("greedy continuation")
     checks.append(_greedy(decoder, eager, ids, limit))
@@ -77,7 +95,8 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     # transformers may take the codes of a quantized checkpoint for weights without a word.
     if importlib.util.find_spec("transformers") and not source.config.quantization:
         say("transformers")
-        checks.append(_logits("prefill", "transformers", _one_call(decoder, ids), _transformers(source, ids), limit))
+        theirs = _transformers(source, ids)
+        checks.append(compared("prefill", "transformers", _one_call(decoder, ids), theirs, manifest.target.precision))
     result = {
         "passed": all(check.passed for check in checks),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -130,6 +149,13 @@ def _logits(name: str, against: str, got: Logits, expected: Logits, limit: float
     return Check(name, against, error, limit, bool(error <= limit))
 
 
+def _rms(name: str, against: str, got: Logits, expected: Logits, limit: float) -> Check:
+    error = got.astype(np.float64) - expected
+    share = float(np.sqrt((error * error).mean()) / expected.std())
+    largest = float(np.abs(error).max())
+    return Check(name, against, None, None, share <= limit, f"rms error {share:.4f} of a deviation (limit {limit:.2f}), max {largest:.2e}")
+
+
 def _rewind(decoder: Decoder, ids: list[int]) -> Check:
     """Read, rewind to the middle, read other text, restore a snapshot of the end: bit for bit what it was."""
     half = len(ids) // 2
@@ -159,12 +185,12 @@ def _greedy(decoder: Decoder, eager: Callable[[list[int]], Logits], ids: list[in
     return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
 
 
-def _eager(source: Checkpoint) -> Callable[[list[int]], Logits]:
-    """The eager modules with the checkpoint's weights in fp32, as a function from token ids to logits [T,V]."""
+def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Callable[[list[int]], Logits]:
+    """The eager modules in fp32 with the checkpoint's weights, or what a plan makes of them: a function from token ids to logits [T,V]."""
     from qwen_export.graphs.models.eager import EagerSequence
     from qwen_export.graphs.models.load import load_decoder
 
-    model = load_decoder(source)
+    model = load_decoder(source, quantization)
     return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
 
 

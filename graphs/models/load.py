@@ -13,34 +13,49 @@ from qwen_export.graphs.checkpoint.names import check_tensors
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.models.decoder import Decoder
 from qwen_export.graphs.models.mtp import MtpHead
+from qwen_export.graphs.quantization.methods import quantize
+from qwen_export.graphs.quantization.packing import Floats, dequantize
+from qwen_export.graphs.quantization.plan import PrecisionPlan
 
 
-def load_decoder(checkpoint: Checkpoint) -> Decoder:
-    """Memory: four bytes per parameter. Every weight passes the reader's checks."""
+def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> Decoder:
+    """Memory: four bytes per parameter. Every weight passes the reader's checks. With a precision plan, matrices have the values that their
+    codes stand for."""
     check_tensors(checkpoint, mtp=False)
     with torch.device("meta"):
         model = Decoder(checkpoint.config.text)
-    return _filled(model, checkpoint)
+    return _filled(model, checkpoint, quantization=quantization)
 
 
-def load_mtp(checkpoint: Checkpoint, decoder: Decoder, draft_vocab: int) -> MtpHead:
+def load_mtp(checkpoint: Checkpoint, decoder: Decoder, draft_vocab: int, quantization: PrecisionPlan | None = None) -> MtpHead:
     """The draft head beside a loaded decoder, with which it shares embedding and LM head."""
     check_tensors(checkpoint)
     with torch.device("meta"):
         model = MtpHead(checkpoint.config.text, draft_vocab)
     head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
     shared = {"embed_tokens.weight": decoder.embed_tokens.weight, "draft_head.weight": head.weight[:draft_vocab]}
-    return _filled(model, checkpoint, shared)
+    return _filled(model, checkpoint, shared, quantization)
 
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
-def _filled(model: Module, checkpoint: Checkpoint, shared: Mapping[str, torch.Tensor] | None = None) -> Module:
+def _filled(
+    model: Module, checkpoint: Checkpoint, shared: Mapping[str, torch.Tensor] | None = None, quantization: PrecisionPlan | None = None
+) -> Module:
     weights = dict(shared or {})
     with CheckpointReader(checkpoint) as reader:
         for name, parameter in model.named_parameters():
             if name not in weights:
-                weights[name] = torch.from_numpy(np.ascontiguousarray(reader.rows(name, 0, parameter.shape[0])))
+                values = _rounded(reader.rows(name, 0, parameter.shape[0]), name, quantization)
+                weights[name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _rounded(values: Floats, name: str, quantization: PrecisionPlan | None) -> Floats:
+    chosen = quantization.of(name) if quantization else None
+    if chosen is None or chosen.quant is None:
+        return values
+    matrix = values.reshape(-1, values.shape[-1])
+    return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method)).reshape(values.shape)

@@ -28,7 +28,11 @@ class Library:
 
 _FLOAT, _HALF = frozenset({"float"}), frozenset({"float16", "bfloat16"})
 LIBRARIES = {
-    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", {"Linear": _FLOAT, "SwiGlu": _FLOAT, "DeltaNetTransaction": _FLOAT}),
+    "cpu": Library(
+        "libqwen_export_cpu.so",
+        "QWEN_EXPORT_CPU_PLUGIN",
+        dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather"), _FLOAT),
+    ),
     "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT}),
 }
 

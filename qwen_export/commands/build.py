@@ -10,7 +10,10 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
 from qwen_export.targets import PRECISIONS, TARGETS
 
 
@@ -19,7 +22,17 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option("--target", default="onnxruntime", show_default=True, type=click.Choice(list(TARGETS)))
 @click.option(
-    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default."
+    "--precision",
+    default=None,
+    type=click.Choice(PRECISIONS),
+    help="Weights and activations; fp32 on cpu, fp16 on cuda by default. int8, int4: quantised weights.",
+)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file that overrides which matrices int8 or int4 quantises, and how.",
 )
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
@@ -47,6 +60,7 @@ def command(
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
+    plan_file: Path | None,
     dump_ir: Path | None,
     weights: str,
     jobs: int | None,
@@ -62,6 +76,9 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision in QUANTIZED:
+        plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
+        click.echo("\n".join(plan.quantization_lines), err=True)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
@@ -78,6 +95,7 @@ def command(
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
+            plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,
             jobs=jobs,
