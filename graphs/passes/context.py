@@ -14,12 +14,34 @@ MICROSOFT = "com.microsoft"
 
 
 @dataclass(frozen=True)
+class CallSizes:
+    """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits.
+    `padded`: a call may have fewer than T real tokens, and says so in `commit`."""
+
+    T: int
+    P: int
+    S: int
+    N: int
+    padded: bool
+
+
+@dataclass(frozen=True)
 class PassContext:
-    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target."""
+    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target; `sizes` are those of a
+    graph with static shapes, `opset` its version."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
+    sizes: CallSizes | None = None
+    opset: int = 21
+
+    @property
+    def static(self) -> CallSizes:
+        """The sizes, in passes of targets that have static shapes only."""
+        if self.sizes is None:
+            raise TypeError("this target's graphs have static shapes, and no sizes were given")
+        return self.sizes
 
     @property
     def activation(self) -> ir.DataType:
