@@ -25,12 +25,13 @@ from qwen_export.manifest import (
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.staging import staged_directory
+from qwen_export.static_plan import StaticOptions
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH, WEIGHTS = "decoder.onnx", "decoder.weights"
+WEIGHTS = "decoder.weights"
 
 Report = Callable[[str, int, int], None]
 """Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
@@ -46,44 +47,54 @@ def build(
     max_context: int | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
+    options: StaticOptions | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    `dump_ir` a directory for one text file per compiler phase, `options` what targets with static shapes can be told. Raises QwenExportError; on any failure no bundle is left behind."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context)
+    plan = plan_build(source, target, device, precision, max_context, options)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
-        model = lower(source, plan, Path(dump_ir) if dump_ir else None)
-        files = _emit(source, plan, model, staging, say)
-        _manifest(source, plan, model, files, staging)
+        models = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        files = _emit(source, plan, models, staging, say)
+        _manifest(source, plan, models, files, staging)
     return Path(output)
 
 
-def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
-    """Capture the decoder and run the target's passes. Reads no weight."""
+def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
+    """Capture the decoder and run the target's passes; the graphs of the bundle by name. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
     from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
 
-    model = capture_decoder(source.config.text, plan.precision)
-    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
-    return model
+    text = source.config.text
+    if plan.static is None:
+        contexts = {"decoder": PassContext(text, plan.precision, plan.choices)}
+    else:
+        contexts = {
+            name: PassContext(text, plan.precision, plan.choices, sizes, plan.static.opset) for name, sizes in plan.static.calls.items()
+        }
+    models = {}
+    for name, context in contexts.items():
+        models[name] = capture_decoder(text, plan.precision)
+        run_passes(models[name], plan.target, context, dump if dump is None or len(contexts) == 1 else dump / name)
+    return models
 
 
-def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
-    """Write weights, graph, plugins and text assets; returns the files of the bundle."""
+def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> dict[str, FileEntry]:
+    """Write weights, graphs, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
     from qwen_export.graphs.weights.writer import weight_bytes, write_weights
 
-    total, done = weight_bytes(model), 0
+    total, done = weight_bytes(models.values()), 0
 
     def progress(name: str, count: int) -> None:
         nonlocal done
@@ -91,23 +102,30 @@ def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, s
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
-    model.producer_name, model.producer_version = "qwen-export", __version__
-    for node in model.graph:
-        model.opset_imports.setdefault(node.domain, 1)
-    ir.save(model, staging / GRAPH)
+        files = {WEIGHTS: write_weights(models.values(), reader, staging / WEIGHTS, progress)}
+    for name, model in models.items():
+        model.producer_name, model.producer_version = "qwen-export", __version__
+        for node in model.graph:
+            model.opset_imports.setdefault(node.domain, 1)
+        ir.save(model, staging / graph_file(name))
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    for name in (GRAPH, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    graphs = [graph_file(name) for name in models]
+    for name in (*graphs, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
 
-def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], staging: Path) -> None:
+def graph_file(name: str) -> str:
+    return f"{name}.onnx"
+
+
+def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], files: dict[str, FileEntry], staging: Path) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain and node.domain != NATIVE})
+    nodes = [node for model in models.values() for node in model.graph if node.domain and node.domain != NATIVE]
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes})
     manifest = Manifest(
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
@@ -117,7 +135,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
-        graphs={"decoder": _graph_spec(model)},
+        graphs={name: _graph_spec(name, model) for name, model in models.items()},
         files=files,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
@@ -132,7 +150,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _graph_spec(model: ir.Model) -> GraphSpec:
+def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
             raise AssertionError("the verifier lets no untyped signature through")
@@ -142,5 +160,21 @@ def _graph_spec(model: ir.Model) -> GraphSpec:
     inputs = tuple(spec(v) for v in model.graph.inputs)
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
-    states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(GRAPH, inputs, outputs, states)
+    states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
+    return GraphSpec(graph_file(name), inputs, outputs, states)
+
+
+# Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
+# the input is still read by nodes that come later.
+_IN_PLACE = ("GroupQueryAttention", "ScatterND")
+
+
+def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
+    after = f"{tensor.name}.next"
+    if not all(isinstance(d, int) for d in tensor.shape):
+        return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
+    node = next(value for value in model.graph.outputs if value.name == after).producer()
+    cache = tensor.name.endswith((".k_cache", ".v_cache"))
+    return StateSpec(
+        tensor.name, after, tensor.dtype, tensor.shape, grows=cache, in_place=node is not None and node.op_type in _IN_PLACE
+    )

@@ -55,13 +55,14 @@ class TensorSpec:
 class StateSpec:
     """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.
 
-    `grows` is true for attention caches, whose dim S is the capacity and which are written in place."""
+    `grows` is true for attention caches, which have a slot per token on axis 2. `in_place`: output and input may be one buffer."""
 
     name: str
     after: str
     dtype: str
     shape: tuple[int | str, ...]
     grows: bool
+    in_place: bool = True
 
 
 @dataclass(frozen=True)

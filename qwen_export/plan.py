@@ -14,6 +14,8 @@ from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
+from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
+from qwen_export.static_plan import StaticOptions, StaticPlan, plan_static
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768
@@ -34,6 +36,7 @@ class BuildPlan:
     bundle_bytes: int
     state_bytes: int
     cache_bytes_per_token: int
+    static: StaticPlan | None = None
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -49,23 +52,33 @@ class BuildPlan:
 
 
 def plan_build(
-    checkpoint: Checkpoint, target: str = "onnxruntime", device: str = "cpu", precision: str = "fp32", max_context: int | None = None
+    checkpoint: Checkpoint,
+    target: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_context: int | None = None,
+    options: StaticOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `options` are those of targets with static shapes."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
-    reasons = _checkpoint_reasons(checkpoint)
+    reasons = _checkpoint_reasons(checkpoint, chosen)
     if device not in chosen.devices:
         reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
     if precision not in chosen.precisions:
         reasons.append(f"target {target} has no precision {precision!r}, only {', '.join(chosen.precisions)}")
     limit = config.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, limit) if max_context is None else max_context
+    default = STATIC_CONTEXT if chosen.static else DEFAULT_CONTEXT
+    context = min(default, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     choices: dict[str, Choice] = {}
-    if device in chosen.devices and precision in chosen.precisions:
+    static: StaticPlan | None = None
+    if chosen.static:
+        static, choices, refused = plan_static(chosen, config, context, options or StaticOptions())
+        reasons += refused
+    elif device in chosen.devices and precision in chosen.precisions:
         choices, refused = choose(kernels_for(device), precision, config)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
@@ -83,6 +96,7 @@ def plan_build(
         bundle_bytes=size * sum(prod(shape) for _, shape in decoder_tensors(config)),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size),
+        static=static,
     )
 
 
@@ -92,9 +106,9 @@ def kernels_for(device: str) -> Kernels:
     return with_native(installed(device) or recorded(device))
 
 
-def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
+def _checkpoint_reasons(checkpoint: Checkpoint, target: Target) -> list[str]:
     reasons = []
-    if checkpoint.config.text.is_moe:
+    if checkpoint.config.text.is_moe and not target.static:
         reasons.append("mixture-of-experts layers are not supported yet; dense checkpoints (0.8B to 27B) are")
     if checkpoint.config.quantization:
         method = checkpoint.config.quantization.get("quant_method", "unknown")

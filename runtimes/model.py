@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,22 @@ from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
 from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
+from qwen_export.runtimes.static_decoder import StaticDecoder, is_static
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
 
-def load(bundle: str | Path, *, max_context: int | None = None, threads: int | None = None, repack: bool = False) -> Model:
-    """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
+def load(
+    bundle: str | Path,
+    *,
+    max_context: int | None = None,
+    threads: int | None = None,
+    repack: bool = False,
+    device: str | None = None,
+    device_id: int = 0,
+) -> Model:
+    """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
+    to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
 
     By default CPU weights are mapped and used where they lie: loading takes no time, and processes share the memory. With `repack` ONNX
     Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster.
@@ -34,23 +45,30 @@ def load(bundle: str | Path, *, max_context: int | None = None, threads: int | N
     Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
+    if device is not None:
+        manifest = replace(manifest, target=replace(manifest.target, device=device))
     ensure_whole(directory, manifest)
     check_runnable(manifest)
-    graph = manifest.graphs["decoder"]
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins, repack=repack)
-    return Model(directory, manifest, session, max_context)
+    where = manifest.target.device
+    sessions = {
+        name: Session(file_path(directory, graph.file), graph, where, threads, plugins, repack=repack, device_id=device_id)
+        for name, graph in manifest.graphs.items()
+    }
+    return Model(directory, manifest, sessions, max_context)
 
 
 class Model:
     """One conversation at a time; for several sequences or your own loop take `decoder()`."""
 
-    def __init__(self, directory: Path, manifest: Manifest, session: Session, max_context: int | None) -> None:
-        self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
+    def __init__(self, directory: Path, manifest: Manifest, sessions: Mapping[str, Session], max_context: int | None) -> None:
+        self.directory, self.manifest, self._sessions, self._max_context = directory, manifest, sessions, max_context
 
-    def decoder(self, batch: int = 1) -> Decoder:
+    def decoder(self, batch: int = 1) -> Decoder | StaticDecoder:
         """A fresh decoder with its own states and caches over the same weights."""
-        return Decoder(self._session, self.manifest, batch, self._max_context)
+        if is_static(self.manifest):
+            return StaticDecoder(self._sessions, self.manifest, batch, self._max_context)
+        return Decoder(self._sessions["decoder"], self.manifest, batch, self._max_context)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

@@ -8,13 +8,18 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec
-from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.buffers import ELEMENTS, Buffer, DmlBuffer
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 
 # A step on CUDA is some 400 small kernels: recorded once as a CUDA graph, they are launched as one. Calls opt in, see `Call.run`.
 _CUDA = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
 _PROVIDERS: dict[str, list[Any]] = {"cpu": ["CPUExecutionProvider"], "cuda": [_CUDA, "CPUExecutionProvider"]}
 _NO_GRAPH = "-1"
+_FIXES = {
+    "cpu": "Reinstall onnxruntime.",
+    "cuda": "pip install onnxruntime-gpu, or build with --device cpu.",
+    "dml": "pip install onnxruntime-directml on Windows, or load with device='cpu'.",
+}
 # Inputs that kernels read on the host, whatever the device.
 HOST_INPUTS = ("total_length",)
 
@@ -31,6 +36,7 @@ class Session:
         plugins: Sequence[Path] = (),
         *,
         repack: bool = False,
+        device_id: int = 0,
     ) -> None:
         """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`."""
         import onnxruntime as ort
@@ -42,7 +48,10 @@ class Session:
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
-        providers = _providers(ort, device)
+        if device == "dml":  # DirectML plans its memory itself, and takes calls one after the other
+            options.enable_mem_pattern = False
+            options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        providers = _providers(ort, device, device_id)
         try:
             for plugin in plugins:
                 options.register_custom_ops_library(str(plugin.resolve()))
@@ -84,6 +93,19 @@ class Call:
     def output(self, name: str, shape: tuple[int, ...], address: int) -> None:
         self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
 
+    def bind_input(self, name: str, buffer: Buffer) -> None:
+        """The whole of a buffer, wherever it lies."""
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_input(name, buffer.value)
+        else:
+            self.input(name, buffer.shape, buffer.address)
+
+    def bind_output(self, name: str, buffer: Buffer) -> None:
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_output(name, buffer.value)
+        else:
+            self.output(name, buffer.shape, buffer.address)
+
     def run(self) -> None:
         try:
             self._session.native.run_with_iobinding(self._binding, self._options)
@@ -91,14 +113,16 @@ class Call:
             raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
 
 
-def _providers(ort: Any, device: str) -> list[Any]:
+def _providers(ort: Any, device: str, device_id: int) -> list[Any]:
     name = PROVIDERS[device]
     if name not in ort.get_available_providers():
         raise BundleError(
             f"the bundle is compiled for {device}, and the installed ONNX Runtime has no {name}",
             got=", ".join(ort.get_available_providers()),
-            fix="pip install onnxruntime-gpu, or build with --device cpu." if device == "cuda" else "Reinstall onnxruntime.",
+            fix=_FIXES[device],
         )
+    if device == "dml":
+        return [(name, {"device_id": str(device_id)}), "CPUExecutionProvider"]
     return list(_PROVIDERS[device])
 
 

@@ -7,22 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice
 
 MICROSOFT = "com.microsoft"
-
-
-@dataclass(frozen=True)
-class CallSizes:
-    """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits.
-    `padded`: a call may have fewer than T real tokens, and says so in `commit`."""
-
-    T: int
-    P: int
-    S: int
-    N: int
-    padded: bool
 
 
 @dataclass(frozen=True)

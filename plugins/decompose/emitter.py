@@ -60,7 +60,10 @@ class Emitter(common.Emitter):
         return self("", "Sigmoid", [x], like=x)[0]
 
     def reshape(self, x: ir.Value | None, *shape: int) -> ir.Value:
-        return self("", "Reshape", [x, self.ints(*shape)], like=x)[0]
+        (y,) = self("", "Reshape", [x, self.ints(*shape)], like=x)
+        if min(shape) > 0:
+            y.shape = ir.Shape(shape)
+        return y
 
     def transpose(self, x: ir.Value, *perm: int) -> ir.Value:
         return self("", "Transpose", [x], like=x, perm=perm)[0]

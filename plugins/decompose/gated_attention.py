@@ -1,12 +1,13 @@
 """gated_attention as standard operators: one sequence over a cache of static capacity.
 
-New keys and values are scattered into slots length .. length+T-1, so the capacity has room for T slots behind the last token: a padded
-call writes there too. Slots at and beyond a token's own are masked, so what a padded or rejected token left behind is never read.
+New keys and values go into slots length .. length+T-1, so the capacity has room for T slots behind the last token: a padded call writes
+there too. Slots at and beyond a token's own are masked, so what a padded or rejected token left behind is never read.
 Rotation, scores and softmax are fp32; the two large products have the activation dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,15 +39,14 @@ def emit_gated_attention(
     sizes: Sizes,
     eps: float,
     activation: ir.DataType,
+    write: CacheWrite,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`given` are the inputs of qwen::gated_attention by name, `length` as i32[1]; q and gate [1,T,Hq*D] are q_proj's two halves.
     Returns y [1,T,Hq*D] and the caches."""
     q_heads, k_heads = rotated_heads(emit, given, q, sizes, eps, activation, scale=sizes.D**-0.5)
     v_heads = emit.transpose(emit.reshape(given["v"], 1, sizes.T, sizes.Hkv, sizes.D), 0, 2, 1, 3)
-    slots = emit.shared(f"slots_{sizes.Hkv}", lambda: _slot_indices(emit, given["length"], sizes))
-    k_cache, v_cache = (
-        emit("", "ScatterND", [given[name], slots, new], like=new)[0] for name, new in (("k_cache", k_heads), ("v_cache", v_heads))
-    )
+    k_cache = write(emit, given["k_cache"], k_heads, given["length"], sizes)
+    v_cache = write(emit, given["v_cache"], v_heads, given["length"], sizes)
     o = _attend(emit, q_heads, k_cache, v_cache, given["length"], sizes, activation)
     return emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache
 
@@ -87,6 +87,36 @@ def _table_rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, siz
 def _new_slots(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
     """i32[T]: the slots of the new tokens."""
     return emit.shared("new_slots", lambda: emit.add(emit.positions(sizes.T), length))
+
+
+def scatter(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+    """ScatterND: touches the new rows only, where the runtime lets output and input be one buffer."""
+    slots = emit.shared(f"slots_{sizes.Hkv}", lambda: _slot_indices(emit, length, sizes))
+    return emit("", "ScatterND", [cache, slots, new], like=new)[0]
+
+
+def select(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+    """Where: writes the whole cache. For runtimes that have no ScatterND of the graph's opset."""
+    row = emit.shared("slot_rows", lambda: emit.sub(emit.positions(sizes.S), length))
+    inside = emit.shared("slot_inside", lambda: _inside(emit, row, sizes))
+    nearest = emit.shared("slot_nearest", lambda: _clip(emit, row, sizes))
+    return emit("", "Where", [inside, emit.gather(new, nearest, axis=2), cache], like=new)[0]
+
+
+CacheWrite = Callable[[Emitter, ir.Value | None, ir.Value, ir.Value | None, Sizes], ir.Value]
+"""Puts new rows [1,Hkv,T,D] into a cache [1,Hkv,S,D] from slot `length` on."""
+
+
+def _inside(emit: Emitter, row: ir.Value, sizes: Sizes) -> ir.Value:
+    """bool[S,1]: the slot is that of a new token."""
+    (clipped,) = emit("", "Equal", [_clip(emit, row, sizes), row], dtype=ir.DataType.BOOL)
+    return emit("", "Reshape", [clipped, emit.ints(sizes.S, 1)], dtype=ir.DataType.BOOL)[0]
+
+
+def _clip(emit: Emitter, row: ir.Value, sizes: Sizes) -> ir.Value:
+    zero, last = emit.array("zero_i32", np.array([0], np.int32)), emit.array(f"last_{sizes.T}", np.array([sizes.T - 1], np.int32))
+    (above,) = emit("", "Max", [row, zero], like=row)
+    return emit("", "Min", [above, last], like=row)[0]
 
 
 def _slot_indices(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:

@@ -7,16 +7,19 @@ import onnx_ir as ir
 from qwen_export.graphs.models.state import PENDING
 from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.fold_transaction import fold_transaction
+from qwen_export.graphs.passes.remove_dead import remove_dead
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.ops.schema import DOMAIN
 
 _COUNTS = ("length", "accepted", "commit")
+# Operators whose results torch.onnx leaves without a type, though they have that of the first input.
+_SAME_TYPE = ("Sigmoid",)
 
 
 def fix_sizes(model: ir.Model, context: PassContext) -> int:
     """Given  a captured graph with dims B T S N P
     Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
-           are gone; where calls are never padded, `commit` too. With N = T the logits are those of all tokens, in order."""
+           are gone; where calls are never padded, `commit` too. With N = T the logits are those of all tokens, in order, without `logit_rows`."""
     sizes, graph = context.static, model.graph
     known = {"B": 1, "T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
@@ -28,8 +31,14 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
         fold_transaction(model, context)
     elif not sizes.P:
         _nothing_pending(graph)
-    if sizes.N == sizes.T:
-        _all_rows(graph)
+    _wanted_rows(graph, every=sizes.N == sizes.T)
+    remove_dead(model, context)
+    for value in [value for value in graph.inputs if value.name == "logit_rows" and not value.uses()]:
+        graph.inputs.remove(value)
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype is None and node.op_type in _SAME_TYPE and node.inputs[0] is not None and node.inputs[0].dtype is not None:
+                value.type = ir.TensorType(node.inputs[0].dtype)
     return len(known)
 
 
@@ -47,16 +56,14 @@ def _nothing_pending(graph: ir.Graph) -> None:
                 value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
 
 
-def _all_rows(graph: ir.Graph) -> None:
-    """The head reads `hidden` itself instead of its rows 0 .. T-1."""
+def _wanted_rows(graph: ir.Graph, *, every: bool) -> None:
+    """The head reads rows `logit_rows` of the hidden states without the views that tracing puts between; or all rows, and the input goes."""
     rows = next(value for value in graph.inputs if value.name == "logit_rows")
-    for node in list(graph):
-        if node.op_type == "Gather" and not node.domain and _comes_from(node.inputs[1], rows) and node.inputs[0] is not None:
-            node.outputs[0].replace_all_uses_with(node.inputs[0])
-    graph.inputs.remove(rows)
-    for node in reversed(list(graph)):  # the views of logit_rows, and the Gather
-        if _comes_from(node.outputs[0], rows) or (node.op_type == "Gather" and not node.outputs[0].uses()):
-            graph.remove(node, safe=True)
+    gather = next(node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows))
+    if every and gather.inputs[0] is not None:
+        gather.outputs[0].replace_all_uses_with(gather.inputs[0])
+    else:
+        gather.replace_input_with(1, rows)
 
 
 def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:

@@ -37,18 +37,24 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_attention -> norms and rotation, ScatterND into the caches, masked softmax."""
+    return _attention(graph, node, context, shared, attention.scatter)
+
+
+def _attention(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite
+) -> tuple[list[ir.Node], list[ir.Value]]:
     emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
-    results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation)
+    results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation, write)
     return emit.nodes, list(results)
 
 
 def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """As `lower_attention`; a graph for one token has com.microsoft.GroupQueryAttention with the rotation outside.
+    """One token: com.microsoft.GroupQueryAttention, with the rotation outside. More: as `lower_attention`, the caches written by Where.
 
-    DirectML's kernel takes the number of past tokens into account for T = 1 only: with more it computes as if nothing had been read
-    before (plugins/directml/limits.py)."""
+    DirectML's GroupQueryAttention takes the past into account for T = 1 only, and it has no ScatterND of opset 18 or later
+    (plugins/directml)."""
     if context.static.T > 1:
-        return lower_attention(graph, node, context, shared)
+        return _attention(graph, node, context, shared, attention.select)
     emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
     q_heads, k_heads = attention.rotated_heads(emit, given, q, sizes, context.config.rms_norm_eps, context.activation, sizes.D**-0.5)
     flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
@@ -142,10 +148,8 @@ def lower_mixers(model: ir.Model, context: PassContext) -> int:
 
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
-    """Lower everything else of domain qwen, and stamp the opset."""
-    changed = _lower(model, context, ("rms_norm", LINEAR))
-    model.opset_imports[""] = context.opset
-    return changed
+    """Lower everything else of domain qwen."""
+    return _lower(model, context, ("rms_norm", LINEAR))
 
 
 def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:

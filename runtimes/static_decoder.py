@@ -1,0 +1,287 @@
+"""The decoder over graphs of fixed shapes: one reads prompts C tokens at a time, one makes steps of W tokens. Same use as `Decoder`.
+
+A call with fewer real tokens is padded; `commit` tells the graph how many are real, and the others leave no trace. States that a graph
+does not write in place have two buffers, which change places after a call. A batch is several sequences with buffers of their own,
+advanced one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import ContextOverflow, QwenExportError
+from qwen_export.manifest import GraphSpec, Manifest
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, as_bytes, encode
+from qwen_export.runtimes.decoder import Logits, Mark, Snapshot
+from qwen_export.runtimes.onnxruntime_session import Call, Session
+
+STEP, PROMPT = "decoder", "prefill"
+
+
+def is_static(manifest: Manifest) -> bool:
+    return PROMPT in manifest.graphs
+
+
+class StaticDecoder:
+    """`batch` sequences over the two graphs of a bundle, each with room for `capacity` tokens."""
+
+    def __init__(self, sessions: Mapping[str, Session], manifest: Manifest, batch: int = 1, capacity: int | None = None) -> None:
+        if batch < 1:
+            raise QwenExportError("a decoder needs at least one sequence", got=batch)
+        self.manifest, self.batch = manifest, batch
+        self.capacity = capacity or manifest.max_context
+        if not 0 < self.capacity <= manifest.max_context:
+            raise QwenExportError(
+                "the context is larger than what the bundle was built for",
+                got=self.capacity,
+                expected=f"at most {manifest.max_context}",
+                fix="Lower --max-context, or build with a larger one.",
+            )
+        self._graphs = {name: _Graph(session) for name, session in sessions.items()}
+        self.chunk, self.width = self._graphs[PROMPT].T, self._graphs[STEP].T
+        tables = {name: self._table(sessions[PROMPT], name) for name in ("cos", "sin")}
+        self._sequences = [_Sequence(self._graphs, tables) for _ in range(batch)]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens that each sequence has read."""
+        return [len(sequence.tokens) for sequence in self._sequences]
+
+    def tokens(self, sequence: int = 0) -> tuple[int, ...]:
+        return tuple(self._sequences[sequence].tokens)
+
+    def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
+        """Read more tokens into one sequence, in calls of at most `chunk`, which cannot exceed the graph's; returns the last token's logits
+        f32[V], empty when not wanted. Logits are valid until the next call."""
+        if not len(ids):
+            raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
+        self._check_room(sequence, len(ids))
+        memory, size, start = self._sequences[sequence], min(chunk or self.chunk, self.chunk), 0
+        if memory.accepted:  # only the step graph takes pending tokens in
+            start = min(self.width, len(ids), size)
+            logits = self._read(memory, STEP, ids[:start])[-1]
+        while start < len(ids):
+            part = ids[start : start + size]
+            logits = self._read(memory, STEP if len(part) <= self.width else PROMPT, part)[-1]
+            start += len(part)
+        return logits if want_logits else np.empty(0, np.float32)
+
+    def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
+        """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph gives one row of logits a call, and runs once per row:
+        for measuring, not for reading prompts."""
+        self._check_room(sequence, len(ids))
+        memory, rows = self._sequences[sequence], []
+        self._settle(memory)
+        for start in range(0, len(ids), self.chunk):
+            part = ids[start : start + self.chunk]
+            for row in range(len(part)):
+                rows.append(self._run(memory, PROMPT, part, len(part), row)[0].copy())
+            memory.advance(self._graphs[PROMPT], part)
+        return np.stack(rows)
+
+    def step(self, tokens: Sequence[int]) -> Logits:
+        """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
+        for sequence in range(self.batch):
+            self._check_room(sequence, 1)
+        rows = [
+            self._read(memory, STEP, [token])[-1].copy() if self.batch > 1 else self._read(memory, STEP, [token])[-1]
+            for memory, token in zip(self._sequences, tokens, strict=True)
+        ]
+        return rows[0][None] if self.batch == 1 else np.stack(rows)
+
+    def verify(self, ids: Sequence[int], sequence: int = 0) -> Logits:
+        """Read up to W tokens without committing any; logits f32[len(ids),V]. `accept` must follow."""
+        if self.width == 1:
+            raise QwenExportError("the bundle was built for steps of one token", fix="Build with a larger --step-tokens.")
+        if not 0 < len(ids) <= self.width:
+            raise QwenExportError("a verify call has another size than the bundle's", got=len(ids), expected=f"1 to {self.width} tokens")
+        self._check_room(sequence, len(ids))
+        memory = self._sequences[sequence]
+        logits = self._run(memory, STEP, ids, 0)[: len(ids)]
+        memory.advance(self._graphs[STEP], [])
+        memory.open = list(ids)
+        return logits
+
+    def accept(self, count: int, sequence: int = 0) -> None:
+        """Keep the first `count` tokens of the last `verify`; the rest was never read."""
+        memory = self._sequences[sequence]
+        if not 0 <= count <= len(memory.open):
+            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"0 to {len(memory.open)}")
+        memory.tokens.extend(memory.open[:count])
+        memory.accepted, memory.open = count, []
+
+    def reset(self, sequence: int = 0) -> None:
+        """Forget everything the sequence has read."""
+        self.rewind(Mark((), {}), sequence)
+
+    def mark(self, sequence: int = 0) -> Mark:
+        """Remember this point of the sequence."""
+        memory = self._sequences[sequence]
+        self._settle(memory)
+        return Mark(self.tokens(sequence), {name: memory.now(name).read() for name in memory.fixed})
+
+    def rewind(self, mark: Mark, sequence: int = 0) -> None:
+        """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
+        memory, length = self._sequences[sequence], len(mark.tokens)
+        if tuple(memory.tokens[:length]) != mark.tokens:
+            raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
+        for name in memory.fixed:
+            buffer = memory.now(name)
+            buffer.write(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8)))
+        memory.accepted, memory.open = 0, []
+        del memory.tokens[length:]
+
+    def snapshot(self, sequence: int = 0) -> Snapshot:
+        """Copy what the sequence has read: a mark and the used part of the caches."""
+        mark, memory = self.mark(sequence), self._sequences[sequence]
+        used = len(memory.tokens)
+        return Snapshot(mark, {name: np.ascontiguousarray(memory.cache_rows(name)[:, :used]) for name in memory.caches})
+
+    def restore(self, snapshot: Snapshot, sequence: int = 0) -> None:
+        """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
+        memory, length = self._sequences[sequence], len(snapshot.mark.tokens)
+        if length > self.capacity:
+            raise ContextOverflow(
+                "the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens"
+            )
+        for name in memory.caches:
+            rows = memory.cache_rows(name)
+            rows[:, :length] = snapshot.caches[name]
+            memory.now(name).write(rows.reshape(-1))
+        memory.tokens = list(snapshot.mark.tokens)
+        self.rewind(snapshot.mark, sequence)
+
+    def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Logits:
+        """Read and commit tokens in one call; logits of the rows that the graph gives, the last of them that of the last token."""
+        logits = self._run(memory, graph, ids, len(ids))
+        memory.advance(self._graphs[graph], ids)
+        return logits[: len(ids)] if graph == STEP else logits
+
+    def _settle(self, memory: _Sequence) -> None:
+        """Take accepted tokens into the state: a step without tokens of its own."""
+        if memory.accepted:
+            self._run(memory, STEP, [], 0)
+            memory.advance(self._graphs[STEP], [])
+
+    def _run(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int, row: int | None = None) -> Logits:
+        """One call, which does not yet change what is current: logits f32[N,V]."""
+        used = self._graphs[graph]
+        call = memory.call(graph)
+        padded = np.zeros((1, used.T), np.int64)
+        padded[0, : len(ids)] = ids
+        # The accepted tokens of the last verify are in `tokens` and in the caches; pending for the recurrent states only.
+        values: dict[str, npt.NDArray[Any]] = {
+            "input_ids": padded,
+            "length": np.array([len(memory.tokens)], np.int32),
+            "accepted": np.array([memory.accepted], np.int32),
+            "commit": np.array([commit], np.int32),
+            "logit_rows": np.array([max(0, len(ids) - 1) if row is None else row], np.int64),
+        }
+        for name, buffer in used.controls.items():
+            buffer.write(as_bytes(values[name]))
+        call.run()
+        return used.logits.array()[0]
+
+    def _check_room(self, sequence: int, count: int) -> None:
+        used = len(self._sequences[sequence].tokens)
+        if used + count > self.capacity:
+            raise ContextOverflow(
+                "the context is full",
+                got=f"{used} tokens read and {count} more",
+                expected=f"at most {self.capacity}",
+                fix=f"Shorten the input, or load with a larger max_context, at most {self.manifest.max_context}.",
+            )
+
+    def _table(self, session: Session, name: str) -> Buffer:
+        rotary = self.manifest.rotary
+        (spec,) = (spec for spec in session.spec.inputs if spec.name == name)
+        angles = np.arange(int(spec.shape[0]), dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
+        values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
+        buffer = BUFFERS[session.device](spec.dtype, values.shape)
+        buffer.write(encode(values, spec.dtype))
+        return buffer
+
+
+def _shape(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(int(d) for d in shape)
+
+
+class _Graph:
+    """A session with the buffers that all sequences share: controls, logits, and outputs that nothing reads."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, spec = session, session.spec
+        self.spec: GraphSpec = spec
+        kind = BUFFERS[session.device]
+        states = {state.name for state in spec.states}
+        after = {state.after for state in spec.states}
+        self.controls = {
+            t.name: kind(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
+        }
+        self.results = {t.name: kind(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
+        self.logits = self.results["logits"]
+        self.T = self.controls["input_ids"].shape[1]
+
+
+class _Sequence:
+    """What one sequence has read, and where its states are."""
+
+    def __init__(self, graphs: Mapping[str, _Graph], tables: Mapping[str, Buffer]) -> None:
+        self.tokens: list[int] = []
+        self.open: list[int] = []
+        self.accepted = 0
+        self._graphs, self._tables = graphs, tables
+        kind = BUFFERS[graphs[STEP].session.device]
+        specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
+        copied = {state.name for graph in graphs.values() for state in graph.spec.states if not state.in_place}
+        self._buffers = {
+            name: [kind(spec.dtype, _shape(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()
+        }
+        self._current = dict.fromkeys(specs, 0)
+        self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
+        self.caches = [name for name, spec in specs.items() if spec.grows]
+        # Pending tensors need no remembering: they count only between a verify and the call after it.
+        self.fixed = [name for name, spec in specs.items() if not spec.grows and ".pending_" not in name]
+
+    def now(self, name: str) -> Buffer:
+        return self._buffers[name][self._current[name]]
+
+    def cache_rows(self, name: str) -> npt.NDArray[np.uint8]:
+        """A copy of a cache [1,Hkv,S,D] as bytes [Hkv,S,D * element size]."""
+        buffer = self.now(name)
+        heads, slots = buffer.shape[1:3]
+        return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
+
+    def call(self, graph: str) -> Call:
+        """The bindings for the buffers that are current."""
+        key = (graph, tuple(self._current.values()))
+        if key not in self._calls:
+            self._calls[key] = self._bind(self._graphs[graph])
+        return self._calls[key]
+
+    def _bind(self, graph: _Graph) -> Call:
+        call, states = graph.session.call(repeated=False), {state.after: state for state in graph.spec.states}
+        inputs = {**self._tables, **graph.controls, **{state.name: self.now(state.name) for state in graph.spec.states}}
+        for tensor in graph.spec.inputs:
+            call.bind_input(tensor.name, inputs[tensor.name])
+        for tensor in graph.spec.outputs:
+            state = states.get(tensor.name)
+            if state is None:
+                call.bind_output(tensor.name, graph.results[tensor.name])
+            else:
+                pair, at = self._buffers[state.name], self._current[state.name]
+                call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
+        return call
+
+    def advance(self, graph: _Graph, ids: Sequence[int]) -> None:
+        """After a call of the graph: its results are current, and `ids` are read."""
+        for state in graph.spec.states:
+            if not state.in_place:
+                self._current[state.name] = 1 - self._current[state.name]
+        self.tokens.extend(ids)
+        self.accepted, self.open = 0, []
