@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class CallSizes:
-    """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits.
-    `padded`: a call may have fewer than T real tokens, and says so in `commit`."""
+    """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits:
+    all T or none. `padded`: a call may have fewer than T real tokens, and says so in `commit`. `hidden`: a draft head reads the hidden
+    states."""
 
     T: int
     P: int
     S: int
     N: int
     padded: bool
+    hidden: bool = False

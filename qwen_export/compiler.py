@@ -175,6 +175,4 @@ def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
         return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
     node = next(value for value in model.graph.outputs if value.name == after).producer()
     cache = tensor.name.endswith((".k_cache", ".v_cache"))
-    return StateSpec(
-        tensor.name, after, tensor.dtype, tensor.shape, grows=cache, in_place=node is not None and node.op_type in _IN_PLACE
-    )
+    return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows=cache, in_place=node is not None and node.op_type in _IN_PLACE)

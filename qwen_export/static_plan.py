@@ -22,10 +22,10 @@ _SLOT_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class StaticOptions:
-    """`chunk`: tokens per prompt call. `step_tokens`: tokens per step; more than one is for speculative verification. `opset` None is the
+    """`chunk`: tokens per prompt call; None is the target's default. `step_tokens`: tokens per step; more than one is for speculative verification. `opset` None is the
     target's default. `decompose`: ops to build from simple ones, see DECOMPOSABLE."""
 
-    chunk: int = 64
+    chunk: int | None = None
     step_tokens: int = 1
     opset: int | None = None
     decompose: tuple[str, ...] = ()
@@ -40,7 +40,9 @@ class StaticPlan:
     decompose: tuple[str, ...]
 
 
-def plan_static(target: Target, config: TextConfig, context: int, options: StaticOptions) -> tuple[StaticPlan, dict[str, Choice], list[str]]:
+def plan_static(
+    target: Target, config: TextConfig, context: int, options: StaticOptions
+) -> tuple[StaticPlan, dict[str, Choice], list[str]]:
     """The plan, the lowering of each op, and a sentence for each reason against it."""
     opset = target.opsets[0] if options.opset is None else options.opset
     choices, reasons = choose_standard(target.name, config, opset, options.decompose)
@@ -50,14 +52,15 @@ def plan_static(target: Target, config: TextConfig, context: int, options: Stati
     if unknown:
         reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
     limit = min(1024, context)
-    for name, value, least in (("chunk", options.chunk, 2), ("step", options.step_tokens, 1)):
+    T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, options.step_tokens
+    for name, value, least in (("chunk", T, 2), ("step", W, 1)):
         if not least <= value <= limit:
             reasons.append(f"a {name} of {value} tokens is outside {least}..{limit}")
-    T, W = options.chunk, options.step_tokens
     # A padded call writes its padding behind the last token.
     slots = -(-(context + max(T, W)) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
+    # The prompt graph has no head: a prompt's last token is read by a step.
     calls = {
-        STEP_GRAPH: CallSizes(W, W if W > 1 else 0, slots, W, padded=W > 1),
-        PROMPT_GRAPH: CallSizes(T, 0, slots, 1, padded=True),
+        STEP_GRAPH: CallSizes(W, W if W > 1 else 0, slots, W, padded=W > 1, hidden=W > 1),
+        PROMPT_GRAPH: CallSizes(T, 0, slots, 0, padded=True, hidden=W > 1),
     }
     return StaticPlan(calls, opset, options.decompose), choices, reasons

@@ -11,7 +11,8 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 @dataclass(frozen=True)
 class Target:
     """One target. `devices` are the values of --device, `passes` "module:function" names under qwen_export, in order. A `static` target has
-    two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first."""
+    two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first, and `prompt_tokens` the default size of
+    a prompt call."""
 
     name: str
     backend: str
@@ -21,6 +22,7 @@ class Target:
     passes: tuple[str, ...]
     static: bool = False
     opsets: tuple[int, ...] = (21,)
+    prompt_tokens: int = 64
 
 
 ONNXRUNTIME = Target(
@@ -67,6 +69,7 @@ ONNX = Target(
     passes=(*_STANDARD_PASSES, "plugins.standard.check_standard:check_standard"),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
+    prompt_tokens=256,
 )
 
 DIRECTML = Target(

@@ -61,27 +61,30 @@ class StaticDecoder:
         if not len(ids):
             raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
         self._check_room(sequence, len(ids))
-        memory, size, start = self._sequences[sequence], min(chunk or self.chunk, self.chunk), 0
-        if memory.accepted:  # only the step graph takes pending tokens in
-            start = min(self.width, len(ids), size)
-            logits = self._read(memory, STEP, ids[:start])[-1]
-        while start < len(ids):
-            part = ids[start : start + size]
-            logits = self._read(memory, STEP if len(part) <= self.width else PROMPT, part)[-1]
+        memory, size = self._sequences[sequence], min(chunk or self.chunk, self.chunk)
+        start, last = 0, len(ids) - min(self.width, len(ids))
+        if memory.accepted and last:  # only the step graph takes pending tokens in
+            start = min(self.width, last)
+            self._read(memory, STEP, ids[:start])
+        while start < last:
+            part = ids[start : min(start + size, last)]
+            self._read(memory, PROMPT, part)
             start += len(part)
+        logits = self._read(memory, STEP, ids[last:])[-1]
         return logits if want_logits else np.empty(0, np.float32)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
-        """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph gives one row of logits a call, and runs once per row:
-        for measuring, not for reading prompts."""
+        """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph has no logits: it reads what comes before each token
+        anew, and a step reads the token. For measuring, not for reading prompts."""
         self._check_room(sequence, len(ids))
         memory, rows = self._sequences[sequence], []
-        self._settle(memory)
         for start in range(0, len(ids), self.chunk):
-            part = ids[start : start + self.chunk]
-            for row in range(len(part)):
-                rows.append(self._run(memory, PROMPT, part, len(part), row)[0].copy())
-            memory.advance(self._graphs[PROMPT], part)
+            part, mark = ids[start : start + self.chunk], self.mark(sequence)
+            for row, token in enumerate(part):
+                self.rewind(mark, sequence)
+                if row:
+                    self._read(memory, PROMPT, part[:row])
+                rows.append(self._read(memory, STEP, [token])[-1].copy())
         return np.stack(rows)
 
     def step(self, tokens: Sequence[int]) -> Logits:
@@ -157,10 +160,10 @@ class StaticDecoder:
         self.rewind(snapshot.mark, sequence)
 
     def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Logits:
-        """Read and commit tokens in one call; logits of the rows that the graph gives, the last of them that of the last token."""
+        """Read and commit tokens in one call; their logits, none from the prompt graph."""
         logits = self._run(memory, graph, ids, len(ids))
         memory.advance(self._graphs[graph], ids)
-        return logits[: len(ids)] if graph == STEP else logits
+        return logits[: len(ids)]
 
     def _settle(self, memory: _Sequence) -> None:
         """Take accepted tokens into the state: a step without tokens of its own."""
@@ -168,7 +171,7 @@ class StaticDecoder:
             self._run(memory, STEP, [], 0)
             memory.advance(self._graphs[STEP], [])
 
-    def _run(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int, row: int | None = None) -> Logits:
+    def _run(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Logits:
         """One call, which does not yet change what is current: logits f32[N,V]."""
         used = self._graphs[graph]
         call = memory.call(graph)
@@ -180,12 +183,11 @@ class StaticDecoder:
             "length": np.array([len(memory.tokens)], np.int32),
             "accepted": np.array([memory.accepted], np.int32),
             "commit": np.array([commit], np.int32),
-            "logit_rows": np.array([max(0, len(ids) - 1) if row is None else row], np.int64),
         }
         for name, buffer in used.controls.items():
             buffer.write(as_bytes(values[name]))
         call.run()
-        return used.logits.array()[0]
+        return used.results["logits"].array()[0] if "logits" in used.results else np.empty((0, 0), np.float32)
 
     def _check_room(self, sequence: int, count: int) -> None:
         used = len(self._sequences[sequence].tokens)
@@ -224,7 +226,6 @@ class _Graph:
             t.name: kind(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
         }
         self.results = {t.name: kind(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
-        self.logits = self.results["logits"]
         self.T = self.controls["input_ids"].shape[1]
 
 
@@ -239,9 +240,7 @@ class _Sequence:
         kind = BUFFERS[graphs[STEP].session.device]
         specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
         copied = {state.name for graph in graphs.values() for state in graph.spec.states if not state.in_place}
-        self._buffers = {
-            name: [kind(spec.dtype, _shape(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()
-        }
+        self._buffers = {name: [kind(spec.dtype, _shape(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()}
         self._current = dict.fromkeys(specs, 0)
         self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
         self.caches = [name for name, spec in specs.items() if spec.grows]

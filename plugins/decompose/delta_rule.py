@@ -16,11 +16,16 @@ Everything is fp32. A token with beta = 0 and g = 0 is the identity transition a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
+
+DeltaRule = Callable[[Emitter, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, int, ir.Value | None], tuple[ir.Value, ir.Value]]
+"""q, k, v, g, beta, state, length and `keep` in, outputs and the next state out, as `delta_rule`."""
 
 
 def delta_rule(
@@ -58,6 +63,37 @@ def delta_rule(
     (total,) = emit("", "ReduceSum", [kept, emit.ints(2)], like=g, keepdims=1)
     added = emit.matmul(emit.mul(k_turned, emit.transpose(weight, 0, 1, 3, 2)), u)
     return o, emit.add(emit.mul(state, emit.exp(total)), added)
+
+
+def in_chunks(size: int) -> DeltaRule:
+    """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
+    tokens in a call. Not for calls that commit less than they have outputs for, as a verify does."""
+
+    def rule(
+        emit: Emitter,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        g: ir.Value,
+        beta: ir.Value,
+        state: ir.Value,
+        length: int,
+        keep: ir.Value | None = None,
+    ) -> tuple[ir.Value, ir.Value]:
+        if length <= size:
+            return delta_rule(emit, q, k, v, g, beta, state, length, keep)
+        outputs = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            part = [emit.rows(x, start, stop, axis=2) for x in (q, k, v, g, beta)]
+            kept = None
+            if keep is not None:
+                kept = emit.shared(f"keep_{start}_{stop}", lambda start=start, stop=stop: emit.rows(keep, start, stop, axis=2))
+            o, state = delta_rule(emit, part[0], part[1], part[2], part[3], part[4], state, stop - start, kept)
+            outputs.append(o)
+        return emit.concat(outputs, axis=2), state
+
+    return rule
 
 
 def _one_token(

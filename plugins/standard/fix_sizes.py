@@ -19,7 +19,8 @@ _SAME_TYPE = ("Sigmoid",)
 def fix_sizes(model: ir.Model, context: PassContext) -> int:
     """Given  a captured graph with dims B T S N P
     Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
-           are gone; where calls are never padded, `commit` too. With N = T the logits are those of all tokens, in order, without `logit_rows`."""
+           are gone; where calls are never padded, `commit` too. The logits are those of all tokens, in order, or there are none: in
+           both cases `logit_rows` is gone. Hidden states are an output where they are wanted."""
     sizes, graph = context.static, model.graph
     known = {"B": 1, "T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
@@ -31,10 +32,12 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
         fold_transaction(model, context)
     elif not sizes.P:
         _nothing_pending(graph)
-    _wanted_rows(graph, every=sizes.N == sizes.T)
+    _logits_of_all_tokens(graph)
+    unwanted = [name for name, wanted in (("logits", sizes.N > 0), ("hidden", sizes.hidden)) if not wanted]
+    for value in [value for value in graph.outputs if value.name in unwanted]:
+        graph.outputs.remove(value)
     remove_dead(model, context)
-    for value in [value for value in graph.inputs if value.name == "logit_rows" and not value.uses()]:
-        graph.inputs.remove(value)
+    graph.inputs.remove(next(value for value in graph.inputs if value.name == "logit_rows"))
     for node in graph:
         for value in node.outputs:
             if value.dtype is None and node.op_type in _SAME_TYPE and node.inputs[0] is not None and node.inputs[0].dtype is not None:
@@ -56,14 +59,12 @@ def _nothing_pending(graph: ir.Graph) -> None:
                 value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
 
 
-def _wanted_rows(graph: ir.Graph, *, every: bool) -> None:
-    """The head reads rows `logit_rows` of the hidden states without the views that tracing puts between; or all rows, and the input goes."""
+def _logits_of_all_tokens(graph: ir.Graph) -> None:
+    """The head reads the hidden states themselves, instead of rows of them."""
     rows = next(value for value in graph.inputs if value.name == "logit_rows")
     gather = next(node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows))
-    if every and gather.inputs[0] is not None:
+    if gather.inputs[0] is not None:
         gather.outputs[0].replace_all_uses_with(gather.inputs[0])
-    else:
-        gather.replace_input_with(1, rows)
 
 
 def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:

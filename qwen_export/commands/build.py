@@ -11,6 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
 from qwen_export.manifest import load_manifest
+from qwen_export.plugins.standard.choices import DECOMPOSABLE
+from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
 
 
@@ -19,24 +21,38 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option("--target", default="onnxruntime", show_default=True, type=click.Choice(list(TARGETS)))
 @click.option(
-    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default."
+    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, else fp16 by default."
 )
-@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
+@click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
+@click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
+@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; targets onnx and directml.")
+@click.option(
+    "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
+)
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(
     checkpoint: Path,
     output: Path,
     target: str,
     precision: str | None,
-    device: str,
+    device: str | None,
     max_context: int | None,
     dump_ir: Path | None,
+    opset: int | None,
+    chunk: int | None,
+    step_tokens: int,
+    decompose: tuple[str, ...],
     force: bool,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
     started = time.monotonic()
+    device = device or TARGETS[target].devices[0]
+    options = StaticOptions(chunk, step_tokens, opset, decompose)
+    if not TARGETS[target].static and options != StaticOptions():
+        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for the targets onnx and directml")
     columns = (
         TextColumn("{task.description}", table_column=None),
         BarColumn(),
@@ -55,10 +71,11 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp16" if device == "cuda" else "fp32"),
+            precision=precision or ("fp32" if device == "cpu" else "fp16"),
             max_context=max_context,
             dump_ir=dump_ir,
             force=force,
+            options=options,
             report=report,
         )
     total = sum(entry.size for entry in load_manifest(output).files.values())
