@@ -23,13 +23,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwen_export import build
+from qwen_export.compiler import lower
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY
 from qwen_export.graphs.weights.writer import write_weights
-from qwen_export.compiler import lower
 from qwen_export.plan import plan_build
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter

@@ -136,7 +136,7 @@ def test_weak_decay_after_strong_decay_keeps_its_digits() -> None:
     k = correlated_keys(rng, L, D, 0.5)[None].astype(np.float32)
     q, v, beta = k, rng.standard_normal((H, L, D)).astype(np.float32), np.full((H, L), 0.7, np.float32)
     shapes = (
-        {n: ((1, H, L, D), FLOAT) for n in "qkv"} | {n: ((1, H, L, 1), FLOAT) for n in ("g", "beta")} | {"state": ((1, H, D, D), FLOAT)}
+        dict.fromkeys("qkv", ((1, H, L, D), FLOAT)) | dict.fromkeys(("g", "beta"), ((1, H, L, 1), FLOAT)) | {"state": ((1, H, D, D), FLOAT)}
     )
     model = emitted(shapes, lambda emit, x: delta_rule(emit, *x.values(), L))
     feeds = {"q": q[None], "k": k[None], "v": v[None], "g": g[None, ..., None], "beta": beta[None, ..., None]}

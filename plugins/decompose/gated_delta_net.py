@@ -17,7 +17,6 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule, in_c
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.ops.gated_delta_net import L2_EPS
 
-
 CHUNK = 64
 """Tokens per chunk of the delta rule: beyond, the L x L matrices cost more than the state that they save reading."""
 
