@@ -23,7 +23,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwen_export import build
-from qwen_export.compiler import lower
+from qwen_export.compiler import lower_static
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
@@ -102,7 +102,7 @@ def scan_model(checkpoint: Path, tokens: int, directory: Path) -> Path:
     target = dataclasses.replace(plan.target, passes=plan.target.passes[:-1])  # the last one refuses control flow
     static = dataclasses.replace(plan.static, calls={PROMPT_GRAPH: CallSizes(tokens, 0, tokens, 0, padded=False)})
     plan = dataclasses.replace(plan, target=target, static=static, choices=plan.choices | {"gated_delta_net": Choice("scan", ())})
-    model = lower(source, plan)[PROMPT_GRAPH]
+    model = lower_static(source, plan)[PROMPT_GRAPH]
     with CheckpointReader(source) as reader:
         write_weights([model], reader, directory / "scan.weights")
     path = directory / "scan.onnx"
@@ -126,7 +126,7 @@ def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) ->
     data |= {"g": -rng.random((1, heads, tokens, 1), np.float32), "beta": rng.random((1, heads, tokens, 1), np.float32)}
 
     def session(rule: Any, length: int) -> ort.InferenceSession:
-        shapes = {n: x.shape[:2] + (length,) + x.shape[3:] for n, x in data.items()} | {"state": (1, heads, size, size)}
+        shapes = {n: (*x.shape[:2], length, *x.shape[3:]) for n, x in data.items()} | {"state": (1, heads, size, size)}
         inputs = {n: ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(ir.DataType.FLOAT)) for n, s in shapes.items()}
         graph = ir.Graph(list(inputs.values()), [], nodes=[], name="rule", opset_imports={"": 21})
         emit = Emitter(graph, "rule")

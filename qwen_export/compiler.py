@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
@@ -20,10 +22,12 @@ from qwen_export.manifest import (
     StateSpec,
     TargetSpec,
     TensorSpec,
+    WeightSpec,
     hash_file,
 )
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
+from qwen_export.runtimes.compatibility import this_platform
 from qwen_export.staging import staged_directory
 from qwen_export.static_plan import StaticOptions
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
@@ -31,7 +35,11 @@ from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_id
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-WEIGHTS = "decoder.weights"
+    from qwen_export.graphs.config import TextConfig
+    from qwen_export.graphs.passes.context import PassContext
+
+DECODER, MTP = "decoder", "mtp"
+WEIGHTS = "model.weights"
 
 Report = Callable[[str, int, int], None]
 """Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
@@ -45,6 +53,9 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
     dump_ir: str | Path | None = None,
     force: bool = False,
     options: StaticOptions | None = None,
@@ -52,39 +63,69 @@ def build(
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
-    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase, `options` what targets with static shapes can be told. Raises QwenExportError; on any failure no bundle is left behind."""
+    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens.
+    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
+    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    phase, `options` what targets with static shapes can be told. Raises QwenExportError; on any failure no bundle is left behind."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context, options)
+    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup, options=options)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
-        models = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        dump = Path(dump_ir) if dump_ir else None
+        models = {DECODER: lower(source, plan, dump)} if plan.static is None else lower_static(source, plan, dump)
+        if not plan.no_head:
+            models[MTP] = lower_mtp(source, plan, dump)
         files = _emit(source, plan, models, staging, say)
         _manifest(source, plan, models, files, staging)
     return Path(output)
 
 
-def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
-    """Capture the decoder and run the target's passes; the graphs of the bundle by name. Reads no weight."""
+def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
+    """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
-    from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
 
-    text = source.config.text
+    model = capture_decoder(source.config.text, plan.precision)
+    run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
+    return model
+
+
+def lower_static(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
+    """The same for a target with static shapes: a graph per size of call."""
+    from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.pipeline import run_passes
+
     if plan.static is None:
-        contexts = {"decoder": PassContext(text, plan.precision, plan.choices)}
-    else:
-        contexts = {
-            name: PassContext(text, plan.precision, plan.choices, sizes, plan.static.opset) for name, sizes in plan.static.calls.items()
-        }
-    models = {}
-    for name, context in contexts.items():
+        raise ValueError("the target has no static shapes")
+    text, models = source.config.text, {}
+    for name, sizes in plan.static.calls.items():
         models[name] = capture_decoder(text, plan.precision)
-        run_passes(models[name], plan.target, context, dump if dump is None or len(contexts) == 1 else dump / name)
+        context = replace(_context(source, plan, text), sizes=sizes, opset=plan.static.opset)
+        run_passes(models[name], plan.target, context, dump / name if dump else None)
     return models
+
+
+def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
+    """The same for the draft head."""
+    from qwen_export.graphs.capture import capture_mtp
+    from qwen_export.graphs.models.mtp import mtp_config
+    from qwen_export.graphs.pipeline import run_passes
+
+    if plan.speculation is None or plan.no_head:
+        raise ValueError("the plan has no draft head")
+    text = source.config.text
+    model = capture_mtp(text, plan.precision, plan.speculation.draft_vocab)
+    run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
+    return model
+
+
+def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
+    from qwen_export.graphs.passes.context import PassContext
+
+    return PassContext(config, plan.precision, plan.choices, stored_dtypes(source), plan.speculation is not None)
 
 
 def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> dict[str, FileEntry]:
@@ -94,7 +135,8 @@ def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], stag
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
     from qwen_export.graphs.weights.writer import weight_bytes, write_weights
 
-    total, done = weight_bytes(models.values()), 0
+    graphs = list(models.values())
+    total, done = weight_bytes(graphs), 0
 
     def progress(name: str, count: int) -> None:
         nonlocal done
@@ -102,36 +144,41 @@ def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], stag
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        files = {WEIGHTS: write_weights(models.values(), reader, staging / WEIGHTS, progress)}
-    for name, model in models.items():
+        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress)}
+    for graph, model in models.items():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
             model.opset_imports.setdefault(node.domain, 1)
-        ir.save(model, staging / graph_file(name))
+        ir.save(model, staging / _file(graph))
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    graphs = [graph_file(name) for name in models]
-    for name in (*graphs, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    for name in (*map(_file, models), *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
 
-def graph_file(name: str) -> str:
-    return f"{name}.onnx"
+def _file(graph: str) -> str:
+    return f"{graph}.onnx"
 
 
 def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], files: dict[str, FileEntry], staging: Path) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
-    nodes = [node for model in models.values() for node in model.graph if node.domain and node.domain != NATIVE]
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes})
+    nodes = [node for model in models.values() for node in model.graph]
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain and node.domain != NATIVE})
     manifest = Manifest(
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
         model=text.to_json(),
         target=TargetSpec(
-            plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)
+            plan.target.name,
+            plan.device,
+            plan.precision,
+            plan.target.backend,
+            plan.target.minimum_backend,
+            tuple(operators),
+            this_platform() if plan.plugins else "",
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
@@ -139,8 +186,9 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         files=files,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
+        speculation=plan.speculation,
         precision_plan={
-            "weights": plan.precision,
+            "weights": _weight_types(models.values(), plan.precision),
             "activations": plan.precision,
             "recurrent state": "fp32",
             "attention cache": plan.precision,
@@ -148,6 +196,12 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
+    weights = (value for model in models for value in model.graph.initializers.values())
+    kept = precision == "fp32" and any(value.dtype is not None and value.dtype.name == "BFLOAT16" for value in weights)
+    return "fp32; projections, embedding and head bf16, as stored" if kept else precision
 
 
 def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
@@ -161,7 +215,7 @@ def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(graph_file(name), inputs, outputs, states)
+    return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
 
 
 # Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
@@ -174,5 +228,20 @@ def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
     if not all(isinstance(d, int) for d in tensor.shape):
         return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
     node = next(value for value in model.graph.outputs if value.name == after).producer()
-    cache = tensor.name.endswith((".k_cache", ".v_cache"))
-    return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows=cache, in_place=node is not None and node.op_type in _IN_PLACE)
+    return StateSpec(
+        tensor.name,
+        after,
+        tensor.dtype,
+        tensor.shape,
+        grows=tensor.name.endswith((".k_cache", ".v_cache")),
+        in_place=node is not None and node.op_type in _IN_PLACE,
+    )
+
+
+def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            yield WeightSpec(value.name or "", tensor.location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
+from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, has_mtp, mtp_tensors, stored_dtypes
 from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
@@ -19,6 +21,9 @@ from qwen_export.static_plan import StaticOptions, StaticPlan, plan_static
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768
+MAX_DRAFT = 8
+"""Longest draft of a round."""
+_SMALLEST_DRAFT_VOCAB = 16
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
 _BASE_BYTES = 250 << 20
@@ -36,12 +41,17 @@ class BuildPlan:
     bundle_bytes: int
     state_bytes: int
     cache_bytes_per_token: int
+    speculation: SpeculationSpec | None = None
+    """How calls may leave tokens pending, None when they may not."""
+    no_head: str = ""
+    """Why there is no draft head, "" when there is one."""
     static: StaticPlan | None = None
+    """The graphs of a target with static shapes."""
 
     @property
     def plugins(self) -> tuple[Path, ...]:
         """Libraries with kernels that the graph uses: they become part of the bundle."""
-        library = find_library()
+        library = find_library(self.device)
         native = any(kernel.domain == NATIVE for choice in self.choices.values() for kernel in choice.kernels)
         return (library,) if native and library is not None else ()
 
@@ -57,9 +67,14 @@ def plan_build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    *,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
     options: StaticOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `options` are those of targets with static shapes."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup` and `options` as in
+    `build`."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -73,19 +88,28 @@ def plan_build(
     context = min(default, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
+    speculation, no_head = _speculation(checkpoint, mtp, draft_vocab, lookup)
     choices: dict[str, Choice] = {}
     static: StaticPlan | None = None
     if chosen.static:
-        static, choices, refused = plan_static(chosen, config, context, options or StaticOptions())
+        options = options or StaticOptions()
+        static, choices, refused = plan_static(chosen, config, context, options)
         reasons += refused
+        no_head = f"target {chosen.name} has no draft head"
+        speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
     elif device in chosen.devices and precision in chosen.precisions:
-        choices, refused = choose(kernels_for(device), precision, config)
+        kernels = kernels_for(device)
+        choices, refused = choose(kernels, precision, config, transaction=speculation is not None)
+        if refused and speculation is not None:
+            speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
+            choices, refused = choose(kernels, precision, config)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
         reasons += refused
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
-    check_tensors(checkpoint)
+    check_tensors(checkpoint, mtp=not no_head)
+    tensors = [*decoder_tensors(config), *(() if no_head else mtp_tensors(config))]
     size = BYTES[precision]
     return BuildPlan(
         chosen,
@@ -93,11 +117,34 @@ def plan_build(
         precision,
         context,
         choices,
-        bundle_bytes=size * sum(prod(shape) for _, shape in decoder_tensors(config)),
+        bundle_bytes=_weight_bytes(checkpoint, precision, choices, tensors),
         state_bytes=state_bytes(config, size),
-        cache_bytes_per_token=cache_bytes_per_token(config, size),
+        cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
+        speculation=speculation,
+        no_head=no_head,
         static=static,
     )
+
+
+def _speculation(checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, lookup: bool) -> tuple[SpeculationSpec | None, str]:
+    """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
+    config = checkpoint.config.text
+    if not mtp:
+        why = "built with --no-mtp"
+    elif not has_mtp(checkpoint):
+        why = "the checkpoint has no draft head (mtp.*)"
+    elif config.mtp_num_hidden_layers > 1:
+        why = f"its draft head has {config.mtp_num_hidden_layers} layers, and only one is implemented"
+    else:
+        if draft_vocab is not None and draft_vocab < _SMALLEST_DRAFT_VOCAB:
+            raise UnsupportedError(
+                "the draft vocabulary is too small",
+                got=draft_vocab,
+                expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
+                fix="Raise --draft-vocab.",
+            )
+        return SpeculationSpec(MAX_DRAFT, min(draft_vocab or config.vocab_size, config.vocab_size)), ""
+    return (SpeculationSpec(MAX_DRAFT, 0) if lookup else None), why
 
 
 def kernels_for(device: str) -> Kernels:
@@ -116,6 +163,17 @@ def _checkpoint_reasons(checkpoint: Checkpoint, target: Target) -> list[str]:
     return reasons
 
 
+def _weight_bytes(
+    checkpoint: Checkpoint, precision: str, choices: dict[str, Choice], tensors: Sequence[tuple[str, tuple[int, ...]]]
+) -> int:
+    """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
+    stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
+    return sum(
+        prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
+        for name, shape in tensors
+    )
+
+
 def state_bytes(config: TextConfig, size: int) -> int:
     """Recurrent states (fp32) and convolution histories of one sequence."""
     layers = sum(kind != FULL for kind in config.layer_types)
@@ -123,6 +181,6 @@ def state_bytes(config: TextConfig, size: int) -> int:
     return layers * (recurrent + size * (config.linear_conv_kernel_dim - 1) * config.conv_dim)
 
 
-def cache_bytes_per_token(config: TextConfig, size: int) -> int:
-    """Keys and values of one token over all attention layers."""
-    return sum(kind == FULL for kind in config.layer_types) * 2 * size * config.num_key_value_heads * config.head_dim
+def cache_bytes_per_token(config: TextConfig, size: int, *, head: bool = False) -> int:
+    """Keys and values of one token over all attention layers, that of the draft head among them with `head`."""
+    return (sum(kind == FULL for kind in config.layer_types) + head) * 2 * size * config.num_key_value_heads * config.head_dim

@@ -22,8 +22,8 @@ _SLOT_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class StaticOptions:
-    """`chunk`: tokens per prompt call; None is the target's default. `step_tokens`: tokens per step; more than one is for speculative verification. `opset` None is the
-    target's default. `decompose`: ops to build from simple ones, see DECOMPOSABLE."""
+    """`chunk`: tokens per prompt call; None is the target's default. `step_tokens`: tokens per step; more than one is for speculative
+    verification. `opset` None is the target's default. `decompose`: ops to build from simple ones, see DECOMPOSABLE."""
 
     chunk: int | None = None
     step_tokens: int = 1

@@ -10,9 +10,9 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 @dataclass(frozen=True)
 class Target:
-    """One target. `devices` are the values of --device, `passes` "module:function" names under qwen_export, in order. A `static` target has
-    two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first, and `prompt_tokens` the default size of
-    a prompt call."""
+    """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
+    has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
+    and `prompt_tokens` is the default size of a prompt call."""
 
     name: str
     backend: str
@@ -44,6 +44,7 @@ ONNXRUNTIME = Target(
         "graphs.passes.absorb_residual:absorb_residual",
         "graphs.passes.fuse_residual_norm:fuse_residual_norm",
         "plugins.onnxruntime.lowerings:lower_simple_ops",
+        "graphs.passes.keep_stored_bf16:keep_stored_bf16",
         "graphs.passes.remove_dead:remove_dead",
     ),
 )

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import GraphSpec, Manifest
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, as_bytes, encode
-from qwen_export.runtimes.decoder import Logits, Mark, Snapshot
+from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot
 from qwen_export.runtimes.onnxruntime_session import Call, Session
 
 STEP, PROMPT = "decoder", "prefill"
@@ -27,10 +27,11 @@ def is_static(manifest: Manifest) -> bool:
     return PROMPT in manifest.graphs
 
 
-class StaticDecoder:
-    """`batch` sequences over the two graphs of a bundle, each with room for `capacity` tokens."""
+class StaticDecoder(Decoder):
+    """`batch` sequences over the two graphs of a bundle, each with room for `capacity` tokens. There is no draft head; `verify` reads
+    drafts from elsewhere."""
 
-    def __init__(self, sessions: Mapping[str, Session], manifest: Manifest, batch: int = 1, capacity: int | None = None) -> None:
+    def __init__(self, steps: Session, prompts: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None) -> None:
         if batch < 1:
             raise QwenExportError("a decoder needs at least one sequence", got=batch)
         self.manifest, self.batch = manifest, batch
@@ -42,9 +43,11 @@ class StaticDecoder:
                 expected=f"at most {manifest.max_context}",
                 fix="Lower --max-context, or build with a larger one.",
             )
-        self._graphs = {name: _Graph(session) for name, session in sessions.items()}
+        self.session, self.head = steps, None
+        self._graphs = {STEP: _Graph(steps), PROMPT: _Graph(prompts)}
         self.chunk, self.width = self._graphs[PROMPT].T, self._graphs[STEP].T
-        tables = {name: self._table(sessions[PROMPT], name) for name in ("cos", "sin")}
+        self.widest_verify = self.width if self.width > 1 else 0
+        tables = {name: self._rows(prompts, name) for name in ("cos", "sin")}
         self._sequences = [_Sequence(self._graphs, tables) for _ in range(batch)]
 
     @property
@@ -97,26 +100,38 @@ class StaticDecoder:
         ]
         return rows[0][None] if self.batch == 1 else np.stack(rows)
 
-    def verify(self, ids: Sequence[int], sequence: int = 0) -> Logits:
-        """Read up to W tokens without committing any; logits f32[len(ids),V]. `accept` must follow."""
-        if self.width == 1:
-            raise QwenExportError("the bundle was built for steps of one token", fix="Build with a larger --step-tokens.")
-        if not 0 < len(ids) <= self.width:
-            raise QwenExportError("a verify call has another size than the bundle's", got=len(ids), expected=f"1 to {self.width} tokens")
-        self._check_room(sequence, len(ids))
+    def verify(self, tokens: Sequence[int], sequence: int = 0) -> Logits:
+        """Read at most `widest_verify` tokens whose fate is open; returns the logits of all of them, f32[T,V], valid until the next call.
+        `accept` must follow."""
+        if not 0 < len(tokens) <= self.widest_verify:
+            raise QwenExportError(
+                "a draft has the wrong length" if self.widest_verify else "the bundle was built for steps of one token",
+                got=len(tokens),
+                expected=f"1 to {self.widest_verify} tokens" if self.widest_verify else "",
+                fix="" if self.widest_verify else "Build it again with a larger --step-tokens.",
+            )
+        self._check_room(sequence, len(tokens))
         memory = self._sequences[sequence]
-        logits = self._run(memory, STEP, ids, 0)[: len(ids)]
-        memory.advance(self._graphs[STEP], [])
-        memory.open = list(ids)
+        logits = self._run(memory, STEP, tokens, 0)[: len(tokens)]
+        memory.advance(self._graphs[STEP], tokens)
+        memory.accepted = memory.open = len(tokens)
         return logits
 
     def accept(self, count: int, sequence: int = 0) -> None:
-        """Keep the first `count` tokens of the last `verify`; the rest was never read."""
+        """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next call reads."""
         memory = self._sequences[sequence]
-        if not 0 <= count <= len(memory.open):
-            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"0 to {len(memory.open)}")
-        memory.tokens.extend(memory.open[:count])
-        memory.accepted, memory.open = count, []
+        if not 0 <= count <= memory.open:
+            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"at most {memory.open}")
+        del memory.tokens[len(memory.tokens) - memory.open + count :]
+        memory.accepted = memory.open = count
+
+    def prepare(self, count: int) -> None:
+        """Nothing: every call has the same size."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that the backend has worked for the decoders of these sessions."""
+        return sum(graph.session.busy_s for graph in self._graphs.values())
 
     def reset(self, sequence: int = 0) -> None:
         """Forget everything the sequence has read."""
@@ -136,7 +151,7 @@ class StaticDecoder:
         for name in memory.fixed:
             buffer = memory.now(name)
             buffer.write(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8)))
-        memory.accepted, memory.open = 0, []
+        memory.accepted = memory.open = 0
         del memory.tokens[length:]
 
     def snapshot(self, sequence: int = 0) -> Snapshot:
@@ -199,7 +214,8 @@ class StaticDecoder:
                 fix=f"Shorten the input, or load with a larger max_context, at most {self.manifest.max_context}.",
             )
 
-    def _table(self, session: Session, name: str) -> Buffer:
+    def _rows(self, session: Session, name: str) -> Buffer:
+        """A rotary table for all slots of the graphs."""
         rotary = self.manifest.rotary
         (spec,) = (spec for spec in session.spec.inputs if spec.name == name)
         angles = np.arange(int(spec.shape[0]), dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
@@ -234,8 +250,7 @@ class _Sequence:
 
     def __init__(self, graphs: Mapping[str, _Graph], tables: Mapping[str, Buffer]) -> None:
         self.tokens: list[int] = []
-        self.open: list[int] = []
-        self.accepted = 0
+        self.accepted = self.open = 0
         self._graphs, self._tables = graphs, tables
         kind = BUFFERS[graphs[STEP].session.device]
         specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
@@ -245,7 +260,7 @@ class _Sequence:
         self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
         self.caches = [name for name, spec in specs.items() if spec.grows]
         # Pending tensors need no remembering: they count only between a verify and the call after it.
-        self.fixed = [name for name, spec in specs.items() if not spec.grows and ".pending_" not in name]
+        self.fixed = [name for name, spec in specs.items() if not spec.grows and not spec.pending]
 
     def now(self, name: str) -> Buffer:
         return self._buffers[name][self._current[name]]
@@ -283,4 +298,4 @@ class _Sequence:
             if not state.in_place:
                 self._current[state.name] = 1 - self._current[state.name]
         self.tokens.extend(ids)
-        self.accepted, self.open = 0, []
+        self.accepted = self.open = 0

@@ -25,15 +25,38 @@ def decoder_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]
         yield entry.name.removeprefix("model."), entry.shape
 
 
+def mtp_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same for the draft head."""
+    values = asdict(config)
+    if not config.is_moe:
+        del values["num_experts"]
+    for entry in tensor_table(values, Layout(with_vision=False)):
+        if entry.name.startswith(MTP_PREFIX):
+            yield entry.name, entry.shape
+
+
+def has_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with a draft head: its configuration may name one that a converter dropped."""
+    return checkpoint.config.text.mtp_num_hidden_layers > 0 and any(name.startswith(MTP_PREFIX) for name in checkpoint.tensors)
+
+
 def stored_name(config: CheckpointConfig, name: str) -> str:
     """The checkpoint's name of a decoder parameter."""
-    return name if name == "lm_head.weight" else config.text_prefix + name
+    return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
 
 
-def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype that each tensor of decoder and draft head is stored in, by the name of its parameter."""
+    config, have = checkpoint.config, checkpoint.tensors
+    names = [name for name, _ in (*decoder_tensors(config.text), *mtp_tensors(config.text))]
+    return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
+
+
+def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
+    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
     config = checkpoint.config
-    wanted = {stored_name(config, name): shape for name, shape in decoder_tensors(config.text)}
+    tensors = [*decoder_tensors(config.text), *(mtp_tensors(config.text) if mtp and has_mtp(checkpoint) else ())]
+    wanted = {stored_name(config, name): shape for name, shape in tensors}
     have = checkpoint.tensors
     missing = [name for name in wanted if name not in have]
     if missing:
@@ -41,7 +64,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             f"{len(missing)} tensors of the model are missing from the checkpoint",
             where=str(checkpoint.path),
             got=_some(missing),
-            fix="Is a shard missing, or is config.json from another model?",
+            fix="Is a shard missing, or is config.json from another model?"
+            + (" To build without the draft head, use --no-mtp." if all(n.startswith(MTP_PREFIX) for n in missing) else ""),
         )
     for name, shape in wanted.items():
         if have[name].shape != shape:

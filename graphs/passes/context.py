@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -16,12 +16,15 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class PassContext:
-    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target; `sizes` are those of a
-    graph with static shapes, `opset` its version."""
+    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
+    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). With `speculation` calls may leave tokens
+    pending. `sizes` are those of a graph with static shapes, `opset` its version."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
+    stored: Mapping[str, str] = field(default_factory=dict)
+    speculation: bool = False
     sizes: CallSizes | None = None
     opset: int = 21
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -190,6 +190,23 @@ class HeadRows(Weight):
 
 
 @dataclass(frozen=True)
+class FirstRows(Weight):
+    """The first `count` rows. Shares the memory of the whole where that is written, too."""
+
+    of: Weight
+    count: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(self.count, *self.of.shape[1:]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return self.of.rows(source, start, stop)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
 class Stacked(Weight):
     """Several weights of equal row shape on top of each other: one matrix product instead of several."""
 
@@ -254,6 +271,19 @@ def weight_of(value: ir.Value | None) -> Weight | None:
     return tensor.weight if isinstance(tensor, WeightTensor) else None
 
 
+def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
+    """The same stored elements in another element type, None for a weight that is computed from them."""
+    if isinstance(weight, StoredWeight):
+        return replace(weight, dtype=dtype)
+    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows):
+        inner = retyped(weight.of, dtype)
+        return replace(weight, of=inner) if inner is not None else None
+    if isinstance(weight, Stacked):
+        parts = [retyped(part, dtype) for part in weight.parts]
+        return Stacked(tuple(part for part in parts if part is not None)) if None not in parts else None
+    return None
+
+
 def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
     """A new initializer, or the one of that name."""
     if name in graph.initializers:
@@ -267,6 +297,7 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 __all__: Sequence[str] = (
     "Column",
     "Constant",
+    "FirstRows",
     "HeadRows",
     "NegativeExp",
     "Offset",
@@ -278,5 +309,6 @@ __all__: Sequence[str] = (
     "Weight",
     "WeightTensor",
     "add_weight",
+    "retyped",
     "weight_of",
 )

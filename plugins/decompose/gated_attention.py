@@ -134,7 +134,7 @@ def _attend(
     emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, length: ir.Value | None, sizes: Sizes, activation: ir.DataType
 ) -> ir.Value:
     """softmax(q k^T) v, with the queries that share a key head as rows of one matrix -> [1,T,Hq*D]."""
-    T, S, Hkv, D = sizes.T, sizes.S, sizes.Hkv, sizes.D
+    T, Hkv, D = sizes.T, sizes.Hkv, sizes.D
     group = sizes.Hq // Hkv
     grouped = emit.reshape(q, 1, Hkv, group * T, D)
     score = emit.wide(emit.matmul(grouped, emit.transpose(k, 0, 1, 3, 2)))

@@ -18,9 +18,8 @@ def check_operators(model: ir.Model, context: PassContext) -> int:
     """Given  a lowered graph
     Result the same. Raises UnsupportedError with node and reason where DirectML would leave a node to the CPU, or a shape is dynamic."""
     reasons = [f"{node.op_type} {node.name or ''}: {reason}" for node in model.graph if (reason := refusal(node, context.opset))]
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.shape is None or not value.shape.is_static():
-            reasons.append(f"{value.name}: its shape {value.shape} is not static")
+    signature = (*model.graph.inputs, *model.graph.outputs)
+    reasons += [f"{v.name}: its shape {v.shape} is not static" for v in signature if v.shape is None or not v.shape.is_static()]
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
         raise UnsupportedError(

@@ -19,7 +19,7 @@ def check_standard(model: ir.Model, context: PassContext) -> int:
         if not known or node.op_type in _CONTROL_FLOW:
             raise CaptureError(
                 "a graph of target onnx has another node than the standard's",
-                where=node.name,
+                where=node.name or "",
                 got=f"{node.domain or 'ai.onnx'}.{node.op_type}",
                 expected=f"operators of opset {context.opset}, without control flow",
             )

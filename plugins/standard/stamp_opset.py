@@ -13,5 +13,5 @@ def stamp_opset(model: ir.Model, context: PassContext) -> int:
     Result the same, of the opset that was asked for, in the oldest file format that has it"""
     model.opset_imports[""] = context.opset
     opsets = [onnx.helper.make_opsetid("", context.opset)]
-    model.ir_version = onnx.helper.find_min_ir_version_for(opsets)  # type: ignore[arg-type]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
     return 1

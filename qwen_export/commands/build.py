@@ -25,6 +25,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
+@click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default the whole vocabulary.")
+@click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
 @click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
@@ -40,6 +43,9 @@ def command(
     precision: str | None,
     device: str | None,
     max_context: int | None,
+    mtp: bool,
+    draft_vocab: int | None,
+    lookup: bool,
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
@@ -73,6 +79,9 @@ def command(
             device=device,
             precision=precision or ("fp32" if device == "cpu" else "fp16"),
             max_context=max_context,
+            mtp=mtp,
+            draft_vocab=draft_vocab,
+            lookup=lookup,
             dump_ir=dump_ir,
             force=force,
             options=options,

@@ -6,5 +6,6 @@
 namespace qwen {
 
 void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
+void add_delta_net(Ort::CustomOpDomain& domain);  // delta_net_op.cc
 
 }  // namespace qwen
