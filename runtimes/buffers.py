@@ -158,6 +158,9 @@ class DmlBuffer(Buffer):
             data = whole
         self.value.update_inplace(np.ascontiguousarray(data).view(_NUMPY[self.dtype]).reshape(self.shape))
 
+    def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        self.write(other.read(start, nbytes), offset)
+
 
 BUFFERS: dict[str, type[Buffer]] = {"cpu": HostBuffer, "cuda": CudaBuffer, "dml": DmlBuffer}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, WeightSpec
-from qwen_export.runtimes.buffers import ELEMENTS, Buffer, DmlBuffer
+from qwen_export.runtimes.buffers import BUFFERS, ELEMENTS, Buffer, DmlBuffer
 from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 
@@ -70,10 +70,15 @@ class Session:
                 got=_first_line(error),
                 fix="Run `qwen-export check` on the bundle.",
             ) from error
-        self.spec, self.device = spec, device
+        self.spec, self.device, self._device_id = spec, device, device_id
         self._graphs = 0
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Memory on the session's device."""
+        kind = BUFFERS[self.device]
+        return kind(dtype, shape, self._device_id) if issubclass(kind, DmlBuffer) else kind(dtype, shape)
 
     def call(self, *, repeated: bool) -> Call:
         """Bindings for one shape. A `repeated` call is worth recording as a graph, where the device has such."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import GraphSpec, Manifest
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, as_bytes, encode
+from qwen_export.runtimes.buffers import Buffer, as_bytes, encode
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot
 from qwen_export.runtimes.onnxruntime_session import Call, Session
 
@@ -112,7 +112,7 @@ class StaticDecoder(Decoder):
             )
         self._check_room(sequence, len(tokens))
         memory = self._sequences[sequence]
-        logits = self._run(memory, STEP, tokens, 0)[: len(tokens)]
+        logits = self._one_call(memory, STEP, tokens, 0)[: len(tokens)]
         memory.advance(self._graphs[STEP], tokens)
         memory.accepted = memory.open = len(tokens)
         return logits
@@ -176,17 +176,17 @@ class StaticDecoder(Decoder):
 
     def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Logits:
         """Read and commit tokens in one call; their logits, none from the prompt graph."""
-        logits = self._run(memory, graph, ids, len(ids))
+        logits = self._one_call(memory, graph, ids, len(ids))
         memory.advance(self._graphs[graph], ids)
         return logits[: len(ids)]
 
     def _settle(self, memory: _Sequence) -> None:
         """Take accepted tokens into the state: a step without tokens of its own."""
         if memory.accepted:
-            self._run(memory, STEP, [], 0)
+            self._one_call(memory, STEP, [], 0)
             memory.advance(self._graphs[STEP], [])
 
-    def _run(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Logits:
+    def _one_call(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Logits:
         """One call, which does not yet change what is current: logits f32[N,V]."""
         used = self._graphs[graph]
         call = memory.call(graph)
@@ -220,7 +220,7 @@ class StaticDecoder(Decoder):
         (spec,) = (spec for spec in session.spec.inputs if spec.name == name)
         angles = np.arange(int(spec.shape[0]), dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
         values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-        buffer = BUFFERS[session.device](spec.dtype, values.shape)
+        buffer = session.buffer(spec.dtype, values.shape)
         buffer.write(encode(values, spec.dtype))
         return buffer
 
@@ -235,13 +235,13 @@ class _Graph:
     def __init__(self, session: Session) -> None:
         self.session, spec = session, session.spec
         self.spec: GraphSpec = spec
-        kind = BUFFERS[session.device]
+        buffer = session.buffer
         states = {state.name for state in spec.states}
         after = {state.after for state in spec.states}
         self.controls = {
-            t.name: kind(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
+            t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
         }
-        self.results = {t.name: kind(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
+        self.results = {t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
         self.T = self.controls["input_ids"].shape[1]
 
 
@@ -252,10 +252,12 @@ class _Sequence:
         self.tokens: list[int] = []
         self.accepted = self.open = 0
         self._graphs, self._tables = graphs, tables
-        kind = BUFFERS[graphs[STEP].session.device]
+        buffer = graphs[STEP].session.buffer
         specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
         copied = {state.name for graph in graphs.values() for state in graph.spec.states if not state.in_place}
-        self._buffers = {name: [kind(spec.dtype, _shape(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()}
+        self._buffers = {
+            name: [buffer(spec.dtype, _shape(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()
+        }
         self._current = dict.fromkeys(specs, 0)
         self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
         self.caches = [name for name, spec in specs.items() if spec.grows]

@@ -86,9 +86,7 @@ def in_chunks(size: int) -> DeltaRule:
         for start in range(0, length, size):
             stop = min(start + size, length)
             part = [emit.rows(x, start, stop, axis=2) for x in (q, k, v, g, beta)]
-            kept = None
-            if keep is not None:
-                kept = emit.shared(f"keep_{start}_{stop}", lambda start=start, stop=stop: emit.rows(keep, start, stop, axis=2))
+            kept = None if keep is None else emit.rows(keep, start, stop, axis=2)
             o, state = delta_rule(emit, part[0], part[1], part[2], part[3], part[4], state, stop - start, kept)
             outputs.append(o)
         return emit.concat(outputs, axis=2), state

@@ -71,7 +71,8 @@ def rotated_heads(
 def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes) -> ir.Value:
     """x f32[1,H,T,D]: dimension j < R/2 turns with dimension j + R/2."""
     half = sizes.R // 2
-    cos, sin = (emit.shared(f"{name}_rows", lambda name=name: _table_rows(emit, given, name, sizes)) for name in ("cos", "sin"))
+    cos = emit.shared("cos_rows", lambda: _table_rows(emit, given, "cos", sizes))
+    sin = emit.shared("sin_rows", lambda: _table_rows(emit, given, "sin", sizes))
     parts = emit.split(x, [half, half] + ([sizes.D - sizes.R] if sizes.D > sizes.R else []), axis=3)
     first, second = parts[:2]
     turned = emit.sub(emit.mul(first, cos), emit.mul(second, sin)), emit.add(emit.mul(second, cos), emit.mul(first, sin))
