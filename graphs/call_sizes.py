@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class CallSizes:
     """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits:
     all T or none. `padded`: a call may have fewer than T real tokens, and says so in `commit`. `hidden`: a draft head reads the hidden
-    states."""
+    states. `chunk`: tokens that the delta rule takes at a time."""
 
     T: int
     P: int
@@ -17,3 +17,4 @@ class CallSizes:
     N: int
     padded: bool
     hidden: bool = False
+    chunk: int = 64

@@ -61,6 +61,6 @@ def plan_static(
     # The prompt graph has no head: a prompt's last token is read by a step.
     calls = {
         STEP_GRAPH: CallSizes(W, W if W > 1 else 0, slots, W, padded=W > 1, hidden=W > 1),
-        PROMPT_GRAPH: CallSizes(T, 0, slots, 0, padded=True, hidden=W > 1),
+        PROMPT_GRAPH: CallSizes(T, 0, slots, 0, padded=True, hidden=W > 1, chunk=target.delta_chunk),
     }
     return StaticPlan(calls, opset, options.decompose), choices, reasons

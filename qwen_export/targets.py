@@ -12,7 +12,7 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
     has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
-    and `prompt_tokens` is the default size of a prompt call."""
+    and `prompt_tokens` is the default size of a prompt call, within which the delta rule takes `delta_chunk` tokens at a time."""
 
     name: str
     backend: str
@@ -23,6 +23,7 @@ class Target:
     static: bool = False
     opsets: tuple[int, ...] = (21,)
     prompt_tokens: int = 64
+    delta_chunk: int = 64
 
 
 ONNXRUNTIME = Target(
@@ -71,6 +72,7 @@ ONNX = Target(
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
     prompt_tokens=256,
+    delta_chunk=32,
 )
 
 DIRECTML = Target(

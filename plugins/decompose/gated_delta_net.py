@@ -13,12 +13,9 @@ import onnx_ir as ir
 
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.weights.expression import Column, NegativeExp, Reshaped, StoredWeight, Weight, add_weight, weight_of
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule, in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.ops.gated_delta_net import L2_EPS
-
-CHUNK = 64
-"""Tokens per chunk of the delta rule: beyond, the L x L matrices cost more than the state that they save reading."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,10 @@ class Sizes:
 
 
 def emit_gated_delta_net(
-    emit: Emitter, given: dict[str, ir.Value | None], sizes: Sizes, eps: float, activation: ir.DataType, rule: DeltaRule | None = None
+    emit: Emitter, given: dict[str, ir.Value | None], sizes: Sizes, eps: float, activation: ir.DataType, rule: DeltaRule = delta_rule
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`given` are the inputs of qwen::gated_delta_net by name, for one sequence; `accepted` and `commit` as i32[1], absent (with P = 0)
-    where nothing is pending and every call commits all its tokens. `rule` computes the recurrence, by default in chunks. Returns y,
+    where nothing is pending and every call commits all its tokens. `rule` computes the recurrence. Returns y,
     conv_history' and state'."""
     T, P, Hv, K = sizes.T, sizes.P, sizes.Hv, sizes.K
     taps = _taps(emit, given, K)
@@ -80,7 +77,7 @@ def emit_gated_delta_net(
     state = given["state"]
     if state is None:
         raise TypeError("gated_delta_net has no state")
-    o, state_after = (rule or (delta_rule if P else in_chunks(CHUNK)))(emit, q, k, v, g, beta, state, P + T, keep)
+    o, state_after = rule(emit, q, k, v, g, beta, state, P + T, keep)
     if P:
         o = emit.rows(o, P, P + T, axis=2)
     y = _gated_norm(emit, emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hv, sizes.Dv), given, sizes, eps)

@@ -13,6 +13,7 @@ from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
 from qwen_export.graphs.weights.expression import Transposed, add_weight, weight_of
 from qwen_export.plugins.decompose import gated_attention as attention
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
+from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.norm import emit_rms_norm, norm_weight
 from qwen_export.plugins.onnxruntime.common import layer_prefix, producing_linear
@@ -31,7 +32,9 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
-    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation)
+    # A verify has outputs for tokens that it does not commit: these must not be cut off from each other by a chunk's end.
+    rule = delta_rule if sizes.P else in_chunks(context.static.chunk)
+    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
     return emit.nodes, list(results)
 
 
