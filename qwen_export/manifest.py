@@ -83,6 +83,16 @@ class WeightSpec:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """A file outside the bundle that has weights of it: where it is on this machine, its size in bytes, and when it was last changed, in
+    nanoseconds."""
+
+    path: str
+    size: int
+    modified_ns: int
+
+
+@dataclass(frozen=True)
 class GraphSpec:
     """One compiled graph: its file, its inputs and outputs in order, and its states."""
 
@@ -136,6 +146,8 @@ class Manifest:
     rotary: RotarySpec
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
+    references: dict[str, Reference] = field(default_factory=dict)
+    """Files outside the bundle, by the name of the note that lies in the bundle in the place of each."""
     plugins: tuple[str, ...] = ()
     """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
     stop_ids: tuple[int, ...] = ()
@@ -190,8 +202,35 @@ def file_path(bundle: Path, name: str) -> Path:
     return path
 
 
+def weights_path(bundle: Path, manifest: Manifest, name: str) -> Path:
+    """The file with the weights that are listed under this file name, inside the bundle or referred to."""
+    return Path(manifest.references[name].path) if name in manifest.references else file_path(bundle, name)
+
+
+def check_references(bundle: Path, manifest: Manifest) -> None:
+    """Every file that the bundle refers to is there as it was when the bundle was built."""
+    for reference in manifest.references.values():
+        try:
+            stat = Path(reference.path).stat()
+        except OSError as error:
+            raise BundleError(
+                "a checkpoint file that the bundle refers to cannot be found",
+                where=str(bundle),
+                got=f"{reference.path}: {error.strerror}",
+                fix="Put it back, or build again; `qwen-export package` makes a bundle that needs no other files.",
+            ) from error
+        if (stat.st_size, stat.st_mtime_ns) != (reference.size, reference.modified_ns):
+            raise BundleError(
+                "a checkpoint file that the bundle refers to was changed since the build",
+                where=str(bundle),
+                got=reference.path,
+                fix="Build the bundle again.",
+            )
+
+
 def check_sizes(bundle: Path, manifest: Manifest) -> None:
-    """Every listed file is there with its size."""
+    """Every listed file is there with its size, and every file that is referred to."""
+    check_references(bundle, manifest)
     for name, entry in manifest.files.items():
         path = file_path(bundle, name)
         if not path.is_file():

@@ -52,6 +52,12 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
             expected="dml or cpu",
             fix="Build with --target directml.",
         )
+    if manifest.references:
+        raise QwenExportError(
+            "the bundle refers to weights that are outside it",
+            where=str(bundle),
+            fix="Make a complete one first: qwen-export package BUNDLE -o DIR.",
+        )
     if manifest.plugins:
         raise QwenExportError(
             "the bundle has a native library, which was not compiled for Windows",

@@ -63,7 +63,7 @@ def load(
     check_runnable(manifest)
     _check_speculate(speculate, manifest)
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    weights = MappedWeights(directory)
+    weights = MappedWeights(directory, manifest)
 
     def session(name: str) -> Session:
         graph = manifest.graphs[name]

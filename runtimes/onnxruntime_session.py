@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ class Session:
         repack: bool = False,
         device_id: int = 0,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses `weights`
-        where they lie, and shares them with other graphs."""
+        """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
+        `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
+        too, it is given the weights that the bundle refers to."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -59,9 +60,13 @@ class Session:
         for plugin in plugins:
             _register(options, plugin)
         try:
-            self._weights = _values(ort, spec, weights) if weights is not None and device == "cpu" and not repack else {}
-            for name, value in self._weights.items():
-                options.add_initializer(name, value)
+            if weights is not None and device == "cpu" and not repack:
+                self._weights = _values(ort, spec.weights, weights)
+                for name, value in self._weights.items():
+                    options.add_initializer(name, value)
+            elif weights is not None:  # copied to the device, or into the kernels' order
+                self._weights = _values(ort, [weight for weight in spec.weights if weights.is_reference(weight)], weights)
+                options.add_external_initializers(list(self._weights), list(self._weights.values()))
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
@@ -130,15 +135,15 @@ class Call:
             self._session.busy_s += time.perf_counter() - started
 
 
-def _values(ort: Any, spec: GraphSpec, weights: MappedWeights) -> dict[str, Any]:
-    """The graph's weights as values over the mapped memory; the session needs them as long as it lives."""
+def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> dict[str, Any]:
+    """Weights as values over the mapped memory; the session needs them as long as it lives."""
 
     def value(weight: WeightSpec) -> Any:
         size, number = ELEMENTS[weight.dtype]
         array = weights.bytes(weight).view(f"u{size}").reshape(weight.shape)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
-    return {weight.name: value(weight) for weight in spec.weights}
+    return {weight.name: value(weight) for weight in specs}
 
 
 def _register(options: Any, plugin: Path) -> None:

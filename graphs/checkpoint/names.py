@@ -47,7 +47,7 @@ def stored_name(config: CheckpointConfig, name: str) -> str:
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """The dtype that each tensor of decoder and draft head is stored in, by the name of its parameter."""
-    config, have = checkpoint.config, checkpoint.tensors
+    config, have = checkpoint.config, checkpoint.weights
     names = [name for name, _ in (*decoder_tensors(config.text), *mtp_tensors(config.text))]
     return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
 
@@ -57,7 +57,7 @@ def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
     config = checkpoint.config
     tensors = [*decoder_tensors(config.text), *(mtp_tensors(config.text) if mtp and has_mtp(checkpoint) else ())]
     wanted = {stored_name(config, name): shape for name, shape in tensors}
-    have = checkpoint.tensors
+    have = checkpoint.weights
     missing = [name for name in wanted if name not in have]
     if missing:
         raise CheckpointError(

@@ -46,12 +46,20 @@ class Weight(ABC):
     def nbytes(self) -> int:
         return prod(self.shape) * int(self.dtype.itemsize)
 
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        """The whole tensor in order, in blocks of about BLOCK_BYTES."""
+    def elements(self, start: int, stop: int) -> int:
+        """How many elements rows start..stop-1 have."""
+        return (stop - start) * prod(self.shape[1:])
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The first axis cut into ranges whose blocks are of about BLOCK_BYTES in fp32."""
         count = self.shape[0] if self.shape else 1
         step = max(1, BLOCK_BYTES * count // max(1, prod(self.shape) * 4))
-        for start in range(0, count, step):
-            yield self.rows(source, start, min(count, start + step))
+        return [(start, min(count, start + step)) for start in range(0, count, step)]
+
+    def blocks(self, source: TensorSource) -> Iterator[Array]:
+        """The whole tensor in order, span after span."""
+        for start, stop in self.spans():
+            yield self.rows(source, start, stop)
 
     def evaluate(self, source: TensorSource) -> Array:
         return np.concatenate(list(self.blocks(source)))
@@ -138,8 +146,8 @@ class Transposed(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return np.ascontiguousarray(self.of.evaluate(source)[:, start:stop].T)
 
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        yield np.ascontiguousarray(self.of.evaluate(source).T)
+    def spans(self) -> list[tuple[int, int]]:
+        return [(0, self.shape[0])]
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()

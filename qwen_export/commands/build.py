@@ -35,6 +35,15 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
+@click.option(
+    "--weights",
+    default="copy",
+    show_default=True,
+    type=click.Choice(["copy", "reference"]),
+    help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
+@click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(
     checkpoint: Path,
@@ -51,6 +60,9 @@ def command(
     chunk: int | None,
     step_tokens: int,
     decompose: tuple[str, ...],
+    weights: str,
+    jobs: int | None,
+    max_memory: float | None,
     force: bool,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
@@ -83,6 +95,9 @@ def command(
             draft_vocab=draft_vocab,
             lookup=lookup,
             dump_ir=dump_ir,
+            weights=weights,
+            jobs=jobs,
+            max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             options=options,
             report=report,
