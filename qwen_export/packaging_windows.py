@@ -24,6 +24,8 @@ PYTHON = "3.12"
 """The Python that the wheels are for, and that run.ps1 asks for."""
 PINNED = {"dml": "onnxruntime-directml==1.24.4", "cpu": "onnxruntime"}
 _SHARED = ("numpy", "tokenizers", "jinja2", "click", "rich")
+_WINDOWS_ONLY = ("colorama==0.4.6",)
+"""What packages need on Windows alone: pip takes the conditions for those of the machine that downloads."""
 _LONGEST_NAME = 120
 """Path within the zip. Windows allows 260 characters in all where long paths are not enabled, and the folder needs some of them."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]|[ .](/|$)')
@@ -84,7 +86,7 @@ def requirements(device: str) -> str:
     """The pinned requirements file: what this machine has tested, and the last ONNX Runtime with DirectML."""
     lines = [f"{name}=={importlib.metadata.version(name)}" for name in _SHARED]
     backend = PINNED[device]
-    return "\n".join([backend if "==" in backend else f"{backend}=={importlib.metadata.version(backend)}", *lines]) + "\n"
+    return "\n".join([backend if "==" in backend else f"{backend}=={importlib.metadata.version(backend)}", *lines, *_WINDOWS_ONLY]) + "\n"
 
 
 def _files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
