@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.runtimes.compatibility import this_platform
 from qwen_export.staging import JOURNAL, staged_directory
+from qwen_export.static_plan import StaticOptions
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ def build(
     weights: str = "copy",
     jobs: int | None = None,
     max_memory: int | None = None,
+    options: StaticOptions | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
@@ -72,20 +75,30 @@ def build(
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes.
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    file = Path(plan_file) if plan_file else None
-    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup, plan_file=file)
+    plan = plan_build(
+        source,
+        target,
+        device,
+        precision,
+        max_context,
+        mtp=mtp,
+        draft_vocab=draft_vocab,
+        lookup=lookup,
+        plan_file=Path(plan_file) if plan_file else None,
+        options=options,
+    )
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
         dump = Path(dump_ir) if dump_ir else None
-        models = {DECODER: lower(source, plan, dump)}
+        models = {DECODER: lower(source, plan, dump)} if plan.static is None else lower_static(source, plan, dump)
         if not plan.no_head:
             models[MTP] = lower_mtp(source, plan, dump)
         references = _refer(source, models, staging) if weights == "reference" else {}
@@ -103,6 +116,21 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     model = capture_decoder(source.config.text, plan.activations)
     run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
+
+
+def lower_static(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
+    """The same for a target with static shapes: a graph per size of call."""
+    from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.pipeline import run_passes
+
+    if plan.static is None:
+        raise ValueError("the target has no static shapes")
+    text, models = source.config.text, {}
+    for name, sizes in plan.static.calls.items():
+        models[name] = capture_decoder(text, plan.precision)
+        context = replace(_context(source, plan, text), sizes=sizes, opset=plan.static.opset)
+        run_passes(models[name], plan.target, context, dump / name if dump else None)
+    return models
 
 
 def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
@@ -246,8 +274,28 @@ def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     inputs = tuple(spec(v) for v in model.graph.inputs)
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
-    states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
+    states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
     return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
+
+
+# Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
+# the input is still read by nodes that come later.
+_IN_PLACE = ("GroupQueryAttention", "ScatterND")
+
+
+def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
+    after = f"{tensor.name}.next"
+    if not all(isinstance(d, int) for d in tensor.shape):
+        return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
+    node = next(value for value in model.graph.outputs if value.name == after).producer()
+    return StateSpec(
+        tensor.name,
+        after,
+        tensor.dtype,
+        tensor.shape,
+        grows=tensor.name.endswith((".k_cache", ".v_cache")),
+        in_place=node is not None and node.op_type in _IN_PLACE,
+    )
 
 
 def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:

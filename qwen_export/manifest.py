@@ -56,17 +56,19 @@ class StateSpec:
     """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.
 
     `grows` is true for attention caches, whose dim S is the capacity and which are written in place. `pending` ones, with a dim P, are
-    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states."""
+    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states. `in_place`: output and
+    input may be one buffer."""
 
     name: str
     after: str
     dtype: str
     shape: tuple[int | str, ...]
     grows: bool
+    in_place: bool = True
 
     @property
     def pending(self) -> bool:
-        return "P" in self.shape
+        return "P" in self.shape or ".pending_" in self.name
 
 
 @dataclass(frozen=True)

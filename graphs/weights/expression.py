@@ -82,16 +82,18 @@ class StoredWeight(Weight):
 
 @dataclass(frozen=True)
 class Offset(Weight):
-    """w + offset, in fp32: the 1 of a zero-centred norm."""
+    """(w + offset) * factor, in fp32: the 1 of a zero-centred norm, and a scale that follows it."""
 
     of: StoredWeight
     offset: float
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         _set(self, shape=self.of.shape, dtype=self.of.dtype)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        return (source.rows(self.of.name, start, stop) + np.float32(self.offset)).astype(self.dtype.numpy(), copy=False)
+        wide = (source.rows(self.of.name, start, stop) + np.float32(self.offset)) * np.float32(self.factor)
+        return wide.astype(self.dtype.numpy(), copy=False)
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
@@ -146,6 +148,23 @@ class Transposed(Weight):
 
     def spans(self) -> list[tuple[int, int]]:
         return [(0, self.shape[0])]
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Column(Weight):
+    """One column of a matrix, as a vector."""
+
+    of: Weight
+    index: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=self.of.shape[:1], dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.ascontiguousarray(self.of.rows(source, start, stop)[:, self.index])
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
@@ -284,6 +303,7 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 
 
 __all__: Sequence[str] = (
+    "Column",
     "Constant",
     "FirstRows",
     "HeadRows",
