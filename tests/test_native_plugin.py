@@ -21,7 +21,7 @@ from qwen_export.errors import BundleError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
-from qwen_export.manifest import load_manifest
+from qwen_export.manifest import SpeculationSpec, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native import library
 from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, as_bytes, decode, encode
@@ -88,6 +88,33 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
     states = [name for name in inputs if name and f"{name}.next" in outputs]
     assert states[:3] == ["layers.0.conv_history", "layers.0.recurrent", "layers.0.pending"], "in the order of the module"
     assert Counter(node.op_type for node in model.graph)["Linear"] == 3 * 3 + 4 + 1, "the projection is made once"
+
+
+def test_the_demo_speculates(demo_checkpoint: Path, fake_library: Path, tmp_path: Path) -> None:
+    """Its heads have 64 values."""
+    assert plan_build(open_checkpoint(demo_checkpoint), "onnxruntime", "cuda", "fp16").choices["gated_delta_net"].name == "native_delta_net"
+    manifest = load_manifest(build(demo_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16"))
+    assert list(manifest.graphs) == ["decoder", "mtp"] and manifest.plugins == (LIBRARY,)
+    assert manifest.speculation == SpeculationSpec(7, 8192)
+    assert len([state for state in manifest.graphs["decoder"].states if state.pending]) == 6
+
+
+def test_delta_net_does_not_need_our_products(tmp_path: Path, fake_library: Path) -> None:
+    """A vocabulary of an odd size: the products are ONNX Runtime's, and speculation stays."""
+    config = tiny_config(vision=False, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=509)
+    plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
+    assert plan.choices["linear"].name == "fused_matmul" and plan.choices["gated_delta_net"].name == "native_delta_net"
+    assert plan.speculation is not None
+
+
+@pytest.mark.parametrize(
+    "odd", [{"linear_key_head_dim": 128}, {"linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"linear_conv_kernel_dim": 3}], ids=str
+)
+def test_what_the_delta_net_does_not_take(tmp_path: Path, fake_library: Path, odd: dict[str, int]) -> None:
+    config = tiny_config(vision=False, **({"linear_key_head_dim": 64, "linear_value_head_dim": 64} | odd))
+    plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
+    assert plan.choices["gated_delta_net"].name == "packed_delta_net"
+    assert plan.speculation is None and "keys and values of 64 or of 128 values" in plan.no_head
 
 
 def test_heads_of_another_size_keep_the_kernel_of_the_runtime(tiny_checkpoint: Path, fake_library: Path) -> None:
