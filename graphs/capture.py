@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from qwen_export.graphs.contract import state_names
 from qwen_export.graphs.models.decoder import Decoder
 from qwen_export.graphs.models.mtp import MtpHead
 from qwen_export.graphs.models.state import State, empty_state
+from qwen_export.graphs.unroll import unroll
 from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weight, WeightTensor
 from qwen_export.plugins.ops.onnx_form import translation_table
 
@@ -53,6 +54,13 @@ def meta_decoder(config: TextConfig, precision: str) -> Decoder:
 
 def capture_decoder(config: TextConfig, precision: str) -> ir.Model:
     """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size."""
+    kinds = tuple(dict.fromkeys(config.layer_types))
+    model = _capture_all_layers(replace(config, layer_types=kinds), precision)
+    unroll(model, kinds, config.layer_types)
+    return model
+
+
+def _capture_all_layers(config: TextConfig, precision: str) -> ir.Model:
     state = empty_state(config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], pending=_EXAMPLE["P"], device="meta")
     inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N")]
     signature = Signature(

@@ -82,7 +82,8 @@ def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, w
 def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
     value = node.inputs[0]
     weight = weight_of(value)
-    if value is None or value.name is None or weight is None or len(weight.shape) != 2 or ("axis" in node.attributes and node.attributes.get_int("axis")):
+    columns = "axis" in node.attributes and node.attributes.get_int("axis") != 0
+    if value is None or value.name is None or weight is None or len(weight.shape) != 2 or columns:
         return 0
     ((chosen, _),) = _by_format(weight, plan)
     if chosen.quant is None:

@@ -1,0 +1,113 @@
+"""All layers of a decoder from one traced layer of each kind.
+
+Layers of a kind differ in nothing but their parameters and states, so tracing each of 60 layers teaches nothing new and takes most of a
+build's time. The decoder is traced with one layer per kind; here the nodes of that layer are copied for every layer of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from qwen_export.errors import CaptureError
+from qwen_export.graphs.weights.expression import StoredWeight, add_weight, weight_of
+
+# Where torch.onnx notes the modules that a node comes from.
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def unroll(model: ir.Model, kinds: Sequence[str], layer_types: Sequence[str]) -> None:
+    """`model` is the decoder traced with layers `kinds`, each kind once. Makes it, in place, the decoder with layers `layer_types`."""
+    graph = model.graph
+    templates = [_Template(graph, index) for index in range(len(kinds))]
+    stream = templates[0].entry()
+    last, end = templates[-1].exit(), templates[-1].nodes[-1]
+    made: list[ir.Node] = []
+    inputs: list[ir.Value] = []
+    outputs: list[ir.Value] = []
+    for layer, kind in enumerate(layer_types):
+        copy = templates[list(kinds).index(kind)].copy(layer, stream)
+        made += copy.nodes
+        inputs += copy.inputs
+        outputs += copy.outputs
+        stream = copy.stream
+    graph.insert_after(end, made)
+    last.replace_all_uses_with(stream)
+    own = {value for template in templates for value in (*template.inputs, *template.outputs)}
+    for values, new in ((graph.inputs, inputs), (graph.outputs, outputs)):
+        kept = [value for value in values if value not in own]
+        values.clear()
+        values.extend([*kept, *new])
+    for template in reversed(templates):
+        graph.remove(template.nodes, safe=True)
+
+
+class _Copy:
+    """One layer: its nodes, its states before and after, and the residual stream behind it."""
+
+    def __init__(self, nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], stream: ir.Value) -> None:
+        self.nodes, self.inputs, self.outputs, self.stream = nodes, inputs, outputs, stream
+
+
+class _Template:
+    """The traced layer `index`."""
+
+    def __init__(self, graph: ir.Graph, index: int) -> None:
+        self._graph, self._prefix = graph, f"layers.{index}."
+        scope = f"'layers.{index}'"
+        self.nodes = [node for node in graph if scope in node.metadata_props.get(_SCOPES, "")]
+        if not self.nodes:
+            raise CaptureError("the trace does not say which nodes belong to a layer", where=f"layer {index}")
+        self._inside = {value for node in self.nodes for value in node.outputs}
+        self.inputs = [value for value in graph.inputs if (value.name or "").startswith(self._prefix)]
+        self.outputs = [value for value in graph.outputs if (value.name or "").startswith(self._prefix)]
+        # Out of the graph at once: the layer that has this index in the end may be of another kind.
+        names = [name for name in graph.initializers if name.startswith(self._prefix)]
+        self.parameters = [graph.initializers.pop(name) for name in names]
+
+    def entry(self) -> ir.Value:
+        """The residual stream that the layer reads: the one computed value from outside."""
+        read = {v for node in self.nodes for v in node.inputs if v is not None and v not in self._inside and v.producer() is not None}
+        return self._only(read)
+
+    def exit(self) -> ir.Value:
+        """The one value that nodes outside the layer read."""
+        nodes = set(self.nodes)
+        return self._only({v for v in self._inside if any(user not in nodes for user in v.consumers())})
+
+    def _only(self, values: set[ir.Value]) -> ir.Value:
+        if len(values) != 1:
+            raise CaptureError(
+                "a traced layer is not connected by one residual stream", where=self._prefix, got=[value.name for value in values]
+            )
+        return next(iter(values))
+
+    def copy(self, layer: int, stream: ir.Value) -> _Copy:
+        """The nodes once more, for layer `layer` behind `stream`."""
+        prefix = f"layers.{layer}."
+        new: dict[ir.Value, ir.Value] = {self.entry(): stream}
+        for value in self.inputs:
+            new[value] = ir.Value(name=self._renamed(value, prefix), shape=value.shape, type=value.type)
+        for value in self.parameters:
+            new[value] = self._parameter(value, prefix)
+        nodes = []
+        for node in self.nodes:
+            given = [new.get(value, value) if value is not None else None for value in node.inputs]
+            copy = ir.Node(node.domain, node.op_type, given, node.attributes.values(), num_outputs=len(node.outputs))
+            copy.name = f"{prefix}{node.name}"
+            for old, value in zip(node.outputs, copy.outputs, strict=True):
+                value.name, value.shape, value.type = self._renamed(old, prefix), old.shape, old.type
+                new[old] = value
+            nodes.append(copy)
+        return _Copy(nodes, [new[v] for v in self.inputs], [new[v] for v in self.outputs], new[self.exit()])
+
+    def _renamed(self, value: ir.Value, prefix: str) -> str:
+        return prefix + (value.name or "").removeprefix(self._prefix)
+
+    def _parameter(self, value: ir.Value, prefix: str) -> ir.Value:
+        """The parameter of that layer; a new initializer of the graph."""
+        name, weight = self._renamed(value, prefix), weight_of(value)
+        if not isinstance(weight, StoredWeight):
+            raise CaptureError("a parameter of a traced layer is not a stored tensor", where=name)
+        return add_weight(self._graph, name, StoredWeight(name, weight.shape, weight.dtype))
