@@ -68,10 +68,13 @@ def build(
 def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
     """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.checkpoint.names import StoredLayout
     from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
+    from qwen_export.graphs.weights.layout import resolve_layout
 
     model = capture_decoder(source.config.text, plan.precision)
+    resolve_layout(model, source.config.text, StoredLayout.of(source))
     run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
     return model
 

@@ -3,37 +3,88 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.tensor_table import Layout, tensor_table
+from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
 from qwen_export.graphs.config import CheckpointConfig, TextConfig
 
 MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_FIRST_EXPERT, _GROUPED_INPUTS = "mlp.experts.0.", "linear_attn.in_proj_qkvz."
 _SHOWN = 4
 
 
+@dataclass(frozen=True)
+class StoredLayout:
+    """How each decoder layer of a checkpoint is stored, found by the names that are there. Layers are known by the prefix of their tensors
+    in the names of the modules: "layers.7." in the decoder, "mtp.layers.0." in the draft head."""
+
+    per_expert: frozenset[str]
+    grouped_inputs: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        prefix = checkpoint.config.text_prefix
+        return cls.found(name.removeprefix(prefix) for name in checkpoint.tensors)
+
+    @classmethod
+    def found(cls, names: Iterable[str]) -> Self:
+        """From names of tensors, or of what a quantized checkpoint has in their places: scales and packed values under the same stems."""
+        per_expert, grouped = set(), set()
+        for name in names:
+            if _FIRST_EXPERT in name:
+                per_expert.add(name.split(_FIRST_EXPERT)[0])
+            elif _GROUPED_INPUTS in name:
+                grouped.add(name.split(_GROUPED_INPUTS)[0])
+        return cls(frozenset(per_expert), frozenset(grouped))
+
+    def layer(self, prefix: str) -> LayerLayout:
+        """Of the layer whose tensors start with `prefix`."""
+        return LayerLayout(prefix not in self.per_expert, prefix in self.grouped_inputs)
+
+
 def decoder_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name (that of the module's parameter) and stored shape of every tensor of the decoder."""
-    values = asdict(config)
-    if not config.is_moe:
-        del values["num_experts"]  # its presence is what tells the layouts apart
-    for entry in tensor_table(values, Layout(with_mtp=False)):
+    """Name and shape of every parameter of the decoder: as stored, where the checkpoint stores one tensor per parameter."""
+    for entry in tensor_table(_keys(config), Layout(with_mtp=False)):
         yield entry.name.removeprefix("model."), entry.shape
 
 
+def layer_tensors(config: TextConfig, prefix: str, kind: str, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for one decoder layer of `kind`."""
+    return decoder_layer(prefix, _keys(config), kind, stored.layer(prefix))
+
+
+def stored_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for the decoder."""
+    yield "embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    for i, kind in enumerate(config.layer_types):
+        yield from layer_tensors(config, f"layers.{i}.", kind, stored)
+    yield "norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+
+
+def _keys(config: TextConfig) -> dict[str, Any]:
+    """The configuration by the keys of a config.json."""
+    values = asdict(config)
+    if not config.is_moe:
+        del values["num_experts"]  # its presence is what tells a mixture of experts from a dense layer
+    return values
+
+
 def stored_name(config: CheckpointConfig, name: str) -> str:
-    """The checkpoint's name of a decoder parameter."""
+    """The checkpoint's name of a tensor of the decoder."""
     return name if name == "lm_head.weight" else config.text_prefix + name
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
     config = checkpoint.config
-    wanted = {stored_name(config, name): shape for name, shape in decoder_tensors(config.text)}
+    wanted = {stored_name(config, name): shape for name, shape in stored_tensors(config.text, StoredLayout.of(checkpoint))}
     have = checkpoint.tensors
     missing = [name for name in wanted if name not in have]
     if missing:

@@ -47,14 +47,14 @@ class Weight(ABC):
         return prod(self.shape) * int(self.dtype.itemsize)
 
     def blocks(self, source: TensorSource) -> Iterator[Array]:
-        """The whole tensor in order, in blocks of about BLOCK_BYTES."""
+        """The whole tensor in order, in blocks of about BLOCK_BYTES or one row of the first axis, whichever is more."""
         count = self.shape[0] if self.shape else 1
         step = max(1, BLOCK_BYTES * count // max(1, prod(self.shape) * 4))
         for start in range(0, count, step):
             yield self.rows(source, start, min(count, start + step))
 
     def evaluate(self, source: TensorSource) -> Array:
-        return np.concatenate(list(self.blocks(source)))
+        return np.concatenate(list(self.blocks(source))).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,51 @@ class Stacked(Weight):
 
 
 @dataclass(frozen=True)
+class StackedMatrices(Weight):
+    """Several weights of one shape along a new first axis: the matrices of all experts as one tensor."""
+
+    parts: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        if any(p.shape != first.shape or p.dtype != first.dtype for p in self.parts):
+            raise ValueError(f"cannot stack {[p.shape for p in self.parts]}")
+        _set(self, shape=(len(self.parts), *first.shape), dtype=first.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.stack([part.evaluate(source) for part in self.parts[start:stop]])
+
+    def blocks(self, source: TensorSource) -> Iterator[Array]:
+        """Part after part: an expert may be larger than a block."""
+        for part in self.parts:
+            yield from part.blocks(source)
+
+    def stored(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.stored()
+
+
+@dataclass(frozen=True)
+class Interleaved(Weight):
+    """The rows of the two halves of every matrix by turns, [E,2I,H]: gate and up of each expert as a kernel that wants them together."""
+
+    of: Weight
+
+    def __post_init__(self) -> None:
+        if len(self.of.shape) != 3 or self.of.shape[1] % 2:
+            raise ValueError(f"cannot interleave the halves of {self.of.shape}")
+        _set(self, shape=self.of.shape, dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        E, rows, columns = stop - start, *self.shape[1:]
+        halves = self.of.rows(source, start, stop).reshape(E, 2, rows // 2, columns)
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(E, rows, columns)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
 class Constant(Weight):
     """A small array that does not come from the checkpoint."""
 
@@ -248,10 +293,12 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 __all__: Sequence[str] = (
     "Constant",
     "HeadRows",
+    "Interleaved",
     "NegativeExp",
     "Offset",
     "Reshaped",
     "Stacked",
+    "StackedMatrices",
     "StoredWeight",
     "TensorSource",
     "Transposed",
