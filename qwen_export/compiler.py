@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
@@ -75,7 +76,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
 
     model = capture_decoder(source.config.text, plan.precision)
     resolve_layout(model, source.config.text, StoredLayout.of(source))
-    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices), dump)
+    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices, stored_dtypes(source)), dump)
     return model
 
 
@@ -125,7 +126,7 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         precision_plan={
-            "weights": plan.precision,
+            "weights": _weight_types(model, plan.precision),
             "activations": plan.precision,
             "recurrent state": "fp32",
             "attention cache": plan.precision,
@@ -133,6 +134,13 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _weight_types(model: ir.Model, precision: str) -> str:
+    kept = precision == "fp32" and any(
+        value.dtype is not None and value.dtype.name == "BFLOAT16" for value in model.graph.initializers.values()
+    )
+    return "fp32; projections, embedding and head bf16, as stored" if kept else precision
 
 
 def _graph_spec(model: ir.Model) -> GraphSpec:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors
+from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, stored_dtypes
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
@@ -38,7 +38,7 @@ class BuildPlan:
     @property
     def plugins(self) -> tuple[Path, ...]:
         """Libraries with kernels that the graph uses: they become part of the bundle."""
-        library = find_library()
+        library = find_library(self.device)
         native = any(kernel.domain == NATIVE for choice in self.choices.values() for kernel in choice.kernels)
         return (library,) if native and library is not None else ()
 
@@ -80,7 +80,7 @@ def plan_build(
         precision,
         context,
         choices,
-        bundle_bytes=size * sum(prod(shape) for _, shape in decoder_tensors(config)),
+        bundle_bytes=_weight_bytes(checkpoint, precision, choices),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size),
     )
@@ -100,6 +100,15 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
         method = checkpoint.config.quantization.get("quant_method", "unknown")
         reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
     return reasons
+
+
+def _weight_bytes(checkpoint: Checkpoint, precision: str, choices: dict[str, Choice]) -> int:
+    """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
+    stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
+    return sum(
+        prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
+        for name, shape in decoder_tensors(checkpoint.config.text)
+    )
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

@@ -39,6 +39,7 @@ ONNXRUNTIME = Target(
         "graphs.passes.absorb_residual:absorb_residual",
         "graphs.passes.fuse_residual_norm:fuse_residual_norm",
         "plugins.onnxruntime.lowerings:lower_simple_ops",
+        "graphs.passes.keep_stored_bf16:keep_stored_bf16",
         "graphs.passes.remove_dead:remove_dead",
     ),
 )

@@ -28,9 +28,10 @@ from qwen_export.graphs.passes.verify import verify_graph
 from qwen_export.graphs.pipeline import print_graph, run_passes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.expression import weight_of
-from qwen_export.plan import kernels_for, plan_build
+from qwen_export.plan import plan_build
 from qwen_export.plugins.onnxruntime.choices import CHOICES, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.runtimes.onnxruntime_kernels import installed
 from qwen_export.targets import ONNXRUNTIME, pass_names
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -41,9 +42,10 @@ Lowered = Callable[..., ir.Model]
 
 
 def lower(raw: dict[str, Any], device: str, precision: str, dump: Path | None = None) -> ir.Model:
-    """The target graph of a configuration. For devices that this machine lacks, the recorded kernels decide."""
+    """The target graph of a configuration on ONNX Runtime's own kernels, for CUDA the recorded ones."""
     config = parse_config(raw).text
-    kernels = kernels_for(device) if device == "cpu" else recorded(device)
+    kernels = installed(device) if device == "cpu" else recorded(device)
+    assert kernels is not None
     choices, refused = choose(kernels, precision, config)
     assert not refused
     model = capture_decoder(config, precision)

@@ -27,6 +27,7 @@ from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, decode, encode
 from qwen_export.runtimes.integrity import ensure_whole
 
 Array = npt.NDArray[Any]
+LIBRARY, VARIABLE = library.LIBRARIES["cuda"].file, library.LIBRARIES["cuda"].variable
 
 
 # ---- what the build makes of it; needs no device ----
@@ -34,9 +35,9 @@ Array = npt.NDArray[Any]
 
 @pytest.fixture
 def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / library.LIBRARY
+    path = tmp_path / LIBRARY
     path.write_bytes(b"kernels")
-    monkeypatch.setenv(library.VARIABLE, str(path))
+    monkeypatch.setenv(VARIABLE, str(path))
     return path
 
 
@@ -72,20 +73,20 @@ def test_heads_of_another_size_keep_the_kernel_of_the_runtime(tiny_checkpoint: P
 
 
 def test_without_the_library_nothing_changes(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.VARIABLE, "")
+    monkeypatch.setenv(VARIABLE, "")
     assert not [name for name in lowered(tiny_checkpoint, "fp16") if name.startswith(library.NATIVE)]
 
 
 def test_the_bundle_carries_and_hashes_the_library(wide_heads: Path, fake_library: Path, tmp_path: Path) -> None:
     bundle = build(wide_heads, tmp_path / "bundle", device="cuda", precision="fp16")
     manifest = load_manifest(bundle)
-    assert manifest.plugins == (library.LIBRARY,)
+    assert manifest.plugins == (LIBRARY,)
     assert not [name for name in manifest.target.operators if name.startswith(library.NATIVE)], "not asked of ONNX Runtime"
     ensure_whole(bundle, manifest)
-    (bundle / library.LIBRARY).write_bytes(b"kernel$")
+    (bundle / LIBRARY).write_bytes(b"kernel$")
     with pytest.raises(BundleError, match="changed or damaged"):
         ensure_whole(bundle, manifest)
-    (bundle / library.LIBRARY).unlink()
+    (bundle / LIBRARY).unlink()
     with pytest.raises(BundleError, match="missing"):
         ensure_whole(bundle, manifest)
 
@@ -95,7 +96,7 @@ def test_a_cpu_bundle_has_no_plugin(wide_heads: Path, fake_library: Path, tmp_pa
 
 
 def test_a_built_library_loads_without_a_device() -> None:
-    path = Path(library.__file__).parent / library.LIBRARY
+    path = Path(library.__file__).parent / LIBRARY
     if not path.is_file():
         pytest.skip("not built")
     assert ctypes.CDLL(str(path)).RegisterCustomOps
@@ -122,7 +123,7 @@ def session(op: str, dtype: str, inputs: tuple[tuple[str, str], ...], outputs: t
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid(library.NATIVE, 1)], ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(library.find_library()))
+    options.register_custom_ops_library(str(library.find_library("cuda")))
     providers = [("CUDAExecutionProvider", {"enable_cuda_graph": "1"}), "CPUExecutionProvider"]
     return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
 

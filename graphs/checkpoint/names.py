@@ -81,6 +81,13 @@ def stored_name(config: CheckpointConfig, name: str) -> str:
     return name if name == "lm_head.weight" else config.text_prefix + name
 
 
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype of each tensor that is stored for the decoder, by its name among the modules."""
+    config = checkpoint.config
+    names = (name for name, _ in stored_tensors(config.text, StoredLayout.of(checkpoint)))
+    return {name: checkpoint.tensors[stored_name(config, name)].dtype for name in names}
+
+
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
     config = checkpoint.config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -15,11 +15,13 @@ MICROSOFT = "com.microsoft"
 
 @dataclass(frozen=True)
 class PassContext:
-    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target."""
+    """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
+    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32)."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def activation(self) -> ir.DataType:

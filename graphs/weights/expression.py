@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol
 
@@ -280,6 +280,19 @@ def weight_of(value: ir.Value | None) -> Weight | None:
     return tensor.weight if isinstance(tensor, WeightTensor) else None
 
 
+def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
+    """The same stored elements in another element type, None for a weight that is computed from them."""
+    if isinstance(weight, StoredWeight):
+        return replace(weight, dtype=dtype)
+    if isinstance(weight, Reshaped | Transposed | HeadRows):
+        inner = retyped(weight.of, dtype)
+        return replace(weight, of=inner) if inner is not None else None
+    if isinstance(weight, Stacked):
+        parts = [retyped(part, dtype) for part in weight.parts]
+        return Stacked(tuple(part for part in parts if part is not None)) if None not in parts else None
+    return None
+
+
 def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
     """A new initializer, or the one of that name."""
     if name in graph.initializers:
@@ -305,5 +318,6 @@ __all__: Sequence[str] = (
     "Weight",
     "WeightTensor",
     "add_weight",
+    "retyped",
     "weight_of",
 )

@@ -51,7 +51,7 @@ def _rotary_limit(config: TextConfig) -> str:
 
 
 def _native_limit(config: TextConfig) -> str:
-    """The kernels load 8 elements at a time."""
+    """The CUDA kernels load 8 elements at a time."""
     widths = {
         "hidden size": config.hidden_size,
         "intermediate size": config.intermediate_size,
@@ -72,6 +72,7 @@ def _native_delta_net_limit(config: TextConfig) -> str:
     return _native_limit(config)
 
 
+_NATIVE_LINEAR = (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE))
 _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
 _CONV = Kernel("CausalConvWithState")
@@ -80,7 +81,7 @@ _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "cpu": {
-        "linear": (Choice("fused_matmul", (Kernel("FusedMatMul"),)),),
+        "linear": (Choice("native_linear", _NATIVE_LINEAR), Choice("fused_matmul", (Kernel("FusedMatMul"),))),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
@@ -92,7 +93,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     },
     "cuda": {
         "linear": (
-            Choice("native_linear", (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE)), _native_limit),
+            Choice("native_linear", _NATIVE_LINEAR, _native_limit),
             Choice("fused_matmul", (Kernel("FusedMatMul"),)),
         ),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),

@@ -1,4 +1,4 @@
-"""qwen::linear on our own kernel: up to 8 rows are bound by reading the weight once, more rows are cuBLAS."""
+"""qwen::linear on our own kernels: a few rows are bound by reading the weight once, more rows are a blocked product."""
 
 from __future__ import annotations
 

@@ -1,38 +1,107 @@
-// Linear: y = x w^T, the plain reference form. x f32[...,K], w f32[N,K] -> y f32[...,N]
+// Linear: y = norm(x) w^T + residual. SwiGlu: y = silu(norm(x) w_gate^T) * (norm(x) w_up^T). Activations are fp32, weights fp32 or bf16.
+
+#include <algorithm>
+#include <memory>
 
 #include "operator.h"
 #include "ops.h"
+#include "product.h"
 
 namespace qwen {
 namespace {
 
+// What one task reads of the weight: short enough that the threads end together, long enough that starting a task costs nothing.
+constexpr int64_t kTaskWeights = 64 << 10, kTasks = 512;
+// Rows that are packed before the threads are asked to help.
+constexpr int64_t kFewValues = 32 << 10;
+
+// The rows of x in the order of the kernels, in memory that the thread keeps.
+const float* pack(const Call& call, const float* x, const float* norm, float eps, int64_t M, int64_t K) {
+  static const auto packed_size = QWEN_BEST(packed_size);
+  static const auto packed_groups = QWEN_BEST(packed_groups);
+  static const auto pack_rows = QWEN_BEST(pack_rows);
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local size_t capacity = 0;
+  const size_t size = packed_size(M, K), groups = packed_groups(M);
+  if (M == 1 && norm == nullptr && size == size_t(K)) return x;
+  if (capacity < size) memory.reset(new float[capacity = size]);
+  float* out = memory.get();
+  if (M * K <= kFewValues)
+    pack_rows(x, norm, eps, M, K, 0, groups, out);
+  else
+    call.parallel(groups, [=](size_t group) { pack_rows(x, norm, eps, M, K, group, group + 1, out); });
+  return out;
+}
+
+void run(const Call& call, const Product& p) {
+  static const auto product = QWEN_BEST(product);
+  const int64_t rows = kTaskWeights / int64_t(p.K) / (p.gated ? 2 : 1), N = int64_t(p.N);
+  const size_t columns = size_t(std::max({int64_t(4), rows, N / kTasks}) / 4 * 4);
+  call.parallel((p.N + columns - 1) / columns,
+                [&](size_t task) { product(p, task * columns, std::min(p.N, (task + 1) * columns)); });
+}
+
+// x f32[...,K], w [N,K], residual f32[...,N]?, norm f32[K]?  ->  y f32[...,N]
+template <bool bf16>
 class LinearKernel {
  public:
-  explicit LinearKernel(const Ort::ConstKernelInfo&) {}
+  explicit LinearKernel(const Ort::ConstKernelInfo& info) : eps_(info.GetAttribute<float>("epsilon")) {}
 
   void compute(Call& call) {
     Shape shape = call.shape(0);
     const Shape weight = call.shape(1);
     expect(!shape.empty() && weight.size() == 2 && shape.back() == weight[1], "Linear: x [...,K] and w [N,K] do not fit");
     const int64_t M = rows_of(shape), N = weight[0], K = weight[1];
-    const float *x = call.input<float>(0), *w = call.input<float>(1);
     shape.back() = N;
+    expect(!call.has(2) || call.shape(2) == shape, "Linear: the residual has another shape than the result");
+    expect(!call.has(3) || call.shape(3) == Shape{K}, "Linear: norm must be [K]");
     float* y = call.output<float>(0, shape);
-    call.parallel(size_t(N), [&](size_t n) {
-      for (int64_t m = 0; m < M; m++) {
-        float sum = 0;
-        for (int64_t k = 0; k < K; k++) sum += x[m * K + k] * w[n * K + k];
-        y[m * N + n] = sum;
-      }
-    });
+    if (M == 0 || N == 0) return;
+    const float* x = pack(call, call.input<float>(0), call.optional<float>(3), eps_, M, K);
+    run(call, {x, call.input<void>(1), bf16, false, call.optional<float>(2), y, size_t(M), size_t(N), size_t(K)});
   }
+
+ private:
+  float eps_;
 };
+
+// x f32[...,K], w [2N,K] (gate rows first), norm f32[K]?  ->  y f32[...,N]
+template <bool bf16>
+class SwiGluKernel {
+ public:
+  explicit SwiGluKernel(const Ort::ConstKernelInfo& info) : eps_(info.GetAttribute<float>("epsilon")) {}
+
+  void compute(Call& call) {
+    Shape shape = call.shape(0);
+    const Shape weight = call.shape(1);
+    expect(!shape.empty() && weight.size() == 2 && shape.back() == weight[1] && weight[0] % 2 == 0,
+           "SwiGlu: x [...,K] and w [2N,K] do not fit");
+    const int64_t M = rows_of(shape), N = weight[0] / 2, K = weight[1];
+    shape.back() = N;
+    expect(!call.has(2) || call.shape(2) == Shape{K}, "SwiGlu: norm must be [K]");
+    float* y = call.output<float>(0, shape);
+    if (M == 0 || N == 0) return;
+    const float* x = pack(call, call.input<float>(0), call.optional<float>(2), eps_, M, K);
+    run(call, {x, call.input<void>(1), bf16, true, nullptr, y, size_t(M), size_t(N), size_t(K)});
+  }
+
+ private:
+  float eps_;
+};
+
+template <bool bf16>
+void add(Ort::CustomOpDomain& domain) {
+  static const Operator<LinearKernel<bf16>> linear({"Linear", bf16 ? "fhf?f?" : "fff?f?", "f"});
+  static const Operator<SwiGluKernel<bf16>> swiglu({"SwiGlu", bf16 ? "fhf?" : "fff?", "f"});
+  domain.Add(&linear);
+  domain.Add(&swiglu);
+}
 
 }  // namespace
 
 void add_linear(Ort::CustomOpDomain& domain) {
-  static const Operator<LinearKernel> linear({"Linear", "ff", "f"});
-  domain.Add(&linear);
+  add<false>(domain);
+  add<true>(domain);
 }
 
 }  // namespace qwen

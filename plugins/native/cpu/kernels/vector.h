@@ -1,0 +1,95 @@
+// Vectors of fp32 as wide as the instruction set's registers, from the compilers' vector extension. Included by kernels only.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace qwen {
+namespace QWEN_SET {
+
+#if defined(__AVX512F__)
+constexpr size_t kLanes = 16, kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr size_t kLanes = 8, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr size_t kLanes = 4, kRegisters = 32;
+#else
+constexpr size_t kLanes = 4, kRegisters = 16;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef float Four __attribute__((vector_size(16), aligned(4)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
+
+inline Vector load(const Bf16* from) {
+  return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+}
+
+inline void store(float* to, Vector v) { *reinterpret_cast<Vector*>(to) = v; }
+
+// The first `count` < kLanes values, then zeros.
+template <typename W>
+inline Vector load_part(const W* from, size_t count) {
+  W part[kLanes] = {};
+  std::memcpy(part, from, count * sizeof(W));
+  return load(part);
+}
+
+// The sum of each vector's lanes, always in the same order.
+inline Four sums(Vector a, Vector b, Vector c, Vector d) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+#elif defined(__AVX2__)
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+#elif defined(__SSE2__)
+  const __m128 ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+  const __m128 cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+  return _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+#else
+  const Vector all[] = {a, b, c, d};
+  Four result;
+  for (int i = 0; i < 4; i++) result[i] = (all[i][0] + all[i][1]) + (all[i][2] + all[i][3]);
+  return result;
+#endif
+}
+
+// e^x to 2 units in the last place; x is cut to -87..88, where fp32 ends.
+inline Four exponential(Four x) {
+  const Four low = Four{} - 87.0f, high = Four{} + 88.0f;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Four shifted = x * 1.44269504f + shift, n = shifted - shift;
+  const Four r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Four p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (Four)((__builtin_convertvector(n, FourInts) + 127) << 23);
+}
+
+inline Four silu(Four x) { return x / (exponential(-x) + 1.0f); }
+
+}  // namespace QWEN_SET
+}  // namespace qwen
