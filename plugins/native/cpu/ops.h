@@ -6,5 +6,6 @@
 namespace qwen {
 
 void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
+void add_quantized(Ort::CustomOpDomain& domain);  // quant_linear_op.cc
 
 }  // namespace qwen

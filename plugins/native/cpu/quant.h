@@ -1,0 +1,82 @@
+// Quantised matrices: how they lie in the file, and the kernels on them.
+//
+// A matrix w [N,K] is cut into panels of 16 rows, and each row into blocks of `block` values (the last one is filled up with codes that
+// nothing multiplies). w[n,k] = scale * (code - zero), with a scale per row and block, and a zero per row and block or one for all. A panel is
+//
+//   scales  [blocks][16] fp16 or fp32                        then zeros up to a multiple of 64 bytes
+//   zeros   [blocks][16] u8, where the format has them       the same
+//   codes   [blocks * block / 4][16][4] u8 (8 bits), or
+//           [blocks * block / 8][16][4] u8 (4 bits): byte j of a row has value 8 g + j in its low half and 8 g + 4 + j in its high half
+//
+// so that 64 bytes feed one multiply-add of bytes for 16 rows. Panels follow each other: the first rows of a matrix are a matrix of the same
+// form. Rows are multiplied where they lie in the mapped file; graphs/quantization/packing.py writes them.
+//
+// Activations are quantised per row and block to -127..127. A block's products are summed in integers, which is exact in any order, and
+// blocks in fp32, in order: the result of a row does not depend on how many rows there are.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace qwen {
+
+constexpr int kPanelRows = 16;
+constexpr int kTileRows = 8;    // rows of activations that share one reading of a panel
+constexpr int kQuantUnit = 32;  // blocks are multiples of this
+
+struct QuantFormat {
+  int bits = 0;   // 4 or 8
+  int block = 0;  // a multiple of 32
+  bool zeros = false;
+  bool wide_scales = false;  // fp32 instead of fp16
+  int64_t N = 0, K = 0;
+
+  int64_t panels() const { return (N + kPanelRows - 1) / kPanelRows; }
+  int64_t blocks() const { return (K + block - 1) / block; }
+  int64_t padded() const { return blocks() * block; }
+  size_t zeros_at() const { return aligned(size_t(blocks()) * kPanelRows * (wide_scales ? 4 : 2)); }
+  size_t codes_at() const { return zeros_at() + (zeros ? aligned(size_t(blocks()) * kPanelRows) : 0); }
+  size_t panel_bytes() const { return codes_at() + size_t(padded()) * kPanelRows * bits / 8; }
+  int offset() const { return 1 << (bits - 1); }  // the zero of formats without zeros
+
+ private:
+  static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+};
+
+// Up to 8 rows of quantised activations, interleaved.
+struct QuantTile {
+  int rows = 0;
+  int8_t* codes = nullptr;       // [padded / 4][rows][4]
+  float* scales = nullptr;       // [blocks][rows]
+  float* corrections = nullptr;  // [blocks][rows]: with zeros the sum of the codes as fp32, else what the integer sum starts with, as int32
+
+  static size_t bytes(const QuantFormat& format, int rows) {
+    return size_t(rows) * (size_t(format.padded()) + size_t(format.blocks()) * 2 * sizeof(float));
+  }
+  static QuantTile at(void* memory, const QuantFormat& format, int rows) {
+    QuantTile tile;
+    tile.rows = rows;
+    tile.codes = static_cast<int8_t*>(memory);
+    tile.scales = reinterpret_cast<float*>(tile.codes + size_t(rows) * format.padded());
+    tile.corrections = tile.scales + size_t(rows) * format.blocks();
+    return tile;
+  }
+};
+
+// quantize_tile: rows x [tile.rows, K] into the tile, after an RMS norm with weight `norm` [K] where that is given. `scratch`: padded() values.
+// quant_panel: one panel times one tile: out [tile.rows, 16].
+// quant_swiglu: out [rows, 16] = silu(gate) * up, over one panel's worth of results.
+// quant_row: row `row` of a matrix as fp32 [K].
+#define QWEN_QUANT(SET)                                                                                                        \
+  namespace SET {                                                                                                              \
+  void quantize_tile(const QuantFormat& format, const float* x, const float* norm, float epsilon, float* scratch, QuantTile tile); \
+  void quant_panel(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out);                        \
+  void quant_swiglu(const float* gate, const float* up, int count, float* out);                                                \
+  void quant_row(const QuantFormat& format, const uint8_t* packed, int64_t row, float* out);                                   \
+  }
+QWEN_SETS(QWEN_QUANT)
+#undef QWEN_QUANT
+
+}  // namespace qwen
