@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, stored_dtypes
+from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
@@ -94,8 +94,6 @@ def kernels_for(device: str) -> Kernels:
 
 def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     reasons = []
-    if checkpoint.config.text.is_moe:
-        reasons.append("mixture-of-experts layers are not supported yet; dense checkpoints (0.8B to 27B) are")
     if checkpoint.config.quantization:
         method = checkpoint.config.quantization.get("quant_method", "unknown")
         reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
@@ -104,11 +102,15 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
 
 def _weight_bytes(checkpoint: Checkpoint, precision: str, choices: dict[str, Choice]) -> int:
     """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
-    stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
-    return sum(
-        prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
-        for name, shape in decoder_tensors(checkpoint.config.text)
-    )
+    stored = stored_dtypes(checkpoint)
+    native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
+
+    def size(name: str, shape: tuple[int, ...]) -> int:
+        read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
+        return BYTES["bf16"] if read_by in native and stored[name] == "BF16" else BYTES[precision]
+
+    tensors = stored_tensors(checkpoint.config.text, StoredLayout.of(checkpoint))
+    return sum(prod(shape) * size(name, shape) for name, shape in tensors)
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

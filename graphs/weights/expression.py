@@ -284,12 +284,12 @@ def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
     """The same stored elements in another element type, None for a weight that is computed from them."""
     if isinstance(weight, StoredWeight):
         return replace(weight, dtype=dtype)
-    if isinstance(weight, Reshaped | Transposed | HeadRows):
+    if isinstance(weight, Reshaped | Transposed | HeadRows | Interleaved):
         inner = retyped(weight.of, dtype)
         return replace(weight, of=inner) if inner is not None else None
-    if isinstance(weight, Stacked):
+    if isinstance(weight, Stacked | StackedMatrices):
         parts = [retyped(part, dtype) for part in weight.parts]
-        return Stacked(tuple(part for part in parts if part is not None)) if None not in parts else None
+        return type(weight)(tuple(part for part in parts if part is not None)) if None not in parts else None
     return None
 
 

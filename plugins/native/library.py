@@ -28,7 +28,7 @@ class Library:
 
 
 LIBRARIES = {
-    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", frozenset({"float"}), ("Linear", "SwiGlu")),
+    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", frozenset({"float"}), ("Linear", "SwiGlu", "Moe")),
     "cuda": Library(
         "libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", frozenset({"float16", "bfloat16"}), ("Linear", "SwiGlu", "DeltaNet")
     ),

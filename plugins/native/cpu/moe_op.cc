@@ -164,7 +164,7 @@ void run_all(Call& call, const Sizes& s, const Experts& gate_up, const Experts& 
   }
 }
 
-template <bool bf16>
+template <bool gate_up_bf16, bool down_bf16>
 class MoeKernel {
  public:
   explicit MoeKernel(const Ort::ConstKernelInfo& info) : top_k_(info.GetAttribute<int64_t>("top_k")) {}
@@ -175,7 +175,8 @@ class MoeKernel {
     const int64_t I = down.size() == 3 ? down[2] : 0;
     expect(I > 0 && gate_up == Shape({int64_t(s.E), 2 * I, int64_t(s.H)}) && down == Shape({int64_t(s.E), int64_t(s.H), I}),
            "Moe: gate_up must be [E,2I,H] and down [E,H,I]");
-    run_all(call, s, PlainExperts{call.input<void>(2), bf16, 2 * size_t(I), s.H}, PlainExperts{call.input<void>(3), bf16, s.H, size_t(I)}, size_t(I));
+    const PlainExperts up{call.input<void>(2), gate_up_bf16, 2 * size_t(I), s.H}, back{call.input<void>(3), down_bf16, s.H, size_t(I)};
+    run_all(call, s, up, back, size_t(I));
   }
 
  private:
@@ -229,11 +230,15 @@ class QuantMoeKernel {
 }  // namespace
 
 void add_moe(Ort::CustomOpDomain& domain) {
-  static const Operator<MoeKernel<false>> fp32({"Moe", "ffff", "f"});
-  static const Operator<MoeKernel<true>> bf16({"Moe", "ffhh", "f"});
+  static const Operator<MoeKernel<false, false>> fp32({"Moe", "ffff", "f"});
+  static const Operator<MoeKernel<true, true>> bf16({"Moe", "ffhh", "f"});
+  static const Operator<MoeKernel<true, false>> bf16_fp32({"Moe", "ffhf", "f"});
+  static const Operator<MoeKernel<false, true>> fp32_bf16({"Moe", "fffh", "f"});
   static const Operator<QuantMoeKernel> quant({"QuantMoe", "ffbb", "f"});
   domain.Add(&fp32);
   domain.Add(&bf16);
+  domain.Add(&bf16_fp32);
+  domain.Add(&fp32_bf16);
   domain.Add(&quant);
 }
 
