@@ -54,7 +54,7 @@ class Weight(ABC):
             yield self.rows(source, start, min(count, start + step))
 
     def evaluate(self, source: TensorSource) -> Array:
-        return np.concatenate(list(self.blocks(source))).reshape(self.shape)
+        return np.concatenate(list(self.blocks(source)))
 
 
 @dataclass(frozen=True)
@@ -210,11 +210,6 @@ class StackedMatrices(Weight):
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return np.stack([part.evaluate(source) for part in self.parts[start:stop]])
-
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        """Part after part: an expert may be larger than a block."""
-        for part in self.parts:
-            yield from part.blocks(source)
 
     def stored(self) -> Iterator[str]:
         for part in self.parts:

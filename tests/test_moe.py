@@ -1,0 +1,293 @@
+"""Mixture of experts: the op, both layouts of the experts, Qwen3-Next, and bundles next to transformers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+import transformers
+
+from qwen_export import build
+from qwen_export.errors import CheckpointError, ConfigError
+from qwen_export.graphs.capture import capture_decoder
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, layer_tensors, stored_tensors
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.tensor_table import tensor_table
+from qwen_export.graphs.config import FULL, LINEAR, parse_config
+from qwen_export.graphs.family import FAMILY, tiny_config
+from qwen_export.graphs.models.eager import EagerSequence
+from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.weights.expression import StoredWeight, weight_of
+from qwen_export.graphs.weights.layout import parameter_weight, resolve_layout
+from qwen_export.manifest import load_manifest
+from qwen_export.plugins.native.library import LIBRARIES, find_library
+from qwen_export.plugins.ops.moe import moe, route
+from qwen_export.runtimes import load
+from tests.support import moe_ops
+from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
+
+Make = Callable[..., Path]
+NATIVE = find_library("cpu")
+needs_library = pytest.mark.skipif(NATIVE is None, reason="plugins/native/cpu/build.sh has not been run")
+
+
+def tiny(**options: Any) -> dict[str, Any]:
+    return tiny_config(moe=True, linear_key_head_dim=32, linear_value_head_dim=32, **options)
+
+
+# ---- the op
+
+
+@pytest.mark.parametrize(("E", "K"), [(8, 2), (256, 8), (512, 10), (3, 3), (1, 1)])
+def test_the_op_is_the_weighted_sum_over_the_selected_experts(E: int, K: int) -> None:
+    layer = moe_ops.plain_layer(E, K, 16, 6)
+    x, logits = moe_ops.tokens(layer, 12)
+    got = moe(*(torch.from_numpy(a) for a in (x, logits, *layer.inputs)), K)
+    assert moe_ops.error(got.numpy(), moe_ops.expected(layer, x, logits)) < 2e-6
+    both = moe(*(torch.from_numpy(a) for a in (x.reshape(3, 4, -1), logits.reshape(3, 4, -1), *layer.inputs)), K)
+    assert both.shape == (3, 4, 16) and torch.equal(both.reshape(12, 16), got)
+
+
+def test_experts_that_are_not_selected_are_not_computed() -> None:
+    layer = moe_ops.plain_layer(16, 2, 16, 6)
+    x, logits = moe_ops.tokens(layer, 3)
+    _, selected = route(torch.from_numpy(logits), 2)
+    idle = sorted({*range(16)} - {*selected.flatten().tolist()})
+    gate_up, down = (torch.from_numpy(a.copy()) for a in layer.inputs)
+    gate_up[idle] = down[idle] = float("nan")
+    assert moe(torch.from_numpy(x), torch.from_numpy(logits), gate_up, down, 2).isfinite().all()
+
+
+def test_the_router_works_in_fp32() -> None:
+    """Two probabilities that bf16 cannot tell apart are ranked by fp32, and weights sum to 1."""
+    logits = torch.tensor([[0.0, 5.0, 5.03125, 5.0625]], dtype=torch.bfloat16)
+    weight, expert = route(logits, 2)
+    assert expert.tolist() == [[3, 2]] and weight.dtype == torch.bfloat16
+    exact = torch.softmax(logits.double()[0, [3, 2]], 0)
+    torch.testing.assert_close(weight[0].double(), exact, rtol=4e-3, atol=0)
+
+
+@needs_library
+def test_the_native_op_selects_what_torch_selects_among_equals() -> None:
+    for E, K in ((256, 8), (512, 10), (64, 1), (1024, 10)):
+        layer = moe_ops.plain_layer(E, K, 16, 8)
+        x, logits = moe_ops.tokens(layer, 60)
+        for tied in (np.round(logits), np.zeros_like(logits)):
+            got = moe_ops.call(str(NATIVE), layer, x, tied)
+            assert moe_ops.error(got, moe_ops.expected(layer, x, tied)) < 2e-6
+
+
+@needs_library
+@pytest.mark.parametrize("instructions", ["base", "avx2", "avx512"])
+def test_the_native_op_in_every_form(instructions: str) -> None:
+    """fp32, bf16, int4 and int8 weights, one token to many; equal tokens give equal bits."""
+    script = Path(moe_ops.__file__)
+    root = str(Path(__file__).parent.parent)
+    environment = os.environ | {"QWEN_EXPORT_CPU_SET": instructions, "PYTHONPATH": root}
+    subprocess.run([sys.executable, str(script), str(NATIVE)], check=True, env=environment, cwd=root)
+
+
+# ---- layouts
+
+
+def test_per_expert_matrices_make_the_fused_tensors(tmp_path: Path) -> None:
+    """transformers stores the experts of a model that it made itself one by one."""
+    fused = synthesize(tiny(vision=False), tmp_path / "fused", dtype="fp32", with_mtp=False)
+    loaded = transformers.Qwen3_5MoeForCausalLM.from_pretrained(fused, dtype=torch.float32)
+    fresh = transformers.Qwen3_5MoeForCausalLM(loaded.config)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(tmp_path / "split")
+    split = open_checkpoint(tmp_path / "split")
+    assert "model.layers.3.mlp.experts.7.gate_proj.weight" in split.tensors
+    ours = load_decoder(split).state_dict()
+    for name, tensor in load_decoder(open_checkpoint(fused)).state_dict().items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_each_layer_has_its_own_layout(make_checkpoint: Make) -> None:
+    """The released 3.5 checkpoints: decoder fused, draft head per expert."""
+    checkpoint = open_checkpoint(make_checkpoint(tiny(), fused_experts=True, fused_mtp_experts=False))
+    stored = StoredLayout.of(checkpoint)
+    assert stored.per_expert == {"mtp.layers.0."} and not stored.grouped_inputs
+    config = checkpoint.config.text
+    for prefix, kind, of in (("mtp.layers.0.", FULL, ""), ("layers.1.", LINEAR, checkpoint.config.text_prefix)):
+        found = {name: info.shape for name, info in checkpoint.tensors.items() if name.startswith(of + prefix)}
+        assert found == {of + name: shape for name, shape in layer_tensors(config, prefix, kind, stored)}
+    weight = parameter_weight(config, stored, "mtp.layers.0.mlp.experts.gate_up_proj", (8, 64, 64), ir.DataType.FLOAT)
+    assert weight.shape == (8, 64, 64)
+    assert next(weight.stored()) == "mtp.layers.0.mlp.experts.0.gate_proj.weight"
+    down = parameter_weight(config, stored, "layers.1.mlp.experts.down_proj", (8, 64, 32), ir.DataType.FLOAT)
+    assert down == StoredWeight("layers.1.mlp.experts.down_proj", (8, 64, 32), ir.DataType.FLOAT)
+
+
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    table = [entry for entry in tensor_table(tiny(vision=False)) if not entry.name.startswith("mtp.")]
+    checkpoint = open_checkpoint(synthesize(tiny(vision=False), tmp_path / "made", fused_experts=False, with_mtp=False))
+    assert len(checkpoint.tensors) == len(table) + 4 * (8 * 3 - 2)
+    del checkpoint.tensors["model.layers.2.mlp.experts.5.up_proj.weight"]
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.experts\.5\.up_proj"):
+        check_tensors(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("norm_topk_prob", False), ("decoder_sparse_step", 2), ("mlp_only_layers", [0]), ("num_experts_per_tok", 9)]
+)
+def test_a_router_that_is_not_implemented_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config(tiny(generation="next", **{key: value}))
+
+
+def test_the_configuration_of_qwen3_next() -> None:
+    config = parse_config(FAMILY["next-80B-A3B"])
+    text = config.text
+    assert config.text_prefix == "model." and text.is_moe and text.layer_types.count(FULL) == 12
+    assert (text.rope.theta, text.rotary_dim, text.rope.mrope_section) == (1e7, 64, ())
+    assert (text.num_experts, text.num_experts_per_tok, text.intermediate_size) == (512, 10, 0)
+
+
+def test_the_largest_release_is_captured_without_weights() -> None:
+    """397B, stored per expert: 93078 tensors behind 1038 parameters. Four of its layers, which are 13 GB each."""
+    whole = parse_config(FAMILY["397B-A17B"]).text
+    layers = frozenset(f"layers.{i}." for i in range(whole.num_layers))
+    stored = StoredLayout(layers, frozenset())
+    assert sum(1 for _ in stored_tensors(whole, stored)) == 93078
+    config = replace(whole, layer_types=whole.layer_types[:4])
+    model = capture_decoder(config, "bf16")
+    assert resolve_layout(model, config, stored) == 2 * config.num_layers
+    assert sum(weight.nbytes for value in model.graph.initializers.values() if (weight := weight_of(value))) > 52e9
+
+
+# ---- bundles next to transformers
+
+# Configuration, layout and class of transformers.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
+    "8-of-256": (tiny(num_experts=256, num_experts_per_tok=8), {}, transformers.Qwen3_5MoeForConditionalGeneration),
+    "10-of-512-split": (
+        tiny(num_experts=512, num_experts_per_tok=10, moe_intermediate_size=16, vision=False, tied=True),
+        {"fused_experts": False},
+        transformers.Qwen3_5MoeForCausalLM,
+    ),
+    "1-of-1": (tiny(num_experts=1, num_experts_per_tok=1, vision=False), {}, transformers.Qwen3_5MoeForCausalLM),
+    "next": (
+        tiny(generation="next", num_experts=64, num_experts_per_tok=10, value_ratio=3),
+        {"fused_experts": False, "grouped_inputs": True, "fp32_decay": False},
+        transformers.Qwen3NextForCausalLM,
+    ),
+}
+
+
+# Built for the kernels of ONNX Runtime too.
+PLAIN = ("8-of-256",)
+
+
+class Model:
+    """One checkpoint in transformers, as eager modules, and as bundles with and without our library."""
+
+    def __init__(self, name: str, directory: Path, patch: pytest.MonkeyPatch) -> None:
+        config, options, kind = MODELS[name]
+        self.checkpoint = synthesize(config, directory / "checkpoint", with_mtp=False, **options)
+        self.reference, found = kind.from_pretrained(self.checkpoint, dtype=torch.float32, output_loading_info=True)
+        assert not found["missing_keys"] and not found["mismatched_keys"]
+        self.eager = load_decoder(open_checkpoint(self.checkpoint))
+        self.bundles = []
+        if NATIVE is not None:
+            self.bundles.append(build(self.checkpoint, directory / "native", max_context=CAPACITY))
+        if name in PLAIN or NATIVE is None:
+            with patch.context() as context:
+                context.setenv(LIBRARIES["cpu"].variable, "")
+                self.bundles.append(build(self.checkpoint, directory / "plain", max_context=CAPACITY))
+        lowerings = {bundle.name: load_manifest(bundle).source["lowerings"]["moe"] for bundle in self.bundles}
+        assert lowerings.items() <= {"native": "native_moe", "plain": "microsoft_moe"}.items()
+
+    @torch.no_grad()
+    def expected(self, ids: list[int]) -> Logits:
+        return np.asarray(self.reference(torch.tensor([ids])).logits[0].numpy())
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    transformers.utils.logging.disable_progress_bar()
+    with pytest.MonkeyPatch.context() as patch:
+        yield Model(request.param, tmp_path_factory.mktemp("moe"), patch)
+
+
+def test_prefill_in_one_call_and_in_chunks(model: Model) -> None:
+    ids = prompt(70, 1)
+    expected = model.expected(ids)
+    assert error(EagerSequence(model.eager, CAPACITY).read(ids), expected) <= TOLERANCE
+    for bundle in model.bundles:
+        decoder = load(bundle, threads=2).decoder()
+        assert error(decoder.read(ids), expected) <= TOLERANCE
+        for cut in (2, 9):
+            decoder.reset()
+            first = decoder.read(ids[:cut]).copy()
+            assert error(np.concatenate([first, decoder.read(ids[cut:])]), expected) <= TOLERANCE
+
+
+def test_decode_token_by_token(model: Model) -> None:
+    ids = prompt(24, 2)
+    cached = cached_decode(model.reference, ids, 6)
+    sequence = EagerSequence(model.eager, CAPACITY)
+    assert error(np.concatenate([sequence.read(ids[:6])[-1:], *(sequence.read([t]) for t in ids[6:])]), cached) <= TOLERANCE
+    for bundle in model.bundles:
+        decoder = load(bundle, threads=2).decoder()
+        first = decoder.prefill(ids[:6])[None].copy()
+        assert error(np.concatenate([first, *(decoder.step([token]).copy() for token in ids[6:])]), cached) <= TOLERANCE
+
+
+def test_a_batch(model: Model) -> None:
+    """Three sequences in one step are three tokens for the experts, whoever they belong to."""
+    prompts, steps = [prompt(11, 3), prompt(4, 4), prompt(17, 5)], 5
+    texts = [[*ids, *prompt(steps, 10 + i)] for i, ids in enumerate(prompts)]
+    for bundle in model.bundles:
+        batch = load(bundle, threads=2).decoder(3)
+        rows = [[batch.prefill(ids, sequence=i).copy()] for i, ids in enumerate(prompts)]
+        for t in range(steps):
+            logits = batch.step([text[len(ids) + t] for text, ids in zip(texts, prompts, strict=True)])
+            for i in range(3):
+                rows[i].append(logits[i].copy())
+        for i, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+            assert error(np.stack(rows[i]), model.expected(text)[len(ids) - 1 :]) <= TOLERANCE
+
+
+def test_experts_stay_bf16_where_our_op_reads_them(model: Model) -> None:
+    sizes = [load_manifest(bundle).files["decoder.weights"].size for bundle in model.bundles]
+    if len(sizes) == 2:
+        assert sizes[0] < 0.6 * sizes[1]
+
+
+# ---- CUDA
+
+
+def test_cuda_graphs_have_one_node_per_layer_for_the_experts(make_checkpoint: Make) -> None:
+    """Also with our products, which leave the one row of the shared expert's gate to ONNX Runtime."""
+    from qwen_export.compiler import lower
+    from qwen_export.plan import plan_build
+
+    checkpoint = open_checkpoint(make_checkpoint(tiny(num_experts=16)))
+    graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16")).graph
+    assert sum(node.op_type == "MoE" for node in graph) == 4
+    assert not [node for node in graph if node.domain == "qwen"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.12)])
+def test_a_cuda_bundle(tmp_path: Path, precision: str, tolerance: float) -> None:
+    config = tiny(num_experts=16, num_experts_per_tok=4, vision=False)
+    checkpoint = synthesize(config, tmp_path / "checkpoint", with_mtp=False)
+    ids = prompt(40, 1)
+    expected = EagerSequence(load_decoder(open_checkpoint(checkpoint)), CAPACITY).read(ids)
+    decoder = load(build(checkpoint, tmp_path / "bundle", device="cuda", precision=precision, max_context=CAPACITY)).decoder()
+    assert error(decoder.read(ids), expected) <= tolerance
+    decoder.reset()
+    assert error(np.concatenate([decoder.step([token]).copy() for token in ids]), expected) <= tolerance
