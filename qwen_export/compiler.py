@@ -45,18 +45,19 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    plan_file: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
-    `precision` is the dtype of weights and activations (recurrent states stay fp32), `max_context` the capacity of the caches in tokens,
-    `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantise weights as their plan says,
+    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens, `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context)
+    plan = plan_build(source, target, device, precision, max_context, Path(plan_file) if plan_file else None)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
@@ -74,9 +75,10 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     from qwen_export.graphs.pipeline import run_passes
     from qwen_export.graphs.weights.layout import resolve_layout
 
-    model = capture_decoder(source.config.text, plan.precision)
+    model = capture_decoder(source.config.text, plan.activations)
     resolve_layout(model, source.config.text, StoredLayout.of(source))
-    run_passes(model, plan.target, PassContext(source.config.text, plan.precision, plan.choices, stored_dtypes(source)), dump)
+    context = PassContext(source.config.text, plan.activations, plan.choices, stored_dtypes(source), plan.quantization)
+    run_passes(model, plan.target, context, dump)
     return model
 
 
@@ -126,11 +128,12 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         precision_plan={
-            "weights": _weight_types(model, plan.precision),
-            "activations": plan.precision,
+            "weights": _weight_types(model, plan.activations),
+            "activations": plan.activations,
             "recurrent state": "fp32",
-            "attention cache": plan.precision,
-        },
+            "attention cache": plan.activations,
+        }
+        | (plan.quantization.to_json() if plan.quantization else {}),
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
@@ -34,6 +35,19 @@ class BuildPlan:
     bundle_bytes: int
     state_bytes: int
     cache_bytes_per_token: int
+    quantization: PrecisionPlan | None = None
+    group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Per group of the precision plan: parameters and bytes."""
+
+    @property
+    def activations(self) -> str:
+        """The precision of activations and caches, and of weights that are not quantised."""
+        return activation_precision(self.precision)
+
+    @property
+    def quantization_lines(self) -> list[str]:
+        """The precision plan for people; nothing where nothing is quantised."""
+        return as_table(self.quantization, self.group_sizes) if self.quantization else []
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -49,9 +63,15 @@ class BuildPlan:
 
 
 def plan_build(
-    checkpoint: Checkpoint, target: str = "onnxruntime", device: str = "cpu", precision: str = "fp32", max_context: int | None = None
+    checkpoint: Checkpoint,
+    target: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_context: int | None = None,
+    plan_file: Path | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `plan_file` overrides the precision plan that "int8" and
+    "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -66,24 +86,36 @@ def plan_build(
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     choices: dict[str, Choice] = {}
     if device in chosen.devices and precision in chosen.precisions:
-        choices, refused = choose(kernels_for(device), precision, config)
+        choices, refused = choose(kernels_for(device), activation_precision(precision), config)
+        refused += _quantization_reasons(device, precision, choices)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
         reasons += refused
+    if plan_file is not None and precision not in QUANTIZED:
+        reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     check_tensors(checkpoint)
-    size = BYTES[precision]
+    size = BYTES[activation_precision(precision)]
+    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
+    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization)
     return BuildPlan(
         chosen,
         device,
         precision,
         context,
         choices,
-        bundle_bytes=_weight_bytes(checkpoint, precision, choices),
+        bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size),
+        quantization=quantization,
+        group_sizes=groups,
     )
+
+
+def activation_precision(precision: str) -> str:
+    """The precision of what is not quantised."""
+    return "fp32" if precision in QUANTIZED else precision
 
 
 def kernels_for(device: str) -> Kernels:
@@ -100,17 +132,36 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _weight_bytes(checkpoint: Checkpoint, precision: str, choices: dict[str, Choice]) -> int:
-    """What the weights need: matrices stay BF16 where graphs.passes.keep_stored_bf16 leaves them so."""
-    stored = stored_dtypes(checkpoint)
+def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+    """Why the products of this build cannot be quantised."""
+    if precision not in QUANTIZED:
+        return []
+    if device != "cpu":
+        return [f"{precision} is supported on cpu only, so far"]
+    if "linear" in choices and choices["linear"].name != "native_linear":
+        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
+    return []
+
+
+def _group_sizes(
+    checkpoint: Checkpoint, precision: str, choices: dict[str, Choice], quantization: PrecisionPlan | None
+) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
+    graphs.passes.keep_stored_bf16 leaves them so."""
+    stored, sizes = stored_dtypes(checkpoint), dict[str, tuple[int, int]]()
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
-
-    def size(name: str, shape: tuple[int, ...]) -> int:
-        read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
-        return BYTES["bf16"] if read_by in native and stored[name] == "BF16" else BYTES[precision]
-
-    tensors = stored_tensors(checkpoint.config.text, StoredLayout.of(checkpoint))
-    return sum(prod(shape) * size(name, shape) for name, shape in tensors)
+    for name, shape in stored_tensors(checkpoint.config.text, StoredLayout.of(checkpoint)):
+        format = quantization.of(name).quant if quantization else None
+        if format is not None:
+            panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
+            nbytes = panels * width
+        else:
+            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
+            keeps = read_by in native and stored[name] == "BF16"
+            nbytes = prod(shape) * BYTES["bf16" if keeps else precision]
+        parameters, total = sizes.get(group_of(name), (0, 0))
+        sizes[group_of(name)] = (parameters + prod(shape), total + nbytes)
+    return sizes
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-PRECISIONS = ("fp32", "fp16", "bf16")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ ONNXRUNTIME = Target(
         "graphs.passes.absorb_residual:absorb_residual",
         "graphs.passes.fuse_residual_norm:fuse_residual_norm",
         "plugins.onnxruntime.lowerings:lower_simple_ops",
+        "plugins.onnxruntime.quantize_products:quantize_products",
+        "plugins.onnxruntime.quantize_experts:quantize_experts",
         "graphs.passes.keep_stored_bf16:keep_stored_bf16",
         "graphs.passes.remove_dead:remove_dead",
     ),

@@ -2,7 +2,8 @@
 
 The compiled artifact is run through its own runtime and compared with the eager modules in fp32, and with transformers where that is
 installed: a prompt in one call, the same prompt in chunks, token by token, after a rewind, and greedy continuation. The result is stored
-in the bundle's manifest.
+in the bundle's manifest. Where weights are quantised, the reference of these runs has the values that the codes stand for, so that a wrong
+code shows however coarse the format is; what the format costs is a check of its own, against the weights of the checkpoint.
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ import numpy.typing as npt
 
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan
 from qwen_export.manifest import MANIFEST, load_manifest
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.model import load
 
 # Largest allowed |error| of a logit, in standard deviations of the reference's logits. transformers itself, in fp16 and bf16, is off by
 # 0.05 and 0.34 on the 0.8B shape.
-TOLERANCE = {"fp32": 1.5e-4, "fp16": 0.08, "bf16": 0.5}
+TOLERANCE = {"fp32": 1.5e-4, "fp16": 0.08, "bf16": 0.5, "int8": 0.25, "int4": 0.25}
+# The same for the weights' own rounding, where they are quantised.
+QUANTIZATION_TOLERANCE = {"int8": 0.5, "int4": 2.0}
 PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
 _CAPACITY = 128
 
@@ -69,14 +73,22 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     scale = float(expected.std())
     limit = TOLERANCE[manifest.target.precision] * scale
     decoder = model.decoder()
-    checks = [_logits(name, "eager", run(decoder, ids), expected, limit) for name, run in _announced(say)]
+    checks, against, loose = [], "eager", limit
+    if manifest.target.precision in QUANTIZED:
+        loose = QUANTIZATION_TOLERANCE[manifest.target.precision] * scale
+        checks.append(_logits("quantisation", "eager", _one_call(decoder, ids), expected, loose))
+        del eager
+        say("eager reference with the quantised weights")
+        eager, against = _eager(source, PrecisionPlan.from_json(manifest.precision_plan)), "eager, quant."
+        expected = eager(ids)
+    checks += [_logits(name, against, run(decoder, ids), expected, limit) for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
     say("greedy continuation")
     checks.append(_greedy(decoder, eager, ids, limit))
     del eager  # transformers wants the memory
     if importlib.util.find_spec("transformers"):
         say("transformers")
-        checks.append(_logits("prefill", "transformers", _one_call(decoder, ids), _transformers(source, ids), limit))
+        checks.append(_logits("prefill", "transformers", _one_call(decoder, ids), _transformers(source, ids), loose))
     result = {
         "passed": all(check.passed for check in checks),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -158,12 +170,12 @@ def _greedy(decoder: Decoder, eager: Callable[[list[int]], Logits], ids: list[in
     return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
 
 
-def _eager(source: Checkpoint) -> Callable[[list[int]], Logits]:
-    """The eager modules with the checkpoint's weights in fp32, as a function from token ids to logits [T,V]."""
+def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Callable[[list[int]], Logits]:
+    """The eager modules in fp32 with the checkpoint's weights, or what the plan makes of them, as a function from token ids to logits [T,V]."""
     from qwen_export.graphs.models.eager import EagerSequence
     from qwen_export.graphs.models.load import load_decoder
 
-    model = load_decoder(source)
+    model = load_decoder(source, quantization)
     return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
 
 

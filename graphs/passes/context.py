@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from qwen_export.graphs.config import TextConfig
+from qwen_export.graphs.quantization.plan import PrecisionPlan
 from qwen_export.plugins.onnxruntime.choices import Choice
 
 MICROSOFT = "com.microsoft"
@@ -16,12 +17,14 @@ MICROSOFT = "com.microsoft"
 @dataclass(frozen=True)
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
-    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32)."""
+    checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
+    `quantization` says which matrices are quantised, None: none."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
     stored: Mapping[str, str] = field(default_factory=dict)
+    quantization: PrecisionPlan | None = None
 
     @property
     def activation(self) -> ir.DataType:

@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 
 PANEL_ROWS = 16
 BITS, BLOCKS = (4, 8), (32, 64, 128)
-_ALIGNMENT = 64
+_GROUP = 4  # blocks whose scales lie together
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,18 @@ class QuantFormat:
 
     def panel_bytes(self, K: int) -> int:
         """Bytes of 16 rows."""
-        sizes = self._sizes(K)
-        return sum(sizes)
+        blocks = self.blocks(K)
+        return -(-blocks // _GROUP) * self.header_bytes + blocks * self.block_bytes
+
+    @property
+    def header_bytes(self) -> int:
+        """Scales and zeros of a group of blocks."""
+        return _GROUP * PANEL_ROWS * (np.dtype(self.scale_dtype).itemsize + int(self.zeros))
+
+    @property
+    def block_bytes(self) -> int:
+        """Codes of 16 rows of a block."""
+        return self.block * PANEL_ROWS * self.bits // 8
 
     def packed_shape(self, N: int, K: int) -> tuple[int, int]:
         return -(-N // PANEL_ROWS), self.panel_bytes(K)
@@ -56,61 +66,55 @@ class QuantFormat:
         """The attributes of a quantised op on a matrix [N,K]."""
         return {"bits": self.bits, "block": self.block, "zeros": int(self.zeros), "wide_scales": int(self.wide_scales), "N": N, "K": K}
 
-    def _sizes(self, K: int) -> tuple[int, int, int]:
-        """Bytes of a panel's scales, zeros and codes."""
-        blocks = self.blocks(K)
-        scales = _aligned(blocks * PANEL_ROWS * np.dtype(self.scale_dtype).itemsize)
-        return scales, _aligned(blocks * PANEL_ROWS) if self.zeros else 0, blocks * self.block * PANEL_ROWS * self.bits // 8
-
 
 def pack(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | None = None) -> Bytes:
     """codes u8[N,K], scales [N,blocks] (rounded to the format's dtype), zeros u8[N,blocks] -> u8[panels, bytes of a panel].
 
-    Rows and values that fill up the last panel and block have scale 0 and code 0."""
+    Rows, blocks and values that fill up the last panel, group and block have scale 0 and code 0."""
     N, K = codes.shape
     blocks, panels = format.blocks(K), -(-N // PANEL_ROWS)
-    scale_bytes, zero_bytes, _ = format._sizes(K)
-    packed = np.zeros(format.packed_shape(N, K), np.uint8)
+    groups = -(-blocks // _GROUP)
+    if (zeros is not None) != format.zeros:
+        raise ValueError("zeros are given where the format has none, or the other way round")
 
-    def by_panel(values: Array, dtype: npt.DTypeLike) -> Bytes:
-        """[N,blocks] as the bytes of [panels, blocks, 16]."""
-        whole = _filled(values, panels * PANEL_ROWS, blocks).astype(dtype, copy=False)
-        return np.ascontiguousarray(whole.reshape(panels, PANEL_ROWS, blocks).transpose(0, 2, 1)).reshape(panels, -1).view(np.uint8)
+    def headers(values: Array, dtype: npt.DTypeLike) -> Bytes:
+        """[N,blocks] as the bytes of [panels, groups, 4, 16]."""
+        whole = _filled(values, panels * PANEL_ROWS, groups * _GROUP).astype(dtype, copy=False)
+        turned = np.ascontiguousarray(whole.reshape(panels, PANEL_ROWS, -1).transpose(0, 2, 1))
+        return turned.reshape(panels, groups, -1).view(np.uint8)
 
-    made = by_panel(scales, format.scale_dtype)
-    packed[:, : made.shape[1]] = made
-    if format.zeros:
-        if zeros is None:
-            raise ValueError("the format has zeros and none are given")
-        made = by_panel(zeros, np.uint8)
-        packed[:, scale_bytes : scale_bytes + made.shape[1]] = made
     whole = _filled(codes, panels * PANEL_ROWS, blocks * format.block)
     if format.bits == 4:
         pairs = whole.reshape(-1, 2, 4)
         whole = (pairs[:, 0] | pairs[:, 1] << 4).reshape(panels * PANEL_ROWS, -1)
     # Four bytes of a row stay together: transpose words.
     words = whole.view(np.uint32).reshape(panels, PANEL_ROWS, -1).transpose(0, 2, 1)
-    packed[:, scale_bytes + zero_bytes :] = np.ascontiguousarray(words).reshape(panels, -1).view(np.uint8)
-    return packed
+    stored = np.zeros((panels, groups * _GROUP * format.block_bytes // 4), np.uint32)
+    stored[:, : words.shape[1] * PANEL_ROWS] = words.reshape(panels, -1)
+    parts = [headers(scales, format.scale_dtype), *([headers(zeros, np.uint8)] if zeros is not None else [])]
+    parts.append(stored.view(np.uint8).reshape(panels, groups, -1))
+    return np.ascontiguousarray(np.concatenate(parts, axis=2).reshape(panels, -1)[:, : format.panel_bytes(K)])
 
 
 def unpack(format: QuantFormat, packed: Bytes, N: int, K: int) -> tuple[Bytes, Array, Bytes | None]:
     """The inverse of `pack`: codes u8[N,K], scales [N,blocks] in the format's dtype, zeros u8[N,blocks] where the format has them."""
     panels, blocks = len(packed), format.blocks(K)
-    scale_bytes, zero_bytes, _ = format._sizes(K)
+    groups, group_bytes = -(-blocks // _GROUP), format.header_bytes + _GROUP * format.block_bytes
+    whole = np.asarray(_filled(packed, panels, groups * group_bytes), np.uint8).reshape(panels, groups, group_bytes)
+    scale_bytes = _GROUP * PANEL_ROWS * np.dtype(format.scale_dtype).itemsize
 
     def by_row(part: Bytes, dtype: npt.DTypeLike) -> Array:
-        used = np.ascontiguousarray(part[:, : blocks * PANEL_ROWS * np.dtype(dtype).itemsize]).view(dtype)
-        return np.ascontiguousarray(used.reshape(panels, blocks, PANEL_ROWS).transpose(0, 2, 1)).reshape(-1, blocks)[:N]
+        turned = np.ascontiguousarray(part).view(dtype).reshape(panels, groups * _GROUP, PANEL_ROWS).transpose(0, 2, 1)
+        return np.ascontiguousarray(turned.reshape(panels * PANEL_ROWS, -1)[:N, :blocks])
 
-    scales = by_row(packed[:, :scale_bytes], format.scale_dtype)
-    zeros = by_row(packed[:, scale_bytes : scale_bytes + zero_bytes], np.uint8) if format.zeros else None
-    words = np.ascontiguousarray(packed[:, scale_bytes + zero_bytes :]).view(np.uint32).reshape(panels, -1, PANEL_ROWS)
+    scales = by_row(whole[:, :, :scale_bytes], format.scale_dtype)
+    zeros = by_row(whole[:, :, scale_bytes : format.header_bytes], np.uint8).astype(np.uint8) if format.zeros else None
+    words = np.ascontiguousarray(whole[:, :, format.header_bytes :]).view(np.uint32).reshape(panels, -1, PANEL_ROWS)
     codes = np.ascontiguousarray(words.transpose(0, 2, 1)).reshape(panels * PANEL_ROWS, -1).view(np.uint8)
     if format.bits == 4:
         fours = codes.reshape(-1, 4)
         codes = np.stack([fours & 15, fours >> 4], axis=1).reshape(panels * PANEL_ROWS, -1)
-    return codes[:N, :K], scales, None if zeros is None else zeros.astype(np.uint8)
+    return codes[:N, :K], scales, zeros
 
 
 def dequantize(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | None = None) -> Floats:
@@ -131,7 +135,3 @@ def _filled(values: Array, rows: int, columns: int) -> Array:
     whole = np.zeros((rows, columns), values.dtype)
     whole[: values.shape[0], : values.shape[1]] = values
     return whole
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -28,7 +28,12 @@ class Library:
 
 
 LIBRARIES = {
-    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", frozenset({"float"}), ("Linear", "SwiGlu", "Moe")),
+    "cpu": Library(
+        "libqwen_export_cpu.so",
+        "QWEN_EXPORT_CPU_PLUGIN",
+        frozenset({"float"}),
+        ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"),
+    ),
     "cuda": Library(
         "libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", frozenset({"float16", "bfloat16"}), ("Linear", "SwiGlu", "DeltaNet")
     ),

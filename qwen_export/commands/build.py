@@ -19,7 +19,17 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the new bundle.")
 @click.option("--target", default="onnxruntime", show_default=True, type=click.Choice(list(TARGETS)))
 @click.option(
-    "--precision", default=None, type=click.Choice(PRECISIONS), help="Weights and activations; fp32 on cpu, fp16 on cuda by default."
+    "--precision",
+    default=None,
+    type=click.Choice(PRECISIONS),
+    help="Weights and activations; fp32 on cpu, fp16 on cuda by default. int8, int4: quantised weights.",
+)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML file that overrides which matrices int8 or int4 quantises, and how.",
 )
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
@@ -32,6 +42,7 @@ def command(
     precision: str | None,
     device: str,
     max_context: int | None,
+    plan_file: Path | None,
     dump_ir: Path | None,
     force: bool,
 ) -> None:
@@ -57,6 +68,7 @@ def command(
             device=device,
             precision=precision or ("fp16" if device == "cuda" else "fp32"),
             max_context=max_context,
+            plan_file=plan_file,
             dump_ir=dump_ir,
             force=force,
             report=report,

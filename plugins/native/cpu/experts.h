@@ -67,16 +67,16 @@ struct QuantExperts {
   const uint8_t* w;
   QuantFormat format;  // of the matrix of one expert
 
-  size_t input_bytes(size_t rows) const { return (rows + kTileRows - 1) / kTileRows * tile_bytes(); }
+  size_t input_bytes(size_t rows) const { return (rows + tile_rows() - 1) / tile_rows() * tile_bytes(); }
 
   void prepare(const float* const* rows, size_t count, void* input) const {
     static const auto quantize = QWEN_BEST(quantize_tile);
     static thread_local std::vector<float> gathered, scratch;
     const size_t K = size_t(format.K);
-    gathered.resize(kTileRows * K);
+    gathered.resize(tile_rows() * K);
     scratch.resize(size_t(format.padded()));
-    for (size_t start = 0; start < count; start += kTileRows) {
-      const size_t here = std::min<size_t>(kTileRows, count - start);
+    for (size_t start = 0; start < count; start += tile_rows()) {
+      const size_t here = std::min(tile_rows(), count - start);
       for (size_t i = 0; i < here; i++) std::memcpy(gathered.data() + i * K, rows[start + i], K * sizeof(float));
       quantize(format, gathered.data(), nullptr, 0, scratch.data(), tile(input, start, count));
     }
@@ -86,10 +86,10 @@ struct QuantExperts {
     static const auto panel = QWEN_BEST(quant_panel);
     static const auto activate = QWEN_BEST(quant_swiglu);
     const size_t columns = size_t(format.N) / 2;
-    for (size_t start = 0; start < rows; start += kTileRows) {
+    for (size_t start = 0; start < rows; start += tile_rows()) {
       const QuantTile x = tile(const_cast<void*>(input), start, rows);
       for (size_t n = first; n < last; n += unit) {
-        alignas(64) float gate[kTileRows * kPanelRows], up[kTileRows * kPanelRows];
+        alignas(64) float gate[kMostTileRows * kPanelRows], up[kMostTileRows * kPanelRows];
         panel(format, at(e, n), x, gate);
         panel(format, at(e, columns + n), x, up);
         activate(gate, up, x.rows * kPanelRows, gate);
@@ -100,10 +100,10 @@ struct QuantExperts {
 
   void product(size_t e, const void* input, size_t rows, size_t first, size_t last, float* out) const {
     static const auto panel = QWEN_BEST(quant_panel);
-    for (size_t start = 0; start < rows; start += kTileRows) {
+    for (size_t start = 0; start < rows; start += tile_rows()) {
       const QuantTile x = tile(const_cast<void*>(input), start, rows);
       for (size_t n = first; n < last; n += unit) {
-        alignas(64) float values[kTileRows * kPanelRows];
+        alignas(64) float values[kMostTileRows * kPanelRows];
         panel(format, at(e, n), x, values);
         const size_t count = std::min(unit, last - n);
         for (int i = 0; i < x.rows; i++)
@@ -115,9 +115,13 @@ struct QuantExperts {
   size_t row_bytes() const { return format.panel_bytes() / kPanelRows; }
 
  private:
-  size_t tile_bytes() const { return aligned(QuantTile::bytes(format, kTileRows)); }
+  static size_t tile_rows() {
+    static const size_t rows = size_t(QWEN_BEST(quant_tile_rows)());
+    return rows;
+  }
+  size_t tile_bytes() const { return aligned(QuantTile::bytes(format, int(tile_rows()))); }
   QuantTile tile(void* input, size_t start, size_t rows) const {
-    return QuantTile::at(static_cast<char*>(input) + start / kTileRows * tile_bytes(), format, int(std::min<size_t>(kTileRows, rows - start)));
+    return QuantTile::at(static_cast<char*>(input) + start / tile_rows() * tile_bytes(), format, int(std::min(tile_rows(), rows - start)));
   }
   const uint8_t* at(size_t e, size_t row) const {
     return w + (e * size_t(format.panels()) + row / unit) * format.panel_bytes();

@@ -2,14 +2,16 @@
 //
 // A matrix w [N,K] is cut into panels of 16 rows, and each row into blocks of `block` values (the last one is filled up with codes that
 // nothing multiplies). w[n,k] = scale * (code - zero), with a scale per row and block, and a zero per row and block or one for all. A panel is
+// a sequence of groups of 4 blocks (the last group may have fewer), each group
 //
-//   scales  [blocks][16] fp16 or fp32                        then zeros up to a multiple of 64 bytes
-//   zeros   [blocks][16] u8, where the format has them       the same
-//   codes   [blocks * block / 4][16][4] u8 (8 bits), or
-//           [blocks * block / 8][16][4] u8 (4 bits): byte j of a row has value 8 g + j in its low half and 8 g + 4 + j in its high half
+//   scales  [4][16] fp16 or fp32
+//   zeros   [4][16] u8, where the format has them
+//   codes   for each block  [block / 4][16][4] u8 (8 bits), or
+//                           [block / 8][16][4] u8 (4 bits): byte j of a row has value 8 g + j in its low half, 8 g + 4 + j in its high half
 //
-// so that 64 bytes feed one multiply-add of bytes for 16 rows. Panels follow each other: the first rows of a matrix are a matrix of the same
-// form. Rows are multiplied where they lie in the mapped file; graphs/quantization/packing.py writes them.
+// so that a product reads one stream of whole cache lines, 64 bytes of which feed one multiply-add of bytes for 16 rows. Panels follow each
+// other: the first rows of a matrix are a matrix of the same form. Products read it where it lies in the mapped file, nothing is copied;
+// graphs/quantization/packing.py writes it.
 //
 // Activations are quantised per row and block to -127..127. A block's products are summed in integers, which is exact in any order, and
 // blocks in fp32, in order: the result of a row does not depend on how many rows there are.
@@ -23,8 +25,9 @@
 namespace qwen {
 
 constexpr int kPanelRows = 16;
-constexpr int kTileRows = 8;    // rows of activations that share one reading of a panel
-constexpr int kQuantUnit = 32;  // blocks are multiples of this
+constexpr int kMostTileRows = 8;
+constexpr int kQuantUnit = 32;   // blocks are multiples of this
+constexpr int kGroupBlocks = 4;  // blocks whose scales lie together
 
 struct QuantFormat {
   int bits = 0;   // 4 or 8
@@ -36,16 +39,14 @@ struct QuantFormat {
   int64_t panels() const { return (N + kPanelRows - 1) / kPanelRows; }
   int64_t blocks() const { return (K + block - 1) / block; }
   int64_t padded() const { return blocks() * block; }
-  size_t zeros_at() const { return aligned(size_t(blocks()) * kPanelRows * (wide_scales ? 4 : 2)); }
-  size_t codes_at() const { return zeros_at() + (zeros ? aligned(size_t(blocks()) * kPanelRows) : 0); }
-  size_t panel_bytes() const { return codes_at() + size_t(padded()) * kPanelRows * bits / 8; }
+  size_t zeros_at() const { return size_t(kGroupBlocks) * kPanelRows * (wide_scales ? 4 : 2); }         // in a group
+  size_t codes_at() const { return zeros_at() + (zeros ? size_t(kGroupBlocks) * kPanelRows : 0); }
+  size_t block_bytes() const { return size_t(block) * kPanelRows * bits / 8; }
+  size_t panel_bytes() const { return size_t((blocks() + kGroupBlocks - 1) / kGroupBlocks) * codes_at() + size_t(blocks()) * block_bytes(); }
   int offset() const { return 1 << (bits - 1); }  // the zero of formats without zeros
-
- private:
-  static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 };
 
-// Up to 8 rows of quantised activations, interleaved.
+// Rows of quantised activations that share one reading of a panel, interleaved: up to quant_tile_rows(), as the registers allow.
 struct QuantTile {
   int rows = 0;
   int8_t* codes = nullptr;       // [padded / 4][rows][4]
@@ -65,12 +66,14 @@ struct QuantTile {
   }
 };
 
+// quant_tile_rows: the most rows of a tile, at most kMostTileRows.
 // quantize_tile: rows x [tile.rows, K] into the tile, after an RMS norm with weight `norm` [K] where that is given. `scratch`: padded() values.
 // quant_panel: one panel times one tile: out [tile.rows, 16].
 // quant_swiglu: out [rows, 16] = silu(gate) * up, over one panel's worth of results.
 // quant_row: row `row` of a matrix as fp32 [K].
 #define QWEN_QUANT(SET)                                                                                                        \
   namespace SET {                                                                                                              \
+  int quant_tile_rows();                                                                                                       \
   void quantize_tile(const QuantFormat& format, const float* x, const float* norm, float epsilon, float* scratch, QuantTile tile); \
   void quant_panel(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out);                        \
   void quant_swiglu(const float* gate, const float* up, int count, float* out);                                                \

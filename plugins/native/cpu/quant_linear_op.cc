@@ -62,17 +62,23 @@ class Activations {
  public:
   Activations(const Call& call, const QuantFormat& format, const float* x, const float* norm, float epsilon, int64_t M) : format_(format), M_(M) {
     static const auto quantize = QWEN_BEST(quantize_tile);
-    tile_bytes_ = (QuantTile::bytes(format, kTileRows) + 63) / 64 * 64;
+    tile_bytes_ = (QuantTile::bytes(format, tile_rows()) + 63) / 64 * 64;
     const size_t scratch_bytes = (sizeof(float) * format.padded() + 63) / 64 * 64;
     memory_ = workspace(size_t(tiles()) * (tile_bytes_ + scratch_bytes));
     char* scratch = memory_ + size_t(tiles()) * tile_bytes_;
     call.parallel(size_t(tiles()), [&](size_t t) {
-      quantize(format, x + int64_t(t) * kTileRows * format.K, norm, epsilon, reinterpret_cast<float*>(scratch + t * scratch_bytes), tile(int64_t(t)));
+      quantize(format, x + int64_t(t) * tile_rows() * format.K, norm, epsilon, reinterpret_cast<float*>(scratch + t * scratch_bytes), tile(int64_t(t)));
     });
   }
 
-  int64_t tiles() const { return (M_ + kTileRows - 1) / kTileRows; }
-  QuantTile tile(int64_t t) const { return QuantTile::at(memory_ + size_t(t) * tile_bytes_, format_, int(std::min<int64_t>(kTileRows, M_ - t * kTileRows))); }
+  static int64_t tile_rows() {
+    static const int rows = QWEN_BEST(quant_tile_rows)();
+    return rows;
+  }
+  int64_t tiles() const { return (M_ + tile_rows() - 1) / tile_rows(); }
+  QuantTile tile(int64_t t) const {
+    return QuantTile::at(memory_ + size_t(t) * tile_bytes_, format_, int(std::min(tile_rows(), M_ - t * tile_rows())));
+  }
 
  private:
   const QuantFormat& format_;
@@ -110,11 +116,11 @@ class QuantLinearKernel {
     if (M == 0) return;
     const Activations activations(call, format_, x, norm, epsilon_, M);
     over_panels(call, activations, format_.panels(), format_.panel_bytes(), [&](int64_t panel, const QuantTile& tile, int64_t t) {
-      alignas(64) float out[kTileRows * kPanelRows];
+      alignas(64) float out[kMostTileRows * kPanelRows];
       product(format_, packed + size_t(panel) * format_.panel_bytes(), tile, out);
       const int64_t n = panel * kPanelRows, count = std::min<int64_t>(kPanelRows, N - n);
       for (int m = 0; m < tile.rows; m++) {
-        const int64_t at = (t * kTileRows + m) * N + n;
+        const int64_t at = (t * Activations::tile_rows() + m) * N + n;
         const float* row = out + m * kPanelRows;
         if (residual != nullptr)
           for (int64_t i = 0; i < count; i++) y[at + i] = row[i] + residual[at + i];
@@ -148,12 +154,12 @@ class QuantSwiGluKernel {
     if (M == 0) return;
     const Activations activations(call, format_, x, norm, epsilon_, M);
     over_panels(call, activations, panels, 2 * format_.panel_bytes(), [&](int64_t panel, const QuantTile& tile, int64_t t) {
-      alignas(64) float gate[kTileRows * kPanelRows], up[kTileRows * kPanelRows];
+      alignas(64) float gate[kMostTileRows * kPanelRows], up[kMostTileRows * kPanelRows];
       product(format_, packed + size_t(panel) * format_.panel_bytes(), tile, gate);
       product(format_, packed + size_t(panels + panel) * format_.panel_bytes(), tile, up);
       swiglu(gate, up, tile.rows * kPanelRows, gate);
       for (int m = 0; m < tile.rows; m++)
-        std::memcpy(y + (t * kTileRows + m) * N + panel * kPanelRows, gate + m * kPanelRows, sizeof(float) * kPanelRows);
+        std::memcpy(y + (t * Activations::tile_rows() + m) * N + panel * kPanelRows, gate + m * kPanelRows, sizeof(float) * kPanelRows);
     });
   }
 

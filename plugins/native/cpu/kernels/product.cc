@@ -30,14 +30,15 @@ struct Rows {
   void dot(const float* x, bool first, Four* out) const {
     Vector sum[kColumns][R] = {};
     const size_t whole = K / kLanes * kLanes;
-    const W* ahead[kColumns];
-    for (size_t c = 0; c < kColumns; c++) ahead[c] = row[c] + kColumns * K;
+    // The next four rows follow these. Asking for them line after line is what the hardware's own prefetcher would not do across rows.
+    const char* ahead = reinterpret_cast<const char*>(row[0] + kColumns * K);
     size_t k = 0;
     for (; k < whole; k += kLanes, x += R * kLanes) {
       Vector in[R];
       for (size_t r = 0; r < R; r++) in[r] = load(x + r * kLanes);
+      if (first)
+        for (size_t line = 0; line < kColumns * kLanes * sizeof(W); line += 64, ahead += 64) __builtin_prefetch(ahead, 0, 3);
       for (size_t c = 0; c < kColumns; c++) {
-        if (first) __builtin_prefetch(ahead[c] + k, 0, 3);
         const Vector w = load(row[c] + k);
         for (size_t r = 0; r < R; r++) sum[c][r] += w * in[r];
       }

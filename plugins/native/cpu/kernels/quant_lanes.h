@@ -32,9 +32,17 @@ inline float half_to_float(uint16_t bits) {
   return value;
 }
 
+// Asks for what is read soon: codes follow codes, and the next panel follows this one.
+template <int BYTES>
+inline void ahead(const uint8_t* codes) {
+#if defined(__AVX2__)
+  for (int line = 0; line < BYTES; line += 64) _mm_prefetch(reinterpret_cast<const char*>(codes) + 4096 + line, _MM_HINT_T0);
+#endif
+}
+
 #if defined(__AVX512VNNI__)
 
-constexpr int kLanes = 16, kMaxRows = 8;
+constexpr int kLanes = 16, kTileRows = 8;
 using Ints = __m512i;
 using Floats = __m512;
 using Codes = __m512i;
@@ -42,6 +50,11 @@ template <int BITS>
 constexpr int kBias = 0;  // what `dot` has taken off the codes
 
 inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Codes load_pairs(const uint8_t* p) {
+  Codes c = load_codes(p);
+  __asm__("" : "+v"(c));  // one load: without this the compiler loads again for each half
+  return c;
+}
 inline Codes low(Codes c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
 inline Codes high(Codes c) { return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15)); }
 template <int BITS>
@@ -53,6 +66,7 @@ inline Ints dot(Ints sum, Codes c, const int8_t* four) {
 inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints start(const float* bits) { return _mm512_set1_epi32(*reinterpret_cast<const int32_t*>(bits)); }
 inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats zero_floats() { return _mm512_setzero_ps(); }
 inline Floats same(float x) { return _mm512_set1_ps(x); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
@@ -68,7 +82,7 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 
 // Without VNNI, products of bytes are summed in 16 bits: 4 of a code of 4 bits and an activation fit; for 8 bits the sign moves to the
 // activation, |code - 128| <= 128, so that two products stay below 2^15.
-constexpr int kLanes = 8, kMaxRows = 4;
+constexpr int kLanes = 8, kTileRows = 4;
 using Ints = __m256i;
 using Floats = __m256;
 using Codes = __m256i;
@@ -76,6 +90,7 @@ template <int BITS>
 constexpr int kBias = BITS == 8 ? 128 : 0;
 
 inline Codes load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Codes load_pairs(const uint8_t* p) { return load_codes(p); }
 inline Codes low(Codes c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
 inline Codes high(Codes c) { return _mm256_and_si256(_mm256_srli_epi16(c, 4), _mm256_set1_epi8(15)); }
 template <int BITS>
@@ -93,6 +108,7 @@ inline Ints dot(Ints sum, Codes c, const int8_t* four) {
 inline Ints zero_ints() { return _mm256_setzero_si256(); }
 inline Ints start(const float* bits) { return _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(bits)); }
 inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats zero_floats() { return _mm256_setzero_ps(); }
 inline Floats same(float x) { return _mm256_set1_ps(x); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
@@ -106,7 +122,7 @@ inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 
 #else
 
-constexpr int kLanes = 4, kMaxRows = 1;
+constexpr int kLanes = 4, kTileRows = 1;
 struct Ints {
   int32_t v[kLanes];
 };
@@ -126,6 +142,7 @@ inline Result each(F f) {
   return r;
 }
 inline Codes load_codes(const uint8_t* p) { return each<Codes>([=](int i) { return p[i]; }); }
+inline Codes load_pairs(const uint8_t* p) { return load_codes(p); }
 inline Codes low(Codes c) { return each<Codes>([=](int i) { return uint8_t(c.v[i] & 15); }); }
 inline Codes high(Codes c) { return each<Codes>([=](int i) { return uint8_t(c.v[i] >> 4); }); }
 template <int BITS>
@@ -141,6 +158,7 @@ inline Ints start(const float* bits) {
   return each<Ints>([=](int) { return x; });
 }
 inline Ints add(Ints a, Ints b) { return each<Ints>([=](int i) { return a.v[i] + b.v[i]; }); }
+inline Floats add(Floats a, Floats b) { return each<Floats>([=](int i) { return a.v[i] + b.v[i]; }); }
 inline Floats zero_floats() { return Floats{}; }
 inline Floats same(float x) { return each<Floats>([=](int) { return x; }); }
 inline Floats to_floats(Ints x) { return each<Floats>([=](int i) { return float(x.v[i]); }); }

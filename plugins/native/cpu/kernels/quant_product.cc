@@ -6,81 +6,80 @@
 namespace qwen::QWEN_SET {
 namespace {
 
-// Adds the dot products of 32 values to `sum`. `codes` is this half of the panel, `a` the first row's activations.
+// Adds the dot products of 32 values to `sum`. `codes` is this part of the panel, `a` the tile's activations.
 template <int BITS, int ROWS>
-inline void unit(const uint8_t* codes, const int8_t* a, int stride, Ints (&sum)[ROWS]) {
+inline void unit(const uint8_t* codes, const int8_t* a, Ints (&sum)[ROWS], Ints (&other)[ROWS]) {
+  Ints(&odd)[ROWS] = ROWS <= 2 ? other : sum;
   constexpr int kGroupBytes = kPanelRows * 4;
 #pragma GCC unroll 8
   for (int group = 0; group < kQuantUnit * BITS / 32; group++) {
-    const Codes c = load_codes(codes + group * kGroupBytes);
     if constexpr (BITS == 4) {
-      const Codes first = low(c), second = high(c);
+      const Codes pairs = load_pairs(codes + group * kGroupBytes), first = low(pairs), second = high(pairs);
 #pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) sum[m] = dot<BITS>(sum[m], first, a + (2 * group * stride + m) * 4);
+      for (int m = 0; m < ROWS; m++) sum[m] = dot<BITS>(sum[m], first, a + (2 * group * ROWS + m) * 4);
 #pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) sum[m] = dot<BITS>(sum[m], second, a + ((2 * group + 1) * stride + m) * 4);
+      for (int m = 0; m < ROWS; m++) odd[m] = dot<BITS>(odd[m], second, a + ((2 * group + 1) * ROWS + m) * 4);
     } else {
+      const Codes c = load_codes(codes + group * kGroupBytes);
 #pragma GCC unroll 8
-      for (int m = 0; m < ROWS; m++) sum[m] = dot<BITS>(sum[m], c, a + (group * stride + m) * 4);
+      for (int m = 0; m < ROWS; m++) {
+        Ints& s = group % 2 ? odd[m] : sum[m];
+        s = dot<BITS>(s, c, a + (group * ROWS + m) * 4);
+      }
     }
   }
 }
 
-// Rows first..first+ROWS-1 of the tile; lanes `lane`.. of the panel.
 template <int BITS, bool ZEROS, typename Scale, int ROWS>
-void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, int first, int lane, float* out) {
+void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
   constexpr int kUnitBytes = kQuantUnit * kPanelRows * BITS / 8;
-  const int64_t blocks = format.blocks();
-  const int units = format.block / kQuantUnit, stride = tile.rows;
-  const Scale* scales = reinterpret_cast<const Scale*>(panel) + lane;
-  const uint8_t* zeros = panel + format.zeros_at() + lane;
-  const uint8_t* codes = panel + format.codes_at() + lane * 4;
-  const int8_t* a = tile.codes + first * 4;
-  const float *a_scales = tile.scales + first, *corrections = tile.corrections + first;
-  Floats total[ROWS];
-  for (int m = 0; m < ROWS; m++) total[m] = zero_floats();
-  for (int64_t block = 0; block < blocks; block++) {
-    Ints sum[ROWS];
-    for (int m = 0; m < ROWS; m++) sum[m] = ZEROS ? zero_ints() : start(corrections + m);
-    for (int u = 0; u < units; u++) {
-#if defined(__AVX2__)
-      for (int line = 0; line < kUnitBytes; line += 64) _mm_prefetch(reinterpret_cast<const char*>(codes) + 2048 + line, _MM_HINT_T0);
-#endif
-      unit<BITS, ROWS>(codes, a, stride, sum);
-      codes += kUnitBytes;
-      a += kQuantUnit * stride;
-    }
-    const Floats scale = load_scales(scales);
-    for (int m = 0; m < ROWS; m++) {
-      Floats value = to_floats(sum[m]);
-      // Integers below 2^24 and their products with a zero are exact in fp32.
-      if constexpr (ZEROS) value = subtract_product(value, multiply_add(load_zeros(zeros), same(1.0f), same(-float(kBias<BITS>))), same(corrections[m]));
-      total[m] = multiply_add(value, multiply(scale, same(a_scales[m])), total[m]);
-    }
-    scales += kPanelRows;
-    zeros += kPanelRows;
-    a_scales += stride;
-    corrections += stride;
-  }
-  for (int m = 0; m < ROWS; m++) store(out + m * kPanelRows, total[m]);
-}
-
-template <int BITS, bool ZEROS, typename Scale, int ROWS>
-void rows(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
+  constexpr int kHeader = kGroupBlocks * kPanelRows * (int(sizeof(Scale)) + (ZEROS ? 1 : 0));
+  const int units = format.block / kQuantUnit;
   for (int lane = 0; lane < kPanelRows; lane += kLanes) {
-    int first = 0;
-    for (; first + kMaxRows <= tile.rows; first += kMaxRows)
-      product<BITS, ZEROS, Scale, kMaxRows>(format, panel, tile, first, lane, out + first * kPanelRows + lane);
-    if constexpr (ROWS > 0) product<BITS, ZEROS, Scale, ROWS>(format, panel, tile, first, lane, out + first * kPanelRows + lane);
+    const uint8_t* codes = panel + lane * 4;
+    const int8_t* a = tile.codes;
+    const float *a_scales = tile.scales, *corrections = tile.corrections;
+    Floats total[ROWS];
+    for (int m = 0; m < ROWS; m++) total[m] = zero_floats();
+    for (int64_t left = format.blocks(); left > 0; left -= kGroupBlocks) {
+      const uint8_t* header = codes - lane * 4;
+      ahead<kHeader>(codes);
+      codes += kHeader;
+      const int count = left < kGroupBlocks ? int(left) : kGroupBlocks;
+      for (int block = 0; block < count; block++) {
+        // Few rows leave registers for a second set of sums, which halves the chains of dependent additions.
+        Ints sum[ROWS], other[ROWS];
+        for (int m = 0; m < ROWS; m++) sum[m] = ZEROS ? zero_ints() : start(corrections + m), other[m] = zero_ints();
+        int u = units;
+        do {
+          ahead<kUnitBytes>(codes);
+          unit<BITS, ROWS>(codes, a, sum, other);
+          codes += kUnitBytes;
+          a += kQuantUnit * ROWS;
+        } while (--u > 0);
+        const Floats scale = load_scales(reinterpret_cast<const Scale*>(header) + block * kPanelRows + lane);
+        for (int m = 0; m < ROWS; m++) {
+          Floats value = to_floats(add(sum[m], other[m]));
+          if constexpr (ZEROS) {  // integers below 2^24 and their products with a zero are exact in fp32
+            const Floats zero = load_zeros(header + kGroupBlocks * kPanelRows * sizeof(Scale) + block * kPanelRows + lane);
+            value = subtract_product(value, add(zero, same(-float(kBias<BITS>))), same(corrections[m]));
+          }
+          total[m] = multiply_add(value, multiply(scale, same(a_scales[m])), total[m]);
+        }
+        a_scales += ROWS;
+        corrections += ROWS;
+      }
+    }
+    for (int m = 0; m < ROWS; m++) store(out + m * kPanelRows + lane, total[m]);
   }
 }
 
 template <int BITS, bool ZEROS, typename Scale>
 void choose_rows(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
-  switch (tile.rows % kMaxRows) {
+  switch (tile.rows) {
 #define CASE(ROWS) \
-  case ROWS: return rows < BITS, ZEROS, Scale, ROWS < kMaxRows ? ROWS : 0 > (format, panel, tile, out);
-    CASE(0) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7)
+  case ROWS: return product < BITS, ZEROS, Scale, ROWS <= kTileRows ? ROWS : 1 > (format, panel, tile, out);
+    CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
   }
 }
@@ -112,6 +111,8 @@ inline float exponential(float x) {
 
 }  // namespace
 
+int quant_tile_rows() { return kTileRows; }
+
 void quant_panel(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
   (format.bits == 4 ? choose_format<4> : choose_format<8>)(format, panel, tile, out);
 }
@@ -124,21 +125,21 @@ void quant_swiglu(const float* gate, const float* up, int count, float* out) {
 }
 
 void quant_row(const QuantFormat& format, const uint8_t* packed, int64_t row, float* out) {
-  const uint8_t* panel = packed + size_t(row / kPanelRows) * format.panel_bytes();
+  const uint8_t* at = packed + size_t(row / kPanelRows) * format.panel_bytes();
   const int lane = int(row % kPanelRows);
-  const uint8_t *zeros = panel + format.zeros_at() + lane, *codes = panel + format.codes_at() + lane * 4;
   for (int64_t block = 0; block < format.blocks(); block++) {
-    float scale, zero = format.zeros ? zeros[block * kPanelRows] : float(format.offset());
-    if (format.wide_scales)
-      scale = reinterpret_cast<const float*>(panel)[block * kPanelRows + lane];
-    else
-      scale = half_to_float(reinterpret_cast<const uint16_t*>(panel)[block * kPanelRows + lane]);
-    const int64_t begin = block * format.block, end = begin + format.block < format.K ? begin + format.block : format.K;
-    for (int64_t k = begin; k < end; k++) {
+    const int place = int(block % kGroupBlocks) * kPanelRows + lane;
+    const uint8_t* header = at;
+    const float scale = format.wide_scales ? reinterpret_cast<const float*>(header)[place] : half_to_float(reinterpret_cast<const uint16_t*>(header)[place]);
+    const float zero = format.zeros ? header[format.zeros_at() + place] : float(format.offset());
+    const uint8_t* codes = header + format.codes_at() + size_t(block % kGroupBlocks) * format.block_bytes() + lane * 4;
+    const int64_t begin = block * format.block, count = begin + format.block < format.K ? format.block : format.K - begin;
+    for (int64_t k = 0; k < count; k++) {
       const uint8_t byte = format.bits == 8 ? codes[k / 4 * 64 + k % 4] : codes[k / 8 * 64 + k % 4];
       const int code = format.bits == 8 ? byte : (k / 4) % 2 ? byte >> 4 : byte & 15;
-      out[k] = scale * (float(code) - zero);
+      out[begin + k] = scale * (float(code) - zero);
     }
+    if (block % kGroupBlocks == kGroupBlocks - 1) at += format.codes_at() + kGroupBlocks * format.block_bytes();
   }
 }
 

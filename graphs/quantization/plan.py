@@ -1,0 +1,197 @@
+"""The precision plan: in which format each group of matrices is stored.
+
+`--precision int8` and `int4` name a plan; a TOML file overrides it per group, or per matrix:
+
+    [mlp]
+    format = "int4"         # int4, int8, or stored: as the checkpoint has it
+    block = 64              # values of a row that share a scale: 32, 64, 128
+    method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block
+    zeros = true            # a zero per block beside the scale
+
+    [matrices]
+    "layers.0.mlp.*" = { format = "int8" }      # names of the modules, with * and ?
+
+Norms, convolutions, decays and states are never quantised. Imports neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import ConfigError
+from qwen_export.graphs.quantization.methods import METHODS
+from qwen_export.graphs.quantization.packing import BLOCKS, QuantFormat
+
+STORED, INT8, INT4 = "stored", "int8", "int4"
+FORMATS = {STORED: 0, INT8: 8, INT4: 4}
+"""Bits of each format; 0: what the checkpoint stores."""
+
+QUANTIZED = (INT8, INT4)
+"""The values of --precision that name a plan."""
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "in_proj_ab": ("*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight", "*.linear_attn.in_proj_ba.weight"),
+    "deltanet": ("*.linear_attn.in_proj_*.weight", "*.linear_attn.out_proj.weight"),
+    "attention": ("*.self_attn.?_proj.weight",),
+    "router": ("*.mlp.gate.weight", "*.mlp.shared_expert_gate.weight"),
+    "shared_expert": ("*.mlp.shared_expert.*_proj.weight",),
+    "experts": ("*.mlp.experts.*",),
+    "mlp": ("*.mlp.gate_proj.weight", "*.mlp.up_proj.weight", "*.mlp.down_proj.weight"),
+    "embedding": ("embed_tokens.weight",),
+    "lm_head": ("lm_head.weight",),
+    "mtp": ("mtp.*_proj.weight", "mtp.fc.weight", "mtp.*.mlp.experts.*"),
+}
+"""The groups, and the parameters of each: the first group that matches has it."""
+
+_MATRICES = "matrices"
+_HIGH = ("in_proj_ab", "router")
+_NEVER = {"router": "a changed choice of experts costs more than its bytes save"}
+
+
+@dataclass(frozen=True)
+class GroupFormat:
+    """The format of a group. `block`, `method` and `zeros` say nothing where it is "stored"."""
+
+    format: str = STORED
+    block: int = 32
+    method: str = "rtn"
+    zeros: bool = False
+
+    @property
+    def quant(self) -> QuantFormat | None:
+        """The layout, None for matrices that stay as they are."""
+        return QuantFormat(FORMATS[self.format], self.block, self.zeros) if self.format != STORED else None
+
+    def __str__(self) -> str:
+        return self.format if self.format == STORED else f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}"
+
+    @staticmethod
+    def parse(text: str) -> GroupFormat:
+        """The inverse of str()."""
+        words = text.split()
+        if len(words) == 1:
+            return GroupFormat(words[0])
+        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """The format of each group, and of single matrices by pattern."""
+
+    groups: Mapping[str, GroupFormat]
+    matrices: Mapping[str, GroupFormat] = field(default_factory=dict)
+
+    def of(self, name: str) -> GroupFormat:
+        """The format of the parameter `name`."""
+        for pattern, chosen in self.matrices.items():
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight"):
+                return chosen
+        group = group_of(name)
+        return self.groups[group] if group else GroupFormat()
+
+    def to_json(self) -> dict[str, str]:
+        """For the manifest."""
+        return {name: str(chosen) for name, chosen in [*self.groups.items(), *self.matrices.items()]}
+
+    @staticmethod
+    def from_json(entries: Mapping[str, str]) -> PrecisionPlan:
+        """The inverse of `to_json`; entries of other things are left out."""
+        parsed = {name: GroupFormat.parse(text) for name, text in entries.items() if text.split(" ")[0] in FORMATS}
+        return PrecisionPlan({n: f for n, f in parsed.items() if n in GROUPS}, {n: f for n, f in parsed.items() if n not in GROUPS})
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, "" for one that is never quantised."""
+    if name.startswith("mtp."):
+        patterns = {"router": GROUPS["router"], "mtp": GROUPS["mtp"]}
+    else:
+        patterns = GROUPS
+    return next((group for group, globs in patterns.items() if any(fnmatchcase(name, glob) for glob in globs)), "")
+
+
+def default_plan(precision: str) -> PrecisionPlan:
+    """The plan that --precision int8 or int4 names. int4 leaves embedding and head, whose errors reach the logits directly, at 8 bits."""
+    eight = GroupFormat(INT8, 32, "rtn")
+    usual = {INT8: eight, INT4: GroupFormat(INT4, 32, "search")}[precision]
+    high = dict.fromkeys(_HIGH, GroupFormat()) | dict.fromkeys(("embedding", "lm_head"), eight)
+    return PrecisionPlan({group: high.get(group, usual) for group in GROUPS})
+
+
+def load_plan(precision: str, file: Path | None, *, tied: bool) -> PrecisionPlan:
+    """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format.
+
+    Raises ConfigError with the key that is wrong."""
+    plan = default_plan(precision)
+    given = _read(file) if file is not None else {}
+    plan = _overridden(plan, given, str(file))
+    if tied:
+        if "lm_head" in given and plan.groups["lm_head"] != plan.groups["embedding"]:
+            raise ConfigError(
+                "the head of this checkpoint is its embedding, and a plan cannot give them two formats",
+                where=str(file),
+                got=str(plan.groups["lm_head"]),
+                expected=str(plan.groups["embedding"]),
+                fix="Set [embedding] alone.",
+            )
+        plan = replace(plan, groups={**plan.groups, "lm_head": plan.groups["embedding"]})
+    return plan
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError("the precision plan cannot be read", where=str(file), got=error.strerror) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("the precision plan is not TOML", where=str(file), got=error) from error
+
+
+def _overridden(plan: PrecisionPlan, given: dict[str, Any], where: str) -> PrecisionPlan:
+    groups, matrices = dict(plan.groups), dict(plan.matrices)
+    for name, keys in given.items():
+        if name == _MATRICES:
+            for pattern, single in _table(keys, name, where).items():
+                base = plan.of(pattern if group_of(pattern) else f"{pattern}.weight")
+                matrices[pattern] = _format(base, _table(single, pattern, where), pattern, where)
+        elif name in GROUPS:
+            groups[name] = _format(groups[name], _table(keys, name, where), name, where)
+        else:
+            raise ConfigError("the precision plan names no such group", where=where, got=name, expected=", ".join([*GROUPS, _MATRICES]))
+    for name, reason in _NEVER.items():
+        if groups[name].format != STORED:
+            raise ConfigError(f"[{name}] is never quantised: {reason}", where=where, got=groups[name].format, expected=STORED)
+    return PrecisionPlan(groups, matrices)
+
+
+def _table(value: Any, name: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"[{name}] of the precision plan is not a table", where=where, got=repr(value))
+    return value
+
+
+def _format(base: GroupFormat, keys: dict[str, Any], name: str, where: str) -> GroupFormat:
+    allowed: dict[str, Iterable[Any]] = {"format": FORMATS, "block": BLOCKS, "method": METHODS, "zeros": (True, False)}
+    for key, value in keys.items():
+        if key not in allowed or not any(type(value) is type(option) and value == option for option in allowed[key]):
+            expected = ", ".join(map(str, allowed.get(key, allowed)))
+            raise ConfigError(f"[{name}] {key} of the precision plan cannot be used", where=where, got=repr(value), expected=expected)
+    # A group that gets another number of bits gets the method that suits them, unless one is given.
+    if "format" in keys and "method" not in keys and keys["format"] != base.format:
+        base = replace(base, method="search" if keys["format"] == INT4 else "rtn")
+    return replace(base, **keys)
+
+
+def as_table(plan: PrecisionPlan, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Lines for people. `sizes`: per group parameters and bytes; groups that the model does not have are left out."""
+    lines = [f"{'group':16} {'format':24} {'parameters':>14} {'MB':>9}"]
+    for group, chosen in plan.groups.items():
+        parameters, nbytes = sizes.get(group, (0, 0))
+        if parameters:
+            lines.append(f"{group:16} {chosen!s:24} {parameters:14,} {nbytes / 1e6:9.1f}")
+    lines += [f"{pattern}: {chosen}" for pattern, chosen in plan.matrices.items()]
+    return lines

@@ -1,0 +1,116 @@
+"""Products and gathers over matrices that the precision plan quantises, on the kernels of plugins/native/cpu/quant_linear_op.cc."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.errors import ConfigError
+from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
+from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
+from qwen_export.graphs.quantization.weights import Quantized
+from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, weight_of
+from qwen_export.plugins.native.library import NATIVE
+from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
+
+QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
+
+
+def quantize_products(model: ir.Model, context: PassContext) -> int:
+    """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantises
+    Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed)
+           for a stack of matrices of which some are quantised: a product each, and Concat
+
+    A matrix that is read twice, as a tied embedding is, is packed once."""
+    plan, changed = context.quantization, 0
+    if plan is None:
+        return 0
+    for node in list(model.graph):
+        if is_native(node, LINEAR, SWIGLU):
+            changed += _product(model.graph, node, plan)
+        elif node.op_type == "Gather" and not node.domain:
+            changed += _gather(model.graph, node, plan)
+    return changed
+
+
+def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
+    value = node.inputs[1]
+    weight = weight_of(value)
+    if value is None or value.name is None or weight is None:
+        return 0
+    parts = _by_format(weight, plan)
+    if len(parts) == 1:
+        if parts[0][0].quant is None:
+            return 0
+        made = _quantized(graph, node, value.name, *parts[0])
+        replace_node(graph, node, [made], made.outputs)
+        return 1
+    if node.op_type == SWIGLU:
+        raise ConfigError(
+            "a plan must give gate_proj and up_proj of a layer one format", where=value.name, got=", ".join(str(f) for f, _ in parts)
+        )
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        raise ConfigError("a plan must give all parts of a product with a residual one format", where=value.name)
+    nodes = []
+    for index, (format, part) in enumerate(parts):
+        name = f"{value.name}.{index}"
+        if format.quant is not None:
+            nodes.append(_quantized(graph, node, name, format, part))
+        else:
+            inputs = [node.inputs[0], add_weight(graph, name, part), *node.inputs[2:]]
+            nodes.append(new_node(NATIVE, LINEAR, inputs, like=node.outputs[0], epsilon=node.attributes.get_float("epsilon")))
+    whole = new_node("", "Concat", [made.outputs[0] for made in nodes], like=node.outputs[0], axis=-1)
+    whole.outputs[0].shape = node.outputs[0].shape
+    replace_node(graph, node, [*nodes, whole], whole.outputs)
+    return 1
+
+
+def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight) -> ir.Node:
+    """The quantised form of a product, over `weight`."""
+    packed, attributes = _packed(graph, name, chosen, weight)
+    made = new_node(
+        NATIVE,
+        QUANT_LINEAR if node.op_type == LINEAR else QUANT_SWIGLU,
+        [node.inputs[0], packed, *node.inputs[2:]],
+        like=node.outputs[0],
+        epsilon=node.attributes.get_float("epsilon"),
+        **attributes,
+    )
+    made.outputs[0].shape = node.outputs[0].shape
+    return made
+
+
+def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
+    value = node.inputs[0]
+    weight = weight_of(value)
+    if value is None or value.name is None or weight is None or len(weight.shape) != 2 or node.attributes.get_int("axis", 0):
+        return 0
+    ((chosen, _),) = _by_format(weight, plan)
+    if chosen.quant is None:
+        return 0
+    packed, attributes = _packed(graph, value.name, chosen, weight)
+    made = new_node(NATIVE, QUANT_GATHER, [node.inputs[1], packed], like=node.outputs[0], **attributes)
+    made.outputs[0].shape = node.outputs[0].shape
+    replace_node(graph, node, [made], made.outputs)
+    return 1
+
+
+def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> tuple[ir.Value, dict[str, int]]:
+    """The packed matrix as an initializer, and the attributes that describe it."""
+    format = chosen.quant
+    if format is None:
+        raise TypeError(f"{name} is not quantised")
+    N, K = weight.shape
+    return add_weight(graph, f"{name}.{chosen.format}", Quantized(weight, format, chosen.method)), format.attributes(N, K)
+
+
+def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, Weight]]:
+    """The weight cut where the format changes."""
+    parts: list[tuple[GroupFormat, list[Weight]]] = []
+    for part in weight.parts if isinstance(weight, Stacked) else (weight,):
+        formats = {plan.of(name) for name in part.stored()}
+        format = formats.pop() if len(formats) == 1 else GroupFormat()
+        if parts and parts[-1][0] == format:
+            parts[-1][1].append(part)
+        else:
+            parts.append((format, [part]))
+    return [(format, several[0] if len(several) == 1 else Stacked(tuple(several))) for format, several in parts]
