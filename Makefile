@@ -9,19 +9,31 @@ REACHABLE = $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(T
 TORCH := $(shell grep '^torch==' constraints.txt)
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 
-.PHONY: help demo test lint typing clean
+# Kernels for the CPU (plugins/native/cpu), compiled on this machine. Optional: without them bundles use ONNX Runtime's.
+LIBRARY := plugins/native/libqwen_export_cpu.so
+SOURCES := $(wildcard plugins/native/cpu/*.* plugins/native/cpu/kernels/*)
+
+.PHONY: help demo test native lint typing clean
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
 	@echo "make test    run the tests"
+	@echo "make native  compile the kernels for this machine's CPU (demo and test do it)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove build/ and $(VENV)"
 
-demo: $(STAMP)
+demo: $(STAMP) native
 	$(BIN)/python examples/demo.py
 
-test: $(STAMP)
+test: $(STAMP) native
 	$(BIN)/python -m pytest -q $(ARGS)
+
+native: $(LIBRARY)
+
+$(LIBRARY): $(SOURCES) | $(STAMP)
+	@mkdir -p build; { headers=$$($(BIN)/python plugins/native/fetch_headers.py) && ORT_INCLUDE_DIR=$$headers plugins/native/cpu/build.sh; } \
+	    >build/native.log 2>&1 && echo "compiled $@" || { rm -f $@; \
+	    echo "note: the CPU kernels could not be compiled ($$(tail -n 1 build/native.log)): bundles will use ONNX Runtime's."; }
 
 lint: $(STAMP) typing
 	$(BIN)/ruff check .
@@ -50,4 +62,4 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(LIBRARY)

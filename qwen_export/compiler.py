@@ -25,6 +25,7 @@ from qwen_export.manifest import (
 )
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
+from qwen_export.runtimes.compatibility import this_platform
 from qwen_export.staging import staged_directory
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
@@ -119,7 +120,13 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         producer=f"qwen-export {__version__}",
         model=text.to_json(),
         target=TargetSpec(
-            plan.target.name, plan.device, plan.precision, plan.target.backend, plan.target.minimum_backend, tuple(operators)
+            plan.target.name,
+            plan.device,
+            plan.precision,
+            plan.target.backend,
+            plan.target.minimum_backend,
+            tuple(operators),
+            this_platform() if plan.plugins else "",
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),

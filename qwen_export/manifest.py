@@ -84,7 +84,8 @@ class RotarySpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What the bundle was compiled for. `operators` are the non-standard ones that the backend must have, as "domain.Op"."""
+    """What the bundle was compiled for. `operators` are the non-standard ones that the backend must have, as "domain.Op"; `platform` is the
+    system and processor that its plugins are machine code for, "" where there are none."""
 
     name: str
     device: str
@@ -92,6 +93,7 @@ class TargetSpec:
     backend: str
     minimum_backend: str
     operators: tuple[str, ...]
+    platform: str = ""
 
 
 @dataclass(frozen=True)

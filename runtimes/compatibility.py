@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from math import prod
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def check_runnable(manifest: Manifest) -> None:
     if target.device not in PROVIDERS:
         raise BundleError(
             "the bundle is compiled for another device than this version knows", got=target.device, expected=", ".join(PROVIDERS)
+        )
+    if manifest.plugins and target.platform not in ("", this_platform()):
+        raise BundleError(
+            "the bundle has kernels that are compiled for another kind of machine",
+            got=this_platform(),
+            expected=target.platform,
+            fix="Build the checkpoint on a machine like this one, or without the plugin.",
         )
     types = {tensor.dtype for graph in manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)}
     types |= {state.dtype for graph in manifest.graphs.values() for state in graph.states}
@@ -54,6 +62,12 @@ def check_runnable(manifest: Manifest) -> None:
             got=", ".join(missing),
             fix=f"Install onnxruntime {target.minimum_backend} or newer.",
         )
+
+
+def this_platform() -> str:
+    """System and processor of this machine, "linux x86_64"."""
+    machine = platform.machine().lower()
+    return f"{platform.system().lower()} {({'amd64': 'x86_64', 'arm64': 'aarch64'}).get(machine, machine)}"
 
 
 def needed_memory(manifest: Manifest, bundle: Path) -> int:

@@ -43,9 +43,9 @@ class Session:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
         providers = _providers(ort, device)
+        for plugin in plugins:
+            _register(options, plugin)
         try:
-            for plugin in plugins:
-                options.register_custom_ops_library(str(plugin.resolve()))
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
@@ -89,6 +89,18 @@ class Call:
             self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+
+
+def _register(options: Any, plugin: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(plugin.resolve()))
+    except Exception as error:
+        raise BundleError(
+            "a library of the bundle cannot be loaded on this machine",
+            where=str(plugin),
+            got=_first_line(error),
+            fix="Build the checkpoint on a machine like this one, or without the plugin.",
+        ) from error
 
 
 def _providers(ort: Any, device: str) -> list[Any]:

@@ -91,8 +91,9 @@ def test_the_bundle_carries_and_hashes_the_library(wide_heads: Path, fake_librar
         ensure_whole(bundle, manifest)
 
 
-def test_a_cpu_bundle_has_no_plugin(wide_heads: Path, fake_library: Path, tmp_path: Path) -> None:
-    assert load_manifest(build(wide_heads, tmp_path / "bundle")).plugins == ()
+def test_a_cpu_bundle_has_no_cuda_plugin(wide_heads: Path, fake_library: Path) -> None:
+    source = open_checkpoint(wide_heads)
+    assert fake_library not in plan_build(source).plugins and fake_library in plan_build(source, device="cuda", precision="fp16").plugins
 
 
 def test_a_built_library_loads_without_a_device() -> None:

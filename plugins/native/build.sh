@@ -1,8 +1,6 @@
 #!/bin/sh
 # Builds libqwen_export_cuda.so next to this script, where `qwen-export build --device cuda` finds it.
-#   ORT_INCLUDE_DIR   folder of onnxruntime_cxx_api.h, from any ONNX Runtime release from 1.18 on: include/ of its release archive, or
-#                     usr/include/onnxruntime of Debian's libonnxruntime-dev (`apt-get download` and `dpkg -x`; nothing has to be installed).
-#                     Newer runtimes accept libraries built with older headers.
+#   ORT_INCLUDE_DIR   folder of onnxruntime_cxx_api.h, from any ONNX Runtime release from 1.18 on; fetch_headers.py prints one.
 #   NVCC, ARCHS       nvcc of CUDA 13 and the compute capabilities to build machine code for; newer devices compile the embedded PTX.
 # cuBLAS is not linked: the library asks the process for the one that ONNX Runtime has loaded.
 set -eu

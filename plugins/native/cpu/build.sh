@@ -1,12 +1,13 @@
 #!/bin/sh
 # Builds libqwen_export_cpu.so in the folder above, where `qwen-export build --device cpu` finds it.
-#   ORT_INCLUDE_DIR   folder of onnxruntime_cxx_api.h, as for ../build.sh
+#   ORT_INCLUDE_DIR   folder of onnxruntime_cxx_api.h; ../fetch_headers.py prints one. `make native` does both.
 #   CXX, CXXFLAGS     a C++17 compiler, gcc or clang
 # Files in kernels/ are compiled once per instruction set (isa.h).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-: "${ORT_INCLUDE_DIR:?folder of onnxruntime_cxx_api.h, see the head of ../build.sh}"
+: "${ORT_INCLUDE_DIR:?folder of onnxruntime_cxx_api.h, see the head of this script}"
 : "${CXX:=c++}" "${CXXFLAGS:=-O3}"
+command -v "$CXX" >/dev/null || { echo "there is no C++ compiler $CXX" >&2; exit 1; }
 jobs=""
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -12,6 +12,8 @@ namespace {
 
 // What one task reads of the weight: short enough that the threads end together, long enough that starting a task costs nothing.
 constexpr int64_t kTaskWeights = 64 << 10, kTasks = 512;
+// With many rows a task is longer anyway, and reads all of x.
+constexpr int64_t kManyRows = 16;
 // Rows that are packed before the threads are asked to help.
 constexpr int64_t kFewValues = 32 << 10;
 
@@ -35,7 +37,8 @@ const float* pack(const Call& call, const float* x, const float* norm, float eps
 
 void run(const Call& call, const Product& p) {
   static const auto product = QWEN_BEST(product);
-  const int64_t rows = kTaskWeights / int64_t(p.K) / (p.gated ? 2 : 1), N = int64_t(p.N);
+  const int64_t weights = p.M > kManyRows ? 2 * kTaskWeights : kTaskWeights;
+  const int64_t rows = weights / int64_t(p.K) / (p.gated ? 2 : 1), N = int64_t(p.N);
   const size_t columns = size_t(std::max({int64_t(4), rows, N / kTasks}) / 4 * 4);
   call.parallel((p.N + columns - 1) / columns,
                 [&](size_t task) { product(p, task * columns, std::min(p.N, (task + 1) * columns)); });

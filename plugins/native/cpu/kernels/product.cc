@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <exception>
 #include <memory>
 
 #include "vector.h"
@@ -14,7 +16,7 @@ namespace {
 constexpr size_t kColumns = 4, kRows = kRegisters == 32 ? 6 : 3;
 // From so many rows on, the weight is converted once into a buffer in the L2 cache instead of once per group of rows.
 constexpr size_t kManyRows = 4 * kRows;
-constexpr size_t kPanelBytes = 256 << 10;
+constexpr size_t kPanelFloats = 128 << 10, kSumFloats = 48 << 10, kPartDepth = 1280;
 
 size_t padded(size_t K) { return (K + kLanes - 1) / kLanes * kLanes; }
 
@@ -48,20 +50,25 @@ struct Rows {
         const Vector w = load_part(row[c] + k, K - k);
         for (size_t r = 0; r < R; r++) sum[c][r] += w * load(x + r * kLanes);
       }
+#pragma GCC unroll 8
     for (size_t r = 0; r < R; r++) out[r] = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
   }
 };
 
-// Four rows of the weight in fp32, a vector of each in turn.
+// Four rows of the weight in fp32, a vector of each in turn: `size` values of each from some k on.
 struct Panel {
   const float* w;
-  size_t K;
+  size_t size;
+  Vector* partial;  // sums so far, where k has parts
+  bool begins, ends;
 
   template <size_t R>
   void dot(const float* x, bool, Four* out) const {
     Vector sum[kColumns][R] = {};
-    const float *at = w, *end = w + padded(K) * kColumns;
-    for (; at < end; at += kColumns * kLanes, x += R * kLanes) {
+    if (!begins)
+#pragma GCC unroll 24
+      for (size_t i = 0; i < kColumns * R; i++) sum[i / R][i % R] = partial[i];
+    for (const float *at = w, *end = w + size * kColumns; at < end; at += kColumns * kLanes, x += R * kLanes) {
       Vector in[R];
       for (size_t r = 0; r < R; r++) in[r] = load(x + r * kLanes);
       for (size_t c = 0; c < kColumns; c++) {
@@ -69,7 +76,12 @@ struct Panel {
         for (size_t r = 0; r < R; r++) sum[c][r] += w * in[r];
       }
     }
-    for (size_t r = 0; r < R; r++) out[r] = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
+    if (!ends)
+#pragma GCC unroll 24
+      for (size_t i = 0; i < kColumns * R; i++) partial[i] = sum[i / R][i % R];
+    else
+#pragma GCC unroll 8
+      for (size_t r = 0; r < R; r++) out[r] = sums(sum[0][r], sum[1][r], sum[2][r], sum[3][r]);
   }
 };
 
@@ -87,25 +99,19 @@ void dot(const Weight& weight, const float* x, size_t rows, bool first, Four* ou
   }
 }
 
-// Columns n..n+3 of the rows of one group.
-template <typename Weight>
-void tile(const Product& p, const Weight& weight, const Weight& up, size_t group, size_t n) {
-  Four values[kRows], ups[kRows];
-  const size_t begin = group_begin(group, p.M), rows = group_begin(group + 1, p.M) - begin, count = std::min(kColumns, p.N - n);
-  const float* x = p.x + begin * padded(p.K);
-  dot(weight, x, rows, group == 0, values);
-  if (p.gated) {
-    dot(up, x, rows, group == 0, ups);
-    for (size_t r = 0; r < rows; r++) values[r] = silu(values[r]) * ups[r];
-  }
+// Columns n..n+3 of the rows begin..begin+rows-1 of y, from their products; `up` where the product is gated.
+void finish(const Product& p, size_t begin, size_t rows, size_t n, const Four* products, const Four* up) {
+  const size_t count = std::min(kColumns, p.N - n);
   for (size_t r = 0; r < rows; r++) {
     const size_t at = (begin + r) * p.N + n;
+    Four value = products[r];
+    if (p.gated) value = silu(value) * up[r];
     if (p.residual != nullptr) {
       Four residual = {};
       std::memcpy(&residual, p.residual + at, count * sizeof(float));
-      values[r] += residual;
+      value += residual;
     }
-    std::memcpy(p.y + at, &values[r], count * sizeof(float));
+    std::memcpy(p.y + at, &value, count * sizeof(float));
   }
 }
 
@@ -122,7 +128,14 @@ void few_rows(const Product& p, const W* w, size_t first, size_t last) {
   const size_t groups = packed_groups(p.M);
   for (size_t n = first; n < last; n += kColumns) {
     const auto weight = rows_at(w, n, p.N, p.K), up = p.gated ? rows_at(w + p.N * p.K, n, p.N, p.K) : weight;
-    for (size_t group = 0; group < groups; group++) tile(p, weight, up, group, n);
+    for (size_t group = 0; group < groups; group++) {
+      const size_t begin = group_begin(group, p.M), rows = group_begin(group + 1, p.M) - begin;
+      const float* x = p.x + begin * padded(p.K);
+      Four products[kRows], ups[kRows];
+      dot(weight, x, rows, group == 0, products);
+      if (p.gated) dot(up, x, rows, group == 0, ups);
+      finish(p, begin, rows, n, products, ups);
+    }
   }
 }
 
@@ -135,24 +148,51 @@ void convert(const Rows<W>& rows, float* out) {
     for (size_t c = 0; c < kColumns; c++, out += kLanes) store(out, load_part(rows.row[c] + k, rows.K - k));
 }
 
+// Memory that a thread keeps.
+struct Buffer {
+  float* at_least(size_t floats) {
+    if (capacity < floats) memory.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+    if (floats > 0 && memory == nullptr) std::terminate();  // tasks cannot fail
+    capacity = std::max(capacity, floats);
+    return memory.get();
+  }
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float, Free> memory;
+  size_t capacity = 0;
+};
+
+// In the L2 cache: the weight's columns start..stop-1 as fp32, and the sums of some groups while k is read in parts that fit, with a group of
+// rows, into the L1 cache.
 template <typename W>
 void many_rows(const Product& p, const W* w, size_t first, size_t last) {
-  const size_t tile_size = padded(p.K) * kColumns, halves = p.gated ? 2 : 1;
-  const size_t tiles = std::max<size_t>(1, kPanelBytes / (tile_size * sizeof(float) * halves));
-  thread_local std::unique_ptr<float[]> panel;
-  thread_local size_t capacity = 0;
-  if (capacity < tiles * tile_size * halves) panel.reset(new float[capacity = tiles * tile_size * halves]);
-  const size_t groups = packed_groups(p.M);
+  const size_t K = padded(p.K), tile = K * kColumns, sets = p.gated ? 2 : 1, groups = packed_groups(p.M);
+  const size_t parts = (K + kPartDepth - 1) / kPartDepth, depth = padded((K + parts - 1) / parts);
+  const size_t tiles = std::clamp<size_t>(kPanelFloats / (tile * sets), 1, (last - first + kColumns - 1) / kColumns);
+  const size_t partial = kRows * kColumns * kLanes, batch = std::max<size_t>(1, kSumFloats / (tiles * sets * partial));
+  thread_local Buffer panels, sums;
+  float* panel = panels.at_least(tiles * sets * tile);
+  float* open = sums.at_least(parts > 1 ? batch * tiles * sets * partial : 0);
   for (size_t start = first; start < last; start += tiles * kColumns) {
     const size_t stop = std::min(last, start + tiles * kColumns);
-    float* at = panel.get();
+    float* to = panel;
     for (size_t n = start; n < stop; n += kColumns)
-      for (size_t half = 0; half < halves; half++, at += tile_size) convert(rows_at(w + half * p.N * p.K, n, p.N, p.K), at);
-    for (size_t group = 0; group < groups; group++) {
-      const float* from = panel.get();
-      for (size_t n = start; n < stop; n += kColumns, from += halves * tile_size)
-        tile(p, Panel{from, p.K}, Panel{from + (halves - 1) * tile_size, p.K}, group, n);
-    }
+      for (size_t set = 0; set < sets; set++, to += tile) convert(rows_at(w + set * p.N * p.K, n, p.N, p.K), to);
+    for (size_t low = 0; low < groups; low += batch)
+      for (size_t k = 0; k < K; k += depth) {
+        float* sum = open;
+        for (size_t group = low; group < std::min(groups, low + batch); group++) {
+          const size_t begin = group_begin(group, p.M), rows = group_begin(group + 1, p.M) - begin, size = std::min(depth, K - k);
+          const float *x = p.x + begin * K + k * rows, *from = panel + k * kColumns;
+          for (size_t n = start; n < stop; n += kColumns) {
+            Four products[2][kRows];
+            for (size_t set = 0; set < sets; set++, from += tile, sum += parts > 1 ? partial : 0)
+              dot(Panel{from, size, reinterpret_cast<Vector*>(sum), k == 0, k + size == K}, x, rows, false, products[set]);
+            if (k + size == K) finish(p, begin, rows, n, products[0], products[1]);
+          }
+        }
+      }
   }
 }
 
