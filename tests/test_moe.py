@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 import transformers
 
 from qwen_export import build
-from qwen_export.errors import CheckpointError, ConfigError
+from qwen_export.compiler import lower
+from qwen_export.errors import CaptureError, CheckpointError, ConfigError
 from qwen_export.graphs.capture import capture_decoder
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, layer_tensors, stored_tensors
@@ -27,13 +30,18 @@ from qwen_export.graphs.config import FULL, LINEAR, parse_config
 from qwen_export.graphs.family import FAMILY, tiny_config
 from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.passes.verify import verify_graph
+from qwen_export.graphs.quantization.plan import load_plan
 from qwen_export.graphs.weights.expression import StoredWeight, weight_of
 from qwen_export.graphs.weights.layout import parameter_weight, resolve_layout
 from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
 from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.plugins.ops.moe import moe, route
 from qwen_export.runtimes import load
 from tests.support import moe_ops
+from tests.test_demo_bundles import HELD_OUT
+from tests.test_demo_bundles import _perplexity as perplexity
 from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
 
 Make = Callable[..., Path]
@@ -266,17 +274,59 @@ def test_experts_stay_bf16_where_our_op_reads_them(model: Model) -> None:
         assert sizes[0] < 0.6 * sizes[1]
 
 
+# ---- quantised experts
+
+
+@needs_library
+@pytest.mark.parametrize(("precision", "change"), [("int8", 0.005), ("int4", 0.04)])
+def test_quantised_experts_of_the_trained_model(demo_moe_checkpoint: Path, tmp_path: Path, precision: str, change: float) -> None:
+    """The bundle computes what the eager modules compute with the same rounded weights, and is about as good a model as before."""
+    checkpoint = open_checkpoint(demo_moe_checkpoint)
+    bundle = build(demo_moe_checkpoint, tmp_path / precision, precision=precision, max_context=512)
+    model = load(bundle, threads=2)
+    ids = model.tokenizer.encode(HELD_OUT.read_text())[:300]
+    got = model.decoder().read(ids).copy()
+    before = EagerSequence(load_decoder(checkpoint), len(ids)).read(ids)
+    rounded = EagerSequence(load_decoder(checkpoint, load_plan(precision, None, tied=True)), len(ids)).read(ids)
+    # Activations are rounded to 8 bits too: not equal, but much closer to their own weights than to those of the checkpoint.
+    assert abs(perplexity(got, ids) / perplexity(rounded, ids) - 1) < 0.005
+    assert abs(perplexity(got, ids) / perplexity(before, ids) - 1) < change
+    graph = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "QuantMoe" for node in graph.node) == 8
+    routers = [tensor for tensor in graph.initializer if ".mlp.gate." in tensor.name or ".shared_expert_gate." in tensor.name]
+    assert len(routers) == 16 and all(tensor.data_type != onnx.TensorProto.UINT8 for tensor in routers)
+
+
+@needs_library
+def test_half_quantised_experts_are_refused(demo_moe_checkpoint: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[matrices]\n"layers.2.mlp.experts.down_proj" = { format = "stored" }\n')
+    with pytest.raises(ConfigError, match="both matrices of the experts or neither"):
+        build(demo_moe_checkpoint, tmp_path / "bundle", precision="int4", plan_file=plan)
+
+
+def test_a_quantised_router_does_not_pass_the_verifier() -> None:
+    model = capture_decoder(parse_config(tiny(layers=1)).text, "fp32")
+    gate = model.graph.initializers["layers.0.mlp.gate.weight"]
+    gate.type = ir.TensorType(ir.DataType.UINT8)
+    with pytest.raises(CaptureError, match="router"):
+        verify_graph(model, "a pass")
+
+
 # ---- CUDA
 
 
-def test_cuda_graphs_have_one_node_per_layer_for_the_experts(make_checkpoint: Make) -> None:
-    """Also with our products, which leave the one row of the shared expert's gate to ONNX Runtime."""
-    from qwen_export.compiler import lower
-    from qwen_export.plan import plan_build
-
+def test_a_cuda_graph(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One node per layer for the experts. Our products leave the one row of the shared expert's gate to ONNX Runtime."""
+    library = tmp_path / LIBRARIES["cuda"].file
+    library.write_bytes(b"kernels")
+    monkeypatch.setenv(LIBRARIES["cuda"].variable, str(library))
     checkpoint = open_checkpoint(make_checkpoint(tiny(num_experts=16)))
     graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16")).graph
-    assert sum(node.op_type == "MoE" for node in graph) == 4
+    counts = Counter(node.op_type for node in graph)
+    assert counts["MoE"] == 4 and counts["SwiGlu"] == 4
+    products = [node.inputs[1].name for node in graph if node.op_type == "FusedMatMul"]
+    assert products == [f"layers.{i}.mlp.shared_expert_gate.weight" for i in range(4)]
     assert not [node for node in graph if node.domain == "qwen"]
 
 
