@@ -27,7 +27,8 @@ def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = No
         weights = {}
         for name, parameter in model.named_parameters():
             weight = parameter_weight(config, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
-            weights[name] = torch.from_numpy(np.ascontiguousarray(_rounded(weight.evaluate(reader), name, quantization)))
+            values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), name, quantization)
+            weights[name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.requires_grad_(False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
@@ -41,7 +43,7 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
                 got=inner,
                 fix='Set format = "stored" for [experts] in a precision plan.',
             )
-        attributes = {"top_k": node.attributes.get_int("top_k"), "inner": inner}
+        attributes: dict[str, Any] = {"top_k": node.attributes.get_int("top_k"), "inner": inner}
         packed = []
         for prefix, value, chosen in zip(("gate_up", "down"), weights, formats, strict=True):
             packed.append(_packed(model.graph, value, chosen))
