@@ -86,7 +86,7 @@ def stored_but(groups: dict[str, dict[str, Any]]) -> Overrides:
     return {group: groups.get(group, {"format": "stored"}) for group in GROUPS if group != "router"}
 
 
-def plans() -> dict[str, tuple[str, Overrides]]:
+def plans(moe: bool) -> dict[str, tuple[str, Overrides]]:
     """Name -> --precision and the overrides of the plan file."""
     everything = [group for group in GROUPS if group not in ("router", "in_proj_ab")]
     four = {"format": "int4", "block": 32, "method": "search"}
@@ -105,8 +105,8 @@ def plans() -> dict[str, tuple[str, Overrides]]:
     for group in (*everything, "in_proj_ab"):
         single = {"embedding": four, "lm_head": four} if group in ("embedding", "lm_head") else {group: four}
         rows[f"only {'embedding = head' if group == 'embedding' else group} in int4"] = ("int4", stored_but(single))
-    del rows["only lm_head in int4"], rows["only mtp in int4"]
-    return rows
+    absent = {"lm_head", "mtp"} | ({"mlp"} if moe else {"experts", "shared_expert"})
+    return {name: row for name, row in rows.items() if name.removeprefix("only ").removesuffix(" in int4") not in absent}
 
 
 def as_toml(overrides: Overrides) -> str:
@@ -158,11 +158,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     options = parser.parse_args()
 
+    moe = "num_experts" in json.loads((options.checkpoint / "config.json").read_text())
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         held = Held(build(options.checkpoint, work / "fp32"), options.windows, options.length)
         rows = [held.measure("fp32", work / "fp32")]
-        for number, (title, (precision, overrides)) in enumerate(plans().items()):
+        for number, (title, (precision, overrides)) in enumerate(plans(moe).items()):
             if options.only and options.only not in title:
                 continue
             file = work / f"{number}.toml"

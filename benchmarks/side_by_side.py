@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt-tokens", default="128,512,2048")
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repack", action="store_true", help="load ours with repacked weights")
+    parser.add_argument("--repack", action="store_true", help="load ours with repacked weights: for a bundle without the CPU plugin")
     parser.add_argument("--reuse", action="store_true", help="take the exports of an earlier call, measure only the runs")
     parser.add_argument("--no-parity", action="store_true", help="leave out the comparison with transformers")
     parser.add_argument("--json", type=Path, help="write the raw results here")

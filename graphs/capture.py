@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
 import torch
@@ -18,9 +20,12 @@ from qwen_export.errors import CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.contract import state_names
 from qwen_export.graphs.models.decoder import Decoder
+from qwen_export.graphs.models.mtp import MtpHead
 from qwen_export.graphs.models.state import State, empty_state
-from qwen_export.graphs.weights.expression import StoredWeight, WeightTensor
+from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weight, WeightTensor
 from qwen_export.plugins.ops.onnx_form import translation_table
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 OPSET = 21
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -42,20 +47,75 @@ _STATE_DIMS = {
 def meta_decoder(config: TextConfig, precision: str) -> Decoder:
     """The decoder without storage: parameters have shape and dtype only."""
     with torch.device("meta"):
-        model = Decoder(config).eval().to(DTYPES[precision])
-        for name, parameter in model.named_parameters():
-            if name.endswith(ALWAYS_FP32):
-                parameter.data = parameter.data.float()
-    return model
+        model = Decoder(config)
+    return _in_precision(model, precision)
 
 
 def capture_decoder(config: TextConfig, precision: str) -> ir.Model:
     """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size."""
-    model = meta_decoder(config, precision)
     state = empty_state(config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], pending=_EXAMPLE["P"], device="meta")
-    arguments, dynamic = _arguments(config, state)
+    inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N")]
+    signature = Signature(
+        ["input_ids", "cos", "sin", "length", "accepted", "commit", "logit_rows"], inputs, ["logits", "hidden"], config, state
+    )
+    return _capture(meta_decoder(config, precision), signature)
+
+
+def capture_mtp(config: TextConfig, precision: str, draft_vocab: int) -> ir.Model:
+    """Trace the draft head, which drafts from the lowest `draft_vocab` token ids."""
+    with torch.device("meta"):
+        model = MtpHead(config, draft_vocab)
+    state = empty_state(model.config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], device="meta")
+    hidden = _Input(torch.zeros(_EXAMPLE["B"], _EXAMPLE["T"], config.hidden_size, dtype=DTYPES[precision], device="meta"), ("B", "T"))
+    inputs = [_ids("B", "T"), hidden, *_tables(config), _ids("B"), _ids("N")]
+    signature = Signature(["input_ids", "hidden", "cos", "sin", "length", "logit_rows"], inputs, ["logits", "hidden_out"], config, state)
+    head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    whole = StoredWeight(head, (config.vocab_size, config.hidden_size), _ir_dtype(DTYPES[precision]))
+    return _capture(_in_precision(model, precision), signature, {"draft_head.weight": FirstRows(whole, draft_vocab)})
+
+
+def _in_precision(model: Module, precision: str) -> Module:
+    model.eval().to(DTYPES[precision])
+    for name, parameter in model.named_parameters():
+        if name.endswith(ALWAYS_FP32):
+            parameter.data = parameter.data.float()
+    return model
+
+
+class _Input(NamedTuple):
+    """An example argument and the names of its leading dynamic sizes."""
+
+    value: torch.Tensor
+    dims: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Inputs and outputs of a graph before its states, in the order of the module's forward; its states come last in both."""
+
+    input_names: list[str]
+    inputs: list[_Input]
+    output_names: list[str]
+    config: TextConfig
+    state: State
+
+
+def _ids(*dims: str) -> _Input:
+    return _Input(torch.zeros(*(_EXAMPLE[dim] for dim in dims), dtype=torch.int64, device="meta"), dims)
+
+
+def _tables(config: TextConfig) -> list[_Input]:
+    return [_Input(torch.zeros(_EXAMPLE["S"], config.rotary_dim // 2, device="meta"), ("S",)) for _ in ("cos", "sin")]
+
+
+def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str, Weight] | None = None) -> ir.Model:
+    """`derived` are parameters that the checkpoint does not have under their name."""
+    dim = {name: torch.export.Dim(name) for name in _EXAMPLE}
+    arguments = (*(given.value for given in signature.inputs), signature.state)
+    states = [{key: {axis: dim[name] for axis, name in _STATE_DIMS[key].items()} for key in layer} for layer in signature.state]
+    dynamic = (*({axis: dim[name] for axis, name in enumerate(given.dims)} for given in signature.inputs), states)
     with _quiet(), torch.no_grad():
-        program = torch.export.export(model, arguments, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(
             program,
             arguments,
@@ -67,49 +127,28 @@ def capture_decoder(config: TextConfig, precision: str) -> ir.Model:
         )
     if exported is None:
         raise CaptureError("torch.onnx returned no program")
-    return _named(exported.model, model, state)
+    return _named(exported.model, module, signature, derived or {})
 
 
-def _arguments(config: TextConfig, state: State) -> tuple[tuple[object, ...], tuple[object, ...]]:
-    """Example arguments of Decoder.forward and which of their sizes are dynamic."""
-    size = _EXAMPLE
-    dim = {name: torch.export.Dim(name) for name in size}
-
-    def ids(*shape: int) -> torch.Tensor:
-        return torch.zeros(*shape, dtype=torch.int64, device="meta")
-
-    def table() -> torch.Tensor:
-        return torch.zeros(size["S"], config.rotary_dim // 2, device="meta")
-
-    B, T, N = size["B"], size["T"], size["N"]
-    arguments = (ids(B, T), table(), table(), ids(B), ids(B), ids(B), ids(N), state)
-    per_sequence, row = {0: dim["B"]}, {0: dim["S"]}
-    states = [{key: {axis: dim[name] for axis, name in _STATE_DIMS[key].items()} for key in layer} for layer in state]
-    dynamic = ({0: dim["B"], 1: dim["T"]}, row, row, per_sequence, per_sequence, per_sequence, {0: dim["N"]}, states)
-    return arguments, dynamic
-
-
-def _named(model: ir.Model, module: Decoder, state: State) -> ir.Model:
+def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, derived: Mapping[str, Weight]) -> ir.Model:
     """Give inputs, outputs and initializers the names of the contract, and lazy weights for storage."""
     graph = model.graph
-    keys = [list(layer) for layer in state]
-    inputs = ["input_ids", "cos", "sin", "length", "accepted", "commit", "logit_rows", *state_names(keys)]
-    outputs = ["logits", "hidden", *state_names(keys, after=True)]
+    keys = [list(layer) for layer in signature.state]
+    inputs = [*signature.input_names, *state_names(keys)]
+    outputs = [*signature.output_names, *state_names(keys, after=True)]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(names):
-            raise CaptureError("the traced graph has another signature than the decoder", got=len(values), expected=len(names))
+            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names))
     # An output that is also an input of another op keeps one value: rename values, not uses.
     for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
         value.name = name
-    sizes = {value: name for name, value in _EXAMPLE.items()}
-    _name_dims(graph, sizes)
+    _name_dims(graph, signature)
     parameters = dict(module.named_parameters())
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
             raise CaptureError("the traced graph has a constant that is not a parameter", where=name)
         tensor = parameters[name]
-        weight = StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype))
-        value.const_value = WeightTensor(weight, name)
+        value.const_value = WeightTensor(derived.get(name) or StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype)), name)
     return model
 
 
@@ -117,18 +156,18 @@ def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
     return {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
 
 
-def _name_dims(graph: ir.Graph, sizes: dict[int, str]) -> None:
+def _name_dims(graph: ir.Graph, signature: Signature) -> None:
     """torch names symbolic sizes s12, s70, ...; give them the names of the field, read off the inputs."""
     known: dict[str, str] = {}
-    expected = {"input_ids": ("B", "T"), "cos": ("S", None), "logit_rows": ("N",)}
+    expected = {name: given.dims for name, given in zip(signature.input_names, signature.inputs, strict=True)}
     for value in graph.inputs:
-        names = expected.get(value.name or "")
+        names: tuple[str, ...] = expected.get(value.name or "", ())
         if value.name and value.name.endswith("pending_qkv"):
-            names = ("B", "P", None)
-        if names is None or value.shape is None:
+            names = ("B", "P")
+        if value.shape is None:
             continue
-        for dim, name in zip(value.shape, names, strict=True):
-            if name is not None and isinstance(dim, ir.SymbolicDim) and dim.value:
+        for dim, name in zip(value.shape, names, strict=False):
+            if isinstance(dim, ir.SymbolicDim) and dim.value:
                 known[dim.value] = name
     seen = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in seen:

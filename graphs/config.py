@@ -243,7 +243,8 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
         max_position_embeddings=f.integer("max_position_embeddings"),
         tie_word_embeddings=tied,
         eos_token_ids=_ids(f, "eos_token_id"),
-        mtp_num_hidden_layers=f.integer("mtp_num_hidden_layers", 0, minimum=0),
+        # Qwen3-Next releases have a draft head that their configuration does not mention.
+        mtp_num_hidden_layers=f.integer("mtp_num_hidden_layers", 1 if model_type in NEXT_TYPES else 0, minimum=0),
         num_experts=f.integer("num_experts") if moe else 0,
         num_experts_per_tok=f.integer("num_experts_per_tok") if moe else 0,
         moe_intermediate_size=f.integer("moe_intermediate_size") if moe else 0,

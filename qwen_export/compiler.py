@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from qwen_export.manifest import (
     StateSpec,
     TargetSpec,
     TensorSpec,
+    WeightSpec,
     hash_file,
 )
 from qwen_export.plan import BuildPlan, plan_build
@@ -32,7 +33,11 @@ from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_id
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-GRAPH, WEIGHTS = "decoder.onnx", "decoder.weights"
+    from qwen_export.graphs.config import TextConfig
+    from qwen_export.graphs.passes.context import PassContext
+
+DECODER, MTP = "decoder", "mtp"
+WEIGHTS = "model.weights"
 
 Report = Callable[[str, int, int], None]
 """Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
@@ -46,6 +51,9 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
     plan_file: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
@@ -54,17 +62,24 @@ def build(
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantise weights as their plan says,
-    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens, `dump_ir` a directory for one text file per compiler phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
+    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
+    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    phase. Raises QwenExportError; on any failure no bundle is left behind."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, target, device, precision, max_context, Path(plan_file) if plan_file else None)
+    file = Path(plan_file) if plan_file else None
+    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup, plan_file=file)
     check_text_assets(source.path)
     with staged_directory(Path(output), replace=force) as staging:
         say("capturing the graph", 0, 0)
-        model = lower(source, plan, Path(dump_ir) if dump_ir else None)
-        files = _emit(source, plan, model, staging, say)
-        _manifest(source, plan, model, files, staging)
+        dump = Path(dump_ir) if dump_ir else None
+        models = {DECODER: lower(source, plan, dump)}
+        if not plan.no_head:
+            models[MTP] = lower_mtp(source, plan, dump)
+        files = _emit(source, plan, models, staging, say)
+        _manifest(source, plan, models, files, staging)
     return Path(output)
 
 
@@ -72,25 +87,47 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
     from qwen_export.graphs.checkpoint.names import StoredLayout
-    from qwen_export.graphs.passes.context import PassContext
     from qwen_export.graphs.pipeline import run_passes
     from qwen_export.graphs.weights.layout import resolve_layout
 
     model = capture_decoder(source.config.text, plan.activations)
     resolve_layout(model, source.config.text, StoredLayout.of(source))
-    context = PassContext(source.config.text, plan.activations, plan.choices, stored_dtypes(source), plan.quantization)
-    run_passes(model, plan.target, context, dump)
+    run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
 
 
-def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, say: Report) -> dict[str, FileEntry]:
-    """Write weights, graph, plugins and text assets; returns the files of the bundle."""
+def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
+    """The same for the draft head."""
+    from qwen_export.graphs.capture import capture_mtp
+    from qwen_export.graphs.checkpoint.names import StoredLayout
+    from qwen_export.graphs.models.mtp import mtp_config
+    from qwen_export.graphs.pipeline import run_passes
+    from qwen_export.graphs.weights.layout import resolve_layout
+
+    if plan.speculation is None or plan.no_head:
+        raise ValueError("the plan has no draft head")
+    text = source.config.text
+    model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
+    resolve_layout(model, text, StoredLayout.of(source))
+    run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
+    return model
+
+
+def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
+    from qwen_export.graphs.passes.context import PassContext
+
+    return PassContext(config, plan.activations, plan.choices, stored_dtypes(source), plan.speculation is not None, plan.quantization)
+
+
+def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> dict[str, FileEntry]:
+    """Write weights, graphs, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
     from qwen_export.graphs.weights.writer import weight_bytes, write_weights
 
-    total, done = weight_bytes(model), 0
+    graphs = list(models.values())
+    total, done = weight_bytes(graphs), 0
 
     def progress(name: str, count: int) -> None:
         nonlocal done
@@ -98,23 +135,29 @@ def _emit(source: Checkpoint, plan: BuildPlan, model: ir.Model, staging: Path, s
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        files = {WEIGHTS: write_weights(model, reader, staging / WEIGHTS, progress)}
-    model.producer_name, model.producer_version = "qwen-export", __version__
-    for node in model.graph:
-        model.opset_imports.setdefault(node.domain, 1)
-    ir.save(model, staging / GRAPH)
+        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress)}
+    for graph, model in models.items():
+        model.producer_name, model.producer_version = "qwen-export", __version__
+        for node in model.graph:
+            model.opset_imports.setdefault(node.domain, 1)
+        ir.save(model, staging / _file(graph))
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    for name in (GRAPH, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    for name in (*map(_file, models), *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
 
-def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[str, FileEntry], staging: Path) -> None:
+def _file(graph: str) -> str:
+    return f"{graph}.onnx"
+
+
+def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], files: dict[str, FileEntry], staging: Path) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain and node.domain != NATIVE})
+    nodes = [node for model in models.values() for node in model.graph]
+    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain and node.domain != NATIVE})
     manifest = Manifest(
         schema=SCHEMA_VERSION,
         producer=f"qwen-export {__version__}",
@@ -130,12 +173,13 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
-        graphs={"decoder": _graph_spec(model)},
+        graphs={name: _graph_spec(name, model) for name, model in models.items()},
         files=files,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
+        speculation=plan.speculation,
         precision_plan={
-            "weights": _weight_types(model, plan.activations),
+            "weights": _weight_types(models.values(), plan.activations),
             "activations": plan.activations,
             "recurrent state": "fp32",
             "attention cache": plan.activations,
@@ -146,14 +190,13 @@ def _manifest(source: Checkpoint, plan: BuildPlan, model: ir.Model, files: dict[
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _weight_types(model: ir.Model, precision: str) -> str:
-    kept = precision == "fp32" and any(
-        value.dtype is not None and value.dtype.name == "BFLOAT16" for value in model.graph.initializers.values()
-    )
+def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
+    weights = (value for model in models for value in model.graph.initializers.values())
+    kept = precision == "fp32" and any(value.dtype is not None and value.dtype.name == "BFLOAT16" for value in weights)
     return "fp32; projections, embedding and head bf16, as stored" if kept else precision
 
 
-def _graph_spec(model: ir.Model) -> GraphSpec:
+def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
             raise AssertionError("the verifier lets no untyped signature through")
@@ -164,4 +207,13 @@ def _graph_spec(model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(GRAPH, inputs, outputs, states)
+    return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
+
+
+def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            yield WeightSpec(value.name or "", tensor.location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)

@@ -13,15 +13,15 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from qwen_export.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-DIMS = ("B", "T", "S", "N")
-"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits."""
+DIMS = ("B", "T", "S", "N", "P")
+"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
 MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
 _CHUNK = 8 << 20
@@ -44,7 +44,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of a graph: `shape` has ints and the dynamic dims B T S N."""
+    """An input or output of a graph: `shape` has ints and the dynamic dims of DIMS."""
 
     name: str
     dtype: str
@@ -55,13 +55,29 @@ class TensorSpec:
 class StateSpec:
     """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.
 
-    `grows` is true for attention caches, whose dim S is the capacity and which are written in place."""
+    `grows` is true for attention caches, whose dim S is the capacity and which are written in place. `pending` ones, with a dim P, are
+    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states."""
 
     name: str
     after: str
     dtype: str
     shape: tuple[int | str, ...]
     grows: bool
+
+    @property
+    def pending(self) -> bool:
+        return "P" in self.shape
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """Where a weight of a graph lies: bytes from `offset` of `file`, row-major. Graphs may share weights."""
+
+    name: str
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -72,6 +88,16 @@ class GraphSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
+    weights: tuple[WeightSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class SpeculationSpec:
+    """At most `max_draft` tokens per call may stay pending. `draft_vocab`: the draft head, graph `mtp`, drafts among the lowest that many
+    ids; 0 where there is no head."""
+
+    max_draft: int
+    draft_vocab: int
 
 
 @dataclass(frozen=True)
@@ -112,7 +138,7 @@ class Manifest:
     """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
     stop_ids: tuple[int, ...] = ()
     precision_plan: dict[str, str] = field(default_factory=dict)
-    speculation: dict[str, Any] = field(default_factory=dict)
+    speculation: SpeculationSpec | None = None
     verification: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -231,6 +257,8 @@ def _parse(kind: Any, value: Any, where: str = "") -> Any:
     if container is dict:
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
     if container is UnionType:
+        if value is None and NoneType in arguments:
+            return None
         return _parse(next((option for option in arguments if type(value) is option), arguments[0]), value, where)
     if kind is float:
         if type(value) not in (int, float) or not math.isfinite(value):
@@ -269,3 +297,6 @@ def _check(manifest: Manifest) -> None:
         for state in graph.states:
             if state.name not in inputs or state.after not in outputs:
                 raise ValueError(f"graph {name}: state {state.name} is not an input with an output {state.after}")
+        for weight in graph.weights:
+            if weight.file not in manifest.files:
+                raise ValueError(f"graph {name}: the file of weight {weight.name} is not listed: {weight.file}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, stored_dtypes, stored_tensors
+from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
@@ -18,6 +20,9 @@ from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768
+MAX_DRAFT = 8
+"""Longest draft of a round."""
+_SMALLEST_DRAFT_VOCAB = 16
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
 _BASE_BYTES = 250 << 20
@@ -35,6 +40,10 @@ class BuildPlan:
     bundle_bytes: int
     state_bytes: int
     cache_bytes_per_token: int
+    speculation: SpeculationSpec | None = None
+    """How calls may leave tokens pending, None when they may not."""
+    no_head: str = ""
+    """Why there is no draft head, "" when there is one."""
     quantization: PrecisionPlan | None = None
     group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Per group of the precision plan: parameters and bytes."""
@@ -68,10 +77,14 @@ def plan_build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    *,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
     plan_file: Path | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `plan_file` overrides the precision plan that "int8" and
-    "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab` and `lookup` as in `build`. `plan_file` overrides
+    the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -84,9 +97,14 @@ def plan_build(
     context = min(DEFAULT_CONTEXT, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
+    speculation, no_head = _speculation(checkpoint, mtp, draft_vocab, lookup)
     choices: dict[str, Choice] = {}
     if device in chosen.devices and precision in chosen.precisions:
-        choices, refused = choose(kernels_for(device), activation_precision(precision), config)
+        kernels = kernels_for(device)
+        choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
+        if refused and speculation is not None:
+            speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
+            choices, refused = choose(kernels, activation_precision(precision), config)
         refused += _quantization_reasons(device, precision, choices)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
@@ -95,10 +113,12 @@ def plan_build(
         reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
-    check_tensors(checkpoint)
+    check_tensors(checkpoint, mtp=not no_head)
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
     size = BYTES[activation_precision(precision)]
     quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization)
+    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
@@ -107,7 +127,9 @@ def plan_build(
         choices,
         bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
-        cache_bytes_per_token=cache_bytes_per_token(config, size),
+        cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
+        speculation=speculation,
+        no_head=no_head,
         quantization=quantization,
         group_sizes=groups,
     )
@@ -116,6 +138,27 @@ def plan_build(
 def activation_precision(precision: str) -> str:
     """The precision of what is not quantised."""
     return "fp32" if precision in QUANTIZED else precision
+
+
+def _speculation(checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, lookup: bool) -> tuple[SpeculationSpec | None, str]:
+    """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
+    config = checkpoint.config.text
+    if not mtp:
+        why = "built with --no-mtp"
+    elif not has_mtp(checkpoint):
+        why = "the checkpoint has no draft head (mtp.*)"
+    elif config.mtp_num_hidden_layers > 1:
+        why = f"its draft head has {config.mtp_num_hidden_layers} layers, and only one is implemented"
+    else:
+        if draft_vocab is not None and draft_vocab < _SMALLEST_DRAFT_VOCAB:
+            raise UnsupportedError(
+                "the draft vocabulary is too small",
+                got=draft_vocab,
+                expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
+                fix="Raise --draft-vocab.",
+            )
+        return SpeculationSpec(MAX_DRAFT, min(draft_vocab or config.vocab_size, config.vocab_size)), ""
+    return (SpeculationSpec(MAX_DRAFT, 0) if lookup else None), why
 
 
 def kernels_for(device: str) -> Kernels:
@@ -144,13 +187,17 @@ def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice
 
 
 def _group_sizes(
-    checkpoint: Checkpoint, precision: str, choices: dict[str, Choice], quantization: PrecisionPlan | None
+    checkpoint: Checkpoint,
+    precision: str,
+    choices: dict[str, Choice],
+    quantization: PrecisionPlan | None,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
 ) -> dict[str, tuple[int, int]]:
     """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
     graphs.passes.keep_stored_bf16 leaves them so."""
     stored, sizes = stored_dtypes(checkpoint), dict[str, tuple[int, int]]()
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
-    for name, shape in stored_tensors(checkpoint.config.text, StoredLayout.of(checkpoint)):
+    for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
         if format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
@@ -171,6 +218,6 @@ def state_bytes(config: TextConfig, size: int) -> int:
     return layers * (recurrent + size * (config.linear_conv_kernel_dim - 1) * config.conv_dim)
 
 
-def cache_bytes_per_token(config: TextConfig, size: int) -> int:
-    """Keys and values of one token over all attention layers."""
-    return sum(kind == FULL for kind in config.layer_types) * 2 * size * config.num_key_value_heads * config.head_dim
+def cache_bytes_per_token(config: TextConfig, size: int, *, head: bool = False) -> int:
+    """Keys and values of one token over all attention layers, that of the draft head among them with `head`."""
+    return (sum(kind == FULL for kind in config.layer_types) + head) * 2 * size * config.num_key_value_heads * config.head_dim

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qwen_export.errors import QwenExportError
-from qwen_export.runtimes.model import load
+from qwen_export.runtimes.generation import Request, Statistics, generate
+from qwen_export.runtimes.model import Model, Speculate, load
+from qwen_export.runtimes.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling import Sampler, SamplingParams
 
 Report = Callable[[str], None]
 
@@ -24,14 +28,17 @@ def benchmark(
     report: Report | None = None,
     *,
     repack: bool = False,
+    speculate: Speculate = "auto",
+    text: str | None = None,
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
-    Prefill ends when the last token's logits are there; decode is measured after the shortest prompt, greedily."""
+    Prefill ends when the last token's logits are there; decode is measured after the shortest prompt, greedily. Speculation continues
+    `text`, or random tokens, greedily, with and without drafts."""
     say = report or (lambda text: None)
     say("loading")
     started = time.perf_counter()
-    model = load(bundle, threads=threads, repack=repack)
+    model = load(bundle, threads=threads, repack=repack, speculate=speculate)
     load_s = time.perf_counter() - started
     need = max(prompt_tokens) + new_tokens + 1
     if need > model.manifest.max_context:
@@ -62,6 +69,7 @@ def benchmark(
                 for _ in range(new_tokens // rounds or 1):
                     token = int(decoder.step([token])[0].argmax())
                 decode.append((time.perf_counter() - started) / (new_tokens // rounds or 1))
+    prompt = model.tokenizer.encode(text) if text is not None else generator.integers(0, vocabulary, min(prompt_tokens)).tolist()
     return {
         "bundle": str(bundle),
         "device": model.manifest.target.device,
@@ -70,7 +78,33 @@ def benchmark(
         "load_s": load_s,
         "prefill": prefill,
         "decode_tok_per_s": 1 / float(np.median(decode)),
+        "speculation": _speculation(model, prompt, new_tokens, say) if model.speculates else None,
         "peak_rss_mb": peak_rss_mb(),
+    }
+
+
+def _speculation(model: Model, ids: Sequence[int], new_tokens: int, say: Report) -> dict[str, Any]:
+    """One greedy continuation with drafts and the same one without, after one that warms both up."""
+    say("speculation")
+    runs = {}
+    for name, tokens in (("drafted", model.generate), ("plain", partial(generate, PrefixReuse(model.decoder())))):
+        for _ in range(2):
+            statistics = Statistics()
+            request = Request(ids, Sampler(SamplingParams(greedy=True)), (), new_tokens)
+            list(tokens(request, statistics))
+        runs[name] = statistics
+    numbers = runs["drafted"].speculation
+    return {
+        "tok_per_s": runs["drafted"].decode_tok_per_s,
+        "plain_tok_per_s": runs["plain"].decode_tok_per_s,
+        "rounds": numbers.rounds,
+        "drafted": numbers.drafted,
+        "accepted": numbers.accepted,
+        "acceptance": numbers.acceptance,
+        "tokens_per_round": numbers.tokens_per_round,
+        "draft_s": numbers.draft_s,
+        "verify_s": numbers.verify_s,
+        "host_s": numbers.host_s,
     }
 
 

@@ -1,9 +1,8 @@
-"""A graph call of one shape with everything bound: only token ids and lengths change from run to run."""
+"""A graph call of one shape with everything bound: only the controls (token ids, lengths, ...) change from run to run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,54 +12,47 @@ from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer, as_bytes
 from qwen_export.runtimes.onnxruntime_session import HOST_INPUTS, Session
 
 
-class CallShape(NamedTuple):
-    """`b` sequences from row `first` of every buffer, `T` new tokens each, logits of the last `rows`. `repeated`: a decode step."""
-
-    b: int
-    T: int
-    rows: int
-    first: int
-    repeated: bool
-
-
 class BoundCall:
-    """Bindings of one shape over a decoder's buffers; `slots` is the size of its caches."""
+    """`dims` are the sizes of the call. Inputs and outputs named in `inputs` and `outputs` lie at these addresses; the other inputs are
+    the controls, the other output the logits, and get memory here. A `repeated` call is worth recording, where the device can."""
 
-    def __init__(self, session: Session, shape: CallShape, states: Mapping[str, Buffer], tables: Mapping[str, Buffer], slots: int) -> None:
-        self._call = session.call(repeated=shape.repeated)
-        self._T, self._slots = shape.T, slots
-        self.recorded = session.device == "cuda" and shape.repeated
+    def __init__(
+        self, session: Session, dims: Mapping[str, int], inputs: Mapping[str, int], outputs: Mapping[str, int], *, repeated: bool
+    ) -> None:
+        self._call = session.call(repeated=repeated)
+        self._T, self._slots = dims["T"], dims["S"]
+        self.recorded = session.device == "cuda" and repeated
         self._controls: dict[str, Buffer] = {}
         kind = BUFFERS[session.device]
-        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": slots}
 
         def size(spec: TensorSpec) -> tuple[int, ...]:
             return tuple(d if isinstance(d, int) else dims[d] for d in spec.shape)
 
         for spec in session.spec.inputs:
-            if spec.name in states:
-                self._call.input(spec.name, size(spec), states[spec.name].row_address(shape.first))
-            elif spec.name in tables:
-                self._call.input(spec.name, tables[spec.name].shape, tables[spec.name].address)
-            else:
-                control = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
-                self._controls[spec.name] = control
-                self._call.input(spec.name, size(spec), control.address)
-        after = {state.after: states[state.name] for state in session.spec.states}
+            if spec.name not in inputs:
+                self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
+            self._call.input(spec.name, size(spec), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
         for spec in session.spec.outputs:
-            if spec.name in after:
-                self._call.output(spec.name, size(spec), after[spec.name].row_address(shape.first))
+            if spec.name in outputs:
+                self._call.output(spec.name, size(spec), outputs[spec.name])
             else:
                 self._logits = kind(spec.dtype, size(spec))
                 self._call.output(spec.name, size(spec), self._logits.address)
-        self._controls["logit_rows"].write(as_bytes(np.arange(shape.T - shape.rows, shape.T, dtype=np.int64)))
+        self._controls["logit_rows"].write(as_bytes(np.arange(self._T - dims["N"], self._T, dtype=np.int64)))
 
-    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """`ids` [b,T] new tokens, `lengths` [b] tokens read before; returns logits f32[b,rows,V], valid until the next run."""
-        self._controls["input_ids"].write(as_bytes(ids))
-        self._controls["last_slot"].write(as_bytes(lengths + np.int32(self._T - 1)))
+    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """`ids` [b,T] new tokens, `lengths` [b] tokens read before; `controls` are written where the graph has them. Returns the logits
+        f32[b,rows,V], valid until the next run."""
         # A recorded step keeps the value it was recorded with: the number of slots is right for all of them.
         total = self._slots if self.recorded else int(lengths.max()) + self._T
-        self._controls["total_length"].write(as_bytes(np.array(total, np.int32)))
+        values: dict[str, npt.NDArray[np.integer]] = {
+            "input_ids": ids,
+            "last_slot": lengths + np.int32(self._T - 1),
+            "total_length": np.array(total, np.int32),
+            **controls,
+        }
+        for name, value in values.items():
+            if name in self._controls:
+                self._controls[name].write(as_bytes(value))
         self._call.run()
         return self._logits.array()

@@ -24,6 +24,8 @@ ELEMENTS: dict[str, tuple[int, int]] = {
     "bfloat16": (2, 16),
     "int32": (4, 6),
     "int64": (8, 7),
+    "uint8": (1, 2),
+    "int8": (1, 3),
 }
 _NUMPY: dict[str, type[np.generic]] = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
 
@@ -45,6 +47,10 @@ class Buffer(ABC):
     @abstractmethod
     def write(self, data: Bytes, offset: int = 0) -> None:
         """Replace the bytes from `offset` on."""
+
+    @abstractmethod
+    def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
 
     @property
     def row_bytes(self) -> int:
@@ -77,6 +83,10 @@ class HostBuffer(Buffer):
     def write(self, data: Bytes, offset: int = 0) -> None:
         self._bytes[offset : offset + data.nbytes] = data
 
+    def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        assert isinstance(other, HostBuffer)
+        self._bytes[offset : offset + nbytes] = other._bytes[start : start + nbytes]
+
     def array(self) -> npt.NDArray[np.float32]:
         return decode(self._bytes, self.dtype, self.shape)
 
@@ -102,6 +112,9 @@ class CudaBuffer(Buffer):
     def write(self, data: Bytes, offset: int = 0) -> None:
         data = np.ascontiguousarray(data)
         cuda_memory.to_device(self.address + offset, data.ctypes.data, data.nbytes)
+
+    def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
     def array(self) -> npt.NDArray[np.float32]:
         """Read again and again (logits): through memory that is pinned once, five times as fast."""

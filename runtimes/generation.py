@@ -4,12 +4,46 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass, field
 
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.token_history import TokenHistory
+
+
+@dataclass
+class SpeculationStatistics:
+    """What drafting came to. A round is one decoder call; times in seconds, draft and verify those of the backend alone."""
+
+    rounds: int = 0
+    tokens: int = 0
+    drafted: list[int] = field(default_factory=list)
+    """Rounds that had a draft at position 1, 2, ..."""
+    accepted: list[int] = field(default_factory=list)
+    """Those of them in which it was kept."""
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    host_s: float = 0.0
+
+    def add(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+        self.rounds += 1
+        self.tokens += accepted + 1
+        for table, count in ((self.drafted, drafted), (self.accepted, accepted)):
+            table += [0] * (drafted - len(table))
+            for i in range(count):
+                table[i] += 1
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+
+    @property
+    def tokens_per_round(self) -> float:
+        return self.tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """Share of the drafts at position 1, 2, ... that were kept."""
+        return [a / d for a, d in zip(self.accepted, self.drafted, strict=True)]
 
 
 @dataclass
@@ -23,6 +57,7 @@ class Statistics:
     total_s: float = 0.0
     finish: str = ""
     """Why it ended: "stop", "length" or "cancelled"; "" while it runs."""
+    speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
     def decode_tok_per_s(self) -> float:
@@ -48,7 +83,7 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Iterator[int]:
+def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
     """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens; raises
     ContextOverflow when the context is full before that."""
     started = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,43 +14,95 @@ from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, th
 from qwen_export.runtimes.compatibility import check_runnable
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.detokenize import Detokenizer
+from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.drafting import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
 from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
+from qwen_export.runtimes.speculation import Speculator
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
+Speculate = str | int
 
-def load(bundle: str | Path, *, max_context: int | None = None, threads: int | None = None, repack: bool = False) -> Model:
+
+def load(
+    bundle: str | Path,
+    *,
+    max_context: int | None = None,
+    threads: int | None = None,
+    repack: bool = False,
+    speculate: Speculate = "auto",
+) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
 
     By default CPU weights are mapped and used where they lie: loading takes no time, and processes share the memory. With `repack` ONNX
-    Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster.
+    Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
+    for bundles without the CPU plugin only, whose products read the mapped order at full speed.
+
+    `speculate`: "auto" drafts as many tokens per round as pay, none included, where the bundle has a draft head; a number is the length of
+    every draft; "lookup" drafts what followed the same words earlier in the text, with any bundle that was built for speculation; "off"
+    reads token by token. The text is the same, but for near-ties between kernels.
 
     Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
     ensure_whole(directory, manifest)
     check_runnable(manifest)
-    graph = manifest.graphs["decoder"]
+    _check_speculate(speculate, manifest)
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    session = Session(file_path(directory, graph.file), graph, manifest.target.device, threads, plugins, repack=repack)
-    return Model(directory, manifest, session, max_context)
+    weights = MappedWeights(directory)
+
+    def session(name: str) -> Session:
+        graph = manifest.graphs[name]
+        path = file_path(directory, graph.file)
+        return Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack)
+
+    head = session("mtp") if "mtp" in manifest.graphs and speculate != "off" else None
+    return Model(directory, manifest, session("decoder"), max_context, head, speculate)
+
+
+def _check_speculate(value: Speculate, manifest: Manifest) -> None:
+    longest = manifest.speculation.max_draft if manifest.speculation else 0
+    if isinstance(value, int) and "mtp" not in manifest.graphs:
+        longest = 0
+    if isinstance(value, int) and not 1 <= value <= longest:
+        raise QwenExportError(
+            "the bundle cannot draft that many tokens" if longest else "the bundle was built without a draft head",
+            got=f"--speculate {value}",
+            expected=f"1 to {longest}, auto or off" if longest else "auto or off",
+            fix="" if longest else "Build it again without --no-mtp, from a checkpoint that has mtp.* tensors.",
+        )
+    if isinstance(value, str) and value not in ("auto", "off", "lookup"):
+        raise QwenExportError("the way to speculate is not known", got=value, expected="auto, off, lookup or a number")
+    if value == "lookup" and not longest:
+        raise QwenExportError("the bundle was built without speculation", got="--speculate lookup", fix="Build it again with --lookup.")
 
 
 class Model:
     """One conversation at a time; for several sequences or your own loop take `decoder()`."""
 
-    def __init__(self, directory: Path, manifest: Manifest, session: Session, max_context: int | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        session: Session,
+        max_context: int | None,
+        head: Session | None = None,
+        speculate: Speculate = "off",
+    ) -> None:
         self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
+        self._head, self._speculate = head, speculate
+        self._running: Generator[int, None, None] | None = None
 
-    def decoder(self, batch: int = 1) -> Decoder:
-        """A fresh decoder with its own states and caches over the same weights."""
-        return Decoder(self._session, self.manifest, batch, self._max_context)
+    def decoder(self, batch: int = 1, *, drafts: bool = False) -> Decoder:
+        """A fresh decoder with its own states and caches over the same weights; with `drafts` the bundle's draft head keeps up with it."""
+        return Decoder(self._session, self.manifest, batch, self._max_context, self._head if drafts else None)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -122,11 +174,40 @@ class Model:
         if not ids:
             raise QwenExportError("the prompt is empty", fix="Give some text.")
         request = Request(ids, Sampler(sampling, self.tokenizer.vocab_size), self.stop_ids, max_new_tokens, mark_at)
-        return Generation(self._conversation, request, Detokenizer(self.tokenizer.tokenizer), StopStrings(stop), splitter)
+        statistics = Statistics()
+        detokenizer = Detokenizer(self.tokenizer.tokenizer)
+        return Generation(self.generate(request, statistics), statistics, request, detokenizer, StopStrings(stop), splitter)
+
+    def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
+        """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is still running; what the
+        prompt shares with the last one is not read again."""
+        if self._running is not None:
+            self._running.close()
+        reuse = self._conversation
+        if self._policy is None:
+            self._running = generate(reuse, request, statistics)
+        else:
+            head = reuse.decoder.head
+            drafter: Drafter = HeadDrafter(head) if head is not None else LookupDrafter(reuse.decoder)
+            self._running = Speculator(drafter, self._policy).generate(reuse, request, statistics)
+        return self._running
+
+    @property
+    def speculates(self) -> bool:
+        """Whether answers are made with drafts."""
+        return self._policy is not None
+
+    @cached_property
+    def _policy(self) -> Policy | None:
+        """Kept from answer to answer, with what it measured; None reads token by token."""
+        if self.manifest.speculation is None or self._speculate == "off" or (self._head is None and self._speculate != "lookup"):
+            return None
+        longest = self.manifest.speculation.max_draft
+        return FixedLength(self._speculate) if isinstance(self._speculate, int) else AdaptiveLength(longest)
 
     @cached_property
     def _conversation(self) -> PrefixReuse:
-        return PrefixReuse(self.decoder())
+        return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
 
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self.manifest.files:
@@ -139,13 +220,19 @@ class Generation:
     """One answer in the making: an iterator over its text. `tokens`, `content`, `reasoning` and `statistics` grow as it goes on."""
 
     def __init__(
-        self, reuse: PrefixReuse, request: Request, detokenizer: Detokenizer, stops: StopStrings, splitter: ReasoningSplitter | None
+        self,
+        tokens: Generator[int, None, None],
+        statistics: Statistics,
+        request: Request,
+        detokenizer: Detokenizer,
+        stops: StopStrings,
+        splitter: ReasoningSplitter | None,
     ) -> None:
-        self.statistics = Statistics()
+        self.statistics = statistics
         self.tokens: list[int] = []
         self.content, self.reasoning = "", ""
         self._request, self._stops, self._splitter, self._detokenizer = request, stops, splitter, detokenizer
-        self._tokens = generate(reuse, request, self.statistics)
+        self._tokens = tokens
         self._events = self._run()
 
     def __iter__(self) -> Iterator[str]:
@@ -165,6 +252,7 @@ class Generation:
             yield from self._emit(self._stops.push(self._detokenizer.push(token)))
             if self._stops.stopped:
                 self.statistics.finish = "stop"
+                self._tokens.close()
                 break
         yield from self._emit(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
         yield from self._record(self._splitter.flush() if self._splitter else [])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import BundleError
-from qwen_export.manifest import GraphSpec
+from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 
 # A step on CUDA is some 400 small kernels: recorded once as a CUDA graph, they are launched as one. Calls opt in, see `Call.run`.
@@ -30,9 +32,11 @@ class Session:
         threads: int | None = None,
         plugins: Sequence[Path] = (),
         *,
+        weights: MappedWeights | None = None,
         repack: bool = False,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`."""
+        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses `weights`
+        where they lie, and shares them with other graphs."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -46,6 +50,9 @@ class Session:
         for plugin in plugins:
             _register(options, plugin)
         try:
+            self._weights = _values(ort, spec, weights) if weights is not None and device == "cpu" and not repack else {}
+            for name, value in self._weights.items():
+                options.add_initializer(name, value)
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
@@ -56,6 +63,8 @@ class Session:
             ) from error
         self.spec, self.device = spec, device
         self._graphs = 0
+        self.busy_s = 0.0
+        """Seconds spent in calls so far."""
 
     def call(self, *, repeated: bool) -> Call:
         """Bindings for one shape. A `repeated` call is worth recording as a graph, where the device has such."""
@@ -85,10 +94,24 @@ class Call:
         self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
 
     def run(self) -> None:
+        started = time.perf_counter()
         try:
             self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+        finally:
+            self._session.busy_s += time.perf_counter() - started
+
+
+def _values(ort: Any, spec: GraphSpec, weights: MappedWeights) -> dict[str, Any]:
+    """The graph's weights as values over the mapped memory; the session needs them as long as it lives."""
+
+    def value(weight: WeightSpec) -> Any:
+        size, number = ELEMENTS[weight.dtype]
+        array = weights.bytes(weight).view(f"u{size}").reshape(weight.shape)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+
+    return {weight.name: value(weight) for weight in spec.weights}
 
 
 def _register(options: Any, plugin: Path) -> None:

@@ -81,17 +81,18 @@ class Distribution(NamedTuple):
         at = int(np.searchsorted(self.ids, token_id))
         return float(self.probs[at]) if at < len(self.ids) and self.ids[at] == token_id else 0.0
 
-    def draw(self, rng: np.random.Generator) -> int:
-        """One token, by inversion of the cumulative sum; uses one number of `rng`, none when there is no choice."""
+    def draw(self, number: float) -> int:
+        """The token at `number` in [0, 1) of the cumulative sum."""
         if len(self.ids) == 1:
             return int(self.ids[0])
         cumulative = np.cumsum(self.probs)
-        at = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
+        at = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
         return int(self.ids[min(at, len(self.ids) - 1)])
 
 
 class Sampler:
-    """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens.
+    """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens. A token costs one number
+    of it, whether there is a choice or not, so that number i chooses token i.
 
     `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen.
     """
@@ -128,7 +129,7 @@ class Sampler:
 
     def sample(self, logits: Logits, history: TokenHistory | None = None) -> int:
         """The next token of one row of logits, float[V]."""
-        return self.distribution(logits, history).draw(self.rng)
+        return self.distribution(logits, history).draw(self.rng.random())
 
     def _penalised(self, x: Logits, history: TokenHistory | None) -> Logits:
         params = self.params
@@ -145,6 +146,20 @@ class Sampler:
             ids, counts = ids[ids < len(x)], counts[ids < len(x)]
             x[ids] -= params.presence_penalty + params.frequency_penalty * counts
         return x
+
+
+def residual(wanted: Distribution, drafted: Distribution) -> Distribution:
+    """max(p - q, 0), normalised: what is left of `wanted` when a draft from `drafted` was not kept."""
+    at = np.searchsorted(drafted.ids, wanted.ids)
+    inside = at < len(drafted.ids)
+    same = np.zeros(len(wanted.ids), bool)
+    same[inside] = drafted.ids[at[inside]] == wanted.ids[inside]
+    probs = wanted.probs.copy()
+    probs[same] = np.maximum(probs[same] - drafted.probs[at[same]], 0)
+    kept = probs > 0
+    if not kept.any():  # rounding: the two are equal, and any token of them will do
+        return wanted
+    return Distribution(wanted.ids[kept], probs[kept] / probs[kept].sum())
 
 
 def _check_peak(peak: np.floating[Any]) -> None:

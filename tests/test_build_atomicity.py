@@ -247,7 +247,7 @@ def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> P
 )
 def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, number: signal.Signals, stage: str) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.building-*" + ("/decoder.weights" if stage == "writing" else ""), process)
+    wait_for(out, ".bundle.building-*" + ("/model.weights" if stage == "writing" else ""), process)
     time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -258,7 +258,7 @@ def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, n
 
 def test_a_killed_build_leaves_nothing_that_runs(slow_checkpoint: Path, out: Path) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.building-*/decoder.weights", process)
+    wait_for(out, ".bundle.building-*/model.weights", process)
     process.kill()
     process.communicate(timeout=60)
     assert not (out / "bundle").exists()

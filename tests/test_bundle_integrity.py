@@ -13,12 +13,15 @@ import pytest
 
 from qwen_export.cli import main
 from qwen_export.errors import BundleError
-from qwen_export.manifest import MANIFEST, check_hash, load_manifest
+from qwen_export.manifest import MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
+from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.integrity import ensure_whole
 from tests.support.safetensors_files import edit_json
 
-FILES = ("decoder.weights", "decoder.onnx", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") else ()
+FILES = ("model.weights", "decoder.onnx", "mtp.onnx", *TEXT_FILES, *PLUGINS)
 Refused = Callable[..., None]
 
 
@@ -121,11 +124,11 @@ def test_a_file_that_is_a_directory(bundle_copy: Path, is_refused: Refused) -> N
 
 
 def test_a_cut_and_a_longer_file(bundle_copy: Path, is_refused: Refused) -> None:
-    weights = bundle_copy / "decoder.weights"
+    weights = bundle_copy / "model.weights"
     size = weights.stat().st_size
     for wrong in (size - 4096, size + 1):
         os.truncate(weights, wrong)
-        is_refused(bundle_copy, "decoder.weights", "wrong size", str(wrong), str(size))
+        is_refused(bundle_copy, "model.weights", "wrong size", str(wrong), str(size))
 
 
 def test_no_bundle_at_all(tmp_path: Path, tiny_checkpoint: Path, is_refused: Refused) -> None:
@@ -158,7 +161,7 @@ def test_a_touched_file_is_hashed_again_and_passes(bundle_copy: Path) -> None:
 
 
 def test_a_write_that_keeps_size_and_time_is_noticed(bundle_copy: Path) -> None:
-    weights = bundle_copy / "decoder.weights"
+    weights = bundle_copy / "model.weights"
     load(bundle_copy)
     before = weights.stat()
     time.sleep(0.02)  # a tick of the file system's clock
@@ -177,7 +180,7 @@ def test_a_rewritten_manifest_makes_everything_unknown(bundle_copy: Path) -> Non
     assert hashed(bundle_copy) == set(FILES)
 
 
-@pytest.mark.parametrize("note", ["", "{", "[]", '{"decoder.weights": 1}'])
+@pytest.mark.parametrize("note", ["", "{", "[]", '{"model.weights": 1}'])
 def test_a_damaged_note_is_ignored(bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, note: str) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     load(bundle_copy)
@@ -252,8 +255,8 @@ def test_a_link_inside_the_bundle_is_fine(bundle_copy: Path) -> None:
 
 
 def test_a_newer_schema(bundle_copy: Path, is_refused: Refused) -> None:
-    edit_manifest(bundle_copy, lambda m: put(m, "schema", 2))
-    is_refused(bundle_copy, "newer qwen-export", "schema 2", "Update")
+    edit_manifest(bundle_copy, lambda m: put(m, "schema", SCHEMA_VERSION + 1))
+    is_refused(bundle_copy, "newer qwen-export", f"schema {SCHEMA_VERSION + 1}", "Update")
 
 
 @pytest.mark.parametrize("schema", [..., 0, -1, "1", 1.0, True, None, [1]])
@@ -284,8 +287,8 @@ def test_a_manifest_that_is_garbage(bundle_copy: Path, is_refused: Refused, text
         "target.operators",
         "target.device",
         "rotary.inv_freq",
-        "files.decoder%weights.size",
-        "files.decoder%weights.sha256",
+        "files.model%weights.size",
+        "files.model%weights.sha256",
         "files.decoder%onnx",
         "model.max_position_embeddings",
     ],

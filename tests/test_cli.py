@@ -59,7 +59,7 @@ def test_inspect_counts_the_parameters_that_a_token_uses(run: Any, demo_moe_chec
 def test_estimated_bundle_size_is_right(run: Any, demo_checkpoint: Path, demo_bundle: Path) -> None:
     _, out, _ = run("inspect", demo_checkpoint, "--json")
     estimate = next(t for t in json.loads(out)["targets"] if (t["device"], t["precision"]) == ("cpu", "fp32"))["bundle_bytes"]
-    real = (demo_bundle / "decoder.weights").stat().st_size
+    real = (demo_bundle / "model.weights").stat().st_size
     assert abs(estimate / real - 1) < 0.02
 
 
@@ -86,12 +86,12 @@ def test_verify_finds_a_wrong_weight(run: Any, demo_checkpoint: Path, demo_bundl
 
     from qwen_export.manifest import hash_file
 
-    weights = demo_bundle_copy / "decoder.weights"
+    weights = demo_bundle_copy / "model.weights"
     data = np.fromfile(weights, np.float32)
     data[len(data) // 2 :] *= 1.01
     data.tofile(weights)
     manifest = json.loads((demo_bundle_copy / "manifest.json").read_text())
-    manifest["files"]["decoder.weights"]["sha256"] = hash_file(weights).sha256
+    manifest["files"]["model.weights"]["sha256"] = hash_file(weights).sha256
     (demo_bundle_copy / "manifest.json").write_text(json.dumps(manifest))
     code, out, err = run("verify", demo_bundle_copy, "--reference", demo_checkpoint)
     assert code == 1 and "FAIL" in out and "not the same model" in err

@@ -145,7 +145,7 @@ def test_samples_follow_the_distribution() -> None:
     logits = np.log(np.array([0.5, 0.0001, 0.2, 0.2999]))
     sampler = Sampler(SamplingParams(seed=0))
     distribution = sampler.distribution(logits)
-    counts = np.bincount([distribution.draw(sampler.rng) for _ in range(20_000)], minlength=4)
+    counts = np.bincount([distribution.draw(sampler.rng.random()) for _ in range(20_000)], minlength=4)
     np.testing.assert_allclose(counts / 20_000, distribution.probs, atol=0.015)
     assert distribution.of(2) == pytest.approx(0.2)
 

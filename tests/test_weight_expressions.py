@@ -167,10 +167,10 @@ def written(path: Path) -> tuple[ir.Model, dict[str, Weight], str]:
     weights = {name: weight for name, (_, weight) in expected_and_weight(BF16).items()}
     for name, weight in weights.items():
         add_weight(model.graph, name, weight)
-    size = weight_bytes(model)
+    size = weight_bytes([model])
     assert size == sum(weight.nbytes for weight in weights.values())
     seen: list[int] = []
-    entry = write_weights(model, SOURCE, path, lambda name, count: seen.append(count))
+    entry = write_weights([model], SOURCE, path, lambda name, count: seen.append(count))
     assert sum(seen) == size and entry.size == path.stat().st_size
     return model, weights, entry.sha256
 

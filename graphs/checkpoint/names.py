@@ -10,7 +10,7 @@ from typing import Any, Self
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
-from qwen_export.graphs.config import CheckpointConfig, TextConfig
+from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
 
 MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
@@ -68,6 +68,15 @@ def stored_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[s
         yield "lm_head.weight", (config.vocab_size, config.hidden_size)
 
 
+def mtp_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same for the draft head."""
+    hidden = config.hidden_size
+    yield "mtp.fc.weight", (hidden, 2 * hidden)
+    yield from layer_tensors(config, "mtp.layers.0.", FULL, stored)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield f"mtp.{name}.weight", (hidden,)
+
+
 def _keys(config: TextConfig) -> dict[str, Any]:
     """The configuration by the keys of a config.json."""
     values = asdict(config)
@@ -76,22 +85,29 @@ def _keys(config: TextConfig) -> dict[str, Any]:
     return values
 
 
+def has_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with a draft head: its configuration may name one that a converter dropped."""
+    return checkpoint.config.text.mtp_num_hidden_layers > 0 and any(name.startswith(MTP_PREFIX) for name in checkpoint.tensors)
+
+
 def stored_name(config: CheckpointConfig, name: str) -> str:
-    """The checkpoint's name of a tensor of the decoder."""
-    return name if name == "lm_head.weight" else config.text_prefix + name
+    """The checkpoint's name of a tensor of decoder or draft head."""
+    return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
-    """The dtype of each tensor that is stored for the decoder, by its name among the modules."""
-    config = checkpoint.config
-    names = (name for name, _ in stored_tensors(config.text, StoredLayout.of(checkpoint)))
-    return {name: checkpoint.tensors[stored_name(config, name)].dtype for name in names}
+    """The dtype of each tensor that is stored for decoder and draft head, by its name among the modules."""
+    config, have, stored = checkpoint.config, checkpoint.tensors, StoredLayout.of(checkpoint)
+    names = [name for name, _ in (*stored_tensors(config.text, stored), *mtp_tensors(config.text, stored))]
+    return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
 
 
-def check_tensors(checkpoint: Checkpoint) -> None:
-    """Every tensor of the decoder is there in its shape, and nothing lies beside it that nobody reads."""
+def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
+    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
     config = checkpoint.config
-    wanted = {stored_name(config, name): shape for name, shape in stored_tensors(config.text, StoredLayout.of(checkpoint))}
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
+    wanted = {stored_name(config, name): shape for name, shape in tensors}
     have = checkpoint.tensors
     missing = [name for name in wanted if name not in have]
     if missing:
@@ -99,7 +115,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             f"{len(missing)} tensors of the model are missing from the checkpoint",
             where=str(checkpoint.path),
             got=_some(missing),
-            fix="Is a shard missing, or is config.json from another model?",
+            fix="Is a shard missing, or is config.json from another model?"
+            + (" To build without the draft head, use --no-mtp." if all(n.startswith(MTP_PREFIX) for n in missing) else ""),
         )
     for name, shape in wanted.items():
         if have[name].shape != shape:

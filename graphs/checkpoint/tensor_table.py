@@ -76,7 +76,7 @@ def tensor_table(config: dict[str, Any], layout: Layout | None = None) -> Iterat
     yield from default_dtype(text_tensors())
     if layout.with_vision and "vision_config" in config:
         yield from default_dtype(_vision(config["vision_config"]))
-    if layout.with_mtp and text.get("mtp_num_hidden_layers", 0):
+    if layout.with_mtp and text.get("mtp_num_hidden_layers", text["model_type"] == "qwen3_next"):
         yield from default_dtype(_mtp(text, fused_experts=layout.fused_mtp_experts))
 
 

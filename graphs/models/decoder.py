@@ -29,12 +29,21 @@ class DecoderLayer(nn.Module):
         self.mlp = MoeMlp(config) if config.is_moe else Mlp(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, state: dict[str, Tensor], cos: Tensor, sin: Tensor, length: Tensor, accepted: Tensor, commit: Tensor
+        self,
+        x: Tensor,
+        state: dict[str, Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        length: Tensor,
+        accepted: Tensor | None = None,
+        commit: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`accepted` and `commit` are for DeltaNet layers, `length` for attention layers."""
         h = self.input_layernorm(x)
         if self.kind == FULL:
             mixed, after = self.self_attn(h, state, cos, sin, length)
         else:
+            assert accepted is not None and commit is not None
             mixed, after = self.linear_attn(h, state, accepted, commit)
         x = x + mixed
         return x + self.mlp(self.post_attention_layernorm(x)), after

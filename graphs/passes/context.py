@@ -18,12 +18,13 @@ MICROSOFT = "com.microsoft"
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
     checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
-    `quantization` says which matrices are quantised, None: none."""
+    `quantization` says which matrices are quantised, None: none. With `speculation` calls may leave tokens pending."""
 
     config: TextConfig
     precision: str
     choices: dict[str, Choice]
     stored: Mapping[str, str] = field(default_factory=dict)
+    speculation: bool = False
     quantization: PrecisionPlan | None = None
 
     @property

@@ -17,6 +17,8 @@ def fold_transaction(model: ir.Model, context: PassContext) -> int:
     Result y, h', S' = gated_delta_net(..., h, S)          meaning P = 0, accepted = 0, commit = T
 
     Pending tensors, transaction controls and the hidden states, which only a draft head reads, leave the graph's signature."""
+    if context.speculation:
+        return 0
     graph, changed = model.graph, 0
     keep = gated_delta_net.inputs.index(PENDING[0])
     for node in graph:

@@ -15,6 +15,7 @@ _FP32_INPUTS = {
     ("com.microsoft", "LinearAttention"): [3],
     ("com.microsoft", "GatedDeltaNet"): [4, 5, 6, 7, 8],
     ("qwen.native", "DeltaNet"): [2, 3, 6],
+    ("qwen.native", "DeltaNetTransaction"): [1, 3, 4, 7, 9],
     ("qwen.native", "Moe"): [1],
     ("qwen.native", "QuantMoe"): [1],
 }

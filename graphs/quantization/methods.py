@@ -15,8 +15,9 @@ from qwen_export.errors import CheckpointError
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat
 
 METHODS = ("rtn", "search")
-# Ranges as a share of the one that ends at the largest value. Smaller ones clip the largest value to represent the others better.
-_SHARES = (1.1, 1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
+# Ranges as a share of the one that ends at the largest value. Smaller ones clip the largest value to represent the others better. Rounding to
+# nearest is tried too: "search" is never worse.
+_SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 # Rows are quantised a cache's worth at a time.
 _CHUNK = 1 << 16
 
@@ -69,7 +70,7 @@ def _best_scale(w: Floats, widest: Floats, low: np.float32, high: np.float32) ->
     best, gain = np.zeros_like(widest), np.full_like(widest, -1)
     q = np.empty_like(w)
     inverse = _inverse(widest)
-    for share in _SHARES:
+    for share in (-low / high, *_SHARES):
         np.multiply(w, (inverse / np.float32(share))[:, None], out=q)
         np.rint(q, out=q)
         np.clip(q, low, high, out=q)
@@ -85,7 +86,7 @@ def _with_zeros(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Arr
     """A zero per block, so that codes cover exactly the values there are. Zero itself stays a value, as it is in every such format."""
     top = np.float32(2 * format.offset - 1)
     high, low = np.maximum(w.max(axis=1), 0), np.minimum(w.min(axis=1), 0)
-    shares = (1.0,) if method == "rtn" else tuple(share for share in _SHARES if share <= 1)
+    shares = (1.0,) if method == "rtn" else _SHARES
     best: tuple[Floats, Floats] | None = None
     gain = np.full(len(w), -1, np.float32)
     for share in shares:

@@ -16,6 +16,7 @@ Norms, convolutions, decays and states are never quantised. Imports neither torc
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,7 +49,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The groups, and the parameters of each: the first group that matches has it."""
 
-_MATRICES = "matrices"
+_MATRICES, _SET = "matrices", "set "
 _HIGH = ("in_proj_ab", "router")
 _NEVER = {"router": "a changed choice of experts costs more than its bytes save"}
 
@@ -67,6 +68,13 @@ class GroupFormat:
         """The layout, None for matrices that stay as they are."""
         return QuantFormat(FORMATS[self.format], self.block, self.zeros) if self.format != STORED else None
 
+    def with_keys(self, keys: Mapping[str, Any]) -> GroupFormat:
+        """This format with some values replaced. Another number of bits brings the method that suits it, unless one is given."""
+        base = self
+        if keys.get("format", self.format) != self.format:
+            base = replace(self, method="search" if keys["format"] == INT4 else "rtn")
+        return replace(base, **keys)
+
     def __str__(self) -> str:
         return self.format if self.format == STORED else f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}"
 
@@ -84,25 +92,31 @@ class PrecisionPlan:
     """The format of each group, and of single matrices by pattern."""
 
     groups: Mapping[str, GroupFormat]
-    matrices: Mapping[str, GroupFormat] = field(default_factory=dict)
+    matrices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What differs from the group, per pattern."""
 
     def of(self, name: str) -> GroupFormat:
-        """The format of the parameter `name`."""
-        for pattern, chosen in self.matrices.items():
-            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight"):
-                return chosen
+        """The format of the parameter `name`; of several patterns that match, the last one counts."""
         group = group_of(name)
-        return self.groups[group] if group else GroupFormat()
+        if not group or group in _NEVER:
+            return GroupFormat()
+        chosen = self.groups[group]
+        for pattern, keys in self.matrices.items():
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight"):
+                chosen = self.groups[group].with_keys(keys)
+        return chosen
 
     def to_json(self) -> dict[str, str]:
         """For the manifest."""
-        return {name: str(chosen) for name, chosen in [*self.groups.items(), *self.matrices.items()]}
+        matrices = {pattern: f"{_SET}{json.dumps(dict(keys))}" for pattern, keys in self.matrices.items()}
+        return {name: str(chosen) for name, chosen in self.groups.items()} | matrices
 
     @staticmethod
     def from_json(entries: Mapping[str, str]) -> PrecisionPlan:
         """The inverse of `to_json`; entries of other things are left out."""
-        parsed = {name: GroupFormat.parse(text) for name, text in entries.items() if text.split(" ")[0] in FORMATS}
-        return PrecisionPlan({n: f for n, f in parsed.items() if n in GROUPS}, {n: f for n, f in parsed.items() if n not in GROUPS})
+        groups = {name: GroupFormat.parse(text) for name, text in entries.items() if name in GROUPS}
+        matrices = {name: json.loads(text.removeprefix(_SET)) for name, text in entries.items() if text.startswith(_SET)}
+        return PrecisionPlan(groups, matrices)
 
 
 def group_of(name: str) -> str:
@@ -156,10 +170,9 @@ def _overridden(plan: PrecisionPlan, given: dict[str, Any], where: str) -> Preci
     for name, keys in given.items():
         if name == _MATRICES:
             for pattern, single in _table(keys, name, where).items():
-                base = plan.of(pattern if group_of(pattern) else f"{pattern}.weight")
-                matrices[pattern] = _format(base, _table(single, pattern, where), pattern, where)
+                matrices[pattern] = _checked(_table(single, pattern, where), pattern, where)
         elif name in GROUPS:
-            groups[name] = _format(groups[name], _table(keys, name, where), name, where)
+            groups[name] = groups[name].with_keys(_checked(_table(keys, name, where), name, where))
         else:
             raise ConfigError("the precision plan names no such group", where=where, got=name, expected=", ".join([*GROUPS, _MATRICES]))
     for name, reason in _NEVER.items():
@@ -174,16 +187,13 @@ def _table(value: Any, name: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _format(base: GroupFormat, keys: dict[str, Any], name: str, where: str) -> GroupFormat:
+def _checked(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     allowed: dict[str, Iterable[Any]] = {"format": FORMATS, "block": BLOCKS, "method": METHODS, "zeros": (True, False)}
     for key, value in keys.items():
         if key not in allowed or not any(type(value) is type(option) and value == option for option in allowed[key]):
             expected = ", ".join(map(str, allowed.get(key, allowed)))
             raise ConfigError(f"[{name}] {key} of the precision plan cannot be used", where=where, got=repr(value), expected=expected)
-    # A group that gets another number of bits gets the method that suits them, unless one is given.
-    if "format" in keys and "method" not in keys and keys["format"] != base.format:
-        base = replace(base, method="search" if keys["format"] == INT4 else "rtn")
-    return replace(base, **keys)
+    return keys
 
 
 def as_table(plan: PrecisionPlan, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -193,5 +203,5 @@ def as_table(plan: PrecisionPlan, sizes: Mapping[str, tuple[int, int]]) -> list[
         parameters, nbytes = sizes.get(group, (0, 0))
         if parameters:
             lines.append(f"{group:16} {chosen!s:24} {parameters:14,} {nbytes / 1e6:9.1f}")
-    lines += [f"{pattern}: {chosen}" for pattern, chosen in plan.matrices.items()]
+    lines += [f"{pattern}: {json.dumps(dict(keys))}" for pattern, keys in plan.matrices.items()]
     return lines

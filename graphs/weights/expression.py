@@ -171,6 +171,23 @@ class HeadRows(Weight):
 
 
 @dataclass(frozen=True)
+class FirstRows(Weight):
+    """The first `count` rows. Shares the memory of the whole where that is written, too."""
+
+    of: Weight
+    count: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(self.count, *self.of.shape[1:]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return self.of.rows(source, start, stop)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
 class Stacked(Weight):
     """Several weights of equal row shape on top of each other: one matrix product instead of several."""
 
@@ -279,7 +296,7 @@ def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
     """The same stored elements in another element type, None for a weight that is computed from them."""
     if isinstance(weight, StoredWeight):
         return replace(weight, dtype=dtype)
-    if isinstance(weight, Reshaped | Transposed | HeadRows | Interleaved):
+    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows | Interleaved):
         inner = retyped(weight.of, dtype)
         return replace(weight, of=inner) if inner is not None else None
     if isinstance(weight, Stacked | StackedMatrices):
@@ -300,6 +317,7 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 
 __all__: Sequence[str] = (
     "Constant",
+    "FirstRows",
     "HeadRows",
     "Interleaved",
     "NegativeExp",

@@ -4,7 +4,8 @@
 // so that one token costs one reduction, not two.
 //
 // Few tokens (decode, verify): one block per value head does everything. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
-// in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm.
+// in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm; what is pending is replayed before that by
+// the kernel for few tokens, without a new token.
 
 #include "delta_net.cuh"
 
@@ -34,14 +35,36 @@ __device__ inline float decay(float a, float a_log, float dt_bias) { return expf
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+// A count that was written by the caller's caller: out of range it must not become an address.
+__device__ inline int clamped(int64_t count, int most) { return int(min(max(count, int64_t(0)), int64_t(most))); }
+
 // ---- few tokens ----
 
 constexpr int kLanes = 4;                     // lanes per column
 constexpr int kHeadThreads = kHead * kLanes;  // 512
 static_assert(kFewTokens <= kHeadThreads / 32, "a warp writes the outputs of one token");
 
+// The convolution of one channel, as it moves over the rows.
 template <typename T>
-__global__ void __launch_bounds__(kHeadThreads) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
+struct Channel {
+  float taps[kTaps], past[kTaps - 1];
+
+  __device__ float next(float x) {
+    const float sum = fmaf(x, taps[3], fmaf(past[2], taps[2], fmaf(past[1], taps[1], past[0] * taps[0])));
+    past[0] = past[1], past[1] = past[2], past[2] = x;
+    return silu(sum);
+  }
+};
+
+__device__ inline float dot(float4 a, float4 b) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x))); }
+
+__device__ inline float4 scaled(float4 a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
+
+// With a transaction the accepted rows of `pending` go through the same loop as the new tokens, up to kFewTokens at a time and before the
+// projection of the new ones is complete. So every token is read by the same instructions, whichever call it came with.
+// The registers are as many as it takes not to spill.
+template <typename T, bool TRANSACTION>
+__global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
   __shared__ __align__(16) float q[kFewTokens][kHead], k[kFewTokens][kHead], v[kFewTokens][kHead], o[kFewTokens][kHead];
   __shared__ float qk[kFewTokens], gate[kFewTokens], beta[kFewTokens];
   __shared__ bool last;
@@ -49,9 +72,10 @@ __global__ void __launch_bounds__(kHeadThreads) few_tokens_kernel(DeltaNetShape 
   const int hv = blockIdx.x, b = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int Hk = shape.Hk, Hv = shape.Hv, tokens = shape.T, ratio = Hv / Hk, hk = hv / ratio;
   const int C = shape.channels(), width = shape.width();
-  const T* packed = in.packed + size_t(b) * tokens * width;
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   T* history_out = in.history_out + size_t(b) * (kTaps - 1) * C;
+  int pending = TRANSACTION ? clamped(in.accepted[b], shape.P) : 0;  // rows to replay
+  const int commit = TRANSACTION ? clamped(in.commit[b], tokens) : tokens;
 
   // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds k = 16 j + 4 p + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
@@ -59,102 +83,112 @@ __global__ void __launch_bounds__(kHeadThreads) few_tokens_kernel(DeltaNetShape 
   float4 S[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * 16);
+  auto store_state = [&] {
+#pragma unroll
+    for (int j = 0; j < 8; j++) *reinterpret_cast<float4*>(in.state_out + at + j * 16) = S[j];
+  };
   // 384 threads own a channel each; taps and history do not depend on the projection either.
   const int group = tid / kHead, within = tid % kHead;  // 0: q, 1: k, 2: v
   const int channel = group == 0 ? hk * kHead + within : group == 1 ? (Hk + hk) * kHead + within : (2 * Hk + hv) * kHead + within;
-  float taps[kTaps], past[kTaps - 1];
   T new_history[kTaps - 1];
   if (group < 3) {
 #pragma unroll
-    for (int i = 0; i < kTaps; i++) taps[i] = to_float(in.conv[channel * kTaps + i]);
-#pragma unroll
-    for (int i = 0; i < kTaps - 1; i++) {
-      new_history[i] = history[i * C + channel];
-      past[i] = to_float(new_history[i]);
-    }
+    for (int i = 0; i < kTaps - 1; i++) new_history[i] = history[i * C + channel];
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
-  float norm[4];  // of the outputs that this lane will write
+  float norm[4], gating[4];  // warp t writes token t
+  const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
+  while (true) {
+    const bool replay = TRANSACTION && pending > 0;
+    const int count = replay ? min(pending, kFewTokens) : tokens;
+    Channel<T> conv;  // loaded again for every pass: S needs the registers in between
+    if (group < 3) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) norm[i] = to_float(in.norm[lane * 4 + i]);
-  wait_for_previous();
-  let_next_start();
+      for (int i = 0; i < kTaps; i++) conv.taps[i] = to_float(in.conv[channel * kTaps + i]);
+#pragma unroll
+      for (int i = 0; i < kTaps - 1; i++) conv.past[i] = to_float(new_history[i]);
+    }
+    if (!replay) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) norm[i] = to_float(in.norm[lane * 4 + i]);
+      wait_for_previous();
+      let_next_start();
+      rows = in.packed + size_t(b) * tokens * width;
+      if (warp < tokens) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) gating[i] = to_float(rows[size_t(warp) * width + C + hv * kHead + lane * 4 + i]);
+      }
+    }
+    if (group < 3) {
+      float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
+      for (int t = 0; t < count; t++) {
+        const T value = rows[size_t(t) * width + channel];
+        into[t * kHead + within] = conv.next(to_float(value));
+        if (!TRANSACTION || replay || t < commit) new_history[0] = new_history[1], new_history[1] = new_history[2], new_history[2] = value;
+      }
+    } else if (within < count) {
+      const T* row = rows + size_t(within) * width + C + Hv * kHead;
+      gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
+      beta[within] = sigmoid(to_float(row[Hv + hv]));
+    }
+    __syncthreads();
+    if (const int t = warp; t < count) {
+      float4 a = reinterpret_cast<float4*>(q[t])[lane], c = reinterpret_cast<float4*>(k[t])[lane];
+      a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(kHead)));
+      c = scaled(c, rsqrtf(warp_sum(dot(c, c)) + kL2Eps));
+      const float both = warp_sum(dot(a, c));
+      reinterpret_cast<float4*>(q[t])[lane] = a, reinterpret_cast<float4*>(k[t])[lane] = c;
+      if (lane == 0) qk[t] = both;
+    }
+    // A key head's part of the history is read by all its value heads: the last of them to have read it writes it.
+    if (tid == 0 && !replay) {
+      last = true;
+      if (ratio > 1) {
+        int* counter = arrivals + b * Hk + hk;
+        __threadfence();
+        last = atomicAdd(counter, 1) == ratio - 1;
+        if (last) *counter = 0;
+      }
+    }
+    __syncthreads();
+    if (!replay && (group == 2 || (group < 2 && last))) {
+#pragma unroll
+      for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
+    }
 
-  float gating[4];  // warp t writes token t
-  if (warp < tokens) {
+    for (int t = 0; t < count; t++) {
+      if (TRANSACTION && !replay && t == commit) store_state();
+      float sk = 0.0f, sq = 0.0f;
+      float4 key[8];
 #pragma unroll
-    for (int i = 0; i < 4; i++) gating[i] = to_float(packed[size_t(warp) * width + C + hv * kHead + lane * 4 + i]);
-  }
-  if (group < 3) {
-    float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
-    for (int t = 0; t < tokens; t++) {
-      const T value = packed[size_t(t) * width + channel];
-      const float x = to_float(value);
-      into[t * kHead + within] = silu(past[0] * taps[0] + past[1] * taps[1] + past[2] * taps[2] + x * taps[3]);
-      past[0] = past[1], past[1] = past[2], past[2] = x;
-      new_history[0] = new_history[1], new_history[1] = new_history[2], new_history[2] = value;
+      for (int j = 0; j < 8; j++) {
+        key[j] = reinterpret_cast<const float4*>(k[t])[j * 4 + part];
+        sk += dot(S[j], key[j]);
+        sq += dot(S[j], reinterpret_cast<const float4*>(q[t])[j * 4 + part]);
+      }
+#pragma unroll
+      for (int step = 1; step < kLanes; step *= 2) {
+        sk += __shfl_xor_sync(0xffffffffu, sk, step);
+        sq += __shfl_xor_sync(0xffffffffu, sq, step);
+      }
+      const float e = gate[t], delta = beta[t] * fmaf(-e, sk, v[t][column]);
+      if (part == 0) o[t][column] = fmaf(qk[t], delta, e * sq);
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        S[j].x = fmaf(delta, key[j].x, e * S[j].x), S[j].y = fmaf(delta, key[j].y, e * S[j].y);
+        S[j].z = fmaf(delta, key[j].z, e * S[j].z), S[j].w = fmaf(delta, key[j].w, e * S[j].w);
+      }
     }
-  } else if (within < tokens) {
-    const T* row = packed + size_t(within) * width + C + Hv * kHead;
-    gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
-    beta[within] = sigmoid(to_float(row[Hv + hv]));
+    if (!replay) break;
+    pending -= count, rows += size_t(count) * width;
+    __syncthreads();  // the shared rows have been read
   }
-  __syncthreads();
-  if (const int t = warp; t < tokens) {
-    float4 a = reinterpret_cast<float4*>(q[t])[lane], c = reinterpret_cast<float4*>(k[t])[lane];
-    const float sa = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) + kL2Eps) * rsqrtf(float(kHead));
-    const float sc = rsqrtf(warp_sum(c.x * c.x + c.y * c.y + c.z * c.z + c.w * c.w) + kL2Eps);
-    a = make_float4(a.x * sa, a.y * sa, a.z * sa, a.w * sa), c = make_float4(c.x * sc, c.y * sc, c.z * sc, c.w * sc);
-    const float dot = warp_sum(a.x * c.x + a.y * c.y + a.z * c.z + a.w * c.w);
-    reinterpret_cast<float4*>(q[t])[lane] = a, reinterpret_cast<float4*>(k[t])[lane] = c;
-    if (lane == 0) qk[t] = dot;
-  }
-  // A key head's part of the history is read by all its value heads: the last of them to have read it writes it.
-  if (tid == 0) {
-    last = true;
-    if (ratio > 1) {
-      int* counter = arrivals + b * Hk + hk;
-      __threadfence();
-      last = atomicAdd(counter, 1) == ratio - 1;
-      if (last) *counter = 0;
-    }
-  }
-  __syncthreads();
-  if (group == 2 || (group < 2 && last)) {
-#pragma unroll
-    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
-  }
-
-  for (int t = 0; t < tokens; t++) {
-    float sk = 0.0f, sq = 0.0f;
-    float4 key[8];
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      key[j] = reinterpret_cast<const float4*>(k[t])[j * 4 + part];
-      const float4 query = reinterpret_cast<const float4*>(q[t])[j * 4 + part];
-      sk += S[j].x * key[j].x + S[j].y * key[j].y + S[j].z * key[j].z + S[j].w * key[j].w;
-      sq += S[j].x * query.x + S[j].y * query.y + S[j].z * query.z + S[j].w * query.w;
-    }
-#pragma unroll
-    for (int step = 1; step < kLanes; step *= 2) {
-      sk += __shfl_xor_sync(0xffffffffu, sk, step);
-      sq += __shfl_xor_sync(0xffffffffu, sq, step);
-    }
-    const float e = gate[t], delta = beta[t] * (v[t][column] - e * sk);
-    if (part == 0) o[t][column] = e * sq + qk[t] * delta;
-#pragma unroll
-    for (int j = 0; j < 8; j++) {
-      S[j].x = e * S[j].x + delta * key[j].x, S[j].y = e * S[j].y + delta * key[j].y;
-      S[j].z = e * S[j].z + delta * key[j].z, S[j].w = e * S[j].w + delta * key[j].w;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 8; j++) *reinterpret_cast<float4*>(in.state_out + at + j * 16) = S[j];
+  if (commit == tokens) store_state();
   __syncthreads();
 
   if (warp < tokens) {
     const float4 a = reinterpret_cast<const float4*>(o[warp])[lane];
-    const float scale = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) / kHead + eps);
+    const float scale = rsqrtf(warp_sum(dot(a, a)) / kHead + eps);
     T* y = in.y + (size_t(b) * tokens + warp) * Hv * kHead + hv * kHead + lane * 4;
     const float value[4] = {a.x, a.y, a.z, a.w};
 #pragma unroll
@@ -191,6 +225,13 @@ Workspace divide(const DeltaNetShape& s, void* memory) {
   return w;
 }
 
+// Tokens of sequence b that the recurrence reads. A commit in the middle is a padded sequence: what follows must leave the state alone, and its
+// outputs are not asked for. With commit = 0 the outputs are, and the state is stored before the first token.
+__device__ inline int read_tokens(const int64_t* commit, int b, int tokens) {
+  const int n = commit == nullptr ? tokens : clamped(commit[b], tokens);
+  return n == 0 ? tokens : n;
+}
+
 // A warp makes one token of one key head (q and k) or of one value head (v and the gates).
 template <typename T>
 __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Workspace out, int padded_tokens) {
@@ -199,7 +240,7 @@ __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Works
   const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, b = blockIdx.z;
   const int Hk = shape.Hk, Hv = shape.Hv, C = shape.channels(), width = shape.width();
   if (t >= padded_tokens) return;
-  const bool real = t < shape.T;
+  const bool real = t < read_tokens(in.commit, b, shape.T);
   const T* packed = in.packed + size_t(b) * shape.T * width;
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   auto four = [&](int channel) {
@@ -239,7 +280,8 @@ __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(address), "l"(global));
 }
 
-__global__ void __launch_bounds__(kThreads) recurrence_kernel(DeltaNetShape shape, const float* state, float* state_out, Workspace w, int padded_tokens) {
+__global__ void __launch_bounds__(kThreads) recurrence_kernel(
+    DeltaNetShape shape, const float* state, float* state_out, const int64_t* commit, Workspace w, int padded_tokens) {
   struct Stage {
     float qk[kChunk][2][kHead], v[kChunk][kColumns], gates[kChunk][2], dot[kChunk];
   };
@@ -254,8 +296,14 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(DeltaNetShape shap
   float4 S[4];  // k = 32 j + 4 part + 0..3
 #pragma unroll
   for (int j = 0; j < 4; j++) S[j] = *reinterpret_cast<const float4*>(state + at + j * 32);
+  const bool keep = commit == nullptr || commit[b] > 0;
+  auto store_state = [&] {
+#pragma unroll
+    for (int j = 0; j < 4; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
+  };
   wait_for_previous();
   let_next_start();
+  if (!keep) store_state();
 
   auto fetch = [&](Stage& into, int t) {
     const float* qk = w.qk + (key_row + t) * 2 * kHead;
@@ -308,8 +356,7 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(DeltaNetShape shap
     for (int i = tid; i < kChunk * kColumns; i += kThreads)
       w.o[(value_row + t0 + i / kColumns) * kHead + first + i % kColumns] = o[i / kColumns][i % kColumns];
   }
-#pragma unroll
-  for (int j = 0; j < 4; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
+  if (keep) store_state();
 }
 
 // A warp per token and value head.
@@ -330,17 +377,18 @@ __global__ void gated_norm_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, fl
   for (int i = 0; i < 4; i++) y[i] = from_float<T>(value[i] * scale * to_float(in.norm[lane * 4 + i]) * silu(to_float(z[i])));
 }
 
-// The last three rows of (history | qkv).
+// The three rows of (history | qkv) before the first token that is not committed.
 template <typename T>
 __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
   wait_for_previous();
   let_next_start();
   const int C = shape.channels(), c = blockIdx.x * blockDim.x + threadIdx.x, b = blockIdx.y;
   if (c >= C) return;
+  const int commit = in.commit == nullptr ? shape.T : clamped(in.commit[b], shape.T);
   T rows[kTaps - 1];
 #pragma unroll
   for (int i = 0; i < kTaps - 1; i++) {
-    const int row = shape.T + i - (kTaps - 1);
+    const int row = commit + i - (kTaps - 1);
     rows[i] = row < 0 ? in.history[(size_t(b) * (kTaps - 1) + row + kTaps - 1) * C + c]
                       : in.packed[(size_t(b) * shape.T + row) * shape.width() + c];
   }
@@ -350,6 +398,13 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
 
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
+template <typename T>
+void few_tokens(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, int* arrivals, int arrivals_size, cudaStream_t stream) {
+  if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
+  launch(in.accepted == nullptr ? few_tokens_kernel<T, false> : few_tokens_kernel<T, true>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps,
+         arrivals);
+}
+
 }  // namespace
 
 size_t delta_net_workspace(const DeltaNetShape& s) {
@@ -358,22 +413,24 @@ size_t delta_net_workspace(const DeltaNetShape& s) {
 }
 
 template <typename T>
-void delta_net(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, void* workspace, int* arrivals, int arrivals_size, cudaStream_t stream) {
-  if (in_one_kernel(s)) {
-    if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
-    launch(few_tokens_kernel<T>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps, arrivals);
-    return;
+void delta_net(const DeltaNetShape& s, const DeltaNetTensors<T>& given, float eps, void* workspace, int* arrivals, int arrivals_size, cudaStream_t stream) {
+  if (in_one_kernel(s)) return few_tokens(s, given, eps, arrivals, arrivals_size, stream);
+  DeltaNetTensors<T> in = given;
+  if (in.accepted != nullptr && s.P > 0) {
+    few_tokens(DeltaNetShape{s.B, 0, s.Hk, s.Hv, s.P}, in, eps, arrivals, arrivals_size, stream);
+    in.state = in.state_out, in.history = in.history_out;
   }
   const Workspace w = divide(s, workspace);
   const int tokens = padded(s.T), per_block = 4;
   launch(prepare_kernel<T>, dim3((tokens + per_block - 1) / per_block, s.Hk + s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, w, tokens);
   launch(history_kernel<T>, dim3((s.channels() + 255) / 256, s.B), dim3(256), 0, stream, s, in);
-  launch(recurrence_kernel, dim3(kHead / kColumns, s.Hv, s.B), dim3(kThreads), 0, stream, s, in.state, in.state_out, w, tokens);
+  launch(recurrence_kernel, dim3(kHead / kColumns, s.Hv, s.B), dim3(kThreads), 0, stream, s, in.state, in.state_out, in.commit, w, tokens);
   launch(gated_norm_kernel<T>, dim3((s.T + per_block - 1) / per_block, s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, eps, w.o, tokens);
 }
 
 #define INSTANTIATE(T) \
   template void delta_net<T>(const DeltaNetShape&, const DeltaNetTensors<T>&, float, void*, int*, int, cudaStream_t);
+INSTANTIATE(float)
 INSTANTIATE(__half)
 INSTANTIATE(__nv_bfloat16)
 

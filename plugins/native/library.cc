@@ -1,4 +1,4 @@
-// The custom ops of domain qwen.native for ONNX Runtime's CUDA execution provider. Each op exists for fp16 and bf16.
+// The custom ops of domain qwen.native for ONNX Runtime's CUDA execution provider. Each op exists for fp16 and bf16, DeltaNet for fp32 too.
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
@@ -29,6 +29,10 @@ constexpr int kResourceVersion = 3, kCublasHandle = 10002;
 template <typename T>
 struct Type;
 template <>
+struct Type<float> {
+  static constexpr ONNXTensorElementDataType onnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+};
+template <>
 struct Type<__half> {
   static constexpr ONNXTensorElementDataType onnx = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
   static constexpr qwen::Element element = qwen::Element::kHalf;
@@ -53,12 +57,12 @@ class Call {
     return static_cast<const E*>(context_.GetInput(index).GetTensorRawData());
   }
 
+  bool has(size_t index) const { return index < context_.GetInputCount() && context_.GetInput(index); }
+
   // A left-out input is null.
   template <typename E>
   const E* optional(size_t index) const {
-    if (index >= context_.GetInputCount()) return nullptr;
-    const auto value = context_.GetInput(index);
-    return value ? static_cast<const E*>(value.GetTensorRawData()) : nullptr;
+    return has(index) ? input<E>(index) : nullptr;
   }
 
   template <typename E>
@@ -194,7 +198,8 @@ class SwiGluKernel {
 };
 
 // packed [B,T,C+Hv*128+2Hv] (qkv | z | a | b), conv [C,4], a_log f32[Hv], dt_bias f32[Hv], norm [128], history [B,3,C],
-// state f32[B,Hv,128,128] (V-major)  ->  y [B,T,Hv*128], history', state'
+// state f32[B,Hv,128,128] (V-major), and for a transaction pending [B,P,width], accepted i64[B], commit i64[B]
+//   ->  y [B,T,Hv*128], history', state'
 template <typename T>
 class DeltaNetKernel {
  public:
@@ -211,9 +216,17 @@ class DeltaNetKernel {
     Call call(context);
     const auto packed = call.shape(0), state = call.shape(6), history = call.shape(5);
     expect(packed.size() == 3 && state.size() == 4 && state[2] == qwen::kHead && state[3] == qwen::kHead, "DeltaNet: heads must have 128 values");
-    qwen::DeltaNetShape shape{int(packed[0]), int(packed[1]), key_heads_, int(state[1])};
+    qwen::DeltaNetShape shape{int(packed[0]), int(packed[1]), key_heads_, int(state[1]), 0};
     expect(shape.Hv % shape.Hk == 0 && shape.width() == packed[2] && history[2] == shape.channels(), "DeltaNet: the packed projection does not fit the heads");
     expect(call.shape(1).back() == qwen::kTaps, "DeltaNet: the convolution must have 4 taps");
+    const bool transaction = call.has(7);
+    expect(transaction == call.has(8) && transaction == call.has(9), "DeltaNet: pending, accepted and commit are given together or not at all");
+    if (transaction) {
+      const auto pending = call.shape(7), sequences = std::vector<int64_t>{packed[0]};
+      expect(pending.size() == 3 && pending[0] == packed[0] && pending[2] == packed[2], "DeltaNet: pending is not shaped like the packed projection");
+      expect(call.shape(8) == sequences && call.shape(9) == sequences, "DeltaNet: accepted and commit have one number per sequence");
+      shape.P = int(pending[1]);
+    }
     qwen::DeltaNetTensors<T> tensors{call.input<T>(0),
                                      call.input<T>(1),
                                      call.input<float>(2),
@@ -221,10 +234,13 @@ class DeltaNetKernel {
                                      call.input<T>(4),
                                      call.input<T>(5),
                                      call.input<float>(6),
+                                     call.optional<T>(7),
+                                     call.optional<int64_t>(8),
+                                     call.optional<int64_t>(9),
                                      call.output<T>(0, {packed[0], packed[1], state[1] * qwen::kHead}),
                                      call.output<T>(1, history),
                                      call.output<float>(2, state)};
-    if (shape.B == 0 || shape.T == 0) return;
+    if (shape.B == 0) return;
     const size_t bytes = qwen::delta_net_workspace(shape);
     if (bytes == 0) {
       qwen::delta_net(shape, tensors, eps_, nullptr, arrivals_, kArrivals, call.stream());
@@ -243,7 +259,7 @@ class DeltaNetKernel {
 
 struct Signature {
   const char* name;
-  const char* inputs;    // T: the op's type, f: fp32, ?: the input before may be left out
+  const char* inputs;    // T: the op's type, f: fp32, l: int64, ?: the input before may be left out
   const char* outputs;
 };
 
@@ -274,7 +290,9 @@ struct Operator : Ort::CustomOpBase<Operator<T, Kernel>, Kernel> {
   ONNXTensorElementDataType GetOutputType(size_t index) const { return outputs_[index]; }
 
  private:
-  static ONNXTensorElementDataType element(char c) { return c == 'f' ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : Type<T>::onnx; }
+  static ONNXTensorElementDataType element(char c) {
+    return c == 'f' ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : c == 'l' ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : Type<T>::onnx;
+  }
 
   const char* name_;
   std::vector<ONNXTensorElementDataType> inputs_, outputs_;
@@ -282,13 +300,17 @@ struct Operator : Ort::CustomOpBase<Operator<T, Kernel>, Kernel> {
 };
 
 template <typename T>
-void add_operators(Ort::CustomOpDomain& domain) {
+void add_delta_net(Ort::CustomOpDomain& domain) {
+  static const Operator<T, DeltaNetKernel<T>> delta_net({"DeltaNet", "TTffTTfT?l?l?", "TTf"});
+  domain.Add(&delta_net);
+}
+
+template <typename T>
+void add_products(Ort::CustomOpDomain& domain) {
   static const Operator<T, LinearKernel<T>> linear({"Linear", "TTT?T?", "T"});
   static const Operator<T, SwiGluKernel<T>> swiglu({"SwiGlu", "TTT?", "T"});
-  static const Operator<T, DeltaNetKernel<T>> delta_net({"DeltaNet", "TTffTTf", "TTf"});
   domain.Add(&linear);
   domain.Add(&swiglu);
-  domain.Add(&delta_net);
 }
 
 }  // namespace
@@ -300,8 +322,11 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
   try {
     static Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made(kDomain);
-      add_operators<__half>(made);
-      add_operators<__nv_bfloat16>(made);
+      add_products<__half>(made);
+      add_products<__nv_bfloat16>(made);
+      add_delta_net<float>(made);
+      add_delta_net<__half>(made);
+      add_delta_net<__nv_bfloat16>(made);
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

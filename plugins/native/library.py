@@ -19,24 +19,21 @@ NATIVE = "qwen.native"
 @dataclass(frozen=True)
 class Library:
     """The library of one device. `variable` is the path of the file, where it does not lie next to this one; empty: build without it.
-    `ops` are its ops for activations of one of `types`."""
+    `ops` has the element types of each op's activations."""
 
     file: str
     variable: str
-    types: frozenset[str]
-    ops: tuple[str, ...]
+    ops: dict[str, frozenset[str]]
 
 
+_FLOAT, _HALF = frozenset({"float"}), frozenset({"float16", "bfloat16"})
 LIBRARIES = {
     "cpu": Library(
         "libqwen_export_cpu.so",
         "QWEN_EXPORT_CPU_PLUGIN",
-        frozenset({"float"}),
-        ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"),
+        dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"), _FLOAT),
     ),
-    "cuda": Library(
-        "libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", frozenset({"float16", "bfloat16"}), ("Linear", "SwiGlu", "DeltaNet")
-    ),
+    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT}),
 }
 
 
@@ -60,5 +57,5 @@ def with_native(kernels: Kernels) -> Kernels:
     """The kernels of a device, with those of its library where that is found."""
     if find_library(kernels.device) is None:
         return kernels
-    library = LIBRARIES[kernels.device]
-    return Kernels(kernels.device, kernels.source, kernels.types | {(NATIVE, op): [{"T": library.types}] for op in library.ops})
+    own = {(NATIVE, op): [{"T": types}] for op, types in LIBRARIES[kernels.device].ops.items()}
+    return Kernels(kernels.device, kernels.source, kernels.types | own)

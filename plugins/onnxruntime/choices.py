@@ -42,6 +42,8 @@ class Choice:
     kernels: tuple[Kernel, ...]
     limit: Callable[[TextConfig], str] = lambda config: ""
     """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
+    transaction: bool = True
+    """Whether a state may have tokens pending, as speculation needs it."""
     columns: int = 1
     """Of a product: results whose width is no multiple of this are left to FusedMatMul."""
 
@@ -75,6 +77,11 @@ def _native_delta_net_limit(config: TextConfig) -> str:
     return _native_limit(config)
 
 
+def _transaction_limit(config: TextConfig) -> str:
+    taps = config.linear_conv_kernel_dim
+    return "" if 2 <= taps <= 4 else f"the native DeltaNet takes 2 to 4 taps, and this model has {taps}"
+
+
 _NATIVE_LINEAR = (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE))
 _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
@@ -90,6 +97,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
+            Choice("native_transaction", (Kernel("DeltaNetTransaction", NATIVE),), _transaction_limit),
             Choice(
                 "linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)
             ),
@@ -106,7 +114,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
         "gated_delta_net": (
             Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
-            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT)),
+            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT), transaction=False),
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
         "moe": (_MICROSOFT_MOE,),
@@ -114,12 +122,14 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 }
 
 
-def choose(kernels: Kernels, precision: str, config: TextConfig) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op that the model has, and a sentence for each op that has none."""
+def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
+    speculation can use."""
     chosen, refusals = {}, []
-    for op, candidates in CHOICES[kernels.device].items():
+    for op, every in CHOICES[kernels.device].items():
         if op == "moe" and not config.is_moe:
             continue
+        candidates = [choice for choice in every if choice.transaction or not transaction]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]

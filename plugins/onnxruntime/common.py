@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
+from qwen_export.graphs.models.state import PENDING
 from qwen_export.graphs.passes.context import new_node
 from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
 from qwen_export.graphs.weights.expression import Constant, Weight, add_weight, weight_of
@@ -67,3 +68,33 @@ def layer_prefix(node: ir.Node) -> str:
         if value is not None and value.is_graph_input() and (value.name or "").startswith("layers."):
             return ".".join((value.name or "").split(".")[:2])
     raise CaptureError("an op with state has no state input", where=str(node.name))
+
+
+def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Value]) -> list[ir.Value]:
+    """Let the pending inputs of a DeltaNet layer be what its lowering computes in one piece.
+
+    Given  inputs layers.i.pending_qkv [B,P,C], pending_b and pending_a [B,P,Hv]; outputs of the same names with .next
+    Result for each key and projection [B,T,width]: input layers.i.<key> [B,P,width], output layers.i.<key>.next = the projection
+
+    `layer` is layers.i. Returns the new inputs, in the order of `projections`, whose shapes must be known."""
+    old = {f"{layer}.{key}" for key in PENDING}
+    inputs = [value for value in graph.inputs if value.name in old]
+    outputs = [value for value in graph.outputs if (value.name or "").removesuffix(".next") in old]
+    if len(inputs) != len(old) or len(outputs) != len(old):
+        raise CaptureError("a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs))
+    at, after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
+    for value in inputs:
+        graph.inputs.remove(value)
+    for value in outputs:
+        graph.outputs.remove(value)
+        value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
+    made = []
+    for i, (key, projection) in enumerate(projections.items()):
+        if projection.shape is None:
+            raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}")
+        pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape(["B", "P", *projection.shape[2:]]), type=projection.type)
+        projection.name = f"{layer}.{key}.next"
+        graph.inputs.insert(at + i, pending)
+        graph.outputs.insert(after + i, projection)
+        made.append(pending)
+    return made

@@ -13,6 +13,7 @@ from qwen_export.plugins.onnxruntime.group_query_attention import lower_group_qu
 from qwen_export.plugins.onnxruntime.linear_attention import lower_linear_attention
 from qwen_export.plugins.onnxruntime.native_delta_net import lower_native_delta_net
 from qwen_export.plugins.onnxruntime.native_linear import lower_native_linear
+from qwen_export.plugins.onnxruntime.native_transaction import lower_native_transaction
 from qwen_export.plugins.onnxruntime.packed_attention import lower_packed_attention
 from qwen_export.plugins.onnxruntime.packed_delta_net import lower_packed_delta_net
 from qwen_export.plugins.onnxruntime.simple import lower_fused_matmul, lower_simplified_norm
@@ -25,6 +26,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "linear_attention"): lower_linear_attention,
     ("gated_delta_net", "packed_delta_net"): lower_packed_delta_net,
     ("gated_delta_net", "native_delta_net"): lower_native_delta_net,
+    ("gated_delta_net", "native_transaction"): lower_native_transaction,
     ("gated_attention", "group_query_attention"): lower_group_query_attention,
     ("gated_attention", "packed_group_query_attention"): lower_packed_attention,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,

@@ -8,7 +8,7 @@ from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
 from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.weights import Quantized
-from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, weight_of
+from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
 
@@ -100,7 +100,11 @@ def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> 
     if format is None:
         raise TypeError(f"{name} is not quantised")
     N, K = weight.shape
-    return add_weight(graph, f"{name}.{chosen.format}", Quantized(weight, format, chosen.method)), format.attributes(N, K)
+    if isinstance(weight, FirstRows):  # the first panels of the whole matrix, which is stored once
+        packed: Weight = FirstRows(Quantized(weight.of, format, chosen.method), format.packed_shape(N, K)[0])
+    else:
+        packed = Quantized(weight, format, chosen.method)
+    return add_weight(graph, f"{name}.{chosen.format}", packed), format.attributes(N, K)
 
 
 def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, Weight]]:

@@ -10,8 +10,10 @@ import click
 from rich.console import Console
 
 from qwen_export.commands.run import hash_with_progress
+from qwen_export.commands.speculate import speculate_option
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.benchmark import benchmark
+from qwen_export.runtimes.model import Speculate
 
 
 class _Numbers(click.ParamType):
@@ -36,15 +38,38 @@ class _Numbers(click.ParamType):
 @click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
 @click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw prefill speed by prompt length.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw prefill speed by prompt length, and drafts kept by position."
+)
+@click.option(
+    "--text", type=click.Path(path_type=Path), metavar="FILE", help="Speculate on this text's continuation; default random tokens."
+)
+@speculate_option
 def command(
-    bundle: Path, prompt_tokens: tuple[int, ...], new_tokens: int, threads: int | None, repack: bool, as_json: bool, plot: Path | None
+    bundle: Path,
+    prompt_tokens: tuple[int, ...],
+    new_tokens: int,
+    threads: int | None,
+    repack: bool,
+    as_json: bool,
+    plot: Path | None,
+    text: Path | None,
+    speculate: Speculate,
 ) -> None:
-    """Measure BUNDLE on this machine: load, prefill, decode, memory."""
+    """Measure BUNDLE on this machine: load, prefill, decode, speculation, memory."""
     hash_with_progress(bundle)
     console = Console(stderr=True)
     with console.status("loading") as status:
-        result = benchmark(bundle, prompt_tokens, new_tokens, threads, report=lambda text: status.update(text), repack=repack)
+        result = benchmark(
+            bundle,
+            prompt_tokens,
+            new_tokens,
+            threads,
+            report=lambda line: status.update(line),
+            repack=repack,
+            speculate=speculate,
+            text=text.read_text(encoding="utf-8") if text is not None else None,
+        )
     click.echo(json.dumps(result, indent=1) if as_json else _text(result))
     if plot is not None:
         _draw(result, plot)
@@ -53,7 +78,16 @@ def command(
 def _text(result: dict[str, Any]) -> str:
     lines = [f"load      {result['load_s']:.2f} s"]
     lines += [f"prefill   {row['tokens']:6} tokens  {row['tok_per_s']:9.1f} tok/s" for row in result["prefill"]]
-    lines += [f"decode    {result['decode_tok_per_s']:.2f} tok/s", f"peak RSS  {result['peak_rss_mb']:.0f} MB"]
+    lines.append(f"decode    {result['decode_tok_per_s']:.2f} tok/s")
+    drafts = result["speculation"]
+    if drafts:
+        kept = " ".join(f"{share:.0%}" for share in drafts["acceptance"])
+        lines.append(
+            f"drafted   {drafts['tok_per_s']:.2f} tok/s against {drafts['plain_tok_per_s']:.2f} without: "
+            f"{drafts['tokens_per_round']:.2f} tokens a round, kept {kept or '-'}"
+        )
+        lines.append(f"          draft {drafts['draft_s']:.3f} s, verify {drafts['verify_s']:.3f} s, host {drafts['host_s']:.3f} s")
+    lines.append(f"peak RSS  {result['peak_rss_mb']:.0f} MB")
     return "\n".join(lines)
 
 
@@ -65,7 +99,12 @@ def _draw(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 3.5))
+    kept = (result["speculation"] or {}).get("acceptance")
+    figure, grid = pyplot.subplots(1, 2 if kept else 1, figsize=(10 if kept else 6, 3.5), squeeze=False)
+    axes, *more = grid[0]
+    if kept:
+        more[0].bar(range(1, len(kept) + 1), [100 * share for share in kept])
+        more[0].set(xlabel="position of the draft", ylabel="kept, %", ylim=(0, 100), title="drafts kept, of those made")
     tokens = [row["tokens"] for row in result["prefill"]]
     axes.plot(tokens, [row["tok_per_s"] for row in result["prefill"]], marker="o", label="prefill")
     axes.axhline(result["decode_tok_per_s"], linestyle="--", color="tab:orange", label=f"decode {result['decode_tok_per_s']:.1f} tok/s")

@@ -33,6 +33,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 )
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
+@click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default the whole vocabulary.")
+@click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(
@@ -42,6 +45,9 @@ def command(
     precision: str | None,
     device: str,
     max_context: int | None,
+    mtp: bool,
+    draft_vocab: int | None,
+    lookup: bool,
     plan_file: Path | None,
     dump_ir: Path | None,
     force: bool,
@@ -68,6 +74,9 @@ def command(
             device=device,
             precision=precision or ("fp16" if device == "cuda" else "fp32"),
             max_context=max_context,
+            mtp=mtp,
+            draft_vocab=draft_vocab,
+            lookup=lookup,
             plan_file=plan_file,
             dump_ir=dump_ir,
             force=force,

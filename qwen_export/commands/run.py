@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from qwen_export.commands.output import progress_bar
+from qwen_export.commands.speculate import speculate_option
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.generation import Statistics
+from qwen_export.runtimes.generation import SpeculationStatistics, Statistics
 from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.runtimes.model import Generation, Model, load
+from qwen_export.runtimes.model import Generation, Model, Speculate, load
 from qwen_export.runtimes.reasoning import Reasoning
 
 
@@ -36,6 +37,7 @@ from qwen_export.runtimes.reasoning import Reasoning
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
 @click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
+@speculate_option
 def command(
     bundle: Path,
     prompt: str,
@@ -47,11 +49,12 @@ def command(
     max_context: int | None,
     threads: int | None,
     repack: bool,
+    speculate: Speculate,
     **sampling: Any,
 ) -> None:
     """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat."""
     hash_with_progress(bundle)
-    model = load(bundle, max_context=max_context, threads=threads, repack=repack)
+    model = load(bundle, max_context=max_context, threads=threads, repack=repack, speculate=speculate)
     given = {name: value for name, value in sampling.items() if value is not None}
     if chat or any(option is not None for option in (system, thinking, preserve_thinking)):
         generation = _answer(model, prompt, system, thinking, preserve_thinking, given, max_new_tokens)
@@ -101,7 +104,17 @@ def _summary(s: Statistics) -> str:
     read = f"{s.prompt_tokens} prompt tokens" + (f" ({s.reused_tokens} reused)" if s.reused_tokens else "")
     return (
         f"{read}, first token after {s.first_token_s:.3f} s ({s.prefill_tok_per_s:.0f} tok/s), "
-        f"{s.new_tokens} new tokens at {s.decode_tok_per_s:.1f} tok/s, {s.finish or 'context full'}"
+        f"{s.new_tokens} new tokens at {s.decode_tok_per_s:.1f} tok/s, {s.finish or 'context full'}{_drafts(s.speculation)}"
+    )
+
+
+def _drafts(s: SpeculationStatistics) -> str:
+    if not sum(s.drafted):
+        return ""
+    shares = " / ".join(f"{share:.0%}" for share in s.acceptance)
+    return (
+        f"\n{s.rounds} rounds of {s.tokens_per_round:.2f} tokens, drafts kept {shares}; "
+        f"draft {s.draft_s:.2f} s, verify {s.verify_s:.2f} s, host {s.host_s:.2f} s"
     )
 
 

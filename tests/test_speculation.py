@@ -1,0 +1,409 @@
+"""Speculative decoding as its user relies on it: the same text, the same state, the same distribution, whatever is drafted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from qwen_export import build
+from qwen_export.errors import CheckpointError, QwenExportError
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
+from qwen_export.manifest import load_manifest
+from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.draft_policy import FixedLength
+from qwen_export.runtimes.acceptance import Acceptance, Draft
+from qwen_export.runtimes.drafting import HeadDrafter, LookupDrafter
+from qwen_export.runtimes.generation import Request, Statistics, generate
+from qwen_export.runtimes.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling import Distribution, Sampler
+from qwen_export.runtimes.speculation import Speculator
+from qwen_export.runtimes.token_history import TokenHistory
+
+GREEDY = SamplingParams(greedy=True)
+HELD_OUT = Path(__file__).parent / "data" / "held_out.py.txt"
+
+
+@pytest.fixture(scope="module")
+def model(demo_bundle: Path) -> Model:
+    return load(demo_bundle, threads=2)
+
+
+@pytest.fixture(scope="module")
+def prompts(model: Model) -> list[list[int]]:
+    ids = model.tokenizer.encode(HELD_OUT.read_text())
+    return [ids[start : start + 40 + start % 37] for start in range(0, len(ids) - 80, max(1, len(ids) // 6))]
+
+
+def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: SamplingParams = GREEDY, stop: Sequence[int] = ()) -> list[int]:
+    return list(generate(PrefixReuse(decoder), Request(prompt, Sampler(sampling), stop, count), Statistics()))
+
+
+def drafted(
+    decoder: Decoder, prompt: Sequence[int], count: int, k: int, sampling: SamplingParams = GREEDY, stop: Sequence[int] = ()
+) -> tuple[list[int], Statistics]:
+    assert decoder.head is not None
+    request, statistics = Request(prompt, Sampler(sampling), stop, count), Statistics()
+    speculator = Speculator(HeadDrafter(decoder.head), FixedLength(k))
+    return list(speculator.generate(PrefixReuse(decoder), request, statistics)), statistics
+
+
+# ---- the same text ----
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_greedy_text_is_the_same_with_and_without_drafts(model: Model, prompts: list[list[int]], k: int) -> None:
+    decoder, reference = model.decoder(drafts=True), model.decoder()
+    for prompt in prompts:
+        tokens, statistics = drafted(decoder, prompt, 40, k)
+        assert tokens == plain(reference, prompt, 40)
+        assert statistics.new_tokens == 40 and statistics.finish == "length"
+    assert statistics.speculation.tokens_per_round > 1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 16])
+def test_a_prompt_may_be_split_anywhere(model: Model, prompts: list[list[int]], chunk: int) -> None:
+    """The draft head reads the prompt in the decoder's chunks: what it drafts does not depend on where they end."""
+    expected = None
+    for size in (512, chunk):
+        decoder = model.decoder(drafts=True)
+        decoder.chunk = size
+        tokens, statistics = drafted(decoder, prompts[0], 48, 3)
+        numbers = (tokens, statistics.speculation.drafted, statistics.speculation.accepted)
+        assert numbers == (expected or numbers)
+        expected = numbers
+
+
+def test_turns_of_a_chat_are_the_same_with_and_without_drafts(demo_bundle: Path) -> None:
+    def talk(speculate: str | int) -> tuple[list[str], int]:
+        model = load(demo_bundle, threads=2, speculate=speculate)
+        messages: list[dict[str, str]] = []
+        answers, reused = [], 0
+        for question in ("What does the function os.path.join do?", "And os.path.split?", "Thanks."):
+            messages.append({"role": "user", "content": question})
+            answer = model.stream(messages, enable_thinking=False, sampling=GREEDY, max_new_tokens=50)
+            answers.append("".join(answer))
+            messages.append({"role": "assistant", "content": answer.content})
+            reused += answer.statistics.reused_tokens
+        return answers, reused
+
+    assert talk("off") == talk(3) == talk("auto") == talk("lookup")
+
+
+def test_a_draft_never_runs_past_a_stop_token(model: Model, prompts: list[list[int]]) -> None:
+    decoder, reference = model.decoder(drafts=True), model.decoder()
+    free = plain(reference, prompts[0], 40)
+    for position in (1, 2, 3, 5, 8, 13):
+        stop = [free[position]]
+        expected = plain(reference, prompts[0], 40, stop=stop)
+        tokens, statistics = drafted(decoder, prompts[0], 40, 5, stop=stop)
+        assert tokens == expected and statistics.finish == "stop"
+        assert decoder.tokens() == reference.tokens()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_the_limit_of_new_tokens_holds_inside_a_round(model: Model, prompts: list[list[int]], count: int) -> None:
+    decoder, reference = model.decoder(drafts=True), model.decoder()
+    tokens, statistics = drafted(decoder, prompts[1], count, 8)
+    assert tokens == plain(reference, prompts[1], count) and statistics.finish == "length"
+    assert decoder.tokens() == reference.tokens()
+
+
+def test_a_full_context_ends_a_drafted_stream_where_it_ends_a_plain_one(demo_bundle: Path) -> None:
+    def fill(speculate: str | int) -> str:
+        answer = load(demo_bundle, max_context=48, threads=2, speculate=speculate).complete("import os\n\n\ndef read(", sampling=GREEDY)
+        pieces: list[str] = []
+        with pytest.raises(QwenExportError, match="at most 48"):
+            pieces.extend(answer)
+        return "".join(pieces)
+
+    assert fill(4) == fill("off")
+
+
+def test_a_stream_left_in_the_middle_of_a_round_can_be_followed_by_another(model: Model, prompts: list[list[int]]) -> None:
+    reference = model.decoder()
+    reuse = PrefixReuse(model.decoder(drafts=True))
+    for left_after in range(1, 7):
+        request = Request(prompts[0], Sampler(GREEDY), ())
+        speculator = Speculator(HeadDrafter(reuse.decoder.head), FixedLength(5))  # type: ignore[arg-type]
+        stream = speculator.generate(reuse, request, Statistics())
+        taken = [next(stream) for _ in range(left_after)]
+        stream.close()
+        assert reuse.decoder.tokens() == (*prompts[0], *taken[:-1])
+        longer = [*prompts[0], *taken, 17, 23]
+        assert drafted_on(reuse, longer) == plain(reference, longer, 24)
+
+
+def drafted_on(reuse: PrefixReuse, prompt: list[int]) -> list[int]:
+    request = Request(prompt, Sampler(GREEDY), (), 24)
+    speculator = Speculator(HeadDrafter(reuse.decoder.head), FixedLength(3))  # type: ignore[arg-type]
+    return list(speculator.generate(reuse, request, Statistics()))
+
+
+def test_lookup_drafts_what_followed_before(model: Model, prompts: list[list[int]]) -> None:
+    repeated = prompts[0][:30] * 3
+    decoder, reference = model.decoder(), model.decoder()
+    request, statistics = Request(repeated, Sampler(GREEDY), (), 32), Statistics()
+    tokens = list(Speculator(LookupDrafter(decoder), FixedLength(4)).generate(PrefixReuse(decoder), request, statistics))
+    assert tokens == plain(reference, repeated, 32)
+    assert statistics.speculation.accepted[0] > 0
+
+
+def test_lookup_works_for_a_checkpoint_without_a_head(demo_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(demo_checkpoint, tmp_path / "lookup", mtp=False, lookup=True)
+    assert "mtp" not in load_manifest(bundle).graphs
+    texts = {
+        mode: "".join(load(bundle, threads=2, speculate=mode).complete("import os\nimport os\n", sampling=GREEDY, max_new_tokens=24))
+        for mode in ("lookup", "off", "auto")
+    }
+    assert len(set(texts.values())) == 1
+
+
+# ---- the same state ----
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_the_state_after_a_rollback_is_that_of_plain_decoding(model: Model, prompts: list[list[int]], data: st.DataObject) -> None:
+    """Rounds of verify and accept with any numbers, then one committed step: states, histories and caches as if read one by one."""
+    tokens = prompts[0][:30]
+    decoder, reference = model.decoder(), model.decoder()
+    start = data.draw(st.integers(1, 8))
+    decoder.prefill(tokens[:start])
+    at = start
+    while at < 20:
+        width = data.draw(st.integers(1, 9))
+        kept = data.draw(st.integers(0, width))
+        good = tokens[at : at + kept]
+        decoder.verify([*good, *[7] * (width - kept)])
+        decoder.accept(kept)
+        at += kept
+        if data.draw(st.booleans()):
+            mark = decoder.mark()
+            decoder.step([3])
+            decoder.rewind(mark)
+        if data.draw(st.booleans()):
+            snapshot = decoder.snapshot()
+            decoder.prefill(tokens[:5])
+            decoder.restore(snapshot)
+        if kept == 0:
+            decoder.step([tokens[at]])
+            at += 1
+    logits = decoder.step([tokens[at]])[0].copy()
+    reference.prefill(tokens[:start])
+    for token in tokens[start:at]:
+        reference.step([token])
+    assert np.abs(reference.step([tokens[at]])[0] - logits).max() < 1e-4
+    assert decoder.tokens() == reference.tokens()
+    for name, buffer in decoder.states.items():
+        have, want = buffer.array(), reference.states[name].array()
+        if have.ndim == 4 and have.shape[2] == decoder.slots:
+            have, want = have[:, :, : at + 1], want[:, :, : at + 1]
+        np.testing.assert_allclose(have, want, atol=1e-5, err_msg=name)
+
+
+def test_a_snapshot_inside_a_round_is_exact(model: Model, prompts: list[list[int]]) -> None:
+    """Tokens that were accepted but are not in the recurrent state yet travel with the snapshot."""
+    decoder, other = model.decoder(drafts=True), model.decoder(drafts=True)
+    decoder.prefill(prompts[0])
+    decoder.verify(prompts[1][:6])
+    decoder.accept(4)
+    snapshot = decoder.snapshot()
+    expected = decoder.step([11])[0].copy()
+    other.prefill(prompts[2])
+    other.restore(snapshot)
+    np.testing.assert_array_equal(other.step([11])[0], expected)
+
+
+def test_more_than_was_verified_cannot_be_accepted(model: Model, prompts: list[list[int]]) -> None:
+    decoder = model.decoder()
+    decoder.prefill(prompts[0])
+    with pytest.raises(QwenExportError, match="more tokens"):
+        decoder.accept(1)
+    decoder.verify([1, 2, 3])
+    decoder.accept(2)
+    decoder.accept(1)
+    with pytest.raises(QwenExportError, match="more tokens"):
+        decoder.accept(2)
+    with pytest.raises(QwenExportError, match="wrong length"):
+        decoder.verify(list(range(10)))
+
+
+# ---- the same distribution ----
+
+
+class RandomDrafter:
+    """Drafts from distributions that have nothing to do with the model's."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        self._vocabulary, self._rng = vocabulary, np.random.default_rng(seed)
+
+    def draft(self, token: int, count: int, sampler: Sampler, acceptance: Acceptance, history: TokenHistory) -> list[Draft]:
+        made = []
+        for _ in range(count):
+            ids = np.sort(self._rng.choice(self._vocabulary, 12, replace=False))
+            probs = self._rng.dirichlet(np.ones(12))
+            distribution = Distribution(ids, probs)
+            made.append(Draft(distribution.draw(self._rng.random()), distribution))
+        return made
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A random model that chooses among 24 tokens, with a draft head."""
+    directory = tmp_path_factory.mktemp("small")
+    config = tiny_config(vision=False, vocab_size=24, eos_token_id=23)
+    return load(build(synthesize(config, directory / "checkpoint"), directory / "bundle"), threads=2, max_context=64)
+
+
+@pytest.mark.parametrize("drafter", ["head", "random"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=1.0),
+        SamplingParams(temperature=0.7, top_k=8, top_p=0.9, presence_penalty=1.5, repetition_penalty=1.2, min_p=0.02),
+    ],
+)
+def test_sampled_tokens_have_the_same_distribution(small_vocabulary: Model, sampling: SamplingParams, drafter: str) -> None:
+    """Chi-square over pairs of the second and third token, which come out of rounds."""
+    scipy_limit = 4.0  # standard deviations of the statistic, about one in 30000
+    decoder = small_vocabulary.decoder(drafts=True)
+    assert decoder.head is not None
+    reuse, prompt, runs = PrefixReuse(decoder), [1, 2, 3, 4], 1500
+    decoder.prefill(prompt[:-1])
+    mark = decoder.mark()
+
+    def pairs(drafts: bool) -> Counter[tuple[int, int]]:
+        sampler = Sampler(sampling)
+        sampler.rng = np.random.default_rng(3)  # no seed of the user's: drafts are accepted by rejection
+        source = RandomDrafter(24, 5) if drafter == "random" else HeadDrafter(decoder.head)  # type: ignore[arg-type]
+        speculator = Speculator(source, FixedLength(3))
+        counts: Counter[tuple[int, int]] = Counter()
+        for _ in range(runs):
+            decoder.rewind(mark)
+            request = Request(prompt, sampler, (), 4)
+            made = speculator.generate(reuse, request, Statistics()) if drafts else generate(reuse, request, Statistics())
+            tokens = list(made)
+            counts[tokens[1], tokens[2]] += 1
+        return counts
+
+    with_drafts, without = pairs(True), pairs(False)
+    common = [pair for pair in with_drafts | without if with_drafts[pair] + without[pair] >= 10]
+    rest = [runs - sum(counts[pair] for pair in common) for counts in (with_drafts, without)]
+    cells = [(with_drafts[pair], without[pair]) for pair in common] + ([tuple(rest)] if sum(rest) else [])
+    statistic = sum((a - b) ** 2 / (a + b) for a, b in cells)
+    degrees = len(cells) - 1
+    assert degrees > 5
+    assert statistic < degrees + scipy_limit * np.sqrt(2 * degrees)
+
+
+def test_a_seed_gives_the_same_text_with_any_drafts_and_without(model: Model, prompts: list[list[int]]) -> None:
+    """How many tokens are drafted depends on the time of day; what a seed gives must not."""
+    decoder, texts = model.decoder(drafts=True), {}
+    for seed in (7, 8):
+        sampling = SamplingParams(temperature=1.0, top_k=40, top_p=0.95, presence_penalty=0.5, seed=seed)
+        texts[seed] = plain(model.decoder(), prompts[0], 40, sampling)
+        for k in (1, 3, 8):
+            tokens, statistics = drafted(decoder, prompts[0], 40, k, sampling)
+            assert tokens == texts[seed]
+            assert statistics.speculation.accepted[0] > 0
+    assert texts[7] != texts[8]
+
+
+# ---- what a bundle holds ----
+
+
+def test_the_head_shares_embedding_and_lm_head_with_the_decoder(demo_bundle: Path) -> None:
+    graphs = load_manifest(demo_bundle).graphs
+    places = {name: {(w.file, w.offset): w for w in graph.weights} for name, graph in graphs.items()}
+    shared = places["decoder"].keys() & places["mtp"].keys()
+    vocabulary = load_manifest(demo_bundle).model["vocab_size"]
+    assert any(places["mtp"][at].shape[0] == vocabulary for at in shared)
+    own = {w.name for at, w in places["mtp"].items() if at not in shared}
+    assert own and all(name.startswith(("mtp.", "layers.0.")) for name in own)
+
+
+def test_the_draft_vocabulary_is_the_front_of_the_lm_head(demo_checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    bundle = build(demo_checkpoint, tmp_path / "narrow", draft_vocab=512)
+    manifest = load_manifest(bundle)
+    head = next(w for w in manifest.graphs["mtp"].weights if w.name == "draft_head.weight")
+    whole = next(w for w in manifest.graphs["decoder"].weights if w.name == "embed_tokens.weight")
+    assert head.offset == whole.offset and head.shape[0] == 512 < whole.shape[0]
+    narrow = load(bundle, threads=2)
+    ids = model.tokenizer.encode("def read_lines(path):\n")
+    assert drafted(narrow.decoder(drafts=True), ids, 40, 3)[0] == plain(model.decoder(), ids, 40)
+
+
+def test_a_build_may_leave_the_head_out(demo_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(demo_checkpoint, tmp_path / "plain", mtp=False)
+    manifest = load_manifest(bundle)
+    assert list(manifest.graphs) == ["decoder"] and manifest.speculation is None
+    assert not any(state.pending for state in manifest.graphs["decoder"].states)
+    assert "".join(load(bundle, threads=2).complete("import os", sampling=GREEDY, max_new_tokens=4))
+    with pytest.raises(QwenExportError, match=r"without a draft head.*--no-mtp"):
+        load(bundle, speculate=2)
+
+
+def test_an_incomplete_head_is_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    index = checkpoint / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shard = checkpoint / content["weight_map"].pop("mtp.fc.weight")
+    index.write_text(json.dumps(content))
+    save_file({name: tensor for name, tensor in load_file(shard).items() if name != "mtp.fc.weight"}, shard)
+    with pytest.raises(CheckpointError, match=r"missing.*--no-mtp"):
+        build(checkpoint, tmp_path / "bundle")
+    assert build(checkpoint, tmp_path / "bundle", mtp=False)
+
+
+def test_the_second_graph_adds_only_its_own_layer_to_memory(tmp_path: Path) -> None:
+    """Resident memory of a run with and without the head, beside an embedding that dwarfs everything else."""
+    import subprocess
+    import sys
+
+    config = tiny_config(vision=False, vocab_size=200_000)
+    bundle = build(synthesize(config, tmp_path / "checkpoint"), tmp_path / "bundle")
+    code = """
+import sys
+from qwen_export.runtimes import load
+from qwen_export.runtimes.benchmark import peak_rss_mb
+model = load(sys.argv[1], max_context=64, speculate=sys.argv[2], threads=1)
+decoder = model.decoder(drafts=sys.argv[2] != "off")
+decoder.prefill(list(range(32)))
+if decoder.head: decoder.head.first(5); decoder.head.following(6, 1)
+print(peak_rss_mb())
+"""
+    alone, both = (
+        float(subprocess.run([sys.executable, "-c", code, str(bundle), mode], check=True, capture_output=True, text=True).stdout)
+        for mode in ("off", "auto")
+    )
+    embedding = max(w.shape[0] * w.shape[1] * 2 for w in load_manifest(bundle).graphs["mtp"].weights if len(w.shape) == 2) / 2**20
+    assert embedding > 20
+    assert both - alone < 0.6 * embedding
+
+
+def test_what_a_plain_bundle_cannot_do_is_said(demo_bundle: Path) -> None:
+    with pytest.raises(QwenExportError, match="1 to 8"):
+        load(demo_bundle, speculate=9)
+    with pytest.raises(QwenExportError, match="not known"):
+        load(demo_bundle, speculate="sometimes")
+
+
+def test_statistics_add_up(model: Model, prompts: list[list[int]]) -> None:
+    _, statistics = drafted(model.decoder(drafts=True), prompts[0], 60, 3)
+    numbers = statistics.speculation
+    assert numbers.tokens == statistics.new_tokens - 1
+    assert numbers.drafted[0] <= numbers.rounds and all(a <= d for a, d in zip(numbers.accepted, numbers.drafted, strict=True))
+    assert all(a >= b for a, b in pairwise(numbers.drafted)) and all(a >= b for a, b in pairwise(numbers.accepted))
+    assert numbers.draft_s > 0 and numbers.verify_s > 0 and numbers.host_s > 0
