@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from qwen_export import build
-from qwen_export.compiler import lower
+from qwen_export.compiler import lower, lower_mtp
 from qwen_export.errors import CaptureError, CheckpointError, ConfigError
 from qwen_export.graphs.capture import capture_decoder
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
@@ -29,7 +29,7 @@ from qwen_export.graphs.checkpoint.tensor_table import tensor_table
 from qwen_export.graphs.config import FULL, LINEAR, parse_config
 from qwen_export.graphs.family import FAMILY, tiny_config
 from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.models.load import load_decoder, load_mtp
 from qwen_export.graphs.passes.verify import verify_graph
 from qwen_export.graphs.quantization.plan import load_plan
 from qwen_export.graphs.weights.expression import StoredWeight, weight_of
@@ -43,6 +43,7 @@ from tests.support import moe_ops
 from tests.test_demo_bundles import HELD_OUT
 from tests.test_demo_bundles import _perplexity as perplexity
 from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
+from tests.test_speculation import drafted, plain
 
 Make = Callable[..., Path]
 NATIVE = find_library("cpu")
@@ -272,6 +273,31 @@ def test_experts_stay_bf16_where_our_op_reads_them(model: Model) -> None:
     sizes = [load_manifest(bundle).files["model.weights"].size for bundle in model.bundles]
     if len(sizes) == 2:
         assert sizes[0] < 0.6 * sizes[1]
+
+
+# ---- the draft head
+
+
+@needs_library
+def test_a_draft_head_of_experts_drafts_well_and_changes_nothing(demo_moe_checkpoint: Path, tmp_path: Path) -> None:
+    """A trained mixture of experts, whose draft head is one too: the same greedy text, in fewer steps."""
+    model = load(build(demo_moe_checkpoint, tmp_path / "bundle", max_context=512), threads=2)
+    ids = model.tokenizer.encode(HELD_OUT.read_text())[:80]
+    tokens, statistics = drafted(model.decoder(drafts=True), ids, 60, 3)
+    assert tokens == plain(model.decoder(), ids, 60)
+    assert statistics.speculation.tokens_per_round > 1.5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_draft_head_is_read_in_both_layouts(make_checkpoint: Make, fused: bool) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tiny(vision=False), fused_experts=not fused, fused_mtp_experts=fused))
+    check_tensors(checkpoint)
+    head = load_mtp(checkpoint, load_decoder(checkpoint), 512)
+    assert head.mtp.layers[0].mlp.experts.gate_up_proj.shape == (8, 64, 64)
+    graph = lower_mtp(checkpoint, plan_build(checkpoint)).graph
+    assert sum(node.op_type in ("Moe", "MoE") for node in graph) == 1
+    (experts,) = (weight for name, value in graph.initializers.items() if "experts.down_proj" in name and (weight := weight_of(value)))
+    assert len(list(experts.stored())) == (1 if fused else 8)
 
 
 # ---- quantised experts
