@@ -20,8 +20,8 @@ from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768
-MAX_DRAFT = 8
-"""Longest draft of a round."""
+MAX_DRAFT = {"cpu": 8, "cuda": 7}
+"""Longest draft of a round: with one more token it is what the products read a weight once for."""
 _SMALLEST_DRAFT_VOCAB = 16
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
@@ -97,7 +97,7 @@ def plan_build(
     context = min(DEFAULT_CONTEXT, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
-    speculation, no_head = _speculation(checkpoint, mtp, draft_vocab, lookup)
+    speculation, no_head = _speculation(checkpoint, device, mtp, draft_vocab, lookup)
     choices: dict[str, Choice] = {}
     if device in chosen.devices and precision in chosen.precisions:
         kernels = kernels_for(device)
@@ -140,9 +140,11 @@ def activation_precision(precision: str) -> str:
     return "fp32" if precision in QUANTIZED else precision
 
 
-def _speculation(checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, lookup: bool) -> tuple[SpeculationSpec | None, str]:
+def _speculation(
+    checkpoint: Checkpoint, device: str, mtp: bool, draft_vocab: int | None, lookup: bool
+) -> tuple[SpeculationSpec | None, str]:
     """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
-    config = checkpoint.config.text
+    config, longest = checkpoint.config.text, MAX_DRAFT.get(device, 0)
     if not mtp:
         why = "built with --no-mtp"
     elif not has_mtp(checkpoint):
@@ -157,8 +159,8 @@ def _speculation(checkpoint: Checkpoint, mtp: bool, draft_vocab: int | None, loo
                 expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
                 fix="Raise --draft-vocab.",
             )
-        return SpeculationSpec(MAX_DRAFT, min(draft_vocab or config.vocab_size, config.vocab_size)), ""
-    return (SpeculationSpec(MAX_DRAFT, 0) if lookup else None), why
+        return SpeculationSpec(longest, min(draft_vocab or config.vocab_size, config.vocab_size)), ""
+    return (SpeculationSpec(longest, 0) if lookup else None), why
 
 
 def kernels_for(device: str) -> Kernels:

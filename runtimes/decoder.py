@@ -11,6 +11,7 @@ every buffer: no padding, and a prompt's tokens touch no other sequence. Steps a
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -103,6 +104,7 @@ class Decoder:
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
         self._open = 0
+        self._binding_s = 0.0
         self.head = DraftHead(head_session, self) if head_session is not None and batch == 1 else None
 
     @property
@@ -112,6 +114,10 @@ class Decoder:
 
     def tokens(self, sequence: int = 0) -> tuple[int, ...]:
         return tuple(self._tokens[sequence])
+
+    def tokens_from(self, position: int) -> list[int]:
+        """What the first sequence has read from a position on."""
+        return self._tokens[0][position:]
 
     def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
@@ -171,6 +177,11 @@ class Decoder:
     def busy_s(self) -> float:
         """Seconds that the backend has worked for this decoder and its draft head, and others of the same session."""
         return self.session.busy_s + (self.head.session.busy_s if self.head is not None else 0.0)
+
+    @property
+    def binding_s(self) -> float:
+        """Seconds spent on bindings, and on recording them, which happens once per kind of call."""
+        return self._binding_s + (self.head.binding_s if self.head is not None else 0.0)
 
     def reset(self, sequence: int = 0) -> None:
         """Forget everything the sequence has read."""
@@ -306,6 +317,7 @@ class Decoder:
 
     def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
         """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
+        started = time.perf_counter()
         for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
             del self._calls[old]
         states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}
@@ -322,6 +334,7 @@ class Decoder:
             self._call(shape, ids)
             for i, mark in enumerate(marks):
                 self._load(mark, i)
+        self._binding_s += time.perf_counter() - started
 
     def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
         rotary = self.manifest.rotary

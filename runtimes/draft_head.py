@@ -7,6 +7,7 @@ that nobody drafted after; they are read in one call when somebody drafts or the
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,6 +47,8 @@ class DraftHead:
         self._base = 0
         """The position whose hidden state is the log's first row; the last row is that of the last token read."""
         self._calls: dict[tuple[int, int], BoundCall] = {}
+        self.binding_s = 0.0
+        """Seconds spent on bindings, and on recording them."""
 
     # ---- what the decoder tells ----
 
@@ -89,19 +92,20 @@ class DraftHead:
 
     def catch_up(self) -> None:
         """Read every row whose token is known."""
-        tokens = self._decoder.tokens()
-        if self.length < len(tokens) - 1:
-            self._read(tokens[self.length + 1 :], rows=0)
+        if self.length < self._known() - 1:
+            self._read(self._decoder.tokens_from(self.length + 1), rows=0)
 
     def first(self, token: int) -> Logits:
         """The draft after `token`, which follows the text read: logits f32[draft_vocab], valid until the next call."""
-        return self._read((*self._decoder.tokens()[self.length + 1 :], token), rows=1)
+        if self._known() - self.length > self._decoder.widest_verify:
+            self.catch_up()
+        return self._read([*self._decoder.tokens_from(self.length + 1), token], rows=1)
 
     def following(self, token: int, depth: int) -> Logits:
         """The draft after the draft `token`, the `depth`-th of its round (1 is the first)."""
         return self._run(np.array([[token]], np.int64), self.length + depth - 1, rows=1)
 
-    def _read(self, tokens: tuple[int, ...], rows: int) -> Logits:
+    def _read(self, tokens: list[int], rows: int) -> Logits:
         start = (self.length - self._base) * self._row_bytes
         self._input.copy_from(self._log, 0, start, len(tokens) * self._row_bytes)
         logits = self._run(np.array([tokens], np.int64), self.length, rows)
@@ -111,16 +115,15 @@ class DraftHead:
     def _run(self, ids: npt.NDArray[np.int64], position: int, rows: int) -> Logits:
         """One call over the states in `_input`; its last own state becomes the input of a following draft."""
         T = ids.shape[1]
-        if (T, rows) not in self._calls:
-            self._calls[T, rows] = self._bind(T, rows)
-        logits = self._calls[T, rows].run(ids, np.array([position], np.int32))
+        call = self._calls.get((T, rows)) or self._bind(T, rows)
+        logits = call.run(ids, np.array([position], np.int32))
         if rows:
             self._input.copy_from(self._output, 0, (T - 1) * self._row_bytes, self._row_bytes)
-        if self._repeated < T:
-            del self._calls[T, rows]
         return logits.reshape(-1)
 
     def _bind(self, T: int, rows: int) -> BoundCall:
+        """Calls that draft come again: after one token, or after what a round accepted. Those that only catch up have odd sizes."""
+        started = time.perf_counter()
         caches = {name: buffer.address for name, buffer in self.caches.items()}
         inputs = {
             **caches,
@@ -129,12 +132,14 @@ class DraftHead:
         }
         outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
         dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
-        return BoundCall(self.session, dims, inputs, outputs, repeated=self._repeated >= T)
-
-    @property
-    def _repeated(self) -> int:
-        """Calls of up to that many tokens come again: one draft, or what a round accepted."""
-        return self._decoder.widest_verify
+        call = BoundCall(self.session, dims, inputs, outputs, repeated=rows > 0)
+        if rows:
+            self._calls[T, rows] = call
+        if call.recorded:
+            # Recording runs the graph; what it writes, the real run behind it writes again.
+            call.run(np.zeros((1, T), np.int64), np.array([self.length], np.int32))
+        self.binding_s += time.perf_counter() - started
+        return call
 
     def _known(self) -> int:
         return self._decoder.lengths[0]

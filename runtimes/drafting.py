@@ -60,13 +60,13 @@ class LookupDrafter:
         return []
 
     def _follow(self, token: int) -> None:
-        """Bring the index to the decoder's text and `token`: for every run of tokens that ends before the last one, where it goes on. A stale
-        entry costs a bad guess, never a wrong token, so what was read before is not compared again."""
+        """Bring the index to the decoder's text and `token`: for every run of tokens that ends before the last one, where it goes on. A
+        stale entry costs a bad guess, never a wrong token, so what was read before is not compared again."""
         length = self._decoder.lengths[0]
         if len(self._text) > length:
             self._text, self._seen = [], {}
         known = max(1, len(self._text))
-        self._text += (*self._decoder.tokens()[len(self._text) :], token)
+        self._text += (*self._decoder.tokens_from(len(self._text)), token)
         for end in range(known, len(self._text)):
             for n in range(self.SHORTEST, min(self.LONGEST, end) + 1):
                 self._seen[tuple(self._text[end - n : end])] = end

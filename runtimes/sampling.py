@@ -91,8 +91,8 @@ class Distribution(NamedTuple):
 
 
 class Sampler:
-    """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens. A token costs one number
-    of it, whether there is a choice or not, so that number i chooses token i.
+    """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens. A token costs one
+    number of it, whether there is a choice or not, so that number i chooses token i.
 
     `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen.
     """

@@ -10,7 +10,7 @@ One round, with x the token sampled last, not yet read:
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 from qwen_export.runtimes.acceptance import Acceptance, acceptance_for
@@ -19,6 +19,7 @@ from qwen_export.runtimes.draft_policy import Policy
 from qwen_export.runtimes.drafting import Drafter
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.token_history import TokenHistory
 
 
@@ -32,8 +33,8 @@ class _Round(NamedTuple):
 class Speculator:
     """Drafts and verifies on one decoder; `policy` remembers what it measured from answer to answer."""
 
-    def __init__(self, drafter: Drafter, policy: Policy) -> None:
-        self._drafter, self._policy = drafter, policy
+    def __init__(self, drafter: Drafter, policy: Policy, acceptance: Callable[[Sampler], Acceptance] = acceptance_for) -> None:
+        self._drafter, self._policy, self._acceptance = drafter, policy, acceptance
 
     def generate(self, reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """As `generation.generate`: the same tokens when sampling is greedy, the same distribution when not, in fewer calls."""
@@ -41,7 +42,7 @@ class Speculator:
         statistics.prompt_tokens = len(request.ids)
         decoder, history = reuse.decoder, TokenHistory(request.ids)
         logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at)
-        acceptance = acceptance_for(request.sampler)
+        acceptance = self._acceptance(request.sampler)
         made, emitted = _Round([request.sampler.sample(logits, history)], verified=False), 0
         try:
             while True:
@@ -75,7 +76,7 @@ class Speculator:
         history.push(x)
         count = self._policy.length(limit)
         decoder.prepare(count + 1)
-        began, busy = time.perf_counter(), decoder.busy_s
+        began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
         drafted, draft_busy = time.perf_counter(), decoder.busy_s
         rows = decoder.verify([x, *(d.token for d in drafts)]) if drafts else decoder.step([x])
@@ -89,7 +90,8 @@ class Speculator:
         acceptance.advance(len(tokens))
         if drafts:
             decoder.accept(len(tokens))  # x and the drafts that were kept
-        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began, verified - drafted)
+        once = decoder.binding_s - binding  # bindings made for the first draft of its kind
+        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, verified - drafted)
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
-        numbers.host_s += time.perf_counter() - began - (verify_busy - busy)
+        numbers.host_s += time.perf_counter() - began - once - (verify_busy - busy)
         return _Round(tokens, verified=bool(drafts))
