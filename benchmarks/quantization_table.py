@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/quantization_table.py [--checkpoint examples/demo-dense] [--windows 16] [--plot docs/quantization.png]
 
-Every row is a bundle, built and run as users do. The text is Python that no package of the training corpus holds: this repository's training
-scripts, cut into windows that are read from an empty state. KL is that of the row's distribution from the fp32 bundle's, mean over tokens.
-The interval of the perplexity change is one standard error over windows, of the paired difference.
+Every row is a bundle, built and run as users do. The text is Python that no package of the training corpus holds: the training scripts of
+this repository, cut into windows that are read from an empty state. KL is that of the row's distribution from the fp32 bundle's, mean over
+tokens. The interval of the perplexity change is one standard error over windows, of the paired difference.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export import build
+from qwen_export.compiler import WEIGHTS
 from qwen_export.graphs.quantization.plan import GROUPS
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
@@ -76,7 +77,7 @@ class Held:
             kl.append((np.exp(p) * (p - q)).sum(axis=1).mean())
             same.append((p.argmax(axis=1) == q.argmax(axis=1)).mean())
         difference = np.array(losses) - np.array(base)
-        weights = load_manifest(bundle).files["decoder.weights"].size
+        weights = load_manifest(bundle).files[WEIGHTS].size
         change, error = np.expm1(difference.mean()), difference.std(ddof=1) / len(difference) ** 0.5
         return Row(name, weights, float(np.exp(np.mean(losses))), 100 * change, 100 * error, float(np.mean(kl)), float(np.mean(same)))
 
@@ -98,7 +99,7 @@ def plans(moe: bool) -> dict[str, tuple[str, Overrides]]:
         "int4, block 64": ("int4", {group: {"block": 64} for group in everything if group not in ("embedding", "lm_head")}),
         "int4, block 128": ("int4", {group: {"block": 128} for group in everything if group not in ("embedding", "lm_head")}),
         "int4, zeros": ("int4", {group: {"zeros": True} for group in everything if group not in ("embedding", "lm_head")}),
-        "int4, embedding and head too": ("int4", {group: four for group in ("embedding", "lm_head")}),
+        "int4, embedding and head too": ("int4", dict.fromkeys(("embedding", "lm_head"), four)),
         "int4, in_proj_ab too": ("int4", {"in_proj_ab": four}),
         "int4, down_proj in int8": ("int4", {"matrices": {"*.down_proj": {"format": "int8"}}}),
     }
@@ -115,19 +116,18 @@ def as_toml(overrides: Overrides) -> str:
             return "{ " + ", ".join(f"{k} = {value(v)}" for k, v in given.items()) + " }"
         return json.dumps(given)
 
-    return "\n".join(
-        f"[{group}]\n" + "\n".join(f"{json.dumps(k)} = {value(v)}" for k, v in keys.items()) for group, keys in overrides.items()
-    )
+    lines = []
+    for group, keys in overrides.items():
+        lines += [f"[{group}]", *(f"{json.dumps(key)} = {value(given)}" for key, given in keys.items())]
+    return "\n".join(lines)
 
 
 def print_table(rows: list[Row]) -> None:
     print(f"| {'plan':30} | weights MB | perplexity | change %       | KL        | same token % |")
     print(f"| {'-' * 30} | ---------- | ---------- | -------------- | --------- | ------------ |")
     for row in rows:
-        change = f"{row.change:+.2f} ± {row.error:.2f}"
-        print(
-            f"| {row.name:30} | {row.weights / 1e6:10.2f} | {row.perplexity:10.3f} | {change:14} | {row.kl:9.2e} | {100 * row.same_token:12.1f} |"
-        )
+        change, same = f"{row.change:+.2f} ± {row.error:.2f}", 100 * row.same_token
+        print(f"| {row.name:30} | {row.weights / 1e6:10.2f} | {row.perplexity:10.3f} | {change:14} | {row.kl:9.2e} | {same:12.1f} |")
 
 
 def plot(rows: list[Row], path: Path) -> None:
@@ -161,14 +161,15 @@ def main() -> None:
     moe = "num_experts" in json.loads((options.checkpoint / "config.json").read_text())
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        held = Held(build(options.checkpoint, work / "fp32"), options.windows, options.length)
+        held = Held(build(options.checkpoint, work / "fp32", mtp=False), options.windows, options.length)
         rows = [held.measure("fp32", work / "fp32")]
         for number, (title, (precision, overrides)) in enumerate(plans(moe).items()):
             if options.only and options.only not in title:
                 continue
             file = work / f"{number}.toml"
             file.write_text(as_toml(overrides))
-            rows.append(held.measure(title, build(options.checkpoint, work / str(number), precision=precision, plan_file=file)))
+            bundle = build(options.checkpoint, work / str(number), precision=precision, plan_file=file, mtp=False)
+            rows.append(held.measure(title, bundle))
     print(f"{options.checkpoint.name}: {options.windows} windows of {options.length} tokens\n")
     print_table(rows)
     if options.plot:

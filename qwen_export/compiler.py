@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
@@ -17,6 +19,7 @@ from qwen_export.manifest import (
     FileEntry,
     GraphSpec,
     Manifest,
+    Reference,
     RotarySpec,
     StateSpec,
     TargetSpec,
@@ -27,7 +30,8 @@ from qwen_export.manifest import (
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.runtimes.compatibility import this_platform
-from qwen_export.staging import staged_directory
+from qwen_export.staging import JOURNAL, staged_directory
+from qwen_export.static_plan import StaticOptions
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
 if TYPE_CHECKING:
@@ -57,6 +61,10 @@ def build(
     plan_file: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
+    weights: str = "copy",
+    jobs: int | None = None,
+    max_memory: int | None = None,
+    options: StaticOptions | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
@@ -65,21 +73,38 @@ def build(
     which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
-    phase. Raises QwenExportError; on any failure no bundle is left behind."""
+    phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
+    checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told.
+
+    Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
+    weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
-    file = Path(plan_file) if plan_file else None
-    plan = plan_build(source, target, device, precision, max_context, mtp=mtp, draft_vocab=draft_vocab, lookup=lookup, plan_file=file)
+    plan = plan_build(
+        source,
+        target,
+        device,
+        precision,
+        max_context,
+        mtp=mtp,
+        draft_vocab=draft_vocab,
+        lookup=lookup,
+        plan_file=Path(plan_file) if plan_file else None,
+        options=options,
+    )
     check_text_assets(source.path)
-    with staged_directory(Path(output), replace=force) as staging:
+    with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
         dump = Path(dump_ir) if dump_ir else None
-        models = {DECODER: lower(source, plan, dump)}
+        models = {DECODER: lower(source, plan, dump)} if plan.static is None else lower_static(source, plan, dump)
         if not plan.no_head:
             models[MTP] = lower_mtp(source, plan, dump)
-        files = _emit(source, plan, models, staging, say)
-        _manifest(source, plan, models, files, staging)
+        references = _refer(source, models, staging) if weights == "reference" else {}
+        files = _emit(source, plan, models, staging, say, jobs, max_memory)
+        files |= {name: hash_file(staging / name) for name in references}
+        _manifest(source, plan, models, files, references, staging)
     return Path(output)
 
 
@@ -94,6 +119,21 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.M
     resolve_layout(model, source.config.text, StoredLayout.of(source))
     run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
+
+
+def lower_static(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
+    """The same for a target with static shapes: a graph per size of call."""
+    from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.pipeline import run_passes
+
+    if plan.static is None:
+        raise ValueError("the target has no static shapes")
+    text, models = source.config.text, {}
+    for name, sizes in plan.static.calls.items():
+        models[name] = capture_decoder(text, plan.precision)
+        context = replace(_context(source, plan, text), sizes=sizes, opset=plan.static.opset)
+        run_passes(models[name], plan.target, context, dump / name if dump else None)
+    return models
 
 
 def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
@@ -119,12 +159,28 @@ def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassCon
     return PassContext(config, plan.activations, plan.choices, stored_dtypes(source), plan.speculation is not None, plan.quantization)
 
 
-def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> dict[str, FileEntry]:
+def _refer(source: Checkpoint, models: dict[str, ir.Model], staging: Path) -> dict[str, Reference]:
+    from qwen_export.graphs.weights.reference import refer_to_checkpoint
+
+    return refer_to_checkpoint(list(models.values()), source, staging)
+
+
+def _emit(
+    source: Checkpoint,
+    plan: BuildPlan,
+    models: dict[str, ir.Model],
+    staging: Path,
+    say: Report,
+    jobs: int | None,
+    max_memory: int | None,
+) -> dict[str, FileEntry]:
     """Write weights, graphs, plugins and text assets; returns the files of the bundle."""
     import onnx_ir as ir
 
     from qwen_export.graphs.checkpoint.reader import CheckpointReader
-    from qwen_export.graphs.weights.writer import weight_bytes, write_weights
+    from qwen_export.graphs.weights.journal import Journal
+    from qwen_export.graphs.weights.memory import block_budget
+    from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
 
     graphs = list(models.values())
     total, done = weight_bytes(graphs), 0
@@ -135,7 +191,8 @@ def _emit(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], stag
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress)}
+        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
+        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
     for graph, model in models.items():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
@@ -152,7 +209,14 @@ def _file(graph: str) -> str:
     return f"{graph}.onnx"
 
 
-def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], files: dict[str, FileEntry], staging: Path) -> None:
+def _manifest(
+    source: Checkpoint,
+    plan: BuildPlan,
+    models: dict[str, ir.Model],
+    files: dict[str, FileEntry],
+    references: dict[str, Reference],
+    staging: Path,
+) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
     # Operators of the plugins come with the bundle.
@@ -175,10 +239,12 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         rotary=RotarySpec(tuple(inv_freq), scaling),
         graphs={name: _graph_spec(name, model) for name, model in models.items()},
         files=files,
+        references=references,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         speculation=plan.speculation,
-        precision_plan={
+        precision_plan=_quantized_forms(source)
+        | {
             "weights": _weight_types(models.values(), plan.activations),
             "activations": plan.activations,
             "recurrent state": "fp32",
@@ -188,6 +254,14 @@ def _manifest(source: Checkpoint, plan: BuildPlan, models: dict[str, ir.Model], 
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def _quantized_forms(source: Checkpoint) -> dict[str, str]:
+    """What became of each quantized form that the decoder's weights were stored in."""
+    prefix = source.config.text_prefix
+    weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    forms = storage_summary(weights)
+    return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
 
 
 def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
@@ -206,8 +280,28 @@ def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     inputs = tuple(spec(v) for v in model.graph.inputs)
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
-    states = tuple(StateSpec(t.name, f"{t.name}.next", t.dtype, t.shape, grows="S" in t.shape) for t in inputs if f"{t.name}.next" in names)
+    states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
     return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
+
+
+# Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
+# the input is still read by nodes that come later.
+_IN_PLACE = ("GroupQueryAttention", "ScatterND")
+
+
+def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
+    after = f"{tensor.name}.next"
+    if not all(isinstance(d, int) for d in tensor.shape):
+        return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
+    node = next(value for value in model.graph.outputs if value.name == after).producer()
+    return StateSpec(
+        tensor.name,
+        after,
+        tensor.dtype,
+        tensor.shape,
+        grows=tensor.name.endswith((".k_cache", ".v_cache")),
+        in_place=node is not None and node.op_type in _IN_PLACE,
+    )
 
 
 def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
@@ -216,4 +310,5 @@ def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
     for value in model.graph.initializers.values():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
-            yield WeightSpec(value.name or "", tensor.location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)
+            location = str(tensor.location)
+            yield WeightSpec(value.name or "", location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)

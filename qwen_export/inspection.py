@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import QwenExportError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor
+from qwen_export.graphs.checkpoint.formats.plain import plain
+from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plan import plan_build
@@ -55,19 +58,29 @@ def idle_parameters(text: TextConfig) -> int:
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     parts: dict[str, dict[str, int]] = {}
-    for name, tensor in checkpoint.tensors.items():
+    for name, weight in _weights(checkpoint).items():
         part = "mtp" if name.startswith(MTP_PREFIX) else "vision" if name.startswith(VISION_PREFIX) else "text"
         entry = parts.setdefault(part, {"tensors": 0, "parameters": 0, "bytes": 0})
-        entry["tensors"] += 1
-        entry["parameters"] += prod(tensor.shape)
-        entry["bytes"] += tensor.nbytes
+        entry["tensors"] += len(weight.parts)
+        entry["parameters"] += prod(weight.shape)
+        entry["bytes"] += weight.nbytes
     return parts
 
 
 def _quantization(checkpoint: Checkpoint) -> str:
+    """The method, and in how many forms the weights are stored: `gptq (136 gptq int4 g128, 184 bf16)`."""
     if not checkpoint.config.quantization:
         return "none"
-    return str(checkpoint.config.quantization.get("quant_method", "unknown"))
+    forms = ", ".join(f"{count} {form}" for form, count in storage_summary(_weights(checkpoint)).items())
+    return f"{checkpoint.config.quantization.get('quant_method', 'unknown')} ({forms})"
+
+
+def _weights(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
+    """The weights; the stored tensors as they are where the quantization cannot be read: the targets' lines say why."""
+    try:
+        return checkpoint.weights
+    except QwenExportError:
+        return {name: plain(info) for name, info in checkpoint.tensors.items()}
 
 
 def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:

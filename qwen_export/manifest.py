@@ -56,17 +56,19 @@ class StateSpec:
     """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.
 
     `grows` is true for attention caches, whose dim S is the capacity and which are written in place. `pending` ones, with a dim P, are
-    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states."""
+    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states. `in_place`: output and
+    input may be one buffer."""
 
     name: str
     after: str
     dtype: str
     shape: tuple[int | str, ...]
     grows: bool
+    in_place: bool = True
 
     @property
     def pending(self) -> bool:
-        return "P" in self.shape
+        return "P" in self.shape or ".pending_" in self.name
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,16 @@ class WeightSpec:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A file outside the bundle that has weights of it: where it is on this machine, its size in bytes, and when it was last changed, in
+    nanoseconds."""
+
+    path: str
+    size: int
+    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,8 @@ class Manifest:
     rotary: RotarySpec
     graphs: dict[str, GraphSpec]
     files: dict[str, FileEntry]
+    references: dict[str, Reference] = field(default_factory=dict)
+    """Files outside the bundle, by the name of the note that lies in the bundle in the place of each."""
     plugins: tuple[str, ...] = ()
     """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
     stop_ids: tuple[int, ...] = ()
@@ -188,8 +202,35 @@ def file_path(bundle: Path, name: str) -> Path:
     return path
 
 
+def weights_path(bundle: Path, manifest: Manifest, name: str) -> Path:
+    """The file with the weights that are listed under this file name, inside the bundle or referred to."""
+    return Path(manifest.references[name].path) if name in manifest.references else file_path(bundle, name)
+
+
+def check_references(bundle: Path, manifest: Manifest) -> None:
+    """Every file that the bundle refers to is there as it was when the bundle was built."""
+    for reference in manifest.references.values():
+        try:
+            stat = Path(reference.path).stat()
+        except OSError as error:
+            raise BundleError(
+                "a checkpoint file that the bundle refers to cannot be found",
+                where=str(bundle),
+                got=f"{reference.path}: {error.strerror}",
+                fix="Put it back, or build again; `qwen-export package` makes a bundle that needs no other files.",
+            ) from error
+        if (stat.st_size, stat.st_mtime_ns) != (reference.size, reference.modified_ns):
+            raise BundleError(
+                "a checkpoint file that the bundle refers to was changed since the build",
+                where=str(bundle),
+                got=reference.path,
+                fix="Build the bundle again.",
+            )
+
+
 def check_sizes(bundle: Path, manifest: Manifest) -> None:
-    """Every listed file is there with its size."""
+    """Every listed file is there with its size, and every file that is referred to."""
+    check_references(bundle, manifest)
     for name, entry in manifest.files.items():
         path = file_path(bundle, name)
         if not path.is_file():

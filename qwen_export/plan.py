@@ -17,6 +17,8 @@ from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
+from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
+from qwen_export.static_plan import StaticOptions, StaticPlan, plan_static
 from qwen_export.targets import TARGETS, Target
 
 DEFAULT_CONTEXT = 32768
@@ -58,6 +60,9 @@ class BuildPlan:
         """The precision plan for people; nothing where nothing is quantised."""
         return as_table(self.quantization, self.group_sizes) if self.quantization else []
 
+    static: StaticPlan | None = None
+    """The graphs of a target with static shapes."""
+
     @property
     def plugins(self) -> tuple[Path, ...]:
         """Libraries with kernels that the graph uses: they become part of the bundle."""
@@ -82,9 +87,10 @@ def plan_build(
     draft_vocab: int | None = None,
     lookup: bool = False,
     plan_file: Path | None = None,
+    options: StaticOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab` and `lookup` as in `build`. `plan_file` overrides
-    the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup` and `options` as in `build`.
+    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -94,12 +100,20 @@ def plan_build(
     if precision not in chosen.precisions:
         reasons.append(f"target {target} has no precision {precision!r}, only {', '.join(chosen.precisions)}")
     limit = config.max_position_embeddings
-    context = min(DEFAULT_CONTEXT, limit) if max_context is None else max_context
+    default = STATIC_CONTEXT if chosen.static else DEFAULT_CONTEXT
+    context = min(default, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     speculation, no_head = _speculation(checkpoint, device, mtp, draft_vocab, lookup)
     choices: dict[str, Choice] = {}
-    if device in chosen.devices and precision in chosen.precisions:
+    static: StaticPlan | None = None
+    if chosen.static:
+        options = options or StaticOptions()
+        static, choices, refused = plan_static(chosen, config, context, options)
+        reasons += refused
+        no_head = f"target {chosen.name} has no draft head"
+        speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
+    elif device in chosen.devices and precision in chosen.precisions:
         kernels = kernels_for(device)
         choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
         if refused and speculation is not None:
@@ -132,6 +146,7 @@ def plan_build(
         no_head=no_head,
         quantization=quantization,
         group_sizes=groups,
+        static=static,
     )
 
 
@@ -171,9 +186,10 @@ def kernels_for(device: str) -> Kernels:
 
 def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     reasons = []
-    if checkpoint.config.quantization:
-        method = checkpoint.config.quantization.get("quant_method", "unknown")
-        reasons.append(f"its weights are quantized ({method}); give the BF16 release of the same model")
+    try:
+        _ = checkpoint.weights
+    except UnsupportedError as error:
+        reasons.append(str(error).removesuffix("."))
     return reasons
 
 

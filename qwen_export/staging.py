@@ -1,4 +1,9 @@
-"""A directory that appears whole or not at all."""
+"""A directory that appears whole or not at all.
+
+It is filled in `.NAME.partial/bundle` beside its destination and renamed at the end. A failure removes it. What an interrupted or killed
+build had finished stays there, for the next build to the same destination to go on with; a bundle it is not, since its manifest is written
+last.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +18,28 @@ from pathlib import Path
 from qwen_export.errors import BuildError
 from qwen_export.manifest import MANIFEST
 
+JOURNAL = "journal"
+"""Beside the staged directory: notes of what is finished. Without it nothing is kept."""
+_CONTENTS, _LOCK = "bundle", "lock"
+
 
 @contextlib.contextmanager
-def staged_directory(destination: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside `destination`; rename it there when the block ends well, remove it when it does not.
+def staged_directory(destination: Path, *, replace: bool = False, keep: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Yield a directory beside `destination`; rename it there when the block ends well. When it does not, remove it, unless the reason is
+    an interrupt and there is a JOURNAL in its parent. Of an interrupted run before it may hold the files called `keep`, nothing else.
 
     An existing bundle is only replaced with `replace`, and only once the new one is complete. Raises BuildError for a destination that may
     not be replaced, a full disk, or any other failure of the file system."""
     destination = destination.absolute()
     _check_replaceable(destination, replace)
     try:
-        with _temporary(destination, "building") as staging:
+        with _work_directory(destination) as work:
+            staging = work / _CONTENTS
+            staging.mkdir(exist_ok=True)
             staging.chmod(0o755)
+            for left in staging.iterdir():
+                if left.name not in keep:
+                    left.unlink()
             yield staging
             _check_replaceable(destination, replace)  # somebody else may have been faster
             _swap(staging, destination)
@@ -34,6 +49,45 @@ def staged_directory(destination: Path, *, replace: bool = False) -> Iterator[Pa
                 "the disk is full; no bundle was written", where=str(destination), fix="Free space, or give an -o on another disk."
             ) from error
         raise BuildError("no bundle was written", where=str(error.filename or destination), got=error.strerror or error) from error
+
+
+@contextlib.contextmanager
+def _work_directory(destination: Path) -> Iterator[Path]:
+    """`.NAME.partial`, or a directory of another name while another build is at work there."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    work = destination.parent / f".{destination.name}.partial"
+    with contextlib.ExitStack() as stack:
+        lock = _lock(work)
+        if lock is None:
+            yield stack.enter_context(_temporary(destination, "building"))
+            return
+        stack.callback(os.close, lock)
+        try:
+            yield work
+        except KeyboardInterrupt:
+            if not (work / JOURNAL).exists() or not (work / JOURNAL).stat().st_size:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _lock(work: Path) -> int | None:
+    """Make the directory and lock it for this process; None where another has it, or where the system has no such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    work.mkdir(mode=0o700, exist_ok=True)
+    lock = os.open(work / _LOCK, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def _check_replaceable(destination: Path, replace: bool) -> None:

@@ -10,7 +10,9 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
 @dataclass(frozen=True)
 class Target:
-    """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order."""
+    """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
+    has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
+    and `prompt_tokens` is the default size of a prompt call, within which the delta rule takes `delta_chunk` tokens at a time."""
 
     name: str
     backend: str
@@ -18,6 +20,10 @@ class Target:
     devices: tuple[str, ...]
     precisions: tuple[str, ...]
     passes: tuple[str, ...]
+    static: bool = False
+    opsets: tuple[int, ...] = (21,)
+    prompt_tokens: int = 64
+    delta_chunk: int = 64
 
 
 ONNXRUNTIME = Target(
@@ -46,7 +52,43 @@ ONNXRUNTIME = Target(
     ),
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME,)}
+_STANDARD_PASSES = (
+    "plugins.standard.fix_sizes:fix_sizes",
+    "graphs.passes.recognise_linear:recognise_linear",
+    "graphs.passes.fold_weight_views:fold_weight_views",
+    "graphs.passes.widen_logits:widen_logits",
+    "plugins.standard.lowerings:lower_mixers",
+    "graphs.passes.remove_dead:remove_dead",
+    "plugins.standard.lowerings:lower_simple_ops",
+    "graphs.passes.remove_dead:remove_dead",
+    "plugins.standard.stamp_opset:stamp_opset",
+)
+
+ONNX = Target(
+    name="onnx",
+    backend="onnxruntime",
+    minimum_backend="1.22.0",
+    devices=("cpu",),
+    precisions=("fp32", "fp16"),
+    passes=(*_STANDARD_PASSES, "plugins.standard.check_standard:check_standard"),
+    static=True,
+    opsets=(21, 18, 19, 20, 22, 23, 24),
+    prompt_tokens=256,
+    delta_chunk=32,
+)
+
+DIRECTML = Target(
+    name="directml",
+    backend="onnxruntime",
+    minimum_backend="1.22.0",
+    devices=("dml",),
+    precisions=("fp16", "fp32"),
+    passes=(*_STANDARD_PASSES, "plugins.directml.check_operators:check_operators"),
+    static=True,
+    opsets=(20, 21),
+)
+
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, ONNX, DIRECTML)}
 
 
 def pass_names(target: Target) -> Sequence[str]:

@@ -38,21 +38,26 @@ class BoundCall:
             else:
                 self._logits = kind(spec.dtype, size(spec))
                 self._call.output(spec.name, size(spec), self._logits.address)
+        # Host memory is written and read through views made once: a round of drafting makes dozens of these.
+        self._views = {name: buffer.view() for name, buffer in self._controls.items() if isinstance(buffer, HostBuffer)}
+        narrow = not isinstance(self._logits, HostBuffer) or self._logits.dtype != "float"
+        self._host_logits = None if narrow else self._logits.array()
         self._controls["logit_rows"].write(as_bytes(np.arange(self._T - dims["N"], self._T, dtype=np.int64)))
 
     def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """`ids` [b,T] new tokens, `lengths` [b] tokens read before; `controls` are written where the graph has them. Returns the logits
         f32[b,rows,V], valid until the next run."""
+        self._write("input_ids", ids)
+        self._write("last_slot", lengths + np.int32(self._T - 1))
         # A recorded step keeps the value it was recorded with: the number of slots is right for all of them.
-        total = self._slots if self.recorded else int(lengths.max()) + self._T
-        values: dict[str, npt.NDArray[np.integer]] = {
-            "input_ids": ids,
-            "last_slot": lengths + np.int32(self._T - 1),
-            "total_length": np.array(total, np.int32),
-            **controls,
-        }
-        for name, value in values.items():
-            if name in self._controls:
-                self._controls[name].write(as_bytes(value))
+        self._write("total_length", np.int32(self._slots if self.recorded else max(lengths.tolist()) + self._T))
+        for name, value in controls.items():
+            self._write(name, value)
         self._call.run()
-        return self._logits.array()
+        return self._logits.array() if self._host_logits is None else self._host_logits
+
+    def _write(self, name: str, value: npt.NDArray[np.integer] | np.integer) -> None:
+        if name in self._views:
+            self._views[name][...] = value
+        elif name in self._controls:
+            self._controls[name].write(as_bytes(np.asarray(value)))

@@ -73,6 +73,8 @@ def this_platform() -> str:
 def needed_memory(manifest: Manifest, bundle: Path) -> int:
     """Bytes of weights and, with a full context, of states and caches."""
     graphs = sum((bundle / name).stat().st_size for name in manifest.files)
+    outside = {(w.file, w.offset): w for graph in manifest.graphs.values() for w in graph.weights if w.file in manifest.references}
+    graphs += sum(ELEMENTS[weight.dtype][0] * prod(weight.shape) for weight in outside.values())
     # Pending inputs have two sets of buffers.
     dims = {"B": 1, "S": manifest.max_context, "P": 2 * (manifest.speculation.max_draft + 1 if manifest.speculation else 1)}
     states = 0

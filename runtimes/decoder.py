@@ -167,7 +167,10 @@ class Decoder:
             self.head.cut()
 
     def prepare(self, count: int) -> None:
-        """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
+        """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others; before a verify
+        the draft head reads what it has not."""
+        if count > 1 and self.head is not None:
+            self.head.catch_up()
         shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
         if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):
             self._make_room(min(self.capacity, self.lengths[0] + count))

@@ -46,7 +46,7 @@ class FixedLength:
 
 
 class _Time:
-    """A fading mean of seconds. The first sample may hold a page fault or a graph being recorded: the second takes its place."""
+    """A fading mean of seconds. Of the first samples the shortest counts: another may hold page faults or another process."""
 
     def __init__(self) -> None:
         self.value, self._weight, self._samples = 0.0, 0.0, 0
@@ -55,7 +55,7 @@ class _Time:
         """One sample counts at most double: another process must not rule a length out."""
         self._samples += 1
         if self._samples <= _SURE:
-            self.value, self._weight = seconds, 1.0
+            self.value, self._weight = min(seconds, self.value or seconds), 1.0
         else:
             self._weight = self._weight * _FADE + 1
             self.value += (min(seconds, 2 * self.value) - self.value) / self._weight

@@ -9,21 +9,28 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.manifest import WeightSpec, file_path
+from qwen_export.errors import BundleError
+from qwen_export.manifest import Manifest, WeightSpec, weights_path
 from qwen_export.runtimes.buffers import ELEMENTS
 
 
 class MappedWeights:
-    """Read-only views of the weight files of one bundle, each mapped once."""
+    """Read-only views of the weight files of one bundle, inside it or referred to, each mapped once."""
 
-    def __init__(self, bundle: Path) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Path, manifest: Manifest) -> None:
+        self._bundle, self._manifest = bundle, manifest
         self._maps: dict[str, mmap.mmap] = {}
 
+    def is_reference(self, weight: WeightSpec) -> bool:
+        """Whether the weight lies in a file outside the bundle."""
+        return weight.file in self._manifest.references
+
     def bytes(self, weight: WeightSpec) -> npt.NDArray[np.uint8]:
-        """The memory of one weight."""
+        """The memory of one weight. Raises BundleError where its file ends before it."""
         if weight.file not in self._maps:
-            with file_path(self._bundle, weight.file).open("rb") as file:
+            with weights_path(self._bundle, self._manifest, weight.file).open("rb") as file:
                 self._maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         nbytes = prod(weight.shape) * ELEMENTS[weight.dtype][0]
+        if weight.offset + nbytes > len(self._maps[weight.file]):
+            raise BundleError("a weight lies outside its file", where=str(self._bundle), got=f"{weight.name} in {weight.file}")
         return np.frombuffer(self._maps[weight.file], np.uint8, nbytes, weight.offset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningS
 from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation import Speculator
+from qwen_export.runtimes.static_decoder import PROMPT, StaticDecoder, is_static
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
@@ -38,8 +40,11 @@ def load(
     threads: int | None = None,
     repack: bool = False,
     speculate: Speculate = "auto",
+    device: str | None = None,
+    device_id: int = 0,
 ) -> Model:
-    """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads.
+    """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
+    to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
 
     By default CPU weights are mapped and used where they lie: loading takes no time, and processes share the memory. With `repack` ONNX
     Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
@@ -52,19 +57,22 @@ def load(
     Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
+    if device is not None:
+        manifest = replace(manifest, target=replace(manifest.target, device=device))
     ensure_whole(directory, manifest)
     check_runnable(manifest)
     _check_speculate(speculate, manifest)
     plugins = [file_path(directory, name) for name in manifest.plugins]
-    weights = MappedWeights(directory)
+    weights = MappedWeights(directory, manifest)
 
     def session(name: str) -> Session:
         graph = manifest.graphs[name]
         path = file_path(directory, graph.file)
-        return Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack)
+        return Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack, device_id=device_id)
 
     head = session("mtp") if "mtp" in manifest.graphs and speculate != "off" else None
-    return Model(directory, manifest, session("decoder"), max_context, head, speculate)
+    prompts = session(PROMPT) if is_static(manifest) else None
+    return Model(directory, manifest, session("decoder"), max_context, head, speculate, prompts)
 
 
 def _check_speculate(value: Speculate, manifest: Manifest) -> None:
@@ -95,13 +103,17 @@ class Model:
         max_context: int | None,
         head: Session | None = None,
         speculate: Speculate = "off",
+        prompts: Session | None = None,
     ) -> None:
+        """`prompts` is the second graph of a bundle with static shapes."""
         self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
-        self._head, self._speculate = head, speculate
+        self._head, self._speculate, self._prompts = head, speculate, prompts
         self._running: Generator[int, None, None] | None = None
 
     def decoder(self, batch: int = 1, *, drafts: bool = False) -> Decoder:
         """A fresh decoder with its own states and caches over the same weights; with `drafts` the bundle's draft head keeps up with it."""
+        if self._prompts is not None:
+            return StaticDecoder(self._session, self._prompts, self.manifest, batch, self._max_context)
         return Decoder(self._session, self.manifest, batch, self._max_context, self._head if drafts else None)
 
     @cached_property

@@ -8,7 +8,7 @@ from functools import cache
 
 from qwen_export.errors import UnsupportedError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "dml": "DmlExecutionProvider"}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, WeightSpec
-from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.buffers import BUFFERS, ELEMENTS, Buffer, DmlBuffer
 from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 
@@ -17,6 +17,11 @@ from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS
 _CUDA = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
 _PROVIDERS: dict[str, list[Any]] = {"cpu": ["CPUExecutionProvider"], "cuda": [_CUDA, "CPUExecutionProvider"]}
 _NO_GRAPH = "-1"
+_FIXES = {
+    "cpu": "Reinstall onnxruntime.",
+    "cuda": "pip install onnxruntime-gpu, or build with --device cpu.",
+    "dml": "pip install onnxruntime-directml on Windows, or load with device='cpu'.",
+}
 # Inputs that kernels read on the host, whatever the device.
 HOST_INPUTS = ("total_length",)
 
@@ -34,9 +39,11 @@ class Session:
         *,
         weights: MappedWeights | None = None,
         repack: bool = False,
+        device_id: int = 0,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses `weights`
-        where they lie, and shares them with other graphs."""
+        """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
+        `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
+        too, it is given the weights that the bundle refers to."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -45,14 +52,23 @@ class Session:
         options.log_severity_level = 4  # failures arrive as exceptions
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
         options.inter_op_num_threads = 1
+        # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
-        providers = _providers(ort, device)
+        if device == "dml":  # DirectML plans its memory itself, and takes calls one after the other
+            options.enable_mem_pattern = False
+            options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        providers = _providers(ort, device, device_id)
         for plugin in plugins:
             _register(options, plugin)
         try:
-            self._weights = _values(ort, spec, weights) if weights is not None and device == "cpu" and not repack else {}
-            for name, value in self._weights.items():
-                options.add_initializer(name, value)
+            if weights is not None and device == "cpu" and not repack:
+                self._weights = _values(ort, spec.weights, weights)
+                for name, value in self._weights.items():
+                    options.add_initializer(name, value)
+            elif weights is not None:  # copied to the device, or into the kernels' order
+                self._weights = _values(ort, [weight for weight in spec.weights if weights.is_reference(weight)], weights)
+                options.add_external_initializers(list(self._weights), list(self._weights.values()))
             self.native = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
@@ -61,10 +77,15 @@ class Session:
                 got=_first_line(error),
                 fix="Run `qwen-export check` on the bundle.",
             ) from error
-        self.spec, self.device = spec, device
+        self.spec, self.device, self._device_id = spec, device, device_id
         self._graphs = 0
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Memory on the session's device."""
+        kind = BUFFERS[self.device]
+        return kind(dtype, shape, self._device_id) if issubclass(kind, DmlBuffer) else kind(dtype, shape)
 
     def call(self, *, repeated: bool) -> Call:
         """Bindings for one shape. A `repeated` call is worth recording as a graph, where the device has such."""
@@ -79,8 +100,9 @@ class Call:
         import onnxruntime as ort
 
         self._session = session
-        self._options = ort.RunOptions()
-        if session.device == "cuda":
+        # None costs 80 us less than options without entries.
+        self._options = ort.RunOptions() if session.device == "cuda" else None
+        if self._options is not None:
             self._options.add_run_config_entry("gpu_graph_id", graph)
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
@@ -93,6 +115,19 @@ class Call:
     def output(self, name: str, shape: tuple[int, ...], address: int) -> None:
         self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
 
+    def bind_input(self, name: str, buffer: Buffer) -> None:
+        """The whole of a buffer, wherever it lies."""
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_input(name, buffer.value)
+        else:
+            self.input(name, buffer.shape, buffer.address)
+
+    def bind_output(self, name: str, buffer: Buffer) -> None:
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_output(name, buffer.value)
+        else:
+            self.output(name, buffer.shape, buffer.address)
+
     def run(self) -> None:
         started = time.perf_counter()
         try:
@@ -103,15 +138,15 @@ class Call:
             self._session.busy_s += time.perf_counter() - started
 
 
-def _values(ort: Any, spec: GraphSpec, weights: MappedWeights) -> dict[str, Any]:
-    """The graph's weights as values over the mapped memory; the session needs them as long as it lives."""
+def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> dict[str, Any]:
+    """Weights as values over the mapped memory; the session needs them as long as it lives."""
 
     def value(weight: WeightSpec) -> Any:
         size, number = ELEMENTS[weight.dtype]
         array = weights.bytes(weight).view(f"u{size}").reshape(weight.shape)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
-    return {weight.name: value(weight) for weight in spec.weights}
+    return {weight.name: value(weight) for weight in specs}
 
 
 def _register(options: Any, plugin: Path) -> None:
@@ -126,14 +161,16 @@ def _register(options: Any, plugin: Path) -> None:
         ) from error
 
 
-def _providers(ort: Any, device: str) -> list[Any]:
+def _providers(ort: Any, device: str, device_id: int) -> list[Any]:
     name = PROVIDERS[device]
     if name not in ort.get_available_providers():
         raise BundleError(
             f"the bundle is compiled for {device}, and the installed ONNX Runtime has no {name}",
             got=", ".join(ort.get_available_providers()),
-            fix="pip install onnxruntime-gpu, or build with --device cpu." if device == "cuda" else "Reinstall onnxruntime.",
+            fix=_FIXES[device],
         )
+    if device == "dml":
+        return [(name, {"device_id": str(device_id)}), "CPUExecutionProvider"]
     return list(_PROVIDERS[device])
 
 

@@ -70,6 +70,9 @@ def _check(flag: str, value: float, in_range: bool, expected: str) -> None:
         raise QwenExportError(f"The value of {flag} is out of range", got=value, expected=expected)
 
 
+_CERTAIN = np.ones(1)
+
+
 class Distribution(NamedTuple):
     """Probabilities of the tokens that can be chosen: `ids` i64[n] ascending, `probs` f64[n] with sum 1. Tokens not in it have 0."""
 
@@ -78,6 +81,8 @@ class Distribution(NamedTuple):
 
     def of(self, token_id: int) -> float:
         """The probability of one token."""
+        if len(self.ids) == 1:
+            return float(self.probs[0]) if self.ids[0] == token_id else 0.0
         at = int(np.searchsorted(self.ids, token_id))
         return float(self.probs[at]) if at < len(self.ids) and self.ids[at] == token_id else 0.0
 
@@ -112,7 +117,7 @@ class Sampler:
         if params.is_greedy:
             best = int(x.argmax())  # the first NaN, if there is one
             _check_peak(x[best])
-            return Distribution(np.array([best]), np.ones(1))
+            return Distribution(np.array([best]), _CERTAIN)
         ids = top_ids(x, params.top_k) if params.top_k else np.arange(len(x))
         kept = x[ids].astype(np.float64) if params.top_k else x
         peak = kept.max()
@@ -163,7 +168,7 @@ def residual(wanted: Distribution, drafted: Distribution) -> Distribution:
 
 
 def _check_peak(peak: np.floating[Any]) -> None:
-    if not np.isfinite(peak):
+    if not math.isfinite(peak):
         raise QwenExportError(
             "The model's output holds no usable logits",
             got=f"a maximum of {peak}",

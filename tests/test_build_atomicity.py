@@ -13,23 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import onnx_ir as ir
 import pytest
 
 from qwen_export.compiler import build
 from qwen_export.errors import BuildError, CheckpointError, QwenExportError
-from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import decoder_tensors
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.weights import hashed_file
-from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.manifest import MANIFEST, load_manifest
-from qwen_export.plan import BuildPlan
 from qwen_export.runtimes import load
 from qwen_export.runtimes.integrity import ensure_whole
 from qwen_export.staging import staged_directory
 from tests.support.safetensors_files import overwrite_tensor
+from tests.support.weights_only import weights_only
 
 LAST = "model.language_model.layers.3.mlp.down_proj.weight"
 
@@ -53,13 +49,6 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def capture_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds get a graph that has nothing but the weights; capturing the real one takes two seconds."""
-
-    def weights_only(source: Checkpoint, plan: BuildPlan, dump: Path | None) -> ir.Model:
-        model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
-        for name, shape in decoder_tensors(source.config.text):
-            add_weight(model.graph, name, StoredWeight(name, shape, ir.DataType.FLOAT))
-        return model
-
     monkeypatch.setattr("qwen_export.compiler.lower", weights_only)
 
 
@@ -247,7 +236,7 @@ def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> P
 )
 def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, number: signal.Signals, stage: str) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.building-*" + ("/model.weights" if stage == "writing" else ""), process)
+    wait_for(out, ".bundle.partial/bundle" + ("/model.weights" if stage == "writing" else ""), process)
     time.sleep(0.02)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
@@ -258,13 +247,83 @@ def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, n
 
 def test_a_killed_build_leaves_nothing_that_runs(slow_checkpoint: Path, out: Path) -> None:
     process = start_build(slow_checkpoint, out / "bundle")
-    wait_for(out, ".bundle.building-*/model.weights", process)
+    wait_for(out, ".bundle.partial/bundle/model.weights", process)
     process.kill()
     process.communicate(timeout=60)
     assert not (out / "bundle").exists()
     for left in out.iterdir():
         with pytest.raises(QwenExportError):
             load(left)
+
+
+def interrupt_after_a_tensor(checkpoint: Path, bundle: Path, number: signal.Signals) -> None:
+    """Start a build and stop it when at least one tensor is finished and the last is not."""
+    command = [sys.executable, "-m", "tests.support.weights_only", "build", str(checkpoint), "-o", str(bundle)]
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+    journal = wait_for(bundle.parent, ".bundle.partial/journal", process)
+    while not journal.read_text().count("\n"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert not bundle.exists() and (bundle.parent / ".bundle.partial" / "bundle" / "model.weights").exists()
+
+
+@pytest.mark.usefixtures("capture_skipped")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=str)
+def test_a_resumed_bundle_is_the_same_to_the_byte(slow_checkpoint: Path, out: Path, number: signal.Signals) -> None:
+    """Finished tensors are not read again, and what comes out cannot be told from an uninterrupted build."""
+    expected = bundle_bytes(build(slow_checkpoint, out / "whole"))
+    interrupt_after_a_tensor(slow_checkpoint, out / "bundle", number)
+    with pytest.raises(QwenExportError):
+        load(out / ".bundle.partial" / "bundle")
+    seen: set[str] = set()
+    build(slow_checkpoint, out / "bundle", report=lambda name, done, total: seen.add(name))
+    assert "checking what is there" in seen and "embed_tokens.weight" not in seen
+    assert bundle_bytes(out / "bundle") == expected
+    assert contents(out) == ["bundle", "whole"]
+
+
+@pytest.mark.usefixtures("capture_skipped")
+@pytest.mark.parametrize("change", ["checkpoint", "damage"])
+def test_what_does_not_fit_is_made_again(slow_checkpoint: Path, out: Path, tmp_path: Path, change: str) -> None:
+    checkpoint = Path(shutil.copytree(slow_checkpoint, tmp_path / "checkpoint"))
+    interrupt_after_a_tensor(checkpoint, out / "bundle", signal.SIGKILL)
+    if change == "checkpoint":
+        for path in checkpoint.glob("*.safetensors"):
+            os.utime(path)
+    else:
+        with (out / ".bundle.partial" / "bundle" / "model.weights").open("r+b") as file:
+            file.seek(1000)
+            file.write(b"damage")
+    seen: set[str] = set()
+    build(checkpoint, out / "bundle", report=lambda name, done, total: seen.add(name))
+    assert "embed_tokens.weight" in seen
+    manifest = load_manifest(out / "bundle")
+    ensure_whole(out / "bundle", manifest, again=True)
+    assert bundle_bytes(out / "bundle") == bundle_bytes(build(checkpoint, out / "whole"))
+
+
+def test_two_builds_at_once_do_not_share(slow_checkpoint: Path, out: Path) -> None:
+    """The second to come works elsewhere; the first to finish wins."""
+    with staged_directory(out / "bundle") as first:
+        with pytest.raises(RuntimeError), staged_directory(out / "bundle") as second:
+            assert first != second
+            raise RuntimeError
+        (first / MANIFEST).write_text("first")
+    assert contents(out) == ["bundle"]
+
+
+@pytest.mark.usefixtures("capture_skipped")
+def test_memory_that_is_too_small(tiny_checkpoint: Path, out: Path) -> None:
+    with pytest.raises(BuildError, match=r"needs more memory.*--max-memory 0.1.*at least"):
+        build(tiny_checkpoint, out / "bundle", max_memory=100_000_000)
+    assert contents(out) == []
+
+
+def test_the_number_of_jobs_changes_nothing(tiny_checkpoint: Path, tiny_bundle: Path, out: Path) -> None:
+    assert bundle_bytes(build(tiny_checkpoint, out / "bundle", jobs=5)) == bundle_bytes(tiny_bundle)
 
 
 def test_the_manifest_is_written_last(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

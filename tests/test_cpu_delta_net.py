@@ -278,7 +278,7 @@ def opened(checkpoint: Path, directory: Path, *, plugin: str | None) -> ort.Infe
     source = open_checkpoint(checkpoint)
     model = lowered(source.config.text, plugin=plugin is not None, pending=True)
     with CheckpointReader(source) as reader:
-        write_weights(model, reader, directory / "weights")
+        write_weights([model], reader, directory / "weights")
     for node in model.graph:
         model.opset_imports.setdefault(node.domain, 1)
     ir.save(model, directory / "graph.onnx")

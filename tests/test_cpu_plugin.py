@@ -143,7 +143,7 @@ def test_the_bundle_has_the_plugin_and_half_the_bytes(
     plain = load_manifest(other)
     assert plain.plugins == () and plain.target.platform == "" and plain.precision_plan["weights"] == "fp32"
     estimates.append(plan_build(open_checkpoint(tiny_checkpoint)).bundle_bytes)
-    sizes = [(bundle / "decoder.weights").stat().st_size for bundle in (tiny_bundle, other)]
+    sizes = [(bundle / "model.weights").stat().st_size for bundle in (tiny_bundle, other)]
     assert sizes[0] < 0.65 * sizes[1]
     for size, estimate in zip(sizes, estimates, strict=True):
         assert 0 <= size - estimate < 4096 * 100, "every tensor begins on a page"

@@ -21,7 +21,7 @@ from qwen_export.errors import BundleError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
-from qwen_export.manifest import load_manifest
+from qwen_export.manifest import SpeculationSpec, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native import library
 from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, as_bytes, decode, encode
@@ -88,6 +88,33 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
     states = [name for name in inputs if name and f"{name}.next" in outputs]
     assert states[:3] == ["layers.0.conv_history", "layers.0.recurrent", "layers.0.pending"], "in the order of the module"
     assert Counter(node.op_type for node in model.graph)["Linear"] == 3 * 3 + 4 + 1, "the projection is made once"
+
+
+def test_the_demo_speculates(demo_checkpoint: Path, fake_library: Path, tmp_path: Path) -> None:
+    """Its heads have 64 values."""
+    assert plan_build(open_checkpoint(demo_checkpoint), "onnxruntime", "cuda", "fp16").choices["gated_delta_net"].name == "native_delta_net"
+    manifest = load_manifest(build(demo_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16"))
+    assert list(manifest.graphs) == ["decoder", "mtp"] and manifest.plugins == (LIBRARY,)
+    assert manifest.speculation == SpeculationSpec(7, 8192)
+    assert len([state for state in manifest.graphs["decoder"].states if state.pending]) == 6
+
+
+def test_delta_net_does_not_need_our_products(tmp_path: Path, fake_library: Path) -> None:
+    """A vocabulary of an odd size: the products are ONNX Runtime's, and speculation stays."""
+    config = tiny_config(vision=False, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=509)
+    plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
+    assert plan.choices["linear"].name == "fused_matmul" and plan.choices["gated_delta_net"].name == "native_delta_net"
+    assert plan.speculation is not None
+
+
+@pytest.mark.parametrize(
+    "odd", [{"linear_key_head_dim": 128}, {"linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"linear_conv_kernel_dim": 3}], ids=str
+)
+def test_what_the_delta_net_does_not_take(tmp_path: Path, fake_library: Path, odd: dict[str, int]) -> None:
+    config = tiny_config(vision=False, **({"linear_key_head_dim": 64, "linear_value_head_dim": 64} | odd))
+    plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
+    assert plan.choices["gated_delta_net"].name == "packed_delta_net"
+    assert plan.speculation is None and "keys and values of 64 or of 128 values" in plan.no_head
 
 
 def test_heads_of_another_size_keep_the_kernel_of_the_runtime(tiny_checkpoint: Path, fake_library: Path) -> None:
@@ -225,6 +252,7 @@ def normalised(x: Array, weight: Array, dtype: str) -> Array:
 
 
 gpu = pytest.mark.gpu
+HEADS = pytest.mark.parametrize("D", [64, 128])
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 64]
 SHAPES = [(8, 8), (24, 40), (1024, 3584), (1024, 2048), (8224, 1024), (3584, 1032)]
@@ -272,9 +300,9 @@ def test_swiglu(dtype: str, N: int, K: int, with_norm: bool) -> None:
         assert error(op.run()["y"], silu(h[..., :N]) * h[..., N:]) < 2 * LIMIT[dtype], (M, N, K)
 
 
-def delta_net_inputs(rng: np.random.Generator, dtype: str, B: int, T: int, Hk: int, Hv: int) -> dict[str, tuple[Array, str]]:
+def delta_net_inputs(rng: np.random.Generator, dtype: str, B: int, T: int, Hk: int, Hv: int, D: int) -> dict[str, tuple[Array, str]]:
     """Keys of a head share a direction, betas reach 1 and decays reach 1: what a recurrence gets wrong first."""
-    C, wide = (2 * Hk + Hv) * 128, (2 * Hk + Hv) * 128 + Hv * 128
+    C, wide = (2 * Hk + Hv) * D, (2 * Hk + 2 * Hv) * D
     packed = rng.normal(size=(B, T, wide + 2 * Hv))
     packed[..., :C] += 0.7 * rng.normal(size=C)
     packed[..., wide : wide + Hv] -= 2
@@ -282,10 +310,10 @@ def delta_net_inputs(rng: np.random.Generator, dtype: str, B: int, T: int, Hk: i
     tensors = {
         "packed": packed,
         "conv": rng.normal(size=(C, 4)) / 2,
-        "norm": 1 + rng.normal(size=128) / 4,
+        "norm": 1 + rng.normal(size=D) / 4,
         "history": rng.normal(size=(B, 3, C)),
     }
-    fp32 = {"a_log": rng.normal(size=Hv), "dt_bias": rng.normal(size=Hv), "state": rng.normal(size=(B, Hv, 128, 128))}
+    fp32 = {"a_log": rng.normal(size=Hv), "dt_bias": rng.normal(size=Hv), "state": rng.normal(size=(B, Hv, D, D))}
     given = {name: (rounded(value, dtype), dtype) for name, value in tensors.items()}
     given |= {name: (rounded(value, "float"), "float") for name, value in fp32.items()}
     return {name: given[name] for name in ("packed", "conv", "a_log", "dt_bias", "norm", "history", "state")}
@@ -294,28 +322,28 @@ def delta_net_inputs(rng: np.random.Generator, dtype: str, B: int, T: int, Hk: i
 def delta_net_reference(given: dict[str, tuple[Array, str]], Hk: int, Hv: int) -> dict[str, Array]:
     packed, conv, a_log, dt_bias, norm, history, state = (value for value, _ in given.values())
     B, T, _ = packed.shape
-    C = history.shape[2]
+    C, D = history.shape[2], state.shape[3]
     rows = np.concatenate([history, packed[..., :C]], axis=1)
     u = silu(sum(rows[:, i : i + T] * conv[:, i] for i in range(4)))
-    z, a, b = np.split(packed[..., C:], [Hv * 128, Hv * 128 + Hv], axis=2)
-    q, k, v = (part.reshape(B, T, -1, 128) for part in np.split(u, [Hk * 128, 2 * Hk * 128], axis=2))
+    z, a, b = np.split(packed[..., C:], [Hv * D, Hv * D + Hv], axis=2)
+    q, k, v = (part.reshape(B, T, -1, D) for part in np.split(u, [Hk * D, 2 * Hk * D], axis=2))
     q, k = (np.repeat(x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6), Hv // Hk, axis=2) for x in (q, k))
     decay, beta = np.exp(-np.exp(a_log) * np.logaddexp(0, a + dt_bias)), 1 / (1 + np.exp(-b))
-    S, o = state.copy(), np.empty((B, T, Hv, 128))
+    S, o = state.copy(), np.empty((B, T, Hv, D))
     for t in range(T):
         S = S * decay[:, t, :, None, None]
         delta = beta[:, t, :, None] * (v[:, t] - np.einsum("bhvk,bhk->bhv", S, k[:, t]))
         S = S + delta[..., None] * k[:, t, :, None, :]
-        o[:, t] = np.einsum("bhvk,bhk->bhv", S, q[:, t]) / np.sqrt(128)
+        o[:, t] = np.einsum("bhvk,bhk->bhv", S, q[:, t]) / np.sqrt(D)
     y = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-6) * norm
     return {"y": y.reshape(B, T, -1) * silu(z), "history_out": rows[:, T:], "state_out": S}
 
 
 def delta_net_op(dtype: str, given: dict[str, tuple[Array, str]], Hk: int) -> OneOp:
     B, T, _ = given["packed"][0].shape
-    Hv = given["state"][0].shape[1]
+    _, Hv, _, D = given["state"][0].shape
     outputs = {
-        "y": ((B, T, Hv * 128), dtype),
+        "y": ((B, T, Hv * D), dtype),
         "history_out": (given["history"][0].shape, dtype),
         "state_out": (given["state"][0].shape, "float"),
     }
@@ -324,11 +352,13 @@ def delta_net_op(dtype: str, given: dict[str, tuple[Array, str]], Hk: int) -> On
 
 @gpu
 @DTYPES
-@pytest.mark.parametrize(("Hk", "Hv"), [(2, 2), (2, 4), (1, 3), (16, 16), (16, 48)])
-def test_delta_net(dtype: str, Hk: int, Hv: int) -> None:
+@pytest.mark.parametrize(
+    ("Hk", "Hv", "D"), [(2, 2, 128), (2, 4, 128), (1, 3, 128), (16, 16, 128), (16, 48, 128), (2, 4, 64), (1, 3, 64), (16, 16, 64)]
+)
+def test_delta_net(dtype: str, Hk: int, Hv: int, D: int) -> None:
     rng = np.random.default_rng(Hv)
     for B, T in [(1, t) for t in range(1, 11)] + [(2, 1), (3, 5), (2, 17), (1, 64), (3, 100)]:
-        given = delta_net_inputs(rng, dtype, B, T, Hk, Hv)
+        given = delta_net_inputs(rng, dtype, B, T, Hk, Hv, D)
         got, expected = delta_net_op(dtype, given, Hk).run(), delta_net_reference(given, Hk, Hv)
         assert error(got["y"], expected["y"]) < LIMIT[dtype], (B, T)
         assert error(got["state_out"], expected["state_out"]) < 1e-5, (B, T)
@@ -336,18 +366,20 @@ def test_delta_net(dtype: str, Hk: int, Hv: int) -> None:
 
 
 @gpu
-def test_delta_net_of_a_prefill() -> None:
-    given = delta_net_inputs(np.random.default_rng(0), "float16", 1, 2048, 2, 4)
+@HEADS
+def test_delta_net_of_a_prefill(D: int) -> None:
+    given = delta_net_inputs(np.random.default_rng(0), "float16", 1, 2048, 2, 4, D)
     got, expected = delta_net_op("float16", given, 2).run(), delta_net_reference(given, 2, 4)
     assert error(got["y"], expected["y"]) < LIMIT["float16"] and error(got["state_out"], expected["state_out"]) < 1e-5
 
 
 @gpu
 @DTYPES
+@HEADS
 @pytest.mark.parametrize("T", [1, 4, 20])
-def test_delta_net_writes_its_state_in_place(dtype: str, T: int) -> None:
+def test_delta_net_writes_its_state_in_place(dtype: str, T: int, D: int) -> None:
     """Value heads share the history of their key head, and some block is the last to read it."""
-    given = delta_net_inputs(np.random.default_rng(T), dtype, 2, T, 16, 48)
+    given = delta_net_inputs(np.random.default_rng(T), dtype, 2, T, 16, 48, D)
     apart = delta_net_op(dtype, given, 16).run()
     op = delta_net_op(dtype, given, 16)
     op.bind_outputs(history_out=op.inputs["history"], state_out=op.inputs["state"])
@@ -364,9 +396,9 @@ Given = dict[str, tuple[Array, str]]
 
 def with_transaction(rng: np.random.Generator, given: Given, P: int, accepted: list[int], commit: list[int]) -> Given:
     """The inputs with `P` pending rows of the same kind; those that were not accepted are NaN."""
-    (packed, dtype), Hv = given["packed"], given["state"][0].shape[1]
-    Hk = (given["history"][0].shape[2] // 128 - Hv) // 2
-    pending = delta_net_inputs(rng, dtype, packed.shape[0], P, Hk, Hv)["packed"][0]
+    (packed, dtype), (_, Hv, _, D) = given["packed"], given["state"][0].shape
+    Hk = (given["history"][0].shape[2] // D - Hv) // 2
+    pending = delta_net_inputs(rng, dtype, packed.shape[0], P, Hk, Hv, D)["packed"][0]
     for row, kept in zip(pending, accepted, strict=True):
         row[kept:] = np.nan
     return given | {"pending": (pending, dtype), "accepted": (np.array(accepted), "int64"), "commit": (np.array(commit), "int64")}
@@ -379,8 +411,8 @@ def eager(given: Given, Hk: int) -> dict[str, Array]:
     from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 
     x = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, (value, _) in given.items()}
-    Hv, C = x["state"].shape[1], x["history"].shape[2]
-    sizes = [C, Hv * 128, Hv, Hv]
+    (_, Hv, _, D), C = x["state"].shape, x["history"].shape[2]
+    sizes = [C, Hv * D, Hv, Hv]
     (qkv, z, a, b), (pending_qkv, _, pending_a, pending_b) = x["packed"].split(sizes, 2), x["pending"].split(sizes, 2)
     weights = [x[name] for name in ("conv", "a_log", "dt_bias", "norm", "history")]
     pending = [pending_qkv, pending_b, pending_a, x["accepted"], x["commit"]]
@@ -419,12 +451,12 @@ TRANSACTIONS = [
 
 @gpu
 @FLOATS
-@pytest.mark.parametrize(("Hk", "Hv"), [(2, 2), (1, 3), (16, 32)])
+@pytest.mark.parametrize(("Hk", "Hv", "D"), [(2, 2, 128), (1, 3, 128), (16, 32, 128), (2, 4, 64), (1, 3, 64)])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_transaction_is_the_op(dtype: str, Hk: int, Hv: int, in_place: bool) -> None:
+def test_a_transaction_is_the_op(dtype: str, Hk: int, Hv: int, D: int, in_place: bool) -> None:
     rng = np.random.default_rng(Hv)
     for T, P, accepted, commit in TRANSACTIONS:
-        given = with_transaction(rng, delta_net_inputs(rng, dtype, len(commit), T, Hk, Hv), P, accepted, commit)
+        given = with_transaction(rng, delta_net_inputs(rng, dtype, len(commit), T, Hk, Hv, D), P, accepted, commit)
         op = delta_net_op(dtype, given, Hk)
         if in_place:
             op.bind_outputs(history_out=op.inputs["history"], state_out=op.inputs["state"])
@@ -433,11 +465,12 @@ def test_a_transaction_is_the_op(dtype: str, Hk: int, Hv: int, in_place: bool) -
 
 @gpu
 @FLOATS
+@HEADS
 @pytest.mark.parametrize("T", [1, 9, 24])
-def test_controls_are_read_by_the_device(dtype: str, T: int) -> None:
+def test_controls_are_read_by_the_device(dtype: str, T: int, D: int) -> None:
     """A recorded call is replayed with other numbers of accepted and committed tokens."""
     rng, Hk, Hv = np.random.default_rng(T), 2, 4
-    given = with_transaction(rng, delta_net_inputs(rng, dtype, 2, T, Hk, Hv), 9, [9, 9], [T, T])
+    given = with_transaction(rng, delta_net_inputs(rng, dtype, 2, T, Hk, Hv, D), 9, [9, 9], [T, T])
     op = delta_net_op(dtype, given, Hk)
     for _ in op.replays():
         pass
@@ -450,13 +483,14 @@ def test_controls_are_read_by_the_device(dtype: str, T: int) -> None:
 
 @gpu
 @FLOATS
-def test_speculative_rounds_are_plain_decoding(dtype: str) -> None:
+@HEADS
+def test_speculative_rounds_are_plain_decoding(dtype: str, D: int) -> None:
     """Drafts of changing length, of which some tokens are kept: outputs of kept tokens, state and history are those of one token a call, to
     the bit."""
     rng, Hk, Hv, P = np.random.default_rng(0), 2, 4, 9
-    stream = delta_net_inputs(rng, dtype, 1, 60, Hk, Hv)
+    stream = delta_net_inputs(rng, dtype, 1, 60, Hk, Hv, D)
     tokens = stream["packed"][0]
-    wrong = delta_net_inputs(rng, dtype, 1, P, Hk, Hv)["packed"][0]
+    wrong = delta_net_inputs(rng, dtype, 1, P, Hk, Hv, D)["packed"][0]
     none = (np.full((1, P, tokens.shape[2]), np.nan), dtype)
     state = {name: stream[name] for name in ("history", "state")}
 
@@ -513,7 +547,8 @@ def test_a_replay_gives_what_a_plain_run_gives(dtype: str, rows: int) -> None:
             {"y": ((1, rows, 3584), dtype)},
             epsilon=1e-6,
         ),
-        lambda: delta_net_op(dtype, delta_net_inputs(rng, dtype, 1, rows, 16, 32), 16),
+        lambda: delta_net_op(dtype, delta_net_inputs(rng, dtype, 1, rows, 16, 32, 128), 16),
+        lambda: delta_net_op(dtype, delta_net_inputs(rng, dtype, 1, rows, 2, 4, 64), 2),
     ]
     for make in makes:
         first, *others = make().replays()

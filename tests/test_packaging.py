@@ -92,7 +92,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         metadata = next(file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA"))
         entries = next(file.read(name).decode() for name in file.namelist() if name.endswith("/entry_points.txt"))
     expected = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
-    assert names == expected | {"qwen_export/py.typed"}
+    assert names == expected | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
     assert "qwen-export = qwen_export.cli:main" in entries
     required = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
     assert {requirement.split(">")[0] for requirement in required} == {"numpy", "tokenizers", "jinja2", "click", "rich"}

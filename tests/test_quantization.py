@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export import build
-from qwen_export.compiler import lower
+from qwen_export.compiler import WEIGHTS, lower
 from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
@@ -149,9 +149,6 @@ def test_a_quantised_expression_is_the_matrix_quantised() -> None:
     assert np.array_equal(weight.evaluate(_Rows(values)), wanted)
     assert np.array_equal(weight.rows(_Rows(values), 2, 5), wanted[2:5])
     assert weight.nbytes == wanted.nbytes
-    assert np.array_equal(
-        np.concatenate(list(weight.dequantized(_Rows(values)))), dequantize(weight.format, *unpack(weight.format, wanted, *whole.shape))
-    )
 
 
 # ---- plans ----
@@ -193,7 +190,8 @@ def test_the_defaults_leave_gates_and_router_alone(precision: str) -> None:
 
 def test_a_file_overrides_groups_and_matrices(plan_file: PlanFile) -> None:
     file = plan_file(
-        '[mlp]\nblock = 128\nzeros = true\n[attention]\nformat = "int8"\n[matrices]\n"layers.0.*" = { format = "stored" }\n"*.down_proj" = { block = 64 }'
+        '[mlp]\nblock = 128\nzeros = true\n[attention]\nformat = "int8"\n'
+        '[matrices]\n"layers.0.*" = { format = "stored" }\n"*.down_proj" = { block = 64 }'
     )
     plan = load_plan("int4", file, tied=False)
     assert str(plan.groups["mlp"]) == "int4 block 128 search zeros"
@@ -241,9 +239,30 @@ def lowered(checkpoint: Path, file: Path | None = None) -> Counter[str]:
 def test_what_the_plan_names_is_quantised_and_nothing_else(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     counts = lowered(tiny_checkpoint)
     assert counts["qwen.native.QuantSwiGlu"] == 4 and counts["qwen.native.QuantGather"] == 1
-    assert counts["qwen.native.Linear"] == 6, "in_proj_a and in_proj_b of three layers"
+    assert counts["qwen.native.Linear"] == 3, "in_proj_a and in_proj_b of three layers, in one product"
     counts = lowered(tiny_checkpoint, plan_file('[mlp]\nformat = "stored"\n[embedding]\nformat = "stored"'))
     assert counts["qwen.native.QuantSwiGlu"] == 0 and counts["qwen.native.SwiGlu"] == 4 and counts["qwen.native.QuantGather"] == 0
+
+
+@pytest.mark.usefixtures("with_library")
+def test_a_stack_is_cut_where_the_format_changes(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
+    before = lowered(tiny_checkpoint)
+    counts = lowered(tiny_checkpoint, plan_file('[matrices]\n"layers.0.linear_attn.in_proj_z" = { format = "stored" }'))
+    assert counts["Concat"] == before["Concat"] + 1 and counts["qwen.native.Linear"] == before["qwen.native.Linear"] + 1
+    assert counts["qwen.native.QuantLinear"] == before["qwen.native.QuantLinear"]
+
+
+@needs_plugin
+def test_the_draft_head_reads_the_first_panels_of_the_head(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(tiny_checkpoint, tmp_path / "bundle", precision="int8", draft_vocab=256)
+
+    def places(file: str, name: str) -> dict[str, int]:
+        tensors = onnx.load(bundle / file, load_external_data=False).graph.initializer
+        (tensor,) = [tensor for tensor in tensors if name in tensor.name and tensor.data_type == onnx.TensorProto.UINT8]
+        return {entry.key: int(entry.value) for entry in tensor.external_data if entry.key in ("offset", "length")}
+
+    whole, part = places("decoder.onnx", "lm_head"), places("mtp.onnx", "draft_head")
+    assert part["offset"] == whole["offset"] and part["length"] * 2 == whole["length"]
 
 
 @pytest.mark.usefixtures("with_library")
@@ -276,8 +295,7 @@ def test_a_quantised_bundle_computes_what_its_codes_say(precision: str, tied: bo
     assert PrecisionPlan.from_json(manifest.precision_plan).groups["mlp"].format == precision
     result = verify(bundle, checkpoint)
     assert result["passed"], result
-    errors = [check["note"] for check in result["checks"] if check["against"] == "eager, quant."]
-    assert len(errors) == 3 and len(set(errors)) == 1, "a row does not depend on the number of rows"
+    assert sum(check["against"] == "eager, quant." for check in result["checks"]) == 3
 
 
 @needs_plugin
@@ -285,8 +303,8 @@ def test_the_size_is_the_one_that_inspect_tells_and_tied_weights_are_stored_once
     checkpoint = synthesize(
         tiny_config(tied=True, vision=False, vocab_size=4096), tmp_path / "c", tokenizer=write_tiny_tokenizer(tmp_path / "tokenizer")
     )
-    plan = plan_build(open_checkpoint(checkpoint), precision="int4")
-    bundle = build(checkpoint, tmp_path / "bundle", precision="int4")
+    plan = plan_build(open_checkpoint(checkpoint), precision="int4", mtp=False)
+    bundle = build(checkpoint, tmp_path / "bundle", precision="int4", mtp=False)
     initializers = onnx.load(bundle / "decoder.onnx", load_external_data=False).graph.initializer
     stored = [tensor for tensor in initializers if "embed_tokens" in tensor.name]
     assert len(stored) == 1 and stored[0].dims[0] == 4096 // 16
@@ -297,7 +315,7 @@ def test_the_size_is_the_one_that_inspect_tells_and_tied_weights_are_stored_once
 @needs_plugin
 def test_a_build_is_reproducible(tiny_checkpoint: Path, tmp_path: Path) -> None:
     first, second = (build(tiny_checkpoint, tmp_path / name, precision="int4") for name in ("a", "b"))
-    assert load_manifest(first).files["decoder.weights"] == load_manifest(second).files["decoder.weights"]
+    assert load_manifest(first).files[WEIGHTS] == load_manifest(second).files[WEIGHTS]
     shutil.rmtree(second)
 
 

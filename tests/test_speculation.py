@@ -21,9 +21,9 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes.acceptance import Acceptance, Draft
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.draft_policy import FixedLength
-from qwen_export.runtimes.acceptance import Acceptance, Draft
 from qwen_export.runtimes.drafting import HeadDrafter, LookupDrafter
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.prefix_reuse import PrefixReuse

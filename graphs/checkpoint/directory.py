@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor
+from qwen_export.graphs.checkpoint.formats.table import logical_weights
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo, read_header
 from qwen_export.graphs.config import CheckpointConfig, load_config
 
 INDEX = "model.safetensors.index.json"
+# Where ModelOpt says how it quantized, in checkpoints whose config.json does not.
+MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration and tensor table; no weight has been read."""
+    """Configuration and tensor table; no weight has been read. `tensors` are those of the files."""
 
     path: Path
     config: CheckpointConfig
     tensors: dict[str, TensorInfo]
+
+    @cached_property
+    def weights(self) -> dict[str, LogicalTensor]:
+        """The weights under their plain names, however they are stored. Raises QwenExportError for a quantization that cannot be read."""
+        return logical_weights(self.tensors, self.config.quantization)
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +43,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not directory.is_dir():
         raise CheckpointError("the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json.")
     config = load_config(directory)
+    if not config.quantization and (directory / MODELOPT).exists():
+        config = replace(config, quantization={"quant_method": "modelopt"} | _json_object(directory / MODELOPT, "quantization settings"))
     return Checkpoint(directory, config, _tensors(directory))
+
+
+def _json_object(path: Path, what: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"the {what} cannot be read", where=str(path), got=error.strerror) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the {what} is not valid JSON", where=str(path), got=error) from error
+    return content if isinstance(content, dict) else {}
 
 
 def _tensors(directory: Path) -> dict[str, TensorInfo]:
@@ -42,13 +65,7 @@ def _tensors(directory: Path) -> dict[str, TensorInfo]:
         if not files:
             raise CheckpointError("the directory has no safetensors files", where=str(directory))
         return _merge(files)
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError("the weight index cannot be read", where=str(index), got=error.strerror) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("the weight index is not valid JSON", where=str(index), got=error) from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = _json_object(index, "weight index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError("the weight index has no weight_map from tensors to files", where=str(index))
     names = sorted(set(weight_map.values()))

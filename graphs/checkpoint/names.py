@@ -97,7 +97,7 @@ def stored_name(config: CheckpointConfig, name: str) -> str:
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     """The dtype of each tensor that is stored for decoder and draft head, by its name among the modules."""
-    config, have, stored = checkpoint.config, checkpoint.tensors, StoredLayout.of(checkpoint)
+    config, have, stored = checkpoint.config, checkpoint.weights, StoredLayout.of(checkpoint)
     names = [name for name, _ in (*stored_tensors(config.text, stored), *mtp_tensors(config.text, stored))]
     return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
 
@@ -108,7 +108,7 @@ def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
     wanted = {stored_name(config, name): shape for name, shape in tensors}
-    have = checkpoint.tensors
+    have = checkpoint.weights
     missing = [name for name in wanted if name not in have]
     if missing:
         raise CheckpointError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.quantization.plan import PrecisionPlan
 from qwen_export.plugins.onnxruntime.choices import Choice
@@ -18,7 +19,8 @@ MICROSOFT = "com.microsoft"
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
     checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
-    `quantization` says which matrices are quantised, None: none. With `speculation` calls may leave tokens pending."""
+    `quantization` says which matrices are quantised, None: none. With `speculation` calls may leave tokens pending. `sizes` are those of a
+    graph with static shapes, `opset` its version."""
 
     config: TextConfig
     precision: str
@@ -26,6 +28,15 @@ class PassContext:
     stored: Mapping[str, str] = field(default_factory=dict)
     speculation: bool = False
     quantization: PrecisionPlan | None = None
+    sizes: CallSizes | None = None
+    opset: int = 21
+
+    @property
+    def static(self) -> CallSizes:
+        """The sizes, in passes of targets that have static shapes only."""
+        if self.sizes is None:
+            raise TypeError("this target's graphs have static shapes, and no sizes were given")
+        return self.sizes
 
     @property
     def activation(self) -> ir.DataType:

@@ -12,7 +12,7 @@ def widen_logits(model: ir.Model, context: PassContext) -> int:
     Result output logits: fp32 = Cast(logits)"""
     graph = model.graph
     logits = graph.outputs[0]
-    if logits.dtype == ir.DataType.FLOAT:
+    if logits.name != "logits" or logits.dtype == ir.DataType.FLOAT:
         return 0
     cast = new_node("", "Cast", [logits], dtype=ir.DataType.FLOAT, to=int(ir.DataType.FLOAT))
     graph.append(cast)

@@ -15,8 +15,8 @@ from qwen_export.errors import CheckpointError
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat
 
 METHODS = ("rtn", "search")
-# Ranges as a share of the one that ends at the largest value. Smaller ones clip the largest value to represent the others better. Rounding to
-# nearest is tried too: "search" is never worse.
+# Ranges as a share of the one that ends at the largest value. Smaller ones clip the largest value to represent the others better. Rounding
+# to nearest is tried too: "search" is never worse.
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 # Rows are quantised a cache's worth at a time.
 _CHUNK = 1 << 16

@@ -86,7 +86,7 @@ def pack(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | None =
     whole = _filled(codes, panels * PANEL_ROWS, blocks * format.block)
     if format.bits == 4:
         pairs = whole.reshape(-1, 2, 4)
-        whole = (pairs[:, 0] | pairs[:, 1] << 4).reshape(panels * PANEL_ROWS, -1)
+        whole = (pairs[:, 0] | np.left_shift(pairs[:, 1], 4)).reshape(panels * PANEL_ROWS, -1)
     # Four bytes of a row stay together: transpose words.
     words = whole.view(np.uint32).reshape(panels, PANEL_ROWS, -1).transpose(0, 2, 1)
     stored = np.zeros((panels, groups * _GROUP * format.block_bytes // 4), np.uint32)

@@ -121,10 +121,7 @@ class PrecisionPlan:
 
 def group_of(name: str) -> str:
     """The group of a parameter, "" for one that is never quantised."""
-    if name.startswith("mtp."):
-        patterns = {"router": GROUPS["router"], "mtp": GROUPS["mtp"]}
-    else:
-        patterns = GROUPS
+    patterns = {group: GROUPS[group] for group in ("router", "mtp")} if name.startswith("mtp.") else GROUPS
     return next((group for group, globs in patterns.items() if any(fnmatchcase(name, glob) for glob in globs)), "")
 
 

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.quantization.methods import quantize
-from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, Bytes, Floats, QuantFormat, dequantize, pack
-from qwen_export.graphs.weights.expression import TensorSource, Weight
-
-# Values that one task quantises.
-_TASK = 1 << 20
+from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, QuantFormat, pack
+from qwen_export.graphs.weights.expression import BLOCK_BYTES, TensorSource, Weight
 
 
 @dataclass(frozen=True)
@@ -33,38 +27,19 @@ class Quantized(Weight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        return self._made(self._read(source, start, stop))
+        values = self.of.rows(source, start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS)).astype(np.float32, copy=False)
+        return pack(self.format, *quantize(self.format, values, self.method))
 
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        """Reading stays in the caller's thread; a few blocks are quantised beside it at a time."""
-        workers = max(1, os.cpu_count() or 1)
-        step = max(1, _TASK // (PANEL_ROWS * self.of.shape[1]))
-        waiting: deque[Future[Bytes]] = deque()
-        with ThreadPoolExecutor(workers) as pool:
-            for start in range(0, self.shape[0], step):
-                values = self._read(source, start, min(self.shape[0], start + step))
-                waiting.append(pool.submit(self._made, values))
-                if len(waiting) > workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+    def elements(self, start: int, stop: int) -> int:
+        """Of the matrix: they are what takes memory while the block is made."""
+        return (stop - start) * PANEL_ROWS * self.of.shape[1]
 
-    def dequantized(self, source: TensorSource) -> Iterator[Floats]:
-        """The matrix that the codes stand for, in blocks of rows: what a run multiplies with."""
-        N, K = self.of.shape
-        step = max(1, _TASK // K)
-        for start in range(0, N, step):
-            values = self.of.rows(source, start, min(N, start + step)).astype(np.float32)
-            yield dequantize(self.format, *quantize(self.format, values, self.method))
+    def spans(self) -> list[tuple[int, int]]:
+        step = max(1, BLOCK_BYTES // (4 * self.elements(0, 1)))
+        return [(start, min(self.shape[0], start + step)) for start in range(0, self.shape[0], step)]
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
-
-    def _read(self, source: TensorSource, start: int, stop: int) -> Floats:
-        return self.of.rows(source, start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS)).astype(np.float32, copy=False)
-
-    def _made(self, values: Floats) -> Bytes:
-        return pack(self.format, *quantize(self.format, values, self.method))
 
 
 @dataclass(frozen=True)
@@ -81,18 +56,15 @@ class QuantizedMatrices(Weight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        return np.stack([self._made(source, e) for e in range(start, stop)])
+        experts = self.of.rows(source, start, stop).astype(np.float32, copy=False)
+        return np.stack([pack(self.format, *quantize(self.format, expert, self.method)) for expert in experts])
 
-    def dequantized(self, source: TensorSource) -> Iterator[Floats]:
-        """The experts that the codes stand for, one [1,N,K] after the other: what a run multiplies with."""
-        for e in range(self.shape[0]):
-            yield dequantize(self.format, *quantize(self.format, self._read(source, e), self.method))[None]
+    def elements(self, start: int, stop: int) -> int:
+        """Of the experts: they are what takes memory while the block is made."""
+        return self.of.elements(start, stop)
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [(e, e + 1) for e in range(self.shape[0])]
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
-
-    def _read(self, source: TensorSource, expert: int) -> Floats:
-        return self.of.rows(source, expert, expert + 1)[0].astype(np.float32, copy=False)
-
-    def _made(self, source: TensorSource, expert: int) -> Bytes:
-        return pack(self.format, *quantize(self.format, self._read(source, expert), self.method))

@@ -46,12 +46,20 @@ class Weight(ABC):
     def nbytes(self) -> int:
         return prod(self.shape) * int(self.dtype.itemsize)
 
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        """The whole tensor in order, in blocks of about BLOCK_BYTES or one row of the first axis, whichever is more."""
+    def elements(self, start: int, stop: int) -> int:
+        """How many elements rows start..stop-1 have."""
+        return (stop - start) * prod(self.shape[1:])
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The first axis cut into ranges whose blocks are of about BLOCK_BYTES in fp32, or of one row where a row has more."""
         count = self.shape[0] if self.shape else 1
         step = max(1, BLOCK_BYTES * count // max(1, prod(self.shape) * 4))
-        for start in range(0, count, step):
-            yield self.rows(source, start, min(count, start + step))
+        return [(start, min(count, start + step)) for start in range(0, count, step)]
+
+    def blocks(self, source: TensorSource) -> Iterator[Array]:
+        """The whole tensor in order, span after span."""
+        for start, stop in self.spans():
+            yield self.rows(source, start, stop)
 
     def evaluate(self, source: TensorSource) -> Array:
         return np.concatenate(list(self.blocks(source)))
@@ -74,16 +82,18 @@ class StoredWeight(Weight):
 
 @dataclass(frozen=True)
 class Offset(Weight):
-    """w + offset, in fp32: the 1 of a zero-centred norm."""
+    """(w + offset) * factor, in fp32: the 1 of a zero-centred norm, and a scale that follows it."""
 
     of: StoredWeight
     offset: float
+    factor: float = 1.0
 
     def __post_init__(self) -> None:
         _set(self, shape=self.of.shape, dtype=self.of.dtype)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        return (source.rows(self.of.name, start, stop) + np.float32(self.offset)).astype(self.dtype.numpy(), copy=False)
+        wide = (source.rows(self.of.name, start, stop) + np.float32(self.offset)) * np.float32(self.factor)
+        return wide.astype(self.dtype.numpy(), copy=False)
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
@@ -136,8 +146,25 @@ class Transposed(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return np.ascontiguousarray(self.of.evaluate(source)[:, start:stop].T)
 
-    def blocks(self, source: TensorSource) -> Iterator[Array]:
-        yield np.ascontiguousarray(self.of.evaluate(source).T)
+    def spans(self) -> list[tuple[int, int]]:
+        return [(0, self.shape[0])]
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Column(Weight):
+    """One column of a matrix, as a vector."""
+
+    of: Weight
+    index: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=self.of.shape[:1], dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.ascontiguousarray(self.of.rows(source, start, stop)[:, self.index])
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
@@ -316,6 +343,7 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 
 
 __all__: Sequence[str] = (
+    "Column",
     "Constant",
     "FirstRows",
     "HeadRows",

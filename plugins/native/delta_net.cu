@@ -6,8 +6,12 @@
 // Few tokens (decode, verify): one block per value head does everything. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
 // in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm; what is pending is replayed before that by
 // the kernel for few tokens, without a new token.
+//
+// Kernels are compiled for each head size D, Dk and Dv alike; on the host it is the shape's.
 
 #include "delta_net.cuh"
+
+#include <type_traits>
 
 #include "device.cuh"
 
@@ -38,10 +42,21 @@ __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 // A count that was written by the caller's caller: out of range it must not become an address.
 __device__ inline int clamped(int64_t count, int most) { return int(min(max(count, int64_t(0)), int64_t(most))); }
 
+// One lane's part of a row that a warp holds.
+template <int D>
+using LanePart = std::conditional_t<D == 128, float4, float2>;
+
+__device__ inline float dot(float4 a, float4 b) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x))); }
+
+__device__ inline float dot(float2 a, float2 b) { return fmaf(a.y, b.y, a.x * b.x); }
+
+__device__ inline float4 scaled(float4 a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
+
+__device__ inline float2 scaled(float2 a, float s) { return make_float2(a.x * s, a.y * s); }
+
 // ---- few tokens ----
 
-constexpr int kLanes = 4;                     // lanes per column
-constexpr int kHeadThreads = kHead * kLanes;  // 512
+constexpr int kHeadThreads = 512;  // of a block, which is one value head
 static_assert(kFewTokens <= kHeadThreads / 32, "a warp writes the outputs of one token");
 
 // The convolution of one channel, as it moves over the rows.
@@ -56,47 +71,50 @@ struct Channel {
   }
 };
 
-__device__ inline float dot(float4 a, float4 b) { return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, a.x * b.x))); }
-
-__device__ inline float4 scaled(float4 a, float s) { return make_float4(a.x * s, a.y * s, a.z * s, a.w * s); }
-
 // With a transaction the accepted rows of `pending` go through the same loop as the new tokens, up to kFewTokens at a time and before the
 // projection of the new ones is complete. So every token is read by the same instructions, whichever call it came with.
 // The registers are as many as it takes not to spill.
-template <typename T, bool TRANSACTION>
+template <typename T, int D, bool TRANSACTION>
 __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
-  __shared__ __align__(16) float q[kFewTokens][kHead], k[kFewTokens][kHead], v[kFewTokens][kHead], o[kFewTokens][kHead];
+  constexpr int kGroups = kHeadThreads / D;
+  constexpr int kLanes = kGroups;           // lanes per column
+  constexpr int kQuads = D / (4 * kLanes);  // float4s of a column that a lane holds
+  constexpr int kItems = D / 32;            // elements of a row that a lane holds, where a warp holds the row
+  using Part = LanePart<D>;
+  __shared__ __align__(16) float q[kFewTokens][D], k[kFewTokens][D], v[kFewTokens][D], o[kFewTokens][D];
   __shared__ float qk[kFewTokens], gate[kFewTokens], beta[kFewTokens];
   __shared__ bool last;
 
   const int hv = blockIdx.x, b = blockIdx.y, tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
   const int Hk = shape.Hk, Hv = shape.Hv, tokens = shape.T, ratio = Hv / Hk, hk = hv / ratio;
+  shape.D = D;  // now the compiler knows it
   const int C = shape.channels(), width = shape.width();
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   T* history_out = in.history_out + size_t(b) * (kTaps - 1) * C;
   int pending = TRANSACTION ? clamped(in.accepted[b], shape.P) : 0;  // rows to replay
   const int commit = TRANSACTION ? clamped(in.commit[b], tokens) : tokens;
 
-  // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds k = 16 j + 4 p + 0..3.
+  // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds
+  // k = 4 (kLanes j + p) + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
-  const size_t at = ((size_t(b) * Hv + hv) * kHead + column) * kHead + part * 4;
-  float4 S[8];
+  const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;
+  float4 S[kQuads];
 #pragma unroll
-  for (int j = 0; j < 8; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * 16);
+  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * kLanes * 4);
   auto store_state = [&] {
 #pragma unroll
-    for (int j = 0; j < 8; j++) *reinterpret_cast<float4*>(in.state_out + at + j * 16) = S[j];
+    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(in.state_out + at + j * kLanes * 4) = S[j];
   };
-  // 384 threads own a channel each; taps and history do not depend on the projection either.
-  const int group = tid / kHead, within = tid % kHead;  // 0: q, 1: k, 2: v
-  const int channel = group == 0 ? hk * kHead + within : group == 1 ? (Hk + hk) * kHead + within : (2 * Hk + hv) * kHead + within;
+  // 3 D threads own a channel each; taps and history do not depend on the projection either.
+  const int group = tid / D, within = tid % D;  // 0: q, 1: k, 2: v, 3: gates
+  const int channel = group == 0 ? hk * D + within : group == 1 ? (Hk + hk) * D + within : (2 * Hk + hv) * D + within;
   T new_history[kTaps - 1];
   if (group < 3) {
 #pragma unroll
     for (int i = 0; i < kTaps - 1; i++) new_history[i] = history[i * C + channel];
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
-  float norm[4], gating[4];  // warp t writes token t
+  float norm[kItems], gating[kItems];  // warp t writes token t
   const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
   while (true) {
     const bool replay = TRANSACTION && pending > 0;
@@ -110,34 +128,34 @@ __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetSh
     }
     if (!replay) {
 #pragma unroll
-      for (int i = 0; i < 4; i++) norm[i] = to_float(in.norm[lane * 4 + i]);
+      for (int i = 0; i < kItems; i++) norm[i] = to_float(in.norm[lane * kItems + i]);
       wait_for_previous();
       let_next_start();
       rows = in.packed + size_t(b) * tokens * width;
       if (warp < tokens) {
 #pragma unroll
-        for (int i = 0; i < 4; i++) gating[i] = to_float(rows[size_t(warp) * width + C + hv * kHead + lane * 4 + i]);
+        for (int i = 0; i < kItems; i++) gating[i] = to_float(rows[size_t(warp) * width + C + hv * D + lane * kItems + i]);
       }
     }
     if (group < 3) {
       float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
       for (int t = 0; t < count; t++) {
         const T value = rows[size_t(t) * width + channel];
-        into[t * kHead + within] = conv.next(to_float(value));
+        into[t * D + within] = conv.next(to_float(value));
         if (!TRANSACTION || replay || t < commit) new_history[0] = new_history[1], new_history[1] = new_history[2], new_history[2] = value;
       }
-    } else if (within < count) {
-      const T* row = rows + size_t(within) * width + C + Hv * kHead;
+    } else if ((kGroups == 4 || group == 3) && within < count) {
+      const T* row = rows + size_t(within) * width + C + Hv * D;
       gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
       beta[within] = sigmoid(to_float(row[Hv + hv]));
     }
     __syncthreads();
     if (const int t = warp; t < count) {
-      float4 a = reinterpret_cast<float4*>(q[t])[lane], c = reinterpret_cast<float4*>(k[t])[lane];
-      a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(kHead)));
+      Part a = reinterpret_cast<Part*>(q[t])[lane], c = reinterpret_cast<Part*>(k[t])[lane];
+      a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(D)));
       c = scaled(c, rsqrtf(warp_sum(dot(c, c)) + kL2Eps));
       const float both = warp_sum(dot(a, c));
-      reinterpret_cast<float4*>(q[t])[lane] = a, reinterpret_cast<float4*>(k[t])[lane] = c;
+      reinterpret_cast<Part*>(q[t])[lane] = a, reinterpret_cast<Part*>(k[t])[lane] = c;
       if (lane == 0) qk[t] = both;
     }
     // A key head's part of the history is read by all its value heads: the last of them to have read it writes it.
@@ -159,12 +177,12 @@ __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetSh
     for (int t = 0; t < count; t++) {
       if (TRANSACTION && !replay && t == commit) store_state();
       float sk = 0.0f, sq = 0.0f;
-      float4 key[8];
+      float4 key[kQuads];
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
-        key[j] = reinterpret_cast<const float4*>(k[t])[j * 4 + part];
+      for (int j = 0; j < kQuads; j++) {
+        key[j] = reinterpret_cast<const float4*>(k[t])[j * kLanes + part];
         sk += dot(S[j], key[j]);
-        sq += dot(S[j], reinterpret_cast<const float4*>(q[t])[j * 4 + part]);
+        sq += dot(S[j], reinterpret_cast<const float4*>(q[t])[j * kLanes + part]);
       }
 #pragma unroll
       for (int step = 1; step < kLanes; step *= 2) {
@@ -174,7 +192,7 @@ __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetSh
       const float e = gate[t], delta = beta[t] * fmaf(-e, sk, v[t][column]);
       if (part == 0) o[t][column] = fmaf(qk[t], delta, e * sq);
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
+      for (int j = 0; j < kQuads; j++) {
         S[j].x = fmaf(delta, key[j].x, e * S[j].x), S[j].y = fmaf(delta, key[j].y, e * S[j].y);
         S[j].z = fmaf(delta, key[j].z, e * S[j].z), S[j].w = fmaf(delta, key[j].w, e * S[j].w);
       }
@@ -187,12 +205,12 @@ __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetSh
   __syncthreads();
 
   if (warp < tokens) {
-    const float4 a = reinterpret_cast<const float4*>(o[warp])[lane];
-    const float scale = rsqrtf(warp_sum(dot(a, a)) / kHead + eps);
-    T* y = in.y + (size_t(b) * tokens + warp) * Hv * kHead + hv * kHead + lane * 4;
-    const float value[4] = {a.x, a.y, a.z, a.w};
+    const Part a = reinterpret_cast<const Part*>(o[warp])[lane];
+    const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
+    T* y = in.y + (size_t(b) * tokens + warp) * Hv * D + hv * D + lane * kItems;
+    const float* value = &a.x;
 #pragma unroll
-    for (int i = 0; i < 4; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
+    for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
   }
 }
 
@@ -205,9 +223,9 @@ constexpr int kThreads = kColumns * kSplit;
 
 // fp32, tokens padded to whole chunks with tokens that leave the state alone.
 struct Workspace {
-  float* qk;     // [B,Hk,T',2,128]
-  float* v;      // [B,Hv,T',128]
-  float* o;      // [B,Hv,T',128]
+  float* qk;     // [B,Hk,T',2,D]
+  float* v;      // [B,Hv,T',D]
+  float* o;      // [B,Hv,T',D]
   float* dot;    // [B,Hk,T']       q.k
   float* gates;  // [B,Hv,T',2]     decay, beta
 };
@@ -218,9 +236,9 @@ Workspace divide(const DeltaNetShape& s, void* memory) {
   const size_t n = size_t(s.B) * padded(s.T);
   Workspace w;
   w.qk = static_cast<float*>(memory);
-  w.v = w.qk + n * s.Hk * 2 * kHead;
-  w.o = w.v + n * s.Hv * kHead;
-  w.dot = w.o + n * s.Hv * kHead;
+  w.v = w.qk + n * s.Hk * 2 * s.D;
+  w.o = w.v + n * s.Hv * s.D;
+  w.dot = w.o + n * s.Hv * s.D;
   w.gates = w.dot + n * s.Hk;
   return w;
 }
@@ -233,8 +251,11 @@ __device__ inline int read_tokens(const int64_t* commit, int b, int tokens) {
 }
 
 // A warp makes one token of one key head (q and k) or of one value head (v and the gates).
-template <typename T>
+template <typename T, int D>
 __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Workspace out, int padded_tokens) {
+  using Part = LanePart<D>;
+  constexpr int kItems = D / 32;
+  shape.D = D;
   wait_for_previous();
   let_next_start();
   const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, b = blockIdx.z;
@@ -243,36 +264,42 @@ __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Works
   const bool real = t < read_tokens(in.commit, b, shape.T);
   const T* packed = in.packed + size_t(b) * shape.T * width;
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
-  auto four = [&](int channel) {
-    float4 u = make_float4(0, 0, 0, 0);
+  auto part = [&](int channel) {
+    Part u{};
     if (real) {
       float* item = &u.x;
 #pragma unroll
-      for (int i = 0; i < 4; i++) item[i] = convolve(packed, history, in.conv, t, channel + i, C, width);
+      for (int i = 0; i < kItems; i++) item[i] = convolve(packed, history, in.conv, t, channel + i, C, width);
     }
     return u;
   };
   if (int(blockIdx.y) < Hk) {
     const int h = blockIdx.y;
-    float4 q = four(h * kHead + lane * 4), k = four((Hk + h) * kHead + lane * 4);
-    const float sq = rsqrtf(warp_sum(q.x * q.x + q.y * q.y + q.z * q.z + q.w * q.w) + kL2Eps) * rsqrtf(float(kHead));
-    const float sk = rsqrtf(warp_sum(k.x * k.x + k.y * k.y + k.z * k.z + k.w * k.w) + kL2Eps);
-    q = make_float4(q.x * sq, q.y * sq, q.z * sq, q.w * sq), k = make_float4(k.x * sk, k.y * sk, k.z * sk, k.w * sk);
-    const float dot = warp_sum(q.x * k.x + q.y * k.y + q.z * k.z + q.w * k.w);
+    Part q = part(h * D + lane * kItems), k = part((Hk + h) * D + lane * kItems);
+    const float sq = rsqrtf(warp_sum(dot(q, q)) + kL2Eps) * rsqrtf(float(D));
+    const float sk = rsqrtf(warp_sum(dot(k, k)) + kL2Eps);
+    q = scaled(q, sq), k = scaled(k, sk);
+    const float qk = warp_sum(dot(q, k));
     const size_t row = (size_t(b) * Hk + h) * padded_tokens + t;
-    reinterpret_cast<float4*>(out.qk + row * 2 * kHead)[lane] = q;
-    reinterpret_cast<float4*>(out.qk + row * 2 * kHead + kHead)[lane] = k;
-    if (lane == 0) out.dot[row] = dot;
+    reinterpret_cast<Part*>(out.qk + row * 2 * D)[lane] = q;
+    reinterpret_cast<Part*>(out.qk + row * 2 * D + D)[lane] = k;
+    if (lane == 0) out.dot[row] = qk;
   } else {
     const int h = blockIdx.y - Hk;
     const size_t row = (size_t(b) * Hv + h) * padded_tokens + t;
-    reinterpret_cast<float4*>(out.v + row * kHead)[lane] = four((2 * Hk + h) * kHead + lane * 4);
+    reinterpret_cast<Part*>(out.v + row * D)[lane] = part((2 * Hk + h) * D + lane * kItems);
     if (lane == 0) {
-      const T* gates = packed + size_t(real ? t : 0) * width + C + Hv * kHead;
+      const T* gates = packed + size_t(real ? t : 0) * width + C + Hv * D;
       out.gates[row * 2] = real ? decay(to_float(gates[h]), in.a_log[h], in.dt_bias[h]) : 1.0f;
       out.gates[row * 2 + 1] = real ? sigmoid(to_float(gates[Hv + h])) : 0.0f;
     }
   }
+}
+
+template <int N>
+__device__ inline float sum(const float* x) {
+  if constexpr (N == 1) return x[0];
+  else return sum<N / 2>(x) + sum<N / 2>(x + N / 2);
 }
 
 __device__ inline void copy_async(void* shared, const void* global) {
@@ -280,10 +307,12 @@ __device__ inline void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(address), "l"(global));
 }
 
+template <int D>
 __global__ void __launch_bounds__(kThreads) recurrence_kernel(
     DeltaNetShape shape, const float* state, float* state_out, const int64_t* commit, Workspace w, int padded_tokens) {
+  constexpr int kQuads = D / (4 * kSplit);  // float4s of a column that a lane holds
   struct Stage {
-    float qk[kChunk][2][kHead], v[kChunk][kColumns], gates[kChunk][2], dot[kChunk];
+    float qk[kChunk][2][D], v[kChunk][kColumns], gates[kChunk][2], dot[kChunk];
   };
   __shared__ __align__(16) Stage stage[2];
   __shared__ float o[kChunk][kColumns];
@@ -291,27 +320,27 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
   const int hk = hv / (shape.Hv / shape.Hk);
   const int column = tid / kSplit, part = tid % kSplit;
   const size_t key_row = (size_t(b) * shape.Hk + hk) * padded_tokens, value_row = (size_t(b) * shape.Hv + hv) * padded_tokens;
-  const size_t at = ((size_t(b) * shape.Hv + hv) * kHead + first + column) * kHead + part * 4;
+  const size_t at = ((size_t(b) * shape.Hv + hv) * D + first + column) * D + part * 4;
 
-  float4 S[4];  // k = 32 j + 4 part + 0..3
+  float4 S[kQuads];  // k = 32 j + 4 part + 0..3
 #pragma unroll
-  for (int j = 0; j < 4; j++) S[j] = *reinterpret_cast<const float4*>(state + at + j * 32);
+  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(state + at + j * 32);
   const bool keep = commit == nullptr || commit[b] > 0;
   auto store_state = [&] {
 #pragma unroll
-    for (int j = 0; j < 4; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
+    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
   };
   wait_for_previous();
   let_next_start();
   if (!keep) store_state();
 
   auto fetch = [&](Stage& into, int t) {
-    const float* qk = w.qk + (key_row + t) * 2 * kHead;
+    const float* qk = w.qk + (key_row + t) * 2 * D;
 #pragma unroll
-    for (int i = 0; i < kChunk * 2 * kHead / 4 / kThreads; i++)
+    for (int i = 0; i < kChunk * 2 * D / 4 / kThreads; i++)
       copy_async(&into.qk[0][0][0] + (i * kThreads + tid) * 4, qk + (i * kThreads + tid) * 4);
     if (tid < kChunk * kColumns / 4)
-      copy_async(&into.v[tid / 4][tid % 4 * 4], w.v + (value_row + t + tid / 4) * kHead + first + tid % 4 * 4);
+      copy_async(&into.v[tid / 4][tid % 4 * 4], w.v + (value_row + t + tid / 4) * D + first + tid % 4 * 4);
     else if (tid < 64 + kChunk * 2 / 4)
       copy_async(&into.gates[0][0] + (tid - 64) * 4, w.gates + (value_row + t) * 2 + (tid - 64) * 4);
     else if (tid >= 96 && tid < 96 + kChunk / 4)
@@ -329,16 +358,16 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
     for (int i = 0; i < kChunk; i++) {
       const float4* query = reinterpret_cast<const float4*>(in.qk[i][0]);
       const float4* key = reinterpret_cast<const float4*>(in.qk[i][1]);
-      float4 k[4];
-      float sk[4], sq[4];
+      float4 k[kQuads];
+      float sk[kQuads], sq[kQuads];
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+      for (int j = 0; j < kQuads; j++) {
         k[j] = key[j * 8 + part];
         const float4 q = query[j * 8 + part];
         sk[j] = S[j].x * k[j].x + S[j].y * k[j].y + S[j].z * k[j].z + S[j].w * k[j].w;
         sq[j] = S[j].x * q.x + S[j].y * q.y + S[j].z * q.z + S[j].w * q.w;
       }
-      float a = (sk[0] + sk[1]) + (sk[2] + sk[3]), c = (sq[0] + sq[1]) + (sq[2] + sq[3]);
+      float a = sum<kQuads>(sk), c = sum<kQuads>(sq);
 #pragma unroll
       for (int step = 1; step < kSplit; step *= 2) {
         a += __shfl_xor_sync(0xffffffffu, a, step);
@@ -347,34 +376,37 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
       const float e = in.gates[i][0], delta = in.gates[i][1] * (in.v[i][column] - e * a);
       if (part == 0) o[i][column] = e * c + in.dot[i] * delta;
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
+      for (int j = 0; j < kQuads; j++) {
         S[j].x = e * S[j].x + delta * k[j].x, S[j].y = e * S[j].y + delta * k[j].y;
         S[j].z = e * S[j].z + delta * k[j].z, S[j].w = e * S[j].w + delta * k[j].w;
       }
     }
     __syncthreads();
     for (int i = tid; i < kChunk * kColumns; i += kThreads)
-      w.o[(value_row + t0 + i / kColumns) * kHead + first + i % kColumns] = o[i / kColumns][i % kColumns];
+      w.o[(value_row + t0 + i / kColumns) * D + first + i % kColumns] = o[i / kColumns][i % kColumns];
   }
   if (keep) store_state();
 }
 
 // A warp per token and value head.
-template <typename T>
+template <typename T, int D>
 __global__ void gated_norm_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, const float* o, int padded_tokens) {
+  using Part = LanePart<D>;
+  constexpr int kItems = D / 32;
+  shape.D = D;
   wait_for_previous();
   let_next_start();
   const int lane = threadIdx.x % 32, t = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, h = blockIdx.y, b = blockIdx.z;
   if (t >= shape.T) return;
   const int Hv = shape.Hv, C = shape.channels(), width = shape.width();
-  const float4 a = reinterpret_cast<const float4*>(o + ((size_t(b) * Hv + h) * padded_tokens + t) * kHead)[lane];
-  const float scale = rsqrtf(warp_sum(a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w) / kHead + eps);
+  const Part a = reinterpret_cast<const Part*>(o + ((size_t(b) * Hv + h) * padded_tokens + t) * D)[lane];
+  const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
   const T* packed = in.packed + (size_t(b) * shape.T + t) * width;
-  const T* z = packed + C + h * kHead + lane * 4;
-  T* y = in.y + ((size_t(b) * shape.T + t) * Hv + h) * kHead + lane * 4;
-  const float value[4] = {a.x, a.y, a.z, a.w};
+  const T* z = packed + C + h * D + lane * kItems;
+  T* y = in.y + ((size_t(b) * shape.T + t) * Hv + h) * D + lane * kItems;
+  const float* value = &a.x;
 #pragma unroll
-  for (int i = 0; i < 4; i++) y[i] = from_float<T>(value[i] * scale * to_float(in.norm[lane * 4 + i]) * silu(to_float(z[i])));
+  for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * to_float(in.norm[lane * kItems + i]) * silu(to_float(z[i])));
 }
 
 // The three rows of (history | qkv) before the first token that is not committed.
@@ -398,34 +430,42 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
 
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
-template <typename T>
+template <typename T, int D>
 void few_tokens(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, int* arrivals, int arrivals_size, cudaStream_t stream) {
   if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
-  launch(in.accepted == nullptr ? few_tokens_kernel<T, false> : few_tokens_kernel<T, true>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps,
+  launch(in.accepted == nullptr ? few_tokens_kernel<T, D, false> : few_tokens_kernel<T, D, true>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps,
          arrivals);
+}
+
+template <typename T, int D>
+void delta_net_of_head(
+    const DeltaNetShape& s, const DeltaNetTensors<T>& given, float eps, void* workspace, int* arrivals, int arrivals_size, cudaStream_t stream) {
+  if (in_one_kernel(s)) return few_tokens<T, D>(s, given, eps, arrivals, arrivals_size, stream);
+  DeltaNetTensors<T> in = given;
+  if (in.accepted != nullptr && s.P > 0) {
+    few_tokens<T, D>(DeltaNetShape{s.B, 0, s.Hk, s.Hv, s.P, D}, in, eps, arrivals, arrivals_size, stream);
+    in.state = in.state_out, in.history = in.history_out;
+  }
+  const Workspace w = divide(s, workspace);
+  const int tokens = padded(s.T), per_block = 4;
+  launch(prepare_kernel<T, D>, dim3((tokens + per_block - 1) / per_block, s.Hk + s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, w, tokens);
+  launch(history_kernel<T>, dim3((s.channels() + 255) / 256, s.B), dim3(256), 0, stream, s, in);
+  launch(recurrence_kernel<D>, dim3(D / kColumns, s.Hv, s.B), dim3(kThreads), 0, stream, s, in.state, in.state_out, in.commit, w, tokens);
+  launch(gated_norm_kernel<T, D>, dim3((s.T + per_block - 1) / per_block, s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, eps, w.o, tokens);
 }
 
 }  // namespace
 
 size_t delta_net_workspace(const DeltaNetShape& s) {
   if (in_one_kernel(s)) return 0;
-  return sizeof(float) * size_t(s.B) * padded(s.T) * (size_t(s.Hk) * (2 * kHead + 1) + size_t(s.Hv) * (2 * kHead + 2));
+  return sizeof(float) * size_t(s.B) * padded(s.T) * (size_t(s.Hk) * (2 * s.D + 1) + size_t(s.Hv) * (2 * s.D + 2));
 }
 
 template <typename T>
 void delta_net(const DeltaNetShape& s, const DeltaNetTensors<T>& given, float eps, void* workspace, int* arrivals, int arrivals_size, cudaStream_t stream) {
-  if (in_one_kernel(s)) return few_tokens(s, given, eps, arrivals, arrivals_size, stream);
-  DeltaNetTensors<T> in = given;
-  if (in.accepted != nullptr && s.P > 0) {
-    few_tokens(DeltaNetShape{s.B, 0, s.Hk, s.Hv, s.P}, in, eps, arrivals, arrivals_size, stream);
-    in.state = in.state_out, in.history = in.history_out;
-  }
-  const Workspace w = divide(s, workspace);
-  const int tokens = padded(s.T), per_block = 4;
-  launch(prepare_kernel<T>, dim3((tokens + per_block - 1) / per_block, s.Hk + s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, w, tokens);
-  launch(history_kernel<T>, dim3((s.channels() + 255) / 256, s.B), dim3(256), 0, stream, s, in);
-  launch(recurrence_kernel, dim3(kHead / kColumns, s.Hv, s.B), dim3(kThreads), 0, stream, s, in.state, in.state_out, in.commit, w, tokens);
-  launch(gated_norm_kernel<T>, dim3((s.T + per_block - 1) / per_block, s.Hv, s.B), dim3(per_block * 32), 0, stream, s, in, eps, w.o, tokens);
+  if (!takes_head(s.D)) throw std::runtime_error("DeltaNet: heads must have 64 or 128 values");
+  const auto run = s.D == 64 ? delta_net_of_head<T, 64> : delta_net_of_head<T, 128>;
+  run(s, given, eps, workspace, arrivals, arrivals_size, stream);
 }
 
 #define INSTANTIATE(T) \

@@ -8,22 +8,23 @@
 
 namespace qwen {
 
-constexpr int kHead = 128;     // Dk and Dv
 constexpr int kTaps = 4;       // taps of the convolution
 constexpr int kFewTokens = 9;  // up to here one kernel does everything: a verify of a draft of 8
 
 struct DeltaNetShape {
-  int B, T, Hk, Hv, P;  // P: rows of `pending`
-  __host__ __device__ int channels() const { return (2 * Hk + Hv) * kHead; }  // of the convolution: q | k | v
-  __host__ __device__ int width() const { return channels() + Hv * kHead + 2 * Hv; }
+  int B, T, Hk, Hv, P, D;  // P: rows of `pending`, D: Dk and Dv
+  __host__ __device__ int channels() const { return (2 * Hk + Hv) * D; }  // of the convolution: q | k | v
+  __host__ __device__ int width() const { return channels() + Hv * D + 2 * Hv; }
 };
 
-// packed [B,T,C+Hv*128+2Hv] = qkv | z | a | b   conv [C,4]  a_log, dt_bias f32[Hv]  norm [128]
-// history [B,3,C] and state f32[B,Hv,Dv,Dk] (V-major); each may be the same memory as its successor
+constexpr bool takes_head(int64_t D) { return D == 64 || D == 128; }
+
+// packed [B,T,C+Hv*D+2Hv] = qkv | z | a | b   conv [C,4]  a_log, dt_bias f32[Hv]  norm [D]
+// history [B,3,C] and state f32[B,Hv,D,D] (V-major: Dv, Dk); each may be the same memory as its successor
 // pending [B,P,width], accepted [B] in 0..P, commit [B] in 0..T: the transaction of plugins/ops/gated_delta_net.py. `pending` is the packed
 // projection of an earlier call; rows from `accepted` on are not read. `accepted` and `commit` are both null without a transaction: then
 // nothing is pending and all tokens are committed. All three belong to earlier work in the stream than the kernel before this call.
-// y [B,T,Hv*128]; unspecified at t >= commit > 0
+// y [B,T,Hv*D]; unspecified at t >= commit > 0
 template <typename T>
 struct DeltaNetTensors {
   const T *packed, *conv;

@@ -197,9 +197,9 @@ class SwiGluKernel {
   float eps_;
 };
 
-// packed [B,T,C+Hv*128+2Hv] (qkv | z | a | b), conv [C,4], a_log f32[Hv], dt_bias f32[Hv], norm [128], history [B,3,C],
-// state f32[B,Hv,128,128] (V-major), and for a transaction pending [B,P,width], accepted i64[B], commit i64[B]
-//   ->  y [B,T,Hv*128], history', state'
+// packed [B,T,C+Hv*D+2Hv] (qkv | z | a | b), conv [C,4], a_log f32[Hv], dt_bias f32[Hv], norm [D], history [B,3,C],
+// state f32[B,Hv,D,D] (V-major), and for a transaction pending [B,P,width], accepted i64[B], commit i64[B]
+//   ->  y [B,T,Hv*D], history', state'
 template <typename T>
 class DeltaNetKernel {
  public:
@@ -215,8 +215,8 @@ class DeltaNetKernel {
   void Compute(OrtKernelContext* context) {
     Call call(context);
     const auto packed = call.shape(0), state = call.shape(6), history = call.shape(5);
-    expect(packed.size() == 3 && state.size() == 4 && state[2] == qwen::kHead && state[3] == qwen::kHead, "DeltaNet: heads must have 128 values");
-    qwen::DeltaNetShape shape{int(packed[0]), int(packed[1]), key_heads_, int(state[1]), 0};
+    expect(packed.size() == 3 && state.size() == 4 && state[2] == state[3] && qwen::takes_head(state[3]), "DeltaNet: heads must have 64 or 128 values");
+    qwen::DeltaNetShape shape{int(packed[0]), int(packed[1]), key_heads_, int(state[1]), 0, int(state[3])};
     expect(shape.Hv % shape.Hk == 0 && shape.width() == packed[2] && history[2] == shape.channels(), "DeltaNet: the packed projection does not fit the heads");
     expect(call.shape(1).back() == qwen::kTaps, "DeltaNet: the convolution must have 4 taps");
     const bool transaction = call.has(7);
@@ -237,7 +237,7 @@ class DeltaNetKernel {
                                      call.optional<T>(7),
                                      call.optional<int64_t>(8),
                                      call.optional<int64_t>(9),
-                                     call.output<T>(0, {packed[0], packed[1], state[1] * qwen::kHead}),
+                                     call.output<T>(0, {packed[0], packed[1], state[1] * state[3]}),
                                      call.output<T>(1, history),
                                      call.output<float>(2, state)};
     if (shape.B == 0) return;

@@ -71,10 +71,12 @@ def _native_limit(config: TextConfig) -> str:
 
 
 def _native_delta_net_limit(config: TextConfig) -> str:
-    shape = (config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim)
-    if shape != (128, 128, 4) or config.linear_num_key_heads > 64:
-        return f"the native DeltaNet has heads of 128 values and 4 taps, and this model has {shape}"
-    return _native_limit(config)
+    """Its loads are of single elements of the projection and of four of the state: no width has to be a multiple of 8."""
+    Dk, Dv, taps, Hk = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, config.linear_num_key_heads
+    if Dk != Dv or Dk not in (64, 128) or taps != 4 or Hk > 64:
+        takes = "keys and values of 64 or of 128 values, 4 taps and at most 64 key heads"
+        return f"the native DeltaNet takes {takes}, and this model has {Dk} and {Dv}, {taps} and {Hk}"
+    return ""
 
 
 def _transaction_limit(config: TextConfig) -> str:

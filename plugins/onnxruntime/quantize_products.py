@@ -73,7 +73,7 @@ def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, w
         [node.inputs[0], packed, *node.inputs[2:]],
         like=node.outputs[0],
         epsilon=node.attributes.get_float("epsilon"),
-        **attributes,
+        **attributes,  # type: ignore[arg-type]
     )
     made.outputs[0].shape = node.outputs[0].shape
     return made
@@ -82,13 +82,19 @@ def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, w
 def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
     value = node.inputs[0]
     weight = weight_of(value)
-    if value is None or value.name is None or weight is None or len(weight.shape) != 2 or node.attributes.get_int("axis", 0):
+    if (
+        value is None
+        or value.name is None
+        or weight is None
+        or len(weight.shape) != 2
+        or ("axis" in node.attributes and node.attributes.get_int("axis"))
+    ):
         return 0
     ((chosen, _),) = _by_format(weight, plan)
     if chosen.quant is None:
         return 0
     packed, attributes = _packed(graph, value.name, chosen, weight)
-    made = new_node(NATIVE, QUANT_GATHER, [node.inputs[1], packed], like=node.outputs[0], **attributes)
+    made = new_node(NATIVE, QUANT_GATHER, [node.inputs[1], packed], like=node.outputs[0], **attributes)  # type: ignore[arg-type]
     made.outputs[0].shape = node.outputs[0].shape
     replace_node(graph, node, [made], made.outputs)
     return 1

@@ -10,7 +10,12 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
+from qwen_export.plugins.standard.choices import DECOMPOSABLE
+from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
 
 
@@ -22,7 +27,7 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; fp32 on cpu, fp16 on cuda by default. int8, int4: quantised weights.",
+    help="Weights and activations; fp32 on cpu, else fp16 by default. int8, int4: quantised weights.",
 )
 @click.option(
     "--plan",
@@ -31,29 +36,55 @@ from qwen_export.targets import PRECISIONS, TARGETS
     metavar="FILE",
     help="TOML file that overrides which matrices int8 or int4 quantises, and how.",
 )
-@click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
+@click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default the whole vocabulary.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
+@click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
+@click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
+@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; targets onnx and directml.")
+@click.option(
+    "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
+)
+@click.option(
+    "--weights",
+    default="copy",
+    show_default=True,
+    type=click.Choice(["copy", "reference"]),
+    help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
+)
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
+@click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 def command(
     checkpoint: Path,
     output: Path,
     target: str,
     precision: str | None,
-    device: str,
+    device: str | None,
     max_context: int | None,
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
     plan_file: Path | None,
     dump_ir: Path | None,
+    opset: int | None,
+    chunk: int | None,
+    step_tokens: int,
+    decompose: tuple[str, ...],
+    weights: str,
+    jobs: int | None,
+    max_memory: float | None,
     force: bool,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
     started = time.monotonic()
+    device = device or TARGETS[target].devices[0]
+    options = StaticOptions(chunk, step_tokens, opset, decompose)
+    if not TARGETS[target].static and options != StaticOptions():
+        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for the targets onnx and directml")
     columns = (
         TextColumn("{task.description}", table_column=None),
         BarColumn(),
@@ -61,6 +92,9 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision in QUANTIZED:
+        plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
+        click.echo("\n".join(plan.quantization_lines), err=True)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
@@ -72,14 +106,18 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp16" if device == "cuda" else "fp32"),
+            precision=precision or ("fp32" if device == "cpu" else "fp16"),
             max_context=max_context,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
             plan_file=plan_file,
             dump_ir=dump_ir,
+            weights=weights,
+            jobs=jobs,
+            max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
+            options=options,
             report=report,
         )
     total = sum(entry.size for entry in load_manifest(output).files.values())

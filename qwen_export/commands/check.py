@@ -24,6 +24,9 @@ def command(bundle: Path) -> None:
         task = bar.add_task("hashing", total=total)
         ensure_whole(bundle, manifest, lambda name, n: bar.update(task, advance=n, description=f"hashing {name}"), again=True)
     click.echo(f"files      {len(manifest.files)} files, {size(total)}, all hashes match")
+    if manifest.references:
+        outside = sum(reference.size for reference in manifest.references.values())
+        click.echo(f"outside    {len(manifest.references)} checkpoint files, {size(outside)}, unchanged since the build")
     check_runnable(manifest)
     operators = len(manifest.target.operators)
     click.echo(

@@ -1,0 +1,221 @@
+"""Prefill of target onnx next to the same graph with the recurrence as an ONNX Scan over tokens, ONNX Runtime CPU, fp32, in one run.
+
+    python benchmarks/portable_prefill.py CHECKPOINT [--tokens 2048] [--layers 24] [--rounds 2] [--threads 1]
+
+Two comparisons. `recurrence`: the delta rule of one layer alone, from q, k, v, gates and state to outputs and state. `model`: the whole
+prompt, where both sides pay the same matrix products. The Scan has nothing in its body but the recurrence; convolution, norms and gates are
+computed for all tokens at once, and its graph reads the whole prompt in one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qwen_export import build
+from qwen_export.compiler import lower_static
+from qwen_export.graphs.call_sizes import CallSizes
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import FAMILY
+from qwen_export.graphs.weights.writer import write_weights
+from qwen_export.plan import plan_build
+from qwen_export.plugins.decompose.delta_rule import in_chunks
+from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
+from qwen_export.plugins.onnxruntime.choices import Choice
+from qwen_export.plugins.onnxruntime.common import layer_prefix
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.standard.lowerings import LOWERINGS
+from qwen_export.runtimes import load
+from qwen_export.static_plan import PROMPT_GRAPH, StaticOptions
+from qwen_export.targets import ONNX
+
+
+def scan_rule(
+    emit: Emitter,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    g: ir.Value,
+    beta: ir.Value,
+    state: ir.Value,
+    length: int,
+    keep: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """The recurrence token by token in a Scan: all tokens enter the state."""
+    names = ("state", "q", "k", "v", "g", "beta")
+    inner = {name: ir.Value(name=f"{emit.prefix}.body.{name}", type=ir.TensorType(ir.DataType.FLOAT)) for name in names}
+    body = ir.Graph(list(inner.values()), [], nodes=[], name=f"{emit.prefix}.body")
+    step = Emitter(body, f"{emit.prefix}.body")
+    decayed = step.mul(inner["state"], step.exp(inner["g"]))
+    u = step.mul(inner["beta"], step.sub(inner["v"], step.matmul(inner["k"], decayed)))
+    after = step.add(decayed, step.mul(step.transpose(inner["k"], 0, 1, 3, 2), u))
+    out = step.matmul(inner["q"], after)
+    body.extend(step.nodes)
+    body.outputs.extend([after, out])
+    # [1,H,L,D] -> [L,1,H,1,D]: slices along the first axis cost least.
+    moved = [emit("", "Unsqueeze", [emit.transpose(x, 2, 0, 1, 3), emit.ints(3)], like=x)[0] for x in (q, k, v, g, beta)]
+    node = ir.Node(
+        "",
+        "Scan",
+        [state, *moved],
+        [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(moved))],
+        num_outputs=2,
+        name=f"{emit.prefix}.scan",
+    )
+    state_after, stacked = node.outputs
+    for value in node.outputs:
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    state_after.name, stacked.name = f"{emit.prefix}.scan.0", f"{emit.prefix}.scan.1"
+    emit.nodes.append(node)
+    (rows,) = emit("", "Squeeze", [stacked, emit.ints(3)], like=q)
+    return emit.transpose(rows, 1, 2, 0, 3), state_after
+
+
+def _lower_scan(graph: ir.Graph, node: ir.Node, context: Any, shared: dict[str, ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+    emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    sizes = Sizes.of(context.config, context.static.T, context.static.P)
+    results = emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, scan_rule)
+    return emit.nodes, list(results)
+
+
+def scan_model(checkpoint: Path, tokens: int, directory: Path) -> Path:
+    """The model with a Scan, for one call over the whole prompt."""
+    source = open_checkpoint(checkpoint)
+    plan = plan_build(source, "onnx", max_context=tokens)
+    assert plan.static is not None
+    LOWERINGS[("gated_delta_net", "scan")] = _lower_scan
+    target = dataclasses.replace(plan.target, passes=plan.target.passes[:-1])  # the last one refuses control flow
+    static = dataclasses.replace(plan.static, calls={PROMPT_GRAPH: CallSizes(tokens, 0, tokens, 0, padded=False)})
+    plan = dataclasses.replace(plan, target=target, static=static, choices=plan.choices | {"gated_delta_net": Choice("scan", ())})
+    model = lower_static(source, plan)[PROMPT_GRAPH]
+    with CheckpointReader(source) as reader:
+        write_weights([model], reader, directory / "scan.weights")
+    path = directory / "scan.onnx"
+    ir.save(model, path)
+    return path
+
+
+def options(threads: int) -> ort.SessionOptions:
+    made = ort.SessionOptions()
+    made.intra_op_num_threads = threads
+    made.log_severity_level = 4
+    made.add_session_config_entry("session.disable_prepacking", "1")  # as the runtime has it
+    return made
+
+
+def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) -> dict[str, float]:
+    """Seconds for one layer's recurrence over all tokens: in chunks, and as a Scan."""
+    rng = np.random.default_rng(0)
+    data = {n: rng.standard_normal((1, heads, tokens, size), np.float32) for n in "qkv"}
+    data = {n: x / np.linalg.norm(x, axis=-1, keepdims=True) if n != "v" else x for n, x in data.items()}
+    data |= {"g": -rng.random((1, heads, tokens, 1), np.float32), "beta": rng.random((1, heads, tokens, 1), np.float32)}
+
+    def session(rule: Any, length: int) -> ort.InferenceSession:
+        shapes = {n: (*x.shape[:2], length, *x.shape[3:]) for n, x in data.items()} | {"state": (1, heads, size, size)}
+        inputs = {n: ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(ir.DataType.FLOAT)) for n, s in shapes.items()}
+        graph = ir.Graph(list(inputs.values()), [], nodes=[], name="rule", opset_imports={"": 21})
+        emit = Emitter(graph, "rule")
+        for i, value in enumerate(rule(emit, *(inputs[n] for n in ("q", "k", "v", "g", "beta", "state")), length)):
+            value.name = f"out{i}"
+            graph.outputs.append(value)
+        graph.extend(emit.nodes)
+        return ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options(threads))
+
+    given = data | {"state": np.zeros((1, heads, size, size), np.float32)}
+    chunked, scan = session(in_chunks(ONNX.delta_chunk), tokens), session(scan_rule, tokens)
+    results: dict[str, Any] = {}
+
+    def run_chunked() -> None:
+        results["chunked"] = chunked.run(None, given)[0]
+
+    def run_scan() -> None:
+        results["scan"] = scan.run(None, given)[0]
+
+    times = alternately(rounds, chunked=run_chunked, scan=run_scan)
+    return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
+
+
+def alternately(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
+    """Best seconds of CPU time of each, taken in turns: on a shared machine the clock on the wall measures the neighbours."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(rounds):
+        for name, run in runs.items():
+            started = time.process_time()
+            run()
+            best[name] = min(best[name], time.process_time() - started)
+    return best
+
+
+def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk: int, directory: Path) -> dict[str, float]:
+    bundle = build(checkpoint, directory / "bundle", target="onnx", max_context=tokens, options=StaticOptions(chunk))
+    model = load(bundle, threads=threads)
+    decoder = model.decoder()
+    scan = ort.InferenceSession(str(scan_model(checkpoint, tokens, directory)), options(threads))
+    ids = np.random.default_rng(0).integers(0, model.manifest.model["vocab_size"], tokens)
+    rotary = model.manifest.rotary
+    angles = np.arange(tokens, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
+    given = {"input_ids": ids[None], "cos": np.cos(angles), "sin": np.sin(angles), "length": np.zeros(1, np.int32)}
+    last = [name for name in (output.name for output in scan.get_outputs()) if name.endswith("v_cache.next")][-1]
+    for value in scan.get_inputs():
+        if value.name not in given:
+            given[value.name] = np.zeros(value.shape, np.float32)
+    results: dict[str, Any] = {}
+
+    def run_chunked() -> None:
+        decoder.reset()
+        decoder.prefill(ids.tolist())
+        results["chunked"] = decoder._sequences[0].now(last.removesuffix(".next")).array()[:, :, :tokens]
+
+    def run_scan() -> None:
+        results["scan"] = scan.run([last], given)[0]
+
+    times = alternately(rounds, chunked=run_chunked, scan=run_scan)
+    return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="default: random weights of the 0.8B shape")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=24, help="of the random model")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=256, help="tokens per call of the prompt graph")
+    parser.add_argument("--only", choices=["recurrence", "model"])
+    args = parser.parse_args()
+    text = FAMILY["0.8B"]["text_config"]
+    results = {"tokens": args.tokens, "threads": args.threads, "onnxruntime": ort.__version__}
+    if args.only != "model":
+        results["recurrence"] = recurrence(
+            args.tokens, text["linear_num_value_heads"], text["linear_key_head_dim"], args.rounds, args.threads
+        )
+    if args.only != "recurrence":
+        with tempfile.TemporaryDirectory() as directory:
+            checkpoint = args.checkpoint
+            if checkpoint is None:
+                layers = {"num_hidden_layers": args.layers, "layer_types": text["layer_types"][: args.layers]}
+                config = FAMILY["0.8B"] | {"text_config": text | layers}
+                checkpoint = synthesize(config, Path(directory) / "checkpoint", with_mtp=False)
+            results["model"] = whole_model(checkpoint, args.tokens, args.rounds, args.threads, args.chunk, Path(directory))
+    for part in ("recurrence", "model"):
+        if part in results:
+            results[part]["ratio"] = results[part]["scan"] / results[part]["chunked"]
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A weight as the model means it, whatever tensors of the file it is stored in.
+
+A quantized weight is several stored tensors: codes, scales, perhaps zero points. A `LogicalTensor` has the name and shape of the plain
+weight, knows its parts and makes plain rows of them. Everything but `rows` and `codes` is known from the headers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
+
+Floats = npt.NDArray[np.float32]
+Tensors = Mapping[str, TensorInfo]
+
+PLAIN_TYPES = ("BF16", "F16", "F32")
+# Element types that hold a number of their own; narrower ones are packed by the formats.
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+
+
+class Parts(Protocol):
+    """Access to stored tensors, in the numpy type of their elements."""
+
+    def stored(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows start..stop-1 of the first axis. The caller may write to them."""
+
+    def whole(self, info: TensorInfo) -> npt.NDArray[Any]:
+        """The whole tensor, kept for the next call. Not to be written to."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grid of an integer-quantized weight, known from the headers: what a kernel must have to keep it. `group` values along a row share
+    a scale; `symmetric` weights have no zero points; `scales` is the safetensors type of the scales."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    scales: str
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows of an integer-quantized weight on its own grid: weight[r, i] = scales[r, i // group] * (codes[r, i] - zeros[r, i // group]).
+
+    codes: u8[R, I], each below 2^bits; scales: f32[R, I // group]; zeros: u8[R, I // group], None for a symmetric weight, whose zero points
+    are all 2^(bits-1)."""
+
+    codes: npt.NDArray[np.uint8]
+    scales: Floats
+    zeros: npt.NDArray[np.uint8] | None
+    group: int
+    bits: int
+
+    def values(self) -> Floats:
+        """The weights, as fp32. Exact for scales of 16 bits."""
+        rows, columns = self.codes.shape
+        grouped = self.codes.reshape(rows, -1, self.group).astype(np.float32)
+        grouped -= np.float32(1 << (self.bits - 1)) if self.zeros is None else self.zeros[:, :, None].astype(np.float32)
+        grouped *= self.scales[:, :, None]
+        return grouped.reshape(rows, columns)
+
+
+@dataclass(frozen=True)
+class LogicalTensor(ABC):
+    """A weight under its plain name."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    @abstractmethod
+    def dtype(self) -> str:
+        """The safetensors type that holds its values exactly or as the format defines them: BF16, F16 or F32 if it can be read."""
+
+    @property
+    @abstractmethod
+    def storage(self) -> str:
+        """How it is stored, for people: `bf16`, `fp8 128x128`, `gptq int4 g128`."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[TensorInfo, ...]:
+        """The stored tensors it is made of."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    @abstractmethod
+    def rows(self, parts: Parts, start: int, stop: int) -> Floats:
+        """Rows start..stop-1 of the first axis. Raises CheckpointError for scales that no model can use."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """The integer grid along its rows that the checkpoint stores; None for a weight that has none."""
+        return None
+
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
+        """The same rows on that grid."""
+        return None
+
+
+def numpy_type(info: TensorInfo) -> np.dtype[Any]:
+    if info.dtype not in _NUMPY:
+        raise CheckpointError(
+            "a tensor has an element type that cannot be read", where=info.name, got=info.dtype, expected=", ".join(_NUMPY)
+        )
+    return _NUMPY[info.dtype]
+
+
+def part(tensors: Tensors, weight: str, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> TensorInfo:
+    """A part that the weight needs, in its shape and one of its types."""
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError("a part of a quantized weight is missing", where=weight, expected=name, fix="Is a shard missing?")
+    if info.shape != shape:
+        raise CheckpointError("a part of a quantized weight has the wrong shape", where=name, got=info.shape, expected=shape)
+    if info.dtype not in dtypes:
+        raise CheckpointError(
+            "a part of a quantized weight has the wrong element type", where=name, got=info.dtype, expected=" or ".join(dtypes)
+        )
+    return info
+
+
+def checked_scales(info: TensorInfo, raw: npt.NDArray[Any]) -> Floats:
+    """Scales as fp32, none of them zero or not finite."""
+    scales = raw.astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise CheckpointError("a quantized weight has scales that are not finite", where=info.name, fix="The checkpoint is damaged.")
+    if not scales.all():
+        raise CheckpointError("a quantized weight has scales that are zero", where=info.name, fix="The checkpoint is damaged.")
+    return scales

@@ -1,0 +1,103 @@
+"""The gated delta rule over L tokens at once, in WY form, without a loop.
+
+    S_t = e^{g_t} S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - (e^{g_t} S_{t-1})^T k_t)      o_t = S_t^T q_t
+
+With d_ij = exp(g_{j+1} + ... + g_i) and c_i = exp(g_1 + ... + g_i) the u_t solve a unit lower triangular system (Gated Delta Networks,
+arXiv 2412.06464, section 3.3; Parallelizing linear transformers with the delta rule, arXiv 2406.06484):
+
+    A_ij = beta_i d_ij k_i.k_j  (i > j)          U = (I + A)^-1 (beta * (V - c * K S_0))
+    O = c * Q S_0 + (d * Q K^T) U  (j <= i)      S_L = c_L S_0 + (K * d_L)^T U
+
+Sums of g over a range are made by adding up that range, never as a difference of two longer sums: after strong decay such a difference
+has no correct digits left, and weak decay between two neighbours would be lost.
+
+Everything is fp32. A token with beta = 0 and g = 0 is the identity transition and leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
+
+DeltaRule = Callable[[Emitter, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, int, ir.Value | None], tuple[ir.Value, ir.Value]]
+"""q, k, v, g, beta, state, length and `keep` in, outputs and the next state out, as `delta_rule`."""
+
+
+def delta_rule(
+    emit: Emitter,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    g: ir.Value,
+    beta: ir.Value,
+    state: ir.Value,
+    length: int,
+    keep: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """q, k [B,H,L,Dk], v [B,H,L,Dv], g and beta [B,H,L,1], state [B,H,Dk,Dv], all fp32 -> o [B,H,L,Dv] and the state afterwards.
+
+    `keep` [B,1,L,1], ones and then zeros: only tokens with 1 enter the state, though all have outputs. None keeps all."""
+    if length == 1 and keep is None:
+        return _one_token(emit, q, k, v, g, beta, state)
+    lower = np.tril(np.ones((length, length), np.float32))
+    reached = emit.array(f"lower_{length}", lower)
+    after = emit.array(f"below_{length}", np.tril(lower, -1))
+
+    k_turned = emit.transpose(k, 0, 1, 3, 2)
+    decay = emit.mul(emit.exp(emit.matmul(reached, emit.mul(g, after))), reached)
+    since_start = emit.exp(emit.matmul(reached, g))
+    A = emit.mul(emit.mul(emit.matmul(k, k_turned), decay), beta)
+    rest = emit.sub(v, emit.mul(since_start, emit.matmul(k, state)))
+    u = emit.matmul(unit_lower_inverse(emit, A, length), emit.mul(beta, rest))
+    within = emit.matmul(emit.mul(emit.matmul(q, k_turned), decay), u)
+    o = emit.add(emit.mul(since_start, emit.matmul(q, state)), within)
+
+    kept = g if keep is None else emit.mul(g, keep)
+    until_end = emit.exp(emit.matmul(emit.array(f"above_{length}", np.triu(lower.T, 1)), kept))
+    weight = until_end if keep is None else emit.mul(until_end, keep)
+    (total,) = emit("", "ReduceSum", [kept, emit.ints(2)], like=g, keepdims=1)
+    added = emit.matmul(emit.mul(k_turned, emit.transpose(weight, 0, 1, 3, 2)), u)
+    return o, emit.add(emit.mul(state, emit.exp(total)), added)
+
+
+def in_chunks(size: int) -> DeltaRule:
+    """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
+    tokens in a call. Not for calls that commit less than they have outputs for, as a verify does."""
+
+    def rule(
+        emit: Emitter,
+        q: ir.Value,
+        k: ir.Value,
+        v: ir.Value,
+        g: ir.Value,
+        beta: ir.Value,
+        state: ir.Value,
+        length: int,
+        keep: ir.Value | None = None,
+    ) -> tuple[ir.Value, ir.Value]:
+        if length <= size:
+            return delta_rule(emit, q, k, v, g, beta, state, length, keep)
+        outputs = []
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            part = [emit.rows(x, start, stop, axis=2) for x in (q, k, v, g, beta)]
+            kept = None if keep is None else emit.rows(keep, start, stop, axis=2)
+            o, state = delta_rule(emit, part[0], part[1], part[2], part[3], part[4], state, stop - start, kept)
+            outputs.append(o)
+        return emit.concat(outputs, axis=2), state
+
+    return rule
+
+
+def _one_token(
+    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, g: ir.Value, beta: ir.Value, state: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    decayed = emit.mul(state, emit.exp(g))
+    u = emit.mul(beta, emit.sub(v, emit.matmul(k, decayed)))
+    after = emit.add(decayed, emit.mul(emit.transpose(k, 0, 1, 3, 2), u))
+    return emit.matmul(q, after), after

@@ -1,0 +1,1 @@
+"""What DirectML can run."""

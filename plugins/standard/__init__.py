@@ -1,0 +1,1 @@
+"""Lowerings to standard ONNX operators, for the targets `onnx` and `directml`."""

@@ -1,0 +1,26 @@
+"""A graph for any runtime has nothing but operators of the ONNX standard, and neither loops nor branches."""
+
+from __future__ import annotations
+
+import onnx.defs
+import onnx_ir as ir
+
+from qwen_export.errors import CaptureError
+from qwen_export.graphs.passes.context import PassContext
+
+_CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
+
+
+def check_standard(model: ir.Model, context: PassContext) -> int:
+    """Given  a lowered graph
+    Result the same. Raises CaptureError for a node that the standard does not have at the graph's opset, and for control flow."""
+    for node in model.graph:
+        known = not node.domain and onnx.defs.has(node.op_type, context.opset)
+        if not known or node.op_type in _CONTROL_FLOW:
+            raise CaptureError(
+                "a graph of target onnx has another node than the standard's",
+                where=node.name or "",
+                got=f"{node.domain or 'ai.onnx'}.{node.op_type}",
+                expected=f"operators of opset {context.opset}, without control flow",
+            )
+    return 0

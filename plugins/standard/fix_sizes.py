@@ -1,0 +1,74 @@
+"""A graph for calls of one size: no dynamic dim is left, and what such calls never use leaves the signature."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graphs.models.state import PENDING
+from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.fold_transaction import fold_transaction
+from qwen_export.graphs.passes.remove_dead import remove_dead
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.ops.schema import DOMAIN
+
+_COUNTS = ("length", "accepted", "commit")
+# Operators whose results torch.onnx leaves without a type, though they have that of the first input.
+_SAME_TYPE = ("Sigmoid",)
+
+
+def fix_sizes(model: ir.Model, context: PassContext) -> int:
+    """Given  a captured graph with dims B T S N P
+    Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
+           are gone; where calls are never padded, `commit` too. The logits are those of all tokens, in order, or there are none: in
+           both cases `logit_rows` is gone. Hidden states are an output where they are wanted."""
+    sizes, graph = context.static, model.graph
+    known = {"B": 1, "T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
+    for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
+        if value.shape is not None:
+            value.shape = ir.Shape([known.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+        if value.name in _COUNTS:
+            value.type = ir.TensorType(ir.DataType.INT32)
+    if not sizes.P and not sizes.padded:
+        fold_transaction(model, context)
+    elif not sizes.P:
+        _nothing_pending(graph)
+    _logits_of_all_tokens(graph)
+    unwanted = [name for name, wanted in (("logits", sizes.N > 0), ("hidden", sizes.hidden)) if not wanted]
+    for value in [value for value in graph.outputs if value.name in unwanted]:
+        graph.outputs.remove(value)
+    remove_dead(model, context)
+    graph.inputs.remove(next(value for value in graph.inputs if value.name == "logit_rows"))
+    for node in graph:
+        for value in node.outputs:
+            if value.dtype is None and node.op_type in _SAME_TYPE and node.inputs[0] is not None and node.inputs[0].dtype is not None:
+                value.type = ir.TensorType(node.inputs[0].dtype)
+    return len(known)
+
+
+def _nothing_pending(graph: ir.Graph) -> None:
+    gone = (*PENDING, "accepted")
+    for node in graph:
+        if node.domain == DOMAIN and node.op_type == gated_delta_net.name:
+            for name in gone:
+                node.replace_input_with(gated_delta_net.inputs.index(name), None)
+    for values in (graph.inputs, graph.outputs):
+        for value in list(values):
+            key = (value.name or "").removesuffix(".next").rsplit(".", 1)[-1]
+            if key in gone:
+                values.remove(value)
+                value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
+
+
+def _logits_of_all_tokens(graph: ir.Graph) -> None:
+    """The head reads the hidden states themselves, instead of rows of them."""
+    rows = next(value for value in graph.inputs if value.name == "logit_rows")
+    gather = next(node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows))
+    if gather.inputs[0] is not None:
+        gather.outputs[0].replace_all_uses_with(gather.inputs[0])
+
+
+def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:
+    while value is not None and value is not origin:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.inputs else None
+    return value is origin

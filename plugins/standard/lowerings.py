@@ -1,0 +1,168 @@
+"""The ops of domain qwen on standard operators; on DirectML, single tokens go to its GroupQueryAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import MICROSOFT, PassContext, replace_node
+from qwen_export.graphs.passes.fuse_residual_norm import offset_weight
+from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
+from qwen_export.graphs.weights.expression import Transposed, add_weight, weight_of
+from qwen_export.plugins.decompose import gated_attention as attention
+from qwen_export.plugins.decompose import gated_delta_net as delta_net
+from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
+from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.norm import emit_rms_norm, norm_weight
+from qwen_export.plugins.onnxruntime.common import layer_prefix, producing_linear
+from qwen_export.plugins.onnxruntime.group_query_attention import query_and_gate
+from qwen_export.plugins.ops.gated_attention import gated_attention
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.ops.schema import DOMAIN
+
+Shared = dict[str, ir.Value]
+Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], tuple[list[ir.Node], list[ir.Value]]]
+"""Makes the nodes that replace one op, and the values that replace its outputs. `Shared` has values that layers have in common."""
+
+
+def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_delta_net -> convolution as shifted products, gates, the chunk form of the delta rule, gated norm."""
+    emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
+    # A verify has outputs for tokens that it does not commit: these must not be cut off from each other by a chunk's end.
+    rule = delta_rule if sizes.P else in_chunks(context.static.chunk)
+    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
+    return emit.nodes, list(results)
+
+
+def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_attention -> norms and rotation, ScatterND into the caches, masked softmax."""
+    return _attention(graph, node, context, shared, attention.scatter)
+
+
+def _attention(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
+    results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation, write)
+    return emit.nodes, list(results)
+
+
+def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """One token: com.microsoft.GroupQueryAttention, with the rotation outside. More: as `lower_attention`, the caches written by Where.
+
+    DirectML's GroupQueryAttention takes the past into account for T = 1 only, and it has no ScatterND of opset 18 or later
+    (plugins/directml)."""
+    if context.static.T > 1:
+        return _attention(graph, node, context, shared, attention.select)
+    emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
+    q_heads, k_heads = attention.rotated_heads(emit, given, q, sizes, context.config.rms_norm_eps, context.activation, sizes.D**-0.5)
+    flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
+    slots = emit.array(f"slots_i32_{sizes.S}", np.array(sizes.S, np.int32))
+    o, k_cache, v_cache = emit(
+        MICROSOFT,
+        "GroupQueryAttention",
+        [*flat, given["k_cache"], given["v_cache"], given["length"], slots],
+        3,
+        dtype=context.activation,
+        num_heads=sizes.Hq,
+        kv_num_heads=sizes.Hkv,
+        scale=1.0,
+        do_rotary=0,
+    )
+    return emit.nodes, [emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache]
+
+
+def _attention_parts(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
+) -> tuple[Emitter, dict[str, ir.Value | None], ir.Value, ir.Value, attention.Sizes]:
+    """q_proj's interleaved halves become two products, so that no node takes them apart."""
+    prefix, config = f"{layer_prefix(node)}.self_attn", context.config
+    emit = Emitter(graph, prefix, shared)
+    given = dict(zip(gated_attention.inputs, node.inputs, strict=True))
+    x, packed = producing_linear(given["q_gate"])
+    query_rows, gate_rows = query_and_gate(packed, context)
+    q, gate = emit.linear(x, query_rows, f"{prefix}.q_proj.query"), emit.linear(x, gate_rows, f"{prefix}.q_proj.gate")
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim)
+    return emit, given, q, gate, attention.Sizes(context.static.T, context.static.S, *heads)
+
+
+def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """qwen::rms_norm -> Mul, ReduceMean, Add, Sqrt, Div, Mul in fp32."""
+    emit = Emitter(graph, _norm_name(node))
+    weight = norm_weight(emit, node.inputs[1], node.attributes.get_float("offset"))
+    y = emit_rms_norm(emit, node.inputs[0], weight, node.attributes.get_float("eps"), context.activation)
+    return emit.nodes, [y]
+
+
+def lower_rms_normalization(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """qwen::rms_norm -> RMSNormalization (opset 23), fp32 statistics."""
+    return _one_node(graph, node, "RMSNormalization")
+
+
+def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML wants."""
+    return _one_node(graph, node, "SimplifiedLayerNormalization")
+
+
+def _one_node(graph: ir.Graph, node: ir.Node, op: str) -> tuple[list[ir.Node], list[ir.Value]]:
+    emit = Emitter(graph, _norm_name(node))
+    inputs = [node.inputs[0], offset_weight(graph, node)]
+    (y,) = emit("", op, inputs, like=node.outputs[0], axis=-1, epsilon=node.attributes.get_float("eps"), stash_type=1)
+    return emit.nodes, [y]
+
+
+def _norm_name(node: ir.Node) -> str:
+    return (node.inputs[1].name or "norm").removesuffix(".weight") if node.inputs[1] is not None else "norm"
+
+
+def lower_matmul(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """qwen::linear -> MatMul with the weight turned when it is written; Gemm with transB where the weight also is the embedding, which is
+    stored once."""
+    x, value = node.inputs
+    weight = weight_of(value)
+    if x is None or value is None or weight is None:
+        raise TypeError("a linear has no stored weight")
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"))
+    if all(is_linear(user) for user in value.consumers()):
+        return emit.nodes, [emit.matmul(x, add_weight(graph, f"{value.name}.turned", Transposed(weight)))]
+    N, K = weight.shape
+    (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), value], like=x, transB=1)
+    return emit.nodes, [emit.reshape(product, 1, -1, N)]
+
+
+LOWERINGS: dict[tuple[str, str], Lowering] = {
+    ("gated_delta_net", "chunked"): lower_delta_net,
+    ("gated_attention", "scattered_cache"): lower_attention,
+    ("gated_attention", "one_token_kernel"): lower_one_token_attention,
+    ("rms_norm", "decomposed"): lower_decomposed_norm,
+    ("rms_norm", "rms_normalization"): lower_rms_normalization,
+    ("rms_norm", "simplified_norm"): lower_simplified_norm,
+    (LINEAR, "matmul"): lower_matmul,
+}
+
+
+def lower_mixers(model: ir.Model, context: PassContext) -> int:
+    """Lower the two stateful ops. They regroup the projections that feed them, so linears are lowered after them."""
+    return _lower(model, context, ("gated_delta_net", "gated_attention"))
+
+
+def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
+    """Lower everything else of domain qwen."""
+    return _lower(model, context, ("rms_norm", LINEAR))
+
+
+def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:
+    changed, shared = 0, Shared()
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type in ops:
+            nodes, outputs = LOWERINGS[(node.op_type, context.choices[node.op_type].name)](model.graph, node, context, shared)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                if new.shape is None:
+                    new.shape = old.shape
+            replace_node(model.graph, node, nodes, outputs)
+            changed += 1
+    return changed

@@ -1,0 +1,17 @@
+"""The graph's version of the standard. What the lowerings emit means the same from opset 18 on."""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import PassContext
+
+
+def stamp_opset(model: ir.Model, context: PassContext) -> int:
+    """Given  a lowered graph
+    Result the same, of the opset that was asked for, in the oldest file format that has it"""
+    model.opset_imports[""] = context.opset
+    opsets = [onnx.helper.make_opsetid("", context.opset)]
+    model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
+    return 1
