@@ -40,6 +40,7 @@ from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.plugins.ops.moe import moe, route
 from qwen_export.runtimes import load
 from tests.support import moe_ops
+from tests.support.quantizers import Quantizer, block_fp8, gptq, quantize_checkpoint
 from tests.test_demo_bundles import HELD_OUT
 from tests.test_demo_bundles import _perplexity as perplexity
 from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
@@ -273,6 +274,27 @@ def test_experts_stay_bf16_where_our_op_reads_them(model: Model) -> None:
     sizes = [load_manifest(bundle).files["model.weights"].size for bundle in model.bundles]
     if len(sizes) == 2:
         assert sizes[0] < 0.6 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "settings"),
+    [
+        (block_fp8(), {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}),
+        (gptq(32), {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}),
+    ],
+    ids=["fp8", "gptq"],
+)
+def test_quantized_experts_are_read_one_by_one(tmp_path: Path, quantizer: Quantizer, settings: dict[str, Any]) -> None:
+    """The FP8 and GPTQ releases store every expert's matrices with scales of their own."""
+    source = synthesize(tiny(vision=False, shared_expert_intermediate_size=64), tmp_path / "source", fused_experts=False, with_mtp=False)
+    made = quantize_checkpoint(source, tmp_path / "made", quantizer, settings)
+    expected = load_decoder(open_checkpoint(made.plain)).state_dict()
+    for name, tensor in load_decoder(open_checkpoint(made.path)).state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, msg=name)
+    decoder = load(build(made.path, tmp_path / "bundle", max_context=CAPACITY)).decoder()
+    ids = prompt(20, 1)
+    wanted = EagerSequence(load_decoder(open_checkpoint(made.plain)), CAPACITY).read(ids)
+    assert error(decoder.read(ids), wanted) <= TOLERANCE
 
 
 # ---- the draft head
