@@ -18,6 +18,7 @@ from qwen_export.errors import ConfigError, UnsupportedError
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
+NEXT_TYPES = ("qwen3_next",)
 FULL, LINEAR = "full_attention", "linear_attention"
 
 _ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
@@ -64,6 +65,7 @@ class TextConfig:
     eos_token_ids: tuple[int, ...] = ()
     mtp_num_hidden_layers: int = 0
     num_experts: int = 0
+    """Experts of each layer, 0 in a dense model."""
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
@@ -117,6 +119,7 @@ _ARCHITECTURES = {
     "Qwen3_5ForCausalLM": (DENSE_TYPES, "model."),
     "Qwen3_5MoeForConditionalGeneration": (MOE_TYPES, "model.language_model."),
     "Qwen3_5MoeForCausalLM": (MOE_TYPES, "model."),
+    "Qwen3NextForCausalLM": (NEXT_TYPES, "model."),
 }
 
 
@@ -181,7 +184,7 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Checkpoi
     name = architectures[0] if isinstance(architectures, list) and architectures else "nothing"
     if not isinstance(name, str) or name not in _ARCHITECTURES:
         raise UnsupportedError(
-            "this checkpoint's architecture is not one of the Qwen3.5 / Qwen3.6 family",
+            "this checkpoint's architecture is not one of the Qwen3.5 / Qwen3.6 / Qwen3-Next family",
             where=where,
             got=name,
             expected=", ".join(_ARCHITECTURES),
@@ -218,7 +221,9 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
     f.must_be("output_gate_type", "silu", "swish", None)
     f.must_be("mtp_use_dedicated_embeddings", False)
     f.must_be("mlp_only_layers", [], None)
-    moe = model_type in MOE_TYPES
+    f.must_be("decoder_sparse_step", 1)
+    f.must_be("norm_topk_prob", True)
+    moe = model_type in MOE_TYPES + NEXT_TYPES
     config = TextConfig(
         model_type=model_type,
         vocab_size=f.integer("vocab_size"),
@@ -238,7 +243,8 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
         max_position_embeddings=f.integer("max_position_embeddings"),
         tie_word_embeddings=tied,
         eos_token_ids=_ids(f, "eos_token_id"),
-        mtp_num_hidden_layers=f.integer("mtp_num_hidden_layers", 0, minimum=0),
+        # Qwen3-Next releases have a draft head that their configuration does not mention.
+        mtp_num_hidden_layers=f.integer("mtp_num_hidden_layers", 1 if model_type in NEXT_TYPES else 0, minimum=0),
         num_experts=f.integer("num_experts") if moe else 0,
         num_experts_per_tok=f.integer("num_experts_per_tok") if moe else 0,
         moe_intermediate_size=f.integer("moe_intermediate_size") if moe else 0,
@@ -250,6 +256,8 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
     ):
         if many % few:
             raise f.wrong(what, many, f"a multiple of {few}")
+    if config.num_experts_per_tok > config.num_experts:
+        raise f.wrong("num_experts_per_tok", config.num_experts_per_tok, f"at most num_experts, {config.num_experts}")
     if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
         raise f.wrong("partial_rotary_factor", config.rope.partial_rotary_factor, "a factor that rotates an even number of dimensions")
     if config.rope.mrope_section and sum(config.rope.mrope_section) != config.rotary_dim // 2:

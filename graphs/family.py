@@ -1,4 +1,4 @@
-"""Configurations of the Qwen3.5 / Qwen3.6 family, as their `config.json` files carry them, and tiny shapes of the same layout.
+"""Configurations of the Qwen3.5 / Qwen3.6 / Qwen3-Next family, as their `config.json` files carry them, and tiny shapes of the same layout.
 
 What differs between the releases is one row per checkpoint in `_RELEASES`; the rest is shared. Where a row's total is known, the
 tensor list that `qwen_export.graphs.checkpoint.tensor_table` derives from the configuration adds up to the `metadata.total_size` of the
@@ -41,7 +41,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Release:
-    """The values in which the checkpoints differ. `ffn` is the dense width or the expert set; `generation` is "3.5" or "3.6"."""
+    """The values in which the checkpoints differ. `ffn` is the dense width or the expert set; `generation` is "3.5", "3.6" or "next"."""
 
     hidden: int
     layers: int
@@ -58,6 +58,7 @@ class Release:
     linear_head_dim: int = 128
     positions: int = 262144
     patch_grid: int = 48
+    endoftext: int = ENDOFTEXT_ID
 
 
 _SMALL, _MEDIUM, _LARGE = Vision(12, 768, 3072, 12), Vision(24, 1024, 4096, 16), Vision(27, 1152, 4304, 16)
@@ -72,6 +73,9 @@ _RELEASES = {
     "122B-A10B": Release(3072, 48, 32, 2, 64, Experts(256, 8, 1024, 1024), _LARGE),
     "397B-A17B": Release(4096, 60, 32, 2, 64, Experts(512, 10, 1024, 1024), _LARGE),
 }
+_RELEASES["next-80B-A3B"] = Release(
+    2048, 48, 16, 2, 32, Experts(512, 10, 512, 512), None, generation="next", vocab=151936, endoftext=151643
+)
 _RELEASES["3.6-27B"] = replace(_RELEASES["27B"], generation="3.6")
 _RELEASES["3.6-35B-A3B"] = replace(_RELEASES["35B-A3B"], generation="3.6")
 
@@ -98,7 +102,7 @@ def _text_config(release: Release) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "attn_output_gate": True,
         "dtype": "bfloat16",
-        "eos_token_id": _endoftext(release.vocab),
+        "eos_token_id": _endoftext(release),
         "full_attention_interval": 4,
         "head_dim": release.head_dim,
         "hidden_act": "silu",
@@ -144,7 +148,7 @@ def _text_config(release: Release) -> dict[str, Any]:
     if release.generation == "3.5":
         config["mlp_only_layers"] = []
     else:
-        config |= {"bos_token_id": _endoftext(release.vocab), "partial_rotary_factor": 0.25}
+        config |= {"bos_token_id": _endoftext(release), "partial_rotary_factor": 0.25}
         if not moe:
             config["output_gate_type"] = "swish"
     return config
@@ -169,13 +173,42 @@ def _vision_config(release: Release, vision: Vision, model_type: str) -> dict[st
     }
 
 
-def _endoftext(vocab: int) -> int:
+def _endoftext(release: Release) -> int:
     """A vocabulary too small for the real tokenizer keeps the special ids in its last 32 rows, at the same distances."""
-    return ENDOFTEXT_ID if vocab >= TOKENS_IN_USE else vocab - 32
+    return release.endoftext if release.vocab > release.endoftext + 32 else release.vocab - 32
+
+
+def _next_config(release: Release) -> dict[str, Any]:
+    """The older flat form of Qwen3-Next: rope spread out, layer kinds by interval only, no word of the draft head."""
+    config = _text_config(release)
+    rope = config.pop("rope_parameters")
+    for key in ("layer_types", "attn_output_gate", "mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "dtype"):
+        del config[key]
+    endoftext = config["eos_token_id"]
+    return {
+        "architectures": ["Qwen3NextForCausalLM"],
+        **config,
+        "bos_token_id": endoftext,
+        "decoder_sparse_step": 1,
+        "eos_token_id": endoftext + 2,
+        "intermediate_size": release.hidden * 5 // 2,  # of the dense layers, of which there are none
+        "mlp_only_layers": [],
+        "model_type": "qwen3_next",
+        "norm_topk_prob": True,
+        "partial_rotary_factor": rope["partial_rotary_factor"],
+        "rope_scaling": None,
+        "rope_theta": rope["rope_theta"],
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.57.0.dev0",
+        "use_sliding_window": False,
+    }
 
 
 def config_of(release: Release) -> dict[str, Any]:
-    """`config.json` of a release: `Qwen3_5(Moe)ForConditionalGeneration`, or the flat `ForCausalLM` form where it has no vision tower."""
+    """`config.json` of a release: `Qwen3_5(Moe)ForConditionalGeneration`, or the flat `ForCausalLM` form where it has no vision tower;
+    `Qwen3NextForCausalLM` for generation "next"."""
+    if release.generation == "next":
+        return _next_config(release)
     stem, model_type = ("Qwen3_5Moe", "qwen3_5_moe") if isinstance(release.ffn, Experts) else ("Qwen3_5", "qwen3_5")
     text = _text_config(release)
     if release.vision is None:
@@ -211,13 +244,14 @@ def tiny_config(
     vision: bool = True,
     layers: int = 4,
     vocab_size: int = 512,
+    generation: str = "3.5",
     **overrides: Any,
 ) -> dict[str, Any]:
     """A configuration of the released form that runs in milliseconds: hidden 64, three linear layers and one full-attention layer.
 
     `value_ratio` is value heads per key head of the linear layers, `query_ratio` query heads per key/value head; key and key/value heads
-    are 2, so that a wrong head mapping shows. `vision=False` gives the flat `ForCausalLM` form. `overrides` replace values of the text
-    configuration.
+    are 2, so that a wrong head mapping shows. `vision=False` gives the flat `ForCausalLM` form, `generation="next"` with `moe=True` the
+    form of Qwen3-Next. `overrides` replace values of the text configuration.
     """
     if "num_hidden_layers" in overrides:
         raise ValueError("pass layers=, which also writes layer_types, instead of num_hidden_layers=")
@@ -228,7 +262,7 @@ def tiny_config(
         kv_heads=2,
         value_heads=2 * value_ratio,
         ffn=Experts(8, 2, 32, 48) if moe else 96,
-        vision=Vision(2, 32, 64, 2) if vision else None,
+        vision=Vision(2, 32, 64, 2) if vision and generation != "next" else None,
         tied=tied,
         vocab=vocab_size,
         head_dim=64,
@@ -236,12 +270,13 @@ def tiny_config(
         linear_head_dim=16,
         positions=4096,
         patch_grid=4,
+        generation=generation,
     )
     config = config_of(release)
     text = config.get("text_config", config)
     text.update(overrides)
-    if vision and "tie_word_embeddings" in overrides:
+    if release.vision and "tie_word_embeddings" in overrides:
         config["tie_word_embeddings"] = overrides["tie_word_embeddings"]
-    if vision and "hidden_size" in overrides:
+    if release.vision and "hidden_size" in overrides:
         config["vision_config"]["out_hidden_size"] = overrides["hidden_size"]
     return config

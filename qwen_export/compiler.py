@@ -111,9 +111,12 @@ def build(
 def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
     """Capture the decoder and run the target's passes. Reads no weight."""
     from qwen_export.graphs.capture import capture_decoder
+    from qwen_export.graphs.checkpoint.names import StoredLayout
     from qwen_export.graphs.pipeline import run_passes
+    from qwen_export.graphs.weights.layout import resolve_layout
 
     model = capture_decoder(source.config.text, plan.activations)
+    resolve_layout(model, source.config.text, StoredLayout.of(source))
     run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
     return model
 
@@ -136,13 +139,16 @@ def lower_static(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) 
 def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
     """The same for the draft head."""
     from qwen_export.graphs.capture import capture_mtp
+    from qwen_export.graphs.checkpoint.names import StoredLayout
     from qwen_export.graphs.models.mtp import mtp_config
     from qwen_export.graphs.pipeline import run_passes
+    from qwen_export.graphs.weights.layout import resolve_layout
 
     if plan.speculation is None or plan.no_head:
         raise ValueError("the plan has no draft head")
     text = source.config.text
     model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
+    resolve_layout(model, text, StoredLayout.of(source))
     run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
     return model
 

@@ -12,17 +12,19 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor
 from qwen_export.graphs.checkpoint.formats.plain import plain
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
-from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX
-from qwen_export.graphs.config import FULL
+from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
+from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.plan import plan_build
 from qwen_export.targets import TARGETS
 
 
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A JSON-able report: `model`, `parts` (parameters and bytes of text, mtp, vision), `quantization`, and per target, device and
-    precision whether it is supported, why not, and the estimated bytes of the bundle and of a run."""
+    """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
+    mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
+    bundle and of a run."""
     checkpoint = open_checkpoint(path)
     text = checkpoint.config.text
+    parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
     return {
         "path": str(checkpoint.path),
         "architecture": checkpoint.config.architecture,
@@ -36,6 +38,9 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             "max_context": text.max_position_embeddings,
             "tied_head": text.tie_word_embeddings,
             "experts": text.num_experts,
+            "experts_per_token": text.num_experts_per_tok,
+            "parameters": parameters,
+            "active_parameters": parameters - idle_parameters(text),
             "rope": text.rope.kind,
         },
         "parts": _parts(checkpoint),
@@ -44,6 +49,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
         "targets": list(_targets(checkpoint)),
     }
+
+
+def idle_parameters(text: TextConfig) -> int:
+    """Parameters of the decoder that one token leaves alone: those of the experts that the router does not select."""
+    return text.num_layers * (text.num_experts - text.num_experts_per_tok) * 3 * text.hidden_size * text.moe_intermediate_size
 
 
 def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, has_mtp, mtp_tensors, stored_dtypes
+from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
@@ -94,7 +94,7 @@ def plan_build(
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
-    reasons = _checkpoint_reasons(checkpoint, chosen)
+    reasons = _checkpoint_reasons(checkpoint)
     if device not in chosen.devices:
         reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
     if precision not in chosen.precisions:
@@ -128,7 +128,8 @@ def plan_build(
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     check_tensors(checkpoint, mtp=not no_head)
-    tensors = [*decoder_tensors(config), *(() if no_head else mtp_tensors(config))]
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
     size = BYTES[activation_precision(precision)]
     quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
     groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
@@ -183,10 +184,8 @@ def kernels_for(device: str) -> Kernels:
     return with_native(installed(device) or recorded(device))
 
 
-def _checkpoint_reasons(checkpoint: Checkpoint, target: Target) -> list[str]:
+def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     reasons = []
-    if checkpoint.config.text.is_moe and not target.static:
-        reasons.append("mixture-of-experts layers are not supported yet; dense checkpoints (0.8B to 27B) are")
     try:
         _ = checkpoint.weights
     except UnsupportedError as error:
@@ -214,15 +213,17 @@ def _group_sizes(
 ) -> dict[str, tuple[int, int]]:
     """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
     graphs.passes.keep_stored_bf16 leaves them so."""
-    stored, keeps = stored_dtypes(checkpoint), precision == "fp32" and choices["linear"].name == "native_linear"
-    sizes: dict[str, tuple[int, int]] = {}
+    stored, sizes = stored_dtypes(checkpoint), dict[str, tuple[int, int]]()
+    native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
         if format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width
         else:
-            nbytes = prod(shape) * (BYTES["bf16"] if keeps and len(shape) == 2 and stored[name] == "BF16" else BYTES[precision])
+            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
+            keeps = read_by in native and stored[name] == "BF16"
+            nbytes = prod(shape) * BYTES["bf16" if keeps else precision]
         parameters, total = sizes.get(group_of(name), (0, 0))
         sizes[group_of(name)] = (parameters + prod(shape), total + nbytes)
     return sizes

@@ -46,6 +46,7 @@ ONNXRUNTIME = Target(
         "graphs.passes.fuse_residual_norm:fuse_residual_norm",
         "plugins.onnxruntime.lowerings:lower_simple_ops",
         "plugins.onnxruntime.quantize_products:quantize_products",
+        "plugins.onnxruntime.quantize_experts:quantize_experts",
         "graphs.passes.keep_stored_bf16:keep_stored_bf16",
         "graphs.passes.remove_dead:remove_dead",
     ),

@@ -438,10 +438,6 @@ def test_generation_config_that_cannot_be_used(checkpoint_copy: Path, is_refused
 # What is refused: other kinds of model
 
 
-def test_mixture_of_experts(make_checkpoint: Make, is_refused: Callable[..., None]) -> None:
-    is_refused(make_checkpoint(tiny_config(moe=True)), UnsupportedError, "mixture-of-experts", "not supported yet")
-
-
 def test_quantization_methods_that_are_not_known(checkpoint_copy: Path, is_refused: Callable[..., None]) -> None:
     edit_json(checkpoint_copy / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
     is_refused(checkpoint_copy, UnsupportedError, "bitsandbytes", "BF16")
@@ -458,7 +454,7 @@ def test_all_reasons_come_at_once(make_checkpoint: Make) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tiny_config(moe=True)))
     with pytest.raises(UnsupportedError) as raised:
         plan_build(checkpoint, device="tpu", precision="fp64", max_context=10**9)
-    for reason in ("mixture-of-experts", "'tpu'", "'fp64'", "1000000000"):
+    for reason in ("'tpu'", "'fp64'", "1000000000"):
         assert reason in str(raised.value)
 
 

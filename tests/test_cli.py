@@ -32,19 +32,28 @@ def test_inspect_says_what_can_be_built(run: Any, tiny_checkpoint: Path) -> None
     report = json.loads(out)
     assert code == 0
     assert report["parts"].keys() == {"text", "mtp", "vision"}
-    entries = {(t["device"], t["precision"]): t for t in report["targets"]}
+    entries = {(t["device"], t["precision"]): t for t in report["targets"] if t["target"] == "onnxruntime"}
     assert entries["cpu", "fp32"]["supported"] and entries["cpu", "fp32"]["bundle_bytes"] > 0
     assert not entries["cpu", "fp16"]["supported"] and "FusedMatMul" in entries["cpu", "fp16"]["why"]
     code, out, _ = run("inspect", tiny_checkpoint)
     assert code == 0 and "yes  onnxruntime cpu fp32" in out
 
 
-def test_inspect_explains_a_refusal(run: Any, demo_moe_checkpoint: Path) -> None:
+def test_inspect_explains_a_refusal(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = run("inspect", tiny_checkpoint)
+    assert code == 0 and "no   onnxruntime cpu fp16" in out
+    code, _, err = run("build", tiny_checkpoint, "-o", tmp_path / "nothing", "--precision", "fp16")
+    assert code == 1 and err.count("\n") == 1 and "--precision fp32" in err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_inspect_counts_the_parameters_that_a_token_uses(run: Any, demo_moe_checkpoint: Path) -> None:
+    code, out, _ = run("inspect", demo_moe_checkpoint, "--json")
+    model = json.loads(out)["model"]
+    experts = 8 * 24 * 3 * 256 * 32
+    assert code == 0 and model["parameters"] - model["active_parameters"] == experts * 20 // 24
     code, out, _ = run("inspect", demo_moe_checkpoint)
-    assert code == 0 and "mixture-of-experts" in out and "yes" not in out.split("\n\n")[1]
-    code, _, err = run("build", demo_moe_checkpoint, "-o", demo_moe_checkpoint.parent / "nothing")
-    assert code == 1 and err.count("\n") == 1 and "mixture-of-experts" in err
-    assert not (demo_moe_checkpoint.parent / "nothing").exists()
+    assert "4 of 24 experts" in out and "yes  onnxruntime cpu fp32" in out
 
 
 def test_estimated_bundle_size_is_right(run: Any, demo_checkpoint: Path, demo_bundle: Path) -> None:

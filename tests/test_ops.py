@@ -501,6 +501,9 @@ def test_rms_norm_has_its_statistics_in_fp32() -> None:
 def example_arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     if name == "rms_norm":
         return tensor(noise(70, 2, 3, 16), dtype), tensor(noise(71, 16), dtype), EPS, 1.0
+    if name == "moe":
+        x, logits = tensor(noise(80, 2, 3, 16), dtype), tensor(noise(81, 2, 3, 6), dtype)
+        return x, logits, tensor(noise(82, 6, 8, 16), dtype), tensor(noise(83, 6, 16, 4), dtype), 2
     if name == "gated_attention":
         return make_attention(4).arguments(dtype)
     mixer = make_mixer(2)

@@ -203,4 +203,4 @@ def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     config = parse_config(tiny_config()).text
     for precision in ("fp32", "fp16", "bf16"):
         assert choose(recorded("cpu"), precision, config)[0].keys() == choose(real, precision, config)[0].keys(), precision
-    assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys()
+    assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys() - {"moe"}

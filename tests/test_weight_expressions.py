@@ -17,10 +17,12 @@ from qwen_export.graphs.weights.expression import (
     Array,
     Constant,
     HeadRows,
+    Interleaved,
     NegativeExp,
     Offset,
     Reshaped,
     Stacked,
+    StackedMatrices,
     StoredWeight,
     Transposed,
     Weight,
@@ -37,7 +39,7 @@ class Arrays:
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        shapes = {"a": (24, 6), "b": (7, 6), "norm": (13,), "a_log": (5,), "conv": (10, 1, 4)}
+        shapes = {"a": (24, 6), "b": (7, 6), "norm": (13,), "a_log": (5,), "conv": (10, 1, 4), "c": (3, 4, 5)}
         self.tensors = {name: torch.randn(shape, generator=generator).bfloat16().float() for name, shape in shapes.items()}
 
     def rows(self, name: str, start: int, stop: int) -> Array:
@@ -47,7 +49,7 @@ class Arrays:
 
 
 SOURCE = Arrays()
-A, B, NORM, A_LOG, CONV = (SOURCE.tensors[name] for name in ("a", "b", "norm", "a_log", "conv"))
+A, B, NORM, A_LOG, CONV, C = (SOURCE.tensors[name] for name in ("a", "b", "norm", "a_log", "conv", "c"))
 
 
 def stored(name: str, dtype: ir.DataType = F32) -> StoredWeight:
@@ -68,6 +70,8 @@ def expected_and_weight(dtype: ir.DataType) -> dict[str, tuple[torch.Tensor, Wei
         "stacked": (torch.cat([A, B, A]), Stacked((a, b, a))),
         "stacked heads": (torch.cat([heads[:, :4].reshape(12, 6), B]), Stacked((HeadRows(a, 8, 0, 4), b))),
         "transposed stack": (torch.cat([A, B]).T, Transposed(Stacked((a, b)))),
+        "stacked matrices": (torch.stack([A[:12], A[12:]]), StackedMatrices((HeadRows(a, 24, 0, 12), HeadRows(a, 24, 12, 12)))),
+        "interleaved": (C.reshape(3, 2, 2, 5).transpose(1, 2).reshape(3, 4, 5), Interleaved(stored("c", dtype))),
         "constant": (torch.tensor([1.5, -2.0, 0.25]), Constant((1.5, -2.0, 0.25), dtype)),
     }
 
@@ -145,6 +149,10 @@ def test_an_expression_names_what_it_reads() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="stack"):
+        StackedMatrices((stored("a"), stored("b")))
+    with pytest.raises(ValueError, match="interleave"):
+        Interleaved(stored("a"))
     with pytest.raises(ValueError, match="stack"):
         Stacked((stored("a"), stored("norm")))
     with pytest.raises(ValueError, match="stack"):

@@ -3,36 +3,86 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.tensor_table import Layout, tensor_table
-from qwen_export.graphs.config import CheckpointConfig, TextConfig
+from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
+from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
 
 MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_FIRST_EXPERT, _GROUPED_INPUTS = "mlp.experts.0.", "linear_attn.in_proj_qkvz."
 _SHOWN = 4
 
 
+@dataclass(frozen=True)
+class StoredLayout:
+    """How each decoder layer of a checkpoint is stored, found by the names that are there. Layers are known by the prefix of their tensors
+    in the names of the modules: "layers.7." in the decoder, "mtp.layers.0." in the draft head."""
+
+    per_expert: frozenset[str]
+    grouped_inputs: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        prefix = checkpoint.config.text_prefix
+        return cls.found(name.removeprefix(prefix) for name in checkpoint.tensors)
+
+    @classmethod
+    def found(cls, names: Iterable[str]) -> Self:
+        """From names of tensors, or of what a quantized checkpoint has in their places: scales and packed values under the same stems."""
+        per_expert, grouped = set(), set()
+        for name in names:
+            if _FIRST_EXPERT in name:
+                per_expert.add(name.split(_FIRST_EXPERT)[0])
+            elif _GROUPED_INPUTS in name:
+                grouped.add(name.split(_GROUPED_INPUTS)[0])
+        return cls(frozenset(per_expert), frozenset(grouped))
+
+    def layer(self, prefix: str) -> LayerLayout:
+        """Of the layer whose tensors start with `prefix`."""
+        return LayerLayout(prefix not in self.per_expert, prefix in self.grouped_inputs)
+
+
 def decoder_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name (that of the module's parameter) and stored shape of every tensor of the decoder."""
-    values = asdict(config)
-    if not config.is_moe:
-        del values["num_experts"]  # its presence is what tells the layouts apart
-    for entry in tensor_table(values, Layout(with_mtp=False)):
+    """Name and shape of every parameter of the decoder: as stored, where the checkpoint stores one tensor per parameter."""
+    for entry in tensor_table(_keys(config), Layout(with_mtp=False)):
         yield entry.name.removeprefix("model."), entry.shape
 
 
-def mtp_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def layer_tensors(config: TextConfig, prefix: str, kind: str, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for one decoder layer of `kind`."""
+    return decoder_layer(prefix, _keys(config), kind, stored.layer(prefix))
+
+
+def stored_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for the decoder."""
+    yield "embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    for i, kind in enumerate(config.layer_types):
+        yield from layer_tensors(config, f"layers.{i}.", kind, stored)
+    yield "norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+
+
+def mtp_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The same for the draft head."""
+    hidden = config.hidden_size
+    yield "mtp.fc.weight", (hidden, 2 * hidden)
+    yield from layer_tensors(config, "mtp.layers.0.", FULL, stored)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield f"mtp.{name}.weight", (hidden,)
+
+
+def _keys(config: TextConfig) -> dict[str, Any]:
+    """The configuration by the keys of a config.json."""
     values = asdict(config)
     if not config.is_moe:
-        del values["num_experts"]
-    for entry in tensor_table(values, Layout(with_vision=False)):
-        if entry.name.startswith(MTP_PREFIX):
-            yield entry.name, entry.shape
+        del values["num_experts"]  # its presence is what tells a mixture of experts from a dense layer
+    return values
 
 
 def has_mtp(checkpoint: Checkpoint) -> bool:
@@ -41,21 +91,22 @@ def has_mtp(checkpoint: Checkpoint) -> bool:
 
 
 def stored_name(config: CheckpointConfig, name: str) -> str:
-    """The checkpoint's name of a decoder parameter."""
+    """The checkpoint's name of a tensor of decoder or draft head."""
     return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
-    """The dtype that each tensor of decoder and draft head is stored in, by the name of its parameter."""
-    config, have = checkpoint.config, checkpoint.weights
-    names = [name for name, _ in (*decoder_tensors(config.text), *mtp_tensors(config.text))]
+    """The dtype of each tensor that is stored for decoder and draft head, by its name among the modules."""
+    config, have, stored = checkpoint.config, checkpoint.weights, StoredLayout.of(checkpoint)
+    names = [name for name, _ in (*stored_tensors(config.text, stored), *mtp_tensors(config.text, stored))]
     return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
 
 
 def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
     """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
     config = checkpoint.config
-    tensors = [*decoder_tensors(config.text), *(mtp_tensors(config.text) if mtp and has_mtp(checkpoint) else ())]
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
     wanted = {stored_name(config, name): shape for name, shape in tensors}
     have = checkpoint.weights
     missing = [name for name in wanted if name not in have]

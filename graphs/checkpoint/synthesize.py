@@ -56,6 +56,7 @@ def synthesize(
     fp32_decay: bool = True,
     fused_experts: bool = True,
     fused_mtp_experts: bool = False,
+    grouped_inputs: bool = False,
     tokenizer: Path | None = None,
     perturb: bool = True,
     generation_config: bool = True,
@@ -63,14 +64,14 @@ def synthesize(
 ) -> Path:
     """Write a checkpoint directory for `config` (a `config.json` dict, conditional or flat) and return it.
 
-    `dtype` is bf16, fp16 or fp32; for `fp32_decay`, `fused_experts` and `fused_mtp_experts` see `Layout`. `tokenizer` is a tokenizer.json
-    or a directory that has one, whose chat template and settings are then copied too. `perturb=False` leaves norms, biases and dt_bias as
-    a fresh model has them. `progress` is called with bytes written and bytes in all. Memory stays below about 200 MB for any size of
-    model. Files already in `out` are overwritten, others left.
+    `dtype` is bf16, fp16 or fp32; for `fp32_decay`, `fused_experts`, `fused_mtp_experts` and `grouped_inputs` see `Layout`. `tokenizer` is
+    a tokenizer.json or a directory that has one, whose chat template and settings are then copied too. `perturb=False` leaves norms,
+    biases and dt_bias as a fresh model has them. `progress` is called with bytes written and bytes in all. Memory stays below about 200 MB
+    for any size of model. Files already in `out` are overwritten, others left.
     """
     if dtype not in DTYPES:
         raise CheckpointError("Unknown dtype for a synthetic checkpoint", got=dtype, expected=" | ".join(DTYPES))
-    layout = Layout(DTYPES[dtype], with_mtp, with_vision, fp32_decay, fused_experts, fused_mtp_experts)
+    layout = Layout(DTYPES[dtype], with_mtp, with_vision, fp32_decay, fused_experts, fused_mtp_experts, grouped_inputs)
     table = list(tensor_table(config, layout))
     total = sum(map(_byte_size, table))
     out.mkdir(parents=True, exist_ok=True)
@@ -203,8 +204,9 @@ def _as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The stop ids are `<|im_end|>` and `<|endoftext|>`; config.json names the second only."""
-    endoftext = config.get("text_config", config)["eos_token_id"]
+    """The stop ids are `<|im_end|>` and `<|endoftext|>`; config.json names one of them: the second, the first in Qwen3-Next."""
+    text = config.get("text_config", config)
+    endoftext = text["eos_token_id"] - (2 if text["model_type"] == "qwen3_next" else 0)
     return {
         "bos_token_id": endoftext,
         "do_sample": True,

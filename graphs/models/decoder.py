@@ -1,4 +1,4 @@
-"""The dense text decoder. Parameter names are those of the checkpoint, without its prefix."""
+"""The text decoder. Parameter names are those of the checkpoint, without its prefix."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.models.attention import Attention
 from qwen_export.graphs.models.delta_net import DeltaNet
 from qwen_export.graphs.models.mlp import Mlp
+from qwen_export.graphs.models.moe import MoeMlp
 from qwen_export.graphs.models.norm import ZeroCentredRmsNorm
 from qwen_export.graphs.models.state import State
 
@@ -25,7 +26,7 @@ class DecoderLayer(nn.Module):
         else:
             self.linear_attn = DeltaNet(config)
         self.post_attention_layernorm = ZeroCentredRmsNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size)
+        self.mlp = MoeMlp(config) if config.is_moe else Mlp(config.hidden_size, config.intermediate_size)
 
     def forward(
         self,

@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
+import onnx_ir as ir
 import torch
 
 from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors
+from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.models.decoder import Decoder
 from qwen_export.graphs.models.mtp import MtpHead
 from qwen_export.graphs.quantization.methods import quantize
 from qwen_export.graphs.quantization.packing import Floats, dequantize
 from qwen_export.graphs.quantization.plan import PrecisionPlan
+from qwen_export.graphs.weights.layout import parameter_weight
 
 
 def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> Decoder:
@@ -43,11 +45,12 @@ Module = TypeVar("Module", bound=torch.nn.Module)
 def _filled(
     model: Module, checkpoint: Checkpoint, shared: Mapping[str, torch.Tensor] | None = None, quantization: PrecisionPlan | None = None
 ) -> Module:
-    weights = dict(shared or {})
+    weights, stored = dict(shared or {}), StoredLayout.of(checkpoint)
     with CheckpointReader(checkpoint) as reader:
         for name, parameter in model.named_parameters():
             if name not in weights:
-                values = _rounded(reader.rows(name, 0, parameter.shape[0]), name, quantization)
+                weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
+                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), name, quantization)
                 weights[name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)

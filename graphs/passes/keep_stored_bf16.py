@@ -6,11 +6,13 @@ import onnx_ir as ir
 
 from qwen_export.graphs.passes.context import PassContext, new_node
 from qwen_export.graphs.weights.expression import Weight, WeightTensor, retyped, weight_of
+from qwen_export.plugins.onnxruntime.experts import MOE, WEIGHT_INPUTS
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
 
 
 def keep_stored_bf16(model: ir.Model, context: PassContext) -> int:
-    """Given  qwen.native::Linear(x, w), SwiGlu(x, w), Gather(w, ids)        w an fp32 initializer whose every element is stored as BF16
+    """Given  qwen.native::Linear(x, w), SwiGlu(x, w), Moe(x, l, w, w'), Gather(w, ids)
+           w an fp32 initializer whose every element is stored as BF16
     Result the same over w in bf16; Gather followed by a Cast to fp32       where nothing else reads w"""
     if context.precision != "fp32" or context.choices["linear"].name != "native_linear":
         return 0
@@ -20,6 +22,7 @@ def keep_stored_bf16(model: ir.Model, context: PassContext) -> int:
         if weight is None or weight.dtype != ir.DataType.FLOAT or not _stored_bf16(weight, context):
             continue
         products = [node for node in readers if is_native(node, LINEAR, SWIGLU) and _reads_only_as(node, value, 1)]
+        products += [node for node in readers if is_native(node, MOE) and any(_reads_only_as(node, value, i) for i in WEIGHT_INPUTS)]
         gathers = [node for node in readers if node.op_type == "Gather" and not node.domain and _reads_only_as(node, value, 0)]
         narrow = retyped(weight, ir.DataType.BFLOAT16)
         if narrow is None or len(products) + len(gathers) != len(readers) or value.is_graph_output():

@@ -16,7 +16,12 @@ _FP32_INPUTS = {
     ("com.microsoft", "GatedDeltaNet"): [4, 5, 6, 7, 8],
     ("qwen.native", "DeltaNet"): [2, 3, 6],
     ("qwen.native", "DeltaNetTransaction"): [1, 3, 4, 7, 9],
+    ("qwen.native", "Moe"): [1],
+    ("qwen.native", "QuantMoe"): [1],
 }
+_INTEGERS = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4, ir.DataType.INT4)
+# A changed choice of experts costs more than the bytes of a router save.
+_NEVER_QUANTISED = (".mlp.gate.", ".mlp.shared_expert_gate.")
 _MUTATING = ("copy_", "index_put_", "fill_")
 
 
@@ -37,6 +42,9 @@ def verify_graph(model: ir.Model, after: str) -> None:
             if value is not None and value.dtype != ir.DataType.FLOAT:
                 raise CaptureError("an input that must be fp32 is not", where=where, got=f"{value.name}: {value.dtype}")
         known.update(node.outputs)
+    for name, initializer in graph.initializers.items():
+        if initializer.dtype in _INTEGERS and any(part in f".{name}" for part in _NEVER_QUANTISED):
+            raise CaptureError("a router or the gate of a shared expert is quantised", where=f"after {after}", got=name)
     for value in graph.outputs:
         if value not in known:
             raise CaptureError("a graph output is not made by any node", where=f"after {after}", got=value.name)

@@ -40,3 +40,31 @@ class Quantized(Weight):
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
+
+
+@dataclass(frozen=True)
+class QuantizedMatrices(Weight):
+    """The matrices of all experts [E,N,K], each quantised and packed: u8[E, panels, bytes of a panel]. Memory: one expert at a time."""
+
+    of: Weight
+    format: QuantFormat
+    method: str
+
+    def __post_init__(self) -> None:
+        E, N, K = self.of.shape
+        object.__setattr__(self, "shape", (E, *self.format.packed_shape(N, K)))
+        object.__setattr__(self, "dtype", ir.DataType.UINT8)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        experts = self.of.rows(source, start, stop).astype(np.float32, copy=False)
+        return np.stack([pack(self.format, *quantize(self.format, expert, self.method)) for expert in experts])
+
+    def elements(self, start: int, stop: int) -> int:
+        """Of the experts: they are what takes memory while the block is made."""
+        return self.of.elements(start, stop)
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [(e, e + 1) for e in range(self.shape[0])]
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()

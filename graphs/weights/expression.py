@@ -51,7 +51,7 @@ class Weight(ABC):
         return (stop - start) * prod(self.shape[1:])
 
     def spans(self) -> list[tuple[int, int]]:
-        """The first axis cut into ranges whose blocks are of about BLOCK_BYTES in fp32."""
+        """The first axis cut into ranges whose blocks are of about BLOCK_BYTES in fp32, or of one row where a row has more."""
         count = self.shape[0] if self.shape else 1
         step = max(1, BLOCK_BYTES * count // max(1, prod(self.shape) * 4))
         return [(start, min(count, start + step)) for start in range(0, count, step)]
@@ -241,6 +241,46 @@ class Stacked(Weight):
 
 
 @dataclass(frozen=True)
+class StackedMatrices(Weight):
+    """Several weights of one shape along a new first axis: the matrices of all experts as one tensor."""
+
+    parts: tuple[Weight, ...]
+
+    def __post_init__(self) -> None:
+        first = self.parts[0]
+        if any(p.shape != first.shape or p.dtype != first.dtype for p in self.parts):
+            raise ValueError(f"cannot stack {[p.shape for p in self.parts]}")
+        _set(self, shape=(len(self.parts), *first.shape), dtype=first.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return np.stack([part.evaluate(source) for part in self.parts[start:stop]])
+
+    def stored(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.stored()
+
+
+@dataclass(frozen=True)
+class Interleaved(Weight):
+    """The rows of the two halves of every matrix by turns, [E,2I,H]: gate and up of each expert as a kernel that wants them together."""
+
+    of: Weight
+
+    def __post_init__(self) -> None:
+        if len(self.of.shape) != 3 or self.of.shape[1] % 2:
+            raise ValueError(f"cannot interleave the halves of {self.of.shape}")
+        _set(self, shape=self.of.shape, dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        E, rows, columns = stop - start, *self.shape[1:]
+        halves = self.of.rows(source, start, stop).reshape(E, 2, rows // 2, columns)
+        return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(E, rows, columns)
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
 class Constant(Weight):
     """A small array that does not come from the checkpoint."""
 
@@ -283,12 +323,12 @@ def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
     """The same stored elements in another element type, None for a weight that is computed from them."""
     if isinstance(weight, StoredWeight):
         return replace(weight, dtype=dtype)
-    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows):
+    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows | Interleaved):
         inner = retyped(weight.of, dtype)
         return replace(weight, of=inner) if inner is not None else None
-    if isinstance(weight, Stacked):
+    if isinstance(weight, Stacked | StackedMatrices):
         parts = [retyped(part, dtype) for part in weight.parts]
-        return Stacked(tuple(part for part in parts if part is not None)) if None not in parts else None
+        return type(weight)(tuple(part for part in parts if part is not None)) if None not in parts else None
     return None
 
 
@@ -307,10 +347,12 @@ __all__: Sequence[str] = (
     "Constant",
     "FirstRows",
     "HeadRows",
+    "Interleaved",
     "NegativeExp",
     "Offset",
     "Reshaped",
     "Stacked",
+    "StackedMatrices",
     "StoredWeight",
     "TensorSource",
     "Transposed",

@@ -31,7 +31,7 @@ LIBRARIES = {
     "cpu": Library(
         "libqwen_export_cpu.so",
         "QWEN_EXPORT_CPU_PLUGIN",
-        dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather"), _FLOAT),
+        dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"), _FLOAT),
     ),
     "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT}),
 }

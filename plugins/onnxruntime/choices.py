@@ -44,6 +44,8 @@ class Choice:
     """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
     transaction: bool = True
     """Whether a state may have tokens pending, as speculation needs it."""
+    columns: int = 1
+    """Of a product: results whose width is no multiple of this are left to FusedMatMul."""
 
 
 def _rotary_limit(config: TextConfig) -> str:
@@ -57,6 +59,7 @@ def _native_limit(config: TextConfig) -> str:
     widths = {
         "hidden size": config.hidden_size,
         "intermediate size": config.intermediate_size,
+        "shared expert's width": config.shared_expert_intermediate_size,
         "attention width": config.num_attention_heads * config.head_dim,
         "key and value width": config.num_key_value_heads * config.head_dim,
         "DeltaNet width": config.value_dim,
@@ -86,6 +89,8 @@ _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
 _CONV = Kernel("CausalConvWithState")
 _GATED_NORM = Kernel("GatedRMSNorm")
+_NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
+_MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -100,10 +105,11 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             ),
         ),
         "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
+        "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
     },
     "cuda": {
         "linear": (
-            Choice("native_linear", _NATIVE_LINEAR, _native_limit),
+            Choice("native_linear", _NATIVE_LINEAR, _native_limit, columns=8),
             Choice("fused_matmul", (Kernel("FusedMatMul"),)),
         ),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
@@ -113,14 +119,18 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT), transaction=False),
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
+        "moe": (_MICROSOFT_MOE,),
     },
 }
 
 
 def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op, and a sentence for each op that has none. With `transaction` only lowerings that speculation can use."""
+    """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
+    speculation can use."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():
+        if op == "moe" and not config.is_moe:
+            continue
         candidates = [choice for choice in every if choice.transaction or not transaction]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qwen_export.graphs.passes.context import PassContext, replace_node
 from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.plugins.onnxruntime.experts import lower_microsoft_moe, lower_native_moe
 from qwen_export.plugins.onnxruntime.group_query_attention import lower_group_query_attention
 from qwen_export.plugins.onnxruntime.linear_attention import lower_linear_attention
 from qwen_export.plugins.onnxruntime.native_delta_net import lower_native_delta_net
@@ -29,6 +30,8 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_attention", "group_query_attention"): lower_group_query_attention,
     ("gated_attention", "packed_group_query_attention"): lower_packed_attention,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
+    ("moe", "native_moe"): lower_native_moe,
+    ("moe", "microsoft_moe"): lower_microsoft_moe,
     (LINEAR, "fused_matmul"): lower_fused_matmul,
     (LINEAR, "native_linear"): lower_native_linear,
 }
@@ -44,7 +47,7 @@ def lower_mixers(model: ir.Model, context: PassContext) -> int:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
     """Lower everything else of domain qwen."""
-    return _lower(model, context, ("rms_norm", LINEAR))
+    return _lower(model, context, ("rms_norm", "moe", LINEAR))
 
 
 def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognise_linear import LINEAR as LINEAR_OP
 from qwen_export.graphs.passes.recognise_linear import is_linear
+from qwen_export.graphs.weights.expression import weight_of
 from qwen_export.plugins.native.library import NATIVE
+from qwen_export.plugins.onnxruntime.simple import lower_fused_matmul
 
 LINEAR, SWIGLU = "Linear", "SwiGlu"
 # Where each op takes the norm of its input.
@@ -15,7 +18,10 @@ _RESIDUAL_INPUT = 2
 
 
 def lower_native_linear(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
-    """qwen::linear(x, w) -> qwen.native::Linear(x, w)"""
+    """qwen::linear(x, w) -> qwen.native::Linear(x, w), or FusedMatMul(x, w, transB=1) where it does not take the width of the result"""
+    weight = weight_of(node.inputs[1])
+    if weight is not None and weight.shape[0] % context.choices[LINEAR_OP].columns:
+        return lower_fused_matmul(graph, node, context)
     product = new_node(NATIVE, LINEAR, list(node.inputs), like=node.outputs[0], epsilon=0.0)
     return [product], list(product.outputs)
 

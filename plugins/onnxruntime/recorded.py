@@ -22,6 +22,7 @@ _CUDA: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
     (_MS, "CausalConvWithState"): [{"T": _FLOATS}],
     (_MS, "GatedDeltaNet"): [{"T": _FLOATS, "TS": frozenset({"float"})}],
     (_MS, "GatedRMSNorm"): [{"T": _FLOATS}],
+    (_MS, "MoE"): [{"T": _FLOATS}],
     (_MS, "GroupQueryAttention"): [
         {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})},
         {"T": frozenset({"bfloat16"}), "T_CACHE": frozenset({"bfloat16"})},
@@ -38,6 +39,7 @@ _CPU: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
     (_MS, "LinearAttentionGate"): [{"T": _FLOAT_OR_HALF, "TF": _FLOAT}],
     (_MS, "LinearAttention"): [{"T": _FLOAT}],
     (_MS, "GatedRMSNorm"): [{"T": _FLOAT_OR_HALF}],
+    (_MS, "MoE"): [{"T": _FLOAT}],
     (_MS, "GroupQueryAttention"): [{"T": _FLOAT, "T_CACHE": _FLOAT}, {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})}],
 }
 _RECORDED = {

@@ -24,7 +24,10 @@ def command(checkpoint: Path, as_json: bool) -> None:
 def _text(report: dict[str, Any]) -> str:
     model = report["model"]
     mixers = f"{model['layers']} layers ({model['layers'] - model['attention_layers']} DeltaNet, {model['attention_layers']} attention)"
-    experts = f", {model['experts']} experts" if model["experts"] else ""
+    experts = ""
+    if model["experts"]:
+        selected = f"{model['experts_per_token']} of {model['experts']} experts"
+        experts = f", {selected}: {count(model['active_parameters'])} of {count(model['parameters'])} parameters per token"
     lines = [
         f"{report['architecture']}, {model['kind']}, {mixers}{experts}",
         f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}, context {model['max_context']}, rope {model['rope']}, "

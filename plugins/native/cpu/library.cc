@@ -13,6 +13,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       Ort::CustomOpDomain made("qwen.native");
       qwen::add_linear(made);
       qwen::add_delta_net(made);
+      qwen::add_moe(made);
       qwen::add_quantized(made);
       return made;
     }();

@@ -7,6 +7,7 @@ namespace qwen {
 
 void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
 void add_delta_net(Ort::CustomOpDomain& domain);  // delta_net_op.cc
+void add_moe(Ort::CustomOpDomain& domain);        // moe_op.cc
 void add_quantized(Ort::CustomOpDomain& domain);  // quant_linear_op.cc
 
 }  // namespace qwen

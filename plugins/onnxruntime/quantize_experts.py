@@ -1,0 +1,63 @@
+"""Experts that the precision plan quantises, on the kernel of plugins/native/cpu/moe_op.cc."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from qwen_export.errors import ConfigError
+from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
+from qwen_export.graphs.quantization.plan import GroupFormat
+from qwen_export.graphs.quantization.weights import QuantizedMatrices
+from qwen_export.graphs.weights.expression import add_weight, weight_of
+from qwen_export.plugins.native.library import NATIVE
+from qwen_export.plugins.onnxruntime.experts import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.native_linear import is_native
+
+QUANT_MOE = "QuantMoe"
+# Of an expert's width: its gate and up rows are whole panels.
+_WIDTH_UNIT = 16
+_FORMAT = ("bits", "block", "zeros", "wide_scales")
+
+
+def quantize_experts(model: ir.Model, context: PassContext) -> int:
+    """Given  qwen.native::Moe(x, logits, gate_up, down)                     weights that the plan quantises
+    Result qwen.native::QuantMoe(x, logits, packed, packed)"""
+    plan, changed = context.quantization, 0
+    if plan is None:
+        return 0
+    for node in [node for node in model.graph if is_native(node, MOE)]:
+        weights = [node.inputs[i] for i in WEIGHT_INPUTS]
+        formats = [plan.of(str(value and value.name)) for value in weights]
+        quantised = [chosen.quant is not None for chosen in formats]
+        if not any(quantised):
+            continue
+        where, inner = str(node.name), context.config.moe_intermediate_size
+        if not all(quantised):
+            raise ConfigError("a plan must quantise both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
+        if inner % _WIDTH_UNIT:
+            raise ConfigError(
+                f"experts are quantised where their width is a multiple of {_WIDTH_UNIT}",
+                where=where,
+                got=inner,
+                fix='Set format = "stored" for [experts] in a precision plan.',
+            )
+        attributes: dict[str, Any] = {"top_k": node.attributes.get_int("top_k"), "inner": inner}
+        packed = []
+        for prefix, value, chosen in zip(("gate_up", "down"), weights, formats, strict=True):
+            packed.append(_packed(model.graph, value, chosen))
+            found = chosen.quant.attributes(0, 0) if chosen.quant is not None else {}
+            attributes |= {f"{prefix}_{name}": found[name] for name in _FORMAT}
+        made = new_node(NATIVE, QUANT_MOE, [*node.inputs[:2], *packed], like=node.outputs[0], **attributes)
+        made.outputs[0].shape, made.name = node.outputs[0].shape, f"{node.name}.{formats[0].format}"
+        replace_node(model.graph, node, [made], made.outputs)
+        changed += 1
+    return changed
+
+
+def _packed(graph: ir.Graph, value: ir.Value | None, chosen: GroupFormat) -> ir.Value:
+    weight = weight_of(value)
+    if value is None or weight is None or chosen.quant is None:
+        raise TypeError("the experts have no stored weight")
+    return add_weight(graph, f"{value.name}.{chosen.format}", QuantizedMatrices(weight, chosen.quant, chosen.method))
