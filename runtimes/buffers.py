@@ -6,6 +6,7 @@ nothing, so a large cache capacity is free until it is used. On CUDA it is one a
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from math import prod
 from typing import Any
@@ -102,6 +103,8 @@ class CudaBuffer(Buffer):
         self._pinned: Bytes | None = None
 
     def __del__(self) -> None:
+        if sys.is_finalizing():  # the process gives everything back
+            return
         pinned = getattr(self, "_pinned", None)
         if pinned is not None:
             cuda_memory.unpin(pinned.ctypes.data)

@@ -31,7 +31,7 @@ class Policy(Protocol):
         """Tokens to draft now, at most `limit`."""
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """What a round with `drafted` tokens came to; 0 drafted is a plain step."""
+        """What a round with `drafted` tokens came to; 0 drafted is a plain step. The verify's time includes choosing the tokens."""
 
 
 class FixedLength:

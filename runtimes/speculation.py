@@ -80,7 +80,7 @@ class Speculator:
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
         drafted, draft_busy = time.perf_counter(), decoder.busy_s
         rows = decoder.verify([x, *(d.token for d in drafts)]) if drafts else decoder.step([x])
-        verified, verify_busy = time.perf_counter(), decoder.busy_s
+        verify_busy = decoder.busy_s
         tokens: list[int] = []
         for draft, row in zip((*drafts, None), rows, strict=True):
             tokens.append(acceptance.token(sampler.distribution(row, history), draft, len(tokens)))
@@ -91,7 +91,8 @@ class Speculator:
         if drafts:
             decoder.accept(len(tokens))  # x and the drafts that were kept
         once = decoder.binding_s - binding  # bindings made for the first draft of its kind
-        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, verified - drafted)
+        ended = time.perf_counter()
+        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, ended - drafted)
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
-        numbers.host_s += time.perf_counter() - began - once - (verify_busy - busy)
+        numbers.host_s += ended - began - once - (verify_busy - busy)
         return _Round(tokens, verified=bool(drafts))

@@ -213,7 +213,7 @@ _BUILD = "import sys; from qwen_export.cli import main; main(sys.argv[1:])"
 @pytest.fixture(scope="module")
 def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Large enough that weights are being written for a moment: 200 MB in fp32."""
-    return synthesize(tiny_config(vocab_size=400_000, vision=False), tmp_path_factory.mktemp("slow") / "checkpoint")
+    return synthesize(tiny_config(vocab_size=400_000, vision=False), tmp_path_factory.mktemp("slow") / "checkpoint", with_mtp=False)
 
 
 def start_build(checkpoint: Path, bundle: Path) -> subprocess.Popen[str]:

@@ -150,8 +150,8 @@ def test_the_bundle_has_the_plugin_and_half_the_bytes(
 
 
 def test_inspect_tells_the_lowering(plugin: Path, tiny_checkpoint: Path) -> None:
-    entries = {(e["device"], e["precision"]): e for e in inspect_checkpoint(tiny_checkpoint)["targets"]}
-    assert entries["cpu", "fp32"]["lowerings"]["linear"] == "native_linear"
+    entries = {(e["target"], e["device"], e["precision"]): e for e in inspect_checkpoint(tiny_checkpoint)["targets"]}
+    assert entries["onnxruntime", "cpu", "fp32"]["lowerings"]["linear"] == "native_linear"
 
 
 @pytest.mark.parametrize("native", [True, False], ids=["plugin", "no plugin"])

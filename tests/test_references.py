@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.manifest import load_manifest
 from qwen_export.packaging import package
+from qwen_export.plugins.native.library import LIBRARIES
 from qwen_export.runtimes import load
 from qwen_export.runtimes.integrity import ensure_whole
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
@@ -29,6 +31,14 @@ def fp32_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("fp32")
     tokenizer = write_tiny_tokenizer(directory / "tokenizer")
     return synthesize(tiny_config(), directory / "checkpoint", dtype="fp32", shards=2, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_plugin() -> Iterator[None]:
+    """ONNX Runtime's own kernels take most matrices as they are stored; the plugin's take several as one, which is a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(LIBRARIES["cpu"].variable, "")
+        yield
 
 
 @pytest.fixture(scope="module")
