@@ -168,8 +168,8 @@ class Decoder:
 
     def prepare(self, count: int) -> None:
         """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others; before a verify
-        the draft head reads what it has not."""
-        if count > 1 and self.head is not None:
+        the draft head reads what plain steps have left it."""
+        if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
             self.head.catch_up()
         shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
         if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):

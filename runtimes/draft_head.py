@@ -97,7 +97,7 @@ class DraftHead:
 
     def first(self, token: int) -> Logits:
         """The draft after `token`, which follows the text read: logits f32[draft_vocab], valid until the next call."""
-        if self._known() - self.length > self._decoder.widest_verify:
+        if self.behind > self._decoder.widest_verify:
             self.catch_up()
         return self._read([*self._decoder.tokens_from(self.length + 1), token], rows=1)
 
@@ -140,6 +140,11 @@ class DraftHead:
             call.run(np.zeros((1, T), np.int64), np.array([self.length], np.int32))
         self.binding_s += time.perf_counter() - started
         return call
+
+    @property
+    def behind(self) -> int:
+        """Rows that a draft would have to read: one, what a round accepted, or what plain steps have left."""
+        return self._known() - self.length
 
     def _known(self) -> int:
         return self._decoder.lengths[0]
