@@ -26,7 +26,7 @@ demo: $(STAMP) native
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP) native
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 $(ARGS)
 
 native: $(LIBRARY)
 
