@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -30,7 +31,7 @@ from qwen_export.manifest import (
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.runtimes.compatibility import this_platform
-from qwen_export.staging import JOURNAL, staged_directory
+from qwen_export.staging import JOURNAL, signals_held, staged_directory
 from qwen_export.static_plan import StaticOptions
 from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
 
@@ -95,6 +96,8 @@ def build(
         options=options,
     )
     check_text_assets(source.path)
+    with signals_held():
+        importlib.import_module("qwen_export.graphs.capture")
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
         dump = Path(dump_ir) if dump_ir else None

@@ -11,7 +11,9 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,3 +126,20 @@ def _swap(staging: Path, destination: Path) -> None:
             if not os.path.lexists(destination):
                 os.rename(old / "bundle", destination)
             raise
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Interrupts wait until the block is over: native libraries interrupted while they load end the process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda n, frame: arrived.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in arrived[:1]:
+        signal.raise_signal(number)
