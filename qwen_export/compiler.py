@@ -16,6 +16,7 @@ from qwen_export.graphs.checkpoint.names import stored_dtypes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import (
     MANIFEST,
+    ROPE_SCALING,
     SCHEMA_VERSION,
     FileEntry,
     GraphSpec,
@@ -56,6 +57,7 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    rope_scaling: str | None = None,
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
@@ -72,6 +74,7 @@ def build(
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantise weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
+    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" in the place of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
@@ -82,7 +85,7 @@ def build(
     weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, rope_scaling)
     plan = plan_build(
         source,
         target,
@@ -107,7 +110,7 @@ def build(
         references = _refer(source, models, staging) if weights == "reference" else {}
         files = _emit(source, plan, models, staging, say, jobs, max_memory)
         files |= {name: hash_file(staging / name) for name in references}
-        _manifest(source, plan, models, files, references, staging)
+        _manifest(source, plan, models, files, references, rope_scaling, staging)
     return Path(output)
 
 
@@ -218,6 +221,7 @@ def _manifest(
     models: dict[str, ir.Model],
     files: dict[str, FileEntry],
     references: dict[str, Reference],
+    rope_scaling: str | None,
     staging: Path,
 ) -> None:
     text = source.config.text
@@ -254,7 +258,8 @@ def _manifest(
             "attention cache": plan.activations,
         }
         | (plan.quantization.to_json() if plan.quantization else {}),
-        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
+        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
+        | ({ROPE_SCALING: rope_scaling} if rope_scaling else {}),
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 

@@ -37,12 +37,12 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read config.json and the headers of all weight files."""
+def open_checkpoint(path: str | Path, rope_scaling: str | None = None) -> Checkpoint:
+    """Read config.json and the headers of all weight files. `rope_scaling`, like "yarn:4", takes the place of the one in config.json."""
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError("the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json.")
-    config = load_config(directory)
+    config = load_config(directory, rope_scaling)
     if not config.quantization and (directory / MODELOPT).exists():
         config = replace(config, quantization={"quant_method": "modelopt"} | _json_object(directory / MODELOPT, "quantization settings"))
     return Checkpoint(directory, config, _tensors(directory))
