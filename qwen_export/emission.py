@@ -18,6 +18,7 @@ from qwen_export.graphs.weights.memory import block_budget
 from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
     MANIFEST,
+    ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
     FileEntry,
@@ -120,7 +121,8 @@ def write_manifest(
             "attention cache": plan.activations,
         }
         | (plan.quantization.to_json() if plan.quantization else {}),
-        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
+        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
+        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 

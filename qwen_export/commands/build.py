@@ -36,6 +36,11 @@ from qwen_export.targets import PRECISIONS, TARGETS
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option(
+    "--rope-scaling",
+    metavar="yarn:FACTOR",
+    help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
@@ -65,6 +70,7 @@ def command(
     precision: str | None,
     device: str | None,
     max_context: int | None,
+    rope_scaling: str | None,
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -109,6 +115,7 @@ def command(
             device=device,
             precision=precision or ("fp32" if device == "cpu" else "fp16"),
             max_context=max_context,
+            rope_scaling=rope_scaling,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,

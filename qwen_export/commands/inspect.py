@@ -14,10 +14,11 @@ from qwen_export.inspection import inspect_checkpoint
 
 @click.command("inspect")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(checkpoint: Path, as_json: bool) -> None:
+def command(checkpoint: Path, rope_scaling: str | None, as_json: bool) -> None:
     """Say what CHECKPOINT is and what each target can do with it. Reads headers only."""
-    report = inspect_checkpoint(checkpoint)
+    report = inspect_checkpoint(checkpoint, rope_scaling)
     click.echo(json.dumps(report, indent=1) if as_json else _text(report))
 
 
