@@ -54,7 +54,7 @@ class BuildPlan:
     @property
     def activations(self) -> str:
         """The precision of activations and caches, and of weights that are not quantised."""
-        return activation_precision(self.precision)
+        return activation_precision(self.precision, self.device)
 
     @property
     def quantization_lines(self) -> list[str]:
@@ -106,6 +106,10 @@ def plan_build(
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     speculation, no_head = _speculation(checkpoint, device, mtp, draft_vocab, lookup)
+    quantization: PrecisionPlan | None = None
+    if precision in QUANTIZED and precision in chosen.precisions:
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
+    activations = activation_precision(precision, device)
     choices: dict[str, Choice] = {}
     static: StaticPlan | None = None
     if chosen.static:
@@ -116,11 +120,13 @@ def plan_build(
         speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
     elif device in chosen.devices and precision in chosen.precisions:
         kernels = kernels_for(device)
-        choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
+        experts = quantization is not None and quantization.groups["experts"].quant is not None
+        choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
         if refused and speculation is not None:
             speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-            choices, refused = choose(kernels, activation_precision(precision), config)
-        refused += _quantization_reasons(device, precision, choices)
+            choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+        if quantization is not None:
+            refused += _quantization_reasons(device, precision, config, choices)
         if refused and device == "cpu" and precision != "fp32":
             refused = [*refused, "build for this device with --precision fp32"]
         reasons += refused
@@ -131,9 +137,8 @@ def plan_build(
     check_tensors(checkpoint, mtp=not no_head)
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
-    size = BYTES[activation_precision(precision)]
-    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
+    size = BYTES[activations]
+    groups = _group_sizes(checkpoint, activations, choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
@@ -151,9 +156,11 @@ def plan_build(
     )
 
 
-def activation_precision(precision: str) -> str:
+def activation_precision(precision: str, device: str) -> str:
     """The precision of what is not quantised."""
-    return "fp32" if precision in QUANTIZED else precision
+    if precision not in QUANTIZED:
+        return precision
+    return "fp32" if device == "cpu" else "fp16"
 
 
 def _speculation(
@@ -194,15 +201,14 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
     """Why the products of this build cannot be quantised."""
-    if precision not in QUANTIZED:
-        return []
-    if device != "cpu":
-        return [f"{precision} is supported on cpu only, so far"]
     if "linear" in choices and choices["linear"].name != "native_linear":
-        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
-    return []
+        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
+        return [f"{precision} needs the library of native kernels, which {script} builds"]
+    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
+    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
 
 
 def _group_sizes(

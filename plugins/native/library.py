@@ -33,7 +33,12 @@ LIBRARIES = {
         "QWEN_EXPORT_CPU_PLUGIN",
         dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"), _FLOAT),
     ),
-    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT}),
+    "cuda": Library(
+        "libqwen_export_cuda.so",
+        "QWEN_EXPORT_CUDA_PLUGIN",
+        dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe"), _HALF)
+        | {"DeltaNet": _HALF | _FLOAT, "QuantGather": frozenset({"float16"})},
+    ),
 }
 
 

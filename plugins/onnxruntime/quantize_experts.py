@@ -1,4 +1,4 @@
-"""Experts that the precision plan quantises, on the kernel of plugins/native/cpu/moe_op.cc."""
+"""Experts that the precision plan quantises, on the kernels of plugins/native/cpu/moe_op.cc and plugins/native/quant_moe.cu."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
         weights = [node.inputs[i] for i in WEIGHT_INPUTS]
         formats = [plan.of(str(value and value.name)) for value in weights]
         quantised = [chosen.quant is not None for chosen in formats]
-        if not any(quantised):
-            continue
         where, inner = str(node.name), context.config.moe_intermediate_size
+        if not any(quantised):
+            if context.choices["moe"].quantized_only:
+                raise ConfigError(
+                    "on this device a plan must quantise the experts of every layer, those of the draft head too, or of none", where=where
+                )
+            continue
         if not all(quantised):
             raise ConfigError("a plan must quantise both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
         if inner % _WIDTH_UNIT:
