@@ -1,10 +1,13 @@
 // The custom ops of domain qwen.native for ONNX Runtime's CUDA execution provider. Each op exists for fp16 and bf16, DeltaNet for fp32 too.
 
+#include <algorithm>
+
 #include "delta_net.cuh"
 #include "operator.h"
 #include "ops.h"
 #include "rows.cuh"
 #include "skinny.cuh"
+#include "top_logits.cuh"
 
 namespace qwen {
 namespace {
@@ -144,6 +147,30 @@ class DeltaNetKernel {
   int* arrivals_ = nullptr;
 };
 
+// logits f32 [...,V]  ->  values f32 [...,K], ids i32 [...,K]; K = min(attribute k, V)
+class TopLogitsKernel {
+ public:
+  explicit TopLogitsKernel(const OrtKernelInfo* info) : k_(Ort::ConstKernelInfo(info).GetAttribute<int64_t>("k")) {
+    expect(0 < k_ && k_ <= 64, "TopLogits: k is at most 64");
+  }
+
+  void Compute(OrtKernelContext* context) {
+    Call call(context);
+    auto shape = call.shape(0);
+    expect(!shape.empty() && 0 < shape.back() && shape.back() < 1 << 30, "TopLogits: logits must be [...,V]");
+    const int rows = rows_of(shape), V = static_cast<int>(shape.back()), K = std::min(static_cast<int>(k_), V);
+    shape.back() = K;
+    float* values = call.output<float>(0, shape);
+    int32_t* ids = call.output<int32_t>(1, shape);
+    if (rows == 0) return;
+    const Scratch scratch(call, top_logits_scratch(rows, V));
+    top_logits(call.input<float>(0), values, ids, rows, V, K, scratch.as<void>(), call.stream());
+  }
+
+ private:
+  int64_t k_;
+};
+
 template <typename T>
 void add_delta_net(Ort::CustomOpDomain& domain) {
   static const Operator<T, DeltaNetKernel<T>> delta_net({"DeltaNet", "TTffTTfT?l?l?", "TTf"});
@@ -156,6 +183,11 @@ void add_products(Ort::CustomOpDomain& domain) {
   static const Operator<T, SwiGluKernel<T>> swiglu({"SwiGlu", "TTT?", "T"});
   domain.Add(&linear);
   domain.Add(&swiglu);
+}
+
+void add_top_logits(Ort::CustomOpDomain& domain) {
+  static const Operator<float, TopLogitsKernel> op({"TopLogits", "f", "fi"});
+  domain.Add(&op);
 }
 
 }  // namespace
@@ -174,6 +206,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       add_delta_net<float>(made);
       add_delta_net<__half>(made);
       add_delta_net<__nv_bfloat16>(made);
+      add_top_logits(made);
       add_quantized(made);
       return made;
     }();

@@ -124,7 +124,7 @@ inline int rows_of(const std::vector<int64_t>& shape) {
 
 struct Signature {
   const char* name;
-  const char* inputs;    // T: the op's type, f: fp32, l: int64, b: u8, ?: the input before may be left out
+  const char* inputs;    // T: the op's type, f: fp32, l: int64, b: u8, i: int32, ?: the input before may be left out
   const char* outputs;
 };
 
@@ -158,6 +158,7 @@ struct Operator : Ort::CustomOpBase<Operator<T, Kernel>, Kernel> {
   static ONNXTensorElementDataType element(char c) {
     switch (c) {
       case 'f': return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case 'i': return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
       case 'l': return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
       case 'b': return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
       default: return Type<T>::onnx;

@@ -102,6 +102,7 @@ _GATED_NORM = Kernel("GatedRMSNorm")
 _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
+_TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -117,6 +118,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
         "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
+        "top_logits": (_TOP_LOGITS,),
     },
     "cuda": {
         "linear": (
@@ -131,8 +133,13 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
+        "top_logits": (_TOP_LOGITS,),
     },
 }
+
+
+OPTIONAL = ("top_logits",)
+"""What a graph can be without."""
 
 
 def choose(
@@ -149,7 +156,7 @@ def choose(
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]
-        else:
+        elif op not in OPTIONAL:
             refusals.append(f"{op}: {'; or '.join(reasons)}")
     return chosen, refusals
 
