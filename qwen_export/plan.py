@@ -11,7 +11,8 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
@@ -138,6 +139,8 @@ def plan_build(
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
     size = BYTES[activations]
+    if quantization is not None and checkpoint.config.quantization:
+        quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
     groups = _group_sizes(checkpoint, activations, choices, quantization, tensors)
     return BuildPlan(
         chosen,
@@ -154,6 +157,22 @@ def plan_build(
         group_sizes=groups,
         static=static,
     )
+
+
+def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
+    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
+    they are; else fp32 on the CPU and fp16 elsewhere."""
+    usual = "fp32" if device == "cpu" else "fp16"
+    if not checkpoint.config.quantization or not set(QUANTIZED) <= set(TARGETS[target].precisions):
+        return usual
+    for precision in (INT4, INT8):
+        try:
+            plan = plan_build(checkpoint, target, device, precision)
+        except UnsupportedError:
+            return usual
+        if plan.quantization is not None and plan.quantization.kept:
+            return precision
+    return usual
 
 
 def activation_precision(precision: str, device: str) -> str:

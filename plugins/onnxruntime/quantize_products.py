@@ -9,7 +9,7 @@ from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
 from qwen_export.graphs.passes.recognise_linear import LINEAR as LINEAR_OP
 from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
-from qwen_export.graphs.quantization.weights import Quantized
+from qwen_export.graphs.quantization.weights import packed_weight
 from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
@@ -113,9 +113,9 @@ def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> 
         raise TypeError(f"{name} is not quantised")
     N, K = weight.shape
     if isinstance(weight, FirstRows):  # the first panels of the whole matrix, which is stored once
-        packed: Weight = FirstRows(Quantized(weight.of, format, chosen.method), format.packed_shape(N, K)[0])
+        packed: Weight = FirstRows(packed_weight(weight.of, chosen), format.packed_shape(N, K)[0])
     else:
-        packed = Quantized(weight, format, chosen.method)
+        packed = packed_weight(weight, chosen)
     return add_weight(graph, f"{name}.{chosen.format}", packed), format.attributes(N, K)
 
 
@@ -123,8 +123,7 @@ def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, W
     """The weight cut where the format changes."""
     parts: list[tuple[GroupFormat, list[Weight]]] = []
     for part in weight.parts if isinstance(weight, Stacked) else (weight,):
-        formats = {plan.of(name) for name in part.stored()}
-        format = formats.pop() if len(formats) == 1 else GroupFormat()
+        format = plan.of(*part.stored())
         if parts and parts[-1][0] == format:
             parts[-1][1].append(part)
         else:

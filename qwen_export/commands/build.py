@@ -13,7 +13,7 @@ from qwen_export.compiler import build
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
+from qwen_export.plan import default_precision, plan_build
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -27,7 +27,8 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; fp32 on cpu, else fp16 by default. int8, int4: quantised weights.",
+    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4: "
+    "quantised weights.",
 )
 @click.option(
     "--plan",
@@ -92,6 +93,8 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision is None:
+        precision = default_precision(open_checkpoint(checkpoint), target, device)
     if precision in QUANTIZED:
         plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
         click.echo("\n".join(plan.quantization_lines), err=True)
@@ -106,7 +109,7 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp32" if device == "cpu" else "fp16"),
+            precision=precision,
             max_context=max_context,
             mtp=mtp,
             draft_vocab=draft_vocab,
