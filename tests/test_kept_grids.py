@@ -20,12 +20,15 @@ from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.formats.logical import Grid
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.models.eager import EagerSequence
+from qwen_export.graphs.models.load import load_decoder
 from qwen_export.graphs.quantization.kept import block_of
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, unpack
 from qwen_export.inspection import inspect_checkpoint
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import BuildPlan, default_precision, plan_build
 from qwen_export.plugins.native.library import LIBRARIES, find_library
+from qwen_export.runtimes import load
 from qwen_export.verify import verify
 from tests.support import quantizers
 from tests.support.quantizers import PROJECTIONS, QuantizedCheckpoint, Quantizer, quantize_checkpoint
@@ -167,7 +170,7 @@ def test_codes_zeros_and_scales_are_in_the_bundle_bit_for_bit(made: Make, tmp_pa
             np.testing.assert_array_equal(zeros, np.concatenate([z for z in stored if z is not None]))
     entries = load_manifest(bundle).precision_plan
     assert entries["mlp stored quantised"] == f"12 kept: {said}"
-    assert any("32 weights, 32 kept" in text or "25 weights, 25 kept" in text for text in entries.values()), entries
+    assert "25 weights, 25 kept" in entries.values(), "those of the draft head have another prefix"
 
 
 @needs_plugin
@@ -198,7 +201,11 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
         gate, up, back = (checkpoint.values[f"{PREFIX}layers.1.mlp.experts.{e}.{n}_proj.weight"].numpy() for n in ("gate", "up", "down"))
         np.testing.assert_array_equal(dequantize(format, *unpack(format, gate_up[e], 256, 128)), np.concatenate([gate, up]))
         np.testing.assert_array_equal(dequantize(format, *unpack(format, down[e], 128, 128)), back)
-    assert verify(bundle, checkpoint.path)["passed"]
+    ids = np.random.default_rng(0).integers(0, 480, 40).tolist()
+    expected = EagerSequence(load_decoder(open_checkpoint(checkpoint.path)), 64).read(ids)
+    error = load(bundle).decoder().read(ids) - expected
+    # Rounding makes a random router choose another expert for a token now and then: its row is off, most are not.
+    assert np.median(np.sqrt((error * error).mean(axis=1))) < 0.15 * expected.std()
 
 
 def test_what_has_no_grid_is_dequantized_and_the_plan_says_so(made: Make) -> None:
