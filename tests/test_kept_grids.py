@@ -66,6 +66,12 @@ FORMS: dict[str, tuple[Quantizer, dict[str, Any], str, QuantFormat]] = {
         "compressed-tensors int4 group 256",
         QuantFormat(4, 128, False, True),
     ),
+    "int8-rows": (
+        quantizers.scaled(torch.int8, "channel"),
+        {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {}},
+        "int8 per channel",
+        QuantFormat(8, 128, False, True),
+    ),
     "packed-asymmetric": (
         quantizers.pack_quantized(32, symmetric=False),
         packed(32, False),
@@ -143,10 +149,11 @@ def stored_zeros(made: QuantizedCheckpoint, module: str) -> npt.NDArray[np.int64
 def test_codes_zeros_and_scales_are_in_the_bundle_bit_for_bit(made: Make, tmp_path: Path, form: str) -> None:
     quantizer, config, said, format = FORMS[form]
     checkpoint = made(quantizer, config)
-    plan = plan_of(checkpoint.path)
+    precision = f"int{format.bits}"
+    plan = plan_of(checkpoint.path, precision)
     assert outcome(plan) == {f"kept: {said}": 9 + 4 + 12 + 7}
     assert sum(f"kept: {said}" in line for line in plan.quantization_lines) == 4
-    bundle = build(checkpoint.path, tmp_path / "bundle", precision="int4", max_context=64)
+    bundle = build(checkpoint.path, tmp_path / "bundle", precision=precision, max_context=64)
     matrices = stored_bytes(bundle)
     layers = {
         "layers.0.linear_attn.in_proj": ["linear_attn.in_proj_qkv", "linear_attn.in_proj_z"],
