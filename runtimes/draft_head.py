@@ -11,7 +11,6 @@ import time
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_export.runtimes.bound_call import BoundCall
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
@@ -102,20 +101,20 @@ class DraftHead:
 
     def following(self, token: int, depth: int) -> Row:
         """The draft after the draft `token`, the `depth`-th of its round (1 is the first)."""
-        return self._run(np.array([[token]], np.int64), self.length + depth - 1, rows=1)
+        return self._run([token], self.length + depth - 1, rows=1)
 
     def _read(self, tokens: list[int], rows: int) -> Row:
         start = (self.length - self._base) * self._row_bytes
         self._input.copy_from(self._log, 0, start, len(tokens) * self._row_bytes)
-        made = self._run(np.array([tokens], np.int64), self.length, rows)
+        made = self._run(tokens, self.length, rows)
         self.length += len(tokens)
         return made
 
-    def _run(self, ids: npt.NDArray[np.int64], position: int, rows: int) -> Row:
+    def _run(self, ids: list[int], position: int, rows: int) -> Row:
         """One call over the states in `_input`; its last own state becomes the input of a following draft."""
-        T = ids.shape[1]
+        T = len(ids)
         call = self._calls.get((T, rows)) or self._bind(T, rows)
-        made = call.run(ids, np.array([position], np.int32))
+        made = call.run(ids, [position])
         if rows:
             self._input.copy_from(self._output, 0, (T - 1) * self._row_bytes, self._row_bytes)
         return made[0]
@@ -136,7 +135,7 @@ class DraftHead:
             self._calls[T, rows] = call
         if call.recorded:
             # Recording runs the graph; what it writes, the real run behind it writes again.
-            call.run(np.zeros((1, T), np.int64), np.array([self.length], np.int32))
+            call.run([0] * T, [self.length])
         self.binding_s += time.perf_counter() - started
         return call
 
