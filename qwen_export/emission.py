@@ -11,7 +11,9 @@ import onnx_ir as ir
 from qwen_export import __version__
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
+from qwen_export.graphs.checkpoint.names import stored_name
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.quantization.plan import PrecisionPlan
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.memory import block_budget
@@ -113,7 +115,7 @@ def write_manifest(
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         speculation=plan.speculation,
-        precision_plan=_quantized_forms(source)
+        precision_plan=_quantized_forms(source, plan.quantization)
         | {
             "weights": _weight_types(models.values(), plan.activations),
             "activations": plan.activations,
@@ -127,12 +129,18 @@ def write_manifest(
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _quantized_forms(source: Checkpoint) -> dict[str, str]:
+def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:
     """What became of each quantized form that the decoder's weights were stored in."""
-    prefix = source.config.text_prefix
+    prefix, kept_names = source.config.text_prefix, {stored_name(source.config, name) for name in (plan.kept if plan else ())}
     weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
-    forms = storage_summary(weights)
-    return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
+    forms, kept = storage_summary(weights), storage_summary({name: weights[name] for name in kept_names & weights.keys()})
+    said = {}
+    for form, count in forms.items():
+        if form not in ("bf16", "fp16", "fp32"):
+            stay, become = kept.get(form, 0), count - kept.get(form, 0)
+            parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
+            said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
+    return said
 
 
 def _weight_types(models: Iterable[ir.Model], precision: str) -> str:

@@ -14,7 +14,7 @@ from qwen_export.graphs.checkpoint.formats.plain import plain
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
 from qwen_export.graphs.config import FULL, RopeConfig, TextConfig
-from qwen_export.plan import plan_build
+from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.targets import TARGETS
 
 
@@ -88,6 +88,15 @@ def _weights(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
         return {name: plain(info) for name, info in checkpoint.tensors.items()}
 
 
+def _becomes(plan: BuildPlan) -> dict[str, int]:
+    """What becomes of the matrices that the checkpoint stores quantised, and of how many."""
+    total: dict[str, int] = {}
+    for counts in plan.quantization.outcome.values() if plan.quantization else ():
+        for what, count in counts.items():
+            total[what] = total.get(what, 0) + count
+    return total
+
+
 def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     for target in TARGETS.values():
         for device in target.devices:
@@ -107,4 +116,5 @@ def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
                         "lowerings": lowerings,
                         "draft_head": not plan.no_head,
                         "no_draft_head": plan.no_head,
+                        "quantized_matrices": _becomes(plan),
                     }

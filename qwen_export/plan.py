@@ -12,7 +12,8 @@ from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
@@ -59,7 +60,7 @@ class BuildPlan:
     @property
     def activations(self) -> str:
         """The precision of activations and caches, and of weights that are not quantised."""
-        return activation_precision(self.precision)
+        return activation_precision(self.precision, self.device)
 
     @property
     def notes(self) -> list[str]:
@@ -109,10 +110,14 @@ def plan_build(
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
+    quantization: PrecisionPlan | None = None
+    if precision in QUANTIZED and precision in chosen.precisions:
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
+    activations = activation_precision(precision, device)
     if chosen.static:
         form = _static_form(chosen, config, context, wishes, options or StaticOptions())
     elif device in chosen.devices and precision in chosen.precisions:
-        form = _free_form(device, precision, config, wishes)
+        form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
@@ -124,9 +129,10 @@ def plan_build(
     check_tensors(checkpoint, mtp=head)
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
-    size = BYTES[activation_precision(precision)]
-    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), form.choices, quantization, tensors)
+    size = BYTES[activations]
+    if quantization is not None and checkpoint.config.quantization:
+        quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
@@ -145,9 +151,27 @@ def plan_build(
     )
 
 
-def activation_precision(precision: str) -> str:
+def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
+    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
+    they are; else fp32 on the CPU and fp16 elsewhere."""
+    usual = "fp32" if device == "cpu" else "fp16"
+    if not checkpoint.config.quantization or not set(QUANTIZED) <= set(TARGETS[target].precisions):
+        return usual
+    for precision in (INT4, INT8):
+        try:
+            plan = plan_build(checkpoint, target, device, precision)
+        except UnsupportedError:
+            return usual
+        if plan.quantization is not None and plan.quantization.kept:
+            return precision
+    return usual
+
+
+def activation_precision(precision: str, device: str) -> str:
     """The precision of what is not quantised."""
-    return "fp32" if precision in QUANTIZED else precision
+    if precision not in QUANTIZED:
+        return precision
+    return "fp32" if device == "cpu" else "fp16"
 
 
 @dataclass(frozen=True)
@@ -184,15 +208,17 @@ class _Form:
     refused: Sequence[str] = ()
 
 
-def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes) -> _Form:
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
     """One graph for calls of any size, and one for the draft head."""
-    kernels, activations, no_head = kernels_for(device), activation_precision(precision), wishes.no_head
+    kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
+    experts = quantization is not None and quantization.groups["experts"].quant is not None
     speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
-    choices, refused = choose(kernels, activations, config, transaction=speculation is not None)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
     if refused and speculation is not None:
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-        choices, refused = choose(kernels, activations, config)
-    refused += _quantization_reasons(device, precision, choices)
+        choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+    if quantization is not None:
+        refused += _quantization_reasons(device, precision, config, choices)
     if refused and device == "cpu" and precision != "fp32":
         refused = [*refused, "build for this device with --precision fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
@@ -233,15 +259,14 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
     """Why the products of this build cannot be quantised."""
-    if precision not in QUANTIZED:
-        return []
-    if device != "cpu":
-        return [f"{precision} is supported on cpu only, so far"]
     if "linear" in choices and choices["linear"].name != "native_linear":
-        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
-    return []
+        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
+        return [f"{precision} needs the library of native kernels, which {script} builds"]
+    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
+    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
 
 
 def _group_sizes(

@@ -10,8 +10,9 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import BuildPlan
+from qwen_export.plan import BuildPlan, default_precision
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -25,7 +26,8 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; fp32 on cpu, else fp16 by default. int8, int4: quantised weights.",
+    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4: "
+    "quantised weights.",
 )
 @click.option(
     "--plan",
@@ -98,6 +100,8 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision is None:
+        precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
@@ -113,7 +117,7 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp32" if device == "cpu" else "fp16"),
+            precision=precision,
             max_context=max_context,
             rope_scaling=rope_scaling,
             mtp=mtp,

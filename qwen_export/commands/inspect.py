@@ -42,6 +42,7 @@ def _text(report: dict[str, Any]) -> str:
         if entry["supported"]:
             memory = f"bundle {size(entry['bundle_bytes'])}, run {size(entry['run_bytes'])} at {entry['max_context']} tokens"
             lines.append(f"  yes  {name:24} {memory}")
+            lines += [f"{'':32}{count} matrices {what}" for what, count in entry["quantized_matrices"].items()]
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
     return "\n".join([*lines, *_no_draft_head(report["targets"])])
