@@ -10,7 +10,8 @@ import onnx_ir as ir
 from qwen_export.graphs.passes.context import MICROSOFT, PassContext, replace_node
 from qwen_export.graphs.passes.fuse_residual_norm import offset_weight
 from qwen_export.graphs.passes.recognise_linear import LINEAR
-from qwen_export.graphs.weights.expression import weight_of
+from qwen_export.graphs.quantization.plan import GroupFormat
+from qwen_export.graphs.weights.expression import Weight, weight_of
 from qwen_export.plugins.decompose import gated_attention as attention
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
@@ -21,11 +22,13 @@ from qwen_export.plugins.onnxruntime.group_query_attention import query_and_gate
 from qwen_export.plugins.ops.gated_attention import gated_attention
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.ops.schema import DOMAIN
+from qwen_export.plugins.standard.quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
 """Where the turned product is the faster one, measured with ONNX Runtime 1.31 and matrices of 1024 to 100000 rows."""
 
 Shared = dict[str, ir.Value]
+QuantizedProduct = Callable[[Emitter, ir.Value, str, Weight, GroupFormat, PassContext], ir.Value]
 Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], tuple[list[ir.Node], list[ir.Value]]]
 """Makes the nodes that replace one op, and the values that replace its outputs. `Shared` has values that layers have in common."""
 
@@ -123,25 +126,38 @@ def _norm_name(node: ir.Node) -> str:
 
 
 def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """qwen::linear -> Gemm with transB: the weight [N,K] as it is stored."""
+    """qwen::linear -> Gemm with transB: the weight [N,K] as it is stored. Quantised: MatMulNBits."""
     x, value, (N, K) = _linear(node)
     emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"))
+    product = _quantized_product(emit, x, value, context, nbits_product)
+    if product is not None:
+        return emit.nodes, [product]
     (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), value], like=x, transB=1)
     return emit.nodes, [emit.reshape(product, 1, -1, N)]
 
 
 def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """qwen::linear -> (W x^T)^T for a few rows, else Gemm.
+    """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantised: MatMul with DequantizeLinear.
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
     left-hand one they read where it lies. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
     x, value, _ = _linear(node)
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    product = _quantized_product(emit, x, value, context, dequantized_product)
+    if product is not None:
+        return emit.nodes, [product]
     rows = x.shape[1] if x.shape is not None else 0
     if not isinstance(rows, int) or not _FEW_ROWS[0] <= rows <= _FEW_ROWS[1]:
         return lower_gemm(graph, node, context, shared)
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
     turned = emit.shared(f"{x.name}.turned", lambda: emit.transpose(x, 0, 2, 1))
     return emit.nodes, [emit.transpose(emit.matmul(value, turned), 0, 2, 1)]
+
+
+def _quantized_product(emit: Emitter, x: ir.Value, value: ir.Value, context: PassContext, make: QuantizedProduct) -> ir.Value | None:
+    """The product over the codes of the weight, None where the plan does not quantise it."""
+    weight = weight_of(value)
+    chosen = chosen_format(weight, context) if weight is not None else None
+    return make(emit, x, value.name or "linear", weight, chosen, context) if weight is not None and chosen is not None else None
 
 
 def _linear(node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, int]]:
