@@ -1,9 +1,9 @@
 """Quantised products and embedding on the targets with standard operators.
 
-    onnx       x W^T -> MatMul(x, DequantizeLinear(codes [K,N], scales, axis=0)); blocks of codes are standard since opset 21. On the CPU
-               ONNX Runtime makes one product over the codes of it where it may prepack (runtimes.model.load lets it).
-    directml   com.microsoft.MatMulNBits over rows of codes
-    both       an embedding's rows are gathered as codes and scales, and dequantised
+onnx       x W^T -> MatMul(x, DequantizeLinear(codes [K,N], scales, axis=0)); blocks of codes are standard since opset 21. On the CPU
+           ONNX Runtime makes one product over the codes of it where it may prepack (runtimes.model.load lets it).
+directml   com.microsoft.MatMulNBits over rows of codes
+both       an embedding's rows are gathered as codes and scales, and dequantised
 """
 
 from __future__ import annotations
