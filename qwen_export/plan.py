@@ -13,6 +13,7 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
@@ -115,7 +116,7 @@ def plan_build(
         quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
     activations = activation_precision(precision, device)
     if chosen.static:
-        form = _static_form(chosen, config, context, wishes, options or StaticOptions())
+        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), quantized=quantization is not None)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
@@ -132,7 +133,7 @@ def plan_build(
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
-    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
     return BuildPlan(
         chosen,
         device,
@@ -225,11 +226,11 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions) -> _Form:
+def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions, *, quantized: bool) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
     no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
-    static, refused = plan_static(target, config, context, options, verified, head=not no_head)
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
     return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
@@ -275,6 +276,8 @@ def _group_sizes(
     choices: dict[str, Choice],
     quantization: PrecisionPlan | None,
     tensors: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    standard: bool,
 ) -> dict[str, tuple[int, int]]:
     """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
     graphs.passes.keep_stored_bf16 leaves them so."""
@@ -282,7 +285,11 @@ def _group_sizes(
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
-        if format is not None:
+        if format is not None and standard:
+            # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
+            copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
+            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
+        elif format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width
         else:
