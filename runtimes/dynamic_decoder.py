@@ -20,7 +20,7 @@ from qwen_export.manifest import Manifest
 from qwen_export.runtimes.bound_call import BoundCall
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
-from qwen_export.runtimes.draft_head import DraftHead
+from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.logits import Rows
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.transaction import Transaction
@@ -49,6 +49,8 @@ class DynamicDecoder(Decoder):
     """`batch` sequences over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph, for a
     single sequence."""
 
+    head: DynamicDraftHead | None
+
     def __init__(
         self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
     ) -> None:
@@ -69,7 +71,7 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self.head = DraftHead(head_session, self) if head_session is not None and batch == 1 else None
+        self.head = DynamicDraftHead(head_session, self) if head_session is not None and batch == 1 else None
 
     def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
         last = len(ids) - 1 - (len(ids) - 1) % chunk
@@ -106,7 +108,7 @@ class DynamicDecoder(Decoder):
 
     @property
     def busy_s(self) -> float:
-        return self.session.busy_s + (self.head.session.busy_s if self.head is not None else 0.0)
+        return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
     def mark(self, sequence: int = 0) -> Mark:
         waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)

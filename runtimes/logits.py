@@ -42,6 +42,11 @@ class Rows:
     def of(cls, array: Floats) -> Rows:
         return cls(lambda: array)
 
+    @classmethod
+    def none(cls) -> Rows:
+        """Of a call without logits."""
+        return cls.of(np.empty((0, 0), np.float32))
+
     @property
     def array(self) -> Floats:
         """All logits, f32[N,V]."""

@@ -11,9 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import default_precision, plan_build
+from qwen_export.plan import BuildPlan, default_precision
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -39,13 +38,20 @@ from qwen_export.targets import PRECISIONS, TARGETS
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option(
+    "--rope-scaling",
+    metavar="yarn:FACTOR",
+    help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
 @click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
-@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; targets onnx and directml.")
+@click.option(
+    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; targets onnx and directml."
+)
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
@@ -66,6 +72,7 @@ def command(
     precision: str | None,
     device: str | None,
     max_context: int | None,
+    rope_scaling: str | None,
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -73,7 +80,7 @@ def command(
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
-    step_tokens: int,
+    step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
     jobs: int | None,
@@ -94,12 +101,13 @@ def command(
         TimeRemainingColumn(),
     )
     if precision is None:
-        precision = default_precision(open_checkpoint(checkpoint), target, device)
-    if precision in QUANTIZED:
-        plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
-        click.echo("\n".join(plan.quantization_lines), err=True)
+        precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
+
+        def planned(plan: BuildPlan) -> None:
+            for line in plan.notes:
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def report(name: str, done: int, total: int) -> None:
             bar.update(task, description=f"{name:.52}", completed=done, total=total or None)
@@ -111,6 +119,7 @@ def command(
             device=device,
             precision=precision,
             max_context=max_context,
+            rope_scaling=rope_scaling,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
@@ -121,6 +130,7 @@ def command(
             max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             options=options,
+            planned=planned,
             report=report,
         )
     total = sum(entry.size for entry in load_manifest(output).files.values())
