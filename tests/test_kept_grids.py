@@ -191,6 +191,15 @@ def test_a_bundle_computes_what_the_dequantized_model_does(made: Make, tmp_path:
     assert result["passed"], result
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["gptq", "awq", "packed-asymmetric"])
+def test_a_cuda_bundle_computes_what_the_dequantized_model_does(made: Make, tmp_path: Path, form: str) -> None:
+    checkpoint = made(*FORMS[form][:2])
+    bundle = build(checkpoint.path, tmp_path / "bundle", device="cuda", precision="int4", max_context=128)
+    result = verify(bundle, checkpoint.path)
+    assert result["passed"], result
+
+
 @needs_plugin
 def test_experts_one_by_one(tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128, "linear_value_head_dim": 32}

@@ -85,6 +85,9 @@ def test_what_cannot_be_quantised(tmp_path: Path, wide_heads: Path, fake_library
     odd = synthesize(tiny_config(vision=False, intermediate_size=88), tmp_path / "odd")
     with pytest.raises(UnsupportedError, match="multiples of 16, and this model has intermediate size 88"):
         plan_build(open_checkpoint(odd), device="cuda", precision="int4")
+    wide = synthesize(tiny_config(vision=False, vocab_size=509), tmp_path / "vocabulary")
+    with pytest.raises(UnsupportedError, match="int4: the native products need multiples of 8, and this model has vocabulary 509"):
+        plan_build(open_checkpoint(wide), device="cuda", precision="int4")
     monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(UnsupportedError, match=r"int4 needs the library of native kernels, which plugins/native/build\.sh builds"):
         plan_build(open_checkpoint(wide_heads), device="cuda", precision="int4")
