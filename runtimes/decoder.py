@@ -22,7 +22,7 @@ import numpy.typing as npt
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.bound_call import BoundCall
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, encode
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer, encode
 from qwen_export.runtimes.draft_head import DraftHead
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.transaction import Transaction
@@ -30,10 +30,14 @@ from qwen_export.runtimes.transaction import Transaction
 Logits = npt.NDArray[np.float32]
 
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
-PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
+# Quantised products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
+_QUANTISED_CHUNK, _MOE_CHUNK = 128, 512
 # CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
 _FIRST_SLOTS = 2048
 _SLOT_AXIS = 2
+_TABLE_ROWS = 1024
+_LONG_TEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Decoder:
             )
         if batch < 1:
             raise QwenExportError("a decoder needs at least one sequence", got=batch)
-        self.chunk = PREFILL_CHUNK[session.device]
+        self.chunk = _chunk(session.device, manifest)
         self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         """Tokens that one `verify` can read, 0 where the bundle cannot."""
@@ -97,7 +101,12 @@ class Decoder:
             for spec in session.spec.states
             if not spec.pending
         }
-        self.tables = {spec.name: self._table(kind, spec.name, spec.dtype) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        for buffer in map(self.states.__getitem__, self._cache_names()):
+            if isinstance(buffer, HostBuffer):
+                buffer.prefer_huge_pages(_SLOT_AXIS, _LONG_TEXT)
+        half = len(manifest.rotary.inv_freq)
+        self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        self._table_rows = 0
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
@@ -270,8 +279,25 @@ class Decoder:
             )
         self._make_room(used + count)
 
+    def _fill_tables(self, length: int) -> None:
+        """Make the rows of the rotary tables for the first `length` slots, and some that drafts and the next calls will want."""
+        if length <= self._table_rows:
+            return
+        rows = min(self.capacity, length + _TABLE_ROWS)
+        rotary = self.manifest.rotary
+        for start in range(self._table_rows, rows, _TABLE_ROWS):
+            stop = min(rows, start + _TABLE_ROWS)
+            # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
+            angles = np.arange(start, stop, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
+            for name, table in self.tables.items():
+                values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
+                table.write(encode(values, table.dtype), start * table.row_bytes)
+        self._table_rows = rows
+
     def _make_room(self, length: int) -> None:
-        """Double the allocated slots until `length` fits. Happens on CUDA only, and a few times in a long conversation."""
+        """Have rotary tables for `length` tokens, and slots: those are doubled until they fit, which happens on CUDA only, a few times in a
+        long conversation."""
+        self._fill_tables(min(self.capacity, length + self.widest_verify))
         if length <= self.slots:
             return
         slots = self.slots
@@ -339,11 +365,11 @@ class Decoder:
                 self._load(mark, i)
         self._binding_s += time.perf_counter() - started
 
-    def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
-        rotary = self.manifest.rotary
-        # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
-        angles = np.arange(self.capacity, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
-        values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-        buffer = kind(dtype, values.shape)
-        buffer.write(encode(values, dtype))
-        return buffer
+
+def _chunk(device: str, manifest: Manifest) -> int:
+    """Tokens per prefill call."""
+    if device == "cpu" and manifest.model.get("num_experts"):
+        return _MOE_CHUNK
+    if device == "cpu" and manifest.target.precision in ("int8", "int4"):
+        return _QUANTISED_CHUNK
+    return PREFILL_CHUNK[device]

@@ -92,8 +92,8 @@ class DraftHead:
 
     def catch_up(self) -> None:
         """Read every row whose token is known."""
-        if self.length < self._known() - 1:
-            self._read(self._decoder.tokens_from(self.length + 1), rows=0)
+        while self.length < self._known() - 1:
+            self._read(self._decoder.tokens_from(self.length + 1)[: self._decoder.chunk], rows=0)
 
     def first(self, token: int) -> Logits:
         """The draft after `token`, which follows the text read: logits f32[draft_vocab], valid until the next call."""
