@@ -28,6 +28,7 @@ ROPE_SCALING = "rope_scaling"
 """Key of `source`: the scaling that the build was told, where that is not the one of config.json."""
 _CHUNK = 8 << 20
 
+WEIGHTS = "model.weights"
 TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
     "tokenizer.json",
     "chat_template.jinja",

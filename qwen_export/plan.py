@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
-from qwen_export.static_plan import StaticOptions, StaticPlan, plan_static
+from qwen_export.static_plan import StaticOptions, plan_static
 from qwen_export.targets import TARGETS, Target
 
-DEFAULT_CONTEXT = 32768
+DEFAULT_CONTEXT, DEFAULT_OPSET = 32768, 21
 MAX_DRAFT = {"cpu": 8, "cuda": 7}
 """Longest draft of a round: with one more token it is what the products read a weight once for."""
 # Ids of a byte-pair vocabulary are in the order of frequency. Reading the whole head for a draft costs a third of a step of the 0.8B.
@@ -50,19 +52,21 @@ class BuildPlan:
     quantization: PrecisionPlan | None = None
     group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Per group of the precision plan: parameters and bytes."""
+    graphs: Mapping[str, GraphPlan] = field(default_factory=dict)
+    """The graphs of the bundle by name."""
+    opset: int = DEFAULT_OPSET
+    """The version of the ONNX standard."""
 
     @property
     def activations(self) -> str:
         """The precision of activations and caches, and of weights that are not quantised."""
-        return activation_precision(self.precision)
+        return activation_precision(self.precision, self.device)
 
     @property
-    def quantization_lines(self) -> list[str]:
-        """The precision plan for people; nothing where nothing is quantised."""
-        return as_table(self.quantization, self.group_sizes) if self.quantization else []
-
-    static: StaticPlan | None = None
-    """The graphs of a target with static shapes."""
+    def notes(self) -> list[str]:
+        """For people: the precision plan where something is quantised, and why there is no draft head."""
+        table = as_table(self.quantization, self.group_sizes) if self.quantization else []
+        return [*table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -105,78 +109,139 @@ def plan_build(
     context = min(default, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
-    speculation, no_head = _speculation(checkpoint, device, mtp, draft_vocab, lookup)
-    choices: dict[str, Choice] = {}
-    static: StaticPlan | None = None
+    wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
+    quantization: PrecisionPlan | None = None
+    if precision in QUANTIZED and precision in chosen.precisions:
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
+    activations = activation_precision(precision, device)
     if chosen.static:
-        options = options or StaticOptions()
-        static, choices, refused = plan_static(chosen, config, context, options)
-        reasons += refused
-        no_head = f"target {chosen.name} has no draft head"
-        speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
+        form = _static_form(chosen, config, context, wishes, options or StaticOptions())
     elif device in chosen.devices and precision in chosen.precisions:
-        kernels = kernels_for(device)
-        choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
-        if refused and speculation is not None:
-            speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-            choices, refused = choose(kernels, activation_precision(precision), config)
-        refused += _quantization_reasons(device, precision, choices)
-        if refused and device == "cpu" and precision != "fp32":
-            refused = [*refused, "build for this device with --precision fp32"]
-        reasons += refused
+        form = _free_form(device, precision, config, wishes, quantization)
+    else:
+        form = _Form({}, {}, None, wishes.no_head)
+    reasons += form.refused
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
-    check_tensors(checkpoint, mtp=not no_head)
+    head = not form.no_head
+    check_tensors(checkpoint, mtp=head)
     stored = StoredLayout.of(checkpoint)
-    tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
-    size = BYTES[activation_precision(precision)]
-    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
+    tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
+    size = BYTES[activations]
+    if quantization is not None and checkpoint.config.quantization:
+        quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
         precision,
         context,
-        choices,
+        form.choices,
         bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
-        cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
-        speculation=speculation,
-        no_head=no_head,
+        cache_bytes_per_token=cache_bytes_per_token(config, size, head=head),
+        speculation=form.speculation,
+        no_head=form.no_head,
         quantization=quantization,
         group_sizes=groups,
-        static=static,
+        graphs=form.graphs,
+        opset=form.opset,
     )
 
 
-def activation_precision(precision: str) -> str:
+def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
+    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
+    they are; else fp32 on the CPU and fp16 elsewhere."""
+    usual = "fp32" if device == "cpu" else "fp16"
+    if not checkpoint.config.quantization or not set(QUANTIZED) <= set(TARGETS[target].precisions):
+        return usual
+    for precision in (INT4, INT8):
+        try:
+            plan = plan_build(checkpoint, target, device, precision)
+        except UnsupportedError:
+            return usual
+        if plan.quantization is not None and plan.quantization.kept:
+            return precision
+    return usual
+
+
+def activation_precision(precision: str, device: str) -> str:
     """The precision of what is not quantised."""
-    return "fp32" if precision in QUANTIZED else precision
+    if precision not in QUANTIZED:
+        return precision
+    return "fp32" if device == "cpu" else "fp16"
 
 
-def _speculation(
-    checkpoint: Checkpoint, device: str, mtp: bool, draft_vocab: int | None, lookup: bool
-) -> tuple[SpeculationSpec | None, str]:
-    """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
-    config, longest = checkpoint.config.text, MAX_DRAFT.get(device, 0)
-    if not mtp:
-        why = "built with --no-mtp"
-    elif not has_mtp(checkpoint):
-        why = "the checkpoint has no draft head (mtp.*)"
-    elif config.mtp_num_hidden_layers > 1:
-        why = f"its draft head has {config.mtp_num_hidden_layers} layers, and only one is implemented"
-    else:
-        if draft_vocab is not None and draft_vocab < _SMALLEST_DRAFT_VOCAB:
+@dataclass(frozen=True)
+class _Wishes:
+    """What is wanted of speculation. `no_head`: why there can be no draft head, "" when there can."""
+
+    no_head: str
+    lookup: bool
+    draft_vocab: int | None
+
+    def speculation(self, config: TextConfig, longest: int, *, head: bool) -> SpeculationSpec | None:
+        """How calls may leave up to `longest` drafts pending; None where nobody drafts."""
+        if not head:
+            return SpeculationSpec(longest, 0) if self.lookup else None
+        if self.draft_vocab is not None and self.draft_vocab < _SMALLEST_DRAFT_VOCAB:
             raise UnsupportedError(
                 "the draft vocabulary is too small",
-                got=draft_vocab,
+                got=self.draft_vocab,
                 expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
                 fix="Raise --draft-vocab.",
             )
-        return SpeculationSpec(longest, min(draft_vocab or _DRAFT_VOCAB, config.vocab_size)), ""
-    return (SpeculationSpec(longest, 0) if lookup else None), why
+        return SpeculationSpec(longest, min(self.draft_vocab or _DRAFT_VOCAB, config.vocab_size))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The graphs that a target can make, how ops are lowered in them, and a sentence for each reason against it."""
+
+    graphs: Mapping[str, GraphPlan]
+    choices: dict[str, Choice]
+    speculation: SpeculationSpec | None
+    no_head: str
+    opset: int = DEFAULT_OPSET
+    refused: Sequence[str] = ()
+
+
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
+    """One graph for calls of any size, and one for the draft head."""
+    kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
+    experts = quantization is not None and quantization.groups["experts"].quant is not None
+    speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
+    if refused and speculation is not None:
+        speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
+        choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+    if quantization is not None:
+        refused += _quantization_reasons(device, precision, config, choices)
+    if refused and device == "cpu" and precision != "fp32":
+        refused = [*refused, "build for this device with --precision fp32"]
+    graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
+    return _Form(graphs, choices, speculation, no_head, refused=refused)
+
+
+def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions) -> _Form:
+    """A graph per size of call; a verify of more than one token is what speculation needs."""
+    verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
+    no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head)
+    speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
+    return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
+
+
+def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
+    """Why a build has no draft head, "" when it has one."""
+    if not mtp:
+        return "built with --no-mtp"
+    if not has_mtp(checkpoint):
+        return "the checkpoint has no draft head (mtp.*)"
+    layers = checkpoint.config.text.mtp_num_hidden_layers
+    return f"its draft head has {layers} layers, and only one is implemented" if layers > 1 else ""
 
 
 def kernels_for(device: str) -> Kernels:
@@ -194,15 +259,14 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
     """Why the products of this build cannot be quantised."""
-    if precision not in QUANTIZED:
-        return []
-    if device != "cpu":
-        return [f"{precision} is supported on cpu only, so far"]
     if "linear" in choices and choices["linear"].name != "native_linear":
-        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
-    return []
+        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
+        return [f"{precision} needs the library of native kernels, which {script} builds"]
+    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
+    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
 
 
 def _group_sizes(

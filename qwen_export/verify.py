@@ -24,6 +24,8 @@ import numpy.typing as npt
 
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import StoredLayout, stored_tensors
+from qwen_export.graphs.quantization.kept import keep_stored
 from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, load_manifest
 from qwen_export.runtimes.decoder import Decoder
@@ -86,7 +88,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
         checks.append(compared("quantisation", against, _one_call(decoder, ids), expected, manifest.target.precision))
         del eager
         say("eager reference with the quantised weights")
-        eager, against = _eager(source, PrecisionPlan.from_json(manifest.precision_plan)), "eager, quant."
+        eager, against = _eager(source, _plan(source, manifest.precision_plan)), "eager, quant."
         expected = eager(ids)
     checks += [compared(name, against, run(decoder, ids), expected, "activations") for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
@@ -193,6 +195,14 @@ def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Cal
 
     model = load_decoder(source, quantization)
     return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
+
+
+def _plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
+    """The precision plan of a bundle that was built from `source`."""
+    plan = PrecisionPlan.from_json(entries)
+    if not PrecisionPlan.keeps(entries):
+        return plan
+    return keep_stored(plan, source, [name for name, _ in stored_tensors(source.config.text, StoredLayout.of(source))])
 
 
 def _transformers(source: Checkpoint, ids: list[int], scaled: bool) -> Logits:

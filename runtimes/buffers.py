@@ -9,8 +9,10 @@ from __future__ import annotations
 import mmap
 import sys
 from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,9 @@ import numpy.typing as npt
 from qwen_export.runtimes import cuda_memory
 
 Bytes = npt.NDArray[np.uint8]
+
+INTEGERS: dict[str, Literal["i", "q"]] = {"int32": "i", "int64": "q"}
+"""Integer element types, as `array` calls them."""
 
 # Element types by their names in the manifest: bytes per element and the number ONNX gives them.
 ELEMENTS: dict[str, tuple[int, int]] = {
@@ -50,6 +55,10 @@ class Buffer(ABC):
     def write(self, data: Bytes, offset: int = 0) -> None:
         """Replace the bytes from `offset` on."""
 
+    def write_ints(self, values: Sequence[int]) -> None:
+        """Replace the whole contents, of an integer type."""
+        self.write(np.array(values, _NUMPY[self.dtype]).view(np.uint8))
+
     @abstractmethod
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
@@ -68,9 +77,13 @@ class Buffer(ABC):
     def row_address(self, index: int) -> int:
         return self.address + index * self.row_bytes
 
+    def contents(self) -> Bytes:
+        """All bytes on the host; without a copy where they already are, and valid until the next call."""
+        return self.read()
+
     def array(self) -> npt.NDArray[np.float32]:
-        """The contents as fp32 on the host; without a copy where they already are, and valid until the next call."""
-        return decode(self.read(), self.dtype, self.shape)
+        """The contents as fp32, likewise."""
+        return decode(self.contents(), self.dtype, self.shape)
 
 
 _MAPPED_FROM, _HUGE_PAGE = 64 << 10, 2 << 20
@@ -87,6 +100,8 @@ class HostBuffer(Buffer):
             whole = np.frombuffer(self._map, np.uint8)
             self._begin = -int(whole.ctypes.data) % _HUGE_PAGE if spare else 0
             self._bytes = whole[self._begin : self._begin + self.nbytes]
+        self._memory = self._bytes.data
+        self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
 
     def prefer_huge_pages(self, axis: int, first: int) -> None:
@@ -108,14 +123,18 @@ class HostBuffer(Buffer):
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         assert isinstance(other, HostBuffer)
-        self._bytes[offset : offset + nbytes] = other._bytes[start : start + nbytes]
+        self._memory[offset : offset + nbytes] = other._memory[start : start + nbytes]
 
-    def view(self) -> npt.NDArray[Any]:
-        """The memory itself, in its element type; not for bfloat16."""
-        return self._bytes.view(_NUMPY[self.dtype]).reshape(self.shape)
+    def write_ints(self, values: Sequence[int]) -> None:
+        if self._ints is None:
+            self._ints = self._memory.cast(INTEGERS[self.dtype])
+        if len(values) == 1:
+            self._ints[0] = values[0]
+        else:
+            self._ints[:] = memoryview(array(INTEGERS[self.dtype], values))
 
-    def array(self) -> npt.NDArray[np.float32]:
-        return decode(self._bytes, self.dtype, self.shape)
+    def contents(self) -> Bytes:
+        return self._bytes
 
 
 class CudaBuffer(Buffer):
@@ -145,15 +164,15 @@ class CudaBuffer(Buffer):
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
-    def array(self) -> npt.NDArray[np.float32]:
+    def contents(self) -> Bytes:
         """Read again and again (logits): through memory that is pinned once, five times as fast."""
         if not self.nbytes:
-            return np.zeros(self.shape, np.float32)
+            return np.zeros(0, np.uint8)
         if self._pinned is None:
             self._pinned = np.zeros(self.nbytes, np.uint8)
             cuda_memory.pin(self._pinned.ctypes.data, self.nbytes)
         cuda_memory.to_host(self._pinned.ctypes.data, self.address, self.nbytes)
-        return decode(self._pinned, self.dtype, self.shape)
+        return self._pinned
 
     def grown(self, axis: int, size: int, used: int) -> CudaBuffer:
         """A larger buffer: `axis` has `size` entries, of which the first `used` are copied."""

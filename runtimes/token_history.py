@@ -40,6 +40,14 @@ class TokenHistory:
         assert self._counts[slot] > 0, f"token {token_id} was not generated"
         self._counts[slot] -= 1
 
+    def of(self, token_id: int) -> tuple[bool, int]:
+        """Whether the sequence holds the token, and how often it was generated."""
+        slot = self._slot.get(token_id)
+        if slot is None:
+            return False, 0
+        count = int(self._counts[slot])
+        return count > 0 or bool(self._in_prompt[slot]), count
+
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and counts (>= 1) of the generated tokens."""
         used = len(self._slot)

@@ -11,9 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
+from qwen_export.plan import BuildPlan, default_precision
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -27,7 +26,8 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; fp32 on cpu, else fp16 by default. int8, int4: quantised weights.",
+    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4: "
+    "quantised weights.",
 )
 @click.option(
     "--plan",
@@ -49,7 +49,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
 @click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
-@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; targets onnx and directml.")
+@click.option(
+    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; targets onnx and directml."
+)
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
@@ -78,7 +80,7 @@ def command(
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
-    step_tokens: int,
+    step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
     jobs: int | None,
@@ -98,11 +100,14 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    if precision in QUANTIZED:
-        plan = plan_build(open_checkpoint(checkpoint, rope_scaling), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
-        click.echo("\n".join(plan.quantization_lines), err=True)
+    if precision is None:
+        precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
+
+        def planned(plan: BuildPlan) -> None:
+            for line in plan.notes:
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def report(name: str, done: int, total: int) -> None:
             bar.update(task, description=f"{name:.52}", completed=done, total=total or None)
@@ -112,7 +117,7 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp32" if device == "cpu" else "fp16"),
+            precision=precision,
             max_context=max_context,
             rope_scaling=rope_scaling,
             mtp=mtp,
@@ -125,6 +130,7 @@ def command(
             max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             options=options,
+            planned=planned,
             report=report,
         )
     total = sum(entry.size for entry in load_manifest(output).files.values())
