@@ -17,7 +17,7 @@ from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
-from qwen_export.plugins.onnxruntime.choices import Choice, choose
+from qwen_export.plugins.onnxruntime.choices import CHOICES, Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
@@ -219,7 +219,7 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
         choices, refused = choose(kernels, activations, config, quantized_experts=experts)
     if quantization is not None:
-        refused += _quantization_reasons(device, precision, config, choices)
+        refused += _quantization_reasons(device, precision, config, choices, quantization)
     if refused and device == "cpu" and precision != "fp32":
         refused = [*refused, "build for this device with --precision fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
@@ -260,14 +260,28 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
-    """Why the products of this build cannot be quantised."""
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice], plan: PrecisionPlan) -> list[str]:
+    """Why the products of this build cannot be quantised as the plan says."""
     if "linear" in choices and choices["linear"].name != "native_linear":
+        limit = CHOICES[device]["linear"][0].limit(config)
         script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
-        return [f"{precision} needs the library of native kernels, which {script} builds"]
-    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels, which {script} builds"]
+
+    def quantised(*groups: str) -> bool:
+        return any(plan.groups[group].quant is not None for group in groups)
+
+    reasons = []
+    if "moe" in choices and quantised("experts") and choices["moe"].name == "microsoft_moe":
+        limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
+        reasons.append(f"the experts cannot be quantised: {limit or 'the library has no kernel for them'}")
+    widths = {
+        "intermediate size": config.intermediate_size * quantised("mlp", "mtp"),
+        "shared expert's width": config.shared_expert_intermediate_size * quantised("shared_expert", "mtp"),
+    }
     odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
-    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
+    if odd:
+        reasons.append(f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
+    return reasons
 
 
 def _group_sizes(
