@@ -11,7 +11,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 @dataclass(frozen=True)
 class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
-    has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
+    has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
     and `prompt_tokens` is the default size of a prompt call, within which the delta rule takes `delta_chunk` tokens at a time."""
 
     name: str
