@@ -1,0 +1,173 @@
+"""One ONNX graph to one engine, over the API that both flavours share.
+
+Polygraphy is not used: it takes its TensorRT from an environment variable that is read when it is imported, under the name `tensorrt_rtx`,
+which the wheels for CUDA 13 do not install; and its loaders hold weights and engine in memory at once, which the two calls below avoid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import BuildError, UnsupportedError
+from qwen_export.runtimes.tensorrt_library import FOREIGN_SM, TIMING_CACHE, Library
+
+HARDWARE_COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-sm": "SAME_COMPUTE_CAPABILITY"}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to compile. `sms`: compute capabilities like "89"; none means the GPU that is there. `workspace` in bytes. `strip`: weights are
+    left out of the engine and come by refitting. `tf32`: fp32 products may round their operands to 10 bits."""
+
+    sms: tuple[str, ...] = ()
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    opt_level: int | None = None
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    weight_streaming: bool = False
+    strip: bool = False
+    tf32: bool = False
+    detailed: bool = False
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What the parser made of a graph, before fusion: layers by kind."""
+
+    layers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class BorrowedWeight:
+    """Bytes of an initializer that stay where they are: its address must be valid until the engine is built."""
+
+    address: int
+    nbytes: int
+
+
+def build_engine(
+    library: Library,
+    model: bytes,
+    output: Path,
+    options: EngineOptions,
+    weights: Mapping[str, BorrowedWeight] | None = None,
+    where: str = "",
+) -> LayerSummary:
+    """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name. Raises BuildError with
+    what TensorRT said."""
+    api = library.api
+    library.said()
+    builder = api.Builder(library.log)
+    flags = api.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    parser = api.OnnxParser(network, library.log)
+    if not _parse(parser, model, weights or {}):
+        errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
+        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said())
+    summary = _summary(network)
+    config = _config(library, builder, options)
+    cache = _timing_cache(library, config, options)
+    writer = _file_writer(api, output)
+    with writer:
+        built = builder.build_serialized_network_to_stream(network, config, writer)
+    if not built:
+        output.unlink(missing_ok=True)
+        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=library.said())
+    if cache is not None and options.timing_cache is not None:
+        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    return summary
+
+
+def _parse(parser: Any, model: bytes, weights: Mapping[str, BorrowedWeight]) -> bool:
+    if not weights:
+        return bool(parser.parse(model))
+    if not parser.load_model_proto(model):
+        return False
+    return all(parser.load_initializer(name, w.address, w.nbytes) for name, w in weights.items()) and bool(parser.parse_model_proto())
+
+
+def _config(library: Library, builder: Any, options: EngineOptions) -> Any:
+    api, config = library.api, builder.create_builder_config()
+    flags = api.BuilderFlag
+    for flag, wanted in (
+        ("TF32", options.tf32),
+        ("VERSION_COMPATIBLE", options.version_compatible),
+        ("STRIP_PLAN", options.strip),
+        ("REFIT_IDENTICAL", False),
+        ("REFIT", options.strip),
+        ("WEIGHT_STREAMING", options.weight_streaming),
+    ):
+        (config.set_flag if wanted else config.clear_flag)(getattr(flags, flag))
+    if options.workspace is not None:
+        config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.opt_level is not None:
+        config.builder_optimization_level = options.opt_level
+    level = HARDWARE_COMPATIBILITY[options.hardware_compatibility]
+    config.hardware_compatibility_level = getattr(api.HardwareCompatibilityLevel, level)
+    if options.detailed:
+        config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
+    _set_sms(library, config, options.sms)
+    return config
+
+
+def _set_sms(library: Library, config: Any, sms: tuple[str, ...]) -> None:
+    if not library.has(FOREIGN_SM):
+        return
+    known = library.api.ComputeCapability.__members__
+    if not sms:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(known["CURRENT"], 0)
+        return
+    unknown = [sm for sm in sms if f"SM{sm}" not in known]
+    if unknown:
+        have = sorted((name.removeprefix("SM") for name in known if name.startswith("SM")), key=int)
+        raise UnsupportedError(
+            f"{library.flavour.name} {library.version} cannot build for this compute capability",
+            got=", ".join(unknown),
+            expected=", ".join(have),
+        )
+    config.num_compute_capabilities = len(sms)
+    for i, sm in enumerate(sms):
+        config.set_compute_capability(known[f"SM{sm}"], i)
+
+
+def _timing_cache(library: Library, config: Any, options: EngineOptions) -> Any:
+    if options.timing_cache is None or not library.has(TIMING_CACHE):
+        return None
+    path = options.timing_cache
+    cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
+    config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _summary(network: Any) -> LayerSummary:
+    kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
+    return LayerSummary({kind: kinds.count(kind) for kind in sorted(set(kinds))})
+
+
+def _file_writer(api: Any, path: Path) -> Any:
+    """An IStreamWriter into a file: an engine with its weights is never in memory twice."""
+
+    class Writer(api.IStreamWriter):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            api.IStreamWriter.__init__(self)
+            self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+        def write(self, data: bytes) -> int:
+            view, done = memoryview(data), 0
+            while done < len(view):
+                done += os.write(self.file, view[done : done + (64 << 20)])
+            return done
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            os.close(self.file)
+
+    return Writer()
