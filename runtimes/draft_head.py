@@ -18,7 +18,7 @@ from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
 from qwen_export.runtimes.onnxruntime_session import Session
 
 if TYPE_CHECKING:
-    from qwen_export.runtimes.decoder import Decoder
+    from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 
 Logits = npt.NDArray[np.float32]
 
@@ -30,7 +30,7 @@ _SLOT_AXIS = 2
 class DraftHead:
     """The head of one sequence. `length`: rows that its cache holds of the text that the decoder has read."""
 
-    def __init__(self, session: Session, decoder: Decoder) -> None:
+    def __init__(self, session: Session, decoder: DynamicDecoder) -> None:
         self.session, self._decoder = session, decoder
         kind = BUFFERS[session.device]
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
