@@ -136,6 +136,18 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """What TensorRT compiled the graphs for: its version, the compute capabilities ("89"), how far beyond these the engines run ("none",
+    "ampere+" or "same-sm"), whether later versions of the library run them, and the oldest CUDA that the driver must serve ("13.0")."""
+
+    version: str
+    sms: tuple[str, ...]
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    minimum_cuda: str = ""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
@@ -154,6 +166,8 @@ class Manifest:
     stop_ids: tuple[int, ...] = ()
     precision_plan: dict[str, str] = field(default_factory=dict)
     speculation: SpeculationSpec | None = None
+    engine: EngineSpec | None = None
+    """Where the graphs are engines of TensorRT."""
     verification: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 

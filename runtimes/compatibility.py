@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.buffers import ELEMENTS
+from qwen_export.runtimes.mapped_weights import weight_bytes
 from qwen_export.runtimes.onnxruntime_kernels import PROVIDERS, has_provider, installed, version
 
-_BACKENDS = ("onnxruntime",)
 
-
-def check_runnable(manifest: Manifest) -> None:
-    """Raise BundleError with the exact mismatch: backend, version, execution provider or operator."""
+def check_runnable(manifest: Manifest) -> str:
+    """Raise BundleError with the exact mismatch: backend, version, execution provider, operator, GPU. Returns what was found."""
     target = manifest.target
-    if target.backend not in _BACKENDS:
-        raise BundleError("the bundle needs another backend than this version has", got=target.backend, expected=", ".join(_BACKENDS))
+    if target.backend not in _CHECKS:
+        raise BundleError("the bundle needs another backend than this version has", got=target.backend, expected=", ".join(_CHECKS))
+    types = {tensor.dtype for graph in manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)}
+    types |= {state.dtype for graph in manifest.graphs.values() for state in graph.states}
+    unknown = sorted(types - ELEMENTS.keys())
+    if unknown:
+        raise BundleError("the bundle's graphs use element types that this version does not know", got=", ".join(unknown))
+    return _CHECKS[target.backend](manifest)
+
+
+def _check_onnxruntime(manifest: Manifest) -> str:
+    target = manifest.target
     if target.device not in PROVIDERS:
         raise BundleError(
             "the bundle is compiled for another device than this version knows", got=target.device, expected=", ".join(PROVIDERS)
@@ -31,11 +41,6 @@ def check_runnable(manifest: Manifest) -> None:
             expected=target.platform,
             fix="Build the checkpoint on a machine like this one, or without the plugin.",
         )
-    types = {tensor.dtype for graph in manifest.graphs.values() for tensor in (*graph.inputs, *graph.outputs)}
-    types |= {state.dtype for graph in manifest.graphs.values() for state in graph.states}
-    unknown = sorted(types - ELEMENTS.keys())
-    if unknown:
-        raise BundleError("the bundle's graphs use element types that this version does not know", got=", ".join(unknown))
     have = version()
     if not have:
         extra = "onnxruntime-gpu" if target.device == "cuda" else "onnxruntime"
@@ -52,9 +57,10 @@ def check_runnable(manifest: Manifest) -> None:
             f"the bundle is compiled for {target.device}, and the installed ONNX Runtime {have} has no {PROVIDERS[target.device]}",
             fix="pip install onnxruntime-gpu, or build the checkpoint with --device cpu.",
         )
+    found = f"onnxruntime {have} (at least {target.minimum_backend})"
     kernels = installed(target.device)
     if kernels is None:  # builds that do not tell their kernels name a missing one when the graph is loaded
-        return
+        return found
     missing = [name for name in target.operators if not kernels.has(*name.rpartition(".")[::2])]
     if missing:
         raise BundleError(
@@ -62,6 +68,20 @@ def check_runnable(manifest: Manifest) -> None:
             got=", ".join(missing),
             fix=f"Install onnxruntime {target.minimum_backend} or newer.",
         )
+    return f"{found}, {len(target.operators)} special operators all present"
+
+
+def _check_tensorrt(manifest: Manifest) -> str:
+    from qwen_export.runtimes.tensorrt_compatibility import check_tensorrt
+
+    return check_tensorrt(manifest)
+
+
+_CHECKS: dict[str, Callable[[Manifest], str]] = {
+    "onnxruntime": _check_onnxruntime,
+    "tensorrt": _check_tensorrt,
+    "tensorrt-rtx": _check_tensorrt,
+}
 
 
 def this_platform() -> str:
@@ -74,7 +94,7 @@ def needed_memory(manifest: Manifest, bundle: Path) -> int:
     """Bytes of weights and, with a full context, of states and caches."""
     graphs = sum((bundle / name).stat().st_size for name in manifest.files)
     outside = {(w.file, w.offset): w for graph in manifest.graphs.values() for w in graph.weights if w.file in manifest.references}
-    graphs += sum(ELEMENTS[weight.dtype][0] * prod(weight.shape) for weight in outside.values())
+    graphs += sum(weight_bytes(weight) for weight in outside.values())
     # Pending inputs have two sets of buffers.
     dims = {"B": 1, "S": manifest.max_context, "P": 2 * (manifest.speculation.max_draft + 1 if manifest.speculation else 1)}
     states = 0

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, file_path, load_manifest
+from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
+from qwen_export.runtimes.backends import OpenOptions, open_backend
 from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, thinking_prefix
 from qwen_export.runtimes.compatibility import check_runnable
 from qwen_export.runtimes.decoder import Decoder
@@ -20,7 +21,6 @@ from qwen_export.runtimes.drafting import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
@@ -63,14 +63,7 @@ def load(
     ensure_whole(directory, manifest)
     check_runnable(manifest)
     _check_speculate(speculate, manifest)
-    plugins = [file_path(directory, name) for name in manifest.plugins]
-    weights = MappedWeights(directory, manifest)
-
-    def session(name: str) -> Session:
-        graph = manifest.graphs[name]
-        path = file_path(directory, graph.file)
-        return Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack, device_id=device_id)
-
+    session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
     head = session("mtp") if "mtp" in manifest.graphs and speculate != "off" else None
     prompts = session(PROMPT) if is_static(manifest) else None
     return Model(directory, manifest, session("decoder"), max_context, head, speculate, prompts)

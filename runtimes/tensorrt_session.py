@@ -1,0 +1,119 @@
+"""A graph compiled by TensorRT as a session: memory on its GPU, and calls whose every input and output is bound by address."""
+
+from __future__ import annotations
+
+import time
+
+from qwen_export.errors import BundleError
+from qwen_export.manifest import GraphSpec
+from qwen_export.runtimes.buffers import Buffer
+from qwen_export.runtimes.cuda_driver import use_device
+from qwen_export.runtimes.stream_buffer import StreamBuffer
+from qwen_export.runtimes.tensorrt_engines import Context, Engine
+
+
+class TensorRTSession:
+    """One graph of a bundle. Sessions of one bundle share `engines`."""
+
+    device = "cuda"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.spec: GraphSpec = engine.spec
+        self.busy_s = 0.0
+        """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds of these spent on preparing calls, once for each: contexts, kernels compiled on this machine, recording."""
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Memory on the session's device."""
+        use_device(self.engine.engines.stream.device_id)
+        return StreamBuffer(dtype, shape, self.engine.engines.stream)
+
+    def call(self, *, repeated: bool) -> TensorRTCall:
+        """Bindings for one set of buffers. `repeated` says nothing here: shapes are fixed, so every call that comes back is recorded."""
+        return TensorRTCall(self)
+
+
+class TensorRTCall:
+    """A set of bindings that is run again and again. The first run is queued kernel by kernel, which lets the library finish what it does
+    once; the second is recorded as a CUDA graph, which runs from then on. Nothing runs more often than it is asked to."""
+
+    def __init__(self, session: TensorRTSession) -> None:
+        self._session = session
+        self._stream = session.engine.engines.stream
+        self._buffers: dict[str, Buffer] = {}
+        after = {state.after for state in session.spec.states}
+        self._result_names = [tensor.name for tensor in session.spec.outputs if tensor.name not in after]
+        self._outputs: list[StreamBuffer] = []
+        self._fetched: list[StreamBuffer] = []
+        self._context: Context | None = None
+        self._recordable = True
+
+    def bind_input(self, name: str, buffer: Buffer) -> None:
+        """The whole of a buffer."""
+        self._buffers[name] = buffer
+
+    def bind_output(self, name: str, buffer: Buffer) -> None:
+        assert isinstance(buffer, StreamBuffer)
+        self._buffers[name] = buffer
+        self._outputs.append(buffer)
+        if name in self._result_names and buffer.small:
+            self._fetched.append(buffer)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the call runs as a CUDA graph."""
+        return self._context is not None and self._context.recording is not None
+
+    def run(self) -> None:
+        """Run and wait. Small results are on the host then."""
+        started = time.perf_counter()
+        use_device(self._stream.device_id)
+        first = self._context is None
+        if self._context is None:
+            self._context = self._prepared()
+            self._queue(self._context)
+        else:
+            if self._context.recording is None and self._recordable:
+                self._record(self._context)
+            if self._context.recording is not None:
+                self._context.recording.launch()
+            else:
+                self._queue(self._context)
+        for buffer in self._outputs:
+            buffer.changed()
+        self._stream.synchronize()
+        for buffer in self._fetched:
+            buffer.fetched()
+        seconds = time.perf_counter() - started
+        self._session.busy_s += seconds
+        if first:
+            self._session.binding_s += seconds
+            self._session.engine.keep_kernels()
+
+    def _prepared(self) -> Context:
+        spec = self._session.spec
+        unbound = [tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in self._buffers]
+        if unbound:
+            raise AssertionError(f"not bound: {', '.join(unbound)}")
+        context = self._session.engine.context()
+        for name, buffer in self._buffers.items():
+            context.bind(name, buffer.address)
+        return context
+
+    def _queue(self, context: Context) -> None:
+        context.queue()
+        for buffer in self._fetched:
+            buffer.fetch_later()
+
+    def _record(self, context: Context) -> None:
+        self._recordable = False  # once is enough
+        if not context.recordable:
+            return
+        started = time.perf_counter()
+        try:
+            context.recording = self._stream.record(lambda: self._queue(context))
+        except BundleError:  # an engine with parts that cannot be recorded runs all the same
+            self._session.engine.engines.library.said()
+        self._session.binding_s += time.perf_counter() - started
