@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.buffers import Bytes, encode
+from qwen_export.runtimes.logits import Rows
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.draft_head import DraftHead
@@ -103,13 +104,21 @@ class Decoder(ABC):
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read tokens; returns the logits of all of them, f32[T,V]. For measuring: the number of tokens may be limited to `chunk`."""
 
-    @abstractmethod
     def step(self, tokens: Sequence[int]) -> Logits:
         """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
+        return self.step_rows(tokens).array
 
     def verify(self, tokens: Sequence[int], sequence: int = 0) -> Logits:
         """Read at most `widest_verify` tokens whose fate is open; returns the logits of all of them, f32[T,V], valid until the next call.
         `accept` must follow."""
+        return self.verify_rows(tokens, sequence).array[: len(tokens)]
+
+    @abstractmethod
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
+        """As `step`, but the logits stay where they are until somebody asks for them."""
+
+    def verify_rows(self, tokens: Sequence[int], sequence: int = 0) -> Rows:
+        """As `verify`, likewise."""
         if not 0 < len(tokens) <= self.widest_verify:
             what, fix = ("a draft has the wrong length", "") if self.widest_verify else self.no_verify
             raise QwenExportError(
@@ -188,7 +197,7 @@ class Decoder(ABC):
     def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits: ...
 
     @abstractmethod
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Logits: ...
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows: ...
 
     @abstractmethod
     def _accept(self, count: int, sequence: int) -> None: ...

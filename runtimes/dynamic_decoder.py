@@ -22,6 +22,7 @@ from qwen_export.runtimes.bound_call import BoundCall
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
 from qwen_export.runtimes.draft_head import DraftHead
+from qwen_export.runtimes.logits import Rows
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.transaction import Transaction
 
@@ -75,23 +76,22 @@ class DynamicDecoder(Decoder):
         last = len(ids) - 1 - (len(ids) - 1) % chunk
         for start in range(0, last, chunk):
             self._run(np.asarray([ids[start : start + chunk]], np.int64), sequence, 0)
-        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).reshape(-1)
+        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).array.reshape(-1)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
         self._check_room(sequence, len(ids))
-        return self._run(np.asarray([ids], np.int64), sequence, len(ids))[0]
+        return self._run(np.asarray([ids], np.int64), sequence, len(ids)).array
 
-    def step(self, tokens: Sequence[int]) -> Logits:
-        """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
         for sequence in range(self.batch):
             self._check_room(sequence, 1)
-        return self._run(np.asarray(tokens, np.int64)[:, None], None, 1)[:, 0]
+        return self._run(np.asarray(tokens, np.int64)[:, None], None, 1)
 
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Logits:
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
         if self.batch > 1:
             raise QwenExportError("drafts are verified in one sequence", got=f"a batch of {self.batch}", fix="Take a decoder per sequence.")
-        return self._run(np.asarray([tokens], np.int64), sequence, len(tokens), commit=False)[0]
+        return self._run(np.asarray([tokens], np.int64), sequence, len(tokens), commit=False)
 
     def _accept(self, count: int, sequence: int) -> None:
         self._transaction.accepted[sequence] = count
@@ -175,8 +175,8 @@ class DynamicDecoder(Decoder):
             self.head.grow(slots)
         self._calls.clear()
 
-    def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int, *, commit: bool = True) -> Logits:
-        """One call over `ids` [b,T]: all sequences, or one; logits f32[b,rows,V] of the last `rows` tokens."""
+    def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int, *, commit: bool = True) -> Rows:
+        """One call over `ids` [b,T]: all sequences, or one; logits of the last `rows` tokens of each."""
         members = range(self.batch) if sequence is None else [sequence]
         repeated = sequence is None or not commit
         shape = CallShape(len(members), ids.shape[1], rows, sequence or 0, repeated, commit, self._transaction.current)
@@ -196,7 +196,7 @@ class DynamicDecoder(Decoder):
             self.head.append(self._hidden, shape.T)
         return logits
 
-    def _call(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> Logits:
+    def _call(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> Rows:
         members = range(shape.first, shape.first + shape.b)
         return self._calls[shape].run(
             ids,

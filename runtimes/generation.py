@@ -102,7 +102,7 @@ def plain_rounds(decoder: Decoder, request: Request, statistics: Statistics, his
 
     def following(token: int) -> Round:
         history.push(token)
-        return Round([request.sampler.sample(decoder.step([token])[0], history)])
+        return Round([request.sampler.sample(decoder.step_rows([token])[0], history)])
 
     return following
 

@@ -49,11 +49,11 @@ class Speculator:
         began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
         drafted, draft_busy = time.perf_counter(), decoder.busy_s
-        rows = decoder.verify([x, *(d.token for d in drafts)]) if drafts else decoder.step([x])
+        rows = decoder.verify_rows([x, *(d.token for d in drafts)]) if drafts else decoder.step_rows([x])
         verify_busy = decoder.busy_s
         tokens: list[int] = []
-        for draft, row in zip((*drafts, None), rows, strict=True):
-            tokens.append(acceptance.token(sampler.distribution(row, history), draft, len(tokens)))
+        for row, draft in enumerate((*drafts, None)):
+            tokens.append(acceptance.token(sampler.distribution(rows[row], history), draft, len(tokens)))
             if draft is None or tokens[-1] != draft.token:
                 break
             history.push(draft.token)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qwen_export.manifest import GraphSpec, Manifest
 from qwen_export.runtimes.buffers import Buffer, as_bytes
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
+from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import Call, Session
 
 STEP, PROMPT = "decoder", "prefill"
@@ -52,8 +53,8 @@ class StaticDecoder(Decoder):
             part = ids[start : min(start + chunk, last)]
             self._read(memory, PROMPT, part)
             start += len(part)
-        logits = self._read(memory, STEP, ids[last:])[-1]
-        return logits if want_logits else np.empty(0, np.float32)
+        rows, count = self._read(memory, STEP, ids[last:]), len(ids) - last
+        return rows.array[count - 1] if want_logits else np.empty(0, np.float32)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph has no logits: it reads what comes before each token
@@ -66,24 +67,24 @@ class StaticDecoder(Decoder):
                 self.rewind(mark, sequence)
                 if row:
                     self._read(memory, PROMPT, part[:row])
-                rows.append(self._read(memory, STEP, [token])[-1].copy())
+                rows.append(self._read(memory, STEP, [token]).array[0].copy())
         return np.stack(rows)
 
-    def step(self, tokens: Sequence[int]) -> Logits:
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
         for sequence in range(self.batch):
             self._check_room(sequence, 1)
-        rows = [
-            self._read(memory, STEP, [token])[-1].copy() if self.batch > 1 else self._read(memory, STEP, [token])[-1]
-            for memory, token in zip(self._sequences, tokens, strict=True)
-        ]
-        return rows[0][None] if self.batch == 1 else np.stack(rows)
+        if self.batch == 1:
+            return self._read(self._sequences[0], STEP, tokens)
+        # The sequences share the buffer of the logits.
+        pairs = zip(self._sequences, tokens, strict=True)
+        return Rows.of(np.stack([self._read(memory, STEP, [token]).array[0] for memory, token in pairs]))
 
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Logits:
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
         memory = self._sequences[sequence]
-        logits = self._one_call(memory, STEP, tokens, 0)[: len(tokens)]
+        rows = self._one_call(memory, STEP, tokens, 0)
         self._advance(memory, STEP, tokens)
         memory.accepted = len(tokens)
-        return logits
+        return rows
 
     def _accept(self, count: int, sequence: int) -> None:
         self._sequences[sequence].accepted = count
@@ -116,11 +117,11 @@ class StaticDecoder(Decoder):
             rows[:, :length] = snapshot.caches[name]
             memory.now(name).write(rows.reshape(-1))
 
-    def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Logits:
+    def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Rows:
         """Read and commit tokens in one call; their logits, none from the prompt graph."""
-        logits = self._one_call(memory, graph, ids, len(ids))
+        rows = self._one_call(memory, graph, ids, len(ids))
         self._advance(memory, graph, ids)
-        return logits[: len(ids)]
+        return rows
 
     def _settle(self, memory: _Sequence) -> None:
         """Take accepted tokens into the state: a step without tokens of its own."""
@@ -128,8 +129,8 @@ class StaticDecoder(Decoder):
             self._one_call(memory, STEP, [], 0)
             self._advance(memory, STEP, [])
 
-    def _one_call(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Logits:
-        """One call, which does not yet change what is current: logits f32[N,V]."""
+    def _one_call(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Rows:
+        """One call, which does not yet change what is current. The logits have a row per token that the graph takes."""
         used = self._graphs[graph]
         call = memory.call(graph)
         padded = np.zeros((1, used.T), np.int64)
@@ -144,7 +145,7 @@ class StaticDecoder(Decoder):
         for name, buffer in used.controls.items():
             buffer.write(as_bytes(values[name]))
         call.run()
-        return used.results["logits"].array()[0] if "logits" in used.results else np.empty((0, 0), np.float32)
+        return used.logits.rows() if used.logits is not None else Rows.of(np.empty((0, 0), np.float32))
 
     def _advance(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> None:
         """After a call of the graph: its results are current, and `ids` are read."""
@@ -178,6 +179,8 @@ class _Graph:
             t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
         }
         self.results = {t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
+        logits = self.results.get("logits")
+        self.logits = LogitsBuffers(logits, self.results.get(TOP_LOGITS), self.results.get(TOP_IDS)) if logits is not None else None
         self.T = self.controls["input_ids"].shape[1]
 
 
