@@ -373,6 +373,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "verify": verify,
     "prefill512": lambda: prefill(512),
     "prefill1024": lambda: prefill(1024),
+    "prefill2048": lambda: prefill(2048),
     "prefill4096": lambda: prefill(4096),
     "attention": attention,
     "products": products,
