@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export.engine_options import EngineOptions
-from qwen_export.engines import ready_library
+from qwen_export.engines import for_this_machine, ready_library
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.staging import signals_held, staged_directory
 from qwen_export.static_plan import StaticOptions
+from qwen_export.targets import TARGETS
 from qwen_export.text_assets import check_text_assets
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ def build(
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint)
+    if target in TARGETS and TARGETS[target].engines:
+        engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(
         source,
         target,

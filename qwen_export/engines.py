@@ -42,8 +42,14 @@ def onnx_file(graph: str) -> str:
 def ready_library(flavour: str, options: EngineOptions) -> Library:
     """The flavour, if it can do here what the options ask; otherwise an error."""
     library = load_library(flavour)
-    check_options(library, options, gpu=current_sm() is not None)
+    check_options(library, options, current_sm())
     return library
+
+
+def for_this_machine(options: EngineOptions) -> EngineOptions:
+    """The same, for the GPU that is there where none is named."""
+    current = current_sm()
+    return replace(options, sms=(current,)) if not options.sms and current is not None else options
 
 
 def current_sm() -> str | None:
@@ -64,10 +70,9 @@ def compile_graph(library: Library, graph: str, model: bytes, output: Path, opti
 
 def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...]) -> EngineSpec:
     """For the manifest. `onnx`: the graphs that the bundle carries as ONNX."""
-    current = current_sm()
     return EngineSpec(
         library.version,
-        options.sms or ((current,) if current else ()),
+        options.sms,
         options.hardware_compatibility,
         options.version_compatible,
         MINIMUM_CUDA,
@@ -107,7 +112,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
             where=str(bundle),
             fix="Build it with --carry-onnx where the checkpoint is.",
         )
-    options = replace(options, weights=spec.weights)
+    options = for_this_machine(replace(options, weights=spec.weights))
     library = ready_library(manifest.target.backend, options)
     with TemporaryDirectory(dir=bundle, prefix=".rebuild-") as directory:
         for name in spec.onnx:

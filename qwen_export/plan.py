@@ -124,7 +124,7 @@ def plan_build(
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, options or StaticOptions(), activations)
+        form = _static_form(chosen, config, context, options or StaticOptions(), activations, engine.sms if engine is not None else ())
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes)
     else:
@@ -215,9 +215,11 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes)
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str) -> _Form:
+def _static_form(
+    target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str, sms: Sequence[str]
+) -> _Form:
     """A graph per size of call; steps of more than one token are what speculation needs."""
-    static, refused = plan_static(target, config, context, options, activations)
+    static, refused = plan_static(target, config, context, options, activations, sms)
     speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
     return _Form(static.graphs, static.choices, speculation, f"target {target.name} has no draft head", static.opset, refused)
 

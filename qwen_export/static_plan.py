@@ -4,7 +4,7 @@ Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
@@ -42,13 +42,13 @@ class StaticPlan:
 
 
 def plan_static(
-    target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str = "fp32"
+    target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str = "fp32", sms: Sequence[str] = ()
 ) -> tuple[StaticPlan, list[str]]:
-    """The plan, and a sentence for each reason against it. `activations`: their precision."""
+    """The plan, and a sentence for each reason against it. `activations`: their precision; `sms`: the GPUs of engines."""
     opset = target.opsets[0] if options.opset is None else options.opset
     reasons: list[str] = []
     if target.engines:
-        choices = choose_tensorrt(activations, config)
+        choices = choose_tensorrt(target.name, activations, config, sms)
     else:
         choices, reasons = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:

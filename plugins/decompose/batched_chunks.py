@@ -24,6 +24,8 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
 
+_LARGEST = 65504.0  # of fp16
+
 
 def batched_chunks(size: int, products: ir.DataType | None = None) -> DeltaRule:
     """`delta_rule` in chunks of `size` tokens; calls must be whole chunks, or shorter than one. `products`: the dtype that operands of the
@@ -66,6 +68,8 @@ def _rule(
     """q, k [1,H,N*C,Dk], v [1,H,N*C,Dv], g and beta [1,H,N*C,1], state [1,H,Dk,Dv], all fp32."""
 
     def narrow(x: ir.Value) -> ir.Value:
+        if products == ir.DataType.FLOAT16:  # an infinite entry would make every later one infinite
+            (x,) = emit("", "Clip", [x, emit.scalar(-_LARGEST), emit.scalar(_LARGEST)], like=x)
         return emit.cast(x, products)
 
     H, Dk, Dv = (int(size) for size in state.shape[1:]) if state.shape is not None else (0, 0, 0)
@@ -94,10 +98,9 @@ def _rule(
     MW, MU = emit.split(emit.matmul(narrow(M), WU), [Dk, Dv], axis=3)
 
     S, states = emit.reshape(state, H, 1, Dk, Dv), []
-    for n in range(N):
+    for X_n, R_n, c_n in zip(*(emit.split(x, [1] * N, axis=1) for x in (X, R, total)), strict=True):
         states.append(S)
-        X_n, R_n, c_n = (emit.rows(x, n, n + 1, axis=1) for x in (X, R, total))
         S = emit.sub(emit.add(emit.mul(S, c_n), emit.wide(R_n)), product(X_n, narrow(S)))
-    before = emit.concat([narrow(S) for S in states], axis=1)
+    before = narrow(emit.concat(states, axis=1))
     o = emit.wide(emit.add(emit.matmul(emit.sub(narrow(emit.mul(q, since_start)), MW), before), MU))
     return emit.reshape(o, 1, H, N * C, Dv), emit.reshape(S, 1, H, Dk, Dv)

@@ -10,18 +10,24 @@ from qwen_export.plugins.onnxruntime.choices import Choice
 
 UNQUANTIZED = ("experts",)
 """Groups of the precision plan that have no quantised form here: no layer gathers quantised matrices."""
+# TensorRT-RTX runs on other GPUs, too (SM 90), but has attention kernels for these only.
+_RTX_ATTENTION = frozenset({"80", "86", "89", "120", "121"})
 _FP8_SINCE = 89
 _LARGEST_TOP_K = 3840
 """The longest that TensorRT's TopK gives."""
 
 
-def choose_tensorrt(precision: str, config: TextConfig) -> dict[str, Choice]:
-    """The lowering of each op. fp32 has no attention layer, and no cast hides that: it takes products and a softmax."""
+def choose_tensorrt(flavour: str, precision: str, config: TextConfig, sms: Sequence[str]) -> dict[str, Choice]:
+    """The lowering of each op; `sms` are the compute capabilities that engines are for."""
+    # TensorRT-RTX rounds the operands of fp32 products to TF32 whether it is told to or not (1.5 on SM 90: errors of 1e-3 with the flag
+    # cleared); products of one row it does not round.
+    exact = precision == "fp32" and flavour == "tensorrt-rtx"
+    attention = precision != "fp32" and (flavour != "tensorrt-rtx" or bool(sms) and set(sms) <= _RTX_ATTENTION)
     chosen = {
-        "linear": "product",
+        "linear": "split_product" if exact else "product",
         "rms_norm": "rms_normalization",
         "gated_delta_net": "fused_layers",
-        "gated_attention": "decomposed" if precision == "fp32" else "native",
+        "gated_attention": "native" if attention else "decomposed",
         **({"moe": "gathered"} if config.is_moe else {}),
     }
     return {op: Choice(name, ()) for op, name in chosen.items()}

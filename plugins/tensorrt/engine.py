@@ -105,7 +105,7 @@ def _set_sms(library: Library, config: Any, sms: tuple[str, ...]) -> None:
     if not library.has(FOREIGN_SM):
         return
     known = library.api.ComputeCapability.__members__
-    if not sms:
+    if len(sms) < 2 and not (sms and f"SM{sms[0]}" in known):
         config.num_compute_capabilities = 1
         config.set_compute_capability(known["CURRENT"], 0)
         return
@@ -114,14 +114,18 @@ def _set_sms(library: Library, config: Any, sms: tuple[str, ...]) -> None:
         config.set_compute_capability(known[f"SM{sm}"], i)
 
 
-def check_options(library: Library, options: EngineOptions, *, gpu: bool) -> None:
-    """Refuse before anything is built what this library cannot do here. `gpu`: there is one."""
-    name = f"{library.flavour.name} {library.version}"
-    if not library.has(FOREIGN_SM) and (options.sms or not gpu):
-        raise UnsupportedError(f"{name} builds on the GPU that runs the engine", got="--sm" if gpu else "no GPU", fix="Build on that machine.")
-    if not options.sms and not gpu:
+def check_options(library: Library, options: EngineOptions, current: str | None) -> None:
+    """Refuse before anything is built what this library cannot do here. `current`: compute capability of the GPU, None without one."""
+    name, gpu = f"{library.flavour.name} {library.version}", current is not None
+    if not options.sms:
         raise UnsupportedError("there is no GPU here to build engines for", fix="Say for which with --sm, for example --sm 89,120.")
-    if library.has(FOREIGN_SM):
+    if options.sms != (current,):
+        if not library.has(FOREIGN_SM):
+            raise UnsupportedError(
+                f"{name} builds on the GPU that runs the engine",
+                got=f"--sm {','.join(options.sms)} on {f'SM {current}' if gpu else 'a machine without a GPU'}",
+                fix="Build on that machine, or there with `qwen-export rebuild`.",
+            )
         known = sorted((n.removeprefix("SM") for n in library.api.ComputeCapability.__members__ if n.startswith("SM")), key=int)
         unknown = [sm for sm in options.sms if sm not in known]
         if unknown:

@@ -11,9 +11,11 @@ from qwen_export.graphs.quantization.plan import STORED, GroupFormat
 from qwen_export.graphs.weights.expression import FirstRows, Weight, add_weight, weight_of
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.delta_rule import delta_rule
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.reduced_step import reduced_step
+from qwen_export.plugins.decompose.split_product import SplitEmitter, split
+from qwen_export.plugins.decompose.summed_products import summed_products
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
@@ -21,21 +23,37 @@ from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
 from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales
 
+# Tokens of a verify up to which sums take less time than products, launched or not; beyond, code grows with the square.
+_MOST_SUMMED = 16
+
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one token: sums over the state; a verify: the chunk form; a prompt: all chunks at once, one product per chunk in
     sequence. Everything fp32 between the projections."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
-    emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
+    emit = _emitter(graph, f"{layer_prefix(node)}.linear_attn", context, shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    if sizes.P:
-        rule = delta_rule
-    elif sizes.T == 1:
-        rule = reduced_step
-    else:
-        rule = batched_chunks(context.static.chunk)
+    rule = _rule(sizes.T, sizes.P, context)
     results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
     return emit.nodes, list(results)
+
+
+def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
+    """How the recurrence is computed over P pending and T new tokens."""
+    if T == 1 and not P:
+        return reduced_step
+    if P + T <= _MOST_SUMMED:
+        return summed_products
+    if P:
+        return delta_rule
+    # Activations have 11 bits at most in these graphs; products of fp32 operands would keep no more on tensor cores, and take longer.
+    return batched_chunks(context.static.chunk, None if context.activation == ir.DataType.FLOAT else ir.DataType.FLOAT16)
+
+
+def _emitter(graph: ir.Graph, prefix: str, context: PassContext, shared: Shared) -> Emitter:
+    """fp32 graphs keep fp32 products where the compiler would round them."""
+    exact = context.choices["linear"].name == "split_product"
+    return SplitEmitter(graph, prefix, shared) if exact else Emitter(graph, prefix, shared)
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -54,6 +72,10 @@ def _attention(
     graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, layer: bool
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
+    if context.choices["linear"].name == "split_product":
+        exact = SplitEmitter(graph, emit.prefix, shared)
+        exact.nodes = emit.nodes
+        emit = exact
     eps = context.config.rms_norm_eps
     return emit.nodes, list(emit_native_attention(emit, given, q, gate, sizes, eps, context.activation, layer=layer))
 
@@ -81,6 +103,26 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), matrix], like=x, transB=1)
     rows = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
     return emit.nodes, [emit.reshape(product, 1, rows, N)]
+
+
+def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The same with fp32 operands kept whole: the rows of x in two parts, in one product. The weight is exact as it is where it is stored in
+    16 bits, and is split likewise where it is not."""
+    x, value = node.inputs
+    weight = weight_of(value)
+    if x is None or value is None or weight is None:
+        raise TypeError("a linear has no stored weight")
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    N, K = weight.shape
+    flat = emit.reshape(x, -1, K)
+    rows = emit.concat([*split(emit, flat)], axis=0)
+    narrow = all(context.stored.get(name, "F32") in ("BF16", "F16") for name in weight.stored())
+    matrices = [value] if narrow else [*split(emit, value)]
+    products = [emit("", "Gemm", [rows, matrix], like=x, transB=1)[0] for matrix in matrices]
+    product = products[0] if narrow else emit.add(*products)
+    high, low = emit("", "Split", [product], 2, like=x, axis=0, num_outputs=2)
+    count = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
+    return emit.nodes, [emit.reshape(emit.add(high, low), 1, count, N)]
 
 
 def _matrix(emit: Emitter, value: ir.Value, weight: Weight, context: PassContext) -> ir.Value:
@@ -125,6 +167,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("moe", "gathered"): lower_experts,
     ("rms_norm", "rms_normalization"): lower_rms_normalization,
     (LINEAR, "product"): lower_product,
+    (LINEAR, "split_product"): lower_split_product,
 }
 
 
