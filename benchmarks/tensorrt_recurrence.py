@@ -24,14 +24,22 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
+from qwen_export.plugins.decompose.gated_attention import attend
 from qwen_export.plugins.decompose.reduced_step import reduced_step
-from qwen_export.plugins.tensorrt.engine import EngineOptions, build_engine
+from qwen_export.plugins.decompose.split_product import SplitEmitter
+from qwen_export.plugins.decompose.summed_products import summed_products
+from qwen_export.plugins.tensorrt.engine import build_engine
+from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
+from qwen_export.plugins.tensorrt.experts import emit_experts
 from qwen_export.runtimes.tensorrt_library import Library, load_library
 
 HK, HV, D = 16, 32, 128
+QUANTIZED = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
 FLOAT, HALF, BF16, I32, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT32, ir.DataType.INT64
 TORCH = {
     FLOAT: torch.float32,
@@ -59,12 +67,13 @@ class Case:
     aliased: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[dict[str, torch.Tensor], list[torch.Tensor]], str] | None = None
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    emitter: type[Emitter] = Emitter
 
 
 def model_of(case: Case) -> bytes:
     values = {name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for name, (shape, dtype) in case.inputs.items()}
     graph = ir.Graph(list(values.values()), [], nodes=[], name="piece", opset_imports={"": 24})
-    emit = Emitter(graph, "n")
+    emit = case.emitter(graph, "n")
     for i, value in enumerate(case.body(emit, values)):
         value.name = f"out{i}"
         graph.outputs.append(value)
@@ -92,9 +101,11 @@ class Engine:
         torch.manual_seed(0)
         for i in range(self.engine.num_io_tensors):
             name = self.engine.get_tensor_name(i)
-            dtype = ir.DataType[{"FLOAT": "FLOAT", "HALF": "FLOAT16", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN"}.get(
-                self.engine.get_tensor_dtype(name).name, self.engine.get_tensor_dtype(name).name
-            )]
+            dtype = ir.DataType[
+                {"FLOAT": "FLOAT", "HALF": "FLOAT16", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN"}.get(
+                    self.engine.get_tensor_dtype(name).name, self.engine.get_tensor_dtype(name).name
+                )
+            ]
             shape = tuple(self.engine.get_tensor_shape(name))
             if name in case.aliased:
                 alias = self.engine.get_aliased_input_tensor(name) if hasattr(self.engine, "get_aliased_input_tensor") else None
@@ -200,9 +211,7 @@ def recurrence_values(T: int) -> dict[str, torch.Tensor]:
 
 def heads_first(emit: Emitter, x: dict[str, ir.Value], T: int) -> list[ir.Value]:
     index = emit.array("key_head", np.repeat(np.arange(HK, dtype=np.int32), HV // HK))
-    q, k = (
-        emit.gather(emit.transpose(emit.reshape(x[n], 1, T, HK, D), 0, 2, 1, 3), index, axis=1) for n in ("q", "k")
-    )
+    q, k = (emit.gather(emit.transpose(emit.reshape(x[n], 1, T, HK, D), 0, 2, 1, 3), index, axis=1) for n in ("q", "k"))
     v = emit.transpose(emit.reshape(x["v"], 1, T, HV, D), 0, 2, 1, 3)
     g, beta = (emit.reshape(emit.transpose(x[n], 0, 2, 1), 1, HV, T, 1) for n in ("g", "beta"))
     return [q, k, v, g, beta, x["state"]]
@@ -225,20 +234,19 @@ def against_float64(given: dict[str, torch.Tensor], outputs: list[torch.Tensor])
     return f"error of o {errors[0]:.1e}, of the state {errors[1]:.1e}"
 
 
-def recurrence(name: str, rule: DeltaRule, T: int, tf32: bool = False) -> Case:
+def recurrence(name: str, rule: DeltaRule, T: int, tf32: bool = False, emitter: type[Emitter] = Emitter) -> Case:
     def body(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
         return rule(emit, *heads_first(emit, x, T), T, None)  # type: ignore[call-arg, arg-type]
 
-    return Case(name, recurrence_inputs(T), body, tf32, check=against_float64, values=recurrence_values(T))
+    return Case(name, recurrence_inputs(T), body, tf32, check=against_float64, values=recurrence_values(T), emitter=emitter)
 
 
 def prefill(T: int) -> Iterator[Case]:
     for size in (32, 64, 128):
-        for tf32 in (False, True):
-            yield recurrence(f"prefill T={T} batched chunks of {size} fp32{' tf32' if tf32 else ''}", batched_chunks(size), T, tf32)
-    for size in (32, 64, 128):
-        for kind in (HALF, BF16):
-            yield recurrence(f"prefill T={T} batched chunks of {size} {kind.name.lower()} products", batched_chunks(size, kind), T)
+        yield recurrence(f"prefill T={T} batched chunks of {size} fp32", batched_chunks(size), T)
+        yield recurrence(f"prefill T={T} batched chunks of {size} fp16 products", batched_chunks(size, HALF), T)
+    yield recurrence(f"prefill T={T} batched chunks of 64 bf16 products", batched_chunks(64, BF16), T)
+    yield recurrence(f"prefill T={T} batched chunks of 64 fp32 in two parts", batched_chunks(64), T, emitter=SplitEmitter)
     if T <= 1024:
         yield recurrence(f"prefill T={T} chunks one after the other", in_chunks(64), T)
 
@@ -251,7 +259,8 @@ def decode() -> Iterator[Case]:
 
 def verify() -> Iterator[Case]:
     for T in (4, 8, 9, 16):
-        yield recurrence(f"verify of {T}, chunk form", delta_rule, T)
+        yield recurrence(f"verify of {T}, products", delta_rule, T)
+        yield recurrence(f"verify of {T}, sums", summed_products, T)
 
 
 # Attention
@@ -261,7 +270,7 @@ def attention() -> Iterator[Case]:
     Hq, Hkv, S = 16, 2, 4096 + 512
     size = 256
     for T in (1, 8, 512):
-        for form in ("mask", "nonpad"):
+        for form in ("decomposed", "mask", "nonpad"):
             inputs = {
                 "q": ((1, Hq, T, size), HALF),
                 "k": ((1, Hkv, T, size), HALF),
@@ -274,6 +283,9 @@ def attention() -> Iterator[Case]:
             def body(emit: Emitter, x: dict[str, ir.Value], T: int = T, form: str = form) -> Sequence[ir.Value]:
                 at = emit.cast(x["length"], I64)
                 k, v = (emit("", "TensorScatter", [x[f"{n}_cache"], x[n], at], like=x[n], axis=-2)[0] for n in "kv")
+                if form == "decomposed":
+                    sizes = AttentionSizes(T, S, Hq, Hkv, size, 64)
+                    return attend(emit, x["q"], k, v, x["length"], sizes, HALF), k, v
                 own = emit.add(emit.array("token", np.arange(T, dtype=np.int32)[:, None]), x["length"])
                 (seen,) = emit("", "LessOrEqual", [emit.positions(S), own], dtype=ir.DataType.BOOL)
                 mask = emit("", "Reshape", [seen, emit.ints(1, 1, T, S)], dtype=ir.DataType.BOOL)[0]
@@ -299,49 +311,110 @@ def products() -> Iterator[Case]:
     """A gated feed-forward of the 4B: three matrices of 2560 x 9216."""
     K, N = 2560, 9216
     for T in (1, 8, 512):
-        for form in ("bound [N,K]", "bound [K,N]", "constant [N,K]", "constant [K,N]", "bound int4", "constant int4", "bound fp8"):
+        for form in (
+            "bound [N,K]",
+            "bound [K,N]",
+            "constant [N,K]",
+            "bound int4 [N,K]",
+            "bound int4 [K,N]",
+            "constant int4 [K,N]",
+            "bound int8 [N,K]",
+            "bound int8 [K,N]",
+            "bound fp8 [N,K]",
+            "bound fp8 [K,N]",
+        ):
             yield _feed_forward(T, K, N, form)
 
 
 def _feed_forward(T: int, K: int, N: int, form: str) -> Case:
+    """`form`: bound or constant, the element type unless fp16, and the layout of the weight."""
     bound, turned = form.startswith("bound"), form.endswith("[K,N]")
-    kind = {"int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}.get(form.split()[1], HALF)
+    kind = next((dtype for word, dtype in QUANTIZED.items() if word in form.split()), HALF)
     sizes = {"gate": (N, K), "up": (N, K), "down": (K, N)}
+    blocks = kind != ir.DataType.FLOAT8E4M3FN
+
+    def shapes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        rows, columns = sizes[name]
+        scale = (rows, columns // 128) if blocks else (rows,)
+        return ((columns, rows), scale[::-1]) if turned else ((rows, columns), scale)
+
     inputs: dict[str, tuple[tuple[int, ...], ir.DataType]] = {"x": ((1, T, K), HALF)}
-    for name, (rows, columns) in sizes.items():
-        if bound:
-            inputs[name] = ((columns, rows) if turned else (rows, columns), kind)
-        if bound and kind != HALF:
-            inputs[f"{name}_scale"] = ((rows, columns // 128), HALF) if kind == ir.DataType.INT4 else ((rows,), HALF)
+    for name in sizes if bound else ():
+        inputs[name] = (shapes(name)[0], kind)
+        if kind != HALF:
+            inputs[f"{name}_scale"] = (shapes(name)[1], HALF)
+
+    def constant(emit: Emitter, name: str) -> ir.Value:
+        rng, shape = np.random.default_rng(0), shapes(name)[0]
+        if kind == HALF:
+            return emit.array(name, (rng.standard_normal(shape) * 0.02).astype(np.float16))
+        packed = ir.tensor(rng.integers(-7, 7, shape, np.int8), dtype=kind, name=name)
+        codes = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=packed)
+        emit.graph.register_initializer(codes)
+        return codes
 
     def body(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        rng = np.random.default_rng(0)
-
         def product(name: str, value: ir.Value) -> ir.Value:
             rows, columns = sizes[name]
-            if kind == HALF:
-                shape = (columns, rows) if turned else (rows, columns)
-                weight = x[name] if bound else emit.array(name, (rng.standard_normal(shape) * 0.02).astype(np.float16))
-            elif kind == ir.DataType.INT4:
-                if bound:
-                    codes, scale = x[name], x[f"{name}_scale"]
-                else:
-                    packed = ir.tensor(rng.integers(-7, 7, (rows, columns), np.int8), dtype=ir.DataType.INT4, name=name)
-                    codes = ir.Value(name=name, shape=ir.Shape((rows, columns)), type=ir.TensorType(kind), const_value=packed)
-                    emit.graph.register_initializer(codes)
-                    scale = emit.array(f"{name}_scale", np.full((rows, columns // 128), 0.02, np.float16))
-                (weight,) = emit("", "DequantizeLinear", [codes, scale], like=value, axis=1, block_size=128)
-            else:
-                (weight,) = emit("", "DequantizeLinear", [x[name], x[f"{name}_scale"]], like=value, axis=0)
+            weight = x[name] if bound else constant(emit, name)
+            if kind != HALF:
+                scale = x[f"{name}_scale"] if bound else emit.array(f"{name}_scale", np.full(shapes(name)[1], 0.02, np.float16))
+                attributes = {"axis": 0 if turned else 1, "block_size": 128} if blocks else {"axis": 1 if turned else 0}
+                (weight,) = emit("", "DequantizeLinear", [weight, scale], like=value, **attributes)
             flat = emit.reshape(value, T, columns)
-            if turned:
-                return emit.reshape(emit.matmul(flat, weight), 1, T, rows)
-            return emit.reshape(emit("", "Gemm", [flat, weight], like=value, transB=1)[0], 1, T, rows)
+            y = emit.matmul(flat, weight) if turned else emit("", "Gemm", [flat, weight], like=value, transB=1)[0]
+            return emit.reshape(y, 1, T, rows)
 
         gate, up = product("gate", x["x"]), product("up", x["x"])
         return [product("down", emit.mul(emit.mul(gate, emit.sigmoid(gate)), up))]
 
     return Case(f"feed-forward T={T} {form}", inputs, body)
+
+
+def experts() -> Iterator[Case]:
+    """Routed experts of the 35B-A3B: 256 of 512 x 2048, 8 for a token."""
+    H, E, K, width = 2048, 256, 8, 512
+    for T in (1, 4, 128, 512, 2048):
+        inputs = {
+            "x": ((1, T, H), HALF),
+            "logits": ((1, T, E), HALF),
+            "gate_up": ((E, 2 * width, H), HALF),
+            "down": ((E, H, width), HALF),
+        }
+
+        def body(emit: Emitter, x: dict[str, ir.Value], T: int = T) -> Sequence[ir.Value]:
+            return [emit_experts(emit, x["x"], x["logits"], x["gate_up"], x["down"], ExpertSizes(T, H, E, K, width))]
+
+        yield Case(f"experts T={T}", inputs, body, check=_experts_in_torch)
+
+
+def _experts_in_torch(x: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> str:
+    rows = x["x"][0].float()
+    weight, chosen = torch.topk(x["logits"][0].float().softmax(-1), 8)
+    weight = weight / weight.sum(-1, keepdim=True)
+    expected = torch.zeros_like(rows)
+    for e in chosen.unique().tolist():
+        token, slot = torch.where(chosen == e)
+        gate, up = (rows[token] @ x["gate_up"][e].float().T).chunk(2, -1)
+        expected.index_add_(0, token, (torch.nn.functional.silu(gate) * up @ x["down"][e].float().T) * weight[token, slot, None])
+    return f"error {(outputs[0][0].float() - expected).abs().max() / expected.abs().max():.1e}"
+
+
+def fp32() -> Iterator[Case]:
+    """Whether products of fp32 operands are products of fp32 operands. Try NVIDIA_TF32_OVERRIDE=0 in the environment, too."""
+    K, N = 1024, 1024
+    for T in (1, 2, 4, 8, 64, 512):
+        inputs = {"a": ((T, K), FLOAT), "b": ((K, N), FLOAT)}
+        for name, emitter in (("", Emitter), (" in two parts", SplitEmitter)):
+            for tf32 in (False, True):
+                yield Case(
+                    f"fp32 product T={T}{name}{' tf32 allowed' if tf32 else ''}",
+                    inputs,
+                    lambda emit, x: [emit.matmul(x["a"], x["b"])],
+                    tf32,
+                    check=lambda x, y: f"error {(y[0].double() - x['a'].double() @ x['b'].double()).abs().max() / y[0].abs().max():.1e}",
+                    emitter=emitter,
+                )
 
 
 def top() -> Iterator[Case]:
@@ -378,6 +451,8 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention,
     "products": products,
     "top": top,
+    "experts": experts,
+    "fp32": fp32,
 }
 
 
@@ -405,7 +480,8 @@ def _measured(library: Library, case: Case, arguments: argparse.Namespace) -> di
             with tempfile.TemporaryDirectory() as directory:
                 path, options = Path(directory) / "engine", EngineOptions((arguments.build_only,), tf32=case.tf32)
                 layers = build_engine(library, model_of(case), path, options, where=case.name).layers
-                print(f"{case.name:60} built in {time.monotonic() - started:.1f} s, {path.stat().st_size} bytes, {sum(layers.values())} layers")
+                seconds, size = time.monotonic() - started, path.stat().st_size
+                print(f"{case.name:60} built in {seconds:.1f} s, {size} bytes, {sum(layers.values())} layers")
             return {"name": case.name}
         engine = Engine(library, case, EngineOptions(tf32=case.tf32))
         engine.run()

@@ -17,8 +17,8 @@ HARDWARE_COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-sm": "
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to compile. `sms`: compute capabilities like "89"; none means the GPU that is there. `weights`: see ENGINE_WEIGHTS. `workspace` in
-    bytes. `tf32`: fp32 products may round their operands to 10 bits. `layer_dump`: a directory for a file per graph with its layers.
+    """How to compile. `sms`: compute capabilities like "89"; none means the GPU that is there. `weights`: see ENGINE_WEIGHTS. `workspace`
+    in bytes. `tf32`: fp32 products may round their operands to 10 bits. `layer_dump`: a directory for a file per graph with its layers.
     `carry_onnx`: the bundle gets the graphs as TensorRT reads them, for `qwen-export rebuild`."""
 
     sms: tuple[str, ...] = ()

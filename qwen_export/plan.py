@@ -98,9 +98,8 @@ def plan_build(
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as in
-    `build`.
-    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as
+    in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -215,9 +214,7 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes)
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(
-    target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str, sms: Sequence[str]
-) -> _Form:
+def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str, sms: Sequence[str]) -> _Form:
     """A graph per size of call; steps of more than one token are what speculation needs."""
     static, refused = plan_static(target, config, context, options, activations, sms)
     speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None

@@ -61,7 +61,7 @@ def plan_static(
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):
         if not least <= value <= limit:
             reasons.append(f"a {name} of {value} tokens is outside {least}..{limit}")
-    if target.engines and T > target.delta_chunk and T % target.delta_chunk:
+    if target.engines and target.delta_chunk < T and T % target.delta_chunk:
         if options.chunk is None:
             T -= T % target.delta_chunk
         else:

@@ -16,8 +16,8 @@ from qwen_export.errors import QwenExportError, UnsupportedError
 
 @dataclass(frozen=True)
 class Flavour:
-    """One of the two libraries. `modules` are the names it may be imported by, `packages` those it may be installed by; `lacks` maps what the
-    other one has to the reason why this one has not."""
+    """One of the two libraries. `modules` are the names it may be imported by, `packages` those it may be installed by; `lacks` maps what
+    the other one has to the reason why this one has not."""
 
     name: str
     modules: tuple[str, ...]

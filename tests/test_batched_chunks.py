@@ -38,7 +38,10 @@ def read(rule: DeltaRule, data: dict[str, Array], T: int) -> tuple[Array, Array]
 
 
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize(("rule", "T", "L"), [(batched_chunks(64), 512, 4096), (batched_chunks(32), 128, 1024), (summed_products, 9, 900), (reduced_step, 1, 512)])
+@pytest.mark.parametrize(
+    ("rule", "T", "L"),
+    [(batched_chunks(64), 512, 4096), (batched_chunks(32), 128, 1024), (summed_products, 9, 900), (reduced_step, 1, 512)],
+)
 def test_against_float64(rule: DeltaRule, T: int, L: int, decay: str) -> None:
     data = prompt(len(decay), 2, L, 32, decay)
     o, state = read(rule, data, T)

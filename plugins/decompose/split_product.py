@@ -2,8 +2,8 @@
 
     a = h + l,  h = bf16(a),  l = a - h         a b = [h_a; l_a] [h_b, l_b], the four blocks added up
 
-h has 8 bits and passes unchanged; l has 16, of which 11 pass: what is lost is 2^-19 of an entry, against 2^-11. One product of twice the rows
-and columns. A matrix that the checkpoint stores in BF16 or FP16 has no l.
+h has 8 bits and passes unchanged; l has 16, of which 11 pass: what is lost is 2^-19 of an entry, against 2^-11. One product of twice the
+rows and columns. A matrix that the checkpoint stores in BF16 or FP16 needs no splitting.
 """
 
 from __future__ import annotations

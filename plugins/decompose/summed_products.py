@@ -41,7 +41,9 @@ def summed_products(
     flat = emit.reshape(g, 1, H, L)
     # Row i*L+j: the tokens behind j up to i.
     between = np.stack([lower[i] * (np.arange(L) > j) for i in range(L) for j in range(L)])
-    decay = emit.mul(emit.exp(emit.reshape(ranges(f"between_{L}", between.astype(np.float32), flat), 1, H, L, L)), emit.array(f"lower_{L}", lower))
+    decay = emit.mul(
+        emit.exp(emit.reshape(ranges(f"between_{L}", between.astype(np.float32), flat), 1, H, L, L)), emit.array(f"lower_{L}", lower)
+    )
     since_start = emit.exp(emit.reshape(ranges(f"until_{L}", lower, flat), 1, H, L, 1))
 
     def summed(a: ir.Value, b: ir.Value, axis: int) -> ir.Value:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwen_export.graphs.config import TextConfig
-from qwen_export.graphs.quantization.plan import FP8, PrecisionPlan
+from qwen_export.graphs.quantization.plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.plugins.onnxruntime.choices import Choice
 
-UNQUANTIZED = ("experts",)
-"""Groups of the precision plan that have no quantised form here: no layer gathers quantised matrices."""
+UNQUANTIZED = ("experts", "embedding")
+"""Groups of the precision plan that have no quantised form here: no layer gathers rows or matrices of a quantised tensor."""
 # TensorRT-RTX runs on other GPUs, too (SM 90), but has attention kernels for these only.
 _RTX_ATTENTION = frozenset({"80", "86", "89", "120", "121"})
 _FP8_SINCE = 89
@@ -22,7 +22,7 @@ def choose_tensorrt(flavour: str, precision: str, config: TextConfig, sms: Seque
     # TensorRT-RTX rounds the operands of fp32 products to TF32 whether it is told to or not (1.5 on SM 90: errors of 1e-3 with the flag
     # cleared); products of one row it does not round.
     exact = precision == "fp32" and flavour == "tensorrt-rtx"
-    attention = precision != "fp32" and (flavour != "tensorrt-rtx" or bool(sms) and set(sms) <= _RTX_ATTENTION)
+    attention = precision != "fp32" and (flavour != "tensorrt-rtx" or (bool(sms) and set(sms) <= _RTX_ATTENTION))
     chosen = {
         "linear": "split_product" if exact else "product",
         "rms_norm": "rms_normalization",
@@ -42,8 +42,9 @@ def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequen
         reasons.append(f"fp8 weights need SM {_FP8_SINCE} or newer, and SM {', '.join(old)} is among the targets")
     if config.is_moe and config.num_experts_per_tok > _LARGEST_TOP_K:
         reasons.append(f"TensorRT selects at most {_LARGEST_TOP_K} experts")
-    if config.is_moe and quantization is not None and quantization.groups["experts"].quant is not None:
-        reasons.append("TensorRT has no layer that gathers quantised matrices: leave [experts] as stored in the precision plan")
+    gathered = [group for group in UNQUANTIZED if quantization is not None and quantization.groups[group] != GroupFormat()]
+    if gathered:
+        reasons.append(f"TensorRT gathers nothing from quantised tensors: the precision plan must leave [{gathered[0]}] stored")
     if quantization is not None and any(format.zeros for format in quantization.groups.values()):
         reasons.append("TensorRT dequantises symmetric blocks only: leave out `zeros` in the precision plan")
     return reasons

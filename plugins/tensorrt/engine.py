@@ -16,6 +16,7 @@ from qwen_export.engine_options import HARDWARE_COMPATIBILITY, STRIPPED, EngineO
 from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.runtimes.tensorrt_library import FOREIGN_SM, TIMING_CACHE, Library
 
+
 @dataclass(frozen=True)
 class Built:
     """What the parser made of a graph, before fusion: layers by kind, and the names of inputs and outputs."""

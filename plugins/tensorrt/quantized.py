@@ -1,4 +1,4 @@
-"""Quantised matrices as DequantizeLinear wants them: codes in the matrix's own shape, and scales beside them.
+"""Quantised matrices as DequantizeLinear wants them: codes in the matrix's own shape, or turned, and scales beside them.
 
 Blocks lie along K, where the product sums. Scales are positive, as TensorRT demands: blocks for which the search took a negative scale
 (its codes then reach one further for positive values) are rounded to nearest instead.
@@ -21,7 +21,7 @@ _FP8_LARGEST = 448.0
 
 @dataclass(frozen=True)
 class BlockCodes(Weight):
-    """int4 or int8 [N,K]: w = code * scale of its block."""
+    """int8 [N,K]: w = code * scale of its block."""
 
     of: Weight
     format: QuantFormat
@@ -29,14 +29,10 @@ class BlockCodes(Weight):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", self.of.shape)
-        object.__setattr__(self, "dtype", ir.DataType.INT4 if self.format.bits == 4 else ir.DataType.INT8)
+        object.__setattr__(self, "dtype", ir.DataType.INT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        codes, _ = _quantized(self, source, start, stop)
-        if self.format.bits == 8:
-            return codes
-        pairs = codes.view(np.uint8).reshape(stop - start, -1, 2) & 15
-        return pairs[..., 0] | np.left_shift(pairs[..., 1], 4)
+        return _quantized(self, source, start, stop)[0]
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
@@ -64,6 +60,37 @@ class BlockScales(Weight):
 
     def spans(self) -> list[tuple[int, int]]:
         return self.of.spans()
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+@dataclass(frozen=True)
+class Turned(Weight):
+    """Codes [K,N] or scales [K / block, N], made whole: codes take a byte each meanwhile. int4 codes are packed, two to a byte."""
+
+    of: BlockCodes | BlockScales
+
+    def __post_init__(self) -> None:
+        packed = isinstance(self.of, BlockCodes) and self.of.format.bits == 4
+        object.__setattr__(self, "shape", self.of.shape[::-1])
+        object.__setattr__(self, "dtype", ir.DataType.INT4 if packed else self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        whole = np.empty(self.shape, self.of.dtype.numpy())
+        for first, last in self.of.spans():
+            whole[:, first:last] = self.of.rows(source, first, last).T
+        if self.dtype != ir.DataType.INT4:
+            return whole
+        pairs = whole.view(np.uint8).reshape(-1, 2)
+        return (pairs[:, 0] & 15) | np.left_shift(pairs[:, 1], 4)
+
+    def elements(self, start: int, stop: int) -> int:
+        """A byte each, where elements are counted as four."""
+        return self.of.elements(0, self.of.shape[0]) // 4
+
+    def spans(self) -> list[tuple[int, int]]:
+        return [(0, self.shape[0])]
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()

@@ -70,7 +70,7 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
 
 
 def _sms(text: str | None) -> tuple[str, ...]:
-    """"89,12.0" -> ("89", "120")."""
+    """ "89,12.0" -> ("89", "120")."""
     given = [part.strip().lower().removeprefix("sm").removeprefix("_").replace(".", "") for part in (text or "").split(",")]
     sms = tuple(dict.fromkeys(part for part in given if part))
     wrong = [part for part in sms if not part.isdigit() or len(part) not in (2, 3)]
