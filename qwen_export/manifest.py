@@ -140,8 +140,8 @@ class EngineSpec:
     """What TensorRT compiled the graphs for: its version, the compute capabilities ("89"), how far beyond these the engines run ("none",
     "ampere+" or "same-sm"), whether later versions of the library run them, and the oldest CUDA that the driver must serve ("13.0").
 
-    `weights`: "bound", the weights of each graph are inputs of its engine, under their names; "embedded", engines have theirs; "stripped", they
-    are given to the engine when it is loaded. `onnx`: graphs that the bundle also has as ONNX, in NAME.onnx, for compiling them again
+    `weights`: "bound", the weights of each graph are inputs of its engine, under their names; "embedded", engines have theirs; "stripped",
+    they are given to the engine when it is loaded. `onnx`: graphs that the bundle also has as ONNX, in NAME.onnx, for compiling them again
     with `options`."""
 
     version: str
