@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import ConfigError, UnsupportedError
+from qwen_export.graphs.rope_scaling import with_rope_scaling
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -22,6 +23,7 @@ NEXT_TYPES = ("qwen3_next",)
 FULL, LINEAR = "full_attention", "linear_attention"
 
 _ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
+_LONGEST_DOCUMENTED = 1_010_000
 _YARN_KEYS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
 
 
@@ -158,8 +160,9 @@ class _Fields:
         return ConfigError(f"config value {key!r} cannot be used", where=self.where, got=shown, expected=expected)
 
 
-def load_config(directory: Path) -> CheckpointConfig:
-    """Read and validate `directory`/config.json. Raises ConfigError with the key that is wrong."""
+def load_config(directory: Path, rope_scaling: str | None = None) -> CheckpointConfig:
+    """Read and validate `directory`/config.json. `rope_scaling`, like "yarn:4", takes the place of the file's. Raises ConfigError with the
+    key that is wrong."""
     path = directory / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -175,7 +178,7 @@ def load_config(directory: Path) -> CheckpointConfig:
         raise ConfigError("config.json is not valid JSON", where=str(path), got=error) from error
     if not isinstance(raw, dict):
         raise ConfigError("config.json is not a JSON object", where=str(path), got=type(raw).__name__)
-    return parse_config(raw, where=str(path))
+    return parse_config(raw if rope_scaling is None else with_rope_scaling(raw, rope_scaling), where=str(path))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> CheckpointConfig:
@@ -223,7 +226,7 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
     f.must_be("mlp_only_layers", [], None)
     f.must_be("decoder_sparse_step", 1)
     f.must_be("norm_topk_prob", True)
-    moe = model_type in MOE_TYPES + NEXT_TYPES
+    moe, rope = model_type in MOE_TYPES + NEXT_TYPES, _rope(f)
     config = TextConfig(
         model_type=model_type,
         vocab_size=f.integer("vocab_size"),
@@ -239,8 +242,8 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
         linear_value_head_dim=f.integer("linear_value_head_dim"),
         linear_conv_kernel_dim=f.integer("linear_conv_kernel_dim", 4, minimum=2),
         rms_norm_eps=f.number("rms_norm_eps", 1e-6),
-        rope=_rope(f),
-        max_position_embeddings=f.integer("max_position_embeddings"),
+        rope=rope,
+        max_position_embeddings=longest_context(f.integer("max_position_embeddings"), rope),
         tie_word_embeddings=tied,
         eos_token_ids=_ids(f, "eos_token_id"),
         # Qwen3-Next releases have a draft head that their configuration does not mention.
@@ -294,6 +297,8 @@ def _rope(f: _Fields) -> RopeConfig:
     kind = source.get("rope_type", "default")
     if kind not in ("default", "yarn"):
         raise f.wrong("rope_type", kind, "'default' or 'yarn'")
+    if kind == "yarn":
+        source = {key: value for key, value in source.items() if value is not None or key not in _YARN_KEYS}
     unknown = set(source) - _ROPE_KEYS - (_YARN_KEYS if kind == "yarn" else set())
     if unknown:
         raise ConfigError(
@@ -324,6 +329,13 @@ def _rope(f: _Fields) -> RopeConfig:
         attention_factor=r.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
         truncate=r.boolean("truncate", True),
     )
+
+
+def longest_context(stored: int, rope: RopeConfig) -> int:
+    """Tokens that the model can read: config.json's number, or what YaRN stretches the original context to. Releases leave their number at
+    the original context and name the longer one in the model card: 1010000 for a factor of 4, a little less than four times 262144."""
+    stretched = int(rope.factor * rope.original_max_position_embeddings)
+    return max(stored, min(stretched, _LONGEST_DOCUMENTED))
 
 
 def _ids(f: _Fields, key: str) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ def build(
     device: str = "cpu",
     precision: str = "fp32",
     max_context: int | None = None,
+    rope_scaling: str | None = None,
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
@@ -47,6 +48,7 @@ def build(
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantise weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
+    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" in the place of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
@@ -59,7 +61,7 @@ def build(
     weights that are finished."""
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
-    source = open_checkpoint(checkpoint)
+    source = open_checkpoint(checkpoint, rope_scaling)
     if target in TARGETS and TARGETS[target].engines:
         engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(

@@ -13,13 +13,16 @@ from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
 from qwen_export.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
+from qwen_export.graphs.checkpoint.names import stored_name
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.quantization.plan import PrecisionPlan
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.memory import block_budget
 from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
     MANIFEST,
+    ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
     EngineSpec,
@@ -151,7 +154,7 @@ def write_manifest(
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         speculation=plan.speculation,
         engine=_engine_spec(plan, models),
-        precision_plan=_quantized_forms(source)
+        precision_plan=_quantized_forms(source, plan.quantization)
         | {
             "weights": _weight_types(models.values(), plan.activations),
             "activations": plan.activations,
@@ -159,17 +162,24 @@ def write_manifest(
             "attention cache": plan.activations,
         }
         | (plan.quantization.to_json() if plan.quantization else {}),
-        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
+        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
+        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
     )
     (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-def _quantized_forms(source: Checkpoint) -> dict[str, str]:
+def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:
     """What became of each quantized form that the decoder's weights were stored in."""
-    prefix = source.config.text_prefix
+    prefix, kept_names = source.config.text_prefix, {stored_name(source.config, name) for name in (plan.kept if plan else ())}
     weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
-    forms = storage_summary(weights)
-    return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
+    forms, kept = storage_summary(weights), storage_summary({name: weights[name] for name in kept_names & weights.keys()})
+    said = {}
+    for form, count in forms.items():
+        if form not in ("bf16", "fp16", "fp32"):
+            stay, become = kept.get(form, 0), count - kept.get(form, 0)
+            parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
+            said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
+    return said
 
 
 def _weight_types(models: Iterable[ir.Model], precision: str) -> str:

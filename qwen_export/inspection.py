@@ -13,16 +13,16 @@ from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor
 from qwen_export.graphs.checkpoint.formats.plain import plain
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
-from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.plan import plan_build
+from qwen_export.graphs.config import FULL, RopeConfig, TextConfig
+from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.targets import TARGETS
 
 
-def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
+def inspect_checkpoint(path: str | Path, rope_scaling: str | None = None) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
-    bundle and of a run, and whether it would have a draft head, or why not."""
-    checkpoint = open_checkpoint(path)
+    bundle and of a run, and whether it would have a draft head, or why not. `rope_scaling` as in `build`."""
+    checkpoint = open_checkpoint(path, rope_scaling)
     text = checkpoint.config.text
     parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
     return {
@@ -41,7 +41,7 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
             "experts_per_token": text.num_experts_per_tok,
             "parameters": parameters,
             "active_parameters": parameters - idle_parameters(text),
-            "rope": text.rope.kind,
+            "rope": rope_summary(text.rope),
         },
         "parts": _parts(checkpoint),
         "quantization": _quantization(checkpoint),
@@ -49,6 +49,11 @@ def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
         "targets": list(_targets(checkpoint)),
     }
+
+
+def rope_summary(rope: RopeConfig) -> str:
+    """`default`, or `yarn x4 of 262144`."""
+    return rope.kind if rope.kind == "default" else f"{rope.kind} x{rope.factor:g} of {rope.original_max_position_embeddings}"
 
 
 def idle_parameters(text: TextConfig) -> int:
@@ -83,6 +88,15 @@ def _weights(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
         return {name: plain(info) for name, info in checkpoint.tensors.items()}
 
 
+def _becomes(plan: BuildPlan) -> dict[str, int]:
+    """What becomes of the matrices that the checkpoint stores quantised, and of how many."""
+    total: dict[str, int] = {}
+    for counts in plan.quantization.outcome.values() if plan.quantization else ():
+        for what, count in counts.items():
+            total[what] = total.get(what, 0) + count
+    return total
+
+
 def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     for target in TARGETS.values():
         for device in target.devices:
@@ -102,4 +116,5 @@ def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
                         "lowerings": lowerings,
                         "draft_head": not plan.no_head,
                         "no_draft_head": plan.no_head,
+                        "quantized_matrices": _becomes(plan),
                     }

@@ -24,6 +24,8 @@ DIMS = ("B", "T", "S", "N", "P")
 """Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
 MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
+ROPE_SCALING = "rope_scaling"
+"""Key of `source`: the scaling that the build was told, where that is not the one of config.json."""
 _CHUNK = 8 << 20
 
 WEIGHTS = "model.weights"

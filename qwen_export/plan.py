@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -13,12 +13,13 @@ from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.graphs.quantization.plan import FP8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
-from qwen_export.plugins.tensorrt.choices import UNQUANTIZED, refusals
+from qwen_export.plugins.tensorrt.choices import UNQUANTIZED, choose_tensorrt, refusals
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.static_plan import StaticOptions, plan_static
@@ -118,14 +119,15 @@ def plan_build(
     if precision in QUANTIZED and precision in chosen.precisions:
         stored = UNQUANTIZED if chosen.engines else ()
         quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=stored)
+    sms = engine.sms if engine is not None else ()
     if chosen.engines:
-        reasons += refusals(config, quantization, engine.sms if engine is not None else ())
+        reasons += refusals(config, quantization, sms)
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, options or StaticOptions(), activations, engine.sms if engine is not None else ())
+        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), activations, sms)
     elif device in chosen.devices and precision in chosen.precisions:
-        form = _free_form(device, precision, config, wishes)
+        form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
@@ -138,6 +140,9 @@ def plan_build(
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activations]
+    # Engines read symmetric blocks in a layout of their own: what the checkpoint stores is quantised anew for them.
+    if quantization is not None and checkpoint.config.quantization and not chosen.engines:
+        quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
     groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
     return BuildPlan(
         chosen,
@@ -156,6 +161,22 @@ def plan_build(
         opset=form.opset,
         engine=(engine or EngineOptions()) if chosen.engines else None,
     )
+
+
+def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
+    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
+    they are; else fp32 on the CPU and fp16 elsewhere."""
+    usual = "fp32" if device == "cpu" else "fp16"
+    if not checkpoint.config.quantization or not {INT4, INT8} <= set(TARGETS[target].precisions) or TARGETS[target].engines:
+        return usual
+    for precision in (INT4, INT8):
+        try:
+            plan = plan_build(checkpoint, target, device, precision)
+        except UnsupportedError:
+            return usual
+        if plan.quantization is not None and plan.quantization.kept:
+            return precision
+    return usual
 
 
 def activation_precision(precision: str, device: str) -> str:
@@ -199,26 +220,39 @@ class _Form:
     refused: Sequence[str] = ()
 
 
-def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes) -> _Form:
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
     """One graph for calls of any size, and one for the draft head."""
     kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
+    experts = quantization is not None and quantization.groups["experts"].quant is not None
     speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
-    choices, refused = choose(kernels, activations, config, transaction=speculation is not None)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
     if refused and speculation is not None:
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-        choices, refused = choose(kernels, activations, config)
-    refused += _quantization_reasons(device, precision, choices)
+        choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+    if quantization is not None:
+        refused += _quantization_reasons(device, precision, config, choices)
     if refused and device == "cpu" and precision != "fp32":
         refused = [*refused, "build for this device with --precision fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str, sms: Sequence[str]) -> _Form:
-    """A graph per size of call; steps of more than one token are what speculation needs."""
-    static, refused = plan_static(target, config, context, options, activations, sms)
-    speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
-    return _Form(static.graphs, static.choices, speculation, f"target {target.name} has no draft head", static.opset, refused)
+def _static_form(
+    target: Target,
+    config: TextConfig,
+    context: int,
+    wishes: _Wishes,
+    options: StaticOptions,
+    activations: str,
+    sms: Sequence[str],
+) -> _Form:
+    """A graph per size of call; a verify of more than one token is what speculation needs."""
+    verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
+    no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
+    choices = choose_tensorrt(target.name, activations, config, sms) if target.engines else None
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, choices=choices)
+    speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
+    return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
 
 def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
@@ -246,15 +280,14 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, choices: dict[str, Choice]) -> list[str]:
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
     """Why the products of this build cannot be quantised."""
-    if precision not in QUANTIZED:
-        return []
-    if device != "cpu":
-        return [f"{precision} is supported on cpu only, so far"]
     if "linear" in choices and choices["linear"].name != "native_linear":
-        return [f"{precision} needs the library of native kernels, which plugins/native/cpu/build.sh builds"]
-    return []
+        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
+        return [f"{precision} needs the library of native kernels, which {script} builds"]
+    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
+    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
 
 
 def _group_sizes(

@@ -24,8 +24,10 @@ import numpy.typing as npt
 
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
+from qwen_export.graphs.checkpoint.names import StoredLayout, stored_tensors
+from qwen_export.graphs.quantization.kept import keep_stored
 from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import MANIFEST, load_manifest
+from qwen_export.manifest import MANIFEST, ROPE_SCALING, load_manifest
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.model import load
 
@@ -59,8 +61,9 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
 
     Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
     say = report or (lambda name: None)
-    directory, source = Path(bundle), open_checkpoint(reference)
+    directory = Path(bundle)
     manifest = load_manifest(directory)
+    source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
     if source.config.text.to_json() != manifest.model:
         raise VerifyError(
             "the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint."
@@ -85,7 +88,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
         checks.append(compared("quantisation", against, _one_call(decoder, ids), expected, manifest.target.precision))
         del eager
         say("eager reference with the quantised weights")
-        eager, against = _eager(source, PrecisionPlan.from_json(manifest.precision_plan)), "eager, quant."
+        eager, against = _eager(source, _plan(source, manifest.precision_plan)), "eager, quant."
         expected = eager(ids)
     checks += [compared(name, against, run(decoder, ids), expected, "activations") for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
@@ -95,7 +98,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     # transformers may take the codes of a quantized checkpoint for weights without a word.
     if importlib.util.find_spec("transformers") and not source.config.quantization:
         say("transformers")
-        theirs = _transformers(source, ids)
+        theirs = _transformers(source, ids, ROPE_SCALING in manifest.source)
         checks.append(compared("prefill", "transformers", _one_call(decoder, ids), theirs, manifest.target.precision))
     result = {
         "passed": all(check.passed for check in checks),
@@ -194,7 +197,16 @@ def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Cal
     return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
 
 
-def _transformers(source: Checkpoint, ids: list[int]) -> Logits:
+def _plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
+    """The precision plan of a bundle that was built from `source`."""
+    plan = PrecisionPlan.from_json(entries)
+    if not PrecisionPlan.keeps(entries):
+        return plan
+    return keep_stored(plan, source, [name for name, _ in stored_tensors(source.config.text, StoredLayout.of(source))])
+
+
+def _transformers(source: Checkpoint, ids: list[int], scaled: bool) -> Logits:
+    """Its logits; `scaled`: with the bundle's scaling of the rotary embedding in the place of that of config.json."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     import transformers
@@ -203,7 +215,18 @@ def _transformers(source: Checkpoint, ids: list[int]) -> Logits:
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        model = transformers.AutoModelForCausalLM.from_pretrained(str(source.path), dtype=torch.float32, local_files_only=True).eval()
+        config = transformers.AutoConfig.from_pretrained(str(source.path), local_files_only=True)
+        if scaled:
+            rope = source.config.text.rope
+            given = {
+                "rope_type": rope.kind,
+                "factor": rope.factor,
+                "original_max_position_embeddings": rope.original_max_position_embeddings,
+            }
+            config.get_text_config().rope_parameters |= given
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(source.path), config=config, dtype=torch.float32, local_files_only=True
+        ).eval()
         return model(torch.tensor([ids])).logits[0].numpy()
 
 

@@ -21,11 +21,13 @@ MODELOPT = "hf_quant_config.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration and tensor table; no weight has been read. `tensors` are those of the files."""
+    """Configuration and tensor table; no weight has been read. `tensors` are those of the files; `rope_scaling` is what the configuration
+    was told in the place of its own."""
 
     path: Path
     config: CheckpointConfig
     tensors: dict[str, TensorInfo]
+    rope_scaling: str | None = None
 
     @cached_property
     def weights(self) -> dict[str, LogicalTensor]:
@@ -37,15 +39,15 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read config.json and the headers of all weight files."""
+def open_checkpoint(path: str | Path, rope_scaling: str | None = None) -> Checkpoint:
+    """Read config.json and the headers of all weight files. `rope_scaling`, like "yarn:4", takes the place of the one in config.json."""
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError("the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json.")
-    config = load_config(directory)
+    config = load_config(directory, rope_scaling)
     if not config.quantization and (directory / MODELOPT).exists():
         config = replace(config, quantization={"quant_method": "modelopt"} | _json_object(directory / MODELOPT, "quantization settings"))
-    return Checkpoint(directory, config, _tensors(directory))
+    return Checkpoint(directory, config, _tensors(directory), rope_scaling)
 
 
 def _json_object(path: Path, what: str) -> dict[str, Any]:

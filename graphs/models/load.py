@@ -16,7 +16,7 @@ from qwen_export.graphs.models.decoder import Decoder
 from qwen_export.graphs.models.mtp import MtpHead
 from qwen_export.graphs.quantization.methods import quantize
 from qwen_export.graphs.quantization.packing import Floats, dequantize
-from qwen_export.graphs.quantization.plan import PrecisionPlan
+from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
 from qwen_export.graphs.weights.layout import parameter_weight
 
 
@@ -50,15 +50,15 @@ def _filled(
         for name, parameter in model.named_parameters():
             if name not in weights:
                 weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
-                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), name, quantization)
+                chosen = quantization.of(*weight.stored()) if quantization else GroupFormat()
+                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), chosen)
                 weights[name] = torch.from_numpy(np.ascontiguousarray(values))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
 
-def _rounded(values: Floats, name: str, quantization: PrecisionPlan | None) -> Floats:
-    chosen = quantization.of(name) if quantization else None
-    if chosen is None or chosen.quant is None:
+def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
+    if chosen.quant is None or chosen.kept:
         return values
     matrix = values.reshape(-1, values.shape[-1])
     return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method)).reshape(values.shape)

@@ -16,8 +16,6 @@ _FP32_INPUTS = {
     ("com.microsoft", "GatedDeltaNet"): [4, 5, 6, 7, 8],
     ("qwen.native", "DeltaNet"): [2, 3, 6],
     ("qwen.native", "DeltaNetTransaction"): [1, 3, 4, 7, 9],
-    ("qwen.native", "Moe"): [1],
-    ("qwen.native", "QuantMoe"): [1],
 }
 _INTEGERS = (ir.DataType.UINT8, ir.DataType.INT8, ir.DataType.UINT4, ir.DataType.INT4)
 # A changed choice of experts costs more than the bytes of a router save.

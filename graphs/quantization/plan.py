@@ -7,6 +7,7 @@
     block = 64              # values of a row that share a scale: 32, 64, 128
     method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block
     zeros = true            # a zero per block beside the scale
+    keep = false            # also quantise anew what the checkpoint stores as integers that could be kept (graphs.quantization.kept)
 
     [matrices]
     "layers.0.mlp.*" = { format = "int8" }      # names of the modules, with * and ?
@@ -17,10 +18,12 @@ Norms, convolutions, decays and states are never quantised. Imports neither torc
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +52,34 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """The groups, and the parameters of each: the first group that matches has it."""
 
-_MATRICES, _SET = "matrices", "set "
+_MATRICES, _SET, KEPT = "matrices", "set ", "kept"
+_EXPERT, _HALVES = re.compile(r"\.experts\.\d+\."), re.compile(r"\.(gate|up)_proj\.weight$")
+_STORED_QUANTISED = "stored quantised"
 _HIGH = ("in_proj_ab", "router")
 _NEVER = {"router": "a changed choice of experts costs more than its bytes save"}
 
 
 @dataclass(frozen=True)
 class GroupFormat:
-    """The format of a group. `block`, `method` and `zeros` say nothing where it is "stored"."""
+    """The format of a group. Everything else says nothing where it is "stored". `keep`: what the checkpoint stores as integers of no more
+    bits stays as it is. The method "kept" is that of such a matrix; `wide_scales` are fp32, as only they have them."""
 
     format: str = STORED
     block: int = 32
     method: str = "rtn"
     zeros: bool = False
+    keep: bool = True
+    wide_scales: bool = False
 
     @property
     def quant(self) -> QuantFormat | None:
         """Codes and scales of blocks, None for matrices that have none: they stay as they are, or are fp8."""
-        return QuantFormat(FORMATS[self.format], self.block, self.zeros) if self.format in (INT8, INT4) else None
+        return QuantFormat(FORMATS[self.format], self.block, self.zeros, self.wide_scales) if self.format in (INT8, INT4) else None
+
+    @property
+    def kept(self) -> bool:
+        """Whether codes, scales and zeros are those of the checkpoint."""
+        return self.method == KEPT
 
     def with_keys(self, keys: Mapping[str, Any]) -> GroupFormat:
         """This format with some values replaced. Another number of bits brings the method that suits it, unless one is given."""
@@ -76,7 +89,9 @@ class GroupFormat:
         return replace(base, **keys)
 
     def __str__(self) -> str:
-        return self.format if self.quant is None else f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}"
+        if self.quant is None:
+            return self.format
+        return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{'' if self.keep else ' anew'}"
 
     @staticmethod
     def parse(text: str) -> GroupFormat:
@@ -84,7 +99,7 @@ class GroupFormat:
         words = text.split()
         if len(words) == 1:
             return GroupFormat(words[0])
-        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words)
+        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words, "anew" not in words)
 
 
 @dataclass(frozen=True)
@@ -94,26 +109,44 @@ class PrecisionPlan:
     groups: Mapping[str, GroupFormat]
     matrices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What differs from the group, per pattern."""
+    kept: Mapping[str, GroupFormat] = field(default_factory=dict)
+    """Stored matrices that stay on the checkpoint's own grid (graphs.quantization.kept)."""
+    outcome: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """For people: per group what becomes of the matrices that the checkpoint stores quantised, and of how many."""
 
-    def of(self, name: str) -> GroupFormat:
+    def of(self, *names: str) -> GroupFormat:
+        """The format of a matrix that is made of these stored ones; "stored" where they differ."""
+        formats = {self.kept.get(name) or self._planned(name) for name in names}
+        return formats.pop() if len(formats) == 1 else GroupFormat()
+
+    def _planned(self, name: str) -> GroupFormat:
         """The format of the parameter `name`; of several patterns that match, the last one counts."""
         group = group_of(name)
         if not group or group in _NEVER:
             return GroupFormat()
-        chosen = self.groups[group]
+        chosen, called = self.groups[group], (name, parameter_of(name))
         for pattern, keys in self.matrices.items():
-            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight"):
+            if any(fnmatchcase(other, pattern) or fnmatchcase(other, f"{pattern}.weight") for other in called):
                 chosen = self.groups[group].with_keys(keys)
         return chosen
 
     def to_json(self) -> dict[str, str]:
         """For the manifest."""
         matrices = {pattern: f"{_SET}{json.dumps(dict(keys))}" for pattern, keys in self.matrices.items()}
-        return {name: str(chosen) for name, chosen in self.groups.items()} | matrices
+        outcomes = {
+            f"{group} {_STORED_QUANTISED}": "; ".join(f"{count} {what}" for what, count in counts.items())
+            for group, counts in self.outcome.items()
+        }
+        return {name: str(chosen) for name, chosen in self.groups.items()} | matrices | outcomes
+
+    @staticmethod
+    def keeps(entries: Mapping[str, str]) -> bool:
+        """Whether the plan that `to_json` wrote keeps what checkpoints store."""
+        return any(name.endswith(_STORED_QUANTISED) and KEPT in text for name, text in entries.items())
 
     @staticmethod
     def from_json(entries: Mapping[str, str]) -> PrecisionPlan:
-        """The inverse of `to_json`; entries of other things are left out."""
+        """The inverse of `to_json`, but for what is kept; entries of other things are left out."""
         groups = {name: GroupFormat.parse(text) for name, text in entries.items() if name in GROUPS}
         matrices = {name: json.loads(text.removeprefix(_SET)) for name, text in entries.items() if text.startswith(_SET)}
         return PrecisionPlan(groups, matrices)
@@ -121,6 +154,18 @@ class PrecisionPlan:
 
 def group_of(name: str) -> str:
     """The group of a parameter, "" for one that is never quantised."""
+    return _group_of(parameter_of(name))
+
+
+def parameter_of(name: str) -> str:
+    """The parameter that a stored matrix is part of: experts.7.up_proj.weight belongs to experts.gate_up_proj."""
+    if ".experts." not in name:
+        return name
+    return _HALVES.sub(".gate_up_proj", _EXPERT.sub(".experts.", name)).removesuffix(".weight")
+
+
+@cache
+def _group_of(name: str) -> str:
     patterns = {group: GROUPS[group] for group in ("router", "mtp")} if name.startswith("mtp.") else GROUPS
     return next((group for group, globs in patterns.items() if any(fnmatchcase(name, glob) for glob in globs)), "")
 
@@ -188,7 +233,13 @@ def _table(value: Any, name: str, where: str) -> dict[str, Any]:
 
 
 def _checked(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
-    allowed: dict[str, Iterable[Any]] = {"format": FORMATS, "block": BLOCKS, "method": METHODS, "zeros": (True, False)}
+    allowed: dict[str, Iterable[Any]] = {
+        "format": FORMATS,
+        "block": BLOCKS,
+        "method": METHODS,
+        "zeros": (True, False),
+        "keep": (True, False),
+    }
     for key, value in keys.items():
         if key not in allowed or not any(type(value) is type(option) and value == option for option in allowed[key]):
             expected = ", ".join(map(str, allowed.get(key, allowed)))
@@ -203,5 +254,6 @@ def as_table(plan: PrecisionPlan, sizes: Mapping[str, tuple[int, int]]) -> list[
         parameters, nbytes = sizes.get(group, (0, 0))
         if parameters:
             lines.append(f"{group:16} {chosen!s:24} {parameters:14,} {nbytes / 1e6:9.1f}")
+            lines += [f"{'':16} of the checkpoint's: {count} {what}" for what, count in plan.outcome.get(group, {}).items()]
     lines += [f"{pattern}: {json.dumps(dict(keys))}" for pattern, keys in plan.matrices.items()]
     return lines

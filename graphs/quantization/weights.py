@@ -4,18 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import onnx_ir as ir
 
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.formats.logical import Codes
 from qwen_export.graphs.quantization.methods import quantize
-from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, QuantFormat, pack
-from qwen_export.graphs.weights.expression import BLOCK_BYTES, TensorSource, Weight
+from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, Bytes, Floats, QuantFormat, pack
+from qwen_export.graphs.quantization.plan import KEPT, GroupFormat
+from qwen_export.graphs.weights.expression import BLOCK_BYTES, StackedMatrices, TensorSource, Weight, retyped
+
+
+class GridSource(TensorSource, Protocol):
+    """Stored tensors, some of them on integer grids."""
+
+    def codes(self, name: str, start: int, stop: int) -> Codes | None:
+        """Rows start..stop-1 on the tensor's own grid; None where it has none."""
+
+
+def packed_weight(of: Weight, chosen: GroupFormat) -> Weight:
+    """The matrix [N,K], or the matrices [E,N,K], in the chosen format: quantised, or with the codes of the checkpoint."""
+    if chosen.quant is None:
+        raise TypeError("the weight is not quantised")
+    if chosen.kept:  # integers of 8 bits and all scales are exact in fp32, and not in every other type
+        of = cast(Weight, retyped(of, ir.DataType.FLOAT))
+    return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method)
+
+
+def _pack(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str) -> Bytes:
+    """Rows start..stop-1 of a matrix, packed."""
+    if method == KEPT:
+        return pack(format, *_stored_grid(of, source, start, stop, format))
+    return pack(format, *quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method))
+
+
+def _stored_grid(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat) -> tuple[Bytes, Array, Bytes | None]:
+    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression says which rows of which tensors: it is evaluated
+    over rows of codes, scales and zeros side by side."""
+    K = of.shape[-1]
+    blocks = format.blocks(K)
+    sides = of.rows(_Grids(cast(GridSource, source), format), start, stop)
+    codes, scales = sides[:, :K].astype(np.uint8), sides[:, K : K + blocks].astype(format.scale_dtype)
+    return codes, scales, sides[:, K + blocks :].astype(np.uint8) if format.zeros else None
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """A `TensorSource` whose rows are codes [K], scales [blocks] and, where the format has them, zeros [blocks]."""
+
+    source: GridSource
+    format: QuantFormat
+
+    def rows(self, name: str, start: int, stop: int) -> Floats:
+        codes = self.source.codes(name, start, stop)
+        if codes is None:
+            raise CheckpointError(
+                "a weight has no grid along its rows, though its settings say so",
+                where=name,
+                fix="Set keep = false for its group in a precision plan.",
+            )
+        K = codes.codes.shape[1]
+        group = np.arange(self.format.blocks(K)) * self.format.block // codes.group
+        sides = [codes.codes.astype(np.float32), codes.scales[:, group]]
+        if self.format.zeros:
+            middle = np.full(codes.scales.shape, self.format.offset, np.uint8)
+            sides.append((middle if codes.zeros is None else codes.zeros)[:, group].astype(np.float32))
+        return np.concatenate(sides, axis=1)
 
 
 @dataclass(frozen=True)
 class Quantized(Weight):
-    """A matrix [N,K] quantised and packed: u8[panels, bytes of a panel], whose rows are panels of 16 rows of the matrix."""
+    """A matrix [N,K] quantised and packed: u8[panels, bytes of a panel], whose rows are panels of 16 rows of the matrix. With the `method`
+    "kept" codes, scales and zeros are those that the checkpoint stores."""
 
     of: Weight
     format: QuantFormat
@@ -27,8 +89,7 @@ class Quantized(Weight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        values = self.of.rows(source, start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS)).astype(np.float32, copy=False)
-        return pack(self.format, *quantize(self.format, values, self.method))
+        return _pack(self.of, source, start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS), self.format, self.method)
 
     def elements(self, start: int, stop: int) -> int:
         """Of the matrix: they are what takes memory while the block is made."""
@@ -56,6 +117,9 @@ class QuantizedMatrices(Weight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        if self.method == KEPT:
+            parts = cast(StackedMatrices, self.of).parts[start:stop]
+            return np.stack([_pack(part, source, 0, part.shape[0], self.format, self.method) for part in parts])
         experts = self.of.rows(source, start, stop).astype(np.float32, copy=False)
         return np.stack([pack(self.format, *quantize(self.format, expert, self.method)) for expert in experts])
 

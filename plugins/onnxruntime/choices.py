@@ -46,6 +46,10 @@ class Choice:
     """Whether a state may have tokens pending, as speculation needs it."""
     columns: int = 1
     """Of a product: results whose width is no multiple of this are left to FusedMatMul."""
+    tail: bool = False
+    """Of a product: its quantised form takes rows that are not quantised behind those that are, in one call."""
+    quantized_only: bool = False
+    """Of the experts: the kernel takes quantised ones only."""
 
 
 def _rotary_limit(config: TextConfig) -> str:
@@ -70,6 +74,12 @@ def _native_limit(config: TextConfig) -> str:
     return f"the native products need multiples of 8, and this model has {', '.join(odd)}" if odd else ""
 
 
+def _native_moe_limit(config: TextConfig) -> str:
+    if config.num_experts > 1024 or config.num_experts_per_tok > 32:
+        return f"the native experts are up to 1024, 32 per token, and this model has {config.num_experts}, {config.num_experts_per_tok}"
+    return ""
+
+
 def _native_delta_net_limit(config: TextConfig) -> str:
     """Its loads are of single elements of the projection and of four of the state: no width has to be a multiple of 8."""
     Dk, Dv, taps, Hk = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, config.linear_num_key_heads
@@ -90,6 +100,7 @@ _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
 _CONV = Kernel("CausalConvWithState")
 _GATED_NORM = Kernel("GatedRMSNorm")
 _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
+_NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
@@ -111,7 +122,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     },
     "cuda": {
         "linear": (
-            Choice("native_linear", _NATIVE_LINEAR, _native_limit, columns=8),
+            Choice("native_linear", _NATIVE_LINEAR, _native_limit, columns=8, tail=True),
             Choice("fused_matmul", (Kernel("FusedMatMul"),)),
         ),
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
@@ -121,7 +132,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT), transaction=False),
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
-        "moe": (_MICROSOFT_MOE,),
+        "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },
 }
@@ -131,7 +142,9 @@ OPTIONAL = ("top_logits",)
 """What a graph can be without."""
 
 
-def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False) -> tuple[dict[str, Choice], list[str]]:
+def choose(
+    kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False, quantized_experts: bool = False
+) -> tuple[dict[str, Choice], list[str]]:
     """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
     speculation can use."""
     chosen, refusals = {}, []
@@ -139,6 +152,7 @@ def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction:
         if op == "moe" and not config.is_moe:
             continue
         candidates = [choice for choice in every if choice.transaction or not transaction]
+        candidates = [choice for choice in candidates if quantized_experts or not choice.quantized_only]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]

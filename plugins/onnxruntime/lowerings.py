@@ -31,6 +31,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_attention", "packed_group_query_attention"): lower_packed_attention,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
     ("moe", "native_moe"): lower_native_moe,
+    ("moe", "native_quant_moe"): lower_native_moe,
     ("moe", "microsoft_moe"): lower_microsoft_moe,
     (LINEAR, "fused_matmul"): lower_fused_matmul,
     (LINEAR, "native_linear"): lower_native_linear,

@@ -1,4 +1,4 @@
-"""Experts that the precision plan quantises, on the kernel of plugins/native/cpu/moe_op.cc."""
+"""Experts that the precision plan quantises, on the kernels of plugins/native/cpu/moe_op.cc and plugins/native/quant_moe.cu."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
 from qwen_export.graphs.quantization.plan import GroupFormat
-from qwen_export.graphs.quantization.weights import QuantizedMatrices
+from qwen_export.graphs.quantization.weights import packed_weight
 from qwen_export.graphs.weights.expression import add_weight, weight_of
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.plugins.onnxruntime.experts import MOE, WEIGHT_INPUTS
@@ -29,11 +29,15 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
         return 0
     for node in [node for node in model.graph if is_native(node, MOE)]:
         weights = [node.inputs[i] for i in WEIGHT_INPUTS]
-        formats = [plan.of(str(value and value.name)) for value in weights]
+        formats = [plan.of(*_stored(value)) for value in weights]
         quantised = [chosen.quant is not None for chosen in formats]
-        if not any(quantised):
-            continue
         where, inner = str(node.name), context.config.moe_intermediate_size
+        if not any(quantised):
+            if context.choices["moe"].quantized_only:
+                raise ConfigError(
+                    "on this device a plan must quantise the experts of every layer, those of the draft head too, or of none", where=where
+                )
+            continue
         if not all(quantised):
             raise ConfigError("a plan must quantise both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
         if inner % _WIDTH_UNIT:
@@ -60,4 +64,10 @@ def _packed(graph: ir.Graph, value: ir.Value | None, chosen: GroupFormat) -> ir.
     weight = weight_of(value)
     if value is None or weight is None or chosen.quant is None:
         raise TypeError("the experts have no stored weight")
-    return add_weight(graph, f"{value.name}.{chosen.format}", QuantizedMatrices(weight, chosen.quant, chosen.method))
+    return add_weight(graph, f"{value.name}.{chosen.format}", packed_weight(weight, chosen))
+
+
+def _stored(value: ir.Value | None) -> set[str]:
+    """The stored matrices that the experts' weight is made of."""
+    weight = weight_of(value)
+    return set(weight.stored()) if weight is not None else set()

@@ -1,4 +1,5 @@
-"""Products and gathers over matrices that the precision plan quantises, on the kernels of plugins/native/cpu/quant_linear_op.cc."""
+"""Products and gathers over matrices that the precision plan quantises, on the kernels of plugins/native/cpu/quant_linear_op.cc and
+plugins/native/quant_ops.cc."""
 
 from __future__ import annotations
 
@@ -6,19 +7,22 @@ import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognise_linear import LINEAR as LINEAR_OP
 from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
-from qwen_export.graphs.quantization.weights import Quantized
+from qwen_export.graphs.quantization.weights import packed_weight
 from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
 
 QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
+_TAIL_INPUT = 4
 
 
 def quantize_products(model: ir.Model, context: PassContext) -> int:
     """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantises
     Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed)
-           for a stack of matrices of which some are quantised: a product each, and Concat
+           for a stack of matrices of which some are quantised: a product each, and Concat; on kernels that take a tail, one product
+           QuantLinear(x, packed, residual, norm, tail) where those that are not quantised are the last
 
     A matrix that is read twice, as a tied embedding is, is packed once."""
     plan, changed = context.quantization, 0
@@ -26,13 +30,13 @@ def quantize_products(model: ir.Model, context: PassContext) -> int:
         return 0
     for node in list(model.graph):
         if is_native(node, LINEAR, SWIGLU):
-            changed += _product(model.graph, node, plan)
+            changed += _product(model.graph, node, plan, tail=context.choices[LINEAR_OP].tail)
         elif node.op_type == "Gather" and not node.domain:
             changed += _gather(model.graph, node, plan)
     return changed
 
 
-def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
+def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool) -> int:
     value = node.inputs[1]
     weight = weight_of(value)
     if value is None or value.name is None or weight is None:
@@ -50,6 +54,10 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
         )
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         raise ConfigError("a plan must give all parts of a product with a residual one format", where=value.name)
+    if tail and [format.quant is not None for format, _ in parts] == [True, False]:
+        made = _quantized(graph, node, value.name, *parts[0], tail=add_weight(graph, f"{value.name}.tail", parts[1][1]))
+        replace_node(graph, node, [made], made.outputs)
+        return 1
     nodes = []
     for index, (format, part) in enumerate(parts):
         name = f"{value.name}.{index}"
@@ -64,13 +72,16 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
     return 1
 
 
-def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight) -> ir.Node:
-    """The quantised form of a product, over `weight`."""
+def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight, tail: ir.Value | None = None) -> ir.Node:
+    """The quantised form of a product, over `weight`, with the rows of `tail` behind."""
     packed, attributes = _packed(graph, name, chosen, weight)
+    others = [*node.inputs[2:]]
+    if tail is not None:
+        others += [None] * (_TAIL_INPUT - 2 - len(others)) + [tail]
     made = new_node(
         NATIVE,
         QUANT_LINEAR if node.op_type == LINEAR else QUANT_SWIGLU,
-        [node.inputs[0], packed, *node.inputs[2:]],
+        [node.inputs[0], packed, *others],
         like=node.outputs[0],
         epsilon=node.attributes.get_float("epsilon"),
         **attributes,  # type: ignore[arg-type]
@@ -102,9 +113,9 @@ def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> 
         raise TypeError(f"{name} is not quantised")
     N, K = weight.shape
     if isinstance(weight, FirstRows):  # the first panels of the whole matrix, which is stored once
-        packed: Weight = FirstRows(Quantized(weight.of, format, chosen.method), format.packed_shape(N, K)[0])
+        packed: Weight = FirstRows(packed_weight(weight.of, chosen), format.packed_shape(N, K)[0])
     else:
-        packed = Quantized(weight, format, chosen.method)
+        packed = packed_weight(weight, chosen)
     return add_weight(graph, f"{name}.{chosen.format}", packed), format.attributes(N, K)
 
 
@@ -112,8 +123,7 @@ def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, W
     """The weight cut where the format changes."""
     parts: list[tuple[GroupFormat, list[Weight]]] = []
     for part in weight.parts if isinstance(weight, Stacked) else (weight,):
-        formats = {plan.of(name) for name in part.stored()}
-        format = formats.pop() if len(formats) == 1 else GroupFormat()
+        format = plan.of(*part.stored())
         if parts and parts[-1][0] == format:
             parts[-1][1].append(part)
         else:

@@ -12,8 +12,9 @@ from qwen_export.commands.engine_options import engine_options
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
 from qwen_export.engine_options import EngineOptions
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import BuildPlan
+from qwen_export.plan import BuildPlan, default_precision
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -27,7 +28,8 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; fp32 on cpu, else fp16 by default. int8, int4, fp8: quantised weights.",
+    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4, fp8: "
+    "quantised weights.",
 )
 @click.option(
     "--plan",
@@ -38,13 +40,20 @@ from qwen_export.targets import PRECISIONS, TARGETS
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option(
+    "--rope-scaling",
+    metavar="yarn:FACTOR",
+    help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
 @click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; not target onnxruntime.")
-@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; not target onnxruntime.")
+@click.option(
+    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; not target onnxruntime."
+)
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
@@ -66,6 +75,7 @@ def command(
     precision: str | None,
     device: str | None,
     max_context: int | None,
+    rope_scaling: str | None,
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -73,7 +83,7 @@ def command(
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
-    step_tokens: int,
+    step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
     jobs: int | None,
@@ -96,6 +106,8 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if precision is None:
+        precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
 
@@ -111,8 +123,9 @@ def command(
             output,
             target=target,
             device=device,
-            precision=precision or ("fp32" if device == "cpu" else "fp16"),
+            precision=precision,
             max_context=max_context,
+            rope_scaling=rope_scaling,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,

@@ -14,10 +14,11 @@ from qwen_export.inspection import inspect_checkpoint
 
 @click.command("inspect")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(checkpoint: Path, as_json: bool) -> None:
+def command(checkpoint: Path, rope_scaling: str | None, as_json: bool) -> None:
     """Say what CHECKPOINT is and what each target can do with it. Reads headers only."""
-    report = inspect_checkpoint(checkpoint)
+    report = inspect_checkpoint(checkpoint, rope_scaling)
     click.echo(json.dumps(report, indent=1) if as_json else _text(report))
 
 
@@ -41,6 +42,7 @@ def _text(report: dict[str, Any]) -> str:
         if entry["supported"]:
             memory = f"bundle {size(entry['bundle_bytes'])}, run {size(entry['run_bytes'])} at {entry['max_context']} tokens"
             lines.append(f"  yes  {name:24} {memory}")
+            lines += [f"{'':32}{count} matrices {what}" for what, count in entry["quantized_matrices"].items()]
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
     return "\n".join([*lines, *_no_draft_head(report["targets"])])

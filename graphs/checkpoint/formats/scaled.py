@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.logical import Floats, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, Grid, LogicalTensor, Parts, Tensors, checked_scales, part
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 SCALE_TYPES = ("BF16", "F16", "F32", "F8_E8M0")
@@ -47,6 +47,21 @@ class ScaledTensor(LogicalTensor):
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return self.elements, self.scale
+
+    @property
+    def grid(self) -> Grid | None:
+        """INT8 with a scale per row, or one in all: a group is a whole row."""
+        if self.elements.dtype != "I8" or len(self.shape) != 2 or self.counts[1] != 1 or self.block[0] not in (1, self.shape[0]):
+            return None
+        return Grid(8, self.shape[1], True, self.scale.dtype)
+
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
+        if self.grid is None:
+            return None
+        codes = parts.stored(self.elements, start, stop).view(np.uint8) ^ np.uint8(128)
+        scales = checked_scales(self.scale, parts.whole(self.scale)).reshape(-1)
+        rows = scales[start:stop] if len(scales) == self.shape[0] else np.full(stop - start, scales[0], np.float32)
+        return Codes(codes, rows[:, None], None, self.shape[1], 8)
 
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
         raw = parts.stored(self.elements, start, stop)

@@ -1,0 +1,47 @@
+"""`--rope-scaling yarn:4`: the context stretched as model cards tell to do it, by an edit of config.json, made while it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_export.errors import ConfigError
+
+_ORIGINAL = "original_max_position_embeddings"
+# What an earlier scaling has said; other keys stay, so that unknown ones are still refused.
+_SCALING_KEYS = {"rope_type", "type", "factor", "beta_fast", "beta_slow", "attention_factor", "truncate", _ORIGINAL}
+
+
+def yarn_factor(scaling: str) -> float:
+    """The factor of "yarn:FACTOR". Raises ConfigError for anything else."""
+    kind, _, number = scaling.partition(":")
+    try:
+        factor = float(number)
+    except ValueError:
+        factor = 0.0
+    if kind != "yarn" or not 1 < factor <= 64:
+        raise ConfigError(
+            "this scaling of the rotary embedding is not known",
+            where="--rope-scaling",
+            got=scaling,
+            expected="yarn:FACTOR, with a factor above 1 and at most 64",
+            fix="yarn:4 is what the model cards document, for 1010000 tokens; yarn:2 for half of that.",
+        )
+    return factor
+
+
+def with_rope_scaling(raw: Mapping[str, Any], scaling: str) -> dict[str, Any]:
+    """The contents of a config.json with this scaling in the place of what it had. The original context is the one that an earlier
+    scaling names, else max_position_embeddings."""
+    factor = yarn_factor(scaling)
+    nested = raw.get("text_config")
+    text = dict(nested if isinstance(nested, dict) else raw)
+    given = text.get("rope_parameters")
+    before = given if given is not None else text.get("rope_scaling") or {}
+    if not isinstance(before, dict):
+        return dict(raw)  # the configuration is refused for that
+    rope = {key: value for key, value in before.items() if key not in _SCALING_KEYS}
+    rope |= {"rope_type": "yarn", "factor": factor, _ORIGINAL: before.get(_ORIGINAL) or text.get("max_position_embeddings")}
+    text.pop("rope_scaling", None)
+    text["rope_parameters" if given is not None else "rope_scaling"] = rope
+    return {**raw, "text_config": text} if isinstance(nested, dict) else text

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "operator.h"
+
+namespace qwen {
+
+// The ops of quant_ops.cc.
+void add_quantized(Ort::CustomOpDomain& domain);
+
+}  // namespace qwen

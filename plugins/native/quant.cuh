@@ -1,0 +1,54 @@
+// Products with quantised matrices, in the layout of cpu/quant.h: panels of 16 rows, groups of 4 blocks, scales beside their codes.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace qwen {
+
+constexpr int kPanelRows = 16;
+constexpr int kGroupBlocks = 4;  // blocks whose scales lie together
+
+// w[n,k] = scale * (code - zero), w [N,K]: a scale, and where there are `zeros` a zero, per row and block; else the zero is 2^(bits-1).
+// `packed` may have more rows than N. K is a multiple of 8, `block` 32, 64 or 128.
+struct QuantMatrix {
+  const uint8_t* packed = nullptr;
+  int bits = 0, block = 0, N = 0, K = 0;
+  bool zeros = false;
+  bool wide_scales = false;  // fp32 instead of fp16
+
+  __host__ __device__ int panels() const { return (N + kPanelRows - 1) / kPanelRows; }
+  __host__ __device__ int blocks() const { return (K + block - 1) / block; }
+  __host__ __device__ int padded() const { return blocks() * block; }
+  __host__ __device__ int scale_bytes() const { return wide_scales ? 4 : 2; }
+  __host__ __device__ int zeros_at() const { return kGroupBlocks * kPanelRows * scale_bytes(); }  // in a group
+  __host__ __device__ int codes_at() const { return zeros_at() + (zeros ? kGroupBlocks * kPanelRows : 0); }
+  __host__ __device__ int block_bytes() const { return block * kPanelRows * bits / 8; }
+  __host__ __device__ int group_bytes() const { return codes_at() + kGroupBlocks * block_bytes(); }
+  __host__ __device__ int panel_bytes() const {
+    return (blocks() + kGroupBlocks - 1) / kGroupBlocks * codes_at() + blocks() * block_bytes();
+  }
+  __host__ __device__ size_t bytes() const { return size_t(panels()) * panel_bytes(); }
+};
+
+// y = norm(x) [w; tail]^T + residual for M <= 8.   x [M,K]  tail [tail_rows,K]  residual, y [M,N+tail_rows]  norm [K]; tail, residual and
+// norm may be null. norm(x) = x / sqrt(mean(x^2) + eps) * norm, rounded to T. tail_rows is a multiple of 8. The codes are multiplied as
+// integers and their sum of a block in fp32 by its scale: no weight is rounded.
+template <typename T>
+void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+
+// y = silu(h g^T) * (h u^T),  h = norm(x), for M <= 8.   w = [g; u], [2N,K] with N a multiple of 16   y [M,N]
+template <typename T>
+void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+
+// Rows first_panel * 16 to first_panel * 16 + rows - 1 of w, in T: out [rows,K].
+template <typename T>
+void dequantize(const QuantMatrix& w, int first_panel, int rows, T* out, cudaStream_t stream);
+
+// y[i] = w[ids[i]]; zeros for an id outside of 0..N-1.   y [count,K]
+template <typename T>
+void quant_gather(const QuantMatrix& w, const int64_t* ids, T* y, int count, cudaStream_t stream);
+
+}  // namespace qwen
