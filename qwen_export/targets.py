@@ -48,6 +48,7 @@ ONNXRUNTIME = Target(
         "plugins.onnxruntime.quantize_products:quantize_products",
         "plugins.onnxruntime.quantize_experts:quantize_experts",
         "graphs.passes.keep_stored_bf16:keep_stored_bf16",
+        "plugins.onnxruntime.pick_top_logits:pick_top_logits",
         "graphs.passes.remove_dead:remove_dead",
     ),
 )

@@ -9,12 +9,14 @@ import numpy.typing as npt
 
 from qwen_export.manifest import TensorSpec
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer, as_bytes
+from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import HOST_INPUTS, Session
 
 
 class BoundCall:
     """`dims` are the sizes of the call. Inputs and outputs named in `inputs` and `outputs` lie at these addresses; the other inputs are
-    the controls, the other output the logits, and get memory here. A `repeated` call is worth recording, where the device can."""
+    the controls, the other outputs the logits and the largest of them, and get memory here. A `repeated` call is worth recording, where
+    the device can."""
 
     def __init__(
         self, session: Session, dims: Mapping[str, int], inputs: Mapping[str, int], outputs: Mapping[str, int], *, repeated: bool
@@ -32,21 +34,19 @@ class BoundCall:
             if spec.name not in inputs:
                 self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
             self._call.input(spec.name, size(spec), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
+        results: dict[str, Buffer] = {}
         for spec in session.spec.outputs:
-            if spec.name in outputs:
-                self._call.output(spec.name, size(spec), outputs[spec.name])
-            else:
-                self._logits = kind(spec.dtype, size(spec))
-                self._call.output(spec.name, size(spec), self._logits.address)
+            if spec.name not in outputs:
+                results[spec.name] = kind(spec.dtype, size(spec))
+            self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else results[spec.name].address)
+        self._results = LogitsBuffers(results["logits"], results.get(TOP_LOGITS), results.get(TOP_IDS))
         # Host memory is written and read through views made once: a round of drafting makes dozens of these.
         self._views = {name: buffer.view() for name, buffer in self._controls.items() if isinstance(buffer, HostBuffer)}
-        narrow = not isinstance(self._logits, HostBuffer) or self._logits.dtype != "float"
-        self._host_logits = None if narrow else self._logits.array()
         self._controls["logit_rows"].write(as_bytes(np.arange(self._T - dims["N"], self._T, dtype=np.int64)))
 
-    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> Rows:
         """`ids` [b,T] new tokens, `lengths` [b] tokens read before; `controls` are written where the graph has them. Returns the logits
-        f32[b,rows,V], valid until the next run."""
+        of b times `rows` rows, valid until the next run."""
         self._write("input_ids", ids)
         self._write("last_slot", lengths + np.int32(self._T - 1))
         # A recorded step keeps the value it was recorded with: the number of slots is right for all of them.
@@ -54,7 +54,7 @@ class BoundCall:
         for name, value in controls.items():
             self._write(name, value)
         self._call.run()
-        return self._logits.array() if self._host_logits is None else self._host_logits
+        return self._results.rows()
 
     def _write(self, name: str, value: npt.NDArray[np.integer] | np.integer) -> None:
         if name in self._views:

@@ -67,9 +67,13 @@ class Buffer(ABC):
     def row_address(self, index: int) -> int:
         return self.address + index * self.row_bytes
 
+    def contents(self) -> Bytes:
+        """All bytes on the host; without a copy where they already are, and valid until the next call."""
+        return self.read()
+
     def array(self) -> npt.NDArray[np.float32]:
-        """The contents as fp32 on the host; without a copy where they already are, and valid until the next call."""
-        return decode(self.read(), self.dtype, self.shape)
+        """The contents as fp32, likewise."""
+        return decode(self.contents(), self.dtype, self.shape)
 
 
 class HostBuffer(Buffer):
@@ -92,8 +96,8 @@ class HostBuffer(Buffer):
         """The memory itself, in its element type; not for bfloat16."""
         return self._bytes.view(_NUMPY[self.dtype]).reshape(self.shape)
 
-    def array(self) -> npt.NDArray[np.float32]:
-        return decode(self._bytes, self.dtype, self.shape)
+    def contents(self) -> Bytes:
+        return self._bytes
 
 
 class CudaBuffer(Buffer):
@@ -123,15 +127,15 @@ class CudaBuffer(Buffer):
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
-    def array(self) -> npt.NDArray[np.float32]:
+    def contents(self) -> Bytes:
         """Read again and again (logits): through memory that is pinned once, five times as fast."""
         if not self.nbytes:
-            return np.zeros(self.shape, np.float32)
+            return np.zeros(0, np.uint8)
         if self._pinned is None:
             self._pinned = np.zeros(self.nbytes, np.uint8)
             cuda_memory.pin(self._pinned.ctypes.data, self.nbytes)
         cuda_memory.to_host(self._pinned.ctypes.data, self.address, self.nbytes)
-        return decode(self._pinned, self.dtype, self.shape)
+        return self._pinned
 
     def grown(self, axis: int, size: int, used: int) -> CudaBuffer:
         """A larger buffer: `axis` has `size` entries, of which the first `used` are copied."""

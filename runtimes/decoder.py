@@ -1,39 +1,29 @@
-"""The decoder as a machine with state: tokens in, logits out.
+"""A decoder: a machine with state, tokens in and logits out. Two kinds exist, for graphs with dynamic shapes (`dynamic_decoder.py`) and
+for sets of graphs with fixed ones (`static_decoder.py`); what both promise, and what both do alike, is here.
 
-All memory that lives from call to call (states, caches, rotary tables, controls) is allocated once and bound by address. Graphs write
-states and caches in place, so a step copies nothing and costs the same whatever the capacity.
-
-A bundle with a draft head has one more way to read: `verify` reads tokens without committing them, and `accept` says how many stay.
-
-A batch has B sequences of their own lengths. Prompts are read one sequence at a time, through bindings that see that sequence's part of
-every buffer: no padding, and a prompt's tokens touch no other sequence. Steps advance all sequences together, one token each.
+Tokens are read and committed by `prefill`, `read` and `step`. `verify` reads tokens without committing them, and `accept` says how many
+stay.
 """
 
 from __future__ import annotations
 
-import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.bound_call import BoundCall
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, encode
-from qwen_export.runtimes.draft_head import DraftHead
-from qwen_export.runtimes.onnxruntime_session import Session
-from qwen_export.runtimes.transaction import Transaction
+from qwen_export.runtimes.buffers import Bytes, encode
+from qwen_export.runtimes.logits import Rows
+
+if TYPE_CHECKING:
+    from qwen_export.runtimes.draft_head import DraftHead
 
 Logits = npt.NDArray[np.float32]
-
-# Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
-PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
-# CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
-_FIRST_SLOTS = 2048
-_SLOT_AXIS = 2
 
 
 @dataclass(frozen=True)
@@ -57,55 +47,36 @@ class Snapshot:
     caches: dict[str, Bytes]
 
 
-class CallShape(NamedTuple):
-    """`b` sequences from row `first` of every buffer, `T` new tokens each, logits of the last `rows`. `repeated`: a step, or a verify,
-    which does not `commit`. `pending`: the set of pending inputs that it reads."""
+class Decoder(ABC):
+    """`batch` sequences, each with room for `capacity` tokens, at most `longest`."""
 
-    b: int
-    T: int
-    rows: int
-    first: int
-    repeated: bool
-    commit: bool = True
-    pending: int = 0
+    chunk: int
+    """Tokens that one call of a prompt reads at most."""
+    widest_verify: int = 0
+    """Tokens that one `verify` can read, 0 where the bundle cannot."""
+    no_verify = ("the bundle was built without speculation", "Build it again without --no-mtp, or with --lookup.")
+    """What to say then, and what to do about it."""
+    limit = ("the model's", "Lower --max-context.")
+    """Where the longest context comes from, and what to do about a longer one."""
+    head: DraftHead | None = None
 
-
-class Decoder:
-    """`batch` sequences over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph, for a
-    single sequence."""
-
-    def __init__(
-        self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
-    ) -> None:
-        self.session, self.manifest, self.batch = session, manifest, batch
+    def __init__(self, manifest: Manifest, batch: int, capacity: int | None, longest: int) -> None:
+        self.manifest, self.batch, self.longest = manifest, batch, longest
         self.capacity = capacity or manifest.max_context
-        limit = manifest.model["max_position_embeddings"]
-        if not 0 < self.capacity <= limit:
+        if not 0 < self.capacity <= longest:
             raise QwenExportError(
-                "the context is larger than the model's", got=self.capacity, expected=f"at most {limit}", fix="Lower --max-context."
+                f"the context is larger than {self.limit[0]}",
+                got=self.capacity,
+                expected=f"at most {longest}",
+                fix=self.limit[1],
             )
         if batch < 1:
             raise QwenExportError("a decoder needs at least one sequence", got=batch)
-        self.chunk = PREFILL_CHUNK[session.device]
-        self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
-        self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
-        """Tokens that one `verify` can read, 0 where the bundle cannot."""
-        kind = BUFFERS[session.device]
-        dims = {"B": batch, "S": self.slots}
-        self.states: dict[str, Buffer] = {
-            spec.name: kind(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape))
-            for spec in session.spec.states
-            if not spec.pending
-        }
-        self.tables = {spec.name: self._table(kind, spec.name, spec.dtype) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
         self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._calls: dict[CallShape, BoundCall] = {}
-        self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
-        hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
-        self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self._open = 0
+        self._open = [0] * batch
         self._binding_s = 0.0
-        self.head = DraftHead(head_session, self) if head_session is not None and batch == 1 else None
+
+    # ---- what was read ----
 
     @property
     def lengths(self) -> list[int]:
@@ -119,86 +90,67 @@ class Decoder:
         """What the first sequence has read from a position on."""
         return self._tokens[0][position:]
 
+    # ---- reading ----
+
     def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""
         if not len(ids):
             raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
         self._check_room(sequence, len(ids))
-        size = min(chunk or self.chunk, self.chunk)
-        last = len(ids) - 1 - (len(ids) - 1) % size
-        for start in range(0, last, size):
-            self._run(np.asarray([ids[start : start + size]], np.int64), sequence, 0)
-        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).reshape(-1)
+        return self._prefill(ids, sequence, min(chunk or self.chunk, self.chunk), want_logits)
 
+    @abstractmethod
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
-        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        self._check_room(sequence, len(ids))
-        return self._run(np.asarray([ids], np.int64), sequence, len(ids))[0]
+        """Read tokens; returns the logits of all of them, f32[T,V]. For measuring: the number of tokens may be limited to `chunk`."""
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
-        for sequence in range(self.batch):
-            self._check_room(sequence, 1)
-        return self._run(np.asarray(tokens, np.int64)[:, None], None, 1)[:, 0]
+        return self.step_rows(tokens).array
 
     def verify(self, tokens: Sequence[int], sequence: int = 0) -> Logits:
         """Read at most `widest_verify` tokens whose fate is open; returns the logits of all of them, f32[T,V], valid until the next call.
         `accept` must follow."""
+        return self.verify_rows(tokens, sequence).array[: len(tokens)]
+
+    @abstractmethod
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
+        """As `step`, but the logits stay where they are until somebody asks for them."""
+
+    def verify_rows(self, tokens: Sequence[int], sequence: int = 0) -> Rows:
+        """As `verify`, likewise."""
         if not 0 < len(tokens) <= self.widest_verify:
+            what, fix = ("a draft has the wrong length", "") if self.widest_verify else self.no_verify
             raise QwenExportError(
-                "a draft has the wrong length" if self.widest_verify else "the bundle was built without speculation",
-                got=len(tokens),
-                expected=f"1 to {self.widest_verify} tokens" if self.widest_verify else "",
-                fix="" if self.widest_verify else "Build it again without --no-mtp, or with --lookup.",
+                what, got=len(tokens), expected=f"1 to {self.widest_verify} tokens" if self.widest_verify else "", fix=fix
             )
         self._check_room(sequence, len(tokens))
-        logits = self._run(np.asarray([tokens], np.int64), sequence, len(tokens), commit=False)[0]
-        self._open = len(tokens)
+        logits = self._verify(tokens, sequence)
+        self._open[sequence] = len(tokens)
         return logits
 
     def accept(self, count: int, sequence: int = 0) -> None:
         """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next call reads."""
-        if not 0 <= count <= self._open:
-            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"at most {self._open}")
-        del self._tokens[sequence][len(self._tokens[sequence]) - self._open + count :]
-        self._open = self._transaction.accepted[sequence] = count
+        if not 0 <= count <= self._open[sequence]:
+            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"at most {self._open[sequence]}")
+        del self._tokens[sequence][len(self._tokens[sequence]) - self._open[sequence] + count :]
+        self._open[sequence] = count
+        self._accept(count, sequence)
         if self.head is not None:
             self.head.cut()
 
-    def prepare(self, count: int) -> None:
-        """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others; before a verify
-        the draft head reads what plain steps have left it."""
-        if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
-            self.head.catch_up()
-        shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
-        if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):
-            self._make_room(min(self.capacity, self.lengths[0] + count))
-            self._bind(shape, np.zeros((1, count), np.int64))
+    def prepare(self, count: int) -> None:  # noqa: B027 - fixed shapes need nothing
+        """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
 
-    @property
-    def busy_s(self) -> float:
-        """Seconds that the backend has worked for this decoder and its draft head, and others of the same session."""
-        return self.session.busy_s + (self.head.session.busy_s if self.head is not None else 0.0)
-
-    @property
-    def binding_s(self) -> float:
-        """Seconds spent on bindings, and on recording them, which happens once per kind of call."""
-        return self._binding_s + (self.head.binding_s if self.head is not None else 0.0)
+    # ---- going back ----
 
     def reset(self, sequence: int = 0) -> None:
         """Forget everything the sequence has read."""
         self.rewind(Mark((), {}), sequence)
 
+    @abstractmethod
     def mark(self, sequence: int = 0) -> Mark:
         """Remember this point of the sequence."""
-        waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)
-        return self._mark(sequence, waiting)
-
-    def _mark(self, sequence: int, waiting: Bytes) -> Mark:
-        states = {name: self.states[name].read_row(sequence) for name in self._fixed_names()}
-        accepted = self._transaction.accepted[sequence]
-        return Mark(self.tokens(sequence), states, accepted, self._transaction.save(sequence), waiting)
 
     def rewind(self, mark: Mark, sequence: int = 0) -> None:
         """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
@@ -207,22 +159,13 @@ class Decoder:
             raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
         self._load(mark, sequence)
         del self._tokens[sequence][length:]
-        self._open = 0
+        self._open[sequence] = 0
         if self.head is not None:
             self.head.load(mark.waiting)
 
-    def _load(self, mark: Mark, sequence: int) -> None:
-        for name in self._fixed_names():
-            buffer = self.states[name]
-            buffer.write_row(sequence, mark.states.get(name, np.zeros(buffer.row_bytes, np.uint8)))
-        self._transaction.load(sequence, mark.accepted, mark.pending)
-
+    @abstractmethod
     def snapshot(self, sequence: int = 0) -> Snapshot:
         """Copy what the sequence has read: a mark and the used part of the caches."""
-        mark, used = self.mark(sequence), len(self._tokens[sequence])
-        return Snapshot(
-            mark, {name: np.ascontiguousarray(self._cache_rows(b, b.read_row(sequence))[:, :used]) for name, b in self._caches().items()}
-        )
 
     def restore(self, snapshot: Snapshot, sequence: int = 0) -> None:
         """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
@@ -232,32 +175,42 @@ class Decoder:
                 "the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens"
             )
         self._make_room(length)
-        for name, buffer in self._caches().items():
-            if name not in snapshot.caches:
-                raise QwenExportError(
-                    "the snapshot was taken without the draft head",
-                    fix="Take it from a decoder that drafts, or restore it into one that does not.",
-                )
-            row = buffer.read_row(sequence)
-            self._cache_rows(buffer, row)[:, :length] = snapshot.caches[name]
-            buffer.write_row(sequence, row)
-        self._tokens[sequence] = list(snapshot.mark.tokens)
+        self._load_caches(snapshot, sequence)
+        self._tokens[sequence][:] = snapshot.mark.tokens
         self.rewind(snapshot.mark, sequence)
 
-    def _fixed_names(self) -> list[str]:
-        return [spec.name for spec in self.session.spec.states if not spec.grows and not spec.pending]
+    # ---- what it cost ----
 
-    def _cache_names(self) -> list[str]:
-        return [spec.name for spec in self.session.spec.states if spec.grows]
+    @property
+    @abstractmethod
+    def busy_s(self) -> float:
+        """Seconds that the backend has worked for this decoder and its draft head, and others of the same sessions."""
 
-    def _caches(self) -> dict[str, Buffer]:
-        """Attention caches by name, the draft head's among them."""
-        heads = {f"mtp.{name}": buffer for name, buffer in self.head.caches.items()} if self.head is not None else {}
-        return {name: self.states[name] for name in self._cache_names()} | heads
+    @property
+    def binding_s(self) -> float:
+        """Seconds spent on bindings, and on recording them, which happens once per kind of call."""
+        return self._binding_s + (self.head.binding_s if self.head is not None else 0.0)
 
-    def _cache_rows(self, buffer: Buffer, row: Bytes) -> Bytes:
-        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
-        return row.reshape(buffer.shape[1], self.slots, -1)
+    # ---- for the kinds ----
+
+    @abstractmethod
+    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits: ...
+
+    @abstractmethod
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows: ...
+
+    @abstractmethod
+    def _accept(self, count: int, sequence: int) -> None: ...
+
+    @abstractmethod
+    def _load(self, mark: Mark, sequence: int) -> None:
+        """Take the states of a mark."""
+
+    @abstractmethod
+    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None: ...
+
+    def _make_room(self, length: int) -> None:  # noqa: B027 - most have their full size from the start
+        """Allocate what a sequence of `length` tokens needs."""
 
     def _check_room(self, sequence: int, count: int) -> None:
         used = len(self._tokens[sequence])
@@ -266,84 +219,15 @@ class Decoder:
                 "the context is full",
                 got=f"{used} tokens read and {count} more",
                 expected=f"at most {self.capacity}",
-                fix=f"Shorten the input, or load with a larger max_context, at most {self.manifest.model['max_position_embeddings']}.",
+                fix=f"Shorten the input, or load with a larger max_context, at most {self.longest}.",
             )
         self._make_room(used + count)
 
-    def _make_room(self, length: int) -> None:
-        """Double the allocated slots until `length` fits. Happens on CUDA only, and a few times in a long conversation."""
-        if length <= self.slots:
-            return
-        slots = self.slots
-        while slots < length:
-            slots *= 2
-        slots = min(slots, self.capacity)
-        for name in self._cache_names():
-            buffer = self.states[name]
-            if not isinstance(buffer, CudaBuffer):
-                raise AssertionError("host caches have their full size from the start")
-            self.states[name] = buffer.grown(_SLOT_AXIS, slots, max(self.lengths))
-        self.slots = slots
-        if self.head is not None:
-            self.head.grow(slots)
-        self._calls.clear()
 
-    def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int, *, commit: bool = True) -> Logits:
-        """One call over `ids` [b,T]: all sequences, or one; logits f32[b,rows,V] of the last `rows` tokens."""
-        members = range(self.batch) if sequence is None else [sequence]
-        repeated = sequence is None or not commit
-        shape = CallShape(len(members), ids.shape[1], rows, sequence or 0, repeated, commit, self._transaction.current)
-        if self.head is not None:
-            self.head.reserve(shape.T)
-        if shape not in self._calls:
-            self._bind(shape, ids)
-        logits = self._call(shape, ids)
-        self._open = 0
-        for row, i in enumerate(members):
-            self._tokens[i].extend(ids[row].tolist())
-            if commit:
-                self._transaction.committed(i)
-            else:
-                self._transaction.verified(i, shape.T)
-        if self.head is not None and self._hidden is not None:
-            self.head.append(self._hidden, shape.T)
-        return logits
-
-    def _call(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> Logits:
-        members = range(shape.first, shape.first + shape.b)
-        return self._calls[shape].run(
-            ids,
-            np.array([len(self._tokens[i]) for i in members], np.int32),
-            accepted=np.array([self._transaction.accepted[i] for i in members], np.int64),
-            commit=np.full(shape.b, shape.T if shape.commit else 0, np.int64),
-        )
-
-    def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
-        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
-        started = time.perf_counter()
-        for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
-            del self._calls[old]
-        states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}
-        inputs = states | {name: table.address for name, table in self.tables.items()} | self._transaction.inputs(shape.first)
-        outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.first, commit=shape.commit)
-        if self._hidden is not None:
-            outputs["hidden"] = self._hidden.address
-        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
-        call = self._calls[shape] = BoundCall(self.session, dims, inputs, outputs, repeated=shape.repeated)
-        if call.recorded:
-            # Recording runs the graph several times over: do that now, and put the states back.
-            marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)]
-            self._call(shape, ids)
-            for i, mark in enumerate(marks):
-                self._load(mark, i)
-        self._binding_s += time.perf_counter() - started
-
-    def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
-        rotary = self.manifest.rotary
-        # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
-        angles = np.arange(self.capacity, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
-        values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-        buffer = kind(dtype, values.shape)
-        buffer.write(encode(values, dtype))
-        return buffer
+def rotary_table(manifest: Manifest, name: str, slots: int, dtype: str) -> tuple[tuple[int, int], Bytes]:
+    """Shape [slots, D_rot / 2] and contents of table `name`, "cos" or "sin": a row per slot of the attention caches."""
+    rotary = manifest.rotary
+    # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
+    angles = np.arange(slots, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
+    values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
+    return (slots, values.shape[1]), encode(values, dtype)

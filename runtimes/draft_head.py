@@ -15,12 +15,11 @@ import numpy.typing as npt
 
 from qwen_export.runtimes.bound_call import BoundCall
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
+from qwen_export.runtimes.logits import Row
 from qwen_export.runtimes.onnxruntime_session import Session
 
 if TYPE_CHECKING:
-    from qwen_export.runtimes.decoder import Decoder
-
-Logits = npt.NDArray[np.float32]
+    from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 
 # Plain steps whose hidden states wait, beside those of one prompt chunk: so few calls that a stream without drafts does not notice.
 _WAITING = 256
@@ -30,7 +29,7 @@ _SLOT_AXIS = 2
 class DraftHead:
     """The head of one sequence. `length`: rows that its cache holds of the text that the decoder has read."""
 
-    def __init__(self, session: Session, decoder: Decoder) -> None:
+    def __init__(self, session: Session, decoder: DynamicDecoder) -> None:
         self.session, self._decoder = session, decoder
         kind = BUFFERS[session.device]
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
@@ -95,31 +94,31 @@ class DraftHead:
         if self.length < self._known() - 1:
             self._read(self._decoder.tokens_from(self.length + 1), rows=0)
 
-    def first(self, token: int) -> Logits:
-        """The draft after `token`, which follows the text read: logits f32[draft_vocab], valid until the next call."""
+    def first(self, token: int) -> Row:
+        """The draft after `token`, which follows the text read: logits of draft_vocab tokens, valid until the next call."""
         if self.behind > self._decoder.widest_verify:
             self.catch_up()
         return self._read([*self._decoder.tokens_from(self.length + 1), token], rows=1)
 
-    def following(self, token: int, depth: int) -> Logits:
+    def following(self, token: int, depth: int) -> Row:
         """The draft after the draft `token`, the `depth`-th of its round (1 is the first)."""
         return self._run(np.array([[token]], np.int64), self.length + depth - 1, rows=1)
 
-    def _read(self, tokens: list[int], rows: int) -> Logits:
+    def _read(self, tokens: list[int], rows: int) -> Row:
         start = (self.length - self._base) * self._row_bytes
         self._input.copy_from(self._log, 0, start, len(tokens) * self._row_bytes)
-        logits = self._run(np.array([tokens], np.int64), self.length, rows)
+        made = self._run(np.array([tokens], np.int64), self.length, rows)
         self.length += len(tokens)
-        return logits
+        return made
 
-    def _run(self, ids: npt.NDArray[np.int64], position: int, rows: int) -> Logits:
+    def _run(self, ids: npt.NDArray[np.int64], position: int, rows: int) -> Row:
         """One call over the states in `_input`; its last own state becomes the input of a following draft."""
         T = ids.shape[1]
         call = self._calls.get((T, rows)) or self._bind(T, rows)
-        logits = call.run(ids, np.array([position], np.int32))
+        made = call.run(ids, np.array([position], np.int32))
         if rows:
             self._input.copy_from(self._output, 0, (T - 1) * self._row_bytes, self._row_bytes)
-        return logits.reshape(-1)
+        return made[0]
 
     def _bind(self, T: int, rows: int) -> BoundCall:
         """Calls that draft come again: after one token, or after what a round accepted. Those that only catch up have odd sizes."""

@@ -1,12 +1,14 @@
-"""Plain generation: one sampled token after the other."""
+"""Generation: rounds of new tokens, given out until something ends the answer. A plain round is one sampled token."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.token_history import TokenHistory
@@ -83,28 +85,55 @@ class Request:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
-def generate(reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
+class Round(NamedTuple):
+    """Tokens that a round produced. After a verify the decoder has read all of them but the last, else none of them."""
+
+    tokens: list[int]
+    verified: bool = False
+
+
+NextRound = Callable[[int], Round]
+"""The round behind a token, which the decoder has not read yet."""
+Rounds = Callable[[Decoder, Request, Statistics, TokenHistory], NextRound]
+
+
+def plain_rounds(decoder: Decoder, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
+    """One token after the other."""
+
+    def following(token: int) -> Round:
+        history.push(token)
+        return Round([request.sampler.sample(decoder.step_rows([token])[0], history)])
+
+    return following
+
+
+def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = plain_rounds) -> Generator[int, None, None]:
     """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens; raises
     ContextOverflow when the context is full before that."""
     started = time.perf_counter()
     statistics.prompt_tokens = len(request.ids)
+    decoder, history = reuse.decoder, TokenHistory(request.ids)
     logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at)
-    history = TokenHistory(request.ids)
-    while True:
-        token = request.sampler.sample(logits, history)
-        statistics.total_s = time.perf_counter() - started
-        if not statistics.new_tokens:
-            statistics.first_token_s = statistics.total_s
-        if token in request.stop_ids:
-            statistics.finish = "stop"
-            return
-        statistics.new_tokens += 1
-        history.push(token)
-        if statistics.new_tokens == request.max_new_tokens:
-            statistics.finish = "length"
-        yield token
-        if request.cancelled.is_set():
-            statistics.finish = "cancelled"
-        if statistics.finish:
-            return
-        logits = reuse.decoder.step([token])[0]
+    following = rounds(decoder, request, statistics, history)
+    made, emitted = Round([request.sampler.sample(logits, history)]), 0
+    try:
+        while True:
+            statistics.total_s = time.perf_counter() - started
+            statistics.first_token_s = statistics.first_token_s or statistics.total_s
+            for emitted, token in enumerate(made.tokens):  # noqa: B007 - read in `finally`
+                if token in request.stop_ids:
+                    statistics.finish = "stop"
+                    return
+                statistics.new_tokens += 1
+                if statistics.new_tokens == request.max_new_tokens:
+                    statistics.finish = "length"
+                yield token
+                if request.cancelled.is_set():
+                    statistics.finish = "cancelled"
+                if statistics.finish:
+                    return
+            made = following(made.tokens[-1])
+    finally:
+        # Whoever stops inside a round finds the decoder where plain decoding leaves it: the last token given out is not read yet.
+        if made.verified:
+            decoder.accept(emitted + 1)

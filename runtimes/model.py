@@ -18,6 +18,7 @@ from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.detokenize import Detokenizer
 from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.drafting import Drafter, HeadDrafter, LookupDrafter
+from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.integrity import ensure_whole
 from qwen_export.runtimes.onnxruntime_session import Session
@@ -107,7 +108,7 @@ class Model:
         """A fresh decoder with its own states and caches over the same weights; with `drafts` the bundle's draft head keeps up with it."""
         if self._prompts is not None:
             return StaticDecoder(self._session, self._prompts, self.manifest, batch, self._max_context)
-        return Decoder(self._session, self.manifest, batch, self._max_context, self._head if drafts else None)
+        return DynamicDecoder(self._session, self.manifest, batch, self._max_context, self._head if drafts else None)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.logits import Row, Top
 from qwen_export.runtimes.token_history import TokenHistory
 
 Logits = NDArray[np.floating[Any]]
@@ -107,19 +108,18 @@ class Sampler:
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
 
-    def distribution(self, logits: Logits, history: TokenHistory | None = None) -> Distribution:
-        """What `sample` draws from. `logits`: float[V], left unchanged. Speculative sampling needs it of draft and target alike.
+    def distribution(self, logits: Logits | Row, history: TokenHistory | None = None) -> Distribution:
+        """What `sample` draws from. `logits`: float[V], left unchanged, or a row that has its largest entries: the result is the same.
+        Speculative sampling needs it of draft and target alike.
 
         Raises QwenExportError when the logits hold NaN or +inf, or nothing finite.
         """
         params = self.params
-        x = self._penalised(logits[: self.vocab_limit], history)
+        found = self._from_top(logits.top, history) if isinstance(logits, Row) else None
+        ids, kept = found or self._from_all(logits.array if isinstance(logits, Row) else logits, history)
         if params.is_greedy:
-            best = int(x.argmax())  # the first NaN, if there is one
-            _check_peak(x[best])
-            return Distribution(np.array([best]), _CERTAIN)
-        ids = top_ids(x, params.top_k) if params.top_k else np.arange(len(x))
-        kept = x[ids].astype(np.float64) if params.top_k else x
+            _check_peak(kept[0])
+            return Distribution(ids, _CERTAIN)
         peak = kept.max()
         _check_peak(peak)
         weights = np.exp((kept - peak) / kept.dtype.type(params.temperature))
@@ -132,24 +132,77 @@ class Sampler:
         probs = weights.astype(np.float64)
         return Distribution(ids, probs / probs.sum())
 
-    def sample(self, logits: Logits, history: TokenHistory | None = None) -> int:
-        """The next token of one row of logits, float[V]."""
+    def _from_all(self, logits: Logits, history: TokenHistory | None) -> tuple[NDArray[np.int64], Logits]:
+        """Ids, ascending, and penalised logits of the best token or of all that top-k leaves."""
+        x = logits[: self.vocab_limit]
+        if history is not None and self._penalises:
+            x = self._penalised(x.copy(), history)
+        if self.params.is_greedy:
+            best = np.array([x.argmax()])  # the first NaN, if there is one
+            return best, x[best]
+        if not self.params.top_k:
+            return np.arange(len(x)), x
+        ids = top_ids(x, self.params.top_k)
+        return ids, x[ids].astype(np.float64)
+
+    def _from_top(self, top: Top | None, history: TokenHistory | None) -> tuple[NDArray[np.int64], Logits] | None:
+        """The same from the largest entries alone; None when it takes all. Penalties that only lower leave the others where they are: at
+        most at the last entry, `floor`. What is above it after penalties is above all others."""
+        params = self.params
+        if top is None or not (params.is_greedy or params.top_k):
+            return None
+        x, ids = top
+        if not math.isfinite(x[0]):
+            _check_peak(x[0])
+        floor = x[-1]
+        if self.vocab_limit is not None and (outside := ids >= self.vocab_limit).any():
+            x, ids = x[~outside], ids[~outside]
+        if history is not None and self._penalises:
+            if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
+                return None
+            x = self._penalised_few(x.copy(), ids, history)
+        elif params.is_greedy and len(x):
+            return ids[:1].astype(np.int64), x[:1]
+        k = 1 if params.is_greedy else params.top_k
+        if k > len(x):
+            return None
+        bound = _kth_largest(x, k)
+        if not bound > floor:
+            return None
+        kept = np.flatnonzero(x >= bound)
+        kept = kept[np.argsort(ids[kept])][: 1 if params.is_greedy else None]
+        return ids[kept].astype(np.int64), x[kept].astype(np.float64)
+
+    def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
+        """The next token of one row of logits."""
         return self.distribution(logits, history).draw(self.rng.random())
 
-    def _penalised(self, x: Logits, history: TokenHistory | None) -> Logits:
+    @property
+    def _penalises(self) -> bool:
         params = self.params
-        counted = params.presence_penalty != 0 or params.frequency_penalty != 0
-        if history is None or (params.repetition_penalty == 1 and not counted):
-            return x
-        x = x.copy()
+        return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+    def _penalised(self, x: Logits, history: TokenHistory) -> Logits:
+        """Penalties on all logits, in place."""
+        params = self.params
         if params.repetition_penalty != 1:
             ids = history.seen()
             ids = ids[ids < len(x)]
             x[ids] = np.where(x[ids] < 0, x[ids] * params.repetition_penalty, x[ids] / params.repetition_penalty)
-        if counted:
+        if params.presence_penalty != 0 or params.frequency_penalty != 0:
             ids, counts = history.generated()
             ids, counts = ids[ids < len(x)], counts[ids < len(x)]
             x[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        return x
+
+    def _penalised_few(self, x: Logits, ids: NDArray[np.int32], history: TokenHistory) -> Logits:
+        """Penalties on the logits of some tokens, in place."""
+        params, (seen, counts) = self.params, history.of(ids.tolist())
+        if params.repetition_penalty != 1:
+            x[seen] = np.where(x[seen] < 0, x[seen] * params.repetition_penalty, x[seen] / params.repetition_penalty)
+        if params.presence_penalty != 0 or params.frequency_penalty != 0:
+            made = counts > 0
+            x[made] -= params.presence_penalty + params.frequency_penalty * counts[made]
         return x
 
 

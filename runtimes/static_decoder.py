@@ -1,4 +1,4 @@
-"""The decoder over graphs of fixed shapes: one reads prompts C tokens at a time, one makes steps of W tokens. Same use as `Decoder`.
+"""The decoder over graphs of fixed shapes: one reads prompts C tokens at a time, one makes steps of W tokens.
 
 A call with fewer real tokens is padded; `commit` tells the graph how many are real, and the others leave no trace. States that a graph
 does not write in place have two buffers, which change places after a call. A batch is several sequences with buffers of their own,
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import GraphSpec, Manifest
-from qwen_export.runtimes.buffers import Buffer, as_bytes, encode
-from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot
+from qwen_export.runtimes.buffers import Buffer, as_bytes
+from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
+from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import Call, Session
 
 STEP, PROMPT = "decoder", "prefill"
@@ -31,50 +31,30 @@ class StaticDecoder(Decoder):
     """`batch` sequences over the two graphs of a bundle, each with room for `capacity` tokens. There is no draft head; `verify` reads
     drafts from elsewhere."""
 
+    limit = ("what the bundle was built for", "Lower --max-context, or build with a larger one.")
+    no_verify = ("the bundle was built for steps of one token", "Build it again with a larger --step-tokens.")
+
     def __init__(self, steps: Session, prompts: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None) -> None:
-        if batch < 1:
-            raise QwenExportError("a decoder needs at least one sequence", got=batch)
-        self.manifest, self.batch = manifest, batch
-        self.capacity = capacity or manifest.max_context
-        if not 0 < self.capacity <= manifest.max_context:
-            raise QwenExportError(
-                "the context is larger than what the bundle was built for",
-                got=self.capacity,
-                expected=f"at most {manifest.max_context}",
-                fix="Lower --max-context, or build with a larger one.",
-            )
-        self.session, self.head = steps, None
+        super().__init__(manifest, batch, capacity, manifest.max_context)
+        self.session = steps
         self._graphs = {STEP: _Graph(steps), PROMPT: _Graph(prompts)}
         self.chunk, self.width = self._graphs[PROMPT].T, self._graphs[STEP].T
         self.widest_verify = self.width if self.width > 1 else 0
         tables = {name: self._rows(prompts, name) for name in ("cos", "sin")}
-        self._sequences = [_Sequence(self._graphs, tables) for _ in range(batch)]
+        self._sequences = [_Sequence(self._graphs, tables, tokens) for tokens in self._tokens]
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens that each sequence has read."""
-        return [len(sequence.tokens) for sequence in self._sequences]
-
-    def tokens(self, sequence: int = 0) -> tuple[int, ...]:
-        return tuple(self._sequences[sequence].tokens)
-
-    def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
-        """Read more tokens into one sequence, in calls of at most `chunk`, which cannot exceed the graph's; returns the last token's logits
-        f32[V], empty when not wanted. Logits are valid until the next call."""
-        if not len(ids):
-            raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
-        self._check_room(sequence, len(ids))
-        memory, size = self._sequences[sequence], min(chunk or self.chunk, self.chunk)
+    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
+        memory = self._sequences[sequence]
         start, last = 0, len(ids) - min(self.width, len(ids))
         if memory.accepted and last:  # only the step graph takes pending tokens in
             start = min(self.width, last)
             self._read(memory, STEP, ids[:start])
         while start < last:
-            part = ids[start : min(start + size, last)]
+            part = ids[start : min(start + chunk, last)]
             self._read(memory, PROMPT, part)
             start += len(part)
-        logits = self._read(memory, STEP, ids[last:])[-1]
-        return logits if want_logits else np.empty(0, np.float32)
+        rows, count = self._read(memory, STEP, ids[last:]), len(ids) - last
+        return rows.array[count - 1] if want_logits else np.empty(0, np.float32)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph has no logits: it reads what comes before each token
@@ -87,107 +67,70 @@ class StaticDecoder(Decoder):
                 self.rewind(mark, sequence)
                 if row:
                     self._read(memory, PROMPT, part[:row])
-                rows.append(self._read(memory, STEP, [token])[-1].copy())
+                rows.append(self._read(memory, STEP, [token]).array[0].copy())
         return np.stack(rows)
 
-    def step(self, tokens: Sequence[int]) -> Logits:
-        """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
         for sequence in range(self.batch):
             self._check_room(sequence, 1)
-        rows = [
-            self._read(memory, STEP, [token])[-1].copy() if self.batch > 1 else self._read(memory, STEP, [token])[-1]
-            for memory, token in zip(self._sequences, tokens, strict=True)
-        ]
-        return rows[0][None] if self.batch == 1 else np.stack(rows)
+        if self.batch == 1:
+            return self._read(self._sequences[0], STEP, tokens)
+        # The sequences share the buffer of the logits.
+        pairs = zip(self._sequences, tokens, strict=True)
+        return Rows.of(np.stack([self._read(memory, STEP, [token]).array[0] for memory, token in pairs]))
 
-    def verify(self, tokens: Sequence[int], sequence: int = 0) -> Logits:
-        """Read at most `widest_verify` tokens whose fate is open; returns the logits of all of them, f32[T,V], valid until the next call.
-        `accept` must follow."""
-        if not 0 < len(tokens) <= self.widest_verify:
-            raise QwenExportError(
-                "a draft has the wrong length" if self.widest_verify else "the bundle was built for steps of one token",
-                got=len(tokens),
-                expected=f"1 to {self.widest_verify} tokens" if self.widest_verify else "",
-                fix="" if self.widest_verify else "Build it again with a larger --step-tokens.",
-            )
-        self._check_room(sequence, len(tokens))
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
         memory = self._sequences[sequence]
-        logits = self._one_call(memory, STEP, tokens, 0)[: len(tokens)]
-        memory.advance(self._graphs[STEP], tokens)
-        memory.accepted = memory.open = len(tokens)
-        return logits
+        rows = self._one_call(memory, STEP, tokens, 0)
+        self._advance(memory, STEP, tokens)
+        memory.accepted = len(tokens)
+        return rows
 
-    def accept(self, count: int, sequence: int = 0) -> None:
-        """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next call reads."""
-        memory = self._sequences[sequence]
-        if not 0 <= count <= memory.open:
-            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"at most {memory.open}")
-        del memory.tokens[len(memory.tokens) - memory.open + count :]
-        memory.accepted = memory.open = count
-
-    def prepare(self, count: int) -> None:
-        """Nothing: every call has the same size."""
+    def _accept(self, count: int, sequence: int) -> None:
+        self._sequences[sequence].accepted = count
 
     @property
     def busy_s(self) -> float:
-        """Seconds that the backend has worked for the decoders of these sessions."""
         return sum(graph.session.busy_s for graph in self._graphs.values())
 
-    def reset(self, sequence: int = 0) -> None:
-        """Forget everything the sequence has read."""
-        self.rewind(Mark((), {}), sequence)
-
     def mark(self, sequence: int = 0) -> Mark:
-        """Remember this point of the sequence."""
         memory = self._sequences[sequence]
         self._settle(memory)
         return Mark(self.tokens(sequence), {name: memory.now(name).read() for name in memory.fixed})
 
-    def rewind(self, mark: Mark, sequence: int = 0) -> None:
-        """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
-        memory, length = self._sequences[sequence], len(mark.tokens)
-        if tuple(memory.tokens[:length]) != mark.tokens:
-            raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
+    def _load(self, mark: Mark, sequence: int) -> None:
+        memory = self._sequences[sequence]
         for name in memory.fixed:
             buffer = memory.now(name)
             buffer.write(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8)))
-        memory.accepted = memory.open = 0
-        del memory.tokens[length:]
+        memory.accepted = 0
 
     def snapshot(self, sequence: int = 0) -> Snapshot:
-        """Copy what the sequence has read: a mark and the used part of the caches."""
         mark, memory = self.mark(sequence), self._sequences[sequence]
         used = len(memory.tokens)
         return Snapshot(mark, {name: np.ascontiguousarray(memory.cache_rows(name)[:, :used]) for name in memory.caches})
 
-    def restore(self, snapshot: Snapshot, sequence: int = 0) -> None:
-        """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
+    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None:
         memory, length = self._sequences[sequence], len(snapshot.mark.tokens)
-        if length > self.capacity:
-            raise ContextOverflow(
-                "the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens"
-            )
         for name in memory.caches:
             rows = memory.cache_rows(name)
             rows[:, :length] = snapshot.caches[name]
             memory.now(name).write(rows.reshape(-1))
-        memory.tokens = list(snapshot.mark.tokens)
-        self.rewind(snapshot.mark, sequence)
 
-    def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Logits:
+    def _read(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> Rows:
         """Read and commit tokens in one call; their logits, none from the prompt graph."""
-        logits = self._one_call(memory, graph, ids, len(ids))
-        memory.advance(self._graphs[graph], ids)
-        return logits[: len(ids)]
+        rows = self._one_call(memory, graph, ids, len(ids))
+        self._advance(memory, graph, ids)
+        return rows
 
     def _settle(self, memory: _Sequence) -> None:
         """Take accepted tokens into the state: a step without tokens of its own."""
         if memory.accepted:
             self._one_call(memory, STEP, [], 0)
-            memory.advance(self._graphs[STEP], [])
+            self._advance(memory, STEP, [])
 
-    def _one_call(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Logits:
-        """One call, which does not yet change what is current: logits f32[N,V]."""
+    def _one_call(self, memory: _Sequence, graph: str, ids: Sequence[int], commit: int) -> Rows:
+        """One call, which does not yet change what is current. The logits have a row per token that the graph takes."""
         used = self._graphs[graph]
         call = memory.call(graph)
         padded = np.zeros((1, used.T), np.int64)
@@ -202,26 +145,20 @@ class StaticDecoder(Decoder):
         for name, buffer in used.controls.items():
             buffer.write(as_bytes(values[name]))
         call.run()
-        return used.results["logits"].array()[0] if "logits" in used.results else np.empty((0, 0), np.float32)
+        return used.logits.rows() if used.logits is not None else Rows.of(np.empty((0, 0), np.float32))
 
-    def _check_room(self, sequence: int, count: int) -> None:
-        used = len(self._sequences[sequence].tokens)
-        if used + count > self.capacity:
-            raise ContextOverflow(
-                "the context is full",
-                got=f"{used} tokens read and {count} more",
-                expected=f"at most {self.capacity}",
-                fix=f"Shorten the input, or load with a larger max_context, at most {self.manifest.max_context}.",
-            )
+    def _advance(self, memory: _Sequence, graph: str, ids: Sequence[int]) -> None:
+        """After a call of the graph: its results are current, and `ids` are read."""
+        memory.exchange(self._graphs[graph])
+        memory.tokens.extend(ids)
+        memory.accepted = 0
 
     def _rows(self, session: Session, name: str) -> Buffer:
         """A rotary table for all slots of the graphs."""
-        rotary = self.manifest.rotary
         (spec,) = (spec for spec in session.spec.inputs if spec.name == name)
-        angles = np.arange(int(spec.shape[0]), dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
-        values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-        buffer = session.buffer(spec.dtype, values.shape)
-        buffer.write(encode(values, spec.dtype))
+        shape, contents = rotary_table(self.manifest, name, int(spec.shape[0]), spec.dtype)
+        buffer = session.buffer(spec.dtype, shape)
+        buffer.write(contents)
         return buffer
 
 
@@ -242,15 +179,16 @@ class _Graph:
             t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.inputs if t.name not in states and t.name not in ("cos", "sin")
         }
         self.results = {t.name: buffer(t.dtype, _shape(t.shape)) for t in spec.outputs if t.name not in after}
+        logits = self.results.get("logits")
+        self.logits = LogitsBuffers(logits, self.results.get(TOP_LOGITS), self.results.get(TOP_IDS)) if logits is not None else None
         self.T = self.controls["input_ids"].shape[1]
 
 
 class _Sequence:
     """What one sequence has read, and where its states are."""
 
-    def __init__(self, graphs: Mapping[str, _Graph], tables: Mapping[str, Buffer]) -> None:
-        self.tokens: list[int] = []
-        self.accepted = self.open = 0
+    def __init__(self, graphs: Mapping[str, _Graph], tables: Mapping[str, Buffer], tokens: list[int]) -> None:
+        self.tokens, self.accepted = tokens, 0
         self._graphs, self._tables = graphs, tables
         buffer = graphs[STEP].session.buffer
         specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
@@ -294,10 +232,8 @@ class _Sequence:
                 call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
         return call
 
-    def advance(self, graph: _Graph, ids: Sequence[int]) -> None:
-        """After a call of the graph: its results are current, and `ids` are read."""
+    def exchange(self, graph: _Graph) -> None:
+        """After a call of the graph: what it left is current."""
         for state in graph.spec.states:
             if not state.in_place:
                 self._current[state.name] = 1 - self._current[state.name]
-        self.tokens.extend(ids)
-        self.accepted = self.open = 0

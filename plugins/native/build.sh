@@ -12,4 +12,4 @@ for arch in $ARCHS; do code="$code -gencode=arch=compute_$arch,code=sm_$arch"; n
 # shellcheck disable=SC2086
 exec "$NVCC" -O3 -std=c++17 -shared -cudart=static $code "-gencode=arch=compute_$newest,code=compute_$newest" \
   -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -I"$ORT_INCLUDE_DIR" ${NVCC_FLAGS:-} \
-  "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/cublas.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
+  "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/top_logits.cu" "$here/cublas.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"

@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -18,6 +19,7 @@
 #include "delta_net.cuh"
 #include "rows.cuh"
 #include "skinny.cuh"
+#include "top_logits.cuh"
 
 namespace {
 
@@ -257,9 +259,33 @@ class DeltaNetKernel {
   int* arrivals_ = nullptr;
 };
 
+// logits f32 [...,V]  ->  values f32 [...,K], ids i32 [...,K]; K = min(attribute k, V)
+class TopLogitsKernel {
+ public:
+  explicit TopLogitsKernel(const OrtKernelInfo* info) : k_(Ort::ConstKernelInfo(info).GetAttribute<int64_t>("k")) {
+    expect(0 < k_ && k_ <= 64, "TopLogits: k is at most 64");
+  }
+
+  void Compute(OrtKernelContext* context) {
+    Call call(context);
+    auto shape = call.shape(0);
+    expect(!shape.empty() && 0 < shape.back() && shape.back() < 1 << 30, "TopLogits: logits must be [...,V]");
+    const int rows = rows_of(shape), V = static_cast<int>(shape.back()), K = std::min(static_cast<int>(k_), V);
+    shape.back() = K;
+    float* values = call.output<float>(0, shape);
+    int32_t* ids = call.output<int32_t>(1, shape);
+    if (rows == 0) return;
+    const Scratch scratch(call, qwen::top_logits_scratch(rows, V));
+    qwen::top_logits(call.input<float>(0), values, ids, rows, V, K, scratch.as<void>(), call.stream());
+  }
+
+ private:
+  int64_t k_;
+};
+
 struct Signature {
   const char* name;
-  const char* inputs;    // T: the op's type, f: fp32, l: int64, ?: the input before may be left out
+  const char* inputs;    // T: the op's type, f: fp32, i: int32, l: int64, ?: the input before may be left out
   const char* outputs;
 };
 
@@ -291,7 +317,12 @@ struct Operator : Ort::CustomOpBase<Operator<T, Kernel>, Kernel> {
 
  private:
   static ONNXTensorElementDataType element(char c) {
-    return c == 'f' ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : c == 'l' ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : Type<T>::onnx;
+    switch (c) {
+      case 'f': return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+      case 'i': return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
+      case 'l': return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+      default: return Type<T>::onnx;
+    }
   }
 
   const char* name_;
@@ -313,6 +344,11 @@ void add_products(Ort::CustomOpDomain& domain) {
   domain.Add(&swiglu);
 }
 
+void add_top_logits(Ort::CustomOpDomain& domain) {
+  static const Operator<float, TopLogitsKernel> op({"TopLogits", "f", "fi"});
+  domain.Add(&op);
+}
+
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
@@ -327,6 +363,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       add_delta_net<float>(made);
       add_delta_net<__half>(made);
       add_delta_net<__nv_bfloat16>(made);
+      add_top_logits(made);
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

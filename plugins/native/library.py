@@ -27,13 +27,11 @@ class Library:
 
 
 _FLOAT, _HALF = frozenset({"float"}), frozenset({"float16", "bfloat16"})
+_CPU_OPS = ("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe", "TopLogits")
+_CUDA_OPS = {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT, "TopLogits": _FLOAT}
 LIBRARIES = {
-    "cpu": Library(
-        "libqwen_export_cpu.so",
-        "QWEN_EXPORT_CPU_PLUGIN",
-        dict.fromkeys(("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"), _FLOAT),
-    ),
-    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", {"Linear": _HALF, "SwiGlu": _HALF, "DeltaNet": _HALF | _FLOAT}),
+    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", dict.fromkeys(_CPU_OPS, _FLOAT)),
+    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", _CUDA_OPS),
 }
 
 

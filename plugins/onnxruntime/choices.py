@@ -91,6 +91,7 @@ _CONV = Kernel("CausalConvWithState")
 _GATED_NORM = Kernel("GatedRMSNorm")
 _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
+_TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -106,6 +107,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
         "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
+        "top_logits": (_TOP_LOGITS,),
     },
     "cuda": {
         "linear": (
@@ -120,8 +122,13 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
         "moe": (_MICROSOFT_MOE,),
+        "top_logits": (_TOP_LOGITS,),
     },
 }
+
+
+OPTIONAL = ("top_logits",)
+"""What a graph can be without."""
 
 
 def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False) -> tuple[dict[str, Choice], list[str]]:
@@ -135,7 +142,7 @@ def choose(kernels: Kernels, precision: str, config: TextConfig, *, transaction:
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]
-        else:
+        elif op not in OPTIONAL:
             refusals.append(f"{op}: {'; or '.join(reasons)}")
     return chosen, refusals
 

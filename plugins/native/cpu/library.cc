@@ -15,6 +15,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
       qwen::add_delta_net(made);
       qwen::add_moe(made);
       qwen::add_quantized(made);
+      qwen::add_top_logits(made);
       return made;
     }();
     Ort::UnownedSessionOptions(options).Add(domain);

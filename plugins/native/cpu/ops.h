@@ -9,5 +9,6 @@ void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
 void add_delta_net(Ort::CustomOpDomain& domain);  // delta_net_op.cc
 void add_moe(Ort::CustomOpDomain& domain);        // moe_op.cc
 void add_quantized(Ort::CustomOpDomain& domain);  // quant_linear_op.cc
+void add_top_logits(Ort::CustomOpDomain& domain);  // top_logits_op.cc
 
 }  // namespace qwen

@@ -1,0 +1,30 @@
+"""The largest logits leave the graph beside all of them: choosing a token needs no more almost always, and they are few to copy."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graphs.passes.context import PassContext, new_node
+from qwen_export.plugins.native.library import NATIVE
+
+# Twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once.
+COUNT = 64
+
+
+def pick_top_logits(model: ir.Model, context: PassContext) -> int:
+    """Given  output logits f32[B,N,V]
+    Result outputs logits; top_logits f32[B,N,K], top_ids i32[B,N,K] = qwen.native::TopLogits(logits), K = min(64, V)"""
+    logits = model.graph.outputs[0]
+    if "top_logits" not in context.choices or logits.name != "logits" or logits.shape is None:
+        return 0
+    *rows, V = logits.shape
+    if not isinstance(V, int):
+        raise TypeError("the vocabulary has no fixed size")
+    node = new_node(NATIVE, "TopLogits", [logits], 2, dtype=ir.DataType.FLOAT, k=COUNT)
+    values, ids = node.outputs
+    values.name, ids.name = "top_logits", "top_ids"
+    values.shape = ids.shape = ir.Shape([*rows, min(COUNT, V)])
+    ids.type = ir.TensorType(ir.DataType.INT32)
+    model.graph.append(node)
+    model.graph.outputs.extend(node.outputs)
+    return 1

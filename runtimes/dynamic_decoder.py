@@ -1,0 +1,233 @@
+"""The decoder over one graph with dynamic shapes, which reads prompts, steps and drafts of any size.
+
+All memory that lives from call to call (states, caches, rotary tables, controls) is allocated once and bound by address. Graphs write
+states and caches in place, so a step copies nothing and costs the same whatever the capacity.
+
+A batch has B sequences of their own lengths. Prompts are read one sequence at a time, through bindings that see that sequence's part of
+every buffer: no padding, and a prompt's tokens touch no other sequence. Steps advance all sequences together, one token each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import QwenExportError
+from qwen_export.manifest import Manifest
+from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
+from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
+from qwen_export.runtimes.draft_head import DraftHead
+from qwen_export.runtimes.logits import Rows
+from qwen_export.runtimes.onnxruntime_session import Session
+from qwen_export.runtimes.transaction import Transaction
+
+# Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+# CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
+_FIRST_SLOTS = 2048
+_SLOT_AXIS = 2
+
+
+class CallShape(NamedTuple):
+    """`b` sequences from row `first` of every buffer, `T` new tokens each, logits of the last `rows`. `repeated`: a step, or a verify,
+    which does not `commit`. `pending`: the set of pending inputs that it reads."""
+
+    b: int
+    T: int
+    rows: int
+    first: int
+    repeated: bool
+    commit: bool = True
+    pending: int = 0
+
+
+class DynamicDecoder(Decoder):
+    """`batch` sequences over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph, for a
+    single sequence."""
+
+    def __init__(
+        self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
+    ) -> None:
+        super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
+        self.session = session
+        self.chunk = PREFILL_CHUNK[session.device]
+        self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
+        self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
+        kind = BUFFERS[session.device]
+        dims = {"B": batch, "S": self.slots}
+        self.states: dict[str, Buffer] = {
+            spec.name: kind(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape))
+            for spec in session.spec.states
+            if not spec.pending
+        }
+        self.tables = {spec.name: self._table(kind, spec.name, spec.dtype) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        self._calls: dict[CallShape, BoundCall] = {}
+        self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
+        hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
+        self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
+        self.head = DraftHead(head_session, self) if head_session is not None and batch == 1 else None
+
+    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
+        last = len(ids) - 1 - (len(ids) - 1) % chunk
+        for start in range(0, last, chunk):
+            self._run(np.asarray([ids[start : start + chunk]], np.int64), sequence, 0)
+        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).array.reshape(-1)
+
+    def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
+        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
+        self._check_room(sequence, len(ids))
+        return self._run(np.asarray([ids], np.int64), sequence, len(ids)).array
+
+    def step_rows(self, tokens: Sequence[int]) -> Rows:
+        for sequence in range(self.batch):
+            self._check_room(sequence, 1)
+        return self._run(np.asarray(tokens, np.int64)[:, None], None, 1)
+
+    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
+        if self.batch > 1:
+            raise QwenExportError("drafts are verified in one sequence", got=f"a batch of {self.batch}", fix="Take a decoder per sequence.")
+        return self._run(np.asarray([tokens], np.int64), sequence, len(tokens), commit=False)
+
+    def _accept(self, count: int, sequence: int) -> None:
+        self._transaction.accepted[sequence] = count
+
+    def prepare(self, count: int) -> None:
+        """As promised; before a verify the draft head also reads what plain steps have left it."""
+        if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
+            self.head.catch_up()
+        shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
+        if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):
+            self._make_room(min(self.capacity, self.lengths[0] + count))
+            self._bind(shape, np.zeros((1, count), np.int64))
+
+    @property
+    def busy_s(self) -> float:
+        return self.session.busy_s + (self.head.session.busy_s if self.head is not None else 0.0)
+
+    def mark(self, sequence: int = 0) -> Mark:
+        waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)
+        return self._mark(sequence, waiting)
+
+    def _mark(self, sequence: int, waiting: Bytes) -> Mark:
+        states = {name: self.states[name].read_row(sequence) for name in self._fixed_names()}
+        accepted = self._transaction.accepted[sequence]
+        return Mark(self.tokens(sequence), states, accepted, self._transaction.save(sequence), waiting)
+
+    def _load(self, mark: Mark, sequence: int) -> None:
+        for name in self._fixed_names():
+            buffer = self.states[name]
+            buffer.write_row(sequence, mark.states.get(name, np.zeros(buffer.row_bytes, np.uint8)))
+        self._transaction.load(sequence, mark.accepted, mark.pending)
+
+    def snapshot(self, sequence: int = 0) -> Snapshot:
+        mark, used = self.mark(sequence), len(self._tokens[sequence])
+        return Snapshot(
+            mark, {name: np.ascontiguousarray(self._cache_rows(b, b.read_row(sequence))[:, :used]) for name, b in self._caches().items()}
+        )
+
+    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None:
+        length = len(snapshot.mark.tokens)
+        for name, buffer in self._caches().items():
+            if name not in snapshot.caches:
+                raise QwenExportError(
+                    "the snapshot was taken without the draft head",
+                    fix="Take it from a decoder that drafts, or restore it into one that does not.",
+                )
+            row = buffer.read_row(sequence)
+            self._cache_rows(buffer, row)[:, :length] = snapshot.caches[name]
+            buffer.write_row(sequence, row)
+
+    def _fixed_names(self) -> list[str]:
+        return [spec.name for spec in self.session.spec.states if not spec.grows and not spec.pending]
+
+    def _cache_names(self) -> list[str]:
+        return [spec.name for spec in self.session.spec.states if spec.grows]
+
+    def _caches(self) -> dict[str, Buffer]:
+        """Attention caches by name, the draft head's among them."""
+        heads = {f"mtp.{name}": buffer for name, buffer in self.head.caches.items()} if self.head is not None else {}
+        return {name: self.states[name] for name in self._cache_names()} | heads
+
+    def _cache_rows(self, buffer: Buffer, row: Bytes) -> Bytes:
+        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
+        return row.reshape(buffer.shape[1], self.slots, -1)
+
+    def _make_room(self, length: int) -> None:
+        """Double the allocated slots until `length` fits. Happens on CUDA only, and a few times in a long conversation."""
+        if length <= self.slots:
+            return
+        slots = self.slots
+        while slots < length:
+            slots *= 2
+        slots = min(slots, self.capacity)
+        for name in self._cache_names():
+            buffer = self.states[name]
+            if not isinstance(buffer, CudaBuffer):
+                raise AssertionError("host caches have their full size from the start")
+            self.states[name] = buffer.grown(_SLOT_AXIS, slots, max(self.lengths))
+        self.slots = slots
+        if self.head is not None:
+            self.head.grow(slots)
+        self._calls.clear()
+
+    def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int, *, commit: bool = True) -> Rows:
+        """One call over `ids` [b,T]: all sequences, or one; logits of the last `rows` tokens of each."""
+        members = range(self.batch) if sequence is None else [sequence]
+        repeated = sequence is None or not commit
+        shape = CallShape(len(members), ids.shape[1], rows, sequence or 0, repeated, commit, self._transaction.current)
+        if self.head is not None:
+            self.head.reserve(shape.T)
+        if shape not in self._calls:
+            self._bind(shape, ids)
+        logits = self._call(shape, ids)
+        for row, i in enumerate(members):
+            self._tokens[i].extend(ids[row].tolist())
+            self._open[i] = 0
+            if commit:
+                self._transaction.committed(i)
+            else:
+                self._transaction.verified(i, shape.T)
+        if self.head is not None and self._hidden is not None:
+            self.head.append(self._hidden, shape.T)
+        return logits
+
+    def _call(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> Rows:
+        members = range(shape.first, shape.first + shape.b)
+        return self._calls[shape].run(
+            ids,
+            np.array([len(self._tokens[i]) for i in members], np.int32),
+            accepted=np.array([self._transaction.accepted[i] for i in members], np.int64),
+            commit=np.full(shape.b, shape.T if shape.commit else 0, np.int64),
+        )
+
+    def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
+        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
+        started = time.perf_counter()
+        for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
+            del self._calls[old]
+        states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}
+        inputs = states | {name: table.address for name, table in self.tables.items()} | self._transaction.inputs(shape.first)
+        outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
+        outputs |= self._transaction.outputs(shape.first, commit=shape.commit)
+        if self._hidden is not None:
+            outputs["hidden"] = self._hidden.address
+        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
+        call = self._calls[shape] = BoundCall(self.session, dims, inputs, outputs, repeated=shape.repeated)
+        if call.recorded:
+            # Recording runs the graph several times over: do that now, and put the states back.
+            marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)]
+            self._call(shape, ids)
+            for i, mark in enumerate(marks):
+                self._load(mark, i)
+        self._binding_s += time.perf_counter() - started
+
+    def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
+        shape, contents = rotary_table(self.manifest, name, self.capacity, dtype)
+        buffer = kind(dtype, shape)
+        buffer.write(contents)
+        return buffer
