@@ -85,7 +85,8 @@ def discard_writes() -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    from qwen_export.compiler import build, lower
+    from qwen_export.compiler import build
+    from qwen_export.lowering import lower
     from qwen_export.plan import plan_build
 
     generate_values()
@@ -96,7 +97,7 @@ def child(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         source = open_checkpoint(checkpoint)
         plan = plan_build(source, device=arguments.device, precision=arguments.precision)
-        model = lower(source, plan)
+        model = lower(source, plan)["decoder"]
         print(f"graph of {sum(1 for _ in model.graph)} nodes, bundle {plan.bundle_bytes / 1e9:.1f} GB, run {plan.run_bytes / 1e9:.1f} GB")
     else:
         begin, size = 0.0, 0

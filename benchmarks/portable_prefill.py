@@ -23,13 +23,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwen_export import build
-from qwen_export.compiler import lower_static
-from qwen_export.graphs.call_sizes import CallSizes
+from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY
 from qwen_export.graphs.weights.writer import write_weights
+from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
 from qwen_export.plugins.decompose.delta_rule import in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
@@ -39,7 +39,7 @@ from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import LOWERINGS
 from qwen_export.runtimes import load
-from qwen_export.static_plan import PROMPT_GRAPH, StaticOptions
+from qwen_export.static_plan import PROMPT, StaticOptions
 from qwen_export.targets import ONNX
 
 
@@ -96,12 +96,11 @@ def scan_model(checkpoint: Path, tokens: int, directory: Path) -> Path:
     """The model with a Scan, for one call over the whole prompt."""
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, "onnx", max_context=tokens)
-    assert plan.static is not None
     LOWERINGS[("gated_delta_net", "scan")] = _lower_scan
     target = dataclasses.replace(plan.target, passes=plan.target.passes[:-1])  # the last one refuses control flow
-    static = dataclasses.replace(plan.static, calls={PROMPT_GRAPH: CallSizes(tokens, 0, tokens, 0, padded=False)})
-    plan = dataclasses.replace(plan, target=target, static=static, choices=plan.choices | {"gated_delta_net": Choice("scan", ())})
-    model = lower_static(source, plan)[PROMPT_GRAPH]
+    graphs = {PROMPT: GraphPlan(DECODER, CallSizes(tokens, 0, tokens, 0, padded=False))}
+    plan = dataclasses.replace(plan, target=target, graphs=graphs, choices=plan.choices | {"gated_delta_net": Choice("scan", ())})
+    model = lower(source, plan)[PROMPT]
     with CheckpointReader(source) as reader:
         write_weights([model], reader, directory / "scan.weights")
     path = directory / "scan.onnx"

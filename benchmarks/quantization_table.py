@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export import build
-from qwen_export.compiler import WEIGHTS
 from qwen_export.graphs.quantization.plan import GROUPS
-from qwen_export.manifest import load_manifest
+from qwen_export.manifest import WEIGHTS, load_manifest
 from qwen_export.runtimes import load
 
 ROOT = Path(__file__).resolve().parent.parent

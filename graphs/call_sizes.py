@@ -1,15 +1,18 @@
-"""The sizes of a graph that is compiled for calls of one shape."""
+"""The graphs of a bundle: what each is traced from, and the sizes of those that are compiled for calls of one shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+DECODER, HEAD = "decoder", "mtp"
+"""The modules that graphs are traced from."""
+
 
 @dataclass(frozen=True)
 class CallSizes:
     """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits:
-    all T or none. `padded`: a call may have fewer than T real tokens, and says so in `commit`. `hidden`: a draft head reads the hidden
-    states. `chunk`: tokens that the delta rule takes at a time."""
+    all T, none, or 1 that `logit_rows` chooses. `padded`: a call may have fewer than T real tokens, and says so in `commit`. `hidden`:
+    somebody reads the hidden states. `chunk`: tokens that the delta rule takes at a time."""
 
     T: int
     P: int
@@ -18,3 +21,11 @@ class CallSizes:
     padded: bool
     hidden: bool = False
     chunk: int = 64
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """One graph: the module it is traced from, and the sizes of its calls; None where they are free."""
+
+    module: str
+    sizes: CallSizes | None = None

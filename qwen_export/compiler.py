@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen_export import __version__
-from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
-from qwen_export.graphs.checkpoint.formats.table import storage_summary
-from qwen_export.graphs.checkpoint.names import stored_dtypes
-from qwen_export.graphs.rotary import rotary_frequencies
-from qwen_export.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    FileEntry,
-    GraphSpec,
-    Manifest,
-    Reference,
-    RotarySpec,
-    StateSpec,
-    TargetSpec,
-    TensorSpec,
-    WeightSpec,
-    hash_file,
-)
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plan import BuildPlan, plan_build
-from qwen_export.plugins.native.library import NATIVE
-from qwen_export.runtimes.compatibility import this_platform
-from qwen_export.staging import JOURNAL, signals_held, staged_directory
+from qwen_export.staging import signals_held, staged_directory
 from qwen_export.static_plan import StaticOptions
-from qwen_export.text_assets import check_text_assets, copy_text_assets, stop_ids
+from qwen_export.text_assets import check_text_assets
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
-    from qwen_export.graphs.config import TextConfig
-    from qwen_export.graphs.passes.context import PassContext
-
-DECODER, MTP = "decoder", "mtp"
-WEIGHTS = "model.weights"
-
-Report = Callable[[str, int, int], None]
-"""Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""
+    from qwen_export.emission import Report
 
 
 def build(
@@ -66,6 +35,7 @@ def build(
     jobs: int | None = None,
     max_memory: int | None = None,
     options: StaticOptions | None = None,
+    planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
     """Compile the checkpoint directory into a bundle at `output` and return its path.
@@ -76,7 +46,8 @@ def build(
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are what targets with static shapes can be told.
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told. `planned` is called with the plan before
+    the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
@@ -96,222 +67,17 @@ def build(
         options=options,
     )
     check_text_assets(source.path)
-    with signals_held():
-        importlib.import_module("qwen_export.graphs.capture")
+    if planned is not None:
+        planned(plan)
+    with signals_held():  # what is behind these takes seconds to load
+        from qwen_export.emission import write_files, write_manifest
+        from qwen_export.graphs.weights.reference import refer_to_checkpoint
+        from qwen_export.lowering import lower
     with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
         say("capturing the graph", 0, 0)
-        dump = Path(dump_ir) if dump_ir else None
-        models = {DECODER: lower(source, plan, dump)} if plan.static is None else lower_static(source, plan, dump)
-        if not plan.no_head:
-            models[MTP] = lower_mtp(source, plan, dump)
-        references = _refer(source, models, staging) if weights == "reference" else {}
-        files = _emit(source, plan, models, staging, say, jobs, max_memory)
+        models = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        references = refer_to_checkpoint(list(models.values()), source, staging) if weights == "reference" else {}
+        files = write_files(source, plan, models, staging, say, jobs, max_memory)
         files |= {name: hash_file(staging / name) for name in references}
-        _manifest(source, plan, models, files, references, staging)
+        write_manifest(source, plan, models, files, references, staging)
     return Path(output)
-
-
-def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
-    """Capture the decoder and run the target's passes. Reads no weight."""
-    from qwen_export.graphs.capture import capture_decoder
-    from qwen_export.graphs.checkpoint.names import StoredLayout
-    from qwen_export.graphs.pipeline import run_passes
-    from qwen_export.graphs.weights.layout import resolve_layout
-
-    model = capture_decoder(source.config.text, plan.activations)
-    resolve_layout(model, source.config.text, StoredLayout.of(source))
-    run_passes(model, plan.target, _context(source, plan, source.config.text), dump)
-    return model
-
-
-def lower_static(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
-    """The same for a target with static shapes: a graph per size of call."""
-    from qwen_export.graphs.capture import capture_decoder
-    from qwen_export.graphs.pipeline import run_passes
-
-    if plan.static is None:
-        raise ValueError("the target has no static shapes")
-    text, models = source.config.text, {}
-    for name, sizes in plan.static.calls.items():
-        models[name] = capture_decoder(text, plan.precision)
-        context = replace(_context(source, plan, text), sizes=sizes, opset=plan.static.opset)
-        run_passes(models[name], plan.target, context, dump / name if dump else None)
-    return models
-
-
-def lower_mtp(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> ir.Model:
-    """The same for the draft head."""
-    from qwen_export.graphs.capture import capture_mtp
-    from qwen_export.graphs.checkpoint.names import StoredLayout
-    from qwen_export.graphs.models.mtp import mtp_config
-    from qwen_export.graphs.pipeline import run_passes
-    from qwen_export.graphs.weights.layout import resolve_layout
-
-    if plan.speculation is None or plan.no_head:
-        raise ValueError("the plan has no draft head")
-    text = source.config.text
-    model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
-    resolve_layout(model, text, StoredLayout.of(source))
-    run_passes(model, plan.target, _context(source, plan, mtp_config(text)), dump / MTP if dump else None)
-    return model
-
-
-def _context(source: Checkpoint, plan: BuildPlan, config: TextConfig) -> PassContext:
-    from qwen_export.graphs.passes.context import PassContext
-
-    return PassContext(config, plan.activations, plan.choices, stored_dtypes(source), plan.speculation is not None, plan.quantization)
-
-
-def _refer(source: Checkpoint, models: dict[str, ir.Model], staging: Path) -> dict[str, Reference]:
-    from qwen_export.graphs.weights.reference import refer_to_checkpoint
-
-    return refer_to_checkpoint(list(models.values()), source, staging)
-
-
-def _emit(
-    source: Checkpoint,
-    plan: BuildPlan,
-    models: dict[str, ir.Model],
-    staging: Path,
-    say: Report,
-    jobs: int | None,
-    max_memory: int | None,
-) -> dict[str, FileEntry]:
-    """Write weights, graphs, plugins and text assets; returns the files of the bundle."""
-    import onnx_ir as ir
-
-    from qwen_export.graphs.checkpoint.reader import CheckpointReader
-    from qwen_export.graphs.weights.journal import Journal
-    from qwen_export.graphs.weights.memory import block_budget
-    from qwen_export.graphs.weights.writer import Resume, weight_bytes, write_weights
-
-    graphs = list(models.values())
-    total, done = weight_bytes(graphs), 0
-
-    def progress(name: str, count: int) -> None:
-        nonlocal done
-        done += count
-        say(name, done, total)
-
-    with CheckpointReader(source) as reader:
-        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
-        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
-    for graph, model in models.items():
-        model.producer_name, model.producer_version = "qwen-export", __version__
-        for node in model.graph:
-            model.opset_imports.setdefault(node.domain, 1)
-        ir.save(model, staging / _file(graph))
-    for library in plan.plugins:
-        shutil.copyfile(library, staging / library.name)
-    for name in (*map(_file, models), *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
-        files[name] = hash_file(staging / name)
-    return files
-
-
-def _file(graph: str) -> str:
-    return f"{graph}.onnx"
-
-
-def _manifest(
-    source: Checkpoint,
-    plan: BuildPlan,
-    models: dict[str, ir.Model],
-    files: dict[str, FileEntry],
-    references: dict[str, Reference],
-    staging: Path,
-) -> None:
-    text = source.config.text
-    inv_freq, scaling = rotary_frequencies(text)
-    # Operators of the plugins come with the bundle.
-    nodes = [node for model in models.values() for node in model.graph]
-    operators = sorted({f"{node.domain}.{node.op_type}" for node in nodes if node.domain and node.domain != NATIVE})
-    manifest = Manifest(
-        schema=SCHEMA_VERSION,
-        producer=f"qwen-export {__version__}",
-        model=text.to_json(),
-        target=TargetSpec(
-            plan.target.name,
-            plan.device,
-            plan.precision,
-            plan.target.backend,
-            plan.target.minimum_backend,
-            tuple(operators),
-            this_platform() if plan.plugins else "",
-        ),
-        max_context=plan.max_context,
-        rotary=RotarySpec(tuple(inv_freq), scaling),
-        graphs={name: _graph_spec(name, model) for name, model in models.items()},
-        files=files,
-        references=references,
-        plugins=tuple(library.name for library in plan.plugins),
-        stop_ids=stop_ids(source.path, text.eos_token_ids),
-        speculation=plan.speculation,
-        precision_plan=_quantized_forms(source)
-        | {
-            "weights": _weight_types(models.values(), plan.activations),
-            "activations": plan.activations,
-            "recurrent state": "fp32",
-            "attention cache": plan.activations,
-        }
-        | (plan.quantization.to_json() if plan.quantization else {}),
-        source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}},
-    )
-    (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-
-
-def _quantized_forms(source: Checkpoint) -> dict[str, str]:
-    """What became of each quantized form that the decoder's weights were stored in."""
-    prefix = source.config.text_prefix
-    weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
-    forms = storage_summary(weights)
-    return {f"stored as {form}": f"{count} weights, dequantized" for form, count in forms.items() if form not in ("bf16", "fp16", "fp32")}
-
-
-def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
-    weights = (value for model in models for value in model.graph.initializers.values())
-    kept = precision == "fp32" and any(value.dtype is not None and value.dtype.name == "BFLOAT16" for value in weights)
-    return "fp32; projections, embedding and head bf16, as stored" if kept else precision
-
-
-def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
-    def spec(value: ir.Value) -> TensorSpec:
-        if value.shape is None or value.dtype is None or value.name is None:
-            raise AssertionError("the verifier lets no untyped signature through")
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-        return TensorSpec(value.name, value.dtype.name.lower(), shape)
-
-    inputs = tuple(spec(v) for v in model.graph.inputs)
-    outputs = tuple(spec(v) for v in model.graph.outputs)
-    names = {t.name for t in outputs}
-    states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
-
-
-# Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
-# the input is still read by nodes that come later.
-_IN_PLACE = ("GroupQueryAttention", "ScatterND")
-
-
-def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:
-    after = f"{tensor.name}.next"
-    if not all(isinstance(d, int) for d in tensor.shape):
-        return StateSpec(tensor.name, after, tensor.dtype, tensor.shape, grows="S" in tensor.shape)
-    node = next(value for value in model.graph.outputs if value.name == after).producer()
-    return StateSpec(
-        tensor.name,
-        after,
-        tensor.dtype,
-        tensor.shape,
-        grows=tensor.name.endswith((".k_cache", ".v_cache")),
-        in_place=node is not None and node.op_type in _IN_PLACE,
-    )
-
-
-def _weight_specs(model: ir.Model) -> Iterator[WeightSpec]:
-    import onnx_ir as ir
-
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            location = str(tensor.location)
-            yield WeightSpec(value.name or "", location, tensor.dtype.name.lower(), tuple(tensor.shape.numpy()), tensor.offset or 0)

@@ -21,7 +21,7 @@ from qwen_export.targets import TARGETS
 def inspect_checkpoint(path: str | Path) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
-    bundle and of a run."""
+    bundle and of a run, and whether it would have a draft head, or why not."""
     checkpoint = open_checkpoint(path)
     text = checkpoint.config.text
     parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
@@ -100,4 +100,6 @@ def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
                         "run_bytes": plan.run_bytes,
                         "max_context": plan.max_context,
                         "lowerings": lowerings,
+                        "draft_head": not plan.no_head,
+                        "no_draft_head": plan.no_head,
                     }

@@ -26,6 +26,7 @@ MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
 _CHUNK = 8 << 20
 
+WEIGHTS = "model.weights"
 TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
     "tokenizer.json",
     "chat_template.jinja",

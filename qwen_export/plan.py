@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
 from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
@@ -18,10 +19,10 @@ from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
-from qwen_export.static_plan import StaticOptions, StaticPlan, plan_static
+from qwen_export.static_plan import StaticOptions, plan_static
 from qwen_export.targets import TARGETS, Target
 
-DEFAULT_CONTEXT = 32768
+DEFAULT_CONTEXT, DEFAULT_OPSET = 32768, 21
 MAX_DRAFT = {"cpu": 8, "cuda": 7}
 """Longest draft of a round: with one more token it is what the products read a weight once for."""
 # Ids of a byte-pair vocabulary are in the order of frequency. Reading the whole head for a draft costs a third of a step of the 0.8B.
@@ -50,6 +51,10 @@ class BuildPlan:
     quantization: PrecisionPlan | None = None
     group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """Per group of the precision plan: parameters and bytes."""
+    graphs: Mapping[str, GraphPlan] = field(default_factory=dict)
+    """The graphs of the bundle by name."""
+    opset: int = DEFAULT_OPSET
+    """The version of the ONNX standard."""
 
     @property
     def activations(self) -> str:
@@ -57,12 +62,10 @@ class BuildPlan:
         return activation_precision(self.precision)
 
     @property
-    def quantization_lines(self) -> list[str]:
-        """The precision plan for people; nothing where nothing is quantised."""
-        return as_table(self.quantization, self.group_sizes) if self.quantization else []
-
-    static: StaticPlan | None = None
-    """The graphs of a target with static shapes."""
+    def notes(self) -> list[str]:
+        """For people: the precision plan where something is quantised, and why there is no draft head."""
+        table = as_table(self.quantization, self.group_sizes) if self.quantization else []
+        return [*table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -105,49 +108,40 @@ def plan_build(
     context = min(default, limit) if max_context is None else max_context
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
-    speculation, no_head = _speculation(checkpoint, device, mtp, draft_vocab, lookup)
-    choices: dict[str, Choice] = {}
-    static: StaticPlan | None = None
+    wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
     if chosen.static:
-        options = options or StaticOptions()
-        static, choices, refused = plan_static(chosen, config, context, options)
-        reasons += refused
-        no_head = f"target {chosen.name} has no draft head"
-        speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
+        form = _static_form(chosen, config, context, options or StaticOptions())
     elif device in chosen.devices and precision in chosen.precisions:
-        kernels = kernels_for(device)
-        choices, refused = choose(kernels, activation_precision(precision), config, transaction=speculation is not None)
-        if refused and speculation is not None:
-            speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-            choices, refused = choose(kernels, activation_precision(precision), config)
-        refused += _quantization_reasons(device, precision, choices)
-        if refused and device == "cpu" and precision != "fp32":
-            refused = [*refused, "build for this device with --precision fp32"]
-        reasons += refused
+        form = _free_form(device, precision, config, wishes)
+    else:
+        form = _Form({}, {}, None, wishes.no_head)
+    reasons += form.refused
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
-    check_tensors(checkpoint, mtp=not no_head)
+    head = not form.no_head
+    check_tensors(checkpoint, mtp=head)
     stored = StoredLayout.of(checkpoint)
-    tensors = [*stored_tensors(config, stored), *(() if no_head else mtp_tensors(config, stored))]
+    tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activation_precision(precision)]
     quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), choices, quantization, tensors)
+    groups = _group_sizes(checkpoint, activation_precision(precision), form.choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
         precision,
         context,
-        choices,
+        form.choices,
         bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
-        cache_bytes_per_token=cache_bytes_per_token(config, size, head=not no_head),
-        speculation=speculation,
-        no_head=no_head,
+        cache_bytes_per_token=cache_bytes_per_token(config, size, head=head),
+        speculation=form.speculation,
+        no_head=form.no_head,
         quantization=quantization,
         group_sizes=groups,
-        static=static,
+        graphs=form.graphs,
+        opset=form.opset,
     )
 
 
@@ -156,27 +150,70 @@ def activation_precision(precision: str) -> str:
     return "fp32" if precision in QUANTIZED else precision
 
 
-def _speculation(
-    checkpoint: Checkpoint, device: str, mtp: bool, draft_vocab: int | None, lookup: bool
-) -> tuple[SpeculationSpec | None, str]:
-    """What speculation the checkpoint and the wishes allow, and why there is no draft head."""
-    config, longest = checkpoint.config.text, MAX_DRAFT.get(device, 0)
-    if not mtp:
-        why = "built with --no-mtp"
-    elif not has_mtp(checkpoint):
-        why = "the checkpoint has no draft head (mtp.*)"
-    elif config.mtp_num_hidden_layers > 1:
-        why = f"its draft head has {config.mtp_num_hidden_layers} layers, and only one is implemented"
-    else:
-        if draft_vocab is not None and draft_vocab < _SMALLEST_DRAFT_VOCAB:
+@dataclass(frozen=True)
+class _Wishes:
+    """What is wanted of speculation. `no_head`: why there can be no draft head, "" when there can."""
+
+    no_head: str
+    lookup: bool
+    draft_vocab: int | None
+
+    def speculation(self, config: TextConfig, longest: int, *, head: bool) -> SpeculationSpec | None:
+        """How calls may leave up to `longest` drafts pending; None where nobody drafts."""
+        if not head:
+            return SpeculationSpec(longest, 0) if self.lookup else None
+        if self.draft_vocab is not None and self.draft_vocab < _SMALLEST_DRAFT_VOCAB:
             raise UnsupportedError(
                 "the draft vocabulary is too small",
-                got=draft_vocab,
+                got=self.draft_vocab,
                 expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
                 fix="Raise --draft-vocab.",
             )
-        return SpeculationSpec(longest, min(draft_vocab or _DRAFT_VOCAB, config.vocab_size)), ""
-    return (SpeculationSpec(longest, 0) if lookup else None), why
+        return SpeculationSpec(longest, min(self.draft_vocab or _DRAFT_VOCAB, config.vocab_size))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The graphs that a target can make, how ops are lowered in them, and a sentence for each reason against it."""
+
+    graphs: Mapping[str, GraphPlan]
+    choices: dict[str, Choice]
+    speculation: SpeculationSpec | None
+    no_head: str
+    opset: int = DEFAULT_OPSET
+    refused: Sequence[str] = ()
+
+
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes) -> _Form:
+    """One graph for calls of any size, and one for the draft head."""
+    kernels, activations, no_head = kernels_for(device), activation_precision(precision), wishes.no_head
+    speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None)
+    if refused and speculation is not None:
+        speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
+        choices, refused = choose(kernels, activations, config)
+    refused += _quantization_reasons(device, precision, choices)
+    if refused and device == "cpu" and precision != "fp32":
+        refused = [*refused, "build for this device with --precision fp32"]
+    graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
+    return _Form(graphs, choices, speculation, no_head, refused=refused)
+
+
+def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions) -> _Form:
+    """A graph per size of call; steps of more than one token are what speculation needs."""
+    static, refused = plan_static(target, config, context, options)
+    speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
+    return _Form(static.graphs, static.choices, speculation, f"target {target.name} has no draft head", static.opset, refused)
+
+
+def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
+    """Why a build has no draft head, "" when it has one."""
+    if not mtp:
+        return "built with --no-mtp"
+    if not has_mtp(checkpoint):
+        return "the checkpoint has no draft head (mtp.*)"
+    layers = checkpoint.config.text.mtp_num_hidden_layers
+    return f"its draft head has {layers} layers, and only one is implemented" if layers > 1 else ""
 
 
 def kernels_for(device: str) -> Kernels:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qwen_export.graphs.call_sizes import CallSizes
+from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice
 from qwen_export.plugins.standard.choices import DECOMPOSABLE, choose_standard
@@ -16,8 +16,8 @@ from qwen_export.targets import Target
 DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""
 
-STEP_GRAPH, PROMPT_GRAPH = "decoder", "prefill"
-_SLOT_MULTIPLE = 64
+STEP, PROMPT = "decoder", "prefill"
+_SLOT_MULTIPLE, _LONGEST_CALL = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,15 @@ class StaticOptions:
 
 @dataclass(frozen=True)
 class StaticPlan:
-    """The graphs by name, and the version of the standard they are written in."""
+    """The graphs by name, the version of the standard they are written in, and the lowering of each op."""
 
-    calls: Mapping[str, CallSizes]
+    graphs: Mapping[str, GraphPlan]
     opset: int
-    decompose: tuple[str, ...]
+    choices: dict[str, Choice]
 
 
-def plan_static(
-    target: Target, config: TextConfig, context: int, options: StaticOptions
-) -> tuple[StaticPlan, dict[str, Choice], list[str]]:
-    """The plan, the lowering of each op, and a sentence for each reason against it."""
+def plan_static(target: Target, config: TextConfig, context: int, options: StaticOptions) -> tuple[StaticPlan, list[str]]:
+    """The plan, and a sentence for each reason against it."""
     opset = target.opsets[0] if options.opset is None else options.opset
     choices, reasons = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:
@@ -51,16 +49,16 @@ def plan_static(
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
         reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
-    limit = min(1024, context)
+    limit = min(_LONGEST_CALL, context)
     T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, options.step_tokens
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):
         if not least <= value <= limit:
             reasons.append(f"a {name} of {value} tokens is outside {least}..{limit}")
     # A padded call writes its padding behind the last token.
     slots = -(-(context + max(T, W)) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
-    # The prompt graph has no head: a prompt's last token is read by a step.
-    calls = {
-        STEP_GRAPH: CallSizes(W, W if W > 1 else 0, slots, W, padded=W > 1, hidden=W > 1),
-        PROMPT_GRAPH: CallSizes(T, 0, slots, 0, padded=True, hidden=W > 1, chunk=target.delta_chunk),
+    graphs = {
+        STEP: GraphPlan(DECODER, CallSizes(W, W if W > 1 else 0, slots, W, padded=W > 1, hidden=W > 1)),
+        # It has no LM head: a prompt's last token is read by a step.
+        PROMPT: GraphPlan(DECODER, CallSizes(T, 0, slots, 0, padded=True, hidden=W > 1, chunk=target.delta_chunk)),
     }
-    return StaticPlan(calls, opset, options.decompose), choices, reasons
+    return StaticPlan(graphs, opset, choices), reasons

@@ -49,7 +49,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def capture_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds get a graph that has nothing but the weights; capturing the real one takes two seconds."""
-    monkeypatch.setattr("qwen_export.compiler.lower", weights_only)
+    monkeypatch.setattr("qwen_export.lowering.lower", weights_only)
 
 
 # Failures on the way
@@ -122,7 +122,7 @@ def test_a_disk_that_really_is_full(tiny_checkpoint: Path, small_disk: Path) -> 
 
 
 def test_an_existing_output_is_refused_without_force(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.compiler.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.lowering.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "empty").mkdir()
     (out / "file").write_text("mine")
     (out / "dangling").symlink_to("nowhere")
@@ -141,7 +141,7 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path, out: 
 
 
 def test_force_never_deletes_what_is_not_a_bundle(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.compiler.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.lowering.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "thesis").mkdir()
     (out / "thesis" / "chapter.tex").write_text("years of work")
     (out / "file").write_text("mine")

@@ -74,7 +74,7 @@ def refused(directory: Path, kind: type[QwenExportError], *mentions: str, monkey
     def reached(*arguments: object) -> None:
         raise AssertionError("the build began its work")
 
-    monkeypatch.setattr("qwen_export.compiler.lower", reached)
+    monkeypatch.setattr("qwen_export.lowering.lower", reached)
     monkeypatch.setattr(CheckpointReader, "_fill", reached)
     out = tmp_path / "out"
     out.mkdir()

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from qwen_export import build
-from qwen_export.compiler import lower
 from qwen_export.errors import BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.config import FULL, LINEAR
 from qwen_export.graphs.family import tiny_config
 from qwen_export.inspection import inspect_checkpoint
+from qwen_export.lowering import lower
 from qwen_export.manifest import MANIFEST, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native import fetch_headers, library
@@ -53,7 +53,7 @@ def without_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def operators(checkpoint: Path, precision: str = "fp32") -> Counter[str]:
     source = open_checkpoint(checkpoint)
-    model = lower(source, plan_build(source, precision=precision))
+    model = lower(source, plan_build(source, precision=precision))["decoder"]
     return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph)
 
 
@@ -111,7 +111,7 @@ def test_without_the_plugin_nothing_is_native(tiny_checkpoint: Path, without_plu
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_stay_bf16_where_the_checkpoint_has_them_so(plugin: Path, tied: bool, tmp_path: Path) -> None:
     checkpoint = synthesize(tiny_config(tied=tied, layers=2, layer_types=[LINEAR, FULL]), tmp_path / "checkpoint")
-    model = lower(source := open_checkpoint(checkpoint), plan_build(source))
+    model = lower(source := open_checkpoint(checkpoint), plan_build(source))["decoder"]
     types: dict[str, set[str]] = {}
     for name, value in model.graph.initializers.items():
         assert value.dtype is not None and value.shape is not None
@@ -126,7 +126,7 @@ def test_matrices_stay_bf16_where_the_checkpoint_has_them_so(plugin: Path, tied:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_other_checkpoints_stay_fp32(plugin: Path, dtype: str, make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = make_checkpoint(SMALL, dtype=dtype)
-    model = lower(source := open_checkpoint(checkpoint), plan_build(source))
+    model = lower(source := open_checkpoint(checkpoint), plan_build(source))["decoder"]
     assert "BFLOAT16" not in {value.dtype.name for value in model.graph.initializers.values() if value.dtype}
 
 

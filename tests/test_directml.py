@@ -12,11 +12,11 @@ import onnxruntime as ort
 import pytest
 
 from qwen_export import build
-from qwen_export.compiler import lower_static
 from qwen_export.errors import BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.passes.context import PassContext, new_node
+from qwen_export.lowering import lower
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.directml.check_operators import check_operators, refusal
@@ -202,7 +202,7 @@ def test_several_tokens_through_the_attention_kernel_are_refused() -> None:
 def test_a_refused_graph_names_node_and_reason(checkpoint: Path) -> None:
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, "directml", "dml", "fp16", max_context=64, options=StaticOptions(CHUNK))
-    model = lower_static(source, plan)["prefill"]
+    model = lower(source, plan)["prefill"]
     context = PassContext(source.config.text, "fp16", plan.choices, opset=22)
     with pytest.raises(
         UnsupportedError, match=r"Softplus layers\.0\.linear_attn\.\S+: opset 22 means version 22 of it, and DirectML has 1"

@@ -19,7 +19,6 @@ import torch
 import transformers
 
 from qwen_export import build
-from qwen_export.compiler import lower, lower_mtp
 from qwen_export.errors import CaptureError, CheckpointError, ConfigError
 from qwen_export.graphs.capture import capture_decoder
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
@@ -34,6 +33,7 @@ from qwen_export.graphs.passes.verify import verify_graph
 from qwen_export.graphs.quantization.plan import load_plan
 from qwen_export.graphs.weights.expression import StoredWeight, weight_of
 from qwen_export.graphs.weights.layout import parameter_weight, resolve_layout
+from qwen_export.lowering import lower
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native.library import LIBRARIES, find_library
@@ -317,7 +317,7 @@ def test_the_draft_head_is_read_in_both_layouts(make_checkpoint: Make, fused: bo
     check_tensors(checkpoint)
     head = load_mtp(checkpoint, load_decoder(checkpoint), 512)
     assert head.mtp.layers[0].mlp.experts.gate_up_proj.shape == (8, 64, 64)
-    graph = lower_mtp(checkpoint, plan_build(checkpoint)).graph
+    graph = lower(checkpoint, plan_build(checkpoint))["mtp"].graph
     assert sum(node.op_type in ("Moe", "MoE") for node in graph) == 1
     (experts,) = (weight for name, value in graph.initializers.items() if "experts.down_proj" in name and (weight := weight_of(value)))
     assert len(list(experts.stored())) == (1 if fused else 8)
@@ -371,7 +371,7 @@ def test_a_cuda_graph(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest
     library.write_bytes(b"kernels")
     monkeypatch.setenv(LIBRARIES["cuda"].variable, str(library))
     checkpoint = open_checkpoint(make_checkpoint(tiny(num_experts=16)))
-    graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16")).graph
+    graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16"))["decoder"].graph
     counts = Counter(node.op_type for node in graph)
     assert counts["MoE"] == 4 and counts["SwiGlu"] == 4
     products = [node.inputs[1].name for node in graph if node.op_type == "FusedMatMul"]

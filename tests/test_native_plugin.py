@@ -16,11 +16,11 @@ import pytest
 from onnx import helper
 
 from qwen_export import build
-from qwen_export.compiler import lower
 from qwen_export.errors import BundleError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.lowering import lower
 from qwen_export.manifest import SpeculationSpec, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native import library
@@ -52,7 +52,7 @@ def wide_heads(tmp_path: Path) -> Path:
 def lowered(checkpoint: Path, precision: str) -> Counter[str]:
     """Operators of the CUDA graph and how often each occurs."""
     source = open_checkpoint(checkpoint)
-    model = lower(source, plan_build(source, "onnxruntime", "cuda", precision))
+    model = lower(source, plan_build(source, "onnxruntime", "cuda", precision))["decoder"]
     return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph)
 
 
@@ -72,7 +72,7 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
     source = open_checkpoint(wide_heads)
     plan = plan_build(source, "onnxruntime", "cuda", "bf16")
     passes = tuple(name for name in plan.target.passes if "fold_transaction" not in name)
-    model = lower(source, replace(plan, target=replace(plan.target, passes=passes)))
+    model = lower(source, replace(plan, target=replace(plan.target, passes=passes)))["decoder"]
     inputs, outputs = ({value.name: value for value in values} for values in (model.graph.inputs, model.graph.outputs))
     nodes = [node for node in model.graph if node.op_type == "DeltaNet"]
     assert len(nodes) == 3

@@ -15,11 +15,11 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from qwen_export import build
-from qwen_export.compiler import lower_static
 from qwen_export.errors import ContextOverflow, QwenExportError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.lowering import lower
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.runtimes import load
@@ -213,7 +213,7 @@ def test_both_graphs_read_the_same_weights_from_one_file(bundle: Path) -> None:
 def test_the_opset_can_be_chosen(checkpoint: Path, opset: int, norm: str) -> None:
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, "onnx", max_context=64, options=StaticOptions(CHUNK, opset=opset))
-    for model in lower_static(source, plan).values():
+    for model in lower(source, plan).values():
         assert model.opset_imports[""] == opset
         assert norm in {node.op_type for node in model.graph}
 
@@ -221,7 +221,7 @@ def test_the_opset_can_be_chosen(checkpoint: Path, opset: int, norm: str) -> Non
 def test_a_norm_can_be_kept_decomposed(checkpoint: Path) -> None:
     source = open_checkpoint(checkpoint)
     plan = plan_build(source, "onnx", max_context=64, options=StaticOptions(CHUNK, opset=23, decompose=("rmsnorm",)))
-    assert all("RMSNormalization" not in {node.op_type for node in model.graph} for model in lower_static(source, plan).values())
+    assert all("RMSNormalization" not in {node.op_type for node in model.graph} for model in lower(source, plan).values())
 
 
 @pytest.mark.parametrize(

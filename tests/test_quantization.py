@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export import build
-from qwen_export.compiler import WEIGHTS, lower
 from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
@@ -27,7 +26,8 @@ from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pac
 from qwen_export.graphs.quantization.plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
 from qwen_export.graphs.quantization.weights import Quantized
 from qwen_export.graphs.weights.expression import HeadRows, Stacked, StoredWeight
-from qwen_export.manifest import load_manifest
+from qwen_export.lowering import lower
+from qwen_export.manifest import WEIGHTS, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native.library import LIBRARIES, find_library
 from qwen_export.verify import verify
@@ -231,7 +231,7 @@ def test_a_plan_that_is_not_there() -> None:
 
 def lowered(checkpoint: Path, file: Path | None = None) -> Counter[str]:
     source = open_checkpoint(checkpoint)
-    model = lower(source, plan_build(source, precision="int4", plan_file=file))
+    model = lower(source, plan_build(source, precision="int4", plan_file=file))["decoder"]
     return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from qwen_export.graphs.models.state import PENDING
 from qwen_export.graphs.passes.context import PassContext
-from qwen_export.graphs.passes.fold_transaction import fold_transaction
 from qwen_export.graphs.passes.remove_dead import remove_dead
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.ops.schema import DOMAIN
 
-_COUNTS = ("length", "accepted", "commit")
+_COUNTS = ("length", "accepted", "commit", "logit_rows")
+_HIDDEN = ("hidden", "hidden_out")
 # Operators whose results torch.onnx leaves without a type, though they have that of the first input.
 _SAME_TYPE = ("Sigmoid",)
 
@@ -19,8 +21,8 @@ _SAME_TYPE = ("Sigmoid",)
 def fix_sizes(model: ir.Model, context: PassContext) -> int:
     """Given  a captured graph with dims B T S N P
     Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
-           are gone; where calls are never padded, `commit` too. The logits are those of all tokens, in order, or there are none: in
-           both cases `logit_rows` is gone. Hidden states are an output where they are wanted."""
+           are gone; where calls are never padded, `commit` too. Where the logits are those of all tokens, in order, or there are none,
+           `logit_rows` is gone. Hidden states are an output where they are wanted."""
     sizes, graph = context.static, model.graph
     known = {"B": 1, "T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
@@ -28,16 +30,16 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
             value.shape = ir.Shape([known.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
         if value.name in _COUNTS:
             value.type = ir.TensorType(ir.DataType.INT32)
-    if not sizes.P and not sizes.padded:
-        fold_transaction(model, context)
-    elif not sizes.P:
-        _nothing_pending(graph)
-    _logits_of_all_tokens(graph)
-    unwanted = [name for name, wanted in (("logits", sizes.N > 0), ("hidden", sizes.hidden)) if not wanted]
+    if not sizes.P:
+        _forget(graph, (*PENDING, "accepted") if sizes.padded else (*PENDING, "accepted", "commit"))
+    unwanted = {*(("logits",) if not sizes.N else ()), *(_HIDDEN if not sizes.hidden else ())}
     for value in [value for value in graph.outputs if value.name in unwanted]:
         graph.outputs.remove(value)
+    if sizes.N == sizes.T:
+        _logits_of_all_tokens(graph)
     remove_dead(model, context)
-    graph.inputs.remove(next(value for value in graph.inputs if value.name == "logit_rows"))
+    for value in [value for value in graph.inputs if value.name == "logit_rows" and not value.uses()]:
+        graph.inputs.remove(value)
     for node in graph:
         for value in node.outputs:
             if value.dtype is None and node.op_type in _SAME_TYPE and node.inputs[0] is not None and node.inputs[0].dtype is not None:
@@ -45,8 +47,8 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
     return len(known)
 
 
-def _nothing_pending(graph: ir.Graph) -> None:
-    gone = (*PENDING, "accepted")
+def _forget(graph: ir.Graph, gone: Sequence[str]) -> None:
+    """Inputs of the transaction that calls never use."""
     for node in graph:
         if node.domain == DOMAIN and node.op_type == gated_delta_net.name:
             for name in gone:

@@ -10,10 +10,8 @@ from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingCo
 
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.quantization.plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
+from qwen_export.plan import BuildPlan
 from qwen_export.plugins.standard.choices import DECOMPOSABLE
 from qwen_export.static_plan import StaticOptions
 from qwen_export.targets import PRECISIONS, TARGETS
@@ -92,11 +90,12 @@ def command(
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    if precision in QUANTIZED:
-        plan = plan_build(open_checkpoint(checkpoint), target, device, precision, max_context, mtp=mtp, plan_file=plan_file)
-        click.echo("\n".join(plan.quantization_lines), err=True)
     with progress_bar(*columns) as bar:
         task = bar.add_task("", total=None)
+
+        def planned(plan: BuildPlan) -> None:
+            for line in plan.notes:
+                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def report(name: str, done: int, total: int) -> None:
             bar.update(task, description=f"{name:.52}", completed=done, total=total or None)
@@ -118,6 +117,7 @@ def command(
             max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             options=options,
+            planned=planned,
             report=report,
         )
     total = sum(entry.size for entry in load_manifest(output).files.values())

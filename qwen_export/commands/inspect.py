@@ -43,4 +43,17 @@ def _text(report: dict[str, Any]) -> str:
             lines.append(f"  yes  {name:24} {memory}")
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_no_draft_head(report["targets"])])
+
+
+def _no_draft_head(targets: list[dict[str, Any]]) -> list[str]:
+    """A line for each reason why supported builds have no draft head."""
+    without: dict[str, list[str]] = {}
+    supported = [entry for entry in targets if entry["supported"]]
+    for entry in supported:
+        if entry["no_draft_head"]:
+            without.setdefault(entry["no_draft_head"], []).append(f"{entry['target']} {entry['device']} {entry['precision']}")
+    return [
+        f"no draft head: {why}" if len(builds) == len(supported) else f"no draft head on {', '.join(builds)}: {why}"
+        for why, builds in without.items()
+    ]
