@@ -1,7 +1,7 @@
 """Device memory whose copies take their turn on a stream, so that nobody waits for them before the end of a call.
 
-Small buffers (controls, candidates) are written and read through a mirror in locked host memory. A write is queued in front of the call
-that reads it; a call queues the copies of its results behind itself, and when the call is waited for they are on the host already.
+Small buffers (controls) are written through a mirror in locked host memory, and all are read through one. A write is queued in front
+of the call that reads it; a call queues the copies of its results behind itself, and when the call is waited for they are on the host.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ import ctypes
 import sys
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_export.runtimes import cuda_memory
-from qwen_export.runtimes.buffers import Buffer, Bytes, decode
+from qwen_export.runtimes.buffers import Buffer, Bytes
 from qwen_export.runtimes.cuda_stream import Stream
 
 _SMALL = 64 << 10
@@ -70,19 +69,14 @@ class StreamBuffer(Buffer):
         self._fetched = False
         cuda_memory.copy_later(self.address + offset, other.address + start, nbytes, self._stream.handle)
 
-    def array(self) -> npt.NDArray[np.float32]:
+    def contents(self) -> Bytes:
         if not self._fetched and self.nbytes:
             self.fetch_later()
             self._stream.synchronize()
             self.fetched()
-        return decode(self._mirrored().array, self.dtype, self.shape)
+        return self._mirrored().array
 
     # ---- for calls that have the buffer among their results ----
-
-    @property
-    def small(self) -> bool:
-        """Whether a call should copy the buffer to the host without being asked."""
-        return self.nbytes <= _SMALL
 
     def fetch_later(self) -> None:
         """Queue the copy to the host."""

@@ -8,8 +8,12 @@ from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec
 from qwen_export.runtimes.buffers import Buffer
 from qwen_export.runtimes.cuda_driver import use_device
+from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS
 from qwen_export.runtimes.stream_buffer import StreamBuffer
 from qwen_export.runtimes.tensorrt_engines import Context, Engine
+
+# What a token is chosen from: a call copies it to the host without being asked. All logits stay where they are until somebody asks.
+_FETCHED = (TOP_LOGITS, TOP_IDS)
 
 
 class TensorRTSession:
@@ -43,8 +47,6 @@ class TensorRTCall:
         self._session = session
         self._stream = session.engine.engines.stream
         self._buffers: dict[str, Buffer] = {}
-        after = {state.after for state in session.spec.states}
-        self._result_names = [tensor.name for tensor in session.spec.outputs if tensor.name not in after]
         self._outputs: list[StreamBuffer] = []
         self._fetched: list[StreamBuffer] = []
         self._context: Context | None = None
@@ -58,7 +60,7 @@ class TensorRTCall:
         assert isinstance(buffer, StreamBuffer)
         self._buffers[name] = buffer
         self._outputs.append(buffer)
-        if name in self._result_names and buffer.small:
+        if name in _FETCHED:
             self._fetched.append(buffer)
 
     @property
@@ -67,7 +69,7 @@ class TensorRTCall:
         return self._context is not None and self._context.recording is not None
 
     def run(self) -> None:
-        """Run and wait. Small results are on the host then."""
+        """Run and wait. The largest logits are on the host then."""
         started = time.perf_counter()
         use_device(self._stream.device_id)
         first = self._context is None
