@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_export.engine_options import EngineOptions
+from qwen_export.engines import ready_library
+from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plan import BuildPlan, plan_build
@@ -35,6 +38,7 @@ def build(
     jobs: int | None = None,
     max_memory: int | None = None,
     options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -46,7 +50,8 @@ def build(
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are what targets with static shapes can be told. `planned` is called with the plan before
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told, `engine` how those with
+    engines compile them. `planned` is called with the plan before
     the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
@@ -65,8 +70,13 @@ def build(
         lookup=lookup,
         plan_file=Path(plan_file) if plan_file else None,
         options=options,
+        engine=engine,
     )
     check_text_assets(source.path)
+    if plan.engine is not None:
+        if weights == "reference":
+            raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
+        ready_library(plan.target.backend, plan.engine)
     if planned is not None:
         planned(plan)
     with signals_held():  # what is behind these takes seconds to load

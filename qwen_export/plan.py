@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
-from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.plan import FP8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.plugins.tensorrt.choices import UNQUANTIZED, refusals
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.static_plan import StaticOptions, plan_static
@@ -55,11 +57,13 @@ class BuildPlan:
     """The graphs of the bundle by name."""
     opset: int = DEFAULT_OPSET
     """The version of the ONNX standard."""
+    engine: EngineOptions | None = None
+    """How the graphs are compiled, None where the target's runtime does that."""
 
     @property
     def activations(self) -> str:
         """The precision of activations and caches, and of weights that are not quantised."""
-        return activation_precision(self.precision)
+        return activation_precision(self.precision, self.device)
 
     @property
     def notes(self) -> list[str]:
@@ -92,8 +96,10 @@ def plan_build(
     lookup: bool = False,
     plan_file: Path | None = None,
     options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup` and `options` as in `build`.
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as in
+    `build`.
     `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
@@ -109,8 +115,16 @@ def plan_build(
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
+    activations, quantization = activation_precision(precision, device), None
+    if precision in QUANTIZED and precision in chosen.precisions:
+        stored = UNQUANTIZED if chosen.engines else ()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=stored)
+    if chosen.engines:
+        reasons += refusals(config, quantization, engine.sms if engine is not None else ())
+    elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
+        reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, options or StaticOptions())
+        form = _static_form(chosen, config, context, options or StaticOptions(), activations)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes)
     else:
@@ -124,9 +138,8 @@ def plan_build(
     check_tensors(checkpoint, mtp=head)
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
-    size = BYTES[activation_precision(precision)]
-    quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings) if precision in QUANTIZED else None
-    groups = _group_sizes(checkpoint, activation_precision(precision), form.choices, quantization, tensors)
+    size = BYTES[activations]
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
     return BuildPlan(
         chosen,
         device,
@@ -142,12 +155,15 @@ def plan_build(
         group_sizes=groups,
         graphs=form.graphs,
         opset=form.opset,
+        engine=(engine or EngineOptions()) if chosen.engines else None,
     )
 
 
-def activation_precision(precision: str) -> str:
+def activation_precision(precision: str, device: str) -> str:
     """The precision of what is not quantised."""
-    return "fp32" if precision in QUANTIZED else precision
+    if precision not in QUANTIZED:
+        return precision
+    return "fp32" if device == "cpu" else "fp16"
 
 
 @dataclass(frozen=True)
@@ -186,7 +202,7 @@ class _Form:
 
 def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes) -> _Form:
     """One graph for calls of any size, and one for the draft head."""
-    kernels, activations, no_head = kernels_for(device), activation_precision(precision), wishes.no_head
+    kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
     speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
     choices, refused = choose(kernels, activations, config, transaction=speculation is not None)
     if refused and speculation is not None:
@@ -199,9 +215,9 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes)
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions) -> _Form:
+def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str) -> _Form:
     """A graph per size of call; steps of more than one token are what speculation needs."""
-    static, refused = plan_static(target, config, context, options)
+    static, refused = plan_static(target, config, context, options, activations)
     speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
     return _Form(static.graphs, static.choices, speculation, f"target {target.name} has no draft head", static.opset, refused)
 
@@ -255,7 +271,9 @@ def _group_sizes(
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
-        if format is not None:
+        if format is None and quantization is not None and quantization.of(name).format == FP8:
+            nbytes = prod(shape)
+        elif format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width
         else:

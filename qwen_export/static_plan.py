@@ -11,13 +11,14 @@ from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.plugins.onnxruntime.choices import Choice
 from qwen_export.plugins.standard.choices import DECOMPOSABLE, choose_standard
+from qwen_export.plugins.tensorrt.choices import choose_tensorrt
 from qwen_export.targets import Target
 
 DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""
 
 STEP, PROMPT = "decoder", "prefill"
-_SLOT_MULTIPLE, _LONGEST_CALL = 64, 1024
+_SLOT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,31 @@ class StaticPlan:
     choices: dict[str, Choice]
 
 
-def plan_static(target: Target, config: TextConfig, context: int, options: StaticOptions) -> tuple[StaticPlan, list[str]]:
-    """The plan, and a sentence for each reason against it."""
+def plan_static(
+    target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str = "fp32"
+) -> tuple[StaticPlan, list[str]]:
+    """The plan, and a sentence for each reason against it. `activations`: their precision."""
     opset = target.opsets[0] if options.opset is None else options.opset
-    choices, reasons = choose_standard(target.name, config, opset, options.decompose)
+    reasons: list[str] = []
+    if target.engines:
+        choices = choose_tensorrt(activations, config)
+    else:
+        choices, reasons = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:
         reasons.append(f"target {target.name} has no opset {opset}, only {', '.join(map(str, sorted(target.opsets)))}")
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
         reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
-    limit = min(_LONGEST_CALL, context)
+    limit = min(target.longest_call, context)
     T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, options.step_tokens
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):
         if not least <= value <= limit:
             reasons.append(f"a {name} of {value} tokens is outside {least}..{limit}")
+    if target.engines and T > target.delta_chunk and T % target.delta_chunk:
+        if options.chunk is None:
+            T -= T % target.delta_chunk
+        else:
+            reasons.append(f"a chunk of {T} tokens is not a multiple of {target.delta_chunk}, what the delta rule takes at a time")
     # A padded call writes its padding behind the last token.
     slots = -(-(context + max(T, W)) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     graphs = {

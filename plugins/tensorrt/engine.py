@@ -12,34 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen_export.engine_options import HARDWARE_COMPATIBILITY, STRIPPED, EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.runtimes.tensorrt_library import FOREIGN_SM, TIMING_CACHE, Library
 
-HARDWARE_COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-sm": "SAME_COMPUTE_CAPABILITY"}
-
-
 @dataclass(frozen=True)
-class EngineOptions:
-    """How to compile. `sms`: compute capabilities like "89"; none means the GPU that is there. `workspace` in bytes. `strip`: weights are
-    left out of the engine and come by refitting. `tf32`: fp32 products may round their operands to 10 bits."""
-
-    sms: tuple[str, ...] = ()
-    hardware_compatibility: str = "none"
-    version_compatible: bool = False
-    opt_level: int | None = None
-    workspace: int | None = None
-    timing_cache: Path | None = None
-    weight_streaming: bool = False
-    strip: bool = False
-    tf32: bool = False
-    detailed: bool = False
-
-
-@dataclass(frozen=True)
-class LayerSummary:
-    """What the parser made of a graph, before fusion: layers by kind."""
+class Built:
+    """What the parser made of a graph, before fusion: layers by kind, and the names of inputs and outputs."""
 
     layers: dict[str, int]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,9 +40,9 @@ def build_engine(
     options: EngineOptions,
     weights: Mapping[str, BorrowedWeight] | None = None,
     where: str = "",
-) -> LayerSummary:
-    """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name. Raises BuildError with
-    what TensorRT said."""
+) -> Built:
+    """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name; `where` is what errors and
+    the layer dump call the graph. Raises BuildError with what TensorRT said."""
     api = library.api
     library.said()
     builder = api.Builder(library.log)
@@ -70,6 +53,8 @@ def build_engine(
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
         raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said())
     summary = _summary(network)
+    if options.layer_dump is not None:
+        _dump_layers(network, options.layer_dump / f"{where}.layers.txt")
     config = _config(library, builder, options)
     cache = _timing_cache(library, config, options)
     writer = _file_writer(api, output)
@@ -97,9 +82,10 @@ def _config(library: Library, builder: Any, options: EngineOptions) -> Any:
     for flag, wanted in (
         ("TF32", options.tf32),
         ("VERSION_COMPATIBLE", options.version_compatible),
-        ("STRIP_PLAN", options.strip),
-        ("REFIT_IDENTICAL", False),
-        ("REFIT", options.strip),
+        # RTX has no lean runtime to put into the engine, and a bundle's host has the library.
+        ("EXCLUDE_LEAN_RUNTIME", options.version_compatible),
+        ("STRIP_PLAN", options.weights == STRIPPED),
+        ("REFIT", options.weights == STRIPPED),
         ("WEIGHT_STREAMING", options.weight_streaming),
     ):
         (config.set_flag if wanted else config.clear_flag)(getattr(flags, flag))
@@ -109,7 +95,7 @@ def _config(library: Library, builder: Any, options: EngineOptions) -> Any:
         config.builder_optimization_level = options.opt_level
     level = HARDWARE_COMPATIBILITY[options.hardware_compatibility]
     config.hardware_compatibility_level = getattr(api.HardwareCompatibilityLevel, level)
-    if options.detailed:
+    if options.layer_dump is not None:
         config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
     _set_sms(library, config, options.sms)
     return config
@@ -123,17 +109,32 @@ def _set_sms(library: Library, config: Any, sms: tuple[str, ...]) -> None:
         config.num_compute_capabilities = 1
         config.set_compute_capability(known["CURRENT"], 0)
         return
-    unknown = [sm for sm in sms if f"SM{sm}" not in known]
-    if unknown:
-        have = sorted((name.removeprefix("SM") for name in known if name.startswith("SM")), key=int)
-        raise UnsupportedError(
-            f"{library.flavour.name} {library.version} cannot build for this compute capability",
-            got=", ".join(unknown),
-            expected=", ".join(have),
-        )
     config.num_compute_capabilities = len(sms)
     for i, sm in enumerate(sms):
         config.set_compute_capability(known[f"SM{sm}"], i)
+
+
+def check_options(library: Library, options: EngineOptions, *, gpu: bool) -> None:
+    """Refuse before anything is built what this library cannot do here. `gpu`: there is one."""
+    name = f"{library.flavour.name} {library.version}"
+    if not library.has(FOREIGN_SM) and (options.sms or not gpu):
+        raise UnsupportedError(f"{name} builds on the GPU that runs the engine", got="--sm" if gpu else "no GPU", fix="Build on that machine.")
+    if not options.sms and not gpu:
+        raise UnsupportedError("there is no GPU here to build engines for", fix="Say for which with --sm, for example --sm 89,120.")
+    if library.has(FOREIGN_SM):
+        known = sorted((n.removeprefix("SM") for n in library.api.ComputeCapability.__members__ if n.startswith("SM")), key=int)
+        unknown = [sm for sm in options.sms if sm not in known]
+        if unknown:
+            raise UnsupportedError(f"{name} cannot build for this SM", got=", ".join(unknown), expected=", ".join(known))
+    if options.weights == STRIPPED and not gpu:
+        # Its compiler makes the kernels that rearrange refitted weights, and asks the driver for that.
+        raise UnsupportedError(
+            f"{name} builds engines without their weights only where there is a GPU",
+            got="--engine-weights stripped",
+            fix="Use --engine-weights bound, whose engines have no weights either.",
+        )
+    if options.timing_cache is not None and not library.has(TIMING_CACHE):
+        raise UnsupportedError(f"{name} has no timing cache: {library.flavour.lacks[TIMING_CACHE]}", fix="Leave out --timing-cache.")
 
 
 def _timing_cache(library: Library, config: Any, options: EngineOptions) -> Any:
@@ -145,9 +146,23 @@ def _timing_cache(library: Library, config: Any, options: EngineOptions) -> Any:
     return cache
 
 
-def _summary(network: Any) -> LayerSummary:
+def _summary(network: Any) -> Built:
     kinds = [network.get_layer(i).type.name for i in range(network.num_layers)]
-    return LayerSummary({kind: kinds.count(kind) for kind in sorted(set(kinds))})
+    inputs = tuple(network.get_input(i).name for i in range(network.num_inputs))
+    outputs = tuple(network.get_output(i).name for i in range(network.num_outputs))
+    return Built({kind: kinds.count(kind) for kind in sorted(set(kinds))}, inputs, outputs)
+
+
+def _dump_layers(network: Any, path: Path) -> None:
+    """A line per layer as it was before fusion: kind, name, types and shapes of its outputs."""
+    lines = []
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
+        described = ", ".join(f"{tensor.dtype.name.lower()}{list(tensor.shape)}" for tensor in outputs if tensor is not None)
+        lines.append(f"{layer.type.name:20} {layer.name} -> {described}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _file_writer(api: Any, path: Path) -> Any:
