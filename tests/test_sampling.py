@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.chat import ChatTemplate
+from qwen_export.runtimes.logits import Row, Rows, Top
 from qwen_export.runtimes.sampling import Distribution, Sampler, SamplingParams, nucleus, top_ids
 from qwen_export.runtimes.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
 from qwen_export.runtimes.token_history import TokenHistory
@@ -235,3 +236,47 @@ def test_cost_per_token(options: dict[str, Any]) -> None:
     microseconds = np.median(times) * 1e6
     print(f"\n{options}: {microseconds:.0f} us")
     assert microseconds < (2_000 if options.get("greedy") or options.get("top_k") else 40_000)
+
+
+def row_with_top(logits: np.ndarray, count: int) -> Row:
+    """The row as a graph hands it over that picks the `count` largest logits."""
+    order = np.lexsort((np.arange(len(logits)), -logits))[:count]
+    return Rows(lambda: logits[None], lambda: Top(logits[order][None], order.astype(np.int32)[None]))[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    data=st.data(),
+    size=st.integers(1, 200),
+    count=st.integers(1, 64),
+    levels=st.sampled_from([2, 5, 40, 10_000]),
+    greedy=st.booleans(),
+    top_k=st.sampled_from([0, 1, 3, 20]),
+    penalty=st.sampled_from(
+        [{}, {"presence_penalty": 1.5}, {"repetition_penalty": 1.3, "frequency_penalty": 0.5}, {"repetition_penalty": 0.8}]
+    ),
+    padding=st.integers(0, 20),
+)
+def test_the_largest_logits_are_as_good_as_all(
+    data: st.DataObject, size: int, count: int, levels: int, greedy: bool, top_k: int, penalty: dict[str, float], padding: int
+) -> None:
+    """Few levels mean many ties; `padding` rows of the head are no tokens."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = ((rng.integers(0, levels, size) - levels // 2) / 4).astype(np.float32)
+    history = TokenHistory(rng.integers(0, size, 20).tolist())
+    for token in rng.integers(0, size, 30).tolist():
+        history.push(token)
+    sampler = Sampler(SamplingParams(greedy=greedy, top_k=top_k, temperature=0.7, top_p=0.9, seed=0, **penalty), max(1, size - padding))
+    ids, probs = sampler.distribution(logits, history)
+    few, shares = sampler.distribution(row_with_top(logits, min(count, size)), history)
+    assert ids.tolist() == few.tolist()
+    assert probs.tolist() == shares.tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_largest_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
+    logits = np.zeros(50, np.float32)
+    logits[7] = bad
+    row = Rows(lambda: logits[None], lambda: Top(logits[None, 7:27], np.arange(7, 27, dtype=np.int32)[None]))[0]
+    with pytest.raises(QwenExportError, match="no usable logits"):
+        Sampler(SamplingParams(top_k=3, seed=0)).sample(row)
