@@ -27,7 +27,7 @@ class TensorRTSession:
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
         self.binding_s = 0.0
-        """Seconds of these spent on preparing calls, once for each: contexts, kernels compiled on this machine, recording."""
+        """Seconds of these in which calls were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
@@ -63,6 +63,16 @@ class TensorRTCall:
         if name in _FETCHED:
             self._fetched.append(buffer)
 
+    def prepare(self) -> None:
+        """Do now what the first runs would do besides running: compile, and record. The call runs once, so the controls must say that
+        nothing is committed and caches are written behind what was read; then the run that follows leaves the same."""
+        started = time.perf_counter()
+        if self._context is None:
+            self._start()
+        if self._recordable:
+            self._record()
+        self._count(started, once=True)
+
     @property
     def recorded(self) -> bool:
         """Whether the call runs as a CUDA graph."""
@@ -70,31 +80,57 @@ class TensorRTCall:
 
     def run(self) -> None:
         """Run and wait. The largest logits are on the host then."""
-        started = time.perf_counter()
-        use_device(self._stream.device_id)
-        first = self._context is None
+        started, once = time.perf_counter(), self._recordable
         if self._context is None:
-            self._context = self._prepared()
-            self._queue(self._context)
+            self._start()
         else:
-            if self._context.recording is None and self._recordable:
-                self._record(self._context)
+            use_device(self._stream.device_id)
+            if self._recordable:
+                self._record()
             if self._context.recording is not None:
                 self._context.recording.launch()
             else:
                 self._queue(self._context)
+            self._finish()
+        self._count(started, once=once)
+
+    def _start(self) -> None:
+        """The first run, and what the library compiles for it."""
+        use_device(self._stream.device_id)
+        self._context = self._bound_context()
+        self._queue(self._context)
+        self._finish()
+        self._session.engine.keep_kernels()
+
+    def _queue(self, context: Context) -> None:
+        context.queue()
+        for buffer in self._fetched:
+            buffer.fetch_later()
+
+    def _finish(self) -> None:
+        """Wait for what was queued."""
         for buffer in self._outputs:
             buffer.changed()
         self._stream.synchronize()
         for buffer in self._fetched:
             buffer.fetched()
+
+    def _record(self) -> None:
+        context, self._recordable = self._context, False  # once is enough
+        if context is None or not context.recordable:
+            return
+        try:
+            context.recording = self._stream.record(lambda: self._queue(context))
+        except BundleError:  # an engine with parts that cannot be recorded runs all the same
+            self._session.engine.engines.library.said()
+
+    def _count(self, started: float, *, once: bool) -> None:
         seconds = time.perf_counter() - started
         self._session.busy_s += seconds
-        if first:
+        if once:
             self._session.binding_s += seconds
-            self._session.engine.keep_kernels()
 
-    def _prepared(self) -> Context:
+    def _bound_context(self) -> Context:
         spec = self._session.spec
         unbound = [tensor.name for tensor in (*spec.inputs, *spec.outputs) if tensor.name not in self._buffers]
         if unbound:
@@ -103,19 +139,3 @@ class TensorRTCall:
         for name, buffer in self._buffers.items():
             context.bind(name, buffer.address)
         return context
-
-    def _queue(self, context: Context) -> None:
-        context.queue()
-        for buffer in self._fetched:
-            buffer.fetch_later()
-
-    def _record(self, context: Context) -> None:
-        self._recordable = False  # once is enough
-        if not context.recordable:
-            return
-        started = time.perf_counter()
-        try:
-            context.recording = self._stream.record(lambda: self._queue(context))
-        except BundleError:  # an engine with parts that cannot be recorded runs all the same
-            self._session.engine.engines.library.said()
-        self._session.binding_s += time.perf_counter() - started

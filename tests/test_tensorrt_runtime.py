@@ -264,6 +264,23 @@ def test_kernels_belong_to_one_engine_and_machine(tmp_path: Path, monkeypatch: p
     assert nowhere.read() == b""
 
 
+def test_prepared_calls_leave_no_trace(portable: Path, bundle: Path, machine: Machine) -> None:
+    """Whatever the controls and states hold when a call is prepared, the run that follows leaves the same."""
+    machine()
+    decoders = [load(bundle).decoder() for _ in range(2)]
+    for decoder in decoders:
+        decoder.prefill(PROMPT)
+    states: Any = decoders[1]
+    sequence, graph = states._sequences[0], states._graphs["decoder"]
+    for token in (5, 6, 7, 8):
+        graph.controls["length"].write(as_bytes(np.array([len(sequence.tokens)], np.int32)))
+        graph.controls["commit"].write(as_bytes(np.zeros(1, np.int32)))
+        call = sequence.call("decoder")
+        call.prepare()
+        assert call.recorded
+        np.testing.assert_array_equal(decoders[0].step([token]), decoders[1].step([token]))
+
+
 # What is refused, and how
 
 
@@ -344,6 +361,19 @@ def test_weights_that_do_not_fit(bundle: Path, machine: Machine) -> None:
         load(bundle)
     gc.collect()
     assert not driver.allocated
+
+
+def test_check_asks_the_gpu_for_memory(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(memory=1 << 20)
+    with pytest.raises(SystemExit):
+        main(["check", str(bundle)])
+    assert "too little free memory" in capsys.readouterr().err
+
+
+def test_a_device_that_is_no_gpu(bundle: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(BundleError, match="run on an NVIDIA GPU: got cpu"):
+        load(bundle, device="cpu")
 
 
 def test_memory_that_runs_out(machine: Machine) -> None:
