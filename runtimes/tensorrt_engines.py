@@ -217,12 +217,6 @@ class Context:
         if not self.native.execute_async_v3(engines.stream.handle):
             raise BundleError("TensorRT could not run the engine", where=self._engine.name, got=engines.library.said() or "no reason")
 
-    @property
-    def recordable(self) -> bool:
-        """Whether runs may be recorded as a CUDA graph. The full library does not say, and refuses while recording."""
-        ask = getattr(self.native, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._engine.engines.stream.handle))
-
     def close(self) -> None:
         self.recording = None
         self.native = None

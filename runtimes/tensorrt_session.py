@@ -116,12 +116,14 @@ class TensorRTCall:
             buffer.fetched()
 
     def _record(self) -> None:
+        """Shapes are fixed and nothing branches, so a run is the same kernels every time. What the driver does not let into a recording
+        ends it with an error; is_stream_capturable of TensorRT-RTX says no of every engine that may allocate memory, and is not asked."""
         context, self._recordable = self._context, False  # once is enough
-        if context is None or not context.recordable:
+        if context is None:
             return
         try:
             context.recording = self._stream.record(lambda: self._queue(context))
-        except BundleError:  # an engine with parts that cannot be recorded runs all the same
+        except BundleError:  # such an engine runs all the same
             self._session.engine.engines.library.said()
 
     def _count(self, started: float, *, once: bool) -> None:

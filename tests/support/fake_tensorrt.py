@@ -229,11 +229,10 @@ class _Context(_Object):
         self._addresses[name] = address
         return True
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.world.recordable
-
     def execute_async_v3(self, stream: int) -> bool:
         if set(self._addresses) != {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}:
+            return False
+        if self.world.driver.is_recording(stream) and not self.world.recordable:
             return False
         self.world.driver.queue(stream, self._run)
         return True
