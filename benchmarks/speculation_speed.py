@@ -19,11 +19,12 @@ import numpy as np
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.acceptance import Acceptance, Draft, acceptance_for
 from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.distribution import Distribution
 from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.drafting import HeadDrafter
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Distribution, Sampler
+from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.speculation import Speculator
 
 GREEDY = SamplingParams(greedy=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
@@ -124,7 +124,7 @@ def plan_build(
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, options or StaticOptions(), activations)
+        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), activations)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes)
     else:
@@ -215,11 +215,15 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes)
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, options: StaticOptions, activations: str) -> _Form:
-    """A graph per size of call; steps of more than one token are what speculation needs."""
-    static, refused = plan_static(target, config, context, options, activations)
-    speculation = SpeculationSpec(options.step_tokens - 1, 0) if options.step_tokens > 1 else None
-    return _Form(static.graphs, static.choices, speculation, f"target {target.name} has no draft head", static.opset, refused)
+def _static_form(
+    target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions, activations: str
+) -> _Form:
+    """A graph per size of call; a verify of more than one token is what speculation needs."""
+    verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
+    no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
+    static, refused = plan_static(target, config, context, options, verified, activations, head=not no_head)
+    speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
+    return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
 
 def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:

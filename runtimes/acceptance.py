@@ -16,7 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from qwen_export.runtimes.sampling import Distribution, Sampler, residual
+from qwen_export.runtimes.distribution import Distribution, residual
+from qwen_export.runtimes.sampling import Sampler
 
 
 class Draft:

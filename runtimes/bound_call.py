@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Mapping, Sequence
 
 from qwen_export.manifest import TensorSpec
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer, as_bytes
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer
 from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import HOST_INPUTS, Session
 
@@ -40,24 +37,21 @@ class BoundCall:
                 results[spec.name] = kind(spec.dtype, size(spec))
             self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else results[spec.name].address)
         self._results = LogitsBuffers(results["logits"], results.get(TOP_LOGITS), results.get(TOP_IDS))
-        # Host memory is written and read through views made once: a round of drafting makes dozens of these.
-        self._views = {name: buffer.view() for name, buffer in self._controls.items() if isinstance(buffer, HostBuffer)}
-        self._controls["logit_rows"].write(as_bytes(np.arange(self._T - dims["N"], self._T, dtype=np.int64)))
+        if dims["N"]:
+            self._controls["logit_rows"].write_ints(range(self._T - dims["N"], self._T))
 
-    def run(self, ids: npt.NDArray[np.int64], lengths: npt.NDArray[np.int32], **controls: npt.NDArray[np.int64]) -> Rows:
-        """`ids` [b,T] new tokens, `lengths` [b] tokens read before; `controls` are written where the graph has them. Returns the logits
-        of b times `rows` rows, valid until the next run."""
+    def run(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> Rows:
+        """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `controls` are written where the graph has
+        them. Returns the logits of b times `rows` rows, valid until the next run."""
         self._write("input_ids", ids)
-        self._write("last_slot", lengths + np.int32(self._T - 1))
+        self._write("last_slot", [length + self._T - 1 for length in lengths])
         # A recorded step keeps the value it was recorded with: the number of slots is right for all of them.
-        self._write("total_length", np.int32(self._slots if self.recorded else max(lengths.tolist()) + self._T))
+        self._write("total_length", [self._slots if self.recorded else max(lengths) + self._T])
         for name, value in controls.items():
             self._write(name, value)
         self._call.run()
         return self._results.rows()
 
-    def _write(self, name: str, value: npt.NDArray[np.integer] | np.integer) -> None:
-        if name in self._views:
-            self._views[name][...] = value
-        elif name in self._controls:
-            self._controls[name].write(as_bytes(np.asarray(value)))
+    def _write(self, name: str, values: Sequence[int]) -> None:
+        if name in self._controls:
+            self._controls[name].write_ints(values)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ import numpy.typing as npt
 from qwen_export.runtimes import cuda_memory
 
 Bytes = npt.NDArray[np.uint8]
+
+INTEGERS: dict[str, Literal["i", "q"]] = {"int32": "i", "int64": "q"}
+"""Integer element types, as `array` calls them."""
 
 # Element types by their names in the manifest: bytes per element and the number ONNX gives them.
 ELEMENTS: dict[str, tuple[int, int]] = {
@@ -49,6 +54,10 @@ class Buffer(ABC):
     def write(self, data: Bytes, offset: int = 0) -> None:
         """Replace the bytes from `offset` on."""
 
+    def write_ints(self, values: Sequence[int]) -> None:
+        """Replace the whole contents, of an integer type."""
+        self.write(np.array(values, _NUMPY[self.dtype]).view(np.uint8))
+
     @abstractmethod
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
@@ -80,6 +89,8 @@ class HostBuffer(Buffer):
     def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
         super().__init__(dtype, shape)
         self._bytes = np.zeros(self.nbytes, np.uint8)
+        self._memory = self._bytes.data
+        self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
@@ -90,11 +101,15 @@ class HostBuffer(Buffer):
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         assert isinstance(other, HostBuffer)
-        self._bytes[offset : offset + nbytes] = other._bytes[start : start + nbytes]
+        self._memory[offset : offset + nbytes] = other._memory[start : start + nbytes]
 
-    def view(self) -> npt.NDArray[Any]:
-        """The memory itself, in its element type; not for bfloat16."""
-        return self._bytes.view(_NUMPY[self.dtype]).reshape(self.shape)
+    def write_ints(self, values: Sequence[int]) -> None:
+        if self._ints is None:
+            self._ints = self._memory.cast(INTEGERS[self.dtype])
+        if len(values) == 1:
+            self._ints[0] = values[0]
+        else:
+            self._ints[:] = memoryview(array(INTEGERS[self.dtype], values))
 
     def contents(self) -> Bytes:
         return self._bytes

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-
 from qwen_export.runtimes.acceptance import Acceptance, Draft
 from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.distribution import Distribution
 from qwen_export.runtimes.draft_head import DraftHead
-from qwen_export.runtimes.sampling import Distribution, Sampler
+from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.token_history import TokenHistory
 
 
@@ -56,7 +55,7 @@ class LookupDrafter:
         for n in range(min(self.LONGEST, len(text) - 1), self.SHORTEST - 1, -1):
             at = self._seen.get(tuple(text[-n:]))
             if at is not None:
-                return [Draft(guess, Distribution(np.array([guess]), np.ones(1))) for guess in text[at : at + count]]
+                return [Draft(guess, Distribution.certain(guess)) for guess in text[at : at + count]]
         return []
 
     def _follow(self, token: int) -> None:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.bound_call import BoundCall
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
-from qwen_export.runtimes.draft_head import DraftHead
+from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.logits import Rows
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.transaction import Transaction
@@ -50,6 +49,8 @@ class DynamicDecoder(Decoder):
     """`batch` sequences over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph, for a
     single sequence."""
 
+    head: DynamicDraftHead | None
+
     def __init__(
         self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
     ) -> None:
@@ -70,28 +71,28 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self.head = DraftHead(head_session, self) if head_session is not None and batch == 1 else None
+        self.head = DynamicDraftHead(head_session, self) if head_session is not None and batch == 1 else None
 
     def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
         last = len(ids) - 1 - (len(ids) - 1) % chunk
         for start in range(0, last, chunk):
-            self._run(np.asarray([ids[start : start + chunk]], np.int64), sequence, 0)
-        return self._run(np.asarray([ids[last:]], np.int64), sequence, int(want_logits)).array.reshape(-1)
+            self._run([ids[start : start + chunk]], sequence, 0)
+        return self._run([ids[last:]], sequence, int(want_logits)).array.reshape(-1)
 
     def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
         """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
         self._check_room(sequence, len(ids))
-        return self._run(np.asarray([ids], np.int64), sequence, len(ids)).array
+        return self._run([ids], sequence, len(ids)).array
 
     def step_rows(self, tokens: Sequence[int]) -> Rows:
         for sequence in range(self.batch):
             self._check_room(sequence, 1)
-        return self._run(np.asarray(tokens, np.int64)[:, None], None, 1)
+        return self._run([[token] for token in tokens], None, 1)
 
     def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
         if self.batch > 1:
             raise QwenExportError("drafts are verified in one sequence", got=f"a batch of {self.batch}", fix="Take a decoder per sequence.")
-        return self._run(np.asarray([tokens], np.int64), sequence, len(tokens), commit=False)
+        return self._run([tokens], sequence, len(tokens), commit=False)
 
     def _accept(self, count: int, sequence: int) -> None:
         self._transaction.accepted[sequence] = count
@@ -103,11 +104,11 @@ class DynamicDecoder(Decoder):
         shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
         if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):
             self._make_room(min(self.capacity, self.lengths[0] + count))
-            self._bind(shape, np.zeros((1, count), np.int64))
+            self._bind(shape)
 
     @property
     def busy_s(self) -> float:
-        return self.session.busy_s + (self.head.session.busy_s if self.head is not None else 0.0)
+        return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
     def mark(self, sequence: int = 0) -> Mark:
         waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)
@@ -175,18 +176,18 @@ class DynamicDecoder(Decoder):
             self.head.grow(slots)
         self._calls.clear()
 
-    def _run(self, ids: npt.NDArray[np.int64], sequence: int | None, rows: int, *, commit: bool = True) -> Rows:
+    def _run(self, ids: Sequence[Sequence[int]], sequence: int | None, rows: int, *, commit: bool = True) -> Rows:
         """One call over `ids` [b,T]: all sequences, or one; logits of the last `rows` tokens of each."""
         members = range(self.batch) if sequence is None else [sequence]
         repeated = sequence is None or not commit
-        shape = CallShape(len(members), ids.shape[1], rows, sequence or 0, repeated, commit, self._transaction.current)
+        shape = CallShape(len(members), len(ids[0]), rows, sequence or 0, repeated, commit, self._transaction.current)
         if self.head is not None:
             self.head.reserve(shape.T)
         if shape not in self._calls:
-            self._bind(shape, ids)
-        logits = self._call(shape, ids)
+            self._bind(shape)
+        logits = self._call(shape, ids[0] if len(ids) == 1 else [token for row in ids for token in row])
         for row, i in enumerate(members):
-            self._tokens[i].extend(ids[row].tolist())
+            self._tokens[i].extend(ids[row])
             self._open[i] = 0
             if commit:
                 self._transaction.committed(i)
@@ -196,16 +197,16 @@ class DynamicDecoder(Decoder):
             self.head.append(self._hidden, shape.T)
         return logits
 
-    def _call(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> Rows:
+    def _call(self, shape: CallShape, ids: Sequence[int]) -> Rows:
         members = range(shape.first, shape.first + shape.b)
         return self._calls[shape].run(
             ids,
-            np.array([len(self._tokens[i]) for i in members], np.int32),
-            accepted=np.array([self._transaction.accepted[i] for i in members], np.int64),
-            commit=np.full(shape.b, shape.T if shape.commit else 0, np.int64),
+            [len(self._tokens[i]) for i in members],
+            accepted=[self._transaction.accepted[i] for i in members],
+            commit=[shape.T if shape.commit else 0] * shape.b,
         )
 
-    def _bind(self, shape: CallShape, ids: npt.NDArray[np.int64]) -> None:
+    def _bind(self, shape: CallShape) -> None:
         """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
         started = time.perf_counter()
         for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
@@ -221,7 +222,7 @@ class DynamicDecoder(Decoder):
         if call.recorded:
             # Recording runs the graph several times over: do that now, and put the states back.
             marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)]
-            self._call(shape, ids)
+            self._call(shape, [0] * (shape.b * shape.T))
             for i, mark in enumerate(marks):
                 self._load(mark, i)
         self._binding_s += time.perf_counter() - started

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.runtimes.buffers import Buffer
+from qwen_export.runtimes.buffers import Buffer, HostBuffer
 
 Floats = npt.NDArray[np.float32]
 
@@ -18,24 +18,34 @@ TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
 
 
 class Top(NamedTuple):
-    """The largest logits f32[K] of a row and their ids i32[K]; all other entries are at most the last, and behind it where they are
-    equal."""
+    """The largest logits of a row, f32[K], and their ids, i32[K]; all other entries are at most the last, and behind it where they are
+    equal. Not numpy's arrays: see `Distribution`."""
 
-    logits: Floats
-    ids: npt.NDArray[np.int32]
+    logits: memoryview[float]
+    ids: memoryview[int]
+
+    def cut(self, start: int, end: int) -> Top:
+        return Top(self.logits[start:end], self.ids[start:end])
 
 
 class Rows:
     """Logits of N rows, valid until the next call. `array` is read once, when first asked for."""
 
-    def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None) -> None:
-        self._read, self._read_top = array, top
+    def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
+        """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those where they can be seen
+        without a copy."""
+        self._read, self._read_top, self._width = array, top, width
         self._array: Floats | None = None
-        self._top: Top | None = None
+        self._top = known
 
     @classmethod
     def of(cls, array: Floats) -> Rows:
         return cls(lambda: array)
+
+    @classmethod
+    def none(cls) -> Rows:
+        """Of a call without logits."""
+        return cls.of(np.empty((0, 0), np.float32))
 
     @property
     def array(self) -> Floats:
@@ -50,7 +60,7 @@ class Rows:
             return None
         if self._top is None:
             self._top = self._read_top()
-        return Top(self._top.logits[row], self._top.ids[row])
+        return self._top.cut(row * self._width, (row + 1) * self._width)
 
     def __getitem__(self, row: int) -> Row:
         return Row(self, row)
@@ -79,10 +89,13 @@ class LogitsBuffers:
 
     def __init__(self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None) -> None:
         self._logits, self._top_logits, self._top_ids = logits, top_logits, top_ids
+        self._width = top_ids.shape[-1] if top_ids is not None else 0
+        # On the host the views are made once.
+        self._host_top = self._top() if isinstance(top_ids, HostBuffer) and top_ids.nbytes else None
 
     def rows(self) -> Rows:
         """The results of the call that has just run."""
-        return Rows(self._array, self._top if self._top_logits is not None else None)
+        return Rows(self._array, self._top if self._width else None, self._width, self._host_top)
 
     def _array(self) -> Floats:
         return self._logits.array().reshape(-1, self._logits.shape[-1])
@@ -90,5 +103,4 @@ class LogitsBuffers:
     def _top(self) -> Top:
         if self._top_logits is None or self._top_ids is None:
             raise AssertionError("the graph does not pick the largest logits")
-        K = self._top_ids.shape[-1]
-        return Top(self._top_logits.array().reshape(-1, K), self._top_ids.contents().view(np.int32).reshape(-1, K))
+        return Top(self._top_logits.contents().data.cast("f"), self._top_ids.contents().data.cast("i"))

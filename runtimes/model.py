@@ -27,7 +27,8 @@ from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningS
 from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation import Speculator
-from qwen_export.runtimes.static_decoder import PROMPT, StaticDecoder, is_static
+from qwen_export.runtimes.static_decoder import StaticDecoder
+from qwen_export.runtimes.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, is_static
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
@@ -64,9 +65,8 @@ def load(
     check_runnable(manifest, device_id)
     _check_speculate(speculate, manifest)
     session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
-    head = session("mtp") if "mtp" in manifest.graphs and speculate != "off" else None
-    prompts = session(PROMPT) if is_static(manifest) else None
-    return Model(directory, manifest, session("decoder"), max_context, head, speculate, prompts)
+    idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
+    return Model(directory, manifest, {name: session(name) for name in manifest.graphs if name not in idle}, max_context, speculate)
 
 
 def _check_speculate(value: Speculate, manifest: Manifest) -> None:
@@ -93,22 +93,21 @@ class Model:
         self,
         directory: Path,
         manifest: Manifest,
-        session: Session,
+        sessions: Mapping[str, Session],
         max_context: int | None,
-        head: Session | None = None,
         speculate: Speculate = "off",
-        prompts: Session | None = None,
     ) -> None:
-        """`prompts` is the second graph of a bundle with static shapes."""
-        self.directory, self.manifest, self._session, self._max_context = directory, manifest, session, max_context
-        self._head, self._speculate, self._prompts = head, speculate, prompts
+        """`sessions`: the bundle's graphs by name; those of the draft head only where it is wanted."""
+        self.directory, self.manifest, self._sessions, self._max_context = directory, manifest, sessions, max_context
+        self._speculate = speculate
         self._running: Generator[int, None, None] | None = None
 
     def decoder(self, batch: int = 1, *, drafts: bool = False) -> Decoder:
         """A fresh decoder with its own states and caches over the same weights; with `drafts` the bundle's draft head keeps up with it."""
-        if self._prompts is not None:
-            return StaticDecoder(self._session, self._prompts, self.manifest, batch, self._max_context)
-        return DynamicDecoder(self._session, self.manifest, batch, self._max_context, self._head if drafts else None)
+        if is_static(self.manifest):
+            return StaticDecoder(self._sessions, self.manifest, batch, self._max_context, drafts=drafts)
+        head = self._sessions.get(HEAD_STEP) if drafts else None
+        return DynamicDecoder(self._sessions[STEP], self.manifest, batch, self._max_context, head)
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -206,7 +205,11 @@ class Model:
     @cached_property
     def _policy(self) -> Policy | None:
         """Kept from answer to answer, with what it measured; None reads token by token."""
-        if self.manifest.speculation is None or self._speculate == "off" or (self._head is None and self._speculate != "lookup"):
+        if (
+            self.manifest.speculation is None
+            or self._speculate == "off"
+            or (HEAD_STEP not in self._sessions and self._speculate != "lookup")
+        ):
             return None
         longest = self.manifest.speculation.max_draft
         return FixedLength(self._speculate) if isinstance(self._speculate, int) else AdaptiveLength(longest)

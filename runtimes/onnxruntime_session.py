@@ -64,8 +64,12 @@ class Session:
         try:
             if weights is not None and device == "cpu" and not repack:
                 self._weights = _values(ort, spec.weights, weights)
+                vectors = {weight.name for weight in spec.weights if len(weight.shape) < 2}
                 for name, value in self._weights.items():
-                    options.add_initializer(name, value)
+                    if name not in vectors:
+                        options.add_initializer(name, value)
+                # The optimizer may give a vector other dims, which it can only if it has the values.
+                options.add_external_initializers(list(vectors), [self._weights[name] for name in vectors])
             elif weights is not None:  # copied to the device, or into the kernels' order
                 self._weights = _values(ort, [weight for weight in spec.weights if weights.is_reference(weight)], weights)
                 options.add_external_initializers(list(self._weights), list(self._weights.values()))
@@ -81,6 +85,8 @@ class Session:
         self._graphs = 0
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds that calls of fixed shapes cost once, besides: none here."""
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""

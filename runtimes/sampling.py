@@ -18,13 +18,18 @@ with top-p 60 us, the same with a presence penalty 110 us, top-p without top-k 0
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from struct import Struct
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.distribution import Distribution
+from qwen_export.runtimes.largest import nucleus, top_ids
 from qwen_export.runtimes.logits import Row, Top
 from qwen_export.runtimes.token_history import TokenHistory
 
@@ -71,29 +76,9 @@ def _check(flag: str, value: float, in_range: bool, expected: str) -> None:
         raise QwenExportError(f"The value of {flag} is out of range", got=value, expected=expected)
 
 
-_CERTAIN = np.ones(1)
-
-
-class Distribution(NamedTuple):
-    """Probabilities of the tokens that can be chosen: `ids` i64[n] ascending, `probs` f64[n] with sum 1. Tokens not in it have 0."""
-
-    ids: NDArray[np.int64]
-    probs: NDArray[np.float64]
-
-    def of(self, token_id: int) -> float:
-        """The probability of one token."""
-        if len(self.ids) == 1:
-            return float(self.probs[0]) if self.ids[0] == token_id else 0.0
-        at = int(np.searchsorted(self.ids, token_id))
-        return float(self.probs[at]) if at < len(self.ids) and self.ids[at] == token_id else 0.0
-
-    def draw(self, number: float) -> int:
-        """The token at `number` in [0, 1) of the cumulative sum."""
-        if len(self.ids) == 1:
-            return int(self.ids[0])
-        cumulative = np.cumsum(self.probs)
-        at = int(np.searchsorted(cumulative, number * cumulative[-1], side="right"))
-        return int(self.ids[min(at, len(self.ids) - 1)])
+_FP32 = Struct("f")
+# Tokens that are looked at one by one, without numpy.
+_FEW = 256
 
 
 class Sampler:
@@ -107,6 +92,7 @@ class Sampler:
         self.params = params
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
+        self._penalises = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
     def distribution(self, logits: Logits | Row, history: TokenHistory | None = None) -> Distribution:
         """What `sample` draws from. `logits`: float[V], left unchanged, or a row that has its largest entries: the result is the same.
@@ -114,15 +100,71 @@ class Sampler:
 
         Raises QwenExportError when the logits hold NaN or +inf, or nothing finite.
         """
+        if isinstance(logits, Row):
+            found = self._among_largest(logits.top, history)
+            if found is not None:
+                return found
+            logits = logits.array
+        return self._among_all(logits, history)
+
+    def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
+        """The next token of one row of logits."""
+        return self.distribution(logits, history).draw(self.rng.random())
+
+    def _among_largest(self, top: Top | None, history: TokenHistory | None) -> Distribution | None:
+        """From the largest entries alone; None when it takes all. Penalties that only lower leave the others where they are: at most at
+        the last entry, `floor`. What is above it after penalties is above all others."""
         params = self.params
-        found = self._from_top(logits.top, history) if isinstance(logits, Row) else None
-        ids, kept = found or self._from_all(logits.array if isinstance(logits, Row) else logits, history)
+        if top is None or not (params.is_greedy or params.top_k):
+            return None
+        _check_peak(top.logits[0])
+        floor, limit = top.logits[-1], self.vocab_limit
+        if params.is_greedy and not self._penalises and (limit is None or top.ids[0] < limit):
+            return Distribution.certain(top.ids[0])
+        largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
+        found = [pair for pair in largest if limit is None or pair[0] < limit]
+        if history is not None and self._penalises:
+            if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
+                return None
+            found = [(token, self._penalised_one(token, x, history)) for token, x in found]
+        k = 1 if params.is_greedy else params.top_k
+        if k > len(found):
+            return None
+        bound = sorted((x for _, x in found), reverse=True)[k - 1]
+        if bound <= floor:
+            return None
+        found = sorted(pair for pair in found if pair[1] >= bound)
+        return Distribution.certain(found[0][0]) if params.is_greedy else self._few(found)
+
+    def _few(self, found: list[tuple[int, float]]) -> Distribution:
+        """Temperature, top-p and min-p over what top-k left: ids, ascending, and logits."""
+        params = self.params
+        peak = max(x for _, x in found)
+        weights = [math.exp((x - peak) / params.temperature) for _, x in found]
+        kept = list(range(len(found)))
+        if params.top_p < 1:
+            descending = sorted(kept, key=lambda i: -weights[i])
+            reached = list(accumulate(weights[i] for i in descending))
+            kept = sorted(descending[: bisect_left(reached, params.top_p * sum(weights)) + 1])
+        kept = [i for i in kept if weights[i] >= params.min_p]
+        total = sum(weights[i] for i in kept)
+        return Distribution([found[i][0] for i in kept], [weights[i] / total for i in kept])
+
+    def _among_all(self, logits: Logits, history: TokenHistory | None) -> Distribution:
+        params = self.params
+        x = logits[: self.vocab_limit]
+        if history is not None and self._penalises:
+            x = self._penalised(x.copy(), history)
         if params.is_greedy:
-            _check_peak(kept[0])
-            return Distribution(ids, _CERTAIN)
-        peak = kept.max()
+            best = int(x.argmax())  # the first NaN, if there is one
+            _check_peak(x[best])
+            return Distribution.certain(best)
+        ids = top_ids(x, params.top_k) if params.top_k else np.arange(len(x))
+        peak = x[ids].max()
         _check_peak(peak)
-        weights = np.exp((kept - peak) / kept.dtype.type(params.temperature))
+        if len(ids) <= _FEW:
+            return self._few(list(zip(ids.tolist(), x[ids].tolist(), strict=True)))
+        weights = np.exp((x[ids] - peak) / x.dtype.type(params.temperature))
         if params.top_p < 1:
             inside = nucleus(weights, params.top_p)
             ids, weights = ids[inside], weights[inside]
@@ -131,56 +173,6 @@ class Sampler:
             ids, weights = ids[inside], weights[inside]
         probs = weights.astype(np.float64)
         return Distribution(ids, probs / probs.sum())
-
-    def _from_all(self, logits: Logits, history: TokenHistory | None) -> tuple[NDArray[np.int64], Logits]:
-        """Ids, ascending, and penalised logits of the best token or of all that top-k leaves."""
-        x = logits[: self.vocab_limit]
-        if history is not None and self._penalises:
-            x = self._penalised(x.copy(), history)
-        if self.params.is_greedy:
-            best = np.array([x.argmax()])  # the first NaN, if there is one
-            return best, x[best]
-        if not self.params.top_k:
-            return np.arange(len(x)), x
-        ids = top_ids(x, self.params.top_k)
-        return ids, x[ids].astype(np.float64)
-
-    def _from_top(self, top: Top | None, history: TokenHistory | None) -> tuple[NDArray[np.int64], Logits] | None:
-        """The same from the largest entries alone; None when it takes all. Penalties that only lower leave the others where they are: at
-        most at the last entry, `floor`. What is above it after penalties is above all others."""
-        params = self.params
-        if top is None or not (params.is_greedy or params.top_k):
-            return None
-        x, ids = top
-        if not math.isfinite(x[0]):
-            _check_peak(x[0])
-        floor = x[-1]
-        if self.vocab_limit is not None and (outside := ids >= self.vocab_limit).any():
-            x, ids = x[~outside], ids[~outside]
-        if history is not None and self._penalises:
-            if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
-                return None
-            x = self._penalised_few(x.copy(), ids, history)
-        elif params.is_greedy and len(x):
-            return ids[:1].astype(np.int64), x[:1]
-        k = 1 if params.is_greedy else params.top_k
-        if k > len(x):
-            return None
-        bound = _kth_largest(x, k)
-        if not bound > floor:
-            return None
-        kept = np.flatnonzero(x >= bound)
-        kept = kept[np.argsort(ids[kept])][: 1 if params.is_greedy else None]
-        return ids[kept].astype(np.int64), x[kept].astype(np.float64)
-
-    def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
-        """The next token of one row of logits."""
-        return self.distribution(logits, history).draw(self.rng.random())
-
-    @property
-    def _penalises(self) -> bool:
-        params = self.params
-        return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
     def _penalised(self, x: Logits, history: TokenHistory) -> Logits:
         """Penalties on all logits, in place."""
@@ -195,32 +187,23 @@ class Sampler:
             x[ids] -= params.presence_penalty + params.frequency_penalty * counts
         return x
 
-    def _penalised_few(self, x: Logits, ids: NDArray[np.int32], history: TokenHistory) -> Logits:
-        """Penalties on the logits of some tokens, in place."""
-        params, (seen, counts) = self.params, history.of(ids.tolist())
-        if params.repetition_penalty != 1:
-            x[seen] = np.where(x[seen] < 0, x[seen] * params.repetition_penalty, x[seen] / params.repetition_penalty)
-        if params.presence_penalty != 0 or params.frequency_penalty != 0:
-            made = counts > 0
-            x[made] -= params.presence_penalty + params.frequency_penalty * counts[made]
+    def _penalised_one(self, token: int, x: float, history: TokenHistory) -> float:
+        """The same for one fp32 logit, to the last bit."""
+        params, (seen, count) = self.params, history.of(token)
+        if seen and params.repetition_penalty != 1:
+            factor = _fp32(params.repetition_penalty)
+            x = _fp32(x * factor if x < 0 else x / factor)
+        if count and (params.presence_penalty != 0 or params.frequency_penalty != 0):
+            x = _fp32(x - (params.presence_penalty + params.frequency_penalty * count))
         return x
 
 
-def residual(wanted: Distribution, drafted: Distribution) -> Distribution:
-    """max(p - q, 0), normalised: what is left of `wanted` when a draft from `drafted` was not kept."""
-    at = np.searchsorted(drafted.ids, wanted.ids)
-    inside = at < len(drafted.ids)
-    same = np.zeros(len(wanted.ids), bool)
-    same[inside] = drafted.ids[at[inside]] == wanted.ids[inside]
-    probs = wanted.probs.copy()
-    probs[same] = np.maximum(probs[same] - drafted.probs[at[same]], 0)
-    kept = probs > 0
-    if not kept.any():  # rounding: the two are equal, and any token of them will do
-        return wanted
-    return Distribution(wanted.ids[kept], probs[kept] / probs[kept].sum())
+def _fp32(x: float) -> float:
+    """Rounded to fp32. Products and quotients of two fp32 numbers come out as if fp32 had made them: fp64 is wide enough."""
+    return float(_FP32.unpack(_FP32.pack(x))[0])
 
 
-def _check_peak(peak: np.floating[Any]) -> None:
+def _check_peak(peak: float | np.floating[Any]) -> None:
     if not math.isfinite(peak):
         raise QwenExportError(
             "The model's output holds no usable logits",
@@ -228,38 +211,3 @@ def _check_peak(peak: np.floating[Any]) -> None:
             expected="a finite number",
             fix="Run `qwen-export verify` on this bundle; at reduced precision an activation may have overflowed",
         )
-
-
-def top_ids(x: Logits, k: int) -> NDArray[np.int64]:
-    """Positions of all x_i >= the k-th largest value, ascending: k of them, more on ties, all of a shorter x. NaN counts as largest.
-
-    The maxima of columns of 64 entries are found in one pass. The k-th largest of them is a lower bound of the k-th largest entry, so only
-    columns that reach it have to be looked at again: about ten times faster than np.argpartition over the vocabulary.
-    """
-    if k >= len(x):
-        return np.arange(len(x))
-    columns = len(x) // 64
-    if k > columns // 4:
-        return np.flatnonzero(~(x < _kth_largest(x, k)))
-    maxima = x[: 64 * columns].reshape(64, columns).max(axis=0)
-    high = np.flatnonzero(~(maxima < _kth_largest(maxima, k)))
-    candidates = np.concatenate([(np.arange(0, 64 * columns, columns)[:, None] + high).ravel(), np.arange(64 * columns, len(x))])
-    values = x[candidates]
-    return candidates[~(values < _kth_largest(values, k))]
-
-
-def _kth_largest(x: Logits, k: int) -> np.floating[Any]:
-    return np.partition(x, len(x) - k)[len(x) - k]
-
-
-def nucleus(weights: Logits, top_p: float) -> NDArray[np.int64]:
-    """Positions of the largest weights whose sum first reaches `top_p` of the total, ascending; on a tie the lower position is taken."""
-    wanted = top_p * weights.sum(dtype=np.float64)
-    k = 64
-    while True:
-        ids = top_ids(weights, k)
-        descending = ids[np.argsort(-weights[ids], kind="stable")]
-        reached = np.cumsum(weights[descending], dtype=np.float64)
-        if reached[-1] >= wanted or len(ids) == len(weights):
-            return np.sort(descending[: np.searchsorted(reached, wanted) + 1])
-        k *= 8

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
 
 from qwen_export.runtimes import cuda_memory
-from qwen_export.runtimes.buffers import Buffer, Bytes
+from qwen_export.runtimes.buffers import INTEGERS, Buffer, Bytes
 from qwen_export.runtimes.cuda_stream import Stream
 
 _SMALL = 64 << 10
@@ -40,6 +42,7 @@ class StreamBuffer(Buffer):
         self._mirror: PinnedMemory | None = None
         self._queued_at = -1  # the stream's count of waits when a copy from the mirror was queued last
         self._fetched = False
+        self._ints: memoryview[int] | None = None
 
     def __del__(self) -> None:
         if getattr(self, "address", 0) and not sys.is_finalizing():
@@ -58,11 +61,18 @@ class StreamBuffer(Buffer):
             cuda_memory.to_device_later(self.address + offset, data.ctypes.data, data.nbytes, self._stream.handle)
             self._stream.synchronize()
             return
-        mirror = self._mirrored()
-        if self._queued_at == self._stream.waits:  # the last copy may still be reading the mirror
-            self._stream.synchronize()
+        mirror = self._free_mirror()
         mirror.array[offset : offset + data.nbytes] = data
         cuda_memory.to_device_later(self.address + offset, mirror.address + offset, data.nbytes, self._stream.handle)
+        self._queued_at = self._stream.waits
+
+    def write_ints(self, values: Sequence[int]) -> None:
+        self._fetched = False
+        mirror = self._free_mirror()
+        if self._ints is None:
+            self._ints = mirror.array.data.cast(INTEGERS[self.dtype])
+        self._ints[:] = memoryview(array(INTEGERS[self.dtype], values))
+        cuda_memory.to_device_later(self.address, mirror.address, self.nbytes, self._stream.handle)
         self._queued_at = self._stream.waits
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
@@ -89,6 +99,12 @@ class StreamBuffer(Buffer):
     def changed(self) -> None:
         """A call has written the buffer, and what is on the host is not its contents any more."""
         self._fetched = False
+
+    def _free_mirror(self) -> PinnedMemory:
+        """The mirror, once no copy reads it any more."""
+        if self._queued_at == self._stream.waits:
+            self._stream.synchronize()
+        return self._mirrored()
 
     def _mirrored(self) -> PinnedMemory:
         if self._mirror is None:

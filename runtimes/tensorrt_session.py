@@ -25,9 +25,9 @@ class TensorRTSession:
         self.engine = engine
         self.spec: GraphSpec = engine.spec
         self.busy_s = 0.0
-        """Seconds spent in calls so far."""
+        """Seconds spent in calls so far, without those of `binding_s`."""
         self.binding_s = 0.0
-        """Seconds of these in which calls were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
+        """Seconds of calls that were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
@@ -128,9 +128,10 @@ class TensorRTCall:
 
     def _count(self, started: float, *, once: bool) -> None:
         seconds = time.perf_counter() - started
-        self._session.busy_s += seconds
         if once:
             self._session.binding_s += seconds
+        else:
+            self._session.busy_s += seconds
 
     def _bound_context(self) -> Context:
         spec = self._session.spec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +40,13 @@ class TokenHistory:
         assert self._counts[slot] > 0, f"token {token_id} was not generated"
         self._counts[slot] -= 1
 
-    def of(self, ids: Sequence[int]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """For each of a few ids: whether the sequence holds it, and how often it was generated."""
-        slots = np.array([self._slot.get(token, -1) for token in ids], np.int64)
-        seen, counts = slots >= 0, np.zeros(len(slots), np.int64)
-        counts[seen] = self._counts[slots[seen]]
-        seen[seen] = self._in_prompt[slots[seen]] | (counts[seen] > 0)
-        return seen, counts
+    def of(self, token_id: int) -> tuple[bool, int]:
+        """Whether the sequence holds the token, and how often it was generated."""
+        slot = self._slot.get(token_id)
+        if slot is None:
+            return False, 0
+        count = int(self._counts[slot])
+        return count > 0 or bool(self._in_prompt[slot]), count
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and counts (>= 1) of the generated tokens."""

@@ -25,8 +25,8 @@ from qwen_export.runtimes import buffers, load
 from qwen_export.runtimes.static_decoder import StaticDecoder
 from qwen_export.static_plan import StaticOptions
 from qwen_export.verify import TOLERANCE
-from tests.support.graph_driver import GraphDriver
-from tests.test_parity import Logits, prompt, reference_model, tiny
+from tests.support.static_bundles import Reference, reference_logits, unoptimized
+from tests.test_parity import prompt, tiny
 
 CAPACITY, CHUNK, GREEDY = 160, 16, 8
 
@@ -37,16 +37,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Callable[[list[int]], Logits]:
-    import torch
-
-    model = reference_model(checkpoint)
-
-    @torch.no_grad()
-    def logits(ids: list[int]) -> Logits:
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-    return logits
+def reference(checkpoint: Path) -> Reference:
+    return reference_logits(checkpoint)
 
 
 @pytest.fixture(scope="module", params=[("fp32", 1), ("fp16", 1), ("fp16", 4)], ids=["fp32", "fp16", "fp16-four"])
@@ -57,7 +49,7 @@ def bundle(request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: p
     return build(checkpoint, output, target="directml", device="dml", precision=precision, max_context=CAPACITY, options=options)
 
 
-def test_the_logits_are_those_of_transformers(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_the_logits_are_those_of_transformers(bundle: Path, reference: Reference) -> None:
     ids, machine = prompt(60), load(bundle, threads=1, device="cpu").decoder()
     expected = reference(ids)
     limit = 1e-4 if load_manifest(bundle).target.precision == "fp32" else TOLERANCE["fp16"] * expected.std()
@@ -66,27 +58,19 @@ def test_the_logits_are_those_of_transformers(bundle: Path, reference: Callable[
         assert np.abs(machine.step([token])[0] - row).max() <= limit
 
 
-def test_with_nothing_but_directml_operators_the_tokens_are_the_same(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
-    """The files as they are, no optimizer that could replace a node by one that DirectML lacks."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graphs = {}
+def test_with_nothing_but_directml_operators_the_tokens_are_the_same(bundle: Path, reference: Reference) -> None:
     for name in load_manifest(bundle).graphs:
         model = ir.load(bundle / f"{name}.onnx")
-        forbidden = {f"{node.name}: {reason}" for node in model.graph if (reason := refusal(node, model.opset_imports[""]))}
-        assert not forbidden
-        graphs[name] = ort.InferenceSession(str(bundle / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
-    outputs = {name: [output.name for output in graph.get_outputs()] for name, graph in graphs.items()}
-    driver = GraphDriver(bundle, lambda name, feeds: dict(zip(outputs[name], graphs[name].run(None, feeds), strict=True)))
+        assert not {f"{node.name}: {reason}" for node in model.graph if (reason := refusal(node, model.opset_imports[""]))}
     ids = prompt(CHUNK + 3, 11)
-    tokens = driver.greedy(ids, GREEDY)
+    tokens = unoptimized(bundle).greedy(ids, GREEDY)
     limit = 1e-4 if load_manifest(bundle).target.precision == "fp32" else 0.05
     for i, token in enumerate(tokens):
         row = reference([*ids, *tokens[:i]])[-1]
         assert row.max() - row[token] <= limit, "another token only where the reference itself is undecided"
 
 
-def test_buffers_of_the_devices_allocator(bundle: Path, reference: Callable[[list[int]], Logits], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_of_the_devices_allocator(bundle: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that DirectML takes, with the CPU's allocator: values bound as such, written and read whole."""
     monkeypatch.setattr(buffers.DmlBuffer, "device", "cpu")
     monkeypatch.setitem(buffers.BUFFERS, "cpu", buffers.DmlBuffer)
@@ -120,7 +104,7 @@ def test_without_directml_the_bundle_is_refused_in_one_sentence(bundle: Path) ->
 
 
 @pytest.mark.skipif("DmlExecutionProvider" not in ort.get_available_providers(), reason="needs onnxruntime-directml")
-def test_on_directml_itself(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_on_directml_itself(bundle: Path, reference: Reference) -> None:
     ids, machine = prompt(40), load(bundle).decoder()
     assert isinstance(machine, StaticDecoder)
     expected = reference(ids)

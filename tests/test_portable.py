@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
@@ -26,7 +25,8 @@ from qwen_export.runtimes import load
 from qwen_export.runtimes.static_decoder import StaticDecoder
 from qwen_export.static_plan import StaticOptions
 from tests.support.graph_driver import GraphDriver
-from tests.test_parity import TOLERANCE, Logits, prompt, reference_model, tiny
+from tests.support.static_bundles import Reference, reference_logits, unoptimized
+from tests.test_parity import TOLERANCE, prompt, tiny
 
 CAPACITY, CHUNK = 160, 16
 GREEDY = 8
@@ -38,21 +38,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Path) -> Callable[[list[int]], Logits]:
-    import torch
-
-    model = reference_model(checkpoint)
-
-    @torch.no_grad()
-    def logits(ids: list[int]) -> Logits:
-        return model(torch.tensor([ids])).logits[0].numpy()
-
-    return logits
+def reference(checkpoint: Path) -> Reference:
+    return reference_logits(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """By tokens per step."""
+    """By tokens that one verify reads."""
     directory = tmp_path_factory.mktemp("bundles")
     return {
         width: build(
@@ -73,7 +65,7 @@ def decoder(bundle: Path, **options: Any) -> StaticDecoder:
     return made
 
 
-def expected_tokens(reference: Callable[[list[int]], Logits], ids: list[int], count: int) -> list[int]:
+def expected_tokens(reference: Reference, ids: list[int], count: int) -> list[int]:
     tokens: list[int] = []
     for _ in range(count):
         tokens.append(int(reference([*ids, *tokens])[-1].argmax()))
@@ -83,7 +75,7 @@ def expected_tokens(reference: Callable[[list[int]], Logits], ids: list[int], co
 # Numbers
 
 
-def test_prompts_of_any_length_give_the_logits_of_transformers(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_prompts_of_any_length_give_the_logits_of_transformers(bundle: Path, reference: Reference) -> None:
     for length in (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 100):
         ids = prompt(length)
         expected = reference(ids)
@@ -91,14 +83,14 @@ def test_prompts_of_any_length_give_the_logits_of_transformers(bundle: Path, ref
     assert np.abs(decoder(bundle).read(ids) - expected).max() <= TOLERANCE
 
 
-def test_steps_give_the_logits_of_transformers(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_steps_give_the_logits_of_transformers(bundle: Path, reference: Reference) -> None:
     ids = prompt(40)
     expected, machine = reference(ids), decoder(bundle)
     steps = np.concatenate([machine.step([token]).copy() for token in ids])
     assert np.abs(steps - expected).max() <= TOLERANCE
 
 
-def test_prompts_in_pieces_with_steps_between(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_prompts_in_pieces_with_steps_between(bundle: Path, reference: Reference) -> None:
     """Every piece but the last leaves a padded tail behind, which must leave no trace."""
     ids, machine, at = prompt(100, 5), decoder(bundle), 0
     expected = reference(ids)
@@ -109,7 +101,7 @@ def test_prompts_in_pieces_with_steps_between(bundle: Path, reference: Callable[
         assert np.abs(logits - expected[at - 1]).max() <= TOLERANCE
 
 
-def test_verified_tokens_count_only_when_they_are_accepted(bundles: dict[int, Path], reference: Callable[[list[int]], Logits]) -> None:
+def test_verified_tokens_count_only_when_they_are_accepted(bundles: dict[int, Path], reference: Reference) -> None:
     """Random drafts, of which some begin right; between them steps, prompts and snapshots."""
     machine, ids, rng, at = decoder(bundles[4]), prompt(120, 7), np.random.default_rng(7), 0
     expected = reference(ids)
@@ -141,7 +133,7 @@ def test_verified_tokens_count_only_when_they_are_accepted(bundles: dict[int, Pa
         assert machine.tokens() == tuple(ids[:at])
 
 
-def test_fp16_with_wide_states(checkpoint: Path, tmp_path: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_fp16_with_wide_states(checkpoint: Path, tmp_path: Path, reference: Reference) -> None:
     options = StaticOptions(CHUNK)
     bundle = build(checkpoint, tmp_path / "fp16", target="onnx", precision="fp16", max_context=CAPACITY, options=options)
     kinds = {s.name.rsplit(".")[-1]: s.dtype for graph in load_manifest(bundle).graphs.values() for s in graph.states}
@@ -154,7 +146,7 @@ def test_fp16_with_wide_states(checkpoint: Path, tmp_path: Path, reference: Call
 # The decoder around the graphs
 
 
-def test_a_context_can_be_filled_to_its_last_token(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_a_context_can_be_filled_to_its_last_token(bundle: Path, reference: Reference) -> None:
     ids, machine = prompt(CAPACITY), decoder(bundle)
     machine.prefill(ids[:-2])
     machine.step([ids[-2]])
@@ -248,7 +240,7 @@ def test_experts_are_refused_with_the_target_that_takes_them(make_checkpoint: Ca
 # Other runtimes
 
 
-def test_the_reference_evaluator_gives_the_same_tokens(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_the_reference_evaluator_gives_the_same_tokens(bundle: Path, reference: Reference) -> None:
     graphs = {name: ReferenceEvaluator(str(bundle / f"{name}.onnx")) for name in ("decoder", "prefill")}
     names = {name: [output.name for output in graph.proto_.graph.output] for name, graph in graphs.items()}
     driver = GraphDriver(bundle, lambda name, feeds: dict(zip(names[name], graphs[name].run(None, feeds), strict=True)))
@@ -256,19 +248,12 @@ def test_the_reference_evaluator_gives_the_same_tokens(bundle: Path, reference: 
     assert driver.greedy(ids, 4) == expected_tokens(reference, ids, 4)
 
 
-def test_onnxruntime_without_its_optimizer_gives_the_same_tokens(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    graphs = {
-        n: ort.InferenceSession(str(bundle / f"{n}.onnx"), options, providers=["CPUExecutionProvider"]) for n in ("decoder", "prefill")
-    }
-    names = {name: [output.name for output in graph.get_outputs()] for name, graph in graphs.items()}
-    driver = GraphDriver(bundle, lambda name, feeds: dict(zip(names[name], graphs[name].run(None, feeds), strict=True)))
+def test_onnxruntime_without_its_optimizer_gives_the_same_tokens(bundle: Path, reference: Reference) -> None:
     ids = prompt(CHUNK + 3, 11)
-    assert driver.greedy(ids, GREEDY) == expected_tokens(reference, ids, GREEDY)
+    assert unoptimized(bundle).greedy(ids, GREEDY) == expected_tokens(reference, ids, GREEDY)
 
 
-def test_openvino_gives_the_same_tokens(bundle: Path, reference: Callable[[list[int]], Logits]) -> None:
+def test_openvino_gives_the_same_tokens(bundle: Path, reference: Reference) -> None:
     openvino = pytest.importorskip("openvino", reason="pip install 'qwen-export[openvino]'")
     logging.getLogger("openvino").setLevel(logging.ERROR)
     core = openvino.Core()

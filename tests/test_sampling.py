@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.chat import ChatTemplate
+from qwen_export.runtimes.distribution import Distribution
+from qwen_export.runtimes.largest import nucleus, top_ids
 from qwen_export.runtimes.logits import Row, Rows, Top
-from qwen_export.runtimes.sampling import Distribution, Sampler, SamplingParams, nucleus, top_ids
+from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
 from qwen_export.runtimes.token_history import TokenHistory
 from tests.support.templates import OTHER_TEMPLATE, family_template
@@ -84,7 +86,7 @@ def test_full_vocabulary_in_float32() -> None:
     for options in ({"top_k": 20, "top_p": 0.95}, {"top_p": 0.8, "temperature": 0.7}, {"min_p": 0.1}, {}):
         params = SamplingParams(**options)
         got = Sampler(params).distribution(logits)
-        assert got.probs.sum() == pytest.approx(1) and np.all(np.diff(got.ids) > 0)
+        assert sum(got.probs) == pytest.approx(1) and np.all(np.diff(got.ids) > 0)
         np.testing.assert_allclose(dense(got, V), transformers_probs(logits, [], params), rtol=2e-4, atol=1e-7)
 
 
@@ -117,7 +119,7 @@ def test_greedy_is_the_largest_logit_and_the_lowest_id_on_a_tie() -> None:
     logits = np.array([1, 3, 2, 3], np.float32)
     for params in (SamplingParams(greedy=True), SamplingParams(temperature=0)):
         distribution = Sampler(params).distribution(logits)
-        assert distribution.ids.tolist() == [1] and distribution.probs.tolist() == [1.0]
+        assert distribution == ([1], [1.0])
     history = TokenHistory()
     history.push(1)
     assert Sampler(SamplingParams(greedy=True, presence_penalty=0.5)).sample(logits, history) == 3
@@ -241,7 +243,7 @@ def test_cost_per_token(options: dict[str, Any]) -> None:
 def row_with_top(logits: np.ndarray, count: int) -> Row:
     """The row as a graph hands it over that picks the `count` largest logits."""
     order = np.lexsort((np.arange(len(logits)), -logits))[:count]
-    return Rows(lambda: logits[None], lambda: Top(logits[order][None], order.astype(np.int32)[None]))[0]
+    return Rows(lambda: logits[None], lambda: Top(memoryview(logits[order]), memoryview(order.astype(np.int32))), count)[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -269,14 +271,14 @@ def test_the_largest_logits_are_as_good_as_all(
     sampler = Sampler(SamplingParams(greedy=greedy, top_k=top_k, temperature=0.7, top_p=0.9, seed=0, **penalty), max(1, size - padding))
     ids, probs = sampler.distribution(logits, history)
     few, shares = sampler.distribution(row_with_top(logits, min(count, size)), history)
-    assert ids.tolist() == few.tolist()
-    assert probs.tolist() == shares.tolist()
+    assert list(ids) == list(few)
+    assert list(probs) == list(shares)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_largest_logits_that_are_no_numbers_are_an_error(bad: float) -> None:
     logits = np.zeros(50, np.float32)
     logits[7] = bad
-    row = Rows(lambda: logits[None], lambda: Top(logits[None, 7:27], np.arange(7, 27, dtype=np.int32)[None]))[0]
+    row = Rows(lambda: logits[None], lambda: Top(memoryview(logits[7:27]), memoryview(np.arange(7, 27, dtype=np.int32))), 20)[0]
     with pytest.raises(QwenExportError, match="no usable logits"):
         Sampler(SamplingParams(top_k=3, seed=0)).sample(row)

@@ -23,11 +23,12 @@ from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.acceptance import Acceptance, Draft
 from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.distribution import Distribution
 from qwen_export.runtimes.draft_policy import FixedLength
 from qwen_export.runtimes.drafting import HeadDrafter, LookupDrafter
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Distribution, Sampler
+from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.speculation import Speculator
 from qwen_export.runtimes.token_history import TokenHistory
 

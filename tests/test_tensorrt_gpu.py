@@ -208,7 +208,7 @@ def test_steps_are_recorded(dense: Path) -> None:
 
 
 def _all_states(decoder: Any) -> list[Any]:
-    return getattr(decoder, "_sequences", None) or decoder._states
+    return list(decoder._states)
 
 
 def test_weights_in_the_engine_and_given_to_it(dense: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ DECOMPOSABLE = ("rmsnorm",)
 """Values of --decompose: ops that have a node of their own and can be had as several simple ones."""
 
 _RMS_NORMALIZATION_SINCE = 23
+_LINEAR = {"onnx": "turned_product", "directml": "gemm"}
 _ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}
 
 
@@ -22,7 +23,7 @@ def choose_standard(target: str, config: TextConfig, opset: int, decompose: Coll
             "target onnxruntime takes them"
         ]
     chosen = {
-        "linear": "matmul",
+        "linear": _LINEAR[target],
         "rms_norm": _norm(target, opset, decompose),
         "gated_delta_net": "chunked",
         "gated_attention": _ATTENTION[target],

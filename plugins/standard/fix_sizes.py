@@ -35,8 +35,7 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
     unwanted = {*(("logits",) if not sizes.N else ()), *(_HIDDEN if not sizes.hidden else ())}
     for value in [value for value in graph.outputs if value.name in unwanted]:
         graph.outputs.remove(value)
-    if sizes.N == sizes.T:
-        _logits_of_all_tokens(graph)
+    _choose_logits(graph, every=sizes.N == sizes.T)
     remove_dead(model, context)
     for value in [value for value in graph.inputs if value.name == "logit_rows" and not value.uses()]:
         graph.inputs.remove(value)
@@ -61,11 +60,13 @@ def _forget(graph: ir.Graph, gone: Sequence[str]) -> None:
                 value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
 
 
-def _logits_of_all_tokens(graph: ir.Graph) -> None:
-    """The head reads the hidden states themselves, instead of rows of them."""
+def _choose_logits(graph: ir.Graph, *, every: bool) -> None:
+    """The LM head reads rows of the hidden states by their numbers, without the detours of a trace; all of them without a Gather."""
     rows = next(value for value in graph.inputs if value.name == "logit_rows")
     gather = next(node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows))
-    if gather.inputs[0] is not None:
+    if not every:
+        gather.replace_input_with(1, rows)
+    elif gather.inputs[0] is not None:
         gather.outputs[0].replace_all_uses_with(gather.inputs[0])
 
 

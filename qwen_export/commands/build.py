@@ -44,7 +44,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
 @click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; not target onnxruntime.")
-@click.option("--step-tokens", type=int, default=1, metavar="N", help="Tokens per step, for speculation; not target onnxruntime.")
+@click.option(
+    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; not target onnxruntime."
+)
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
@@ -73,7 +75,7 @@ def command(
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
-    step_tokens: int,
+    step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
     jobs: int | None,

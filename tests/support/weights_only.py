@@ -10,21 +10,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export import cli, compiler
+from qwen_export import cli, lowering
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import decoder_tensors
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.plan import BuildPlan
 
 
-def weights_only(source: Checkpoint, plan: BuildPlan, dump: Path | None) -> ir.Model:
-    """In the place of `compiler.lower`."""
+def weights_only(source: Checkpoint, plan: BuildPlan, dump: Path | None) -> dict[str, ir.Model]:
+    """In the place of `lowering.lower`."""
     model = ir.Model(ir.Graph([], [], nodes=[], opset_imports={"": 21}), ir_version=10)
     for name, shape in decoder_tensors(source.config.text):
         add_weight(model.graph, name, StoredWeight(name, shape, ir.DataType.FLOAT))
-    return model
+    return {"decoder": model}
 
 
 if __name__ == "__main__":
-    compiler.lower = weights_only
+    lowering.lower = weights_only
     cli.main(sys.argv[1:])

@@ -1,0 +1,82 @@
+"""The draft head over one graph with dynamic shapes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, CudaBuffer
+from qwen_export.runtimes.draft_head import WAITING, DraftHead
+from qwen_export.runtimes.logits import Row
+from qwen_export.runtimes.onnxruntime_session import Session
+
+if TYPE_CHECKING:
+    from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
+
+_SLOT_AXIS = 2
+
+
+class DynamicDraftHead(DraftHead):
+    def __init__(self, session: Session, decoder: DynamicDecoder) -> None:
+        self.session, self._decoder = session, decoder
+        kind = BUFFERS[session.device]
+        spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
+        shape = (decoder.chunk + WAITING, int(spec.shape[-1]))
+        super().__init__(decoder, kind(spec.dtype, shape))
+        # What a call reads, what it leaves.
+        self._input, self._output = kind(spec.dtype, shape), kind(spec.dtype, shape)
+        self.caches: dict[str, Buffer] = {
+            s.name: kind(s.dtype, tuple(d if isinstance(d, int) else {"B": 1, "S": decoder.slots}[d] for d in s.shape))
+            for s in session.spec.states
+        }
+        self._calls: dict[tuple[int, int], BoundCall] = {}
+
+    @property
+    def busy_s(self) -> float:
+        return self.session.busy_s
+
+    def grow(self, slots: int) -> None:
+        for name, buffer in self.caches.items():
+            if not isinstance(buffer, CudaBuffer):
+                raise AssertionError("host caches have their full size from the start")
+            self.caches[name] = buffer.grown(_SLOT_AXIS, slots, self.length)
+        self._calls.clear()
+
+    def following(self, token: int, depth: int) -> Row:
+        return self._run([token], self.length + depth - 1, rows=1)
+
+    def _read_rows(self, tokens: Sequence[int], first: int, rows: int) -> Row:
+        row = self._log.row_bytes
+        self._input.copy_from(self._log, 0, first * row, len(tokens) * row)
+        return self._run(tokens, self.length, rows)
+
+    def _run(self, ids: Sequence[int], position: int, rows: int) -> Row:
+        """One call over the states in `_input`; its last own state becomes the input of a following draft."""
+        T = len(ids)
+        call = self._calls.get((T, rows)) or self._bind(T, rows)
+        made = call.run(ids, [position])
+        if rows:
+            self._input.copy_from(self._output, 0, (T - 1) * self._output.row_bytes, self._output.row_bytes)
+        return made[0]
+
+    def _bind(self, T: int, rows: int) -> BoundCall:
+        """Calls that draft come again: after one token, or after what a round accepted. Those that only catch up have odd sizes."""
+        started = time.perf_counter()
+        caches = {name: buffer.address for name, buffer in self.caches.items()}
+        inputs = {
+            **caches,
+            **{name: table.address for name, table in self._decoder.tables.items()},
+            "hidden": self._input.address,
+        }
+        outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
+        dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
+        call = BoundCall(self.session, dims, inputs, outputs, repeated=rows > 0)
+        if rows:
+            self._calls[T, rows] = call
+        if call.recorded:
+            # Recording runs the graph; what it writes, the real run behind it writes again.
+            call.run([0] * T, [self.length])
+        self.binding_s += time.perf_counter() - started
+        return call
