@@ -62,7 +62,7 @@ def load(
     if device is not None:
         manifest = replace(manifest, target=replace(manifest.target, device=device))
     ensure_whole(directory, manifest)
-    check_runnable(manifest)
+    check_runnable(manifest, device_id)
     _check_speculate(speculate, manifest)
     session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()

@@ -1,19 +1,20 @@
 """Device memory whose copies take their turn on a stream, so that nobody waits for them before the end of a call.
 
-Small buffers (controls, candidates) are written and read through a mirror in locked host memory. A write is queued in front of the call
-that reads it; a call queues the copies of its results behind itself, and when the call is waited for they are on the host already.
+Small buffers (controls) are written through a mirror in locked host memory, and all are read through one. A write is queued in front
+of the call that reads it; a call queues the copies of its results behind itself, and when the call is waited for they are on the host.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
+from array import array
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from qwen_export.runtimes import cuda_memory
-from qwen_export.runtimes.buffers import Buffer, Bytes, decode
+from qwen_export.runtimes.buffers import INTEGERS, Buffer, Bytes
 from qwen_export.runtimes.cuda_stream import Stream
 
 _SMALL = 64 << 10
@@ -41,6 +42,7 @@ class StreamBuffer(Buffer):
         self._mirror: PinnedMemory | None = None
         self._queued_at = -1  # the stream's count of waits when a copy from the mirror was queued last
         self._fetched = False
+        self._ints: memoryview[int] | None = None
 
     def __del__(self) -> None:
         if getattr(self, "address", 0) and not sys.is_finalizing():
@@ -59,30 +61,32 @@ class StreamBuffer(Buffer):
             cuda_memory.to_device_later(self.address + offset, data.ctypes.data, data.nbytes, self._stream.handle)
             self._stream.synchronize()
             return
-        mirror = self._mirrored()
-        if self._queued_at == self._stream.waits:  # the last copy may still be reading the mirror
-            self._stream.synchronize()
+        mirror = self._free_mirror()
         mirror.array[offset : offset + data.nbytes] = data
         cuda_memory.to_device_later(self.address + offset, mirror.address + offset, data.nbytes, self._stream.handle)
+        self._queued_at = self._stream.waits
+
+    def write_ints(self, values: Sequence[int]) -> None:
+        self._fetched = False
+        mirror = self._free_mirror()
+        if self._ints is None:
+            self._ints = mirror.array.data.cast(INTEGERS[self.dtype])
+        self._ints[:] = memoryview(array(INTEGERS[self.dtype], values))
+        cuda_memory.to_device_later(self.address, mirror.address, self.nbytes, self._stream.handle)
         self._queued_at = self._stream.waits
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         self._fetched = False
         cuda_memory.copy_later(self.address + offset, other.address + start, nbytes, self._stream.handle)
 
-    def array(self) -> npt.NDArray[np.float32]:
+    def contents(self) -> Bytes:
         if not self._fetched and self.nbytes:
             self.fetch_later()
             self._stream.synchronize()
             self.fetched()
-        return decode(self._mirrored().array, self.dtype, self.shape)
+        return self._mirrored().array
 
     # ---- for calls that have the buffer among their results ----
-
-    @property
-    def small(self) -> bool:
-        """Whether a call should copy the buffer to the host without being asked."""
-        return self.nbytes <= _SMALL
 
     def fetch_later(self) -> None:
         """Queue the copy to the host."""
@@ -95,6 +99,12 @@ class StreamBuffer(Buffer):
     def changed(self) -> None:
         """A call has written the buffer, and what is on the host is not its contents any more."""
         self._fetched = False
+
+    def _free_mirror(self) -> PinnedMemory:
+        """The mirror, once no copy reads it any more."""
+        if self._queued_at == self._stream.waits:
+            self._stream.synchronize()
+        return self._mirrored()
 
     def _mirrored(self) -> PinnedMemory:
         if self._mirror is None:

@@ -16,6 +16,8 @@ def check_tensorrt(manifest: Manifest, device_id: int = 0) -> str:
     spec = manifest.engine
     if spec is None:
         raise BundleError("the bundle does not say what its engines were compiled for", fix="Build it again.")
+    if manifest.target.device != "cuda":
+        raise BundleError("engines of TensorRT run on an NVIDIA GPU", got=manifest.target.device, fix="Load the bundle without a device.")
     library = load_library(manifest.target.backend)
     _check_version(library, spec)
     have = cuda_driver.driver_version()

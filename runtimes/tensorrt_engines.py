@@ -127,6 +127,7 @@ class Engine:
 
     def __init__(self, engines: Engines, native: Any, name: str, spec: GraphSpec, kernels: KernelFile) -> None:
         self.engines, self.native, self.name, self.spec, self._kernels = engines, native, name, spec, kernels
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         api = engines.library.api
         tensors = [native.get_tensor_name(i) for i in range(native.num_io_tensors)]
         inputs = {tensor for tensor in tensors if native.get_tensor_mode(tensor) == api.TensorIOMode.INPUT}
@@ -144,7 +145,6 @@ class Engine:
             if kept and not self._cache.deserialize(kept):
                 engines.library.said()  # written by another version: compiled anew
             self._config.set_runtime_cache(self._cache)
-        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
         _loaded.add(self)
 
     def context(self) -> Context:
@@ -216,12 +216,6 @@ class Context:
         engines = self._engine.engines
         if not self.native.execute_async_v3(engines.stream.handle):
             raise BundleError("TensorRT could not run the engine", where=self._engine.name, got=engines.library.said() or "no reason")
-
-    @property
-    def recordable(self) -> bool:
-        """Whether runs may be recorded as a CUDA graph. The full library does not say, and refuses while recording."""
-        ask = getattr(self.native, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._engine.engines.stream.handle))
 
     def close(self) -> None:
         self.recording = None
