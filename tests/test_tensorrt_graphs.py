@@ -24,7 +24,7 @@ from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.split_product import SplitEmitter
-from qwen_export.plugins.decompose.summed_products import summed_products
+from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales, Turned
 from qwen_export.runtimes import SamplingParams, load
@@ -115,18 +115,20 @@ def test_sums_are_the_transaction(T: int, P: int) -> None:
     weights = {"conv": rng.standard_normal((C, K)), "a_log": rng.standard_normal(Hv), "dt": rng.standard_normal(Hv), "norm": np.ones(D)}
     counts = ("accepted", "commit") if P else ()
 
-    def graph(rule: Any) -> Any:
+    def graph(kind: type[Emitter]) -> Any:
         def build(emit: Emitter, values: dict[str, ir.Value]) -> list[ir.Value]:
+            inner = kind(emit.graph, "inner")
+            inner.nodes = emit.nodes
             given: dict[str, ir.Value | None] = dict(values)
             for name, stored, shape in (("a_log", "a_log", (Hv,)), ("dt_bias", "dt", (Hv,)), ("norm", "norm", (D,))):
                 given[name] = add_weight(emit.graph, stored, StoredWeight(stored, shape, FLOAT))
             given["conv_weight"] = add_weight(emit.graph, "conv.view", Reshaped(StoredWeight("conv", (C, K), FLOAT), (C, K)))
-            return list(emit_gated_delta_net(emit, given, Sizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT, rule))
+            return list(emit_gated_delta_net(inner, given, Sizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT, delta_rule))
 
         inputs = {name: (x.shape, FLOAT) for name, x in data.items()} | dict.fromkeys(counts, ((1,), ir.DataType.INT32))
         return session(emitted(inputs, build, {name: x.astype(np.float32) for name, x in weights.items()}))
 
-    sums, products = graph(summed_products), graph(delta_rule)
+    sums, products = graph(SummedEmitter), graph(Emitter)
     for accepted in range(P + 1):
         for commit in range(T + 1) if P else (T,):
             feeds = data | {name: np.array([value], np.int32) for name, value in zip(counts, (accepted, commit), strict=False)}

@@ -16,7 +16,7 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
-from qwen_export.plugins.decompose.summed_products import summed_products
+from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
@@ -24,17 +24,19 @@ from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
 from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales, Turned
 
-# Tokens of a verify up to which sums take less time than products, launched or not; beyond, code grows with the square.
-_MOST_SUMMED = 12
+# Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
+_MOST_SUMMED = 16
 # What products over int4 weights have a fast kernel for: on SM 90, one row takes four times as long as eight.
 _INT4_ROWS = 8
 
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """gated_delta_net -> one token: sums over the state; a verify: the chunk form; a prompt: all chunks at once, one product per chunk in
-    sequence. Everything fp32 between the projections."""
+    """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
+    one product per chunk in sequence. Everything fp32 between the projections."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
-    emit = _emitter(graph, f"{layer_prefix(node)}.linear_attn", context, shared)
+    few = sizes.P + sizes.T <= _MOST_SUMMED
+    kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
+    emit = kind(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     rule = _rule(sizes.T, sizes.P, context)
     results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
@@ -45,18 +47,15 @@ def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
     """How the recurrence is computed over P pending and T new tokens."""
     if T == 1 and not P:
         return reduced_step
-    if P + T <= _MOST_SUMMED:
-        return summed_products
-    if P:
+    if P or context.static.chunk >= T:
         return delta_rule
     # Activations have 11 bits at most in these graphs; products of fp32 operands would keep no more on tensor cores, and take longer.
     return batched_chunks(context.static.chunk, None if context.activation == ir.DataType.FLOAT else ir.DataType.FLOAT16)
 
 
-def _emitter(graph: ir.Graph, prefix: str, context: PassContext, shared: Shared) -> Emitter:
-    """fp32 graphs keep fp32 products where the compiler would round them."""
-    exact = context.choices["linear"].name == "split_product"
-    return SplitEmitter(graph, prefix, shared) if exact else Emitter(graph, prefix, shared)
+def _exact(context: PassContext) -> bool:
+    """Whether the compiler would round the operands of fp32 products, and must not."""
+    return context.choices["linear"].name == "split_product"
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -75,7 +74,7 @@ def _attention(
     graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, layer: bool
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
-    if context.choices["linear"].name == "split_product":
+    if _exact(context):
         exact = SplitEmitter(graph, emit.prefix, shared)
         exact.nodes = emit.nodes
         emit = exact
