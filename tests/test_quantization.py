@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -21,6 +22,7 @@ from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.quantization import methods
 from qwen_export.graphs.quantization.methods import quantize
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack, unpack
 from qwen_export.graphs.quantization.plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
@@ -108,6 +110,27 @@ def test_search_is_never_worse_than_rounding(bits: int, zeros: bool) -> None:
     nearest, searched = errors("rtn"), errors("search")
     assert (searched <= nearest * 1.001 + 1e-12).all()
     assert searched.sum() < (0.8 if bits == 4 and not zeros else 1.0) * nearest.sum()
+
+
+@needs_plugin
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of another order may choose another range where two leave the same error."""
+    format = QuantFormat(bits, block)
+    w = np.random.default_rng(block).standard_t(4, (64, 4 * block)).astype(np.float32)
+    w[3, :block] = 0
+    w[5] = -np.abs(w[5])
+
+    def errors() -> npt.NDArray[np.float64]:
+        codes, scales, _ = quantize(format, w, "search")
+        return ((dequantize(format, codes, scales) - w).astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
+
+    assert methods.native_search() is not None
+    native = errors()
+    monkeypatch.setattr(methods, "native_search", lambda: None)
+    np.testing.assert_allclose(native, errors(), rtol=2e-3)
+    assert native[3 * 4] == 0
 
 
 @pytest.mark.parametrize("method", ["rtn", "search"])
