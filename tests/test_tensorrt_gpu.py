@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ CAPACITY, CHUNK, WIDTH = 192, 64, 4
 Logits = npt.NDArray[np.float32]
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "tiny-dense": lambda path: synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), path, with_mtp=False),
+    "tiny-dense": lambda path: synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), path),
     "tiny-moe": lambda path: synthesize(tiny(moe=True), path, with_mtp=False),
     "demo-dense": lambda path: EXAMPLES / "demo-dense",
     "0.8B-layers": lambda path: synthesize(small_release_config(), path, with_mtp=False),
@@ -99,7 +100,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a tiny dense checkpoint."""
     directory = tmp_path_factory.mktemp("tensorrt-dense")
-    return compiled(CHECKPOINTS["tiny-dense"](directory / "checkpoint"), directory / "bundle", "fp16")
+    return compiled(CHECKPOINTS["tiny-dense"](directory / "checkpoint"), directory / "bundle", "fp16", mtp=False)
 
 
 def prompt(eager: Any, length: int, seed: int = 0) -> list[int]:
@@ -164,7 +165,7 @@ def test_greedy_tokens(subject: Subject) -> None:
 def test_fp32_is_within_2e_3(name: str, tmp_path: Path) -> None:
     checkpoint = CHECKPOINTS[name](tmp_path / "checkpoint")
     eager = load_decoder(open_checkpoint(checkpoint))
-    ids, decoder = prompt(eager, 80), load(compiled(checkpoint, tmp_path / "bundle", "fp32")).decoder()
+    ids, decoder = prompt(eager, 80), load(compiled(checkpoint, tmp_path / "bundle", "fp32", mtp=False)).decoder()
     expected = EagerSequence(eager, CAPACITY).read(ids)
     rows = [decoder.prefill(ids[:70]).copy(), *(decoder.step([token])[0].copy() for token in ids[70:])]
     np.testing.assert_allclose(np.stack(rows), expected[69:], rtol=0, atol=2e-3)
@@ -227,7 +228,7 @@ def test_weights_that_engines_have_themselves(dense: Path, tmp_path: Path, weigh
     checkpoint = CHECKPOINTS["tiny-dense"](tmp_path / "checkpoint")
     expected = load(dense).decoder().prefill(list(range(40))).copy()
     try:
-        bundle = compiled(checkpoint, tmp_path / weights, "fp16", engine=EngineOptions(weights=weights))
+        bundle = compiled(checkpoint, tmp_path / weights, "fp16", mtp=False, engine=EngineOptions(weights=weights))
     except BuildError as error:
         if "does not have arch kind assigned" in str(error):
             pytest.skip("TensorRT-RTX 1.5 does not compile constants for this GPU, which it does not support")
@@ -245,6 +246,14 @@ def test_two_bundles_at_a_time(dense: Path, subject: Subject) -> None:
         two.step([7])
         logits = one.step([tokens[-1]])[0]
     assert tokens == alone
+
+
+def test_another_thread_may_read(dense: Path) -> None:
+    decoder = load(dense).decoder()
+    expected = greedy(decoder, [1, 2, 3], 6)
+    decoder.reset()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(greedy, decoder, [1, 2, 3], 6).result() == expected
 
 
 def test_unloading_frees_the_memory(dense: Path) -> None:
