@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ import pytest
 
 from qwen_export import build
 from qwen_export.engine_options import EngineOptions
-from qwen_export.errors import BundleError
+from qwen_export.errors import BuildError, BundleError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
+from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import SamplingParams, cuda_memory, load
 from qwen_export.runtimes.cuda_driver import memory_info
 from qwen_export.runtimes.decoder import Decoder
@@ -39,7 +41,7 @@ CAPACITY, CHUNK, WIDTH = 192, 64, 4
 Logits = npt.NDArray[np.float32]
 
 CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
-    "tiny-dense": lambda path: synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), path, with_mtp=False),
+    "tiny-dense": lambda path: synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), path),
     "tiny-moe": lambda path: synthesize(tiny(moe=True), path, with_mtp=False),
     "demo-dense": lambda path: EXAMPLES / "demo-dense",
     "0.8B-layers": lambda path: synthesize(small_release_config(), path, with_mtp=False),
@@ -54,6 +56,15 @@ class Subject:
     bundle: Path
     eager: Any
     near: float
+
+    def compare(self, got: Logits, expected: Logits) -> None:
+        """All logits are near. Where experts are chosen, two may be as good as each other in fp16: then another one's output is added, and
+        what follows in the text sees it; a tenth of the rows may show that, and none is far off."""
+        off = np.abs(np.atleast_2d(got) - np.atleast_2d(expected)).max(-1)
+        if self.eager.config.is_moe:
+            assert np.mean(off > self.near) <= 0.1 and np.median(off) < self.near / 2 and off.max() < 12 * self.near, off
+        else:
+            assert off.max() <= self.near, off
 
     def expected(self, ids: list[int]) -> Logits:
         return EagerSequence(self.eager, CAPACITY).read(ids)
@@ -89,7 +100,7 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle of a tiny dense checkpoint."""
     directory = tmp_path_factory.mktemp("tensorrt-dense")
-    return compiled(CHECKPOINTS["tiny-dense"](directory / "checkpoint"), directory / "bundle", "fp16")
+    return compiled(CHECKPOINTS["tiny-dense"](directory / "checkpoint"), directory / "bundle", "fp16", mtp=False)
 
 
 def prompt(eager: Any, length: int, seed: int = 0) -> list[int]:
@@ -118,15 +129,16 @@ def same_but_for_ties(subject: Subject, ids: list[int], got: list[int], expected
 @pytest.mark.parametrize("length", [1, 3, CHUNK, 2 * CHUNK - 1, 100])
 def test_prompts(subject: Subject, length: int) -> None:
     ids = prompt(subject.eager, length)
-    decoder, expected = subject.decoder(), subject.expected(ids)
-    np.testing.assert_allclose(decoder.prefill(ids), expected[-1], rtol=0, atol=subject.near)
+    decoder = subject.decoder()
+    rows = [decoder.prefill(ids).copy(), *(decoder.step([token])[0].copy() for token in range(20))]
+    subject.compare(np.stack(rows), subject.expected([*ids, *range(20)])[length - 1 :])
 
 
 def test_steps_after_a_prompt(subject: Subject) -> None:
     ids = prompt(subject.eager, 90, 1)
     expected, decoder = subject.expected(ids), subject.decoder()
     rows = [decoder.prefill(ids[:50]).copy(), *(decoder.step([token])[0].copy() for token in ids[50:])]
-    np.testing.assert_allclose(np.stack(rows), expected[49:], rtol=0, atol=subject.near)
+    subject.compare(np.stack(rows), expected[49:])
 
 
 def test_the_largest_logits_are_those_of_the_logits(subject: Subject) -> None:
@@ -149,11 +161,11 @@ def test_greedy_tokens(subject: Subject) -> None:
     same_but_for_ties(subject, ids, got[:12], expected)
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "0.8B-layers"])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", "0.8B-layers"])
 def test_fp32_is_within_2e_3(name: str, tmp_path: Path) -> None:
     checkpoint = CHECKPOINTS[name](tmp_path / "checkpoint")
     eager = load_decoder(open_checkpoint(checkpoint))
-    ids, decoder = prompt(eager, 80), load(compiled(checkpoint, tmp_path / "bundle", "fp32")).decoder()
+    ids, decoder = prompt(eager, 80), load(compiled(checkpoint, tmp_path / "bundle", "fp32", mtp=False)).decoder()
     expected = EagerSequence(eager, CAPACITY).read(ids)
     rows = [decoder.prefill(ids[:70]).copy(), *(decoder.step([token])[0].copy() for token in ids[70:])]
     np.testing.assert_allclose(np.stack(rows), expected[69:], rtol=0, atol=2e-3)
@@ -164,25 +176,25 @@ def test_fp32_is_within_2e_3(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("right", [0, 1, 2, 3])
 def test_what_was_not_accepted_leaves_no_trace(subject: Subject, right: int) -> None:
-    ids = prompt(subject.eager, 40 + WIDTH + 8, 3)
+    ids = prompt(subject.eager, 40 + WIDTH + 20, 3)
     expected, decoder = subject.expected(ids), subject.decoder()
     decoder.prefill(ids[:40])
     wrong = [(token + 1) % 400 for token in ids[41 + right : 40 + WIDTH]]
     rows = decoder.verify([*ids[40 : 41 + right], *wrong])[: 1 + right].copy()
-    np.testing.assert_allclose(rows, expected[40 : 41 + right], rtol=0, atol=subject.near)
     decoder.accept(1 + right)
-    rest = ids[41 + right :]
-    got = np.stack([decoder.step([token])[0].copy() for token in rest])
-    np.testing.assert_allclose(got, expected[41 + right :], rtol=0, atol=subject.near)
+    rest = [decoder.step([token])[0].copy() for token in ids[41 + right :]]
+    subject.compare(np.stack([*rows, *rest]), expected[40:])
 
 
-def test_drafts_do_not_change_the_text(subject: Subject) -> None:
-    phrase = prompt(subject.eager, 12, 4)
-    texts = {}
-    for speculate in ("off", "lookup"):
-        model, statistics = load(subject.bundle, speculate=speculate), Statistics()
-        texts[speculate] = list(model.generate(Request(phrase * 3, Sampler(SamplingParams(greedy=True)), (), 60), statistics))
-    same_but_for_ties(subject, phrase * 3, texts["lookup"], texts["off"])
+@pytest.mark.parametrize("speculate", ["lookup", 1, 3, "auto"])
+def test_drafts_do_not_change_the_text(subject: Subject, speculate: int | str) -> None:
+    if speculate != "lookup" and load_manifest(subject.bundle).speculation.draft_vocab == 0:  # type: ignore[union-attr]
+        pytest.skip("the checkpoint has no draft head")
+    phrase, texts = prompt(subject.eager, 12, 4), []
+    for way in ("off", speculate):
+        model, statistics = load(subject.bundle, speculate=way), Statistics()
+        texts.append(list(model.generate(Request(phrase * 3, Sampler(SamplingParams(greedy=True)), (), 60), statistics)))
+    same_but_for_ties(subject, phrase * 3, texts[1], texts[0])
 
 
 def test_marks_and_snapshots_are_exact(subject: Subject) -> None:
@@ -211,12 +223,17 @@ def _all_states(decoder: Any) -> list[Any]:
     return list(decoder._states)
 
 
-def test_weights_in_the_engine_and_given_to_it(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["embedded", "stripped"])
+def test_weights_that_engines_have_themselves(dense: Path, tmp_path: Path, weights: str) -> None:
     checkpoint = CHECKPOINTS["tiny-dense"](tmp_path / "checkpoint")
     expected = load(dense).decoder().prefill(list(range(40))).copy()
-    for weights in ("embedded", "stripped"):
-        bundle = compiled(checkpoint, tmp_path / weights, "fp16", engine=EngineOptions(weights=weights))
-        np.testing.assert_allclose(load(bundle).decoder().prefill(list(range(40))), expected, rtol=0, atol=0.05)
+    try:
+        bundle = compiled(checkpoint, tmp_path / weights, "fp16", mtp=False, engine=EngineOptions(weights=weights))
+    except BuildError as error:
+        if "does not have arch kind assigned" in str(error):
+            pytest.skip("TensorRT-RTX 1.5 does not compile constants for this GPU, which it does not support")
+        raise
+    np.testing.assert_allclose(load(bundle).decoder().prefill(list(range(40))), expected, rtol=0, atol=0.05)
 
 
 def test_two_bundles_at_a_time(dense: Path, subject: Subject) -> None:
@@ -229,6 +246,14 @@ def test_two_bundles_at_a_time(dense: Path, subject: Subject) -> None:
         two.step([7])
         logits = one.step([tokens[-1]])[0]
     assert tokens == alone
+
+
+def test_another_thread_may_read(dense: Path) -> None:
+    decoder = load(dense).decoder()
+    expected = greedy(decoder, [1, 2, 3], 6)
+    decoder.reset()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(greedy, decoder, [1, 2, 3], 6).result() == expected
 
 
 def test_unloading_frees_the_memory(dense: Path) -> None:
