@@ -118,8 +118,8 @@ def plan_build(
     wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
     activations, quantization = activation_precision(precision, device), None
     if precision in QUANTIZED and precision in chosen.precisions:
-        stored = UNQUANTIZED if chosen.engines else ()
-        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=stored)
+        whole = UNQUANTIZED if chosen.engines else ()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
     sms = engine.sms if engine is not None else ()
     if chosen.engines:
         reasons += refusals(config, quantization, sms)
@@ -143,9 +143,10 @@ def plan_build(
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activations]
-    # Engines read symmetric blocks in a layout of their own: what the checkpoint stores is quantised anew for them.
-    if quantization is not None and checkpoint.config.quantization and not chosen.engines:
+    if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
+        if chosen.engines:  # they have no zeros
+            quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
     groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
     return BuildPlan(
         chosen,

@@ -17,7 +17,6 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
-from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
 from qwen_export.plan import plan_build
 from qwen_export.plugins.decompose.delta_rule import delta_rule
@@ -26,7 +25,7 @@ from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delt
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt import experts
-from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales, Turned
+from qwen_export.plugins.tensorrt.quantized import Fp8Codes, Fp8Scales
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.sampling import Sampler
@@ -185,30 +184,6 @@ def _split(emit: Emitter, x: dict[str, ir.Value]) -> list[ir.Value]:
     exact = SplitEmitter(emit.graph, "split")
     exact.nodes = emit.nodes
     return [exact.matmul(x["a"], x["b"])]
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("turned", [False, True])
-def test_blocks_are_what_dequantize_linear_reads(bits: int, turned: bool) -> None:
-    N, K, block = 6, 64, 32
-    w = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
-    w[2] = 0
-    codes = BlockCodes(StoredWeight("w", (N, K), FLOAT), QuantFormat(bits, block), "search")
-    scales = BlockScales(codes.of, codes.format, codes.method, HALF)
-    if bits == 4 and not turned:
-        pytest.skip("int4 is turned")
-    parts = (Turned(codes), Turned(scales)) if turned else (codes, scales)
-    source = Weights({"w": w})
-    stored = [part.evaluate(source) for part in parts]
-    assert [array.nbytes for array in stored] == [part.nbytes for part in parts]
-    raw, scale = stored
-    if bits == 4:
-        raw = np.stack([raw & 15, raw >> 4], axis=-1).reshape(K, N).astype(np.int8)
-        raw = np.where(raw > 7, raw - 16, raw)
-    assert (scale > 0).all()
-    values = (raw.T if turned else raw).astype(np.float32) * np.repeat((scale.T if turned else scale).astype(np.float32), block, axis=1)
-    step = np.abs(w).reshape(N, -1, block).max(axis=2) / (2 ** (bits - 1) - 1)
-    assert (np.abs(values - w) <= 1.01 * np.repeat(step, block, axis=1)).all()
 
 
 def test_fp8_rows() -> None:

@@ -183,7 +183,7 @@ def _dump_layers(network: Any, path: Path) -> None:
 def _file_writer(api: Any, path: Path) -> Any:
     """An IStreamWriter into a file: an engine with its weights is never in memory twice."""
 
-    class Writer(api.IStreamWriter):  # type: ignore[name-defined, misc]
+    class Writer(api.IStreamWriter):
         def __init__(self) -> None:
             api.IStreamWriter.__init__(self)
             self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

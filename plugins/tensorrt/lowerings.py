@@ -9,20 +9,22 @@ from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
 from qwen_export.graphs.quantization.plan import INT4, STORED, GroupFormat
+from qwen_export.graphs.quantization.standard import Codes, Scales
 from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
+from qwen_export.plugins.standard.quantized import exact
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
-from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales, Turned
+from qwen_export.plugins.tensorrt.quantized import Fp8Codes, Fp8Scales
 
 # Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
 _MOST_SUMMED = 16
@@ -88,7 +90,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     if x is None or logits is None or gate_up is None or down is None:
         raise TypeError("moe has an input that is missing")
     emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
-    E, H, width = (int(size) for size in down.shape or ())
+    E, H, width = static_shape(down)
     sizes = experts.Sizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
     return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
 
@@ -153,10 +155,9 @@ def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFo
                 expected=f"an even number of rows of a multiple of {format.block} values",
                 fix='Give the matrix another block, or format = "stored", in the precision plan.',
             )
-        codes = BlockCodes(weight, format.quant, format.method)
-        scales = BlockScales(weight, format.quant, format.method, context.activation)
-        turned = format.format == INT4
-        parts = [Turned(codes), Turned(scales)] if turned else [codes, scales]
+        of, turned = exact(weight, format), format.format == INT4
+        codes = Codes(of, format.quant, format.method, turned)
+        parts = [codes, Scales(of, format.quant, format.method, turned, context.activation)]
         attributes = {"axis": 0 if turned else 1, "block_size": format.block}
     inputs = [add_weight(emit.graph, f"{name}.{part}", weight) for part, weight in zip((format.format, "scale"), parts, strict=True)]
     return emit("", "DequantizeLinear", inputs, dtype=context.activation, **attributes)[0]
@@ -166,8 +167,7 @@ def _format(weight: Weight, context: PassContext) -> GroupFormat:
     """The format that the plan gives to all parts of a weight, or "stored"."""
     if context.quantization is None:
         return GroupFormat()
-    formats = {context.quantization.of(name) for name in weight.stored()}
-    return formats.pop() if len(formats) == 1 else GroupFormat()
+    return context.quantization.of(*weight.stored())
 
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
