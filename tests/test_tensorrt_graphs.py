@@ -17,6 +17,7 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales, rounded
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
 from qwen_export.plan import plan_build
 from qwen_export.plugins.decompose.delta_rule import delta_rule
@@ -25,7 +26,6 @@ from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delt
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt import experts
-from qwen_export.plugins.tensorrt.quantized import Fp8Codes, Fp8Scales
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.sampling import Sampler
@@ -191,6 +191,7 @@ def test_fp8_rows() -> None:
     source, stored = Weights({"w": w}), StoredWeight("w", (4, 32), FLOAT)
     values = Fp8Codes(stored).evaluate(source).astype(np.float32) * Fp8Scales(stored, HALF).evaluate(source).astype(np.float32)[:, None]
     assert np.abs(values - w).max() <= 0.07 * np.abs(w).max()
+    assert np.array_equal(values, rounded(w))
 
 
 def test_refusals(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales
 from qwen_export.graphs.quantization.plan import INT4, STORED, GroupFormat
 from qwen_export.graphs.quantization.standard import Codes, Scales
 from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
@@ -24,7 +25,6 @@ from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_p
 from qwen_export.plugins.standard.quantized import exact
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
-from qwen_export.plugins.tensorrt.quantized import Fp8Codes, Fp8Scales
 
 # Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
 _MOST_SUMMED = 16

@@ -1,4 +1,4 @@
-"""FP8 matrices as DequantizeLinear wants them: codes, and a scale per row beside them. Integers are in graphs/quantization/standard.py."""
+"""FP8 matrices: codes in E4M3, and a scale per row beside them, as DequantizeLinear wants them."""
 
 from __future__ import annotations
 
@@ -55,6 +55,13 @@ class Fp8Scales(Weight):
 
     def stored(self) -> Iterator[str]:
         return self.of.stored()
+
+
+def rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The values that the codes of a matrix [N,K] stand for."""
+    scales = _row_scales(values)[:, None]
+    codes = (values / scales).astype(ir.DataType.FLOAT8E4M3FN.numpy())
+    return np.asarray(codes.astype(np.float32) * scales, np.float32)
 
 
 def _row_scales(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
