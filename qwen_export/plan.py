@@ -135,7 +135,7 @@ def plan_build(
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
     if plan_file is not None and precision not in QUANTIZED:
-        reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
+        reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     head = not form.no_head

@@ -41,7 +41,7 @@ def library() -> Library:
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("engines") / "tiny"
-    engine = replace(SMS, carry_onnx=True)
+    engine = replace(SMS, carry_onnx=True, opt_level=2)
     return build(
         tiny_checkpoint, output, target="tensorrt-rtx", device="cuda", precision="fp16", max_context=256, options=SIZES, engine=engine
     )
@@ -155,7 +155,7 @@ def test_rebuild_where_neither_torch_nor_the_checkpoint_is(bundle: Path, tmp_pat
     assert done.stdout.strip() == "[]"
     after = load_manifest(copy)
     check_sizes(copy, after)
-    assert after.engine is not None and after.engine.sms == ("86",)
+    assert after.engine is not None and after.engine.sms == ("86",) and after.engine.options["opt_level"] == 2
     assert after.files["decoder.engine"] != before.files["decoder.engine"]
     assert after.files["model.weights"] == before.files["model.weights"]
     assert not list(copy.glob(".rebuild-*"))
