@@ -13,7 +13,7 @@ import click
 from qwen_export import __version__
 from qwen_export.errors import QwenExportError
 
-COMMANDS = ("inspect", "build", "verify", "run", "bench", "check", "package")
+COMMANDS = ("inspect", "build", "verify", "run", "bench", "check", "package", "rebuild")
 
 
 class _LazyGroup(click.Group):

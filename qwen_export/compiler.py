@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen_export.engine_options import EngineOptions
+from qwen_export.engines import for_this_machine, ready_library
+from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plan import BuildPlan, plan_build
 from qwen_export.staging import signals_held, staged_directory
 from qwen_export.static_plan import StaticOptions
+from qwen_export.targets import TARGETS
 from qwen_export.text_assets import check_text_assets
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ def build(
     jobs: int | None = None,
     max_memory: int | None = None,
     options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -48,7 +53,8 @@ def build(
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are what targets with static shapes can be told. `planned` is called with the plan before
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told, `engine` how those with
+    engines compile them. `planned` is called with the plan before
     the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
@@ -56,6 +62,8 @@ def build(
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint, rope_scaling)
+    if target in TARGETS and TARGETS[target].engines:
+        engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(
         source,
         target,
@@ -67,8 +75,13 @@ def build(
         lookup=lookup,
         plan_file=Path(plan_file) if plan_file else None,
         options=options,
+        engine=engine,
     )
     check_text_assets(source.path)
+    if plan.engine is not None:
+        if weights == "reference":
+            raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
+        ready_library(plan.target.backend, plan.engine)
     if planned is not None:
         planned(plan)
     with signals_held():  # what is behind these takes seconds to load

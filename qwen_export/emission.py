@@ -9,6 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qwen_export import __version__
+from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
+from qwen_export.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
 from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import stored_name
@@ -23,6 +25,7 @@ from qwen_export.manifest import (
     ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
+    EngineSpec,
     FileEntry,
     GraphSpec,
     Manifest,
@@ -37,6 +40,8 @@ from qwen_export.manifest import (
 from qwen_export.plan import BuildPlan
 from qwen_export.plugins.native.library import NATIVE
 from qwen_export.runtimes.compatibility import this_platform
+from qwen_export.runtimes.mapped_weights import weight_bytes as bytes_in_file
+from qwen_export.runtimes.tensorrt_library import load_library
 from qwen_export.staging import JOURNAL
 from qwen_export.text_assets import copy_text_assets, stop_ids
 
@@ -65,20 +70,53 @@ def write_files(
     with CheckpointReader(source) as reader:
         resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
         files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
-    for graph, model in models.items():
+    for model in models.values():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
             model.opset_imports.setdefault(node.domain, 1)
-        ir.save(model, staging / _file(graph))
+    graph_files = _write_engines(plan, models, staging, say) if plan.engine is not None else _write_onnx(models, staging)
+    if plan.engine is not None and _weights_inside(plan):
+        del files[WEIGHTS]
+        (staging / WEIGHTS).unlink()
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    for name in (*map(_file, models), *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
         files[name] = hash_file(staging / name)
     return files
 
 
-def _file(graph: str) -> str:
-    return f"{graph}.onnx"
+def _file(plan: BuildPlan, graph: str) -> str:
+    return engine_file(graph) if plan.engine is not None else onnx_file(graph)
+
+
+def _write_onnx(models: dict[str, ir.Model], staging: Path) -> list[str]:
+    for graph, model in models.items():
+        ir.save(model, staging / onnx_file(graph))
+    return [onnx_file(graph) for graph in models]
+
+
+def _write_engines(plan: BuildPlan, models: dict[str, ir.Model], staging: Path, say: Report) -> list[str]:
+    """The engines, and with `carry_onnx` the graphs that they were compiled from."""
+    from qwen_export.plugins.tensorrt.parser_model import parser_model
+
+    options, names = plan.engine or EngineOptions(), []
+    library = load_library(plan.target.backend)
+    for graph, model in models.items():
+        say(f"compiling {graph}", 0, 0)
+        proto = parser_model(model, bound=options.weights == BOUND).SerializeToString()
+        places = {} if options.weights == BOUND else {w.name: (staging / w.file, w.offset, bytes_in_file(w)) for w in _weight_specs(model)}
+        with mapped(places) as weights:
+            compile_graph(library, graph, proto, staging / engine_file(graph), options, weights)
+        names.append(engine_file(graph))
+        if options.carry_onnx:
+            (staging / onnx_file(graph)).write_bytes(proto)
+            names.append(onnx_file(graph))
+    return names
+
+
+def _weights_inside(plan: BuildPlan) -> bool:
+    """Whether the bundle needs no file of weights: its engines have them, and nobody will compile them again."""
+    return plan.engine is not None and plan.engine.weights == EMBEDDED and not plan.engine.carry_onnx
 
 
 def write_manifest(
@@ -109,12 +147,13 @@ def write_manifest(
         ),
         max_context=plan.max_context,
         rotary=RotarySpec(tuple(inv_freq), scaling),
-        graphs={name: _graph_spec(name, model) for name, model in models.items()},
+        graphs={name: _graph_spec(plan, name, model) for name, model in models.items()},
         files=files,
         references=references,
         plugins=tuple(library.name for library in plan.plugins),
         stop_ids=stop_ids(source.path, text.eos_token_ids),
         speculation=plan.speculation,
+        engine=_engine_spec(plan, models),
         precision_plan=_quantized_forms(source, plan.quantization)
         | {
             "weights": _weight_types(models.values(), plan.activations),
@@ -149,7 +188,13 @@ def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
     return "fp32; projections, embedding and head bf16, as stored" if kept else precision
 
 
-def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
+def _engine_spec(plan: BuildPlan, models: dict[str, ir.Model]) -> EngineSpec | None:
+    if plan.engine is None:
+        return None
+    return engine_spec(load_library(plan.target.backend), plan.engine, tuple(models) if plan.engine.carry_onnx else ())
+
+
+def _graph_spec(plan: BuildPlan, name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
             raise AssertionError("the verifier lets no untyped signature through")
@@ -160,12 +205,12 @@ def _graph_spec(name: str, model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(_file(name), inputs, outputs, states, tuple(_weight_specs(model)))
+    return GraphSpec(_file(plan, name), inputs, outputs, states, () if _weights_inside(plan) else tuple(_weight_specs(model)))
 
 
 # Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while
 # the input is still read by nodes that come later.
-_IN_PLACE = ("GroupQueryAttention", "ScatterND")
+_IN_PLACE = ("GroupQueryAttention", "ScatterND", "TensorScatter")
 
 
 def _state_spec(model: ir.Model, tensor: TensorSpec) -> StateSpec:

@@ -138,6 +138,25 @@ class TargetSpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """What TensorRT compiled the graphs for: its version, the compute capabilities ("89"), how far beyond these the engines run ("none",
+    "ampere+" or "same-sm"), whether later versions of the library run them, and the oldest CUDA that the driver must serve ("13.0").
+
+    `weights`: "bound", the weights of each graph are inputs of its engine, under their names; "embedded", engines have theirs; "stripped",
+    they are given to the engine when it is loaded. `onnx`: graphs that the bundle also has as ONNX, in NAME.onnx, for compiling them again
+    with `options`."""
+
+    version: str
+    sms: tuple[str, ...]
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    minimum_cuda: str = ""
+    weights: str = "bound"
+    onnx: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The contents of manifest.json."""
 
@@ -156,6 +175,8 @@ class Manifest:
     stop_ids: tuple[int, ...] = ()
     precision_plan: dict[str, str] = field(default_factory=dict)
     speculation: SpeculationSpec | None = None
+    engine: EngineSpec | None = None
+    """Where the graphs are engines of TensorRT."""
     verification: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 
@@ -329,6 +350,9 @@ def _check(manifest: Manifest) -> None:
     for name in manifest.plugins:
         if name not in manifest.files:
             raise ValueError(f"the plugin is not listed: {name}")
+    for name in manifest.engine.onnx if manifest.engine is not None else ():
+        if name not in manifest.graphs or f"{name}.onnx" not in manifest.files:
+            raise ValueError(f"the ONNX of graph {name} is not listed")
     for name, graph in manifest.graphs.items():
         if graph.file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not listed: {graph.file}")

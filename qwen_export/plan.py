@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
+from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.directory import Checkpoint
@@ -14,11 +15,12 @@ from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.kept import keep_stored
 from qwen_export.graphs.quantization.packing import part_bytes
-from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
 from qwen_export.plugins.onnxruntime.choices import CHOICES, Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
+from qwen_export.plugins.tensorrt.choices import UNQUANTIZED, choose_tensorrt, refusals
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.static_plan import StaticOptions, plan_static
@@ -57,6 +59,8 @@ class BuildPlan:
     """The graphs of the bundle by name."""
     opset: int = DEFAULT_OPSET
     """The version of the ONNX standard."""
+    engine: EngineOptions | None = None
+    """How the graphs are compiled, None where the target's runtime does that."""
 
     @property
     def activations(self) -> str:
@@ -94,9 +98,10 @@ def plan_build(
     lookup: bool = False,
     plan_file: Path | None = None,
     options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup` and `options` as in `build`.
-    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as
+    in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
@@ -111,19 +116,26 @@ def plan_build(
     if not 0 < context <= limit:
         reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
     wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
-    quantization: PrecisionPlan | None = None
+    activations, quantization = activation_precision(precision, device), None
     if precision in QUANTIZED and precision in chosen.precisions:
-        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
-    activations = activation_precision(precision, device)
+        whole = UNQUANTIZED if chosen.engines else ()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
+    sms = engine.sms if engine is not None else ()
+    if chosen.engines:
+        reasons += refusals(config, quantization, sms)
+    elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
+        reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), quantized=quantization is not None)
+        form = _static_form(
+            chosen, config, context, wishes, options or StaticOptions(), activations, sms, quantized=quantization is not None
+        )
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
     if plan_file is not None and precision not in QUANTIZED:
-        reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
+        reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     head = not form.no_head
@@ -133,6 +145,8 @@ def plan_build(
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
+        if chosen.engines:  # they have no zeros
+            quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
     groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
     return BuildPlan(
         chosen,
@@ -149,6 +163,7 @@ def plan_build(
         group_sizes=groups,
         graphs=form.graphs,
         opset=form.opset,
+        engine=(engine or EngineOptions()) if chosen.engines else None,
     )
 
 
@@ -156,7 +171,7 @@ def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
     """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
     they are; else fp32 on the CPU and fp16 elsewhere."""
     usual = "fp32" if device == "cpu" else "fp16"
-    if not checkpoint.config.quantization or not set(QUANTIZED) <= set(TARGETS[target].precisions):
+    if not checkpoint.config.quantization or not {INT4, INT8} <= set(TARGETS[target].precisions) or TARGETS[target].engines:
         return usual
     for precision in (INT4, INT8):
         try:
@@ -226,11 +241,22 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions, *, quantized: bool) -> _Form:
+def _static_form(
+    target: Target,
+    config: TextConfig,
+    context: int,
+    wishes: _Wishes,
+    options: StaticOptions,
+    activations: str,
+    sms: Sequence[str],
+    *,
+    quantized: bool,
+) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
     no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
-    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized)
+    choices = choose_tensorrt(target.name, activations, config, sms) if target.engines else None
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized, choices=choices)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
     return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
@@ -299,7 +325,9 @@ def _group_sizes(
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
-        if format is not None and standard:
+        if format is None and quantization is not None and quantization.of(name).format == FP8:
+            nbytes = prod(shape)
+        elif format is not None and standard:
             # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
             copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
             nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])

@@ -23,7 +23,7 @@ DEFAULT_CONTEXT = 4096
 
 _DEFAULT_VERIFY = 4
 _BLOCKS_SINCE = 21
-_SLOT_MULTIPLE, _LONGEST_CALL = 64, 1024
+_SLOT_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,23 @@ class StaticPlan:
 
 
 def plan_static(
-    target: Target, config: TextConfig, context: int, options: StaticOptions, verified: int, *, head: bool, quantized: bool = False
+    target: Target,
+    config: TextConfig,
+    context: int,
+    options: StaticOptions,
+    verified: int,
+    *,
+    head: bool,
+    quantized: bool = False,
+    choices: dict[str, Choice] | None = None,
 ) -> tuple[StaticPlan, list[str]]:
-    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a sentence for each reason against it."""
+    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a sentence for each reason against it.
+    `choices`: the lowering of each op, for targets with engines."""
     possible = [opset for opset in target.opsets if opset >= _BLOCKS_SINCE or not quantized]
     opset = possible[0] if options.opset is None else options.opset
-    choices, reasons = choose_standard(target.name, config, opset, options.decompose)
+    reasons: list[str] = []
+    if choices is None:
+        choices, reasons = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:
         reasons.append(f"target {target.name} has no opset {opset}, only {', '.join(map(str, sorted(target.opsets)))}")
     elif opset not in possible:
@@ -64,11 +75,16 @@ def plan_static(
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
         reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
-    limit = min(_LONGEST_CALL, context)
+    limit = min(target.longest_call, context)
     T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, verified
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):
         if not least <= value <= limit:
             reasons.append(f"a {name} of {value} tokens is outside {least}..{limit}")
+    if target.engines and target.delta_chunk < T and T % target.delta_chunk:
+        if options.chunk is None:
+            T -= T % target.delta_chunk
+        else:
+            reasons.append(f"a chunk of {T} tokens is not a multiple of {target.delta_chunk}, what the delta rule takes at a time")
     # A padded call writes its padding behind the last token.
     slots = -(-(context + max(T, W)) // _SLOT_MULTIPLE) * _SLOT_MULTIPLE
     graphs = {STEP: GraphPlan(DECODER, CallSizes(1, 0, slots, 1, padded=False, hidden=head))}

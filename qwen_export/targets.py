@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+_WITHOUT_FP8 = PRECISIONS[:-1]
 
 
 @dataclass(frozen=True)
 class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
     has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
-    and `prompt_tokens` is the default size of a prompt call, within which the delta rule takes `delta_chunk` tokens at a time."""
+    and `prompt_tokens` is the default size of a prompt call, at most `longest_call`, within which the delta rule takes `delta_chunk` tokens
+    at a time. `engines`: the graphs are compiled while the bundle is built."""
 
     name: str
     backend: str
@@ -23,7 +25,9 @@ class Target:
     static: bool = False
     opsets: tuple[int, ...] = (21,)
     prompt_tokens: int = 64
+    longest_call: int = 1024
     delta_chunk: int = 64
+    engines: bool = False
 
 
 ONNXRUNTIME = Target(
@@ -31,7 +35,7 @@ ONNXRUNTIME = Target(
     backend="onnxruntime",
     minimum_backend="1.31.0",
     devices=("cpu", "cuda"),
-    precisions=PRECISIONS,
+    precisions=_WITHOUT_FP8,
     passes=(
         "graphs.passes.fold_transaction:fold_transaction",
         "graphs.passes.recognise_linear:recognise_linear",
@@ -90,7 +94,35 @@ DIRECTML = Target(
     opsets=(20, 21),
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, ONNX, DIRECTML)}
+TENSORRT = Target(
+    name="tensorrt",
+    backend="tensorrt",
+    minimum_backend="10.15",
+    devices=("cuda",),
+    precisions=("fp16", "bf16", "fp32", "int8", "int4", "fp8"),
+    passes=(
+        "plugins.standard.fix_sizes:fix_sizes",
+        "graphs.passes.recognise_linear:recognise_linear",
+        "graphs.passes.fold_weight_views:fold_weight_views",
+        "graphs.passes.widen_logits:widen_logits",
+        "plugins.tensorrt.lowerings:lower_mixers",
+        "graphs.passes.remove_dead:remove_dead",
+        "plugins.tensorrt.lowerings:lower_simple_ops",
+        "plugins.tensorrt.top_logits:add_top_logits",
+        "graphs.passes.remove_dead:remove_dead",
+        "plugins.standard.stamp_opset:stamp_opset",
+        "plugins.standard.check_standard:check_standard",
+    ),
+    static=True,
+    opsets=(24,),
+    prompt_tokens=512,
+    longest_call=4096,
+    engines=True,
+)
+
+TENSORRT_RTX = replace(TENSORRT, name="tensorrt-rtx", backend="tensorrt-rtx", minimum_backend="1.5")
+
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, ONNX, DIRECTML, TENSORRT, TENSORRT_RTX)}
 
 
 def pass_names(target: Target) -> Sequence[str]:

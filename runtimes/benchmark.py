@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from qwen_export.errors import QwenExportError
+from qwen_export.manifest import load_manifest
+from qwen_export.runtimes.cuda_driver import memory_info
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.model import Model, Speculate, load
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
@@ -34,8 +36,10 @@ def benchmark(
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
     Prefill ends when the last token's logits are there; decode is measured after the shortest prompt, greedily. Speculation continues
-    `text`, or random tokens, greedily, with and without drafts."""
+    `text`, or random tokens, greedily, with and without drafts. `first_calls_s` is a short prompt and a step, with all that happens once;
+    `device_memory_mb` what a GPU has less of after prompts and steps."""
     say = report or (lambda text: None)
+    free = _free_device_memory(load_manifest(bundle).target.device)
     say("loading")
     started = time.perf_counter()
     model = load(bundle, threads=threads, repack=repack, speculate=speculate)
@@ -49,8 +53,10 @@ def benchmark(
     capacity = decoder.capacity
     generator = np.random.default_rng(0)
     vocabulary = model.manifest.model["vocab_size"]
+    started = time.perf_counter()
     decoder.prefill(generator.integers(0, vocabulary, 8).tolist())
     decoder.step([0])
+    first_calls_s = time.perf_counter() - started
     prefill, decode = [], []
     for count in sorted(prompt_tokens):
         ids = generator.integers(0, vocabulary, count).tolist()
@@ -70,6 +76,7 @@ def benchmark(
                 for _ in range(new_tokens // rounds or 1):
                     token = int(decoder.step([token])[0].argmax())
                 decode.append((time.perf_counter() - started) / (new_tokens // rounds or 1))
+    used = free - _free_device_memory(model.manifest.target.device)
     del decoder  # its caches are not part of what speculation needs
     prompt = model.tokenizer.encode(text) if text is not None else generator.integers(0, vocabulary, min(prompt_tokens)).tolist()
     return {
@@ -78,11 +85,18 @@ def benchmark(
         "precision": model.manifest.target.precision,
         "max_context": capacity,
         "load_s": load_s,
+        "first_calls_s": first_calls_s,
         "prefill": prefill,
         "decode_tok_per_s": 1 / float(np.median(decode)),
         "speculation": _speculation(model, prompt, new_tokens, say) if model.speculates else None,
         "peak_rss_mb": peak_rss_mb(),
+        "device_memory_mb": used / 2**20,
     }
+
+
+def _free_device_memory(device: str) -> int:
+    """Free bytes of the GPU, whoever uses it; 0 where the bundle needs none."""
+    return memory_info()[0] if device == "cuda" else 0
 
 
 def _speculation(model: Model, ids: Sequence[int], new_tokens: int, say: Report) -> dict[str, Any]:

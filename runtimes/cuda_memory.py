@@ -1,74 +1,114 @@
-"""Device memory through the CUDA runtime that ONNX Runtime has loaded already: allocate, copy, pin. Nothing else is needed of it."""
+"""Device memory: allocate, copy, pin. Copies return when they are done, those that end in `_later` when they are queued on their stream.
+
+Stream 0 is the one that waits for all others that were not made to be independent of it; ONNX Runtime's are done when a call returns.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from functools import cache
 
 from qwen_export.errors import BundleError
+from qwen_export.runtimes import cuda_driver
+from qwen_export.runtimes.cuda_driver import Copy2D, call
 
-_NAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so", "cudart64_13.dll", "cudart64_12.dll")
-_HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
-
-
-@cache
-def _runtime() -> ctypes.CDLL:
-    for name in _NAMES:
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        size, pointer = ctypes.c_size_t, ctypes.c_void_p
-        library.cudaMalloc.argtypes = [ctypes.POINTER(pointer), size]
-        library.cudaFree.argtypes = [pointer]
-        library.cudaMemset.argtypes = [pointer, ctypes.c_int, size]
-        library.cudaMemcpy.argtypes = [pointer, pointer, size, ctypes.c_int]
-        library.cudaMemcpy2D.argtypes = [pointer, size, pointer, size, size, size, ctypes.c_int]
-        library.cudaHostRegister.argtypes = [pointer, size, ctypes.c_uint]
-        library.cudaHostUnregister.argtypes = [pointer]
-        library.cudaGetErrorString.argtypes, library.cudaGetErrorString.restype = [ctypes.c_int], ctypes.c_char_p
-        return library
-    raise BundleError(
-        "the CUDA runtime library is not installed", got="none of " + ", ".join(_NAMES), fix="Install CUDA, or nvidia-cuda-runtime."
-    )
+_DEVICE = 2  # CU_MEMORYTYPE_DEVICE
+_SMALLER = "Load with a smaller --max-context, or end other programs that use the GPU."
 
 
-def _call(name: str, *arguments: object) -> None:
-    code = getattr(_runtime(), name)(*arguments)
+def allocate(nbytes: int, stream: int = 0) -> int:
+    """Zeroed device memory; returns its address, a multiple of 256. Raises BundleError with what is free when there is too little."""
+    address = allocate_raw(nbytes)
+    call("cuMemsetD8Async", address, 0, max(1, nbytes), stream)
+    call("cuStreamSynchronize", stream)
+    return address
+
+
+def allocate_raw(nbytes: int) -> int:
+    """The same with whatever the memory holds."""
+    cuda_driver.ensure_context()
+    address = ctypes.c_ulonglong()
+    code = cuda_driver.driver().cuMemAlloc_v2(ctypes.byref(address), max(1, nbytes))
+    if code == cuda_driver.OUT_OF_MEMORY:
+        free_bytes, total = cuda_driver.memory_info()
+        raise BundleError(
+            "the GPU has too little free memory",
+            got=f"{_size(free_bytes)} free of {_size(total)}",
+            expected=f"{_size(nbytes)} in one piece",
+            fix=_SMALLER,
+        )
     if code:
-        text = _runtime().cudaGetErrorString(code).decode()
-        raise BundleError(f"CUDA could not carry out {name}", got=text, fix="Is the device out of memory? Try a smaller --max-context.")
-
-
-def allocate(nbytes: int) -> int:
-    """Zeroed device memory; returns its address."""
-    address = ctypes.c_void_p()
-    _call("cudaMalloc", ctypes.byref(address), max(1, nbytes))
-    _call("cudaMemset", address, 0, max(1, nbytes))
-    return int(address.value or 0)
+        raise BundleError("the GPU gives no memory", got=cuda_driver.error_text(code))
+    return int(address.value)
 
 
 def free(address: int) -> None:
-    _runtime().cudaFree(address)
+    cuda_driver.ensure_context()
+    cuda_driver.driver().cuMemFree_v2(address)
 
 
-def to_device(device: int, host: int, nbytes: int) -> None:
-    _call("cudaMemcpy", device, host, nbytes, _HOST_TO_DEVICE)
+def to_device(device: int, host: int, nbytes: int, stream: int = 0) -> None:
+    to_device_later(device, host, nbytes, stream)
+    call("cuStreamSynchronize", stream)
 
 
-def to_host(host: int, device: int, nbytes: int) -> None:
-    _call("cudaMemcpy", host, device, nbytes, _DEVICE_TO_HOST)
+def to_host(host: int, device: int, nbytes: int, stream: int = 0) -> None:
+    to_host_later(host, device, nbytes, stream)
+    call("cuStreamSynchronize", stream)
+
+
+def to_device_later(device: int, host: int, nbytes: int, stream: int) -> None:
+    cuda_driver.ensure_context()
+    if nbytes:
+        call("cuMemcpyHtoDAsync_v2", device, host, nbytes, stream)
+
+
+def to_host_later(host: int, device: int, nbytes: int, stream: int) -> None:
+    cuda_driver.ensure_context()
+    if nbytes:
+        call("cuMemcpyDtoHAsync_v2", host, device, nbytes, stream)
+
+
+def copy_later(target: int, source: int, nbytes: int, stream: int) -> None:
+    """Device to device."""
+    cuda_driver.ensure_context()
+    if nbytes:
+        call("cuMemcpyDtoDAsync_v2", target, source, nbytes, stream)
 
 
 def copy_rows(target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
     """Device to device: `height` rows of `width` bytes, whose starts are `pitch` bytes apart."""
-    _call("cudaMemcpy2D", target, target_pitch, source, source_pitch, width, height, _DEVICE_TO_DEVICE)
+    cuda_driver.ensure_context()
+    if not width or not height:
+        return
+    copy = Copy2D(WidthInBytes=width, Height=height)
+    copy.srcMemoryType, copy.srcDevice, copy.srcPitch = _DEVICE, source, source_pitch
+    copy.dstMemoryType, copy.dstDevice, copy.dstPitch = _DEVICE, target, target_pitch
+    call("cuMemcpy2DUnaligned_v2", ctypes.byref(copy))
 
 
 def pin(host: int, nbytes: int) -> None:
     """Lock host memory, so that copies to and from it run at the speed of the bus."""
-    _call("cudaHostRegister", host, nbytes, 0)
+    cuda_driver.ensure_context()
+    call("cuMemHostRegister_v2", host, nbytes, 0)
 
 
 def unpin(host: int) -> None:
-    _runtime().cudaHostUnregister(host)
+    cuda_driver.ensure_context()
+    cuda_driver.driver().cuMemHostUnregister(host)
+
+
+def allocate_pinned(nbytes: int) -> int:
+    """Host memory that is locked from the start; returns its address."""
+    cuda_driver.ensure_context()
+    address = ctypes.c_void_p()
+    call("cuMemHostAlloc", ctypes.byref(address), max(1, nbytes), 0, fix="Is the machine out of memory?")
+    return int(address.value or 0)
+
+
+def free_pinned(host: int) -> None:
+    cuda_driver.ensure_context()
+    cuda_driver.driver().cuMemFreeHost(host)
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**28 else f"{nbytes / 2**20:.1f} MiB"

@@ -13,6 +13,15 @@ from qwen_export.errors import BundleError
 from qwen_export.manifest import Manifest, WeightSpec, weights_path
 from qwen_export.runtimes.buffers import ELEMENTS
 
+# Element types that only weights have: bits per element, in the order of the elements, the first in the low bits.
+_NARROW = {"int4": 4, "uint4": 4, "float4e2m1": 4, "float8e4m3fn": 8}
+
+
+def weight_bytes(weight: WeightSpec) -> int:
+    """Bytes that a weight takes in its file."""
+    elements = prod(weight.shape)
+    return -(-elements * _NARROW[weight.dtype] // 8) if weight.dtype in _NARROW else elements * ELEMENTS[weight.dtype][0]
+
 
 class MappedWeights:
     """Read-only views of the weight files of one bundle, inside it or referred to, each mapped once."""
@@ -30,7 +39,7 @@ class MappedWeights:
         if weight.file not in self._maps:
             with weights_path(self._bundle, self._manifest, weight.file).open("rb") as file:
                 self._maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        nbytes = prod(weight.shape) * ELEMENTS[weight.dtype][0]
+        nbytes = weight_bytes(weight)
         if weight.offset + nbytes > len(self._maps[weight.file]):
             raise BundleError("a weight lies outside its file", where=str(self._bundle), got=f"{weight.name} in {weight.file}")
         return np.frombuffer(self._maps[weight.file], np.uint8, nbytes, weight.offset)

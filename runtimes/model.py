@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, file_path, load_manifest
+from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
+from qwen_export.runtimes.backends import OpenOptions, open_backend
 from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, thinking_prefix
 from qwen_export.runtimes.compatibility import check_runnable
 from qwen_export.runtimes.decoder import Decoder
@@ -20,7 +21,6 @@ from qwen_export.runtimes.drafting import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.runtimes.mapped_weights import MappedWeights
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
@@ -62,19 +62,11 @@ def load(
     if device is not None:
         manifest = replace(manifest, target=replace(manifest.target, device=device))
     ensure_whole(directory, manifest)
-    check_runnable(manifest)
+    check_runnable(manifest, device_id)
     _check_speculate(speculate, manifest)
-    plugins = [file_path(directory, name) for name in manifest.plugins]
-    weights = MappedWeights(directory, manifest)
-
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
-
-    def session(name: str) -> Session:
-        graph = manifest.graphs[name]
-        path = file_path(directory, graph.file)
-        return Session(path, graph, manifest.target.device, threads, plugins, weights=weights, repack=repack, device_id=device_id)
-
+    session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
     return Model(directory, manifest, {name: session(name) for name in manifest.graphs if name not in idle}, max_context, speculate)
 

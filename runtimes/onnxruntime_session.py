@@ -86,6 +86,8 @@ class Session:
         self._graphs = 0
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds that calls of fixed shapes cost once, besides: none here."""
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""

@@ -48,7 +48,7 @@ class Speculator:
         decoder.prepare(count + 1)
         began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
-        drafted, draft_busy = time.perf_counter(), decoder.busy_s
+        drafted, draft_busy, draft_binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         rows = decoder.verify_rows([x, *(d.token for d in drafts)]) if drafts else decoder.step_rows([x])
         verify_busy = decoder.busy_s
         tokens: list[int] = []
@@ -60,9 +60,10 @@ class Speculator:
         acceptance.advance(len(tokens))
         if drafts:
             decoder.accept(len(tokens))  # x and the drafts that were kept
-        once = decoder.binding_s - binding  # bindings made for the first draft of its kind
+        # Bindings made for the first draft, or verify, of its kind.
+        once, late = draft_binding - binding, decoder.binding_s - draft_binding
         ended = time.perf_counter()
-        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, ended - drafted)
+        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, ended - drafted - late)
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
-        numbers.host_s += ended - began - once - (verify_busy - busy)
+        numbers.host_s += ended - began - once - late - (verify_busy - busy)
         return Round(tokens, verified=bool(drafts))

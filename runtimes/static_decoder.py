@@ -97,6 +97,10 @@ class StaticDecoder(Decoder):
     def busy_s(self) -> float:
         return sum(graph.session.busy_s for graph in self._graphs.values()) + (self.head.busy_s if self.head is not None else 0.0)
 
+    @property
+    def binding_s(self) -> float:
+        return sum(graph.session.binding_s for graph in self._graphs.values()) + (self.head.prepared_s if self.head is not None else 0.0)
+
     def mark(self, sequence: int = 0) -> Mark:
         if self._accepted[sequence]:  # into the state: a call without tokens of its own
             self._read(sequence, VERIFY, [])

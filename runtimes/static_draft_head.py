@@ -26,6 +26,11 @@ class StaticDraftHead(DraftHead):
     def busy_s(self) -> float:
         return sum(graph.session.busy_s for graph in self._graphs.values())
 
+    @property
+    def prepared_s(self) -> float:
+        """Seconds in which calls were prepared, once for each."""
+        return sum(graph.session.binding_s for graph in self._graphs.values())
+
     def following(self, token: int, depth: int) -> Row:
         return self._call(HEAD_STEP, [token], self.length + depth - 1)
 

@@ -83,7 +83,8 @@ class StaticStates:
 
     def run(self, name: str) -> None:
         """One call of a graph on what is current; what it leaves is current then."""
-        graph, key = self._graphs[name], (name, tuple(self._current.values()))
+        graph = self._graphs[name]
+        key = (name, tuple(self._current[state.name] for state in graph.spec.states))
         if key not in self._calls:
             self._calls[key] = self._bind(graph)
         self._calls[key].run()

@@ -350,7 +350,7 @@ def test_an_operator_that_the_backend_lacks(bundle_copy: Path, is_refused: Refus
     ("field", "value", "mentions"),
     [
         ("minimum_backend", "99.0.0", ("older than the bundle needs", "99.0.0")),
-        ("backend", "tensorrt", ("backend", "tensorrt")),
+        ("backend", "openvino", ("backend", "openvino")),
         ("device", "tpu", ("device", "tpu", "cpu")),
         ("device", "cuda", ("cuda", "CUDAExecutionProvider")),
     ],

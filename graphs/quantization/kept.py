@@ -18,9 +18,9 @@ from qwen_export.graphs.checkpoint.formats.logical import Grid, LogicalTensor
 from qwen_export.graphs.checkpoint.formats.plain import PlainTensor
 from qwen_export.graphs.checkpoint.names import stored_name
 from qwen_export.graphs.quantization.packing import BLOCKS
-from qwen_export.graphs.quantization.plan import FORMATS, KEPT, GroupFormat, PrecisionPlan, group_of, parameter_of
+from qwen_export.graphs.quantization.plan import FORMATS, INT4, INT8, KEPT, GroupFormat, PrecisionPlan, group_of, parameter_of
 
-_NAMES = {bits: name for name, bits in FORMATS.items()}
+_NAMES = {FORMATS[name]: name for name in (INT4, INT8)}
 _HALVES = re.compile(r"\.(gate|up)_proj\.weight$")
 
 

@@ -1,9 +1,9 @@
 """The precision plan: in which format each group of matrices is stored.
 
-`--precision int8` and `int4` name a plan; a TOML file overrides it per group, or per matrix:
+`--precision int8`, `int4` and `fp8` name a plan; a TOML file overrides it per group, or per matrix:
 
     [mlp]
-    format = "int4"         # int4, int8, or stored: as the checkpoint has it
+    format = "int4"         # int4, int8, fp8 (a scale per row; TensorRT only), or stored: as the checkpoint has it
     block = 64              # values of a row that share a scale: 32, 64, 128
     method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block
     zeros = true            # a zero per block beside the scale
@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -31,11 +31,11 @@ from qwen_export.errors import ConfigError
 from qwen_export.graphs.quantization.methods import METHODS
 from qwen_export.graphs.quantization.packing import BLOCKS, QuantFormat
 
-STORED, INT8, INT4 = "stored", "int8", "int4"
-FORMATS = {STORED: 0, INT8: 8, INT4: 4}
+STORED, INT8, INT4, FP8 = "stored", "int8", "int4", "fp8"
+FORMATS = {STORED: 0, INT8: 8, INT4: 4, FP8: 8}
 """Bits of each format; 0: what the checkpoint stores."""
 
-QUANTIZED = (INT8, INT4)
+QUANTIZED = (INT8, INT4, FP8)
 """The values of --precision that name a plan."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -73,8 +73,8 @@ class GroupFormat:
 
     @property
     def quant(self) -> QuantFormat | None:
-        """The layout, None for matrices that stay as they are."""
-        return QuantFormat(FORMATS[self.format], self.block, self.zeros, self.wide_scales) if self.format != STORED else None
+        """Codes and scales of blocks, None for matrices that have none: they stay as they are, or are fp8."""
+        return QuantFormat(FORMATS[self.format], self.block, self.zeros, self.wide_scales) if self.format in (INT8, INT4) else None
 
     @property
     def kept(self) -> bool:
@@ -89,7 +89,7 @@ class GroupFormat:
         return replace(base, **keys)
 
     def __str__(self) -> str:
-        if self.format == STORED:
+        if self.quant is None:
             return self.format
         return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{'' if self.keep else ' anew'}"
 
@@ -171,18 +171,21 @@ def _group_of(name: str) -> str:
 
 
 def default_plan(precision: str) -> PrecisionPlan:
-    """The plan that --precision int8 or int4 names. int4 leaves embedding and head, whose errors reach the logits directly, at 8 bits."""
+    """The plan that a value of --precision names. int4 leaves embedding and head, whose errors reach the logits directly, at 8 bits."""
     eight = GroupFormat(INT8, 32, "rtn")
-    usual = {INT8: eight, INT4: GroupFormat(INT4, 32, "search")}[precision]
-    high = dict.fromkeys(_HIGH, GroupFormat()) | dict.fromkeys(("embedding", "lm_head"), eight)
+    usual = {INT8: eight, INT4: GroupFormat(INT4, 32, "search"), FP8: GroupFormat(FP8)}[precision]
+    ends = eight if precision != FP8 else usual
+    high = dict.fromkeys(_HIGH, GroupFormat()) | dict.fromkeys(("embedding", "lm_head"), ends)
     return PrecisionPlan({group: high.get(group, usual) for group in GROUPS})
 
 
-def load_plan(precision: str, file: Path | None, *, tied: bool) -> PrecisionPlan:
-    """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format.
+def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collection[str] = ()) -> PrecisionPlan:
+    """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format. `stored`: groups that stay
+    as they are unless the file says otherwise.
 
     Raises ConfigError with the key that is wrong."""
     plan = default_plan(precision)
+    plan = replace(plan, groups={**plan.groups, **dict.fromkeys(stored, GroupFormat())})
     given = _read(file) if file is not None else {}
     plan = _overridden(plan, given, str(file))
     if tied:

@@ -47,7 +47,7 @@ def emit_gated_attention(
     v_heads = emit.transpose(emit.reshape(given["v"], 1, sizes.T, sizes.Hkv, sizes.D), 0, 2, 1, 3)
     k_cache = write(emit, given["k_cache"], k_heads, given["length"], sizes)
     v_cache = write(emit, given["v_cache"], v_heads, given["length"], sizes)
-    o = _attend(emit, q_heads, k_cache, v_cache, given["length"], sizes, activation)
+    o = attend(emit, q_heads, k_cache, v_cache, given["length"], sizes, activation)
     return emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache
 
 
@@ -81,11 +81,11 @@ def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes
 
 def _table_rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: Sizes) -> ir.Value:
     """Rows length .. length+T-1 of a table f32[S,R/2] -> [1,1,T,R/2]."""
-    taken = emit.gather(given[name], _new_slots(emit, given["length"], sizes), axis=0)
+    taken = emit.gather(given[name], new_slots(emit, given["length"], sizes), axis=0)
     return emit.reshape(emit.wide(taken), 1, 1, sizes.T, sizes.R // 2)
 
 
-def _new_slots(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def new_slots(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
     """i32[T]: the slots of the new tokens."""
     return emit.shared("new_slots", lambda: emit.add(emit.positions(sizes.T), length))
 
@@ -126,12 +126,12 @@ def _slot_indices(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Va
     where = np.zeros((1, Hkv, T, 2), np.int64)
     where[0, :, :, 1] = np.arange(Hkv)[:, None]
     # Not cast from fp32 or added as i64: 32-bit integers are what every device adds.
-    slot = emit.cast(emit.reshape(_new_slots(emit, length, sizes), 1, 1, T, 1), ir.DataType.INT64)
+    slot = emit.cast(emit.reshape(new_slots(emit, length, sizes), 1, 1, T, 1), ir.DataType.INT64)
     (each,) = emit("", "Expand", [slot, emit.ints(1, Hkv, T, 1)], like=slot)
     return emit.concat([emit.array(f"heads_{Hkv}_{T}", where), each], axis=3)
 
 
-def _attend(
+def attend(
     emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, length: ir.Value | None, sizes: Sizes, activation: ir.DataType
 ) -> ir.Value:
     """softmax(q k^T) v, with the queries that share a key head as rows of one matrix -> [1,T,Hq*D]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -49,7 +49,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite) -> Replacement:
-    emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
+    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
     results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation, write)
     return emit.nodes, list(results)
 
@@ -61,7 +61,7 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     (plugins/directml)."""
     if context.static.T > 1:
         return _attention(graph, node, context, shared, attention.select)
-    emit, given, q, gate, sizes = _attention_parts(graph, node, context, shared)
+    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
     q_heads, k_heads = attention.rotated_heads(emit, given, q, sizes, context.config.rms_norm_eps, context.activation, sizes.D**-0.5)
     flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
     slots = emit.array(f"slots_i32_{sizes.S}", np.array(sizes.S, np.int32))
@@ -79,7 +79,7 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     return emit.nodes, [emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache]
 
 
-def _attention_parts(
+def attention_parts(
     graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
 ) -> tuple[Emitter, dict[str, ir.Value | None], ir.Value, ir.Value, attention.Sizes]:
     """q_proj's interleaved halves become two products, so that no node takes them apart."""
@@ -181,18 +181,19 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 
 def lower_mixers(model: ir.Model, context: PassContext) -> int:
     """Lower the two stateful ops. They regroup the projections that feed them, so linears are lowered after them."""
-    return _lower(model, context, ("gated_delta_net", "gated_attention"))
+    return lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
 
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
     """Lower everything else of domain qwen."""
-    return _lower(model, context, ("rms_norm", LINEAR))
+    return lower_ops(model, context, ("rms_norm", LINEAR), LOWERINGS)
 
 
-def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:
+def lower_ops(model: ir.Model, context: PassContext, ops: tuple[str, ...], table: Mapping[tuple[str, str], Lowering]) -> int:
+    """Replace every node of these ops by what the table's lowering for the choice makes."""
     graph, shared = model.graph, Shared()
 
     def make(node: ir.Node) -> Replacement:
-        return LOWERINGS[node.op_type, context.choices[node.op_type].name](graph, node, context, shared)
+        return table[node.op_type, context.choices[node.op_type].name](graph, node, context, shared)
 
     return replace_ops(graph, ops, make)

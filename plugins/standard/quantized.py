@@ -60,7 +60,7 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     format, graph = _quant(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(_exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
+        made = kind(exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
 
     inputs = [x, part("codes", NBitsCodes), part("scales", Scales, False, context.activation)]
@@ -93,7 +93,7 @@ def _parts(
     graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
 ) -> list[ir.Value]:
     """Codes, scales and, where the format has them, zeros."""
-    of, format = _exact(weight, chosen), _quant(chosen)
+    of, format = exact(weight, chosen), _quant(chosen)
     parts: dict[str, Weight] = {
         "codes": Codes(of, format, chosen.method, turned),
         "scales": Scales(of, format, chosen.method, turned, activation),
@@ -109,6 +109,6 @@ def _quant(chosen: GroupFormat) -> QuantFormat:
     return chosen.quant
 
 
-def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
+def exact(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
     return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight

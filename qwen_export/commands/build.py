@@ -8,8 +8,10 @@ from pathlib import Path
 import click
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from qwen_export.commands.engine_options import engine_options
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.compiler import build
+from qwen_export.engine_options import EngineOptions
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import BuildPlan, default_precision
@@ -26,7 +28,7 @@ from qwen_export.targets import PRECISIONS, TARGETS
     "--precision",
     default=None,
     type=click.Choice(PRECISIONS),
-    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4: "
+    help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4, fp8: "
     "quantised weights.",
 )
 @click.option(
@@ -48,9 +50,9 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
-@click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; targets onnx and directml.")
+@click.option("--chunk", type=int, metavar="N", help="Tokens per call while reading prompts; not target onnxruntime.")
 @click.option(
-    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; targets onnx and directml."
+    "--step-tokens", type=int, metavar="N", help="Tokens that a call verifies; default 4 with speculation; not target onnxruntime."
 )
 @click.option(
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
@@ -65,6 +67,7 @@ from qwen_export.targets import PRECISIONS, TARGETS
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@engine_options()
 def command(
     checkpoint: Path,
     output: Path,
@@ -86,13 +89,16 @@ def command(
     jobs: int | None,
     max_memory: float | None,
     force: bool,
+    engine: EngineOptions,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
     started = time.monotonic()
     device = device or TARGETS[target].devices[0]
     options = StaticOptions(chunk, step_tokens, opset, decompose)
     if not TARGETS[target].static and options != StaticOptions():
-        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for the targets onnx and directml")
+        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for targets with graphs of fixed sizes")
+    if not TARGETS[target].engines and engine != EngineOptions():
+        raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
     columns = (
         TextColumn("{task.description}", table_column=None),
         BarColumn(),
@@ -130,6 +136,7 @@ def command(
             max_memory=int(max_memory * 1e9) if max_memory is not None else None,
             force=force,
             options=options,
+            engine=engine,
             planned=planned,
             report=report,
         )

@@ -9,9 +9,8 @@ import click
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.errors import BundleError
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.compatibility import available_memory, check_runnable, needed_memory
+from qwen_export.runtimes.compatibility import check_runnable, free_memory, needed_memory
 from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.runtimes.onnxruntime_kernels import version
 
 
 @click.command("check")
@@ -27,15 +26,11 @@ def command(bundle: Path) -> None:
     if manifest.references:
         outside = sum(reference.size for reference in manifest.references.values())
         click.echo(f"outside    {len(manifest.references)} checkpoint files, {size(outside)}, unchanged since the build")
-    check_runnable(manifest)
-    operators = len(manifest.target.operators)
-    click.echo(
-        f"backend    onnxruntime {version()} (at least {manifest.target.minimum_backend}), {operators} special operators all present"
-    )
-    need, have = needed_memory(manifest, bundle), available_memory()
-    if have is not None and manifest.target.device == "cpu" and need > have:
+    click.echo(f"backend    {check_runnable(manifest)}")
+    need, have = needed_memory(manifest, bundle), free_memory(manifest)
+    if have is not None and need > have:
         raise BundleError(
-            "this machine has too little free memory for the bundle's full context",
+            "there is too little free memory for the bundle's full context",
             got=size(have),
             expected=f"about {size(need)}",
             fix=f"Load it with a smaller --max-context than {manifest.max_context}, or free memory.",

@@ -1,0 +1,40 @@
+"""One token of the gated delta rule as sums over the state instead of matrix products.
+
+    S' = e^g S      u = beta (v - S'^T k)      S_1 = S' + k u^T      o = S'^T q + (q . k) u
+
+Both sums read the state as it was, so a compiler that fuses element-wise layers into reductions reads it once for the sums and once to
+write the new one. Products of one row are neither faster nor, where products are rounded to TF32, as exact.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.plugins.decompose.delta_rule import delta_rule
+from qwen_export.plugins.decompose.emitter import Emitter
+
+
+def reduced_step(
+    emit: Emitter,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    g: ir.Value,
+    beta: ir.Value,
+    state: ir.Value,
+    length: int,
+    keep: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """`delta_rule` for calls of one token; longer ones take the chunk form."""
+    if length > 1 or keep is not None:
+        return delta_rule(emit, q, k, v, g, beta, state, length, keep)
+    decayed = emit.mul(state, emit.exp(g))
+    q_column, k_column = emit.transpose(q, 0, 1, 3, 2), emit.transpose(k, 0, 1, 3, 2)
+
+    def over_keys(x: ir.Value) -> ir.Value:
+        return emit("", "ReduceSum", [x, emit.ints(2)], like=x, keepdims=1)[0]
+
+    u = emit.mul(beta, emit.sub(v, over_keys(emit.mul(decayed, k_column))))
+    (shared,) = emit("", "ReduceSum", [emit.mul(q, k), emit.ints(3)], like=q, keepdims=1)
+    o = emit.add(over_keys(emit.mul(decayed, q_column)), emit.mul(shared, u))
+    return o, emit.add(decayed, emit.mul(k_column, u))

@@ -1,0 +1,76 @@
+"""gated_attention in native layers: RMSNormalization, RotaryEmbedding, KVCacheUpdate (TensorScatter) and Attention.
+
+Norm and rotation are fp32: the compiler fuses them with the casts around them, and tables in fp16 would shift the angles of late positions.
+The attention layer exists for fp16 and bf16, and its form for one query does not compile in TensorRT-RTX 1.5 (an internal check of the
+kernel generator fails); single queries read the cache through two products and a softmax, which is what that form would fuse.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.gated_attention import Sizes, attend, new_slots
+from qwen_export.plugins.decompose.norm import norm_weight
+
+
+def emit_native_attention(
+    emit: Emitter,
+    given: dict[str, ir.Value | None],
+    q: ir.Value,
+    gate: ir.Value,
+    sizes: Sizes,
+    eps: float,
+    activation: ir.DataType,
+    *,
+    layer: bool,
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """`given` are the inputs of qwen::gated_attention by name, `length` as i32[1]; q and gate [1,T,Hq*D] are q_proj's two halves; `layer`:
+    with the attention layer where it can be. Returns y [1,T,Hq*D] and the caches, which lie where the given ones do."""
+    T, Hq, Hkv, D = sizes.T, sizes.Hq, sizes.Hkv, sizes.D
+
+    def heads(x: ir.Value | None, count: int, weight: ir.Value) -> ir.Value:
+        split = emit.reshape(emit.wide(x), 1, T, count, D)
+        (normed,) = emit("", "RMSNormalization", [split, weight], like=split, axis=-1, epsilon=eps, stash_type=1)
+        return emit.cast(_rotate(emit, emit.transpose(normed, 0, 2, 1, 3), given, sizes), activation)
+
+    # The rotation is linear: the scale of the scores goes into the norm's weight, where fp16 queries stay small.
+    query = heads(q, Hq, norm_weight(emit, given["q_norm"], 1.0, D**-0.5))
+    key = heads(given["k"], Hkv, norm_weight(emit, given["k_norm"], 1.0))
+    value = emit.transpose(emit.reshape(given["v"], 1, T, Hkv, D), 0, 2, 1, 3)
+    start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
+    k_cache, v_cache = (
+        emit("", "TensorScatter", [cache, new, start], like=new, axis=-2, mode="linear")[0]
+        for cache, new in ((given["k_cache"], key), (given["v_cache"], value))
+    )
+    if layer and T > 1:
+        mask = emit.shared(f"seen_{T}_{sizes.S}", lambda: _seen(emit, given["length"], sizes))
+        (o,) = emit("", "Attention", [query, k_cache, v_cache, mask], like=query, scale=1.0)
+        o = emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hq * D)
+    else:
+        o = attend(emit, query, k_cache, v_cache, given["length"], sizes, activation)
+    return emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache
+
+
+def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes) -> ir.Value:
+    """x f32[1,H,T,D], rotated by the rows of the tables that belong to the new slots."""
+    cos, sin = (emit.shared(f"{name}_rows_3d", lambda name=name: _rows(emit, given, name, sizes)) for name in ("cos", "sin"))  # type: ignore[misc]
+    return emit("", "RotaryEmbedding", [x, cos, sin], like=x, rotary_embedding_dim=sizes.R, interleaved=0)[0]
+
+
+def _rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: Sizes) -> ir.Value:
+    """Rows length .. length+T-1 of a table f32[S,R/2] -> [1,T,R/2]."""
+    taken = emit.gather(given[name], new_slots(emit, given["length"], sizes), axis=0)
+    return emit.reshape(emit.wide(taken), 1, sizes.T, sizes.R // 2)
+
+
+def _first_slot(emit: Emitter, length: ir.Value | None) -> ir.Value:
+    return emit.cast(length, ir.DataType.INT64)
+
+
+def _seen(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+    """bool[1,1,T,S]: token t sees slots 0 .. length+t."""
+    own = emit.add(emit.array(f"row_{sizes.T}", np.arange(sizes.T, dtype=np.int32)[:, None]), length)
+    (seen,) = emit("", "LessOrEqual", [emit.positions(sizes.S), own], dtype=ir.DataType.BOOL)
+    return emit("", "Reshape", [seen, emit.ints(1, 1, sizes.T, sizes.S)], dtype=ir.DataType.BOOL)[0]

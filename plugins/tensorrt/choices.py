@@ -1,0 +1,50 @@
+"""Which lowering each op gets on TensorRT, and what is refused. Imports neither torch, onnx nor TensorRT: `inspect` asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwen_export.graphs.config import TextConfig
+from qwen_export.graphs.quantization.plan import FP8, GroupFormat, PrecisionPlan
+from qwen_export.plugins.onnxruntime.choices import Choice
+
+UNQUANTIZED = ("experts", "embedding")
+"""Groups of the precision plan that have no quantised form here: no layer gathers rows or matrices of a quantised tensor."""
+# TensorRT-RTX runs on other GPUs, too (SM 90), but has attention kernels for these only.
+_RTX_ATTENTION = frozenset({"80", "86", "89", "120", "121"})
+_FP8_SINCE = 89
+_LARGEST_TOP_K = 3840
+"""The longest that TensorRT's TopK gives."""
+
+
+def choose_tensorrt(flavour: str, precision: str, config: TextConfig, sms: Sequence[str]) -> dict[str, Choice]:
+    """The lowering of each op; `sms` are the compute capabilities that engines are for."""
+    # TensorRT-RTX rounds the operands of fp32 products to TF32 whether it is told to or not (1.5 on SM 90: errors of 1e-3 with the flag
+    # cleared); products of one row it does not round.
+    exact = precision == "fp32" and flavour == "tensorrt-rtx"
+    attention = precision != "fp32" and (flavour != "tensorrt-rtx" or (bool(sms) and set(sms) <= _RTX_ATTENTION))
+    chosen = {
+        "linear": "split_product" if exact else "product",
+        "rms_norm": "rms_normalization",
+        "gated_delta_net": "fused_layers",
+        "gated_attention": "native" if attention else "decomposed",
+        **({"moe": "gathered"} if config.is_moe else {}),
+    }
+    return {op: Choice(name, ()) for op, name in chosen.items()}
+
+
+def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequence[str]) -> list[str]:
+    """A sentence for each thing that TensorRT cannot compile for these GPUs; no `sms`: for the one that is there."""
+    reasons = []
+    formats = {format.format for format in quantization.groups.values()} if quantization is not None else set()
+    old = [sm for sm in sms if int(sm) < _FP8_SINCE]
+    if FP8 in formats and old:
+        reasons.append(f"fp8 weights need SM {_FP8_SINCE} or newer, and SM {', '.join(old)} is among the targets")
+    if config.is_moe and config.num_experts_per_tok > _LARGEST_TOP_K:
+        reasons.append(f"TensorRT selects at most {_LARGEST_TOP_K} experts")
+    gathered = [group for group in UNQUANTIZED if quantization is not None and quantization.groups[group] != GroupFormat()]
+    if gathered:
+        reasons.append(f"TensorRT gathers nothing from quantised tensors: the precision plan must leave [{gathered[0]}] stored")
+    if quantization is not None and any(format.zeros for format in quantization.groups.values()):
+        reasons.append("TensorRT dequantises symmetric blocks only: leave out `zeros` in the precision plan")
+    return reasons

@@ -1,0 +1,191 @@
+"""The ops of domain qwen in native layers of TensorRT, as the ONNX graph that its parser reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from qwen_export.errors import ConfigError
+from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales
+from qwen_export.graphs.quantization.plan import INT4, STORED, GroupFormat
+from qwen_export.graphs.quantization.standard import Codes, Scales
+from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
+from qwen_export.plugins.decompose import gated_delta_net as delta_net
+from qwen_export.plugins.decompose.batched_chunks import batched_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
+from qwen_export.plugins.decompose.reduced_step import reduced_step
+from qwen_export.plugins.decompose.split_product import SplitEmitter, split
+from qwen_export.plugins.decompose.summed_product import SummedEmitter
+from qwen_export.plugins.onnxruntime.common import layer_prefix
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
+from qwen_export.plugins.standard.quantized import exact
+from qwen_export.plugins.tensorrt import experts
+from qwen_export.plugins.tensorrt.attention import emit_native_attention
+
+# Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
+_MOST_SUMMED = 16
+# What products over int4 weights have a fast kernel for: on SM 90, one row takes four times as long as eight.
+_INT4_ROWS = 8
+
+
+def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
+    one product per chunk in sequence. Everything fp32 between the projections."""
+    sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
+    few = sizes.P + sizes.T <= _MOST_SUMMED
+    kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
+    emit = kind(graph, f"{layer_prefix(node)}.linear_attn", shared)
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    rule = _rule(sizes.T, sizes.P, context)
+    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
+    return emit.nodes, list(results)
+
+
+def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
+    """How the recurrence is computed over P pending and T new tokens."""
+    if T == 1 and not P:
+        return reduced_step
+    if P or context.static.chunk >= T:
+        return delta_rule
+    # Activations have 11 bits at most in these graphs; products of fp32 operands would keep no more on tensor cores, and take longer.
+    return batched_chunks(context.static.chunk, None if context.activation == ir.DataType.FLOAT else ir.DataType.FLOAT16)
+
+
+def _exact(context: PassContext) -> bool:
+    """Whether the compiler would round the operands of fp32 products, and must not."""
+    return context.choices["linear"].name == "split_product"
+
+
+def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_attention -> RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
+    return _attention(graph, node, context, shared, layer=True)
+
+
+def lower_decomposed_attention(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The same with products and a softmax in the place of Attention."""
+    return _attention(graph, node, context, shared, layer=False)
+
+
+def _attention(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, layer: bool
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
+    if _exact(context):
+        exact = SplitEmitter(graph, emit.prefix, shared)
+        exact.nodes = emit.nodes
+        emit = exact
+    eps = context.config.rms_norm_eps
+    return emit.nodes, list(emit_native_attention(emit, given, q, gate, sizes, eps, context.activation, layer=layer))
+
+
+def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """moe -> TopK, gathered matrices, batched products."""
+    x, logits, gate_up, down = node.inputs
+    if x is None or logits is None or gate_up is None or down is None:
+        raise TypeError("moe has an input that is missing")
+    emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
+    E, H, width = static_shape(down)
+    sizes = experts.Sizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
+    return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
+
+
+def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """linear -> Gemm over the weight as the checkpoint has it, [out, in]; quantised: DequantizeLinear before it, int4 over the turned
+    matrix with at least 8 rows."""
+    x, value = node.inputs
+    weight = weight_of(value)
+    if x is None or value is None or weight is None:
+        raise TypeError("a linear has no stored weight")
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    N, K = weight.shape
+    tokens = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
+    flat, format = emit.reshape(x, -1, K), _format(weight, context)
+    if format.format == INT4:
+        missing = _INT4_ROWS - tokens
+        if missing > 0:
+            zeros = np.zeros((missing, K), context.activation.numpy())
+            flat = emit.concat([flat, emit.array(f"zeros_{missing}_{K}", zeros)], axis=0)
+        product = emit.matmul(flat, _dequantized(emit, value, weight, format, context))
+        if missing > 0:
+            product = emit.rows(product, 0, tokens, axis=0)
+    else:
+        matrix = value if format.format == STORED else _dequantized(emit, value, weight, format, context)
+        (product,) = emit("", "Gemm", [flat, matrix], like=x, transB=1)
+    return emit.nodes, [emit.reshape(product, 1, tokens, N)]
+
+
+def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The same with fp32 operands kept whole: the rows of x in two parts, in one product. The weight is exact as it is where it is stored
+    in 16 bits, and is split likewise where it is not."""
+    x, value = node.inputs
+    weight = weight_of(value)
+    if x is None or value is None or weight is None:
+        raise TypeError("a linear has no stored weight")
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    N, K = weight.shape
+    flat = emit.reshape(x, -1, K)
+    rows = emit.concat([*split(emit, flat)], axis=0)
+    narrow = all(context.stored.get(name, "F32") in ("BF16", "F16") for name in weight.stored())
+    matrices = [value] if narrow else [*split(emit, value)]
+    products = [emit("", "Gemm", [rows, matrix], like=x, transB=1)[0] for matrix in matrices]
+    product = products[0] if narrow else emit.add(*products)
+    high, low = emit("", "Split", [product], 2, like=x, axis=0, num_outputs=2)
+    count = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
+    return emit.nodes, [emit.reshape(emit.add(high, low), 1, count, N)]
+
+
+def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFormat, context: PassContext) -> ir.Value:
+    """The weight in the activation dtype, from codes and scales; turned, [in, out], where it is int4."""
+    name, (N, K) = value.name or "", weight.shape
+    if format.quant is None:  # fp8
+        parts: list[Weight] = [Fp8Codes(weight), Fp8Scales(weight, context.activation)]
+        attributes = {"axis": 0}
+    else:
+        if K % format.block or N % 2:
+            raise ConfigError(
+                "TensorRT dequantises whole blocks and whole bytes only",
+                where=name,
+                got=f"{N} x {K}",
+                expected=f"an even number of rows of a multiple of {format.block} values",
+                fix='Give the matrix another block, or format = "stored", in the precision plan.',
+            )
+        of, turned = exact(weight, format), format.format == INT4
+        codes = Codes(of, format.quant, format.method, turned)
+        parts = [codes, Scales(of, format.quant, format.method, turned, context.activation)]
+        attributes = {"axis": 0 if turned else 1, "block_size": format.block}
+    inputs = [add_weight(emit.graph, f"{name}.{part}", weight) for part, weight in zip((format.format, "scale"), parts, strict=True)]
+    return emit("", "DequantizeLinear", inputs, dtype=context.activation, **attributes)[0]
+
+
+def _format(weight: Weight, context: PassContext) -> GroupFormat:
+    """The format that the plan gives to all parts of a weight, or "stored"."""
+    if context.quantization is None:
+        return GroupFormat()
+    return context.quantization.of(*weight.stored())
+
+
+LOWERINGS: dict[tuple[str, str], Lowering] = {
+    ("gated_delta_net", "fused_layers"): lower_delta_net,
+    ("gated_attention", "native"): lower_attention,
+    ("gated_attention", "decomposed"): lower_decomposed_attention,
+    ("moe", "gathered"): lower_experts,
+    ("rms_norm", "rms_normalization"): lower_rms_normalization,
+    (LINEAR, "product"): lower_product,
+    (LINEAR, "split_product"): lower_split_product,
+}
+
+
+def lower_mixers(model: ir.Model, context: PassContext) -> int:
+    """Lower the stateful ops. They regroup the projections that feed them, so linears are lowered after them."""
+    return lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
+
+
+def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
+    """Lower everything else of domain qwen."""
+    return lower_ops(model, context, ("moe", "rms_norm", LINEAR), LOWERINGS)

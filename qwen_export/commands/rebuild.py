@@ -1,0 +1,28 @@
+"""qwen-export rebuild"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from qwen_export.commands.engine_options import engine_options
+from qwen_export.engine_options import EngineOptions
+
+
+@click.command("rebuild")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@engine_options(rebuilding=True)
+def command(bundle: Path, engine: EngineOptions) -> None:
+    """Compile the engines of BUNDLE anew, for this machine's GPU and TensorRT or for those of --sm.
+
+    Needs TensorRT and a bundle that was built with --carry-onnx; neither the checkpoint nor PyTorch."""
+    from qwen_export.engines import rebuild
+
+    started = time.monotonic()
+    manifest = rebuild(bundle, engine, lambda graph: click.echo(f"compiling {graph}", err=True))
+    spec = manifest.engine
+    if spec is not None:
+        found = f"{manifest.target.backend} {spec.version}, SM {', '.join(spec.sms)}"
+        click.echo(f"{bundle}: {found}, in {time.monotonic() - started:.1f} s", err=True)

@@ -1,0 +1,34 @@
+"""What engines of TensorRT can be told. Imports nothing of it: plans and the command line use this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+BOUND, EMBEDDED, STRIPPED = "bound", "embedded", "stripped"
+ENGINE_WEIGHTS = {
+    BOUND: "inputs of the engine, which all engines of a bundle share",
+    EMBEDDED: "in every engine",
+    STRIPPED: "given to the engine when it is loaded (refit)",
+}
+HARDWARE_COMPATIBILITY = {"none": "NONE", "ampere+": "AMPERE_PLUS", "same-sm": "SAME_COMPUTE_CAPABILITY"}
+"""Values of --hardware-compat, as names of tensorrt.HardwareCompatibilityLevel."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to compile. `sms`: compute capabilities like "89"; none means the GPU that is there. `weights`: see ENGINE_WEIGHTS. `workspace`
+    in bytes. `tf32`: fp32 products may round their operands to 10 bits. `layer_dump`: a directory for a file per graph with its layers.
+    `carry_onnx`: the bundle gets the graphs as TensorRT reads them, for `qwen-export rebuild`."""
+
+    sms: tuple[str, ...] = ()
+    hardware_compatibility: str = "none"
+    version_compatible: bool = False
+    opt_level: int | None = None
+    workspace: int | None = None
+    timing_cache: Path | None = None
+    weight_streaming: bool = False
+    weights: str = BOUND
+    tf32: bool = False
+    layer_dump: Path | None = None
+    carry_onnx: bool = False

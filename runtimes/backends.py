@@ -1,0 +1,69 @@
+"""The backends: how the graphs of a bundle become sessions. The manifest says which one a bundle is for.
+
+A session has `spec` (GraphSpec), `device`, `busy_s`, `buffer(dtype, shape)` and `call(repeated=...)`; what `call` returns has `bind_input`,
+`bind_output` and `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_export.manifest import Manifest, file_path
+from qwen_export.runtimes.mapped_weights import MappedWeights
+
+Sessions = Callable[[str], Any]
+"""Opens the graph of a name. Sessions of one bundle share its weights."""
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart."""
+
+    threads: int | None = None
+    repack: bool = False
+    device_id: int = 0
+
+
+def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    from qwen_export.runtimes.onnxruntime_session import Session
+
+    plugins = [file_path(bundle, name) for name in manifest.plugins]
+    weights = MappedWeights(bundle, manifest)
+
+    def session(name: str) -> Session:
+        graph, device = manifest.graphs[name], manifest.target.device
+        return Session(
+            file_path(bundle, graph.file),
+            graph,
+            device,
+            options.threads,
+            plugins,
+            weights=weights,
+            repack=options.repack,
+            device_id=options.device_id,
+        )
+
+    return session
+
+
+def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    from qwen_export.runtimes.tensorrt_engines import Engines
+    from qwen_export.runtimes.tensorrt_session import TensorRTSession
+
+    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id)
+    return lambda name: TensorRTSession(engines.open(name))
+
+
+_OPEN: dict[str, Callable[[Path, Manifest, OpenOptions], Sessions]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+}
+
+
+def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    """The sessions of a bundle that `check_runnable` has let pass."""
+    return _OPEN[manifest.target.backend](bundle, manifest, options)

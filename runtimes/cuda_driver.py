@@ -1,0 +1,188 @@
+"""The NVIDIA driver, by ctypes: it comes with every GPU, so nothing has to be installed to allocate memory or record a CUDA graph.
+
+Every use of a device in a process shares the device's primary context, as ONNX Runtime and TensorRT do; memory of one is memory of all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_void_p
+from functools import cache
+from typing import Any
+
+from qwen_export.errors import BundleError
+
+_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
+OUT_OF_MEMORY = 2
+_NO_DEVICE = 100
+_MAJOR, _MINOR = 75, 76  # attributes of a device: compute capability
+
+
+class Copy2D(Structure):
+    """CUDA_MEMCPY2D of the driver's header, for copies from device to device."""
+
+    _fields_ = [
+        (f"{side}{name}", kind)
+        for side in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", c_size_t),
+            ("Y", c_size_t),
+            ("MemoryType", c_uint),
+            ("Host", c_void_p),
+            ("Device", c_ulonglong),
+            ("Array", c_void_p),
+            ("Pitch", c_size_t),
+        )
+    ] + [("WidthInBytes", c_size_t), ("Height", c_size_t)]
+
+
+# Arguments by function. Addresses on the device are 64 bits wide, streams, contexts and graphs are pointers.
+_FUNCTIONS: dict[str, list[Any]] = {
+    "cuInit": [c_uint],
+    "cuDriverGetVersion": [POINTER(c_int)],
+    "cuGetErrorString": [c_int, POINTER(c_char_p)],
+    "cuDeviceGetCount": [POINTER(c_int)],
+    "cuDeviceGet": [POINTER(c_int), c_int],
+    "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
+    "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
+    "cuCtxGetCurrent": [POINTER(c_void_p)],
+    "cuCtxSetCurrent": [c_void_p],
+    "cuMemGetInfo_v2": [POINTER(c_size_t), POINTER(c_size_t)],
+    "cuMemAlloc_v2": [POINTER(c_ulonglong), c_size_t],
+    "cuMemFree_v2": [c_ulonglong],
+    "cuMemsetD8Async": [c_ulonglong, c_ubyte, c_size_t, c_void_p],
+    "cuMemcpyHtoDAsync_v2": [c_ulonglong, c_void_p, c_size_t, c_void_p],
+    "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
+    "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
+    "cuMemcpy2DUnaligned_v2": [POINTER(Copy2D)],
+    "cuMemHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
+    "cuMemFreeHost": [c_void_p],
+    "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
+    "cuMemHostUnregister": [c_void_p],
+    "cuStreamCreate": [POINTER(c_void_p), c_uint],
+    "cuStreamDestroy_v2": [c_void_p],
+    "cuStreamSynchronize": [c_void_p],
+    "cuStreamBeginCapture_v2": [c_void_p, c_int],
+    "cuStreamEndCapture": [c_void_p, POINTER(c_void_p)],
+    "cuGraphInstantiateWithFlags": [POINTER(c_void_p), c_void_p, c_ulonglong],
+    "cuGraphDestroy": [c_void_p],
+    "cuGraphExecDestroy": [c_void_p],
+    "cuGraphLaunch": [c_void_p, c_void_p],
+}
+_thread = threading.local()
+
+
+@cache
+def driver() -> Any:
+    """The driver's library. Raises BundleError where there is no driver, an old one, or no GPU."""
+    library = _load()
+    try:
+        for name, arguments in _FUNCTIONS.items():
+            getattr(library, name).argtypes = arguments
+    except AttributeError as error:
+        raise BundleError("the NVIDIA driver is too old", got=error, expected="one for CUDA 12 or newer", fix="Update it.") from error
+    code = library.cuInit(0)
+    if code:
+        what = "the NVIDIA driver sees no GPU" if code == _NO_DEVICE else "the NVIDIA driver cannot be used"
+        raise BundleError(
+            what, got=_text(library, code), fix="See whether `nvidia-smi` lists a GPU; in a container, start it with --gpus all."
+        )
+    return library
+
+
+def _load() -> Any:
+    for name in _NAMES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise BundleError(
+        "this machine has no NVIDIA driver",
+        got=f"{' or '.join(_NAMES)} cannot be loaded",
+        fix="Install the driver, or build the checkpoint with --device cpu.",
+    )
+
+
+def call(name: str, *arguments: object, fix: str = "") -> None:
+    """Call a function of the driver. Raises BundleError with what the driver says."""
+    code = getattr(driver(), name)(*arguments)
+    if code:
+        raise BundleError(f"CUDA could not carry out {name}", got=_text(driver(), code), fix=fix)
+
+
+def ensure_context() -> None:
+    """Give the calling thread the first device, unless it has one already."""
+    if getattr(_thread, "ready", False):
+        return
+    current = c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(current))
+    if not current.value:
+        use_device(0)
+    _thread.ready = True
+
+
+def use_device(device_id: int) -> None:
+    """Make a device the one that the calling thread works on."""
+    call("cuCtxSetCurrent", _primary_context(device_id))
+    _thread.ready = True
+
+
+@cache
+def _primary_context(device_id: int) -> int:
+    """Kept until the process ends, as every other user of the device in the process keeps it."""
+    context = c_void_p()
+    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), _device(device_id))
+    return int(context.value or 0)
+
+
+def _device(device_id: int) -> int:
+    count, device = c_int(), c_int()
+    call("cuDeviceGetCount", ctypes.byref(count))
+    if not 0 <= device_id < count.value:
+        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}")
+    call("cuDeviceGet", ctypes.byref(device), device_id)
+    return device.value
+
+
+def device_name(device_id: int = 0) -> str:
+    name = ctypes.create_string_buffer(256)
+    call("cuDeviceGetName", name, len(name), _device(device_id))
+    return name.value.decode(errors="replace")
+
+
+def compute_capability(device_id: int = 0) -> tuple[int, int]:
+    """Major and minor number of a device, (8, 9) for SM 89."""
+    values = []
+    for attribute in (_MAJOR, _MINOR):
+        value = c_int()
+        call("cuDeviceGetAttribute", ctypes.byref(value), attribute, _device(device_id))
+        values.append(value.value)
+    return values[0], values[1]
+
+
+def driver_version() -> tuple[int, int]:
+    """The newest CUDA that the driver serves, (13, 0)."""
+    version = c_int()
+    call("cuDriverGetVersion", ctypes.byref(version))
+    return version.value // 1000, version.value % 1000 // 10
+
+
+def memory_info() -> tuple[int, int]:
+    """Free and total bytes of the calling thread's device."""
+    ensure_context()
+    free, total = c_size_t(), c_size_t()
+    call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+def error_text(code: int) -> str:
+    return _text(driver(), code)
+
+
+def _text(library: Any, code: int) -> str:
+    text = c_char_p()
+    library.cuGetErrorString(code, ctypes.byref(text))
+    return f"{text.value.decode(errors='replace')} ({code})" if text.value else f"error {code}"

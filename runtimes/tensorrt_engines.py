@@ -1,0 +1,235 @@
+"""What the engines of one bundle share on one GPU: the library, a stream, the weights, and memory for what a call computes.
+
+Everything is released in order, contexts before engines before the library's runtime: by reference counts when the last user of a bundle
+goes, and before the interpreter ends otherwise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import mmap
+import sys
+import weakref
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import BundleError
+from qwen_export.manifest import GraphSpec, Manifest, file_path
+from qwen_export.runtimes import cuda_driver, cuda_memory
+from qwen_export.runtimes.cuda_stream import Recording, Stream
+from qwen_export.runtimes.device_weights import DeviceWeights
+from qwen_export.runtimes.kernel_cache import KernelFile
+from qwen_export.runtimes.mapped_weights import MappedWeights
+from qwen_export.runtimes.tensorrt_library import RUNTIME_CACHE, Library, load_library
+
+_loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+# Reasons to refuse an engine, by their names in EngineInvalidityDiagnostics: what is wrong, and what to do.
+_REASONS = {
+    "MALFORMED_ENGINE": ("it is not an engine of this library", "Build the bundle again."),
+    "VERSION_MISMATCH": ("it was compiled by another version of the library", "Install the version that `qwen-export check` names."),
+    "UNSUPPORTED_CC": ("it was not compiled for this GPU", "Run `qwen-export rebuild` on the bundle."),
+    "OLD_CUDA_DRIVER": ("the driver is too old", "Update the NVIDIA driver."),
+    "OLD_CUDA_RUNTIME": ("the CUDA runtime is too old", "Update the library."),
+    "INSUFFICIENT_GPU_MEMORY": ("the GPU has too little memory", "End other programs that use the GPU."),
+    "CUDA_ERROR": ("CUDA does not work", "See whether `nvidia-smi` lists a GPU."),
+}
+
+
+class Scratch:
+    """Memory for intermediate results. Calls on one stream never overlap, so all engines of a bundle use the same."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self._pieces: list[tuple[int, int]] = []
+
+    def take(self, nbytes: int) -> int:
+        """An address with room for `nbytes`. Pieces given out before stay where they are: recorded calls know their addresses."""
+        for size, address in self._pieces:
+            if size >= nbytes:
+                return address
+        address = cuda_memory.allocate_raw(nbytes)
+        self._pieces.append((nbytes, address))
+        return address
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            for _, address in getattr(self, "_pieces", ()):
+                cuda_memory.free(address)
+
+
+class Engines:
+    """Opens the engines of one bundle. `weights` are the bundle's, on the host."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0) -> None:
+        self.library: Library = load_library(manifest.target.backend)
+        self._bundle, self._manifest, self._mapped = bundle, manifest, weights
+        self.stream = Stream(device_id)
+        self.weights = DeviceWeights(weights, self.stream)
+        self.scratch = Scratch(self.stream)
+        self._runtime = self.library.api.Runtime(self.library.log)
+        major, minor = cuda_driver.compute_capability(device_id)
+        driver = ".".join(map(str, cuda_driver.driver_version()))
+        self._machine = (self.library.version, cuda_driver.device_name(device_id), f"{major}.{minor}", driver)
+
+    def open(self, name: str) -> Engine:
+        """The engine of one graph, its weights on the device. Raises BundleError where the library refuses it."""
+        spec = self._manifest.graphs[name]
+        cuda_driver.use_device(self.stream.device_id)
+        path = file_path(self._bundle, spec.file)
+        self.library.said()
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            native = self._runtime.deserialize_cuda_engine(data)
+            if native is None:
+                raise self._refused(path, data)
+        kernels = KernelFile(self._manifest.files[spec.file].sha256, self._machine)
+        return Engine(self, native, name, spec, kernels)
+
+    def _refused(self, path: Path, data: mmap.mmap) -> BundleError:
+        said = self.library.said()
+        reason, fix = (
+            said or "it gives no reason",
+            "Run `qwen-export check` on the bundle; `qwen-export rebuild` compiles it for this machine.",
+        )
+        flags = getattr(self.library.api, "EngineInvalidityDiagnostics", None)  # TensorRT-RTX only
+        if flags is not None:
+            _, found = self._runtime.get_engine_validity(data)
+            named = [_REASONS[name] for name, flag in flags.__members__.items() if name in _REASONS and int(found) & int(flag)]
+            reason, fix = named[0] if named else (reason, fix)
+        return BundleError(
+            f"{self.library.flavour.name} {self.library.version} refuses the engine on {self._machine[1]}, SM {self._machine[2]}",
+            where=str(path),
+            got=reason,
+            fix=fix,
+        )
+
+    def refit(self, native: Any, spec: GraphSpec) -> None:
+        """Give a stripped engine its weights from the bundle."""
+        refitter = self.library.api.Refitter(native, self.library.log)
+        missing = set(refitter.get_missing_weights())
+        if not missing:
+            return
+        known = {weight.name: weight for weight in spec.weights}
+        held = []  # the refitter reads them where they lie
+        for name in sorted(missing):
+            if name not in known:
+                raise BundleError("the engine wants a weight that the bundle does not have", where=str(self._bundle), got=name)
+            data = self._mapped.bytes(known[name])
+            held.append(data)
+            values = self.library.api.Weights(self.library.data_type(known[name].dtype), data.ctypes.data, prod(known[name].shape))
+            if not refitter.set_named_weights(name, values):
+                raise BundleError(
+                    "the engine does not take a weight of the bundle", where=str(self._bundle), got=f"{name}: {self.library.said()}"
+                )
+        if not refitter.refit_cuda_engine():
+            raise BundleError("the engine could not be given its weights", where=str(self._bundle), got=self.library.said())
+
+
+class Engine:
+    """One loaded engine and what its contexts have in common."""
+
+    def __init__(self, engines: Engines, native: Any, name: str, spec: GraphSpec, kernels: KernelFile) -> None:
+        self.engines, self.native, self.name, self.spec, self._kernels = engines, native, name, spec, kernels
+        self._contexts: weakref.WeakSet[Context] = weakref.WeakSet()
+        api = engines.library.api
+        tensors = [native.get_tensor_name(i) for i in range(native.num_io_tensors)]
+        inputs = {tensor for tensor in tensors if native.get_tensor_mode(tensor) == api.TensorIOMode.INPUT}
+        self._check(inputs, set(tensors) - inputs)
+        bound = [weight for weight in spec.weights if weight.name in inputs]
+        if len(bound) < len(spec.weights) and native.refittable:
+            engines.refit(native, spec)
+        engines.weights.upload(bound)
+        self.bound_weights: dict[str, int] = {weight.name: engines.weights.address(weight) for weight in bound}
+        self._config = native.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(api.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._cache = self._config.create_runtime_cache() if engines.library.has(RUNTIME_CACHE) else None
+        if self._cache is not None:
+            kept = kernels.read()
+            if kept and not self._cache.deserialize(kept):
+                engines.library.said()  # written by another version: compiled anew
+            self._config.set_runtime_cache(self._cache)
+        _loaded.add(self)
+
+    def context(self) -> Context:
+        """A new context: its addresses are its own, its scratch memory is that of the bundle."""
+        context = Context(self, self.native.create_execution_context(runtime_config=self._config))
+        self._contexts.add(context)
+        return context
+
+    def keep_kernels(self) -> None:
+        """Leave what was compiled so far for the next process."""
+        if self._cache is not None:
+            self._kernels.write(bytes(memoryview(self._cache.serialize())))
+
+    def close(self) -> None:
+        """Release the engine, its contexts first. Calls that still refer to it cannot run any more."""
+        for context in list(self._contexts):
+            context.close()
+        self._cache = self._config = self.native = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _check(self, inputs: set[str], outputs: set[str]) -> None:
+        """The engine has the tensors that the manifest says, in their types and shapes."""
+        spec, native, library = self.spec, self.native, self.engines.library
+        weights = {weight.name for weight in spec.weights}
+        wrong = sorted(
+            ({tensor.name for tensor in spec.inputs} ^ (inputs - weights)) | ({tensor.name for tensor in spec.outputs} ^ outputs)
+        )
+        for tensor in (*spec.inputs, *spec.outputs):
+            if tensor.name not in wrong:
+                have = (library.dtype(native.get_tensor_dtype(tensor.name)), tuple(native.get_tensor_shape(tensor.name)))
+                host = native.get_tensor_location(tensor.name) == library.api.TensorLocation.HOST
+                if have != (tensor.dtype, tensor.shape) or host:
+                    wrong.append(f"{tensor.name} {have[0]}{list(have[1])}{' on the host' if host else ''}")
+        if wrong:
+            raise BundleError(
+                f"the engine of graph {self.name} is not what the manifest describes",
+                got=", ".join(wrong[:4]),
+                fix="Build the bundle again.",
+            )
+
+
+class Context:
+    """One set of addresses for an engine."""
+
+    def __init__(self, engine: Engine, native: Any) -> None:
+        if native is None:
+            raise BundleError(
+                "TensorRT could not prepare the engine for calls",
+                got=engine.engines.library.said() or "no reason",
+                fix="Is the GPU out of memory? Try a smaller --max-context, or end other programs that use it.",
+            )
+        self._engine, self.native = engine, native
+        self.recording: Recording | None = None
+        """A run as a CUDA graph, once somebody has recorded it."""
+        size = engine.native.device_memory_size_v2
+        if size:
+            native.set_device_memory(engine.engines.scratch.take(size), size)
+        for name, address in engine.bound_weights.items():
+            self.bind(name, address)
+
+    def bind(self, name: str, address: int) -> None:
+        if not self.native.set_tensor_address(name, address):
+            raise BundleError("TensorRT does not take an address", got=f"{name}: {self._engine.engines.library.said()}")
+
+    def queue(self) -> None:
+        """Put one run on the bundle's stream."""
+        engines = self._engine.engines
+        if not self.native.execute_async_v3(engines.stream.handle):
+            raise BundleError("TensorRT could not run the engine", where=self._engine.name, got=engines.library.said() or "no reason")
+
+    def close(self) -> None:
+        self.recording = None
+        self.native = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+@atexit.register
+def _release() -> None:
+    for engine in list(_loaded):
+        engine.close()

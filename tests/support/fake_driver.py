@@ -1,0 +1,199 @@
+# ruff: noqa: N802
+"""The NVIDIA driver on host memory: what `runtimes.cuda_driver` calls, with the rules that a real one enforces.
+
+Every address that is used must lie in a live allocation, whatever is freed must have been allocated, work queued while a stream records is
+not carried out, and a failing allocation says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+from qwen_export.runtimes import cuda_driver
+
+_OUT_OF_MEMORY, _INVALID_VALUE, _NO_DEVICE, _ILLEGAL_ADDRESS = 2, 1, 100, 700
+_ALIGNMENT = 256
+
+
+class _Function:
+    argtypes: list[Any]
+
+    def __init__(self, body: Callable[..., int]) -> None:
+        self._body = body
+
+    def __call__(self, *arguments: Any) -> int:
+        assert len(arguments) == len(self.argtypes)
+        return (
+            self._body(*(getattr(a, "_obj", a.value if hasattr(a, "value") and not isinstance(a, ctypes.Array) else a) for a in arguments))
+            or 0
+        )
+
+
+class FakeDriver:
+    """One GPU of `memory` bytes. `allocated` are live pieces of device memory by address, `pinned` those of the host; `launches` counts
+    recorded work that was started."""
+
+    def __init__(self, memory: int = 1 << 30, sm: tuple[int, int] = (8, 9), cuda: int = 13000, devices: int = 1) -> None:
+        self.memory, self.sm, self.cuda, self.devices = memory, sm, cuda, devices
+        self.allocated: dict[int, int] = {}
+        self.pinned: dict[int, int] = {}
+        self.streams: set[int] = set()
+        self.recordings: dict[int, list[Callable[[], None]]] = {}
+        self.launches = 0
+        self.peak = 0
+        self._recording: dict[int, list[Callable[[], None]]] = {}
+        self._keep: dict[int, Any] = {}
+        self._next = 1000
+        for name in cuda_driver._FUNCTIONS:
+            setattr(self, name, _Function(getattr(self, "_" + name.removesuffix("_v2"))))
+
+    def queue(self, stream: int, work: Callable[[], None]) -> None:
+        """Carry out now, or record."""
+        assert stream == 0 or stream in self.streams
+        if stream in self._recording:
+            self._recording[stream].append(work)
+        else:
+            work()
+
+    def is_recording(self, stream: int) -> bool:
+        return stream in self._recording
+
+    def check(self, address: int, nbytes: int) -> None:
+        """Raise unless the bytes lie in one live allocation."""
+        assert any(start <= address and address + nbytes <= start + size for start, size in self.allocated.items()), "illegal address"
+
+    def _id(self) -> int:
+        self._next += 1
+        return self._next
+
+    # ---- device ----
+
+    def _cuInit(self, flags: int) -> int:
+        return 0 if self.devices else _NO_DEVICE
+
+    def _cuDriverGetVersion(self, version: Any) -> None:
+        version.value = self.cuda
+
+    def _cuGetErrorString(self, code: int, text: Any) -> None:
+        text.value = {2: b"out of memory", 100: b"no CUDA-capable device is detected"}.get(code, b"some error")
+
+    def _cuDeviceGetCount(self, count: Any) -> None:
+        count.value = self.devices
+
+    def _cuDeviceGet(self, device: Any, ordinal: int) -> None:
+        device.value = ordinal
+
+    def _cuDeviceGetName(self, name: Any, size: int, device: int) -> None:
+        name.value = b"Fake GPU"
+
+    def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
+        value.value = self.sm[attribute - 75]
+
+    def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
+        context.value = 77 + device
+
+    def _cuCtxGetCurrent(self, context: Any) -> None:
+        context.value = None
+
+    def _cuCtxSetCurrent(self, context: int) -> None:
+        pass
+
+    # ---- memory ----
+
+    def _cuMemGetInfo(self, free: Any, total: Any) -> None:
+        free.value, total.value = self.memory - sum(self.allocated.values()), self.memory
+
+    def _cuMemAlloc(self, address: Any, nbytes: int) -> int:
+        if sum(self.allocated.values()) + nbytes > self.memory:
+            return _OUT_OF_MEMORY
+        address.value = self._memory(nbytes)
+        ctypes.memset(address.value, 0xCD, nbytes)  # nobody may count on zeros
+        self.allocated[address.value] = nbytes
+        self.peak = max(self.peak, sum(self.allocated.values()))
+        return 0
+
+    def _cuMemFree(self, address: int) -> None:
+        del self.allocated[address], self._keep[address]
+
+    def _memory(self, nbytes: int) -> int:
+        raw = ctypes.create_string_buffer(nbytes + _ALIGNMENT)
+        address = -(-ctypes.addressof(raw) // _ALIGNMENT) * _ALIGNMENT
+        self._keep[address] = raw
+        return address
+
+    def _cuMemsetD8Async(self, address: int, value: int, nbytes: int, stream: int) -> None:
+        self.check(address, nbytes)
+        self.queue(stream, lambda: ctypes.memset(address, value, nbytes) and None)
+
+    def _cuMemcpyHtoDAsync(self, device: int, host: int, nbytes: int, stream: int) -> None:
+        self._copy(device, host, nbytes, stream, (device,))
+
+    def _cuMemcpyDtoHAsync(self, host: int, device: int, nbytes: int, stream: int) -> None:
+        self._copy(host, device, nbytes, stream, (device,))
+
+    def _cuMemcpyDtoDAsync(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        self._copy(target, source, nbytes, stream, (target, source))
+
+    def _copy(self, target: int, source: int, nbytes: int, stream: int, device: tuple[int, ...]) -> None:
+        def work() -> None:
+            for address in device:
+                self.check(address, nbytes)
+            ctypes.memmove(target, source, nbytes)
+
+        self.queue(stream, work)
+
+    def _cuMemcpy2DUnaligned(self, copy: Any) -> None:
+        for row in range(copy.Height):
+            target, source = copy.dstDevice + row * copy.dstPitch, copy.srcDevice + row * copy.srcPitch
+            self.check(target, copy.WidthInBytes)
+            self.check(source, copy.WidthInBytes)
+            ctypes.memmove(target, source, copy.WidthInBytes)
+
+    def _cuMemHostAlloc(self, address: Any, nbytes: int, flags: int) -> None:
+        address.value = self._memory(nbytes)
+        self.pinned[address.value] = nbytes
+
+    def _cuMemFreeHost(self, address: int) -> None:
+        del self.pinned[address], self._keep[address]
+
+    def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> None:
+        self.pinned[address] = nbytes
+
+    def _cuMemHostUnregister(self, address: int) -> None:
+        del self.pinned[address]
+
+    # ---- streams ----
+
+    def _cuStreamCreate(self, stream: Any, flags: int) -> None:
+        stream.value = self._id()
+        self.streams.add(stream.value)
+
+    def _cuStreamDestroy(self, stream: int) -> None:
+        self.streams.remove(stream)
+
+    def _cuStreamSynchronize(self, stream: int) -> int:
+        return _INVALID_VALUE if stream in self._recording else 0
+
+    def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
+        self._recording[stream] = []
+
+    def _cuStreamEndCapture(self, stream: int, graph: Any) -> None:
+        graph.value = self._id()
+        self.recordings[graph.value] = self._recording.pop(stream)
+
+    def _cuGraphInstantiateWithFlags(self, executable: Any, graph: int, flags: int) -> None:
+        executable.value = self._id()
+        self.recordings[executable.value] = self.recordings[graph]
+
+    def _cuGraphDestroy(self, graph: int) -> None:
+        del self.recordings[graph]
+
+    def _cuGraphExecDestroy(self, executable: int) -> None:
+        del self.recordings[executable]
+
+    def _cuGraphLaunch(self, executable: int, stream: int) -> None:
+        self.launches += 1
+        for work in self.recordings[executable]:
+            self.queue(stream, work)

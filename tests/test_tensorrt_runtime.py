@@ -1,0 +1,419 @@
+"""Bundles of TensorRT engines at run time, over a driver and a library that keep the rules of the real ones."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen_export import build
+from qwen_export.cli import main
+from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.manifest import EngineSpec, WeightSpec, load_manifest
+from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, load, tensorrt_compatibility, tensorrt_engines
+from qwen_export.runtimes.buffers import CudaBuffer, as_bytes
+from qwen_export.runtimes.cuda_stream import Stream
+from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.device_weights import arrange
+from qwen_export.runtimes.generation import Request, Statistics
+from qwen_export.runtimes.kernel_cache import VARIABLE, KernelFile
+from qwen_export.runtimes.mapped_weights import weight_bytes
+from qwen_export.runtimes.sampling import Sampler
+from qwen_export.runtimes.stream_buffer import StreamBuffer
+from qwen_export.runtimes.tensorrt_compatibility import runs_on
+from qwen_export.static_plan import StaticOptions
+from tests.support.fake_driver import FakeDriver
+from tests.support.fake_tensorrt import FakeTensorRT, engine_bundle
+from tests.test_parity import tiny
+
+CAPACITY, CHUNK, WIDTH = 96, 16, 4
+PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26, 43, 38, 32, 79, 50, 28, 84, 19, 71]
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The graphs that the engines stand for, in a bundle that ONNX Runtime runs."""
+    directory = tmp_path_factory.mktemp("portable")
+    checkpoint = synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), directory / "checkpoint")
+    options = StaticOptions(CHUNK, step_tokens=WIDTH)
+    return build(checkpoint, directory / "bundle", target="onnx", max_context=CAPACITY, options=options)
+
+
+@pytest.fixture
+def bundle(portable: Path, tmp_path: Path) -> Path:
+    return engine_bundle(portable, tmp_path / "engines")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeDriver, FakeTensorRT]]]:
+    """Install a GPU and TensorRT; arguments of FakeDriver, and `library` with those of FakeTensorRT."""
+
+    def install(library: dict[str, Any] | None = None, **options: Any) -> tuple[FakeDriver, FakeTensorRT]:
+        gc.collect()
+        _forget()
+        driver = FakeDriver(**options)
+        tensorrt = FakeTensorRT(driver, **(library or {}))
+        monkeypatch.setattr(cuda_driver, "_load", lambda: driver)
+        for module in (tensorrt_engines, tensorrt_compatibility):
+            monkeypatch.setattr(module, "load_library", lambda flavour: tensorrt.library())
+        return driver, tensorrt
+
+    yield install
+    gc.collect()
+    _forget()
+
+
+def _forget() -> None:
+    cuda_driver.driver.cache_clear()
+    cuda_driver._primary_context.cache_clear()
+    cuda_driver._thread.ready = False
+
+
+Machine = Callable[..., tuple[FakeDriver, FakeTensorRT]]
+
+
+def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
+    logits, tokens = decoder.prefill(ids), []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = decoder.step([tokens[-1]])[0]
+    return tokens
+
+
+# Engines read and write what the graphs do
+
+
+def test_engines_give_the_tokens_of_the_graphs(portable: Path, bundle: Path, machine: Machine) -> None:
+    driver, _ = machine()
+    expected = greedy(load(portable, threads=1).decoder(), PROMPT, 12)
+    assert greedy(load(bundle).decoder(), PROMPT, 12) == expected
+    assert driver.launches > 8
+
+
+def test_without_recording_the_tokens_are_the_same(portable: Path, bundle: Path, machine: Machine) -> None:
+    driver, _ = machine(library={"recordable": False})
+    assert greedy(load(bundle).decoder(), PROMPT, 12) == greedy(load(portable, threads=1).decoder(), PROMPT, 12)
+    assert driver.launches == 0
+
+
+def test_what_was_not_accepted_leaves_no_trace(bundle: Path, machine: Machine) -> None:
+    machine()
+    plain, drafted = load(bundle).decoder(), load(bundle).decoder()
+    expected = greedy(plain, PROMPT, 14)
+    tokens = [int(drafted.prefill(PROMPT).argmax())]
+    for right in (0, 2, 1, 3):
+        draft = expected[len(tokens) : len(tokens) + right]
+        wrong = [(expected[len(tokens) + right] + 1) % 90] * (WIDTH - 1 - right)
+        logits = drafted.verify([tokens[-1], *draft, *wrong])
+        drafted.accept(1 + right)
+        tokens += [*draft, int(logits[right].argmax())]
+    assert tokens == expected[: len(tokens)]
+
+
+@pytest.mark.parametrize("speculate", [1, 3, "auto", "lookup"])
+def test_drafts_do_not_change_the_text(bundle: Path, machine: Machine, speculate: int | str) -> None:
+    machine()
+    texts = []
+    for way in ("off", speculate):
+        model, statistics = load(bundle, speculate=way), Statistics()
+        texts.append(list(model.generate(Request(PROMPT * 2, Sampler(SamplingParams(greedy=True)), (), 24), statistics)))
+    assert texts[0] == texts[1]
+
+
+def test_marks_and_snapshots_bring_back_the_same_logits(bundle: Path, machine: Machine) -> None:
+    machine()
+    decoder, other = load(bundle).decoder(), load(bundle).decoder()
+    decoder.prefill(PROMPT)
+    mark, snapshot = decoder.mark(), decoder.snapshot()
+    first = [decoder.step([token])[0].copy() for token in (5, 6, 7)]
+    decoder.rewind(mark)
+    again = [decoder.step([token])[0].copy() for token in (5, 6, 7)]
+    other.restore(snapshot)
+    elsewhere = [other.step([token])[0].copy() for token in (5, 6, 7)]
+    for one, two, three in zip(first, again, elsewhere, strict=True):
+        np.testing.assert_array_equal(one, two)
+        np.testing.assert_array_equal(one, three)
+
+
+def test_sequences_do_not_touch_each_other(bundle: Path, machine: Machine) -> None:
+    machine()
+    model = load(bundle)
+    alone = [greedy(model.decoder(), PROMPT[start:], 5) for start in (0, 4)]
+    both = model.decoder(2)
+    tokens = [[int(both.prefill(PROMPT[start:], sequence).argmax())] for sequence, start in enumerate((0, 4))]
+    for _ in range(4):
+        for row, logits in zip(tokens, both.step([row[-1] for row in tokens]), strict=True):
+            row.append(int(logits.argmax()))
+    assert tokens == alone
+
+
+def test_stripped_engines_are_given_their_weights(portable: Path, tmp_path: Path, machine: Machine) -> None:
+    machine()
+    stripped = engine_bundle(portable, tmp_path / "stripped", weights="stripped")
+    expected = greedy(load(portable, threads=1).decoder(), PROMPT, 6)
+    assert greedy(load(stripped).decoder(), PROMPT, 6) == expected
+
+
+# Memory
+
+
+def test_weights_lie_on_the_device_once(bundle: Path, machine: Machine) -> None:
+    driver, _ = machine()
+    manifest = load_manifest(bundle)
+    weights = {(w.file, w.offset): weight_bytes(w) for graph in manifest.graphs.values() for w in graph.weights}
+    model = load(bundle)
+    assert sum(weights.values()) <= sum(driver.allocated.values()) <= sum(weights.values()) + 256 * len(weights)
+    assert model is not None
+
+
+def test_weights_are_placed_at_multiples_of_256_and_shared() -> None:
+    def weight(name: str, offset: int, size: int) -> WeightSpec:
+        return WeightSpec(name, "model.weights", "uint8", (size,), offset)
+
+    weights = [weight("a", 64, 100), weight("b", 0, 60), weight("again", 64, 100), weight("c", 300, 256)]
+    sizes = {(w.file, w.offset): weight_bytes(w) for w in weights}
+    offsets, size = arrange(weights, sizes)
+    assert offsets == {("model.weights", 0): 0, ("model.weights", 64): 256, ("model.weights", 300): 512}
+    assert size == 768
+    assert arrange(weights, sizes, placed=offsets) == ({}, 0)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("int4", 8), ("float8e4m3fn", 15), ("float16", 30), ("float4e2m1", 8)])
+def test_bytes_of_narrow_weights(dtype: str, expected: int) -> None:
+    assert weight_bytes(WeightSpec("w", "f", dtype, (3, 5), 0)) == expected
+
+
+def test_unloading_gives_everything_back_in_order(bundle: Path, machine: Machine) -> None:
+    driver, tensorrt = machine()
+    model = load(bundle)
+    decoder = model.decoder()
+    greedy(decoder, PROMPT, 6)
+    assert driver.allocated and driver.pinned and driver.recordings and tensorrt.live["context"] > 2
+    del model, decoder
+    gc.collect()
+    assert not driver.allocated and not driver.pinned and not driver.recordings and not driver.streams
+    assert set(tensorrt.live.values()) == {0}
+    assert tensorrt.order[-1] == "runtime"
+
+
+def test_at_the_end_of_the_process_engines_go_before_the_library(bundle: Path, machine: Machine) -> None:
+    driver, tensorrt = machine()
+    model = load(bundle)
+    decoder = model.decoder()
+    greedy(decoder, PROMPT, 6)
+    tensorrt_engines._release()
+    assert tensorrt.live == {"runtime": 1, "engine": 0, "context": 0} and not driver.recordings
+    assert decoder.lengths == [len(PROMPT) + 6]
+
+
+def test_two_bundles_in_one_process(portable: Path, bundle: Path, tmp_path: Path, machine: Machine) -> None:
+    driver, tensorrt = machine()
+    second = engine_bundle(portable, tmp_path / "second")
+    models = [load(bundle), load(second)]
+    decoders = [model.decoder() for model in models]
+    rows = [decoder.prefill(PROMPT).copy() for decoder in decoders]
+    for token in (1, 2, 3):
+        rows = [decoder.step([token])[0].copy() for decoder in decoders]
+        np.testing.assert_array_equal(rows[0], rows[1])
+    before = sum(driver.allocated.values())
+    del models[0], decoders[0]
+    gc.collect()
+    assert sum(driver.allocated.values()) < before and tensorrt.live["runtime"] == 1
+    assert np.isfinite(decoders[0].step([4])).all()
+
+
+def test_small_buffers_wait_for_nobody_and_never_mix_up(machine: Machine) -> None:
+    machine()
+    stream = Stream()
+    buffer = StreamBuffer("int32", (4,), stream)
+    assert buffer.array().tolist() == [0, 0, 0, 0]
+    waits = stream.waits
+    buffer.write(as_bytes(np.arange(4, dtype=np.int32)))
+    assert stream.waits == waits
+    buffer.write(as_bytes(np.array([9], np.int32)), 4)
+    assert stream.waits == waits + 1  # the first copy may still be reading what the second one writes
+    assert buffer.array().tolist() == [0, 9, 2, 3]
+    assert buffer.read(4, 4).view(np.int32).tolist() == [9]
+
+
+def test_large_buffers_keep_their_contents(machine: Machine) -> None:
+    machine()
+    stream = Stream()
+    one, two = (StreamBuffer("float", (40_000,), stream) for _ in range(2))
+    values = np.arange(40_000, dtype=np.float32)
+    one.write(as_bytes(values))
+    two.copy_from(one, 0, 4, one.nbytes - 4)
+    np.testing.assert_array_equal(two.array(), np.append(values[1:], np.float32(0)))
+    two.write(as_bytes(np.float32(7)), 0)
+    assert two.array()[0] == 7
+
+
+def test_buffers_of_onnx_runtime_use_the_same_driver(machine: Machine) -> None:
+    driver, _ = machine()
+    cache = CudaBuffer("float16", (1, 2, 3, 4))
+    cache.write(as_bytes(np.arange(24, dtype=np.float16)))
+    larger = cache.grown(2, 5, 2)
+    rows = larger.array()
+    assert rows.shape == (1, 2, 5, 4) and rows[0, 1, 1].tolist() == [16, 17, 18, 19] and not rows[0, :, 2:].any()
+    del cache, larger
+    assert not driver.allocated and not driver.pinned
+
+
+# Kernels compiled on the machine
+
+
+def test_a_second_start_compiles_nothing(bundle: Path, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "kernels"))
+    _, first = machine()
+    greedy(load(bundle).decoder(), PROMPT, 2)
+    _, second = machine()
+    greedy(load(bundle).decoder(), PROMPT, 2)
+    assert first.compiled == 2 and second.compiled == 0
+    assert len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+def test_kernels_belong_to_one_engine_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    KernelFile("engine", ("1.5", "GPU")).write(b"kernels")
+    assert KernelFile("engine", ("1.5", "GPU")).read() == b"kernels"
+    assert KernelFile("engine", ("1.5", "other")).read() == b"" == KernelFile("another", ("1.5", "GPU")).read()
+    monkeypatch.setenv(VARIABLE, "")
+    nowhere = KernelFile("engine", ("1.5", "GPU"))
+    nowhere.write(b"kernels")
+    assert nowhere.read() == b""
+
+
+def test_prepared_calls_leave_no_trace(portable: Path, bundle: Path, machine: Machine) -> None:
+    """Whatever the controls and states hold when a call is prepared, the run that follows leaves the same."""
+    machine()
+    decoders = [load(bundle).decoder() for _ in range(2)]
+    for decoder in decoders:
+        decoder.prefill(PROMPT)
+    subject: Any = decoders[1]
+    states, graph = subject._states[0], subject._graphs["decoder"]
+    for token in (5, 6, 7, 8):
+        graph.set(input_ids=[9], length=[subject.lengths[0]])
+        key = ("decoder", tuple(states._current[state.name] for state in graph.spec.states))
+        states._calls.setdefault(key, states._bind(graph)).prepare()
+        assert states._calls[key].recorded
+        np.testing.assert_array_equal(decoders[0].step([token]), decoders[1].step([token]))
+
+
+# What is refused, and how
+
+
+def refused(bundle: Path, capsys: pytest.CaptureFixture[str], *mentions: str) -> None:
+    """load() and `check` refuse the bundle with one sentence that has all of `mentions`."""
+    with pytest.raises(QwenExportError) as raised:
+        load(bundle)
+    with pytest.raises(SystemExit):
+        main(["check", str(bundle)])
+    for message in (str(raised.value), capsys.readouterr().err.splitlines()[-1]):
+        for text in mentions:
+            assert text in message, message
+
+
+def test_check_names_the_gpu(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine()
+    main(["check", str(bundle)])
+    assert "tensorrt-rtx 1.5.0.114, CUDA 13.0, Fake GPU (SM 89)" in capsys.readouterr().out
+
+
+def test_a_machine_without_driver(
+    bundle: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine()
+    monkeypatch.undo()
+    _forget()
+    monkeypatch.setattr(cuda_driver, "_NAMES", ("libnothing.so.1",))
+    monkeypatch.setattr(tensorrt_compatibility, "load_library", lambda flavour: FakeTensorRT(FakeDriver()).library())
+    refused(bundle, capsys, "no NVIDIA driver", "libnothing.so.1", "Install the driver")
+
+
+def test_a_machine_without_gpu(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(devices=0)
+    refused(bundle, capsys, "sees no GPU", "nvidia-smi")
+
+
+def test_a_driver_that_is_too_old(portable: Path, tmp_path: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(cuda=12040)
+    refused(engine_bundle(portable, tmp_path / "new", minimum_cuda="13.0"), capsys, "CUDA 12.4", "at least CUDA 13.0")
+
+
+def test_another_gpu(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(sm=(12, 0))
+    refused(bundle, capsys, "compiled for other GPUs", "SM 120", "SM 89", "qwen-export rebuild")
+
+
+def test_another_version(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(library={"version": "1.7.1.116"})
+    refused(bundle, capsys, "another version", "1.7.1.116", "1.5.0.114")
+
+
+def test_a_library_that_is_not_installed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        import tensorrt_rtx_bindings  # noqa: F401
+    except ImportError:
+        refused(bundle, capsys, "tensorrt-rtx is not installed", "pip install tensorrt-rtx-cu13-libs")
+    else:
+        pytest.skip("TensorRT-RTX is installed here")
+
+
+@pytest.mark.parametrize(
+    ("compatibility", "sm", "runs"),
+    [("none", "89", True), ("none", "90", False), ("ampere+", "90", True), ("ampere+", "75", False), ("same-sm", "86", False)],
+)
+def test_how_far_engines_run(compatibility: str, sm: str, runs: bool) -> None:
+    assert runs_on(EngineSpec("1.5", ("89",), compatibility), sm) is runs
+
+
+def test_an_engine_that_the_library_refuses(portable: Path, tmp_path: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(BundleError, match=r"refuses the engine on Fake GPU, SM 8\.9 .*it was not compiled for this GPU.*rebuild"):
+        load(engine_bundle(portable, tmp_path / "refused", weights="refused"))
+
+
+def test_weights_that_do_not_fit(bundle: Path, machine: Machine) -> None:
+    driver, _ = machine(memory=10_000)
+    with pytest.raises(BundleError, match="weights do not fit the free memory of the GPU"):
+        load(bundle)
+    gc.collect()
+    assert not driver.allocated
+
+
+def test_check_asks_the_gpu_for_memory(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(memory=1 << 20)
+    with pytest.raises(SystemExit):
+        main(["check", str(bundle)])
+    assert "too little free memory" in capsys.readouterr().err
+
+
+def test_a_device_that_is_no_gpu(bundle: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(BundleError, match="run on an NVIDIA GPU: got cpu"):
+        load(bundle, device="cpu")
+
+
+def test_memory_that_runs_out(machine: Machine) -> None:
+    machine(memory=1 << 20)
+    with pytest.raises(BundleError, match=r"too little free memory: got 1\.0 MiB free of 1\.0 MiB, expected 4\.0 MiB .*--max-context"):
+        cuda_memory.allocate(4 << 20)
+
+
+def test_a_gpu_that_is_not_there(bundle: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(BundleError, match="no such GPU: got device 3, expected 0 to 0"):
+        load(bundle, device_id=3)
+
+
+def test_an_engine_that_is_not_the_manifests(bundle: Path, machine: Machine) -> None:
+    machine()
+    path = bundle / "manifest.json"
+    path.write_text(path.read_text().replace('"name": "commit"', '"name": "committed"'))
+    with pytest.raises(BundleError, match="not what the manifest describes: got commit, committed"):
+        load(bundle)
