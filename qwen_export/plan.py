@@ -13,10 +13,11 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan import INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
-from qwen_export.plugins.onnxruntime.choices import Choice, choose
+from qwen_export.plugins.onnxruntime.choices import CHOICES, Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
 from qwen_export.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
@@ -115,7 +116,7 @@ def plan_build(
         quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings)
     activations = activation_precision(precision, device)
     if chosen.static:
-        form = _static_form(chosen, config, context, wishes, options or StaticOptions())
+        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), quantized=quantization is not None)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
@@ -132,7 +133,7 @@ def plan_build(
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
-    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
     return BuildPlan(
         chosen,
         device,
@@ -218,18 +219,18 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
         choices, refused = choose(kernels, activations, config, quantized_experts=experts)
     if quantization is not None:
-        refused += _quantization_reasons(device, precision, config, choices)
+        refused += _quantization_reasons(device, precision, config, choices, quantization)
     if refused and device == "cpu" and precision != "fp32":
         refused = [*refused, "build for this device with --precision fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
 
-def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions) -> _Form:
+def _static_form(target: Target, config: TextConfig, context: int, wishes: _Wishes, options: StaticOptions, *, quantized: bool) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
     no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
-    static, refused = plan_static(target, config, context, options, verified, head=not no_head)
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
     return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
@@ -259,14 +260,28 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
-    """Why the products of this build cannot be quantised."""
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice], plan: PrecisionPlan) -> list[str]:
+    """Why the products of this build cannot be quantised as the plan says."""
     if "linear" in choices and choices["linear"].name != "native_linear":
+        limit = CHOICES[device]["linear"][0].limit(config)
         script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
-        return [f"{precision} needs the library of native kernels, which {script} builds"]
-    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels, which {script} builds"]
+
+    def quantised(*groups: str) -> bool:
+        return any(plan.groups[group].quant is not None for group in groups)
+
+    reasons = []
+    if "moe" in choices and quantised("experts") and choices["moe"].name == "microsoft_moe":
+        limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
+        reasons.append(f"the experts cannot be quantised: {limit or 'the library has no kernel for them'}")
+    widths = {
+        "intermediate size": config.intermediate_size * quantised("mlp", "mtp"),
+        "shared expert's width": config.shared_expert_intermediate_size * quantised("shared_expert", "mtp"),
+    }
     odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
-    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
+    if odd:
+        reasons.append(f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
+    return reasons
 
 
 def _group_sizes(
@@ -275,6 +290,8 @@ def _group_sizes(
     choices: dict[str, Choice],
     quantization: PrecisionPlan | None,
     tensors: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    standard: bool,
 ) -> dict[str, tuple[int, int]]:
     """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
     graphs.passes.keep_stored_bf16 leaves them so."""
@@ -282,7 +299,11 @@ def _group_sizes(
     native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
-        if format is not None:
+        if format is not None and standard:
+            # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
+            copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
+            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
+        elif format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width
         else:

@@ -67,6 +67,9 @@ def load(
     plugins = [file_path(directory, name) for name in manifest.plugins]
     weights = MappedWeights(directory, manifest)
 
+    # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
+    repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
+
     def session(name: str) -> Session:
         graph = manifest.graphs[name]
         path = file_path(directory, graph.file)

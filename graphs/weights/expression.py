@@ -44,7 +44,7 @@ class Weight(ABC):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * int(self.dtype.itemsize)
+        return -(-prod(self.shape) * self.dtype.bitwidth // 8)
 
     def elements(self, start: int, stop: int) -> int:
         """How many elements rows start..stop-1 have."""
