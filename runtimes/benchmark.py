@@ -51,7 +51,7 @@ def benchmark(
         )
     decoder = model.decoder()
     capacity = decoder.capacity
-    generator = np.random.default_rng(0)
+    generator, greedy = np.random.default_rng(0), Sampler(SamplingParams(greedy=True))
     vocabulary = model.manifest.model["vocab_size"]
     started = time.perf_counter()
     decoder.prefill(generator.integers(0, vocabulary, 8).tolist())
@@ -74,7 +74,7 @@ def benchmark(
                 say(f"decode, round {i + 1}")
                 started = time.perf_counter()
                 for _ in range(new_tokens // rounds or 1):
-                    token = int(decoder.step([token])[0].argmax())
+                    token = greedy.sample(decoder.step_rows([token])[0])
                 decode.append((time.perf_counter() - started) / (new_tokens // rounds or 1))
     used = free - _free_device_memory(model.manifest.target.device)
     del decoder  # its caches are not part of what speculation needs

@@ -30,6 +30,21 @@ __device__ inline int id_of(uint64_t entry) { return static_cast<int>(0xffffffff
 
 __device__ inline uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 
+// Bitonic sort by the whole block; n is a power of two. All threads are through when it returns.
+__device__ inline void sort_descending(uint64_t* entries, int n) {
+  for (int span = 2; span <= n; span *= 2)
+    for (int step = span / 2; step; step /= 2) {
+      for (int i = threadIdx.x; i < n; i += kThreads) {
+        const int other = i ^ step;
+        if (other > i) {
+          const uint64_t a = entries[i], b = entries[other];
+          if ((a < b) == ((i & span) == 0)) entries[i] = b, entries[other] = a;
+        }
+      }
+      __syncthreads();
+    }
+}
+
 // best[row,part]: the first entry of each part. One warp per part.
 __global__ void part_maxima(const float* __restrict__ logits, uint64_t* __restrict__ best, int V, int size, int parts) {
   wait_for_previous();
@@ -48,24 +63,18 @@ __global__ void part_maxima(const float* __restrict__ logits, uint64_t* __restri
 __global__ void __launch_bounds__(kThreads) select(const float* __restrict__ logits, const uint64_t* __restrict__ best, float* values,
                                                    int32_t* ids, int V, int size, int parts, int K) {
   __shared__ uint64_t entries[kRoom];
-  __shared__ uint64_t bound;
   __shared__ int count;
   wait_for_previous();
   const int thread = threadIdx.x, lane = thread % 32;
   const float* row = logits + size_t(blockIdx.x) * V;
-  const uint64_t own = thread < parts ? best[size_t(blockIdx.x) * parts + thread] : 0;
-  entries[thread] = own;
-  if (thread == 0) bound = 0, count = 0;
-  __syncthreads();
-  if (thread < parts && parts >= K) {
-    int rank = 0;
-    for (int i = 0; i < parts; i++) rank += entries[i] > own;
-    if (rank == K - 1) bound = own;
-  }
-  __syncthreads();
-  const uint64_t least = bound;
+  // The maxima, once by part and once sorted.
   __shared__ uint64_t maxima[kThreads];
-  maxima[thread] = own;
+  maxima[thread] = entries[thread] = thread < parts ? best[size_t(blockIdx.x) * parts + thread] : 0;
+  if (thread == 0) count = 0;
+  __syncthreads();
+  sort_descending(entries, kThreads);
+  // 0, below every entry, where there are fewer parts.
+  const uint64_t least = entries[K - 1];
   __syncthreads();
   for (int part = thread / 32; part < parts; part += kThreads / 32) {
     if (maxima[part] < least) continue;
@@ -83,18 +92,7 @@ __global__ void __launch_bounds__(kThreads) select(const float* __restrict__ log
     while (padded < found) padded *= 2;
     for (int i = found + thread; i < padded; i += kThreads) entries[i] = 0;
     __syncthreads();
-    // Bitonic sort, larger first.
-    for (int span = 2; span <= padded; span *= 2)
-      for (int step = span / 2; step; step /= 2) {
-        for (int i = thread; i < padded; i += kThreads) {
-          const int other = i ^ step;
-          if (other > i) {
-            const uint64_t a = entries[i], b = entries[other];
-            if ((a < b) == ((i & span) == 0)) entries[i] = b, entries[other] = a;
-          }
-        }
-        __syncthreads();
-      }
+    sort_descending(entries, padded);
   } else {
     // No bound, because there are few parts: the largest below the last one, K times.
     uint64_t last = ~uint64_t(0);
