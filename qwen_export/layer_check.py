@@ -9,7 +9,6 @@ values become, is told besides: fp16 ends at 65504.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PRODUCT, point_name, point_widths
 from qwen_export.graphs.models.observed import Floats, Observation, observe
 from qwen_export.graphs.quantization.plan import QUANTIZED
-from qwen_export.layer_bundle import layer_bundle
+from qwen_export.layer_graphs import layer_graphs
 from qwen_export.layer_comparison import compare
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.backends import OpenOptions, open_backend
@@ -32,8 +31,10 @@ from qwen_export.runtimes.integrity import ensure_whole
 from qwen_export.runtimes.model import Model
 from qwen_export.verify import reference_checkpoint, reference_plan
 
-# Largest allowed error of a layer's output that is its own, as a share: root mean square of the error over that of the output.
-TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3.2e-2, "int8": 4e-3, "int4": 4e-3}
+# Largest allowed error of a layer's output that is its own, as a share of that output. Measured, on the demo and on random checkpoints: 6e-7, 8e-4
+# and, where products round their input to 8 bits as the CPU's quantised ones do, 2e-2. bf16 has 8 times the step of fp16.
+TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3.2e-2}
+_ROUNDED_TO_BYTES = 5e-2
 # Routers whose decision is closer than this, in units of the largest logit, may decide otherwise in this precision: not compared.
 NEAR_TIE = {"fp32": 1e-5, "fp16": 8e-3, "bf16": 6.4e-2}
 FP16_MAX = 65504.0
@@ -82,10 +83,10 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     check_runnable(manifest)
     text = source.config.text
     say("graphs with their layers as outputs")
-    with layer_bundle(directory, manifest, text) as (there, changed):
-        session = open_backend(there, changed, OpenOptions(device_id=device_id))
+    with layer_graphs(directory, manifest, text) as (graphs, changed):
+        session = open_backend(directory, changed, OpenOptions(device_id=device_id, graphs=graphs))
         count = min(PROMPT_TOKENS + STEPS + DRAFTS + 1, manifest.max_context)
-        decoder = Model(there, changed, {name: session(name) for name in changed.graphs}, count).decoder()
+        decoder = Model(directory, changed, {name: session(name) for name in changed.graphs}, count).decoder()
         ids = np.random.default_rng(0).integers(0, text.vocab_size, count).tolist()
         say("reading a text")
         seen = _Seen(point_widths(text), count)
@@ -96,8 +97,8 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     model = load_decoder(source, reference_plan(source, manifest.precision_plan) if quantized else None)
     alone = observe(model, ids)
     beside = observe(model, ids, seen.streams())
-    tolerance = TOLERANCE[manifest.target.precision]
     activations = manifest.precision_plan["activations"]
+    tolerance = _ROUNDED_TO_BYTES if quantized and manifest.target.device == "cpu" else TOLERANCE[activations]
     rows = _rows(source, seen, alone, beside, tolerance, NEAR_TIE[activations])
     failed = [row.name for row in rows if row.passed is False]
     return {
@@ -244,7 +245,3 @@ def _warnings(rows: list[LayerResult]) -> list[str]:
         for row in rows
         if row.fp16_share is not None and row.reach is not None and row.fp16_share > WARN_SHARE
     ]
-
-
-def dump(result: dict[str, Any]) -> str:
-    return json.dumps(result, indent=1)

@@ -1,12 +1,11 @@
-"""A bundle whose graphs also say what passes between and inside their layers: the same nodes and weights, more outputs.
+"""The graphs of a bundle that also say what passes between and inside their layers: the same nodes and weights, more outputs.
 
-The graphs are copied into a temporary directory, the weights are referred to where they lie. For a target that compiles its graphs while the
-bundle is built they are compiled once more, from the ONNX that the bundle carries.
+They are written to a temporary directory; the weights stay where they lie. For a target that compiles its graphs while the bundle is built
+they are compiled once more, from the ONNX that the bundle carries.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,40 +18,23 @@ from qwen_export.engine_options import BOUND, EngineOptions
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.layer_points import OUTPUT, point_name, point_widths
-from qwen_export.manifest import FileEntry, GraphSpec, Manifest, Reference, TensorSpec, file_path, hash_file, weights_path
+from qwen_export.manifest import GraphSpec, Manifest, TensorSpec, file_path, hash_file
 from qwen_export.runtimes.static_graphs import DECODER_GRAPHS
 
 _INPUT = "input_ids"
 
 
 @contextmanager
-def layer_bundle(bundle: Path, manifest: Manifest, config: TextConfig) -> Iterator[tuple[Path, Manifest]]:
-    """The directory of that bundle and its manifest, which is not written there; both end with the context. It has no draft head.
+def layer_graphs(bundle: Path, manifest: Manifest, config: TextConfig) -> Iterator[tuple[Path, Manifest]]:
+    """The directory of those graphs, and the bundle's manifest with them in the place of its own; both end with the context. There is no
+    draft head among them.
 
     Raises VerifyError for a bundle whose graphs do not name their layers, or that has no graphs to compile."""
     names = [name for name in DECODER_GRAPHS if name in manifest.graphs]
     with TemporaryDirectory(prefix="qwen-export-layers-") as directory:
         there = Path(directory)
-        references = _refer_to_weights(bundle, manifest, names, there)
-        graphs = {name: _with_points(bundle, manifest, name, config, there) for name in names}
-        for name in manifest.plugins:
-            shutil.copyfile(file_path(bundle, name), there / name)
-        files = {**manifest.files, **dict.fromkeys(references, FileEntry(0, ""))}
-        changed = replace(manifest, graphs=graphs, files=files, references={**manifest.references, **references})
-        if manifest.engine is not None:
-            changed = _compiled(bundle, changed, there)
-        yield there, changed
-
-
-def _refer_to_weights(bundle: Path, manifest: Manifest, names: list[str], there: Path) -> dict[str, Reference]:
-    """The files of weights, and in the place of each one that exists: ONNX Runtime looks for it, and is given the values."""
-    references = {}
-    for file in sorted({weight.file for name in names for weight in manifest.graphs[name].weights}):
-        path = weights_path(bundle, manifest, file).resolve()
-        stat = path.stat()
-        references[file] = Reference(str(path), stat.st_size, stat.st_mtime_ns)
-        (there / file).write_text(f"{path}\n", encoding="utf-8")
-    return references
+        changed = replace(manifest, graphs={name: _with_points(bundle, manifest, name, config, there) for name in names})
+        yield there, changed if manifest.engine is None else _compiled(bundle, changed, there)
 
 
 def _with_points(bundle: Path, manifest: Manifest, name: str, config: TextConfig, there: Path) -> GraphSpec:
