@@ -14,16 +14,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qwen_export import build, engines
+from qwen_export import build
 from qwen_export.cli import main
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, POINTS, point_name
+from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.models.observed import observe
 from qwen_export.layer_check import verify_layers
 from qwen_export.layer_comparison import compare
 from qwen_export.lowering import lower
-from qwen_export.manifest import MANIFEST, EngineSpec, Manifest, hash_file, load_manifest
+from qwen_export.manifest import MANIFEST, hash_file, load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native.library import LIBRARIES
 from qwen_export.runtimes.static_graphs import PROMPT, STEP
@@ -39,6 +41,11 @@ LAYERS = 4
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(tiny(value_ratio=2, query_ratio=4), tmp_path_factory.mktemp("layers") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(tiny(moe=True), tmp_path_factory.mktemp("mixture") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +145,11 @@ def test_every_target_keeps_the_names_of_the_points(
         assert point_name(LAYERS - 2, OUTPUT) in names(models[PROMPT])
 
 
-def test_the_names_of_experts_too(demo_moe_checkpoint: Path) -> None:
-    source = open_checkpoint(demo_moe_checkpoint)
-    for target, device, precision in (("onnxruntime", "cpu", "fp32"), ("onnxruntime", "cpu", "int8"), ("tensorrt-rtx", "cuda", "fp16")):
+def test_the_names_in_a_mixture_too(mixture: Path) -> None:
+    source = open_checkpoint(mixture)
+    for target, device, precision in (("onnxruntime", "cpu", "int8"), ("tensorrt-rtx", "cuda", "fp16")):
         there = names(lower(source, plan_build(source, target, device, precision, max_context=128))[STEP])
-        assert {point_name(7, point) for point in POINTS} <= there.keys()
+        assert {point_name(LAYERS - 1, point) for point in POINTS} <= there.keys()
 
 
 # ---- bundles that are right
@@ -160,18 +167,18 @@ def test_a_bundle_passes(bundle: Path, checkpoint: Path, capsys: pytest.CaptureF
     assert sorted(path.name for path in bundle.iterdir()) == before and not load_manifest(bundle).verification
 
 
-def test_experts_pass(demo_moe_checkpoint: Path, tmp_path: Path) -> None:
-    result = verify_layers(build(demo_moe_checkpoint, tmp_path / "bundle"), demo_moe_checkpoint)
+def test_a_mixture_passes(mixture: Path, tmp_path: Path) -> None:
+    result = verify_layers(build(mixture, tmp_path / "bundle"), mixture)
     assert result["passed"] and max(errors(result).values()) < 2e-6
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_graphs_of_fixed_shapes_pass(precision: str, checkpoint: Path, tmp_path: Path) -> None:
-    result = verify_layers(build(checkpoint, tmp_path / "b", target="onnx", precision=precision, max_context=128), checkpoint)
+@pytest.mark.parametrize(("precision", "mtp"), [("fp32", True), ("fp16", False)])
+def test_graphs_of_fixed_shapes_pass(precision: str, mtp: bool, checkpoint: Path, tmp_path: Path) -> None:
+    result = verify_layers(build(checkpoint, tmp_path / "b", target="onnx", precision=precision, max_context=128, mtp=mtp), checkpoint)
     assert result["passed"]
     tokens = {row["name"]: row["tokens"] for row in result["layers"]}
-    # The prompt's graph ends before the last layer's output: it is compared for the steps only.
-    assert tokens["layer 2"] == 81 and 5 <= tokens["layer 3"] < 81
+    # Nobody reads what the last layer makes of a prompt, but a draft head: it is compared for the steps only.
+    assert tokens["layer 2"] == 81 and tokens["layer 3"] == (81 if mtp else 1 + 4 + 1)
 
 
 def test_graphs_for_tensorrt_pass(checkpoint: Path, tmp_path: Path) -> None:
@@ -264,6 +271,13 @@ def test_a_bundle_without_names_is_told(bundle: Path, checkpoint: Path, tmp_path
 def test_another_checkpoint_is_told(bundle: Path, demo_checkpoint: Path) -> None:
     with pytest.raises(VerifyError, match="not the checkpoint that the bundle was built from"):
         verify_layers(bundle, demo_checkpoint)
+
+
+def test_how_near_a_router_is_to_deciding_otherwise_is_seen(mixture: Path) -> None:
+    source = open_checkpoint(mixture)
+    ids = list(range(40))
+    gaps = observe(load_decoder(source), ids).routing_gap
+    assert gaps.keys() == set(range(LAYERS)) and all(gap.shape == (40,) and (gap >= 0).all() and gap.max() > 1e-2 for gap in gaps.values())
 
 
 def test_a_token_with_large_values_hides_no_other() -> None:
