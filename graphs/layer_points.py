@@ -1,8 +1,7 @@
-"""The values of a decoder that keep a name of their own from the trace to the compiled graph, so that the two can be compared layer by layer.
+"""The values of a decoder that keep a name of their own from the trace to the compiled graph: there the two can be compared.
 
-Passes replace nodes, and the values that take the place of a node's results take over their names; a fusion therefore keeps these names as long
-as the value exists. What a fusion swallows (a product inside a larger kernel) has no name any more and is not compared; the stream between layers
-is always there, because two things read it.
+A pass gives the values that replace a node's results their names, so a name stays as long as there is such a value. What a fusion swallows
+has no name any more and is not compared. The stream between layers is always there, because two nodes read it.
 
     layers.3.mixer      what the mixer's output projection reads: attention or recurrence, gated       [B,T,Hv*Dv] or [B,T,Hq*D]
     layers.3.mixed      the residual stream behind the mixer                                           [B,T,hidden]

@@ -1,8 +1,8 @@
 """Where a bundle leaves its checkpoint: compiled graph and eager model, layer by layer.
 
-The bundle reads a text through its own runtime, as a prompt, in steps and as drafts, with graphs that also give out what passes between their
-layers. The eager model reads the same text in fp32, each layer starting from the stream that the bundle's layer started from: what a layer
-adds to the error is then its own, and one tolerance serves the first and the last. How far the streams have drifted apart, and how large
+The bundle reads a text through its own runtime, as a prompt, in steps and as drafts, with graphs that also give out what passes between
+their layers. The eager model reads the same text in fp32, each layer starting from the stream that the bundle's layer started from: the
+error of a layer is then its own, and one tolerance serves the first and the last. How far the streams have drifted apart, and how large
 values become, is told besides: fp16 ends at 65504.
 """
 
@@ -20,8 +20,8 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PRODUCT, point_name, point_widths
 from qwen_export.graphs.models.observed import Floats, Observation, observe
 from qwen_export.graphs.quantization.plan import QUANTIZED
-from qwen_export.layer_graphs import layer_graphs
 from qwen_export.layer_comparison import compare
+from qwen_export.layer_graphs import layer_graphs
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.backends import OpenOptions, open_backend
 from qwen_export.runtimes.buffers import Buffer
@@ -31,12 +31,13 @@ from qwen_export.runtimes.integrity import ensure_whole
 from qwen_export.runtimes.model import Model
 from qwen_export.verify import reference_checkpoint, reference_plan
 
-# Largest allowed error of a layer's output that is its own, as a share of that output. Measured, on the demo and on random checkpoints: 6e-7, 8e-4
-# and, where products round their input to 8 bits as the CPU's quantised ones do, 2e-2. bf16 has 8 times the step of fp16.
+# Largest allowed error of a layer's output that is its own, as a share of that output, by activations. Measured on the demo and on random
+# checkpoints: 6e-7 in fp32, 8e-4 in fp16, 2e-2 where products round their input to 8 bits, as quantised ones on the CPU do. The step of bf16
+# is 8 times that of fp16.
 TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3.2e-2}
 _ROUNDED_TO_BYTES = 5e-2
-# A router that decides by less than this share of the tolerance, in units of its largest logit, may decide otherwise in another precision: the token is
-# not compared there.
+# A router that decides by less than this share of the tolerance, in units of its largest logit, may decide otherwise in another precision:
+# the token is not compared there.
 _NEAR_TIE = 0.5
 FP16_MAX = 65504.0
 WARN_SHARE = 0.25
@@ -51,7 +52,8 @@ Report = Callable[[str], None]
 class LayerResult:
     """One row: the embedding, a layer (`layer` is its index), or what follows the last. `error`: of its output, as a share, from the same
     input; `drift`: likewise against the eager model that read the text alone; `reach`: the largest |value| of the eager model in it, `at`
-    which point, and `fp16_share` of fp16's range. `passed` None: not judged, as `note` says; `origin`: the first point in it that is off."""
+    which point, and that as a share of what fp16 holds. `passed` None: not judged, as `note` says; `origin`: the first point that is off.
+    """
 
     name: str
     layer: int | None
@@ -152,9 +154,7 @@ class _Seen:
         return bool(np.isfinite(self.values[point]).all())
 
 
-def _rows(
-    source: Checkpoint, seen: _Seen, alone: Observation, beside: Observation, tolerance: float
-) -> list[LayerResult]:
+def _rows(source: Checkpoint, seen: _Seen, alone: Observation, beside: Observation, tolerance: float) -> list[LayerResult]:
     kinds = source.config.text.layer_types
     rows = [_row(EMBEDDING, None, "", [EMBEDDING], None, seen, alone, beside, None, tolerance)]
     before = EMBEDDING
@@ -226,9 +226,7 @@ def _head(before: str, seen: _Seen, alone: Observation, beside: Observation, tol
         return LayerResult(**facts, tokens=0, max_abs_error=None, error=None, drift=None, passed=judged, note=note)
     own = compare({_HEAD: got}, {_HEAD: beside.logits[positions]}, {_HEAD: tolerance})[_HEAD]
     drift = compare({_HEAD: got}, {_HEAD: alone.logits[positions]}, {_HEAD: tolerance})[_HEAD].share
-    return LayerResult(
-        **facts, tokens=len(positions), max_abs_error=own.max_abs, error=own.share, drift=drift, passed=own.passed
-    )
+    return LayerResult(**facts, tokens=len(positions), max_abs_error=own.max_abs, error=own.share, drift=drift, passed=own.passed)
 
 
 def _short(point: str) -> str:

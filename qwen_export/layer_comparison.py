@@ -1,4 +1,4 @@
-"""How far apart two sets of values are: polygraphy's comparators, which need no TensorRT, on values scaled so that a result means something."""
+"""How far apart two sets of values are: polygraphy's comparators, which need no TensorRT, on values that are scaled first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Floats = npt.NDArray[np.float32]
 
 
 class Difference(NamedTuple):
-    """`max_abs`: largest error, in units of the values. `share`: size of a token's error over the size of the token's expected values, both as
-    root mean square, and the root mean square of that over the tokens: a few tokens with large values do not hide the others."""
+    """`max_abs`: largest error, in units of the values. `share`: the root mean square of a token's error over that of the token's expected
+    values, and the root mean square of these over the tokens: a token with large values does not hide the others."""
 
     max_abs: float
     share: float
@@ -35,7 +35,7 @@ def compare(got: Mapping[str, Floats], expected: Mapping[str, Floats], tolerance
     simple = comparator.SimpleCompareFunc(atol=np.inf, rtol=0.0, check_error_stat="max")
     norm = comparator.L2CompareFunc(l2_threshold=dict(tolerances))
     plain = _run(comparator, got, expected, simple)
-    shares = _run(comparator, *scaled, norm)
+    shares = _run(comparator, scaled[0], scaled[1], norm)
     return {name: Difference(plain[name].max_absdiff, shares[name].l2_norm, bool(shares[name])) for name in expected}
 
 
@@ -48,7 +48,7 @@ def _run(comparator: Any, got: Mapping[str, Floats], expected: Mapping[str, Floa
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
         accuracy = comparator.Comparator.compare_accuracy(results, compare_func=function)
     (_, (matched,)), *_ = (item for result in accuracy for item in result.items())
-    return matched  # type: ignore[no-any-return]
+    return dict(matched)
 
 
 def _polygraphy() -> Any:

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 Logits = npt.NDArray[np.float32]
 
 Observer = Callable[[int, int, Mapping[str, Buffer]], None]
-"""Told of a call of the decoder's graph: tokens read before it, tokens that it read, and by name the outputs that are no states, valid until
-the next call. A call of fixed shape has more rows than tokens."""
+"""Told of a call of the decoder's graph: tokens read before it, tokens that it read, and by name the outputs that are no states, valid
+until the next call. A call of fixed shape has more rows than tokens."""
 
 
 @dataclass(frozen=True)

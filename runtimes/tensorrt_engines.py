@@ -62,9 +62,7 @@ class Scratch:
 class Engines:
     """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is where the engines lie, if not in the bundle."""
 
-    def __init__(
-        self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0, graphs: Path | None = None
-    ) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0, graphs: Path | None = None) -> None:
         self.library: Library = load_library(manifest.target.backend)
         self._bundle, self._manifest, self._mapped, self._graphs = bundle, manifest, weights, graphs or bundle
         self.stream = Stream(device_id)

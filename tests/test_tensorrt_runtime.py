@@ -434,5 +434,5 @@ def test_layers_of_engines_are_compared_with_the_eager_model(
 
 def test_layers_of_engines_need_the_graphs(portable: Path, bundle: Path, machine: Machine) -> None:
     machine()
-    with pytest.raises(VerifyError, match="does not carry its graphs.*--carry-onnx"):
+    with pytest.raises(VerifyError, match=r"does not carry its graphs.*--carry-onnx"):
         verify_layers(bundle, portable.parent / "checkpoint")

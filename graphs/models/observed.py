@@ -20,8 +20,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass
 class Observation:
-    """What one run over T tokens showed: `points` by name f32[T,W]; `logits` f32[T,V]; per layer of a mixture, how far the last expert that a
-    token gets is before the first that it does not get, in units of the token's largest router logit, f32[T]."""
+    """What one run over T tokens showed: `points` by name f32[T,W]; `logits` f32[T,V]; `routing_gap` per layer of a mixture f32[T], how far
+    the last expert that a token gets is before the first that it does not get, in units of the token's largest router logit."""
 
     points: dict[str, Floats] = field(default_factory=dict)
     logits: Floats = field(default_factory=lambda: np.zeros((0, 0), np.float32))
@@ -38,14 +38,11 @@ def observe(model: Decoder, ids: Sequence[int], streams: Mapping[str, Floats] | 
             hooks.before(layer, _put(given.get(EMBEDDING if i == 0 else point_name(i - 1, OUTPUT))))
             for point, modules in READ_BY.items():
                 hooks.before(_module(layer, modules), _keep(seen, point_name(i, point)))
-            hooks.after(layer, lambda out, name=point_name(i, OUTPUT): seen.points.update({name: _rows(out[0])}))  # type: ignore[misc]
+            hooks.after(layer, _keep_first(seen, point_name(i, OUTPUT)))
             if model.config.is_moe:
-                hooks.after(
-                    layer.get_submodule("mlp.gate"),
-                    lambda out, i=i: seen.routing_gap.update({i: _gap(out, model.config.num_experts_per_tok)}),  # type: ignore[misc]
-                )
+                hooks.after(layer.get_submodule("mlp.gate"), _keep_gap(seen, i, model.config.num_experts_per_tok))
         hooks.before(model.norm, _put(given.get(point_name(len(model.layers) - 1, OUTPUT))))
-        hooks.after(model.embed_tokens, lambda out: seen.points.update({EMBEDDING: _rows(out)}))
+        hooks.after(model.embed_tokens, _keep(seen, EMBEDDING))
         seen.logits = EagerSequence(model, len(ids)).read(ids)
     return seen
 
@@ -83,6 +80,14 @@ def _module(layer: nn.Module, names: Sequence[str]) -> nn.Module:
 
 def _keep(seen: Observation, name: str) -> Callable[[Tensor], None]:
     return lambda x: seen.points.update({name: _rows(x)})
+
+
+def _keep_first(seen: Observation, name: str) -> Callable[[tuple[Tensor, Any]], None]:
+    return lambda results: seen.points.update({name: _rows(results[0])})
+
+
+def _keep_gap(seen: Observation, layer: int, top_k: int) -> Callable[[Tensor], None]:
+    return lambda router: seen.routing_gap.update({layer: _gap(router, top_k)})
 
 
 def _put(stream: Floats | None) -> Callable[[Tensor], Tensor | None]:
