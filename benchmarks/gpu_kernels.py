@@ -76,7 +76,7 @@ def measure(Hk: int, Hv: int, layers: int, dtype: str, T: int, P: int | None, ac
     model = helper.make_model(helper.make_graph(nodes, "layers", given, taken), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.register_custom_ops_library(str(find_library()))
+    options.register_custom_ops_library(str(find_library("cuda")))
     session = ort.InferenceSession(model.SerializeToString(), options, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
     binding = session.io_binding()
     for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):

@@ -2,15 +2,18 @@
 
     python benchmarks/portable_prefill.py CHECKPOINT [--tokens 2048] [--layers 24] [--rounds 2] [--threads 1]
 
-Two comparisons. `recurrence`: the delta rule of one layer alone, from q, k, v, gates and state to outputs and state. `model`: the whole
-prompt, where both sides pay the same matrix products. The Scan has nothing in its body but the recurrence; convolution, norms and gates are
-computed for all tokens at once, and its graph reads the whole prompt in one call.
+Three comparisons. `recurrence`: the delta rule of one layer alone, from q, k, v, gates and state to outputs and state; the Scan has nothing
+else in its body, and matrix products for the two sums. `mixer`: everything between a layer's projections; the Scan has all of it in its
+body, as an exporter makes it of the step for one token, with these products (`scan`) and with the products and sums that transformers
+writes (`scan_reference`). `model`: the whole prompt, where both sides pay the same projections; the Scan is that of `recurrence`, the rest
+is computed for all tokens at once, and its graph reads the prompt in one call.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import tempfile
 import time
@@ -27,11 +30,13 @@ from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.config import TextConfig, parse_config
 from qwen_export.graphs.family import FAMILY
+from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.writer import write_weights
 from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
-from qwen_export.plugins.decompose.delta_rule import in_chunks
+from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.onnxruntime.choices import Choice
@@ -41,6 +46,7 @@ from qwen_export.plugins.standard.lowerings import LOWERINGS
 from qwen_export.runtimes import load
 from qwen_export.static_plan import PROMPT, StaticOptions
 from qwen_export.targets import ONNX
+from tests.support.standard_graphs import emitted
 
 
 def scan_rule(
@@ -148,6 +154,104 @@ def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) ->
     return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
 
 
+def reference_rule(
+    emit: Emitter,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    g: ir.Value,
+    beta: ir.Value,
+    state: ir.Value,
+    length: int,
+    keep: ir.Value | None = None,
+) -> tuple[ir.Value, ir.Value]:
+    """One token as transformers writes it, and torch.onnx translates it: products with broadcasting, and sums over them."""
+
+    def total(x: ir.Value) -> ir.Value:
+        return emit("", "ReduceSum", [x, emit.ints(2)], like=x, keepdims=1)[0]
+
+    q_column, k_column = (emit.transpose(x, 0, 1, 3, 2) for x in (q, k))
+    decayed = emit.mul(state, emit.exp(g))
+    u = emit.mul(beta, emit.sub(v, total(emit.mul(decayed, k_column))))
+    after = emit.add(decayed, emit.mul(k_column, u))
+    return total(emit.mul(after, q_column)), after
+
+
+class Mixer:
+    """All of one DeltaNet mixer between its projections, over random weights."""
+
+    def __init__(self, config: TextConfig, tokens: int, threads: int) -> None:
+        rng, self.sizes = np.random.default_rng(0), Sizes.of(config, 1, 0)
+        H, self._threads = self.sizes.Hv, threads
+        C = 2 * self.sizes.Hk * self.sizes.Dk + H * self.sizes.Dv
+        widths = {"qkv": C, "z": H * self.sizes.Dv, "b": H, "a": H}
+        self.rows = {n: rng.standard_normal((1, tokens, width), np.float32) for n, width in widths.items()}
+        self.before = {
+            "conv_history": np.zeros((1, self.sizes.K - 1, C), np.float32),
+            "state": np.zeros((1, H, self.sizes.Dk, self.sizes.Dv), np.float32),
+        }
+        shapes = {"conv": (C, self.sizes.K), "a_log": (H,), "dt_bias": (H,), "norm": (self.sizes.Dv,)}
+        self._weights = {n: rng.standard_normal(shape, np.float32) * np.float32(0.3) for n, shape in shapes.items()}
+
+    def emit(self, emit: Emitter, values: dict[str, ir.Value], T: int, rule: Any) -> list[ir.Value]:
+        """y, conv_history and state after T tokens."""
+        known = {n: add_weight(emit.graph, n, StoredWeight(n, w.shape, ir.DataType.FLOAT)) for n, w in self._weights.items()}
+        given: dict[str, ir.Value | None] = {**values, **known, "conv_weight": known["conv"]}
+        return list(emit_gated_delta_net(emit, given, dataclasses.replace(self.sizes, T=T), 1e-6, ir.DataType.FLOAT, rule))
+
+    def scan(self, rule: Any) -> Any:
+        """A Scan over tokens with the whole mixer for one token in its body."""
+
+        def build(emit: Emitter, values: dict[str, ir.Value]) -> list[ir.Value]:
+            inner = {n: ir.Value(name=f"body.{n}", type=ir.TensorType(ir.DataType.FLOAT)) for n in (*self.before, *self.rows)}
+            step = Emitter(emit.graph, "body")
+            rows = {n: step("", "Unsqueeze", [inner[n], step.ints(0)], like=inner[n])[0] for n in self.rows}
+            y, history, state = self.emit(step, {**{n: inner[n] for n in self.before}, **rows}, 1, rule)
+            (row,) = step("", "Squeeze", [y, step.ints(0)], like=y)
+            body = ir.Graph(list(inner.values()), [history, state, row], nodes=step.nodes, name="body")
+            attributes = [
+                ir.AttrGraph("body", body),
+                ir.AttrInt64("num_scan_inputs", len(self.rows)),
+                ir.AttrInt64s("scan_input_axes", [1] * len(self.rows)),
+                ir.AttrInt64s("scan_output_axes", [1]),
+            ]
+            node = ir.Node("", "Scan", [values[n] for n in (*self.before, *self.rows)], attributes, num_outputs=3)
+            for i, value in enumerate(node.outputs):
+                value.name, value.type = f"scan.{i}", ir.TensorType(ir.DataType.FLOAT)
+            emit.nodes.append(node)
+            return [node.outputs[2], node.outputs[0], node.outputs[1]]
+
+        return build
+
+    def session(self, T: int, build: Any) -> ort.InferenceSession:
+        shapes = {n: ((1, T, x.shape[-1]), ir.DataType.FLOAT) for n, x in self.rows.items()}
+        shapes |= {n: (x.shape, ir.DataType.FLOAT) for n, x in self.before.items()}
+        return ort.InferenceSession(emitted(shapes, build, self._weights).SerializeToString(), options(self._threads))
+
+
+def mixer(tokens: int, config: TextConfig, rounds: int, threads: int, chunk: int) -> dict[str, float]:
+    """Seconds for a whole mixer: in calls of `chunk` tokens, and as a Scan with the mixer for one token in its body, the recurrence in
+    products (`scan`) and as transformers writes it (`scan_reference`)."""
+    made = Mixer(config, tokens, threads)
+    scans = {"scan": made.session(tokens, made.scan(delta_rule)), "scan_reference": made.session(tokens, made.scan(reference_rule))}
+    calls = made.session(chunk, lambda emit, values: made.emit(emit, values, chunk, in_chunks(ONNX.delta_chunk)))
+    results: dict[str, Any] = {}
+
+    def run_chunked() -> None:
+        states, outs = list(made.before.values()), []
+        for start in range(0, tokens, chunk):
+            part = {n: x[:, start : start + chunk] for n, x in made.rows.items()}
+            y, *states = calls.run(None, part | dict(zip(made.before, states, strict=True)))
+            outs.append(y)
+        results["chunked"] = np.concatenate(outs, axis=1)
+
+    def run_scan(name: str) -> None:
+        results[name] = scans[name].run(None, made.rows | made.before)[0]
+
+    times = alternately(rounds, chunked=run_chunked, **{name: functools.partial(run_scan, name) for name in scans})
+    return times | {f"max_abs_difference_{name}": float(np.abs(results[name] - results["chunked"]).max()) for name in scans}
+
+
 def alternately(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
     """Best seconds of CPU time of each, taken in turns: on a shared machine the clock on the wall measures the neighbours."""
     best = dict.fromkeys(runs, float("inf"))
@@ -177,7 +281,7 @@ def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk:
     def run_chunked() -> None:
         decoder.reset()
         decoder.prefill(ids.tolist())
-        results["chunked"] = decoder._sequences[0].now(last.removesuffix(".next")).array()[:, :, :tokens]
+        results["chunked"] = decoder._states[0].now(last.removesuffix(".next")).array()[:, :, :tokens]
 
     def run_scan() -> None:
         results["scan"] = scan.run([last], given)[0]
@@ -194,15 +298,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=256, help="tokens per call of the prompt graph")
-    parser.add_argument("--only", choices=["recurrence", "model"])
+    parser.add_argument("--only", choices=["recurrence", "mixer", "model"])
     args = parser.parse_args()
     text = FAMILY["0.8B"]["text_config"]
     results = {"tokens": args.tokens, "threads": args.threads, "onnxruntime": ort.__version__}
-    if args.only != "model":
+    if args.only in (None, "recurrence"):
         results["recurrence"] = recurrence(
             args.tokens, text["linear_num_value_heads"], text["linear_key_head_dim"], args.rounds, args.threads
         )
-    if args.only != "recurrence":
+    if args.only in (None, "mixer"):
+        results["mixer"] = mixer(args.tokens, parse_config(FAMILY["0.8B"]).text, args.rounds, args.threads, args.chunk)
+    if args.only in (None, "model"):
         with tempfile.TemporaryDirectory() as directory:
             checkpoint = args.checkpoint
             if checkpoint is None:
@@ -210,9 +316,10 @@ def main() -> None:
                 config = FAMILY["0.8B"] | {"text_config": text | layers}
                 checkpoint = synthesize(config, Path(directory) / "checkpoint", with_mtp=False)
             results["model"] = whole_model(checkpoint, args.tokens, args.rounds, args.threads, args.chunk, Path(directory))
-    for part in ("recurrence", "model"):
-        if part in results:
-            results[part]["ratio"] = results[part]["scan"] / results[part]["chunked"]
+    for part in ("recurrence", "mixer", "model"):
+        for name in ("scan", "scan_reference"):
+            if name in results.get(part, {}):
+                results[part][f"{name}_ratio"] = results[part][name] / results[part]["chunked"]
     print(json.dumps(results, indent=1))
 
 

@@ -32,7 +32,7 @@ from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSize
 from qwen_export.plugins.decompose.gated_attention import attend
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
-from qwen_export.plugins.decompose.summed_products import summed_products
+from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
 from qwen_export.plugins.tensorrt.experts import emit_experts
@@ -260,7 +260,7 @@ def decode() -> Iterator[Case]:
 def verify() -> Iterator[Case]:
     for T in (4, 8, 9, 16):
         yield recurrence(f"verify of {T}, products", delta_rule, T)
-        yield recurrence(f"verify of {T}, sums", summed_products, T)
+        yield recurrence(f"verify of {T}, sums", delta_rule, T, emitter=SummedEmitter)
 
 
 # Attention

@@ -100,8 +100,8 @@ def mapped(places: Mapping[str, tuple[Path, int, int]]) -> Iterator[dict[str, me
 
 
 def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) -> Manifest:
-    """Compile the engines of a bundle anew from the ONNX that it carries: for another GPU, or another version of the library. Of `options`
-    those count that say for what and where; how weights reach the engine is the bundle's. Returns the new manifest.
+    """Compile the engines of a bundle anew from the ONNX that it carries: for another GPU, or another version of the library. What
+    `options` leave at their defaults is as the bundle was built, and how weights reach the engines in any case. Returns the new manifest.
 
     Raises BundleError where the bundle has no ONNX; on any failure the bundle stays as it is."""
     manifest = load_manifest(bundle)
@@ -112,7 +112,9 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
             where=str(bundle),
             fix="Build it with --carry-onnx where the checkpoint is.",
         )
-    options = for_this_machine(replace(options, weights=spec.weights))
+    usual = EngineOptions()
+    kept = {name: value for name, value in spec.options.items() if name in _KEPT and getattr(options, name) == getattr(usual, name)}
+    options = for_this_machine(replace(options, **kept | {"weights": spec.weights}))
     library = ready_library(manifest.target.backend, options)
     with TemporaryDirectory(dir=bundle, prefix=".rebuild-") as directory:
         for name in spec.onnx:

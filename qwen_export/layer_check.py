@@ -32,8 +32,8 @@ from qwen_export.runtimes.model import Model
 from qwen_export.verify import reference_checkpoint, reference_plan
 
 # Largest allowed error of a layer's output that is its own, as a share of that output, by activations. Measured on the demo and on random
-# checkpoints: 6e-7 in fp32, 8e-4 in fp16, 2e-2 where products round their input to 8 bits, as quantised ones on the CPU do. The step of bf16
-# is 8 times that of fp16.
+# checkpoints: 6e-7 in fp32, 8e-4 in fp16, 2e-2 where products round their input to 8 bits, as quantised ones on the CPU do. Steps of bf16
+# are 8 times those of fp16.
 TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3.2e-2}
 _ROUNDED_TO_BYTES = 5e-2
 # A router that decides by less than this share of the tolerance, in units of its largest logit, may decide otherwise in another precision:

@@ -14,10 +14,11 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.quantization.kept import keep_stored
+from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.library import NATIVE, find_library, with_native
-from qwen_export.plugins.onnxruntime.choices import Choice, choose
+from qwen_export.plugins.onnxruntime.choices import CHOICES, Choice, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.plugins.tensorrt.choices import UNQUANTIZED, choose_tensorrt, refusals
 from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
@@ -117,22 +118,24 @@ def plan_build(
     wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
     activations, quantization = activation_precision(precision, device), None
     if precision in QUANTIZED and precision in chosen.precisions:
-        stored = UNQUANTIZED if chosen.engines else ()
-        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=stored)
+        whole = UNQUANTIZED if chosen.engines else ()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
     sms = engine.sms if engine is not None else ()
     if chosen.engines:
         reasons += refusals(config, quantization, sms)
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(chosen, config, context, wishes, options or StaticOptions(), activations, sms)
+        form = _static_form(
+            chosen, config, context, wishes, options or StaticOptions(), activations, sms, quantized=quantization is not None
+        )
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
     if plan_file is not None and precision not in QUANTIZED:
-        reasons.append(f"a precision plan overrides --precision {' or '.join(QUANTIZED)}, not {precision}")
+        reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     head = not form.no_head
@@ -140,10 +143,11 @@ def plan_build(
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activations]
-    # Engines read symmetric blocks in a layout of their own: what the checkpoint stores is quantised anew for them.
-    if quantization is not None and checkpoint.config.quantization and not chosen.engines:
+    if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
-    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors)
+        if chosen.engines:  # they have no zeros
+            quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
     return BuildPlan(
         chosen,
         device,
@@ -230,7 +234,7 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
         choices, refused = choose(kernels, activations, config, quantized_experts=experts)
     if quantization is not None:
-        refused += _quantization_reasons(device, precision, config, choices)
+        refused += _quantization_reasons(device, precision, config, choices, quantization)
     if refused and device == "cpu" and precision != "fp32":
         refused = [*refused, "build for this device with --precision fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
@@ -245,12 +249,14 @@ def _static_form(
     options: StaticOptions,
     activations: str,
     sms: Sequence[str],
+    *,
+    quantized: bool,
 ) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
     no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
     choices = choose_tensorrt(target.name, activations, config, sms) if target.engines else None
-    static, refused = plan_static(target, config, context, options, verified, head=not no_head, choices=choices)
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized, choices=choices)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
     return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
 
@@ -280,14 +286,28 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
     return reasons
 
 
-def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice]) -> list[str]:
-    """Why the products of this build cannot be quantised."""
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice], plan: PrecisionPlan) -> list[str]:
+    """Why the products of this build cannot be quantised as the plan says."""
     if "linear" in choices and choices["linear"].name != "native_linear":
+        limit = CHOICES[device]["linear"][0].limit(config)
         script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
-        return [f"{precision} needs the library of native kernels, which {script} builds"]
-    widths = {"intermediate size": config.intermediate_size, "shared expert's width": config.shared_expert_intermediate_size}
+        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels, which {script} builds"]
+
+    def quantised(*groups: str) -> bool:
+        return any(plan.groups[group].quant is not None for group in groups)
+
+    reasons = []
+    if "moe" in choices and quantised("experts") and choices["moe"].name == "microsoft_moe":
+        limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
+        reasons.append(f"the experts cannot be quantised: {limit or 'the library has no kernel for them'}")
+    widths = {
+        "intermediate size": config.intermediate_size * quantised("mlp", "mtp"),
+        "shared expert's width": config.shared_expert_intermediate_size * quantised("shared_expert", "mtp"),
+    }
     odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
-    return [f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}"] if odd else []
+    if odd:
+        reasons.append(f"quantised feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
+    return reasons
 
 
 def _group_sizes(
@@ -296,6 +316,8 @@ def _group_sizes(
     choices: dict[str, Choice],
     quantization: PrecisionPlan | None,
     tensors: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    standard: bool,
 ) -> dict[str, tuple[int, int]]:
     """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantised stay BF16 where
     graphs.passes.keep_stored_bf16 leaves them so."""
@@ -305,6 +327,10 @@ def _group_sizes(
         format = quantization.of(name).quant if quantization else None
         if format is None and quantization is not None and quantization.of(name).format == FP8:
             nbytes = prod(shape)
+        elif format is not None and standard:
+            # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
+            copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
+            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
         elif format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width

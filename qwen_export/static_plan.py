@@ -22,6 +22,7 @@ DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""
 
 _DEFAULT_VERIFY = 4
+_BLOCKS_SINCE = 21
 _SLOT_MULTIPLE = 64
 
 
@@ -57,16 +58,20 @@ def plan_static(
     verified: int,
     *,
     head: bool,
+    quantized: bool = False,
     choices: dict[str, Choice] | None = None,
 ) -> tuple[StaticPlan, list[str]]:
     """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a sentence for each reason against it.
     `choices`: the lowering of each op, for targets with engines."""
-    opset = target.opsets[0] if options.opset is None else options.opset
+    possible = [opset for opset in target.opsets if opset >= _BLOCKS_SINCE or not quantized]
+    opset = possible[0] if options.opset is None else options.opset
     reasons: list[str] = []
     if choices is None:
         choices, reasons = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:
         reasons.append(f"target {target.name} has no opset {opset}, only {', '.join(map(str, sorted(target.opsets)))}")
+    elif opset not in possible:
+        reasons.append(f"quantised blocks are standard since opset {_BLOCKS_SINCE}, not in {opset}")
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
         reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")

@@ -12,7 +12,7 @@ _WITHOUT_FP8 = PRECISIONS[:-1]
 @dataclass(frozen=True)
 class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
-    has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
+    has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
     and `prompt_tokens` is the default size of a prompt call, at most `longest_call`, within which the delta rule takes `delta_chunk` tokens
     at a time. `engines`: the graphs are compiled while the bundle is built."""
 
@@ -65,6 +65,7 @@ _STANDARD_PASSES = (
     "plugins.standard.lowerings:lower_mixers",
     "graphs.passes.remove_dead:remove_dead",
     "plugins.standard.lowerings:lower_simple_ops",
+    "plugins.standard.quantized:quantize_embedding",
     "graphs.passes.remove_dead:remove_dead",
     "plugins.standard.stamp_opset:stamp_opset",
 )
@@ -74,7 +75,7 @@ ONNX = Target(
     backend="onnxruntime",
     minimum_backend="1.22.0",
     devices=("cpu",),
-    precisions=("fp32", "fp16"),
+    precisions=("fp32", "fp16", "int8", "int4"),
     passes=(*_STANDARD_PASSES, "plugins.standard.check_standard:check_standard"),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
@@ -87,7 +88,7 @@ DIRECTML = Target(
     backend="onnxruntime",
     minimum_backend="1.22.0",
     devices=("dml",),
-    precisions=("fp16", "fp32"),
+    precisions=("fp16", "fp32", "int8", "int4"),
     passes=(*_STANDARD_PASSES, "plugins.directml.check_operators:check_operators"),
     static=True,
     opsets=(20, 21),

@@ -6,6 +6,7 @@ nothing, so a large cache capacity is free until it is used. On CUDA it is one a
 
 from __future__ import annotations
 
+import mmap
 import sys
 from abc import ABC, abstractmethod
 from array import array
@@ -85,13 +86,34 @@ class Buffer(ABC):
         return decode(self.contents(), self.dtype, self.shape)
 
 
+_MAPPED_FROM, _HUGE_PAGE = 64 << 10, 2 << 20
+
+
 class HostBuffer(Buffer):
     def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
         super().__init__(dtype, shape)
-        self._bytes = np.zeros(self.nbytes, np.uint8)
+        if self.nbytes < _MAPPED_FROM or sys.platform == "win32":
+            self._map, self._bytes = None, np.zeros(self.nbytes, np.uint8)
+        else:  # fresh pages: an allocator may hand out memory that was used before, and has to clear it
+            spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
+            self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            whole = np.frombuffer(self._map, np.uint8)
+            self._begin = -int(whole.ctypes.data) % _HUGE_PAGE if spare else 0
+            self._bytes = whole[self._begin : self._begin + self.nbytes]
         self._memory = self._bytes.data
         self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
+
+    def prefer_huge_pages(self, axis: int, first: int) -> None:
+        """From entry `first` of `axis` on. Long caches are read a few per cent faster with huge pages; at the front they would make every
+        short text hold 2 MB per head."""
+        if self._map is None or self.nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        run = prod(self.shape[axis:]) * ELEMENTS[self.dtype][0]
+        skipped = run * first // self.shape[axis] // _HUGE_PAGE * _HUGE_PAGE
+        for start in range(0, self.nbytes, run):
+            if skipped < run and start % _HUGE_PAGE == 0:
+                self._map.madvise(mmap.MADV_HUGEPAGE, self._begin + start + skipped, run - skipped)
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
         return self._bytes[offset : None if nbytes is None else offset + nbytes].copy()

@@ -232,8 +232,12 @@ class Decoder(ABC):
 
 def rotary_table(manifest: Manifest, name: str, slots: int, dtype: str) -> tuple[tuple[int, int], Bytes]:
     """Shape [slots, D_rot / 2] and contents of table `name`, "cos" or "sin": a row per slot of the attention caches."""
+    return (slots, len(manifest.rotary.inv_freq)), rotary_rows(manifest, name, 0, slots, dtype)
+
+
+def rotary_rows(manifest: Manifest, name: str, start: int, stop: int, dtype: str) -> Bytes:
+    """Contents of rows `start` to `stop` of table `name`."""
     rotary = manifest.rotary
     # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
-    angles = np.arange(slots, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
-    values = (np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling)
-    return (slots, values.shape[1]), encode(values, dtype)
+    angles = np.arange(start, stop, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
+    return encode((np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling), dtype)

@@ -75,8 +75,8 @@ class DraftHead(ABC):
 
     def catch_up(self) -> None:
         """Read every row whose token is known."""
-        if self.length < self._known() - 1:
-            self._read(self._reader.tokens_from(self.length + 1), rows=0)
+        while self.length < self._known() - 1:
+            self._read(self._reader.tokens_from(self.length + 1)[: self._reader.chunk], rows=0)
 
     def first(self, token: int) -> Row:
         """The draft after `token`, which follows the text read: logits of draft_vocab tokens, valid until the next call."""

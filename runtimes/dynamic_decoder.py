@@ -18,18 +18,22 @@ import numpy as np
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.bound_call import BoundCall
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer
-from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_table
+from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer
+from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_rows
 from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.logits import Rows
 from qwen_export.runtimes.onnxruntime_session import Session
 from qwen_export.runtimes.transaction import Transaction
 
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
-PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
+# Quantised products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
+_QUANTISED_CHUNK, _MOE_CHUNK = 128, 512
 # CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
 _FIRST_SLOTS = 2048
 _SLOT_AXIS = 2
+_TABLE_ROWS = 1024
+_LONG_TEXT = 8192
 
 
 class CallShape(NamedTuple):
@@ -56,7 +60,7 @@ class DynamicDecoder(Decoder):
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session = session
-        self.chunk = PREFILL_CHUNK[session.device]
+        self.chunk = _chunk(session.device, manifest)
         self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         kind = BUFFERS[session.device]
@@ -66,7 +70,12 @@ class DynamicDecoder(Decoder):
             for spec in session.spec.states
             if not spec.pending
         }
-        self.tables = {spec.name: self._table(kind, spec.name, spec.dtype) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        for buffer in map(self.states.__getitem__, self._cache_names()):
+            if isinstance(buffer, HostBuffer):
+                buffer.prefer_huge_pages(_SLOT_AXIS, _LONG_TEXT)
+        half = len(manifest.rotary.inv_freq)
+        self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
+        self._table_rows = 0
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
@@ -158,8 +167,21 @@ class DynamicDecoder(Decoder):
         """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
         return row.reshape(buffer.shape[1], self.slots, -1)
 
+    def _fill_tables(self, length: int) -> None:
+        """Make the rows of the rotary tables for the first `length` slots, and some that drafts and the next calls will want."""
+        if length <= self._table_rows:
+            return
+        rows = min(self.capacity, length + _TABLE_ROWS)
+        for start in range(self._table_rows, rows, _TABLE_ROWS):
+            stop = min(rows, start + _TABLE_ROWS)
+            for name, table in self.tables.items():
+                table.write(rotary_rows(self.manifest, name, start, stop, table.dtype), start * table.row_bytes)
+        self._table_rows = rows
+
     def _make_room(self, length: int) -> None:
-        """Double the allocated slots until `length` fits. Happens on CUDA only, and a few times in a long conversation."""
+        """Have rotary tables for `length` tokens, and slots: those are doubled until they fit, which happens on CUDA only, a few times in a
+        long conversation."""
+        self._fill_tables(min(self.capacity, length + self.widest_verify))
         if length <= self.slots:
             return
         slots = self.slots
@@ -229,8 +251,11 @@ class DynamicDecoder(Decoder):
                 self._load(mark, i)
         self._binding_s += time.perf_counter() - started
 
-    def _table(self, kind: type[Buffer], name: str, dtype: str) -> Buffer:
-        shape, contents = rotary_table(self.manifest, name, self.capacity, dtype)
-        buffer = kind(dtype, shape)
-        buffer.write(contents)
-        return buffer
+
+def _chunk(device: str, manifest: Manifest) -> int:
+    """Tokens per prefill call."""
+    if device == "cpu" and manifest.model.get("num_experts"):
+        return _MOE_CHUNK
+    if device == "cpu" and manifest.target.precision in ("int8", "int4"):
+        return _QUANTISED_CHUNK
+    return PREFILL_CHUNK[device]

@@ -64,6 +64,8 @@ def load(
     ensure_whole(directory, manifest)
     check_runnable(manifest, device_id)
     _check_speculate(speculate, manifest)
+    # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
+    repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
     return Model(directory, manifest, {name: session(name) for name in manifest.graphs if name not in idle}, max_context, speculate)

@@ -57,8 +57,9 @@ class Session:
         # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
-        if device == "dml":  # DirectML plans its memory itself, and takes calls one after the other
+        if device != "cuda":  # every length of call would get a plan and a block of memory of its own
             options.enable_mem_pattern = False
+        if device == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         providers = _providers(ort, device, device_id)
         for plugin in plugins:

@@ -88,11 +88,15 @@ class Engines:
 
     def _refused(self, path: Path, data: mmap.mmap) -> BundleError:
         said = self.library.said()
-        flags, (_, value) = self.library.api.EngineInvalidityDiagnostics, self._runtime.get_engine_validity(data)
-        reason, fix = next(
-            (_REASONS[name] for name, flag in flags.__members__.items() if name in _REASONS and int(value) & int(flag)),
-            (said or "it gives no reason", "Run `qwen-export check` on the bundle; `qwen-export rebuild` compiles it for this machine."),
+        reason, fix = (
+            said or "it gives no reason",
+            "Run `qwen-export check` on the bundle; `qwen-export rebuild` compiles it for this machine.",
         )
+        flags = getattr(self.library.api, "EngineInvalidityDiagnostics", None)  # TensorRT-RTX only
+        if flags is not None:
+            _, found = self._runtime.get_engine_validity(data)
+            named = [_REASONS[name] for name, flag in flags.__members__.items() if name in _REASONS and int(found) & int(flag)]
+            reason, fix = named[0] if named else (reason, fix)
         return BundleError(
             f"{self.library.flavour.name} {self.library.version} refuses the engine on {self._machine[1]}, SM {self._machine[2]}",
             where=str(path),

@@ -165,7 +165,7 @@ def _broken(flavour: Flavour, error: Exception) -> QwenExportError:
 def _logger(api: Any) -> Any:
     """An ILogger that keeps errors for the sentence that a failure is reported with."""
 
-    class Log(api.ILogger):  # type: ignore[name-defined, misc]
+    class Log(api.ILogger):
         def __init__(self) -> None:
             api.ILogger.__init__(self)
             self.errors: list[str] = []

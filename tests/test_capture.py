@@ -29,7 +29,7 @@ from qwen_export.graphs.pipeline import print_graph, run_passes
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.expression import weight_of
 from qwen_export.plan import plan_build
-from qwen_export.plugins.onnxruntime.choices import CHOICES, choose
+from qwen_export.plugins.onnxruntime.choices import CHOICES, OPTIONAL, choose
 from qwen_export.plugins.onnxruntime.recorded import recorded
 from qwen_export.runtimes.onnxruntime_kernels import installed
 from qwen_export.targets import ONNXRUNTIME, pass_names
@@ -189,7 +189,7 @@ def test_the_kernels_of_each_choice_are_what_the_graph_is_made_of(lowered: Lower
     """With the kernels that ONNX Runtime itself brings; tests/test_native_plugin.py has those of this project, test_moe.py experts."""
     for device, precision, options in GOLDENS.values():
         choices, _ = choose(recorded(device), precision, parse_config(tiny_config(**options)).text)
-        assert choices.keys() == CHOICES[device].keys() - {"moe"}
+        assert choices.keys() == CHOICES[device].keys() - {"moe", *OPTIONAL}
         found = {(node.domain, node.op_type) for node in lowered(device, precision, **options).graph}
         for choice in choices.values():
             assert {(kernel.domain, kernel.op) for kernel in choice.kernels} <= found

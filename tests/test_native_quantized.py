@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pytest
 
 from qwen_export import build
-from qwen_export.compiler import lower
 from qwen_export.errors import ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
+from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
 from qwen_export.plugins.native.library import LIBRARIES
 from qwen_export.verify import verify
@@ -49,7 +49,7 @@ def experts_config() -> dict[str, Any]:
 
 def lowered(checkpoint: Path, precision: str, plan_file: Path | None = None) -> Any:
     source = open_checkpoint(checkpoint)
-    return lower(source, plan_build(source, "onnxruntime", "cuda", precision, plan_file=plan_file)).graph
+    return lower(source, plan_build(source, "onnxruntime", "cuda", precision, plan_file=plan_file))["decoder"].graph
 
 
 @pytest.mark.usefixtures("fake_library")
@@ -64,7 +64,7 @@ def test_a_delta_net_layer_is_five_launches_still(wide_heads: Path, precision: s
     assert not {"qwen.native.Linear", "qwen.native.SwiGlu", "Concat", "Add"} & set(counts)
     tails = [node.inputs[4] for node in graph if node.op_type == "QuantLinear" and len(node.inputs) > 4 and node.inputs[4] is not None]
     assert len(tails) == linear and {value.dtype.name for value in tails} == {"FLOAT16"}
-    assert {value.dtype.name for value in graph.outputs if value.name != "logits"} == {"FLOAT16", "FLOAT"}
+    assert {value.dtype.name for value in graph.outputs if value.name.startswith("layers.")} == {"FLOAT16", "FLOAT"}
 
 
 @pytest.mark.usefixtures("fake_library")
@@ -85,6 +85,9 @@ def test_what_cannot_be_quantised(tmp_path: Path, wide_heads: Path, fake_library
     odd = synthesize(tiny_config(vision=False, intermediate_size=88), tmp_path / "odd")
     with pytest.raises(UnsupportedError, match="multiples of 16, and this model has intermediate size 88"):
         plan_build(open_checkpoint(odd), device="cuda", precision="int4")
+    wide = synthesize(tiny_config(vision=False, vocab_size=509), tmp_path / "vocabulary")
+    with pytest.raises(UnsupportedError, match="int4: the native products need multiples of 8, and this model has vocabulary 509"):
+        plan_build(open_checkpoint(wide), device="cuda", precision="int4")
     monkeypatch.setenv(VARIABLE, "")
     with pytest.raises(UnsupportedError, match=r"int4 needs the library of native kernels, which plugins/native/build\.sh builds"):
         plan_build(open_checkpoint(wide_heads), device="cuda", precision="int4")

@@ -194,7 +194,7 @@ print(json.dumps([callable(first), callable(second), first is second, callable(q
 
 def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     """What is recorded for builds that cannot be asked must not promise more than the registry of the same release."""
-    from qwen_export.plugins.onnxruntime.choices import CHOICES, choose
+    from qwen_export.plugins.onnxruntime.choices import CHOICES, OPTIONAL, choose
     from qwen_export.plugins.onnxruntime.recorded import recorded
     from qwen_export.runtimes.onnxruntime_kernels import installed
 
@@ -203,4 +203,4 @@ def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     config = parse_config(tiny_config()).text
     for precision in ("fp32", "fp16", "bf16"):
         assert choose(recorded("cpu"), precision, config)[0].keys() == choose(real, precision, config)[0].keys(), precision
-    assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys() - {"moe"}
+    assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys() - {"moe", *OPTIONAL}

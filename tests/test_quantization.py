@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 import pytest
@@ -21,6 +22,7 @@ from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.quantization import methods
 from qwen_export.graphs.quantization.methods import quantize
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack, unpack
 from qwen_export.graphs.quantization.plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
@@ -108,6 +110,29 @@ def test_search_is_never_worse_than_rounding(bits: int, zeros: bool) -> None:
     nearest, searched = errors("rtn"), errors("search")
     assert (searched <= nearest * 1.001 + 1e-12).all()
     assert searched.sum() < (0.8 if bits == 4 and not zeros else 1.0) * nearest.sum()
+
+
+@needs_plugin
+@pytest.mark.parametrize("block", [32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of another order may choose another range where two leave the same error."""
+    format = QuantFormat(bits, block)
+    w = np.random.default_rng(block).standard_t(4, (64, 4 * block)).astype(np.float32)
+    w[3, :block] = 0
+    w[5] = -np.abs(w[5])
+
+    def errors() -> npt.NDArray[np.float64]:
+        codes, scales, _ = quantize(format, w, "search")
+        return ((dequantize(format, codes, scales) - w).astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
+
+    assert methods.native_search() is not None
+    native = errors()
+    monkeypatch.setattr(methods, "native_search", lambda: None)
+    # What tells ranges apart is a difference of numbers as large as the block's squares, in fp32.
+    slack = 4e-6 * (w.astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
+    assert (np.abs(native - errors()) <= slack).all()
+    assert native[3 * 4] == 0
 
 
 @pytest.mark.parametrize("method", ["rtn", "search"])
@@ -280,7 +305,7 @@ def test_without_the_library_quantised_builds_are_refused(tiny_checkpoint: Path,
 @pytest.mark.usefixtures("with_library")
 def test_other_builds_refuse_a_plan(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     source = open_checkpoint(tiny_checkpoint)
-    with pytest.raises(UnsupportedError, match="overrides --precision int8 or int4, not fp32"):
+    with pytest.raises(UnsupportedError, match="overrides --precision int8, int4 or fp8, not fp32"):
         plan_build(source, plan_file=plan_file("[mlp]\nblock = 64"))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes.buffers import HostBuffer
 from qwen_export.runtimes.reasoning import Reasoning
 
 GREEDY = SamplingParams(greedy=True)
@@ -177,3 +178,32 @@ def test_step_cost_does_not_grow_with_the_capacity(demo_bundle: Path) -> None:
         return float(np.min(times))
 
     assert step_seconds(8192) < 2 * step_seconds(128)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_that_nothing_was_written_to_is_free() -> None:
+    def resident_mb() -> float:
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["RssAnon"].split()[0]) / 1024
+
+    before = resident_mb()
+    small = [HostBuffer("float", (9, 8192)) for _ in range(100)]  # 28 MB in pieces as an allocator keeps them for use again
+    cache = HostBuffer("float", (1, 2, 32768, 256))
+    cache.prefer_huge_pages(2, 8192)
+    assert resident_mb() - before < 4
+    assert cache.address % (2 << 20) == 0
+    cache.view()[:, :, :100] = 1
+    assert resident_mb() - before < 5
+    assert not any(buffer.read().any() for buffer in small)
+    assert cache.array()[0, 1, 99, 255] == 1 and not cache.array()[0, 0, 100:110].any()
+
+
+def test_rotary_tables_are_made_as_far_as_a_text_goes(demo_bundle: Path) -> None:
+    decoder = load(demo_bundle, max_context=4000).decoder()
+    assert not decoder.tables["cos"].array().any()
+    decoder.prefill([5] * 10)
+    assert decoder.tables["cos"].array()[:1000].any(axis=1).all()
+    decoder._make_room(3999)
+    positions = np.arange(4000, dtype=np.float32)[:, None] * np.asarray(decoder.manifest.rotary.inv_freq, np.float32)
+    np.testing.assert_array_equal(decoder.tables["cos"].array(), np.cos(positions))
+    np.testing.assert_array_equal(decoder.tables["sin"].array(), np.sin(positions))

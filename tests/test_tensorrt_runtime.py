@@ -142,6 +142,18 @@ def test_marks_and_snapshots_bring_back_the_same_logits(bundle: Path, machine: M
         np.testing.assert_array_equal(one, three)
 
 
+def test_sequences_do_not_touch_each_other(bundle: Path, machine: Machine) -> None:
+    machine()
+    model = load(bundle)
+    alone = [greedy(model.decoder(), PROMPT[start:], 5) for start in (0, 4)]
+    both = model.decoder(2)
+    tokens = [[int(both.prefill(PROMPT[start:], sequence).argmax())] for sequence, start in enumerate((0, 4))]
+    for _ in range(4):
+        for row, logits in zip(tokens, both.step([row[-1] for row in tokens]), strict=True):
+            row.append(int(logits.argmax()))
+    assert tokens == alone
+
+
 def test_stripped_engines_are_given_their_weights(portable: Path, tmp_path: Path, machine: Machine) -> None:
     machine()
     stripped = engine_bundle(portable, tmp_path / "stripped", weights="stripped")

@@ -14,9 +14,10 @@ from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors
 from qwen_export.graphs.checkpoint.reader import CheckpointReader
 from qwen_export.graphs.models.decoder import Decoder
 from qwen_export.graphs.models.mtp import MtpHead
+from qwen_export.graphs.quantization.fp8 import rounded
 from qwen_export.graphs.quantization.methods import quantize
 from qwen_export.graphs.quantization.packing import Floats, dequantize
-from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
+from qwen_export.graphs.quantization.plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.graphs.weights.layout import parameter_weight
 
 
@@ -58,7 +59,9 @@ def _filled(
 
 
 def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
+    matrix = values.reshape(-1, values.shape[-1])
+    if chosen.format == FP8:
+        return rounded(matrix).reshape(values.shape)
     if chosen.quant is None or chosen.kept:
         return values
-    matrix = values.reshape(-1, values.shape[-1])
     return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method)).reshape(values.shape)

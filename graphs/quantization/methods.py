@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
+from qwen_export.graphs.quantization.native_search import native_search
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat
 
 METHODS = ("rtn", "search")
@@ -52,12 +53,16 @@ def _symmetric(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Arra
     """One zero for all blocks. A scale may be negative: the codes reach one further below zero than above, and the largest value gets that
     end."""
     top = np.float32(format.offset)
-    high, low = w.max(axis=1), w.min(axis=1)
-    if method == "rtn":
-        scale = np.maximum(high, -low) / (top - 1)
+    search = native_search() if method == "search" else None
+    if search is not None:
+        scale = search(w, (float(top / (top - 1)), *_SHARES), float(top))
     else:
-        extreme = np.where(high > -low, high, low)
-        scale = _best_scale(w, -extreme / top, -top, top - 1)
+        high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
+        if method == "rtn":
+            scale = (np.maximum(high, -low) / (top - 1)).astype(np.float32, copy=False)
+        else:
+            widest = (-np.where(high > -low, high, low) / top).astype(np.float32, copy=False)
+            scale = _best_scale(w, widest, -top, top - 1)
     rounded, inverse = _stored(scale, format)
     q = w * inverse[:, None]
     np.rint(q, out=q)
@@ -82,10 +87,18 @@ def _best_scale(w: Floats, widest: Floats, low: np.float32, high: np.float32) ->
     return best
 
 
+def _along_rows(extreme: np.ufunc, w: Floats) -> Floats:
+    """Largest or smallest of each row, by halves: numpy is slow to start on rows as short as these. Widths are powers of two."""
+    while w.shape[1] > 1:
+        half = w.shape[1] // 2
+        w = extreme(w[:, :half], w[:, half:])
+    return w[:, 0]
+
+
 def _with_zeros(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Array, Bytes]:
     """A zero per block, so that codes cover exactly the values there are. Zero itself stays a value, as it is in every such format."""
     top = np.float32(2 * format.offset - 1)
-    high, low = np.maximum(w.max(axis=1), 0), np.minimum(w.min(axis=1), 0)
+    high, low = np.maximum(_along_rows(np.maximum, w), 0), np.minimum(_along_rows(np.minimum, w), 0)
     shares = (1.0,) if method == "rtn" else _SHARES
     best: tuple[Floats, Floats] | None = None
     gain = np.full(len(w), -1, np.float32)

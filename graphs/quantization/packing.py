@@ -67,6 +67,12 @@ class QuantFormat:
         return {"bits": self.bits, "block": self.block, "zeros": int(self.zeros), "wide_scales": int(self.wide_scales), "N": N, "K": K}
 
 
+def part_bytes(format: QuantFormat, N: int, K: int, scale_bytes: int) -> int:
+    """Codes, scales and zeros of a matrix [N,K] that lie apart (graphs.quantization.standard)."""
+    blocks = N * format.blocks(K)
+    return N * K * format.bits // 8 + blocks * scale_bytes + (blocks * format.bits // 8 if format.zeros else 0)
+
+
 def pack(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | None = None) -> Bytes:
     """codes u8[N,K], scales [N,blocks] (rounded to the format's dtype), zeros u8[N,blocks] -> u8[panels, bytes of a panel].
 

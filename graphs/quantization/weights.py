@@ -35,9 +35,16 @@ def packed_weight(of: Weight, chosen: GroupFormat) -> Weight:
 
 def _pack(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str) -> Bytes:
     """Rows start..stop-1 of a matrix, packed."""
+    return pack(format, *grid_rows(of, source, start, stop, format, method))
+
+
+def grid_rows(
+    of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str
+) -> tuple[Bytes, Array, Bytes | None]:
+    """Codes, scales and zeros of rows start..stop-1 of a matrix, as `quantize` gives them: made, or the checkpoint's."""
     if method == KEPT:
-        return pack(format, *_stored_grid(of, source, start, stop, format))
-    return pack(format, *quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method))
+        return _stored_grid(of, source, start, stop, format)
+    return quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method)
 
 
 def _stored_grid(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat) -> tuple[Bytes, Array, Bytes | None]:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
 
 _LARGEST = 65504.0  # of fp16
@@ -72,7 +72,7 @@ def _rule(
             (x,) = emit("", "Clip", [x, emit.scalar(-_LARGEST), emit.scalar(_LARGEST)], like=x)
         return emit.cast(x, products)
 
-    H, Dk, Dv = (int(size) for size in state.shape[1:]) if state.shape is not None else (0, 0, 0)
+    _, H, Dk, Dv = static_shape(state)
     q, k = (emit.reshape(x, H, N, C, Dk) for x in (q, k))
     v = emit.reshape(v, H, N, C, Dv)
     g, beta = (emit.reshape(x, H, N, C, 1) for x in (g, beta))

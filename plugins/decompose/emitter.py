@@ -11,6 +11,13 @@ import onnx_ir as ir
 from qwen_export.plugins.onnxruntime import common
 
 
+def static_shape(x: ir.Value) -> tuple[int, ...]:
+    """The shape of a value of which every size is known."""
+    if x.shape is None:
+        raise TypeError(f"{x.name} has no shape")
+    return tuple(size for size in x.shape if isinstance(size, int))
+
+
 class Emitter(common.Emitter):
     """Collects standard nodes. Constants are shared by name through the graph; so are values that are the same in every layer, through
     `once`, which all emitters of a graph are given."""

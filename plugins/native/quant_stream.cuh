@@ -208,10 +208,12 @@ __device__ inline void store_sums(const float (&sum)[PANELS][4], float* partial,
   }
 }
 
-// `kernel` may use as much shared memory as the launch asks for.
+// `kernel` may use as much shared memory as the launch asks for. All kernels of this kind want the largest share of the first-level cache as
+// shared memory: a multiprocessor changes that only when it is idle.
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {
   if (bytes > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "cudaFuncSetAttribute");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "cudaFuncSetAttribute");
 }
 
 }  // namespace qwen

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.models.state import PENDING
-from qwen_export.graphs.passes.context import new_node
+from qwen_export.graphs.passes.context import new_node, replace_node
 from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
 from qwen_export.graphs.weights.expression import Constant, Weight, add_weight, weight_of
 from qwen_export.plugins.ops.schema import DOMAIN
@@ -49,6 +49,24 @@ class Emitter:
     def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:
         """A constant vector, shared by name."""
         return add_weight(self.graph, name, Constant((value,) * size, dtype))
+
+
+Replacement = tuple[list[ir.Node], list[ir.Value]]
+"""The nodes that replace one op, and the values that replace its outputs."""
+
+
+def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node], Replacement]) -> int:
+    """Replace every node of these ops of domain qwen; returns how many there were."""
+    changed = 0
+    for node in list(graph):
+        if node.domain == DOMAIN and node.op_type in ops:
+            nodes, outputs = make(node)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                if new.shape is None:
+                    new.shape = old.shape
+            replace_node(graph, node, nodes, outputs)
+            changed += 1
+    return changed
 
 
 def producing_linear(value: ir.Value | None) -> tuple[ir.Value, Weight]:

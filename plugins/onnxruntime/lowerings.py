@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext, replace_node
+from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.plugins.onnxruntime.common import Replacement, replace_ops
 from qwen_export.plugins.onnxruntime.experts import lower_microsoft_moe, lower_native_moe
 from qwen_export.plugins.onnxruntime.group_query_attention import lower_group_query_attention
 from qwen_export.plugins.onnxruntime.linear_attention import lower_linear_attention
@@ -17,10 +18,8 @@ from qwen_export.plugins.onnxruntime.native_transaction import lower_native_tran
 from qwen_export.plugins.onnxruntime.packed_attention import lower_packed_attention
 from qwen_export.plugins.onnxruntime.packed_delta_net import lower_packed_delta_net
 from qwen_export.plugins.onnxruntime.simple import lower_fused_matmul, lower_simplified_norm
-from qwen_export.plugins.ops.schema import DOMAIN
 
-Lowering = Callable[[ir.Graph, ir.Node, PassContext], tuple[list[ir.Node], list[ir.Value]]]
-"""Makes the nodes that replace one op, and the values that replace its outputs."""
+Lowering = Callable[[ir.Graph, ir.Node, PassContext], Replacement]
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "linear_attention"): lower_linear_attention,
@@ -52,13 +51,6 @@ def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
 
 
 def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:
-    changed = 0
-    for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type in ops:
-            nodes, outputs = LOWERINGS[(node.op_type, context.choices[node.op_type].name)](model.graph, node, context)
-            for old, new in zip(node.outputs, outputs, strict=True):
-                if new.shape is None:
-                    new.shape = old.shape
-            replace_node(model.graph, node, nodes, outputs)
-            changed += 1
-    return changed
+    return replace_ops(
+        model.graph, ops, lambda node: LOWERINGS[node.op_type, context.choices[node.op_type].name](model.graph, node, context)
+    )

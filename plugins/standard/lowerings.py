@@ -7,30 +7,32 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import MICROSOFT, PassContext, replace_node
+from qwen_export.graphs.passes.context import MICROSOFT, PassContext
 from qwen_export.graphs.passes.fuse_residual_norm import offset_weight
 from qwen_export.graphs.passes.recognise_linear import LINEAR
-from qwen_export.graphs.weights.expression import weight_of
+from qwen_export.graphs.quantization.plan import GroupFormat
+from qwen_export.graphs.weights.expression import Weight, weight_of
 from qwen_export.plugins.decompose import gated_attention as attention
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.norm import emit_rms_norm, norm_weight
-from qwen_export.plugins.onnxruntime.common import layer_prefix, producing_linear
+from qwen_export.plugins.onnxruntime.common import Replacement, layer_prefix, producing_linear, replace_ops
 from qwen_export.plugins.onnxruntime.group_query_attention import query_and_gate
 from qwen_export.plugins.ops.gated_attention import gated_attention
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.plugins.ops.schema import DOMAIN
+from qwen_export.plugins.standard.quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
 """Where the turned product is the faster one, measured with ONNX Runtime 1.31 and matrices of 1024 to 100000 rows."""
 
 Shared = dict[str, ir.Value]
-Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], tuple[list[ir.Node], list[ir.Value]]]
-"""Makes the nodes that replace one op, and the values that replace its outputs. `Shared` has values that layers have in common."""
+"""Values that layers have in common."""
+QuantizedProduct = Callable[[Emitter, ir.Value, str, Weight, GroupFormat, PassContext], ir.Value]
+Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], Replacement]
 
 
-def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_delta_net -> convolution as shifted products, gates, the chunk form of the delta rule, gated norm."""
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
@@ -41,20 +43,18 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     return emit.nodes, list(results)
 
 
-def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_attention -> norms and rotation, ScatterND into the caches, masked softmax."""
     return _attention(graph, node, context, shared, attention.scatter)
 
 
-def _attention(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite
-) -> tuple[list[ir.Node], list[ir.Value]]:
+def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite) -> Replacement:
     emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
     results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation, write)
     return emit.nodes, list(results)
 
 
-def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """One token: com.microsoft.GroupQueryAttention, with the rotation outside. More: as `lower_attention`, the caches written by Where.
 
     DirectML's GroupQueryAttention takes the past into account for T = 1 only, and it has no ScatterND of opset 18 or later
@@ -93,7 +93,7 @@ def attention_parts(
     return emit, given, q, gate, attention.Sizes(context.static.T, context.static.S, *heads)
 
 
-def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::rms_norm -> Mul, ReduceMean, Add, Sqrt, Div, Mul in fp32."""
     emit = Emitter(graph, _norm_name(node))
     weight = norm_weight(emit, node.inputs[1], node.attributes.get_float("offset"))
@@ -101,17 +101,17 @@ def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, 
     return emit.nodes, [y]
 
 
-def lower_rms_normalization(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_rms_normalization(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::rms_norm -> RMSNormalization (opset 23), fp32 statistics."""
     return _one_node(graph, node, "RMSNormalization")
 
 
-def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML wants."""
     return _one_node(graph, node, "SimplifiedLayerNormalization")
 
 
-def _one_node(graph: ir.Graph, node: ir.Node, op: str) -> tuple[list[ir.Node], list[ir.Value]]:
+def _one_node(graph: ir.Graph, node: ir.Node, op: str) -> Replacement:
     emit = Emitter(graph, _norm_name(node))
     inputs = [node.inputs[0], offset_weight(graph, node)]
     (y,) = emit("", op, inputs, like=node.outputs[0], axis=-1, epsilon=node.attributes.get_float("eps"), stash_type=1)
@@ -122,26 +122,39 @@ def _norm_name(node: ir.Node) -> str:
     return (node.inputs[1].name or "norm").removesuffix(".weight") if node.inputs[1] is not None else "norm"
 
 
-def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """qwen::linear -> Gemm with transB: the weight [N,K] as it is stored."""
+def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+    """qwen::linear -> Gemm with transB: the weight [N,K] as it is stored. Quantised: MatMulNBits."""
     x, value, (N, K) = _linear(node)
     emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"))
+    product = _quantized_product(emit, x, value, context, nbits_product)
+    if product is not None:
+        return emit.nodes, [product]
     (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), value], like=x, transB=1)
     return emit.nodes, [emit.reshape(product, 1, -1, N)]
 
 
-def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """qwen::linear -> (W x^T)^T for a few rows, else Gemm.
+def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+    """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantised: MatMul with DequantizeLinear.
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
     left-hand one they read where it lies. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
     x, value, _ = _linear(node)
+    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    product = _quantized_product(emit, x, value, context, dequantized_product)
+    if product is not None:
+        return emit.nodes, [product]
     rows = x.shape[1] if x.shape is not None else 0
     if not isinstance(rows, int) or not _FEW_ROWS[0] <= rows <= _FEW_ROWS[1]:
         return lower_gemm(graph, node, context, shared)
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
     turned = emit.shared(f"{x.name}.turned", lambda: emit.transpose(x, 0, 2, 1))
     return emit.nodes, [emit.transpose(emit.matmul(value, turned), 0, 2, 1)]
+
+
+def _quantized_product(emit: Emitter, x: ir.Value, value: ir.Value, context: PassContext, make: QuantizedProduct) -> ir.Value | None:
+    """The product over the codes of the weight, None where the plan does not quantise it."""
+    weight = weight_of(value)
+    chosen = chosen_format(weight, context) if weight is not None else None
+    return make(emit, x, value.name or "linear", weight, chosen, context) if weight is not None and chosen is not None else None
 
 
 def _linear(node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, int]]:
@@ -178,13 +191,9 @@ def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
 
 def lower_ops(model: ir.Model, context: PassContext, ops: tuple[str, ...], table: Mapping[tuple[str, str], Lowering]) -> int:
     """Replace every node of these ops by what the table's lowering for the choice makes."""
-    changed, shared = 0, Shared()
-    for node in list(model.graph):
-        if node.domain == DOMAIN and node.op_type in ops:
-            nodes, outputs = table[(node.op_type, context.choices[node.op_type].name)](model.graph, node, context, shared)
-            for old, new in zip(node.outputs, outputs, strict=True):
-                if new.shape is None:
-                    new.shape = old.shape
-            replace_node(model.graph, node, nodes, outputs)
-            changed += 1
-    return changed
+    graph, shared = model.graph, Shared()
+
+    def make(node: ir.Node) -> Replacement:
+        return table[node.op_type, context.choices[node.op_type].name](graph, node, context, shared)
+
+    return replace_ops(graph, ops, make)

@@ -53,6 +53,7 @@ def build_engine(
     if not _parse(parser, model, weights or {}):
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
         raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said())
+    _let_decompose(api, network)
     summary = _summary(network)
     if options.layer_dump is not None:
         _dump_layers(network, options.layer_dump / f"{where}.layers.txt")
@@ -75,6 +76,15 @@ def _parse(parser: Any, model: bytes, weights: Mapping[str, BorrowedWeight]) -> 
     if not parser.load_model_proto(model):
         return False
     return all(parser.load_initializer(name, w.address, w.nbytes) for name, w in weights.items()) and bool(parser.parse_model_proto())
+
+
+def _let_decompose(api: Any, network: Any) -> None:
+    """Attention layers for which a GPU has no kernel of their own are made of others, instead of being refused."""
+    for i in range(network.num_layers):
+        layer = network.get_layer(i)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = api.IAttentionInputLayer  # what the Python API asks for in the place of a cast
+            layer.attention.decomposable = True
 
 
 def _config(library: Library, builder: Any, options: EngineOptions) -> Any:
@@ -173,7 +183,7 @@ def _dump_layers(network: Any, path: Path) -> None:
 def _file_writer(api: Any, path: Path) -> Any:
     """An IStreamWriter into a file: an engine with its weights is never in memory twice."""
 
-    class Writer(api.IStreamWriter):  # type: ignore[name-defined, misc]
+    class Writer(api.IStreamWriter):
         def __init__(self) -> None:
             api.IStreamWriter.__init__(self)
             self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

@@ -8,33 +8,37 @@ import onnx_ir as ir
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
+from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales
 from qwen_export.graphs.quantization.plan import INT4, STORED, GroupFormat
+from qwen_export.graphs.quantization.standard import Codes, Scales
 from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
-from qwen_export.plugins.decompose.summed_products import summed_products
+from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
+from qwen_export.plugins.standard.quantized import exact
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
-from qwen_export.plugins.tensorrt.quantized import BlockCodes, BlockScales, Fp8Codes, Fp8Scales, Turned
 
-# Tokens of a verify up to which sums take less time than products, launched or not; beyond, code grows with the square.
-_MOST_SUMMED = 12
+# Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
+_MOST_SUMMED = 16
 # What products over int4 weights have a fast kernel for: on SM 90, one row takes four times as long as eight.
 _INT4_ROWS = 8
 
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """gated_delta_net -> one token: sums over the state; a verify: the chunk form; a prompt: all chunks at once, one product per chunk in
-    sequence. Everything fp32 between the projections."""
+    """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
+    one product per chunk in sequence. Everything fp32 between the projections."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
-    emit = _emitter(graph, f"{layer_prefix(node)}.linear_attn", context, shared)
+    few = sizes.P + sizes.T <= _MOST_SUMMED
+    kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
+    emit = kind(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     rule = _rule(sizes.T, sizes.P, context)
     results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
@@ -45,18 +49,15 @@ def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
     """How the recurrence is computed over P pending and T new tokens."""
     if T == 1 and not P:
         return reduced_step
-    if P + T <= _MOST_SUMMED:
-        return summed_products
-    if P:
+    if P or context.static.chunk >= T:
         return delta_rule
     # Activations have 11 bits at most in these graphs; products of fp32 operands would keep no more on tensor cores, and take longer.
     return batched_chunks(context.static.chunk, None if context.activation == ir.DataType.FLOAT else ir.DataType.FLOAT16)
 
 
-def _emitter(graph: ir.Graph, prefix: str, context: PassContext, shared: Shared) -> Emitter:
-    """fp32 graphs keep fp32 products where the compiler would round them."""
-    exact = context.choices["linear"].name == "split_product"
-    return SplitEmitter(graph, prefix, shared) if exact else Emitter(graph, prefix, shared)
+def _exact(context: PassContext) -> bool:
+    """Whether the compiler would round the operands of fp32 products, and must not."""
+    return context.choices["linear"].name == "split_product"
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
@@ -75,7 +76,7 @@ def _attention(
     graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, layer: bool
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
-    if context.choices["linear"].name == "split_product":
+    if _exact(context):
         exact = SplitEmitter(graph, emit.prefix, shared)
         exact.nodes = emit.nodes
         emit = exact
@@ -89,7 +90,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     if x is None or logits is None or gate_up is None or down is None:
         raise TypeError("moe has an input that is missing")
     emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
-    E, H, width = (int(size) for size in down.shape or ())
+    E, H, width = static_shape(down)
     sizes = experts.Sizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
     return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
 
@@ -154,10 +155,9 @@ def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFo
                 expected=f"an even number of rows of a multiple of {format.block} values",
                 fix='Give the matrix another block, or format = "stored", in the precision plan.',
             )
-        codes = BlockCodes(weight, format.quant, format.method)
-        scales = BlockScales(weight, format.quant, format.method, context.activation)
-        turned = format.format == INT4
-        parts = [Turned(codes), Turned(scales)] if turned else [codes, scales]
+        of, turned = exact(weight, format), format.format == INT4
+        codes = Codes(of, format.quant, format.method, turned)
+        parts = [codes, Scales(of, format.quant, format.method, turned, context.activation)]
         attributes = {"axis": 0 if turned else 1, "block_size": format.block}
     inputs = [add_weight(emit.graph, f"{name}.{part}", weight) for part, weight in zip((format.format, "scale"), parts, strict=True)]
     return emit("", "DequantizeLinear", inputs, dtype=context.activation, **attributes)[0]
@@ -167,8 +167,7 @@ def _format(weight: Weight, context: PassContext) -> GroupFormat:
     """The format that the plan gives to all parts of a weight, or "stored"."""
     if context.quantization is None:
         return GroupFormat()
-    formats = {context.quantization.of(name) for name in weight.stored()}
-    return formats.pop() if len(formats) == 1 else GroupFormat()
+    return context.quantization.of(*weight.stored())
 
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.context import PassContext
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 
 TOP = 64
 TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
@@ -21,7 +21,7 @@ def add_top_logits(model: ir.Model, context: PassContext) -> int:
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     if logits is None or logits.shape is None:
         return 0
-    _, N, V = (int(size) for size in logits.shape)
+    _, N, V = static_shape(logits)
     emit, K = Emitter(graph, "top"), min(TOP, V)
     groups = _groups(V, K)
     values, ids = _top(emit, emit.reshape(logits, 1, N, groups, V // groups) if groups > 1 else logits, K)

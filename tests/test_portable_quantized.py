@@ -1,0 +1,117 @@
+"""int4 and int8 on the targets with standard operators: the layouts, and bundles that compute what their plan says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+
+from qwen_export import build
+from qwen_export.errors import ConfigError, UnsupportedError
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.quantization.methods import quantize
+from qwen_export.graphs.quantization.packing import QuantFormat, dequantize
+from qwen_export.graphs.quantization.standard import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
+from qwen_export.graphs.weights.expression import StoredWeight, Weight
+from qwen_export.lowering import lower
+from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
+from qwen_export.runtimes import load
+from qwen_export.static_plan import StaticOptions
+from tests.support.standard_graphs import Weights
+from tests.support.static_bundles import reference_logits, unoptimized
+
+N, K = 24, 192
+
+
+def unpacked(weight: Weight, source: Weights) -> npt.NDArray[Any]:
+    """The elements of a part, one each."""
+    data = np.concatenate([weight.rows(source, *span) for span in weight.spans()])
+    if weight.dtype.bitwidth == 4:
+        pairs = np.stack([data & 15, data >> 4], axis=-1).reshape(weight.shape).astype(np.int64)
+        data = np.where(pairs > 7, pairs - 16, pairs) if weight.dtype == ir.DataType.INT4 else pairs
+    data = np.asarray(data).reshape(weight.shape)
+    return data.astype(np.int64) if data.dtype.kind in "iu" else data
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_codes_scales_and_zeros_apart_are_the_quantised_matrix(bits: int, zeros: bool, turned: bool) -> None:
+    matrix = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
+    source, of, format = Weights({"w": matrix}), StoredWeight("w", (N, K), ir.DataType.FLOAT), QuantFormat(bits, 32, zeros)
+    expected = dequantize(format, *quantize(format, matrix, "search"))
+    codes, scales = (unpacked(part(of, format, "search", turned), source) for part in (Codes, Scales))
+    zero = unpacked(Zeros(of, format, "search", turned), source) if zeros else np.zeros((1, 1))
+    if turned:
+        codes, scales, zero = codes.T, scales.T, zero.T
+    got = np.repeat(scales, 32, axis=1) * (codes - (np.repeat(zero, 32, axis=1) if zeros else 0))
+    np.testing.assert_array_equal(got.astype(np.float32), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_nbits_parts_are_the_quantised_matrix(bits: int) -> None:
+    matrix = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
+    source, of, format = Weights({"w": matrix}), StoredWeight("w", (N, K), ir.DataType.FLOAT), QuantFormat(bits, 64, zeros=True)
+    codes, _, zeros = quantize(format, matrix, "rtn")
+    assert zeros is not None
+    made, point = (unpacked(part(of, format, "rtn"), source) for part in (NBitsCodes, NBitsZeros))
+    if bits == 4:
+        made = np.stack([made & 15, made >> 4], axis=-1)
+        point = np.stack([point & 15, point >> 4], axis=-1).reshape(N, -1)[:, : K // 64]
+    assert np.array_equal(made.reshape(N, K), codes) and np.array_equal(point, zeros)
+
+
+@pytest.fixture(scope="module", params=["onnx", "directml"])
+def bundle(request: pytest.FixtureRequest, demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output, device = tmp_path_factory.mktemp("quantized") / request.param, {"onnx": "cpu", "directml": "dml"}[request.param]
+    options = StaticOptions(16)
+    return build(demo_checkpoint, output, target=request.param, device=device, precision="int4", max_context=128, options=options)
+
+
+def test_logits_are_near_those_of_the_whole_weights(bundle: Path, demo_checkpoint: Path) -> None:
+    decoder = load(bundle, threads=1, device="cpu").decoder()
+    ids = np.random.default_rng(0).integers(0, 400, 40).tolist()
+    expected, got = reference_logits(demo_checkpoint)(ids), decoder.prefill(ids)
+    assert np.corrcoef(got, expected[-1])[0, 1] > 0.97
+    assert np.corrcoef(decoder.step([7])[0], reference_logits(demo_checkpoint)([*ids, 7])[-1])[0, 1] > 0.97
+
+
+def test_fused_products_give_the_tokens_of_the_nodes_as_they_are(bundle: Path) -> None:
+    """ONNX Runtime's own form rounds activations to 8 bits: near-ties aside, it is the same model."""
+    decoder = load(bundle, threads=1, device="cpu").decoder()
+    ids = np.random.default_rng(1).integers(0, 400, 20).tolist()
+    exact = unoptimized(bundle).greedy(ids, 1)
+    logits = decoder.prefill(ids)
+    assert logits.max() - logits[exact[0]] < 0.1 * logits.std()
+
+
+def test_matrices_are_stored_once_for_all_graphs_and_as_the_plan_says(bundle: Path) -> None:
+    manifest = load_manifest(bundle)
+    kind = "MatMulNBits" if manifest.target.name == "directml" else "DequantizeLinear"
+    assert all(kind in {node.op_type for node in ir.load(bundle / graph.file).graph} for graph in manifest.graphs.values())
+    first, *others = ({w.name: (w.offset, w.dtype) for w in manifest.graphs[name].weights} for name in ("decoder", "verify", "prefill"))
+    assert all(first[name] == place for places in others for name, place in places.items())
+    assert {dtype for name, (_, dtype) in first.items() if "in_proj_a" in name} <= {"float", "float16"}, "gates keep their precision"
+    assert manifest.precision_plan["mlp"].startswith("int4")
+
+
+def test_rows_that_are_not_whole_blocks_are_refused(demo_checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text("[mlp]\nblock = 128\n")
+    source = open_checkpoint(demo_checkpoint)
+    if source.config.text.intermediate_size % 128:
+        plan = plan_build(source, "onnx", precision="int4", plan_file=file, max_context=64, options=StaticOptions(16))
+        with pytest.raises(ConfigError, match=r"whole blocks.*down_proj"):
+            lower(source, plan)
+
+
+def test_quantised_blocks_need_their_opset(demo_checkpoint: Path) -> None:
+    source = open_checkpoint(demo_checkpoint)
+    with pytest.raises(UnsupportedError, match="since opset 21, not in 20"):
+        plan_build(source, "directml", "dml", "int4", options=StaticOptions(opset=20))
+    assert plan_build(source, "directml", "dml", "int4").opset == 21
