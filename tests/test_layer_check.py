@@ -19,6 +19,7 @@ from qwen_export.cli import main
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, POINTS, point_name
 from qwen_export.graphs.models.load import load_decoder
 from qwen_export.graphs.models.observed import observe
@@ -143,6 +144,16 @@ def test_every_target_keeps_the_names_of_the_points(
     assert EMBEDDING in there
     if PROMPT in models:  # without logits, what follows the last layer's state is not computed
         assert point_name(LAYERS - 2, OUTPUT) in names(models[PROMPT])
+
+
+def test_the_names_where_the_cuda_plugin_takes_whole_mixers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "library").touch()
+    monkeypatch.setenv(LIBRARIES["cuda"].variable, str(tmp_path / "library"))
+    config = tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128)
+    source = open_checkpoint(synthesize(config, tmp_path / "wide"))
+    model = lower(source, plan_build(source, "onnxruntime", "cuda", "bf16"))[STEP]
+    assert "DeltaNet" in {node.op_type for node in model.graph}
+    assert {point_name(0, point) for point in POINTS} <= names(model).keys()
 
 
 def test_the_names_in_a_mixture_too(mixture: Path) -> None:
