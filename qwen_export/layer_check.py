@@ -20,7 +20,7 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PRODUCT, point_name, point_widths
 from qwen_export.graphs.models.observed import Floats, Observation, observe
 from qwen_export.graphs.quantization.plan import QUANTIZED
-from qwen_export.layer_comparison import compare
+from qwen_export.layer_comparison import comparators, compare
 from qwen_export.layer_graphs import layer_graphs
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.backends import OpenOptions, open_backend
@@ -70,7 +70,7 @@ class LayerResult:
     note: str = ""
 
 
-def verify_layers(bundle: str | Path, reference: str | Path, report: Report | None = None, *, device_id: int = 0) -> dict[str, Any]:
+def verify_layers(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
     """Compare layer by layer; the result has `passed`, `first` (the name of the first row over its tolerance, or ""), `tolerance`, `layers`
     and `warnings`. Nothing is written to the bundle.
 
@@ -79,6 +79,7 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     from qwen_export.graphs.models.load import load_decoder
 
     say = report or (lambda name: None)
+    comparators()
     directory = Path(bundle)
     manifest = load_manifest(directory)
     source = reference_checkpoint(manifest, reference)
@@ -87,7 +88,7 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     text = source.config.text
     say("graphs with their layers as outputs")
     with layer_graphs(directory, manifest, text) as (graphs, changed):
-        session = open_backend(directory, changed, OpenOptions(device_id=device_id, graphs=graphs))
+        session = open_backend(directory, changed, OpenOptions(graphs=graphs))
         count = min(PROMPT_TOKENS + STEPS + DRAFTS + 1, manifest.max_context)
         decoder = Model(directory, changed, {name: session(name) for name in changed.graphs}, count).decoder()
         ids = np.random.default_rng(0).integers(0, text.vocab_size, count).tolist()

@@ -24,7 +24,7 @@ class Difference(NamedTuple):
 
 def compare(got: Mapping[str, Floats], expected: Mapping[str, Floats], tolerances: Mapping[str, float]) -> dict[str, Difference]:
     """Values [T,W] of the same names, all finite, T at least 1; `tolerances` are the largest `share` that passes."""
-    comparator = _polygraphy()
+    comparator = comparators()
     scaled: list[dict[str, Floats]] = [{}, {}]
     for name, wanted in expected.items():
         unit = np.linalg.norm(wanted.astype(np.float64), axis=-1, keepdims=True) * np.sqrt(len(wanted))
@@ -51,7 +51,8 @@ def _run(comparator: Any, got: Mapping[str, Floats], expected: Mapping[str, Floa
     return dict(matched)
 
 
-def _polygraphy() -> Any:
+def comparators() -> Any:
+    """polygraphy.comparator. Raises VerifyError where it is not installed."""
     try:
         from polygraphy import comparator
     except ImportError as error:
