@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
+from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY, point_name
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight, weight_of
 
 # Where torch.onnx notes the modules that a node comes from.
@@ -22,6 +23,7 @@ def unroll(model: ir.Model, kinds: Sequence[str], layer_types: Sequence[str]) ->
     graph = model.graph
     templates = [_Template(graph, index) for index in range(len(kinds))]
     stream = templates[0].entry()
+    stream.name = EMBEDDING
     last, end = templates[-1].exit(), templates[-1].nodes[-1]
     made: list[ir.Node] = []
     inputs: list[ir.Value] = []
@@ -76,6 +78,19 @@ class _Template:
         nodes = set(self.nodes)
         return self._only({v for v in self._inside if any(user not in nodes for user in v.consumers())})
 
+    def points(self) -> dict[str, ir.Value]:
+        """The values that keep a name of their own to the end, by `layer_points`."""
+        found = {OUTPUT: self.exit()}
+        for point, modules in READ_BY.items():
+            for module in modules:
+                scope = f"'{self._prefix}{module}'"
+                nodes = [node for node in self.nodes if scope in node.metadata_props.get(_SCOPES, "")]
+                made = {value for node in nodes for value in node.outputs}
+                read = {v for node in nodes for v in node.inputs if v is not None and v.producer() is not None} - made
+                if nodes:
+                    found[point] = self._only(read)
+        return found
+
     def _only(self, values: set[ir.Value]) -> ir.Value:
         if len(values) != 1:
             raise CaptureError(
@@ -100,6 +115,8 @@ class _Template:
                 value.name, value.shape, value.type = self._renamed(old, prefix), old.shape, old.type
                 new[old] = value
             nodes.append(copy)
+        for point, value in self.points().items():
+            new[value].name = point_name(layer, point)
         return _Copy(nodes, [new[v] for v in self.inputs], [new[v] for v in self.outputs], new[self.exit()])
 
     def _renamed(self, value: ir.Value, prefix: str) -> str:

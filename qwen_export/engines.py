@@ -120,7 +120,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         for name in spec.onnx:
             say(name)
             graph = manifest.graphs[name]
-            with mapped(_places(bundle, manifest, graph)) as weights:
+            with mapped(weight_places(bundle, manifest, graph)) as weights:
                 held = weights if spec.weights != BOUND else {}
                 compile_graph(library, name, file_path(bundle, onnx_file(name)).read_bytes(), Path(directory) / graph.file, options, held)
         files = dict(manifest.files)
@@ -135,7 +135,9 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
     return changed
 
 
-def _places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[str, tuple[Path, int, int]]:
+def weight_places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[str, tuple[Path, int, int]]:
+    """Where the weights of a graph lie, for `mapped`."""
+
     def place(weight: WeightSpec) -> tuple[Path, int, int]:
         return weights_path(bundle, manifest, weight.file), weight.offset, weight_bytes(weight)
 
@@ -153,4 +155,5 @@ __all__ = (
     "onnx_file",
     "ready_library",
     "rebuild",
+    "weight_places",
 )

@@ -27,7 +27,7 @@ from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.names import StoredLayout, stored_tensors
 from qwen_export.graphs.quantization.kept import keep_stored
 from qwen_export.graphs.quantization.plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import MANIFEST, ROPE_SCALING, load_manifest
+from qwen_export.manifest import MANIFEST, ROPE_SCALING, Manifest, load_manifest
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.model import load
 
@@ -63,11 +63,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     say = report or (lambda name: None)
     directory = Path(bundle)
     manifest = load_manifest(directory)
-    source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
-    if source.config.text.to_json() != manifest.model:
-        raise VerifyError(
-            "the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint."
-        )
+    source = reference_checkpoint(manifest, reference)
     say("loading the bundle")
     model = load(directory, max_context=min(_CAPACITY, manifest.max_context))
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
@@ -88,7 +84,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
         checks.append(compared("quantisation", against, _one_call(decoder, ids), expected, manifest.target.precision))
         del eager
         say("eager reference with the quantised weights")
-        eager, against = _eager(source, _plan(source, manifest.precision_plan)), "eager, quant."
+        eager, against = _eager(source, reference_plan(source, manifest.precision_plan)), "eager, quant."
         expected = eager(ids)
     checks += [compared(name, against, run(decoder, ids), expected, "activations") for name, run in _announced(say)]
     checks.append(_rewind(decoder, ids))
@@ -112,6 +108,16 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
     temporary.write_text(updated.to_json(), encoding="utf-8")
     temporary.replace(directory / MANIFEST)
     return result
+
+
+def reference_checkpoint(manifest: Manifest, reference: str | Path) -> Checkpoint:
+    """The checkpoint as the bundle was built from it. Raises VerifyError when it is another model."""
+    source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
+    if source.config.text.to_json() != manifest.model:
+        raise VerifyError(
+            "the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint."
+        )
+    return source
 
 
 def _one_call(decoder: Decoder, ids: list[int]) -> Logits:
@@ -197,7 +203,7 @@ def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Cal
     return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
 
 
-def _plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
+def reference_plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
     """The precision plan of a bundle that was built from `source`."""
     plan = PrecisionPlan.from_json(entries)
     if not PrecisionPlan.keeps(entries):

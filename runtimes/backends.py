@@ -20,11 +20,13 @@ Sessions = Callable[[str], Any]
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart."""
+    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart. `graphs`: where the files of the graphs lie, if
+    not in the bundle."""
 
     threads: int | None = None
     repack: bool = False
     device_id: int = 0
+    graphs: Path | None = None
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
@@ -36,7 +38,7 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
     def session(name: str) -> Session:
         graph, device = manifest.graphs[name], manifest.target.device
         return Session(
-            file_path(bundle, graph.file),
+            file_path(options.graphs or bundle, graph.file),
             graph,
             device,
             options.threads,
@@ -44,6 +46,7 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
             weights=weights,
             repack=options.repack,
             device_id=options.device_id,
+            folder=bundle if options.graphs is not None else None,
         )
 
     return session
@@ -53,7 +56,7 @@ def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Session
     from qwen_export.runtimes.tensorrt_engines import Engines
     from qwen_export.runtimes.tensorrt_session import TensorRTSession
 
-    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id)
+    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id, options.graphs)
     return lambda name: TensorRTSession(engines.open(name))
 
 

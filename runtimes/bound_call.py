@@ -31,12 +31,13 @@ class BoundCall:
             if spec.name not in inputs:
                 self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
             self._call.input(spec.name, size(spec), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
-        results: dict[str, Buffer] = {}
+        self.results: dict[str, Buffer] = {}
+        """Outputs that got memory here."""
         for spec in session.spec.outputs:
             if spec.name not in outputs:
-                results[spec.name] = kind(spec.dtype, size(spec))
-            self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else results[spec.name].address)
-        self._results = LogitsBuffers(results["logits"], results.get(TOP_LOGITS), results.get(TOP_IDS))
+                self.results[spec.name] = kind(spec.dtype, size(spec))
+            self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else self.results[spec.name].address)
+        self._logits = LogitsBuffers(self.results["logits"], self.results.get(TOP_LOGITS), self.results.get(TOP_IDS))
         if dims["N"]:
             self._controls["logit_rows"].write_ints(range(self._T - dims["N"], self._T))
 
@@ -50,7 +51,7 @@ class BoundCall:
         for name, value in controls.items():
             self._write(name, value)
         self._call.run()
-        return self._results.rows()
+        return self._logits.rows()
 
     def _write(self, name: str, values: Sequence[int]) -> None:
         if name in self._controls:

@@ -8,7 +8,7 @@ stay.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,13 +17,17 @@ import numpy.typing as npt
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.buffers import Bytes, encode
+from qwen_export.runtimes.buffers import Buffer, Bytes, encode
 from qwen_export.runtimes.logits import Rows
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.draft_head import DraftHead
 
 Logits = npt.NDArray[np.float32]
+
+Observer = Callable[[int, int, Mapping[str, Buffer]], None]
+"""Told of a call of the decoder's graph: tokens read before it, tokens that it read, and by name the outputs that are no states, valid
+until the next call. A call of fixed shape has more rows than tokens."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,8 @@ class Decoder(ABC):
     limit = ("the model's", "Lower --max-context.")
     """Where the longest context comes from, and what to do about a longer one."""
     head: DraftHead | None = None
+    observer: Observer | None = None
+    """Who wants to see what else a graph says, such as the layers of one that was compiled to show them."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int | None, longest: int) -> None:
         self.manifest, self.batch, self.longest = manifest, batch, longest

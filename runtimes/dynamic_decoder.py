@@ -208,6 +208,8 @@ class DynamicDecoder(Decoder):
         if shape not in self._calls:
             self._bind(shape)
         logits = self._call(shape, ids[0] if len(ids) == 1 else [token for row in ids for token in row])
+        if self.observer is not None:
+            self.observer(len(self._tokens[shape.first]), shape.T, self._calls[shape].results)
         for row, i in enumerate(members):
             self._tokens[i].extend(ids[row])
             self._open[i] = 0

@@ -40,10 +40,12 @@ class Session:
         weights: MappedWeights | None = None,
         repack: bool = False,
         device_id: int = 0,
+        folder: Path | None = None,
     ) -> None:
         """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
         `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
-        too, it is given the weights that the bundle refers to."""
+        too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
+        than the graph's."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -74,7 +76,10 @@ class Session:
             elif weights is not None:  # copied to the device, or into the kernels' order
                 self._weights = _values(ort, [weight for weight in spec.weights if weights.is_reference(weight)], weights)
                 options.add_external_initializers(list(self._weights), list(self._weights.values()))
-            self.native = ort.InferenceSession(str(path), options, providers=providers)
+            if folder is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+            graph: str | bytes = str(path) if folder is None else path.read_bytes()
+            self.native = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
                 "ONNX Runtime could not load the graph",

@@ -148,6 +148,8 @@ class StaticDecoder(Decoder):
             input_ids=graph.padded(ids), length=[len(tokens)], accepted=[self._accepted[sequence]], commit=[len(ids) if commit else 0]
         )
         self._states[sequence].run(name)
+        if self.observer is not None:
+            self.observer(len(tokens), len(ids), graph.results)
         tokens.extend(ids)
         self._accepted[sequence] = self._open[sequence] = 0
         if self.head is not None:

@@ -60,11 +60,11 @@ class Scratch:
 
 
 class Engines:
-    """Opens the engines of one bundle. `weights` are the bundle's, on the host."""
+    """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is where the engines lie, if not in the bundle."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0, graphs: Path | None = None) -> None:
         self.library: Library = load_library(manifest.target.backend)
-        self._bundle, self._manifest, self._mapped = bundle, manifest, weights
+        self._bundle, self._manifest, self._mapped, self._graphs = bundle, manifest, weights, graphs or bundle
         self.stream = Stream(device_id)
         self.weights = DeviceWeights(weights, self.stream)
         self.scratch = Scratch(self.stream)
@@ -77,7 +77,7 @@ class Engines:
         """The engine of one graph, its weights on the device. Raises BundleError where the library refuses it."""
         spec = self._manifest.graphs[name]
         cuda_driver.use_device(self.stream.device_id)
-        path = file_path(self._bundle, spec.file)
+        path = file_path(self._graphs, spec.file)
         self.library.said()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             native = self._runtime.deserialize_cuda_engine(data)

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_export import build
+from qwen_export import build, engines
 from qwen_export.cli import main
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.engine_options import EngineOptions
+from qwen_export.errors import BundleError, QwenExportError, VerifyError
 from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.layer_check import verify_layers
 from qwen_export.manifest import EngineSpec, WeightSpec, load_manifest
 from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, load, tensorrt_compatibility, tensorrt_engines
 from qwen_export.runtimes.buffers import CudaBuffer, as_bytes
@@ -417,3 +419,32 @@ def test_an_engine_that_is_not_the_manifests(bundle: Path, machine: Machine) -> 
     path.write_text(path.read_text().replace('"name": "commit"', '"name": "committed"'))
     with pytest.raises(BundleError, match="not what the manifest describes: got commit, committed"):
         load(bundle)
+
+
+# ---- layer by layer
+
+
+def test_layers_of_engines_are_compared_with_the_eager_model(
+    portable: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("polygraphy")
+    machine()
+    compiled = []
+
+    def compile_graph(library: object, graph: str, model: bytes, output: Path, options: EngineOptions, weights: dict[str, Any]) -> None:
+        compiled.append((graph, options.weights))
+        output.write_bytes(model)
+
+    monkeypatch.setattr(engines, "ready_library", lambda flavour, options: None)
+    monkeypatch.setattr(engines, "compile_graph", compile_graph)
+    graphs = ["decoder", "verify", "prefill"]
+    carrying = engine_bundle(portable, tmp_path / "carrying", onnx=graphs, options={"weights": "bound"})
+    result = verify_layers(carrying, portable.parent / "checkpoint")
+    assert result["passed"] and sorted(compiled) == sorted((graph, "bound") for graph in graphs)
+    assert [row["tokens"] for row in result["layers"][:4]] == [81] * 4
+
+
+def test_layers_of_engines_need_the_graphs(portable: Path, bundle: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(VerifyError, match=r"does not carry its graphs.*--carry-onnx"):
+        verify_layers(bundle, portable.parent / "checkpoint")
