@@ -12,7 +12,7 @@ _WITHOUT_FP8 = PRECISIONS[:-1]
 @dataclass(frozen=True)
 class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
-    has two graphs of fixed shapes, for prompts and for steps; `opsets` are the versions of the standard to choose from, the default first,
+    has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
     and `prompt_tokens` is the default size of a prompt call, at most `longest_call`, within which the delta rule takes `delta_chunk` tokens
     at a time. `engines`: the graphs are compiled while the bundle is built."""
 

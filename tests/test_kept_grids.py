@@ -286,7 +286,7 @@ def test_the_default_precision_is_the_checkpoints(made: Make, source: Path, monk
         monkeypatch.setenv(known.variable, str(library))
     quantised = open_checkpoint(made(quantizers.gptq(128), GPTQ).path)
     assert default_precision(quantised, "onnxruntime", "cpu") == "int4"
-    assert default_precision(quantised, "onnx", "cpu") == "fp32"
+    assert default_precision(quantised, "onnx", "cpu") == "int4"
     assert default_precision(open_checkpoint(source), "onnxruntime", "cpu") == "fp32"
     assert default_precision(open_checkpoint(source), "onnxruntime", "cuda") == "fp16"
     monkeypatch.setenv(LIBRARIES["cpu"].variable, "")
@@ -307,7 +307,9 @@ def test_cuda_keeps_the_same(made: Make, monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_inspect_tells_what_is_kept(made: Make) -> None:
     report = inspect_checkpoint(made(quantizers.gptq(128), GPTQ).path)
-    (entry,) = [entry for entry in report["targets"] if (entry["device"], entry["precision"]) == ("cpu", "int4")]
+    (entry,) = [
+        entry for entry in report["targets"] if (entry["target"], entry["device"], entry["precision"]) == ("onnxruntime", "cpu", "int4")
+    ]
     assert not entry["supported"] or entry["quantized_matrices"] == {"kept: gptq int4 group 128": 32}
     assert json.dumps(report)
 

@@ -110,14 +110,18 @@ def test_plain_steps_leave_states_that_a_later_draft_reads(model: Model, prompts
     for token in ids[5:]:
         decoder.step([token])
     reference.prefill(ids)
-    first, second = (d.head.first(7).copy() for d in (decoder, reference))  # type: ignore[union-attr]
+    first, second = (d.head.first(7).array.copy() for d in (decoder, reference))  # type: ignore[union-attr]
     assert abs(first - second).max() < 1e-4
 
 
 def test_marks_and_snapshots_inside_a_round_are_exact(model: Model, prompts: list[list[int]]) -> None:
     def round_after(decoder: Decoder) -> list[Any]:
         assert decoder.head is not None
-        drafts = [decoder.head.first(11).copy(), decoder.head.following(12, 1).copy(), decoder.head.following(13, 2).copy()]
+        drafts = [
+            decoder.head.first(11).array.copy(),
+            decoder.head.following(12, 1).array.copy(),
+            decoder.head.following(13, 2).array.copy(),
+        ]
         rows = decoder.verify([11, 12, 13, 14]).copy()
         decoder.accept(2)
         return [*drafts, rows, decoder.step([15])[0].copy()]

@@ -22,7 +22,7 @@ __device__ inline uint64_t order(float x, int id) {
   bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   // Zeros of both signs are equal.
   if (x == 0.0f) bits = 0x80000000u;
-  if (x != x) bits = 0xffffffffu;
+  if (x != x) bits = 0xfffffffeu;  // above infinity, and below what means no bound
   return uint64_t(bits) << 32 | (0xffffffffu - uint32_t(id));
 }
 

@@ -94,9 +94,12 @@ def _parts(
 ) -> list[ir.Value]:
     """Codes, scales and, where the format has them, zeros."""
     of, format = exact(weight, chosen), _quant(chosen)
-    parts = {"codes": Codes(of, format, chosen.method, turned), "scales": Scales(of, format, chosen.method, turned, activation)}
+    parts: dict[str, Weight] = {
+        "codes": Codes(of, format, chosen.method, turned),
+        "scales": Scales(of, format, chosen.method, turned, activation),
+    }
     if format.zeros:
-        parts["zeros"] = Zeros(of, format, chosen.method, turned)  # type: ignore[assignment]
+        parts["zeros"] = Zeros(of, format, chosen.method, turned)
     return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
 
 
