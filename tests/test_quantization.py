@@ -129,7 +129,9 @@ def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int, mo
     assert methods.native_search() is not None
     native = errors()
     monkeypatch.setattr(methods, "native_search", lambda: None)
-    np.testing.assert_allclose(native, errors(), rtol=2e-3)
+    # What tells ranges apart is a difference of numbers as large as the block's squares, in fp32.
+    slack = 4e-6 * (w.astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
+    assert (np.abs(native - errors()) <= slack).all()
     assert native[3 * 4] == 0
 
 

@@ -192,7 +192,7 @@ def test_memory_that_nothing_was_written_to_is_free() -> None:
     cache.prefer_huge_pages(2, 8192)
     assert resident_mb() - before < 4
     assert cache.address % (2 << 20) == 0
-    cache.view()[:, :, :100] = 1
+    cache.array()[:, :, :100] = 1
     assert resident_mb() - before < 5
     assert not any(buffer.read().any() for buffer in small)
     assert cache.array()[0, 1, 99, 255] == 1 and not cache.array()[0, 0, 100:110].any()

@@ -59,9 +59,10 @@ def _symmetric(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Arra
     else:
         high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
         if method == "rtn":
-            scale = np.maximum(high, -low) / (top - 1)
+            scale = (np.maximum(high, -low) / (top - 1)).astype(np.float32, copy=False)
         else:
-            scale = _best_scale(w, -np.where(high > -low, high, low) / top, -top, top - 1)
+            widest = (-np.where(high > -low, high, low) / top).astype(np.float32, copy=False)
+            scale = _best_scale(w, widest, -top, top - 1)
     rounded, inverse = _stored(scale, format)
     q = w * inverse[:, None]
     np.rint(q, out=q)
