@@ -1,5 +1,5 @@
-"""Products as sums over element-wise products: exact in fp32 on compilers that round the operands of products to TF32, and for few rows no
-slower. Not for many: a sum reads its operands again for every row and column.
+"""Products as sums over element-wise products: exact in fp32 on compilers that round the operands of products to TF32. For few rows:
+a sum reads its operands again for every row and column.
 """
 
 from __future__ import annotations
