@@ -36,7 +36,7 @@ from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.writer import write_weights
 from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
-from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.onnxruntime.choices import Choice
@@ -49,17 +49,7 @@ from qwen_export.targets import ONNX
 from tests.support.standard_graphs import emitted
 
 
-def scan_rule(
-    emit: Emitter,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    g: ir.Value,
-    beta: ir.Value,
-    state: ir.Value,
-    length: int,
-    keep: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value]:
+def scan_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
     """The recurrence token by token in a Scan: all tokens enter the state."""
     names = ("state", "q", "k", "v", "g", "beta")
     inner = {name: ir.Value(name=f"{emit.prefix}.body.{name}", type=ir.TensorType(ir.DataType.FLOAT)) for name in names}
@@ -72,11 +62,14 @@ def scan_rule(
     body.extend(step.nodes)
     body.outputs.extend([after, out])
     # [1,H,L,D] -> [L,1,H,1,D]: slices along the first axis cost least.
-    moved = [emit("", "Unsqueeze", [emit.transpose(x, 2, 0, 1, 3), emit.ints(3)], like=x)[0] for x in (q, k, v, g, beta)]
+    moved = [
+        emit("", "Unsqueeze", [emit.transpose(x, 2, 0, 1, 3), emit.ints(3)], like=x)[0]
+        for x in (given.q, given.k, given.v, given.g, given.beta)
+    ]
     node = ir.Node(
         "",
         "Scan",
-        [state, *moved],
+        [given.state, *moved],
         [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(moved))],
         num_outputs=2,
         name=f"{emit.prefix}.scan",
@@ -86,7 +79,7 @@ def scan_rule(
         value.type = ir.TensorType(ir.DataType.FLOAT)
     state_after.name, stacked.name = f"{emit.prefix}.scan.0", f"{emit.prefix}.scan.1"
     emit.nodes.append(node)
-    (rows,) = emit("", "Squeeze", [stacked, emit.ints(3)], like=q)
+    (rows,) = emit("", "Squeeze", [stacked, emit.ints(3)], like=given.q)
     return emit.transpose(rows, 1, 2, 0, 3), state_after
 
 
@@ -129,12 +122,12 @@ def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) ->
     data = {n: x / np.linalg.norm(x, axis=-1, keepdims=True) if n != "v" else x for n, x in data.items()}
     data |= {"g": -rng.random((1, heads, tokens, 1), np.float32), "beta": rng.random((1, heads, tokens, 1), np.float32)}
 
-    def session(rule: Any, length: int) -> ort.InferenceSession:
+    def session(rule: DeltaRule, length: int) -> ort.InferenceSession:
         shapes = {n: (*x.shape[:2], length, *x.shape[3:]) for n, x in data.items()} | {"state": (1, heads, size, size)}
         inputs = {n: ir.Value(name=n, shape=ir.Shape(s), type=ir.TensorType(ir.DataType.FLOAT)) for n, s in shapes.items()}
         graph = ir.Graph(list(inputs.values()), [], nodes=[], name="rule", opset_imports={"": 21})
         emit = Emitter(graph, "rule")
-        for i, value in enumerate(rule(emit, *(inputs[n] for n in ("q", "k", "v", "g", "beta", "state")), length)):
+        for i, value in enumerate(rule(emit, Recurrence(**inputs, length=length))):
             value.name = f"out{i}"
             graph.outputs.append(value)
         graph.extend(emit.nodes)
@@ -154,18 +147,9 @@ def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) ->
     return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
 
 
-def reference_rule(
-    emit: Emitter,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    g: ir.Value,
-    beta: ir.Value,
-    state: ir.Value,
-    length: int,
-    keep: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value]:
+def reference_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
     """One token as transformers writes it, and torch.onnx translates it: products with broadcasting, and sums over them."""
+    q, k, v, g, beta, state, *_ = given
 
     def total(x: ir.Value) -> ir.Value:
         return emit("", "ReduceSum", [x, emit.ints(2)], like=x, keepdims=1)[0]

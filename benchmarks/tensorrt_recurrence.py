@@ -26,7 +26,7 @@ import torch
 
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule, in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
 from qwen_export.plugins.decompose.gated_attention import attend
@@ -209,12 +209,12 @@ def recurrence_values(T: int) -> dict[str, torch.Tensor]:
     }
 
 
-def heads_first(emit: Emitter, x: dict[str, ir.Value], T: int) -> list[ir.Value]:
+def heads_first(emit: Emitter, x: dict[str, ir.Value], T: int) -> Recurrence:
     index = emit.array("key_head", np.repeat(np.arange(HK, dtype=np.int32), HV // HK))
     q, k = (emit.gather(emit.transpose(emit.reshape(x[n], 1, T, HK, D), 0, 2, 1, 3), index, axis=1) for n in ("q", "k"))
     v = emit.transpose(emit.reshape(x["v"], 1, T, HV, D), 0, 2, 1, 3)
     g, beta = (emit.reshape(emit.transpose(x[n], 0, 2, 1), 1, HV, T, 1) for n in ("g", "beta"))
-    return [q, k, v, g, beta, x["state"]]
+    return Recurrence(q, k, v, g, beta, x["state"], T)
 
 
 def against_float64(given: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> str:
@@ -236,7 +236,7 @@ def against_float64(given: dict[str, torch.Tensor], outputs: list[torch.Tensor])
 
 def recurrence(name: str, rule: DeltaRule, T: int, tf32: bool = False, emitter: type[Emitter] = Emitter) -> Case:
     def body(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        return rule(emit, *heads_first(emit, x, T), T, None)  # type: ignore[call-arg, arg-type]
+        return rule(emit, heads_first(emit, x, T))
 
     return Case(name, recurrence_inputs(T), body, tf32, check=against_float64, values=recurrence_values(T), emitter=emitter)
 

@@ -7,12 +7,12 @@ import pytest
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.delta_rule import DeltaRule
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from tests.support.standard_graphs import emitted, session
 from tests.test_portable_numerics import DECAYS, FLOAT, Array, correlated_keys, recurrence
 
-NAMES = ("q", "k", "v", "g", "beta", "state")
+NAMES = ("q", "k", "v", "g", "beta")
 
 
 def prompt(seed: int, H: int, L: int, D: int, decay: str) -> dict[str, Array]:
@@ -28,7 +28,7 @@ def read(rule: DeltaRule, data: dict[str, Array], T: int) -> tuple[Array, Array]
     H, L, D = data["v"].shape
     wide = data | {name: data[name][..., None] for name in ("g", "beta")}
     shapes = {name: ((1, H, T, x.shape[-1]), FLOAT) for name, x in wide.items()} | {"state": ((1, H, D, D), FLOAT)}
-    run = session(emitted(shapes, lambda emit, x: rule(emit, *(x[n] for n in NAMES), T, None)))  # type: ignore[call-arg, arg-type]
+    run = session(emitted(shapes, lambda emit, x: rule(emit, Recurrence(**x, length=T))))
     state, out = np.zeros((1, H, D, D), np.float32), []
     for start in range(0, L, T):
         o, state = run.run(None, {n: x[None, :, start : start + T] for n, x in wide.items()} | {"state": state})
@@ -44,7 +44,7 @@ def read(rule: DeltaRule, data: dict[str, Array], T: int) -> tuple[Array, Array]
 def test_against_float64(rule: DeltaRule, T: int, L: int, decay: str) -> None:
     data = prompt(len(decay), 2, L, 32, decay)
     o, state = read(rule, data, T)
-    expected, expected_state = recurrence(*(data[n] for n in NAMES[:-1]), np.zeros_like(state))
+    expected, expected_state = recurrence(*(data[n] for n in NAMES), np.zeros_like(state))
     scale = max(1, np.abs(expected_state).max())
     assert np.abs(o - expected).max() <= 2e-5 * scale
     assert np.abs(state - expected_state).max() <= 2e-5 * scale
@@ -59,12 +59,12 @@ def test_padding_leaves_no_trace() -> None:
         "keep": ((1, 1, L, 1), FLOAT),
     }
     rule = batched_chunks(64)
-    run = session(emitted(shapes, lambda emit, x: rule(emit, *(x[n] for n in NAMES), L, x["keep"])))  # type: ignore[call-arg, arg-type]
+    run = session(emitted(shapes, lambda emit, x: rule(emit, Recurrence(**x, length=L))))
     feeds = {n: x[None] for n, x in wide.items()} | {"state": np.zeros((1, H, D, D), np.float32)}
     for count in (1, 64, 100, 255):
         keep = (np.arange(L) < count).astype(np.float32)[None, None, :, None]
         o, state = run.run(None, feeds | {"keep": keep})
-        expected, expected_state = recurrence(*(data[n][:, :count] for n in NAMES[:-1]), np.zeros((H, D, D)))
+        expected, expected_state = recurrence(*(data[n][:, :count] for n in NAMES), np.zeros((H, D, D)))
         assert np.abs(o[0][:, :count] - expected).max() <= 2e-5
         assert np.abs(state[0] - expected_state).max() <= 2e-5
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
-from qwen_export.plugins.decompose.delta_rule import delta_rule
+from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.triangular_inverse import UNIT_ROUNDOFF, block_masks, error_bound, unit_lower_inverse
@@ -115,8 +115,7 @@ def test_8192_tokens_in_chunks_against_float64(decay: str) -> None:
     beta = rng.uniform(0.5, 1, (H, L)).astype(np.float32)
     data = {"q": q, "k": k, "v": v, "g": g[..., None], "beta": beta[..., None]}
     shapes = {name: ((1, H, C, x.shape[-1]), FLOAT) for name, x in data.items()} | {"state": ((1, H, D, D), FLOAT)}
-    names = ("q", "k", "v", "g", "beta", "state")
-    run = session(emitted(shapes, lambda emit, x: delta_rule(emit, *(x[n] for n in names), C)))  # type: ignore[arg-type]
+    run = session(emitted(shapes, lambda emit, x: delta_rule(emit, Recurrence(**x, length=C))))
     state, out = np.zeros((1, H, D, D), np.float32), []
     for start in range(0, L, C):
         o, state = run.run(None, {n: x[None, :, start : start + C] for n, x in data.items()} | {"state": state})
@@ -138,7 +137,7 @@ def test_weak_decay_after_strong_decay_keeps_its_digits() -> None:
     shapes = (
         dict.fromkeys("qkv", ((1, H, L, D), FLOAT)) | dict.fromkeys(("g", "beta"), ((1, H, L, 1), FLOAT)) | {"state": ((1, H, D, D), FLOAT)}
     )
-    model = emitted(shapes, lambda emit, x: delta_rule(emit, *x.values(), L))
+    model = emitted(shapes, lambda emit, x: delta_rule(emit, Recurrence(**x, length=L)))
     feeds = {"q": q[None], "k": k[None], "v": v[None], "g": g[None, ..., None], "beta": beta[None, ..., None]}
     o, _ = session(model).run(None, feeds | {"state": np.zeros((1, H, D, D), np.float32)})
     expected, _ = recurrence(q, k, v, g, beta, np.zeros((H, D, D)))

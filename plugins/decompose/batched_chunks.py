@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
 
@@ -31,48 +31,28 @@ def batched_chunks(size: int, products: ir.DataType | None = None) -> DeltaRule:
     """`delta_rule` in chunks of `size` tokens; calls must be whole chunks, or shorter than one. `products`: the dtype that operands of the
     products are rounded to, those of the inverse and of sums of g excepted; None leaves them fp32. The state is fp32 in any case."""
 
-    def rule(
-        emit: Emitter,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        g: ir.Value,
-        beta: ir.Value,
-        state: ir.Value,
-        length: int,
-        keep: ir.Value | None = None,
-    ) -> tuple[ir.Value, ir.Value]:
-        if length <= size:
-            return delta_rule(emit, q, k, v, g, beta, state, length, keep)
-        if length % size:
-            raise UnsupportedError("a prompt call is not a whole number of chunks", got=length, expected=f"a multiple of {size}")
-        if keep is not None:
-            g, beta = emit.mul(g, keep), emit.mul(beta, keep)
-        return _rule(emit, q, k, v, g, beta, state, length // size, size, products or ir.DataType.FLOAT)
+    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+        if given.length <= size:
+            return delta_rule(emit, given)
+        if given.length % size:
+            raise UnsupportedError("a prompt call is not a whole number of chunks", got=given.length, expected=f"a multiple of {size}")
+        return _rule(emit, given, size, products or ir.DataType.FLOAT)
 
     return rule
 
 
-def _rule(
-    emit: Emitter,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    g: ir.Value,
-    beta: ir.Value,
-    state: ir.Value,
-    N: int,
-    C: int,
-    products: ir.DataType,
-) -> tuple[ir.Value, ir.Value]:
-    """q, k [1,H,N*C,Dk], v [1,H,N*C,Dv], g and beta [1,H,N*C,1], state [1,H,Dk,Dv], all fp32."""
+def _rule(emit: Emitter, given: Recurrence, C: int, products: ir.DataType) -> tuple[ir.Value, ir.Value]:
+    """N chunks of C tokens of one sequence."""
 
     def narrow(x: ir.Value) -> ir.Value:
         if products == ir.DataType.FLOAT16:  # an infinite entry would make every later one infinite
             (x,) = emit("", "Clip", [x, emit.scalar(-_LARGEST), emit.scalar(_LARGEST)], like=x)
         return emit.cast(x, products)
 
-    _, H, Dk, Dv = static_shape(state)
+    q, k, v, g, beta, state, length, keep = given
+    if keep is not None:
+        g, beta = emit.mul(g, keep), emit.mul(beta, keep)
+    N, (_, H, Dk, Dv) = length // C, static_shape(state)
     q, k = (emit.reshape(x, H, N, C, Dk) for x in (q, k))
     v = emit.reshape(v, H, N, C, Dv)
     g, beta = (emit.reshape(x, H, N, C, 1) for x in (g, beta))

@@ -17,6 +17,7 @@ Everything is fp32. A token with beta = 0 and g = 0 is the identity transition a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -24,26 +25,41 @@ import onnx_ir as ir
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
 
-DeltaRule = Callable[[Emitter, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, ir.Value, int, ir.Value | None], tuple[ir.Value, ir.Value]]
-"""q, k, v, g, beta, state, length and `keep` in, outputs and the next state out, as `delta_rule`."""
+
+class Recurrence(NamedTuple):
+    """What the rule reads: L = `length` tokens and the state before them, all fp32.
+
+    q, k [B,H,L,Dk], v [B,H,L,Dv], g and beta [B,H,L,1], state [B,H,Dk,Dv]. `keep` [B,1,L,1], ones and then zeros: only tokens with 1 enter
+    the state, though all have outputs. None keeps all."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    g: ir.Value
+    beta: ir.Value
+    state: ir.Value
+    length: int
+    keep: ir.Value | None = None
+
+    def part(self, emit: Emitter, start: int, stop: int, state: ir.Value) -> Recurrence:
+        """Tokens `start` to `stop`, read after `state`."""
+
+        def rows(x: ir.Value) -> ir.Value:
+            return emit.rows(x, start, stop, axis=2)
+
+        q, k, v, g, beta = rows(self.q), rows(self.k), rows(self.v), rows(self.g), rows(self.beta)
+        return Recurrence(q, k, v, g, beta, state, stop - start, None if self.keep is None else rows(self.keep))
 
 
-def delta_rule(
-    emit: Emitter,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    g: ir.Value,
-    beta: ir.Value,
-    state: ir.Value,
-    length: int,
-    keep: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value]:
-    """q, k [B,H,L,Dk], v [B,H,L,Dv], g and beta [B,H,L,1], state [B,H,Dk,Dv], all fp32 -> o [B,H,L,Dv] and the state afterwards.
+DeltaRule = Callable[[Emitter, Recurrence], tuple[ir.Value, ir.Value]]
+"""Emits o [B,H,L,Dv] and the state afterwards."""
 
-    `keep` [B,1,L,1], ones and then zeros: only tokens with 1 enter the state, though all have outputs. None keeps all."""
+
+def delta_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+    """All tokens in one chunk."""
+    q, k, v, g, beta, state, length, keep = given
     if length == 1 and keep is None:
-        return _one_token(emit, q, k, v, g, beta, state)
+        return _one_token(emit, given)
     lower = np.tril(np.ones((length, length), np.float32))
     reached = emit.array(f"lower_{length}", lower)
     after = emit.array(f"below_{length}", np.tril(lower, -1))
@@ -69,34 +85,20 @@ def in_chunks(size: int) -> DeltaRule:
     """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
     tokens in a call. Not for calls that commit less than they have outputs for, as a verify does."""
 
-    def rule(
-        emit: Emitter,
-        q: ir.Value,
-        k: ir.Value,
-        v: ir.Value,
-        g: ir.Value,
-        beta: ir.Value,
-        state: ir.Value,
-        length: int,
-        keep: ir.Value | None = None,
-    ) -> tuple[ir.Value, ir.Value]:
-        if length <= size:
-            return delta_rule(emit, q, k, v, g, beta, state, length, keep)
-        outputs = []
-        for start in range(0, length, size):
-            stop = min(start + size, length)
-            part = [emit.rows(x, start, stop, axis=2) for x in (q, k, v, g, beta)]
-            kept = None if keep is None else emit.rows(keep, start, stop, axis=2)
-            o, state = delta_rule(emit, part[0], part[1], part[2], part[3], part[4], state, stop - start, kept)
+    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+        if given.length <= size:
+            return delta_rule(emit, given)
+        state, outputs = given.state, []
+        for start in range(0, given.length, size):
+            o, state = delta_rule(emit, given.part(emit, start, min(start + size, given.length), state))
             outputs.append(o)
         return emit.concat(outputs, axis=2), state
 
     return rule
 
 
-def _one_token(
-    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, g: ir.Value, beta: ir.Value, state: ir.Value
-) -> tuple[ir.Value, ir.Value]:
+def _one_token(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+    q, k, v, g, beta, state, *_ = given
     decayed = emit.mul(state, emit.exp(g))
     u = emit.mul(beta, emit.sub(v, emit.matmul(k, decayed)))
     after = emit.add(decayed, emit.mul(emit.transpose(k, 0, 1, 3, 2), u))

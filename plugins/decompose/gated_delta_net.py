@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.weights.expression import Column, NegativeExp, Reshaped, StoredWeight, Weight, add_weight, weight_of
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.ops.gated_delta_net import L2_EPS
 
@@ -77,7 +77,7 @@ def emit_gated_delta_net(
     state = given["state"]
     if state is None:
         raise TypeError("gated_delta_net has no state")
-    o, state_after = rule(emit, q, k, v, g, beta, state, P + T, keep)
+    o, state_after = rule(emit, Recurrence(q, k, v, g, beta, state, P + T, keep))
     if P:
         o = emit.rows(o, P, P + T, axis=2)
     y = _gated_norm(emit, emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hv, sizes.Dv), given, sizes, eps)

@@ -10,24 +10,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.delta_rule import delta_rule
+from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 
 
-def reduced_step(
-    emit: Emitter,
-    q: ir.Value,
-    k: ir.Value,
-    v: ir.Value,
-    g: ir.Value,
-    beta: ir.Value,
-    state: ir.Value,
-    length: int,
-    keep: ir.Value | None = None,
-) -> tuple[ir.Value, ir.Value]:
+def reduced_step(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
     """`delta_rule` for calls of one token; longer ones take the chunk form."""
+    q, k, v, g, beta, state, length, keep = given
     if length > 1 or keep is not None:
-        return delta_rule(emit, q, k, v, g, beta, state, length, keep)
+        return delta_rule(emit, given)
     decayed = emit.mul(state, emit.exp(g))
     q_column, k_column = emit.transpose(q, 0, 1, 3, 2), emit.transpose(k, 0, 1, 3, 2)
 
