@@ -34,21 +34,26 @@ def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
     (chosen,) = formats
     if chosen.quant is None:
         return None
+    ensure_whole_blocks(weight, chosen, names[0])
+    return chosen
+
+
+def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str) -> None:
+    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks and whole bytes that DequantizeLinear reads."""
     N, K = weight.shape
-    if K % chosen.quant.block or N % 2:
+    if K % chosen.block or N % 2:
         raise ConfigError(
             "a quantised matrix is not made of whole blocks",
-            where=names[0],
-            got=f"{N} rows of {K} values in blocks of {chosen.quant.block}",
+            where=where,
+            got=f"{N} rows of {K} values in blocks of {chosen.block}",
             expected="rows of whole blocks, and an even number of them",
             fix='Give it another block in a --plan file, or format = "stored".',
         )
-    return chosen
 
 
 def dequantized_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen: GroupFormat, context: PassContext) -> ir.Value:
     """x [..,K] times a matrix [N,K], as the product of x and its dequantised codes."""
-    codes = _parts(emit.graph, f"{name}.turned", weight, chosen, context.activation, turned=True)
+    codes = quantized_parts(emit.graph, f"{name}.turned", weight, chosen, context.activation, turned=True)
     (w,) = emit("", "DequantizeLinear", codes, like=x, axis=0, block_size=chosen.block)
     return emit.matmul(x, w)
 
@@ -60,7 +65,7 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     format, graph = _quant(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
+        made = kind(_exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
 
     inputs = [x, part("codes", NBitsCodes), part("scales", Scales, False, context.activation)]
@@ -80,7 +85,7 @@ def quantize_embedding(model: ir.Model, context: PassContext) -> int:
         if weight is None or chosen is None or node.inputs[0] is None:
             continue
         emit = Emitter(model.graph, (node.inputs[0].name or "embedding").removesuffix(".weight"))
-        parts = _parts(model.graph, node.inputs[0].name or "embedding", weight, chosen, context.activation)
+        parts = quantized_parts(model.graph, node.inputs[0].name or "embedding", weight, chosen, context.activation)
         rows = [emit.gather(part, cast(ir.Value, node.inputs[1]), axis=0) for part in parts]
         (x,) = emit("", "DequantizeLinear", rows, like=node.outputs[0], axis=-1, block_size=chosen.block)
         x.shape = node.outputs[0].shape
@@ -89,11 +94,11 @@ def quantize_embedding(model: ir.Model, context: PassContext) -> int:
     return changed
 
 
-def _parts(
+def quantized_parts(
     graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
 ) -> list[ir.Value]:
-    """Codes, scales and, where the format has them, zeros."""
-    of, format = exact(weight, chosen), _quant(chosen)
+    """Codes, scales and, where the format has them, zeros, as DequantizeLinear wants them; turned: of the matrix [K,N]."""
+    of, format = _exact(weight, chosen), _quant(chosen)
     parts: dict[str, Weight] = {
         "codes": Codes(of, format, chosen.method, turned),
         "scales": Scales(of, format, chosen.method, turned, activation),
@@ -109,6 +114,6 @@ def _quant(chosen: GroupFormat) -> QuantFormat:
     return chosen.quant
 
 
-def exact(weight: Weight, chosen: GroupFormat) -> Weight:
+def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
     return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight

@@ -5,12 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
 from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales
-from qwen_export.graphs.quantization.plan import INT4, STORED, GroupFormat
-from qwen_export.graphs.quantization.standard import Codes, Scales
+from qwen_export.graphs.quantization.plan import FP8, INT4, STORED, GroupFormat
 from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
@@ -22,7 +20,7 @@ from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
-from qwen_export.plugins.standard.quantized import exact
+from qwen_export.plugins.standard.quantized import ensure_whole_blocks, quantized_parts
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
 
@@ -142,25 +140,17 @@ def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, sh
 
 def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFormat, context: PassContext) -> ir.Value:
     """The weight in the activation dtype, from codes and scales; turned, [in, out], where it is int4."""
-    name, (N, K) = value.name or "", weight.shape
-    if format.quant is None:  # fp8
-        parts: list[Weight] = [Fp8Codes(weight), Fp8Scales(weight, context.activation)]
+    name = value.name or ""
+    if format.format == FP8:
+        scales = Fp8Scales(weight, context.activation)
+        parts = [add_weight(emit.graph, f"{name}.codes", Fp8Codes(weight)), add_weight(emit.graph, f"{name}.scales", scales)]
         attributes = {"axis": 0}
     else:
-        if K % format.block or N % 2:
-            raise ConfigError(
-                "TensorRT dequantises whole blocks and whole bytes only",
-                where=name,
-                got=f"{N} x {K}",
-                expected=f"an even number of rows of a multiple of {format.block} values",
-                fix='Give the matrix another block, or format = "stored", in the precision plan.',
-            )
-        of, turned = exact(weight, format), format.format == INT4
-        codes = Codes(of, format.quant, format.method, turned)
-        parts = [codes, Scales(of, format.quant, format.method, turned, context.activation)]
+        ensure_whole_blocks(weight, format, name)
+        turned = format.format == INT4
+        parts = quantized_parts(emit.graph, name, weight, format, context.activation, turned=turned)
         attributes = {"axis": 0 if turned else 1, "block_size": format.block}
-    inputs = [add_weight(emit.graph, f"{name}.{part}", weight) for part, weight in zip((format.format, "scale"), parts, strict=True)]
-    return emit("", "DequantizeLinear", inputs, dtype=context.activation, **attributes)[0]
+    return emit("", "DequantizeLinear", parts, dtype=context.activation, **attributes)[0]
 
 
 def _format(weight: Weight, context: PassContext) -> GroupFormat:
