@@ -124,9 +124,9 @@ def _norm_name(node: ir.Node) -> str:
 
 def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::linear -> Gemm with transB: the weight [N,K] as it is stored. Quantised: MatMulNBits."""
-    x, value, (N, K) = _linear(node)
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"))
-    product = _quantized_product(emit, x, value, context, nbits_product)
+    emit, x, value, weight = linear_parts(graph, node, shared)
+    N, K = weight.shape
+    product = _quantized_product(emit, x, value, weight, context, nbits_product)
     if product is not None:
         return emit.nodes, [product]
     (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), value], like=x, transB=1)
@@ -138,9 +138,8 @@ def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, s
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
     left-hand one they read where it lies. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
-    x, value, _ = _linear(node)
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
-    product = _quantized_product(emit, x, value, context, dequantized_product)
+    emit, x, value, weight = linear_parts(graph, node, shared)
+    product = _quantized_product(emit, x, value, weight, context, dequantized_product)
     if product is not None:
         return emit.nodes, [product]
     rows = x.shape[1] if x.shape is not None else 0
@@ -150,21 +149,21 @@ def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, s
     return emit.nodes, [emit.transpose(emit.matmul(value, turned), 0, 2, 1)]
 
 
-def _quantized_product(emit: Emitter, x: ir.Value, value: ir.Value, context: PassContext, make: QuantizedProduct) -> ir.Value | None:
+def _quantized_product(
+    emit: Emitter, x: ir.Value, value: ir.Value, weight: Weight, context: PassContext, make: QuantizedProduct
+) -> ir.Value | None:
     """The product over the codes of the weight, None where the plan does not quantise it."""
-    weight = weight_of(value)
-    chosen = chosen_format(weight, context) if weight is not None else None
-    return make(emit, x, value.name or "linear", weight, chosen, context) if weight is not None and chosen is not None else None
+    chosen = chosen_format(weight, context)
+    return make(emit, x, value.name or "linear", weight, chosen, context) if chosen is not None else None
 
 
-def _linear(node: ir.Node) -> tuple[ir.Value, ir.Value, tuple[int, int]]:
-    """Input, weight and the weight's shape of a qwen::linear."""
+def linear_parts(graph: ir.Graph, node: ir.Node, shared: Shared) -> tuple[Emitter, ir.Value, ir.Value, Weight]:
+    """The input of a qwen::linear, its weight [N,K] in the graph, and that weight's expression."""
     x, value = node.inputs
     weight = weight_of(value)
     if x is None or value is None or weight is None:
         raise TypeError("a linear has no stored weight")
-    N, K = weight.shape
-    return x, value, (N, K)
+    return Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared), x, value, weight
 
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {

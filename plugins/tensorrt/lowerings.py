@@ -9,7 +9,7 @@ from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.passes.recognise_linear import LINEAR
 from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales
 from qwen_export.graphs.quantization.plan import FP8, INT4, STORED, GroupFormat
-from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
+from qwen_export.graphs.weights.expression import Weight, add_weight
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
@@ -19,7 +19,7 @@ from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, lower_ops, lower_rms_normalization
+from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, linear_parts, lower_ops, lower_rms_normalization
 from qwen_export.plugins.standard.quantized import ensure_whole_blocks, quantized_parts
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
@@ -96,11 +96,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
 def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """linear -> Gemm over the weight as the checkpoint has it, [out, in]; quantised: DequantizeLinear before it, int4 over the turned
     matrix with at least 8 rows."""
-    x, value = node.inputs
-    weight = weight_of(value)
-    if x is None or value is None or weight is None:
-        raise TypeError("a linear has no stored weight")
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    emit, x, value, weight = linear_parts(graph, node, shared)
     N, K = weight.shape
     tokens = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
     flat, format = emit.reshape(x, -1, K), _format(weight, context)
@@ -121,11 +117,7 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
 def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """The same with fp32 operands kept whole: the rows of x in two parts, in one product. The weight is exact as it is where it is stored
     in 16 bits, and is split likewise where it is not."""
-    x, value = node.inputs
-    weight = weight_of(value)
-    if x is None or value is None or weight is None:
-        raise TypeError("a linear has no stored weight")
-    emit = Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared)
+    emit, x, value, weight = linear_parts(graph, node, shared)
     N, K = weight.shape
     flat = emit.reshape(x, -1, K)
     rows = emit.concat([*split(emit, flat)], axis=0)
