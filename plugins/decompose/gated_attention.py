@@ -31,39 +31,42 @@ class Sizes:
     R: int
 
 
-def emit_gated_attention(
-    emit: Emitter,
-    given: dict[str, ir.Value | None],
-    q: ir.Value,
-    gate: ir.Value,
-    sizes: Sizes,
-    eps: float,
-    activation: ir.DataType,
-    write: CacheWrite,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`given` are the inputs of qwen::gated_attention by name, `length` as i32[1]; q and gate [1,T,Hq*D] are q_proj's two halves.
-    Returns y [1,T,Hq*D] and the caches."""
-    q_heads, k_heads = rotated_heads(emit, given, q, sizes, eps, activation, scale=sizes.D**-0.5)
+@dataclass(frozen=True)
+class Layer:
+    """What one qwen::gated_attention reads: its inputs by name, `length` as i32[1], and q_proj's two halves, q and gate [1,T,Hq*D]. `eps`
+    is that of the head norms; results have the dtype `activation`."""
+
+    given: dict[str, ir.Value | None]
+    q: ir.Value
+    gate: ir.Value
+    sizes: Sizes
+    eps: float
+    activation: ir.DataType
+
+
+def emit_gated_attention(emit: Emitter, layer: Layer, write: CacheWrite) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """y [1,T,Hq*D] and the caches."""
+    given, sizes = layer.given, layer.sizes
+    q_heads, k_heads = rotated_heads(emit, layer, scale=sizes.D**-0.5)
     v_heads = emit.transpose(emit.reshape(given["v"], 1, sizes.T, sizes.Hkv, sizes.D), 0, 2, 1, 3)
     k_cache = write(emit, given["k_cache"], k_heads, given["length"], sizes)
     v_cache = write(emit, given["v_cache"], v_heads, given["length"], sizes)
-    o = attend(emit, q_heads, k_cache, v_cache, given["length"], sizes, activation)
-    return emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache
+    o = attend(emit, q_heads, k_cache, v_cache, given["length"], sizes, layer.activation)
+    return emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache
 
 
-def rotated_heads(
-    emit: Emitter, given: dict[str, ir.Value | None], q: ir.Value, sizes: Sizes, eps: float, activation: ir.DataType, scale: float
-) -> tuple[ir.Value, ir.Value]:
+def rotated_heads(emit: Emitter, layer: Layer, scale: float) -> tuple[ir.Value, ir.Value]:
     """Normalised and rotated queries [1,Hq,T,D], times `scale`, and keys [1,Hkv,T,D]."""
+    given, sizes = layer.given, layer.sizes
 
     def heads(x: ir.Value | None, count: int, weight: ir.Value) -> ir.Value:
         split = emit.reshape(emit.wide(x), 1, sizes.T, count, sizes.D)
-        normed = emit.mul(emit.mean_square_scale(split, eps), weight)
-        return emit.cast(_rotate(emit, emit.transpose(normed, 0, 2, 1, 3), given, sizes), activation)
+        normed = emit.mul(emit.mean_square_scale(split, layer.eps), weight)
+        return emit.cast(_rotate(emit, emit.transpose(normed, 0, 2, 1, 3), given, sizes), layer.activation)
 
     # The rotation is linear: the scale of the scores goes into the norm's weight, where fp16 queries stay small.
     return (
-        heads(q, sizes.Hq, norm_weight(emit, given["q_norm"], 1.0, scale)),
+        heads(layer.q, sizes.Hq, norm_weight(emit, given["q_norm"], 1.0, scale)),
         heads(given["k"], sizes.Hkv, norm_weight(emit, given["k_norm"], 1.0)),
     )
 

@@ -49,9 +49,8 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite) -> Replacement:
-    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
-    results = attention.emit_gated_attention(emit, given, q, gate, sizes, context.config.rms_norm_eps, context.activation, write)
-    return emit.nodes, list(results)
+    emit, layer = attention_parts(graph, node, context, shared)
+    return emit.nodes, list(attention.emit_gated_attention(emit, layer, write))
 
 
 def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
@@ -61,8 +60,9 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     (plugins/directml)."""
     if context.static.T > 1:
         return _attention(graph, node, context, shared, attention.select)
-    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
-    q_heads, k_heads = attention.rotated_heads(emit, given, q, sizes, context.config.rms_norm_eps, context.activation, sizes.D**-0.5)
+    emit, layer = attention_parts(graph, node, context, shared)
+    given, sizes = layer.given, layer.sizes
+    q_heads, k_heads = attention.rotated_heads(emit, layer, sizes.D**-0.5)
     flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
     slots = emit.array(f"slots_i32_{sizes.S}", np.array(sizes.S, np.int32))
     o, k_cache, v_cache = emit(
@@ -76,12 +76,10 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
         scale=1.0,
         do_rotary=0,
     )
-    return emit.nodes, [emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache]
+    return emit.nodes, [emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache]
 
 
-def attention_parts(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
-) -> tuple[Emitter, dict[str, ir.Value | None], ir.Value, ir.Value, attention.Sizes]:
+def attention_parts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[Emitter, attention.Layer]:
     """q_proj's interleaved halves become two products, so that no node takes them apart."""
     prefix, config = f"{layer_prefix(node)}.self_attn", context.config
     emit = Emitter(graph, prefix, shared)
@@ -90,7 +88,8 @@ def attention_parts(
     query_rows, gate_rows = query_and_gate(packed, context)
     q, gate = emit.linear(x, query_rows, f"{prefix}.q_proj.query"), emit.linear(x, gate_rows, f"{prefix}.q_proj.gate")
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim)
-    return emit, given, q, gate, attention.Sizes(context.static.T, context.static.S, *heads)
+    sizes = attention.Sizes(context.static.T, context.static.S, *heads)
+    return emit, attention.Layer(given, q, gate, sizes, config.rms_norm_eps, context.activation)
 
 
 def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:

@@ -11,32 +11,22 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_attention import Sizes, attend, new_slots
+from qwen_export.plugins.decompose.gated_attention import Layer, Sizes, attend, new_slots
 from qwen_export.plugins.decompose.norm import norm_weight
 
 
-def emit_native_attention(
-    emit: Emitter,
-    given: dict[str, ir.Value | None],
-    q: ir.Value,
-    gate: ir.Value,
-    sizes: Sizes,
-    eps: float,
-    activation: ir.DataType,
-    *,
-    layer: bool,
-) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """`given` are the inputs of qwen::gated_attention by name, `length` as i32[1]; q and gate [1,T,Hq*D] are q_proj's two halves; `layer`:
-    with the attention layer where it can be. Returns y [1,T,Hq*D] and the caches, which lie where the given ones do."""
+def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """y [1,T,Hq*D] and the caches, which lie where the given ones do; `fused`: with the attention layer where it can be."""
+    given, sizes, activation = layer.given, layer.sizes, layer.activation
     T, Hq, Hkv, D = sizes.T, sizes.Hq, sizes.Hkv, sizes.D
 
     def heads(x: ir.Value | None, count: int, weight: ir.Value) -> ir.Value:
         split = emit.reshape(emit.wide(x), 1, T, count, D)
-        (normed,) = emit("", "RMSNormalization", [split, weight], like=split, axis=-1, epsilon=eps, stash_type=1)
+        (normed,) = emit("", "RMSNormalization", [split, weight], like=split, axis=-1, epsilon=layer.eps, stash_type=1)
         return emit.cast(_rotate(emit, emit.transpose(normed, 0, 2, 1, 3), given, sizes), activation)
 
     # The rotation is linear: the scale of the scores goes into the norm's weight, where fp16 queries stay small.
-    query = heads(q, Hq, norm_weight(emit, given["q_norm"], 1.0, D**-0.5))
+    query = heads(layer.q, Hq, norm_weight(emit, given["q_norm"], 1.0, D**-0.5))
     key = heads(given["k"], Hkv, norm_weight(emit, given["k_norm"], 1.0))
     value = emit.transpose(emit.reshape(given["v"], 1, T, Hkv, D), 0, 2, 1, 3)
     start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
@@ -44,13 +34,13 @@ def emit_native_attention(
         emit("", "TensorScatter", [cache, new, start], like=new, axis=-2, mode="linear")[0]
         for cache, new in ((given["k_cache"], key), (given["v_cache"], value))
     )
-    if layer and T > 1:
+    if fused and T > 1:
         mask = emit.shared(f"seen_{T}_{sizes.S}", lambda: _seen(emit, given["length"], sizes))
         (o,) = emit("", "Attention", [query, k_cache, v_cache, mask], like=query, scale=1.0)
         o = emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hq * D)
     else:
         o = attend(emit, query, k_cache, v_cache, given["length"], sizes, activation)
-    return emit.mul(o, emit.sigmoid(gate)), k_cache, v_cache
+    return emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache
 
 
 def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes) -> ir.Value:

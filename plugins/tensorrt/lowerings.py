@@ -60,26 +60,25 @@ def _exact(context: PassContext) -> bool:
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_attention -> RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
-    return _attention(graph, node, context, shared, layer=True)
+    return _attention(graph, node, context, shared, fused=True)
 
 
 def lower_decomposed_attention(
     graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     """The same with products and a softmax in the place of Attention."""
-    return _attention(graph, node, context, shared, layer=False)
+    return _attention(graph, node, context, shared, fused=False)
 
 
 def _attention(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, layer: bool
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, fused: bool
 ) -> tuple[list[ir.Node], list[ir.Value]]:
-    emit, given, q, gate, sizes = attention_parts(graph, node, context, shared)
+    emit, layer = attention_parts(graph, node, context, shared)
     if _exact(context):
         exact = SplitEmitter(graph, emit.prefix, shared)
         exact.nodes = emit.nodes
         emit = exact
-    eps = context.config.rms_norm_eps
-    return emit.nodes, list(emit_native_attention(emit, given, q, gate, sizes, eps, context.activation, layer=layer))
+    return emit.nodes, list(emit_native_attention(emit, layer, fused=fused))
 
 
 def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
