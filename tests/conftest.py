@@ -13,6 +13,7 @@ import torch
 from qwen_export.compiler import build
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
+from qwen_export.plugins.native.library import LIBRARIES
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -104,3 +105,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def update_golden(request: pytest.FixtureRequest) -> bool:
     """Whether expected texts are to be written anew."""
     return bool(request.config.getoption("--update-golden"))
+
+
+@pytest.fixture
+def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that builds for CUDA take for the plugin."""
+    found = LIBRARIES["cuda"]
+    path = tmp_path / found.file
+    path.write_bytes(b"kernels")
+    monkeypatch.setenv(found.variable, str(path))
+    return path
+
+
+@pytest.fixture
+def wide_heads(tmp_path: Path) -> Path:
+    """A tiny checkpoint with the DeltaNet heads of the family, which the CUDA kernel is made for."""
+    return synthesize(tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128), tmp_path / "wide")

@@ -33,21 +33,6 @@ LIBRARY, VARIABLE = library.LIBRARIES["cuda"].file, library.LIBRARIES["cuda"].va
 # ---- what the build makes of it; needs no device ----
 
 
-@pytest.fixture
-def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / LIBRARY
-    path.write_bytes(b"kernels")
-    monkeypatch.setenv(VARIABLE, str(path))
-    return path
-
-
-@pytest.fixture
-def wide_heads(tmp_path: Path) -> Path:
-    """A tiny checkpoint with the DeltaNet heads of the family, which the kernel is made for."""
-    config = tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128)
-    return synthesize(config, tmp_path / "wide")
-
-
 def lowered(checkpoint: Path, precision: str) -> Counter[str]:
     """Operators of the CUDA graph and how often each occurs."""
     source = open_checkpoint(checkpoint)

@@ -23,23 +23,10 @@ from qwen_export.verify import verify
 from tests.support.cuda_ops import LIMIT, OneOp, error, normalised, rounded, silu
 
 Array = npt.NDArray[Any]
-LIBRARY, VARIABLE = LIBRARIES["cuda"].file, LIBRARIES["cuda"].variable
+VARIABLE = LIBRARIES["cuda"].variable
 
 
 # ---- what the build makes of it; needs no device ----
-
-
-@pytest.fixture
-def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / LIBRARY
-    path.write_bytes(b"kernels")
-    monkeypatch.setenv(VARIABLE, str(path))
-    return path
-
-
-@pytest.fixture
-def wide_heads(tmp_path: Path) -> Path:
-    return synthesize(tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128), tmp_path / "wide")
 
 
 def experts_config() -> dict[str, Any]:
