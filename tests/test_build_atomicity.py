@@ -216,9 +216,18 @@ def slow_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(tiny_config(vocab_size=400_000, vision=False), tmp_path_factory.mktemp("slow") / "checkpoint", with_mtp=False)
 
 
+def interruptible(command: list[str], directory: Path | None = None) -> subprocess.Popen[str]:
+    """A process that SIGINT reaches even where the tests run in the background of a shell, which has it ignored."""
+    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=directory)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+
+
 def start_build(checkpoint: Path, bundle: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", _BUILD, "build", str(checkpoint), "-o", str(bundle)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return interruptible(command)
 
 
 def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
@@ -260,7 +269,7 @@ def interrupt_after_a_tensor(checkpoint: Path, bundle: Path, number: signal.Sign
     """Start a build and stop it when at least one tensor is finished and the last is not."""
     command = [sys.executable, "-m", "tests.support.weights_only", "build", str(checkpoint), "-o", str(bundle)]
     root = Path(__file__).parent.parent
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+    process = interruptible(command, root)
     journal = wait_for(bundle.parent, ".bundle.partial/journal", process)
     while not journal.read_text().count("\n"):
         assert process.poll() is None, process.communicate()

@@ -97,7 +97,8 @@ def test_the_compiled_head_is_that_of_transformers(demo_checkpoint: Path, demo_b
     assert decoder.head is not None
     decoder.chunk = chunk
     decoder.prefill(ids[:-1])
-    got = [decoder.head.first(ids[-1]).copy(), decoder.head.following(5, 1).copy(), decoder.head.following(9, 2).copy()]
+    head = decoder.head
+    got = [head.first(ids[-1]).array.copy(), head.following(5, 1).array.copy(), head.following(9, 2).array.copy()]
     expected = reference(demo_checkpoint, ids, [5, 9], eager_hidden(demo_checkpoint, ids))
     assert np.abs(np.stack(got) - expected).max() < 1e-4
 
@@ -118,14 +119,14 @@ def test_the_cache_of_the_head_is_right_after_accepting_and_rolling_back(demo_bu
     first.rewind(mark)
     first.step([ids[9]])
     second.prefill(ids[:10])
-    assert np.abs(first.head.first(ids[10]) - second.head.first(ids[10])).max() < 1e-4
+    assert np.abs(first.head.first(ids[10]).array - second.head.first(ids[10]).array).max() < 1e-4
 
 
 def test_a_head_of_random_weights_of_the_released_shape_compiles(tiny_bundle: Path) -> None:
     decoder = load(tiny_bundle, threads=2).decoder(drafts=True)
     assert decoder.head is not None
     decoder.prefill([1, 2, 3])
-    assert np.isfinite(decoder.head.first(4)).all()
+    assert np.isfinite(decoder.head.first(4).array).all()
 
 
 def test_build_reads_no_more_of_the_head_than_it_needs(demo_checkpoint: Path, tmp_path: Path) -> None:
