@@ -45,6 +45,8 @@ def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequen
     gathered = [group for group in UNQUANTIZED if quantization is not None and quantization.groups[group] != GroupFormat()]
     if gathered:
         reasons.append(f"TensorRT gathers nothing from quantised tensors: the precision plan must leave [{gathered[0]}] stored")
-    if quantization is not None and any(format.zeros for format in quantization.groups.values()):
+    if quantization is not None and (
+        any(format.zeros for format in quantization.groups.values()) or any(keys.get("zeros") for keys in quantization.matrices.values())
+    ):
         reasons.append("TensorRT dequantises symmetric blocks only: leave out `zeros` in the precision plan")
     return reasons
