@@ -20,6 +20,11 @@ _PRIOR, _GUESS_WEIGHT = 0.7, 2.0
 _WIDER, _DRAFT = 0.08, 0.25
 # Samples of a time before it is believed.
 _SURE = 2
+# The shortest draft that is worth nearly as much as the best one: of many measured times some are too good by chance, most of all those of
+# lengths that were seldom tried.
+_NEARLY = 0.985
+# Plain steps between two looks at all lengths: one costs as much as a step of a very small model, and plain times change slowly.
+_LOOK_EVERY = 16
 # Plain steps between two probes after drafting looked worse, doubled by each probe that confirms it.
 _PROBE_AFTER = 64
 
@@ -64,6 +69,11 @@ class _Time:
     def known(self) -> bool:
         return self._samples >= _SURE
 
+    @property
+    def sure(self) -> bool:
+        """Whether enough was measured that one sample more changes little."""
+        return self._samples >= _LOOK_EVERY
+
 
 class _Acceptance:
     """Fading shares of kept drafts by position, given that those before were kept."""
@@ -99,15 +109,19 @@ class AdaptiveLength:
         self._verify = {1: self._plain} | {k + 1: _Time() for k in range(1, longest + 1)}
         self._draft = {k: _Time() for k in range(1, longest + 1)}
         self._since_draft, self._patience = 0, _PROBE_AFTER
+        self._best: int | None = None
+        """What was best when last looked, None when that is over."""
 
     def length(self, limit: int) -> int:
         limit = min(limit, self._longest)
         if limit <= 0 or not self._plain.known:
             return 0  # the plain step is what everything is compared with
-        best = max(range(limit + 1), key=self.value)
-        if best == 0 and self._since_draft >= self._patience:
+        if self._best is None or self._best > limit:
+            values = [self.value(count) for count in range(limit + 1)]
+            self._best = next(count for count, value in enumerate(values) if value >= _NEARLY * max(values))
+        if self._best == 0 and self._since_draft >= self._patience:
             return 1
-        return best
+        return self._best
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
         self._verify[drafted + 1].add(verify_s)
@@ -116,8 +130,11 @@ class AdaptiveLength:
             self._acceptance.add(drafted, accepted)
             self._patience = _PROBE_AFTER if self.value(1) > self.value(0) else min(2 * self._patience, 1 << 14)
             self._since_draft = 0
+            self._best = None
         else:
             self._since_draft += 1
+            if self._since_draft % _LOOK_EVERY == 0 or not self._plain.sure:
+                self._best = None
 
     def value(self, count: int) -> float:
         """Expected tokens per second with drafts of that length."""

@@ -40,6 +40,7 @@ class Speculator:
         self, decoder: Decoder, x: int, request: Request, acceptance: Acceptance, statistics: Statistics, history: TokenHistory
     ) -> Round:
         sampler, numbers = request.sampler, statistics.speculation
+        entered, entry_busy, entry_binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         limit = decoder.capacity - decoder.lengths[0] - 1
         if request.max_new_tokens is not None:
             limit = min(limit, request.max_new_tokens - statistics.new_tokens - 1)
@@ -65,5 +66,6 @@ class Speculator:
         ended = time.perf_counter()
         self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, ended - drafted - late)
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
-        numbers.host_s += ended - began - once - late - (verify_busy - busy)
+        spent, worked, bound = time.perf_counter() - entered, verify_busy - entry_busy, decoder.binding_s - entry_binding
+        numbers.host_s += spent - worked - bound
         return Round(tokens, verified=bool(drafts))
