@@ -118,7 +118,8 @@ class AdaptiveLength:
             return 0  # the plain step is what everything is compared with
         if self._best is None or self._best > limit:
             values = [self.value(count) for count in range(limit + 1)]
-            self._best = next(count for count, value in enumerate(values) if value >= _NEARLY * max(values))
+            enough = _NEARLY * max(values)
+            self._best = next(count for count, value in enumerate(values) if value >= enough)
         if self._best == 0 and self._since_draft >= self._patience:
             return 1
         return self._best
