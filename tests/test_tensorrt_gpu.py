@@ -33,6 +33,7 @@ from qwen_export.runtimes.sampling import Sampler
 from qwen_export.static_plan import StaticOptions
 from qwen_export.verify import TOLERANCE
 from tests.conftest import EXAMPLES
+from tests.support.greedy import greedy
 from tests.test_parity import small_release_config, tiny
 
 pytestmark = pytest.mark.gpu
@@ -105,14 +106,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prompt(eager: Any, length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng([seed, length]).integers(0, min(480, eager.config.vocab_size), length).tolist()
-
-
-def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
-    logits, tokens = decoder.prefill(ids), []
-    for _ in range(count):
-        tokens.append(int(logits.argmax()))
-        logits = decoder.step([tokens[-1]])[0]
-    return tokens
 
 
 def same_but_for_ties(subject: Subject, ids: list[int], got: list[int], expected: list[int]) -> None:

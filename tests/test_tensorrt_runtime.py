@@ -20,7 +20,6 @@ from qwen_export.manifest import EngineSpec, WeightSpec, load_manifest
 from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, load, tensorrt_compatibility, tensorrt_engines
 from qwen_export.runtimes.buffers import CudaBuffer, as_bytes
 from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.device_weights import arrange
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.kernel_cache import VARIABLE, KernelFile
@@ -31,6 +30,7 @@ from qwen_export.runtimes.tensorrt_compatibility import runs_on
 from qwen_export.static_plan import StaticOptions
 from tests.support.fake_driver import FakeDriver
 from tests.support.fake_tensorrt import FakeTensorRT, engine_bundle
+from tests.support.greedy import greedy
 from tests.test_parity import tiny
 
 CAPACITY, CHUNK, WIDTH = 96, 16, 4
@@ -77,14 +77,6 @@ def _forget() -> None:
 
 
 Machine = Callable[..., tuple[FakeDriver, FakeTensorRT]]
-
-
-def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
-    logits, tokens = decoder.prefill(ids), []
-    for _ in range(count):
-        tokens.append(int(logits.argmax()))
-        logits = decoder.step([tokens[-1]])[0]
-    return tokens
 
 
 # Engines read and write what the graphs do

@@ -1,0 +1,14 @@
+"""Greedy text step by step, by whole rows of logits."""
+
+from __future__ import annotations
+
+from qwen_export.runtimes.decoder import Decoder
+
+
+def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
+    """The next `count` tokens after `ids`."""
+    logits, tokens = decoder.prefill(ids), []
+    for _ in range(count):
+        tokens.append(int(logits.argmax()))
+        logits = decoder.step([tokens[-1]])[0]
+    return tokens
