@@ -11,14 +11,14 @@ decoder, but there a product lies between.
 from __future__ import annotations
 
 import argparse
-import time
 
 import numpy as np
 import onnxruntime as ort
+from gpu_replay import fastest_replay
 from onnx import helper
 
-from qwen_export.plugins.native.library import NATIVE, find_library
-from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, as_bytes, encode
+from qwen_export.plugins.native.library import NATIVE
+from qwen_export.runtimes.buffers import CudaBuffer, as_bytes, encode
 
 # Tokens, rows of the pending buffer (None: no transaction), accepted rows, committed tokens.
 ROWS: tuple[tuple[int, int | None, int, int], ...] = (
@@ -69,25 +69,7 @@ def measure(Hk: int, Hv: int, layers: int, dtype: str, T: int, P: int | None, ac
         outputs |= made
         names = [*shared, *states, *controls]
         nodes.append(helper.make_node("DeltaNet", names, list(made), domain=NATIVE, key_heads=Hk, epsilon=1e-6))
-
-    given = [helper.make_tensor_value_info(name, ELEMENTS[b.dtype][1], b.shape) for name, b in inputs.items()]
-    taken = [helper.make_tensor_value_info(name, ELEMENTS[b.dtype][1], b.shape) for name, b in outputs.items()]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(NATIVE, 1)]
-    model = helper.make_model(helper.make_graph(nodes, "layers", given, taken), opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.register_custom_ops_library(str(find_library("cuda")))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
-    binding = session.io_binding()
-    for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-        for name, b in buffers.items():
-            bind(name, "cuda", 0, ELEMENTS[b.dtype][1], b.shape, b.address)
-    best = float("inf")
-    for _ in range(55):
-        start = time.perf_counter()
-        session.run_with_iobinding(binding)
-        best = min(best, time.perf_counter() - start)
-    return best / layers * 1e6
+    return fastest_replay(nodes, inputs, outputs, replays=55) / layers * 1e6
 
 
 def main() -> None:

@@ -9,16 +9,16 @@ together do not fit the second-level cache; the time is that of the fastest of 3
 from __future__ import annotations
 
 import argparse
-import time
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from gpu_replay import fastest_replay
 from onnx import helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat
-from qwen_export.plugins.native.library import NATIVE, find_library
-from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, encode
+from qwen_export.plugins.native.library import NATIVE
+from qwen_export.runtimes.buffers import CudaBuffer, encode
 
 SHAPES = ((4096, 1024), (1024, 3584), (4096, 4096), (4096, 12288))
 SWIGLU = ((3584, 1024), (12288, 4096))
@@ -40,24 +40,7 @@ def weights(format: QuantFormat | None, shape: tuple[int, ...], matrices: int = 
 
 def fastest(nodes: list[Any], inputs: dict[str, CudaBuffer], outputs: dict[str, CudaBuffer]) -> float:
     """Microseconds per node."""
-    given = [helper.make_tensor_value_info(name, ELEMENTS[b.dtype][1], b.shape) for name, b in inputs.items()]
-    taken = [helper.make_tensor_value_info(name, ELEMENTS[b.dtype][1], b.shape) for name, b in outputs.items()]
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(NATIVE, 1)]
-    model = helper.make_model(helper.make_graph(nodes, "nodes", given, taken), opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.register_custom_ops_library(str(find_library("cuda")))
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[("CUDAExecutionProvider", {"enable_cuda_graph": "1"})])
-    binding = session.io_binding()
-    for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
-        for name, b in buffers.items():
-            bind(name, "cuda", 0, ELEMENTS[b.dtype][1], b.shape, b.address)
-    best = float("inf")
-    for _ in range(33):
-        start = time.perf_counter()
-        session.run_with_iobinding(binding)
-        best = min(best, time.perf_counter() - start)
-    return best / len(nodes) * 1e6
+    return fastest_replay(nodes, inputs, outputs, replays=33) / len(nodes) * 1e6
 
 
 def activations(*shape: int) -> CudaBuffer:
