@@ -1,10 +1,10 @@
 """How many tokens to draft: what maximises tokens per second by what was measured so far, none included.
 
-    value(k) = (1 + a_1 + a_1 a_2 + ... + a_1..a_k) / (verify(k+1) + draft(k))
+    value(k) = (1 + a_1 + a_1 a_2 + ... + a_1..a_k) / seconds(k)
 
-a_i is the measured share of rounds in which the i-th draft was accepted when those before it were; verify and draft are measured times.
-What was not measured lately is taken from its neighbours: a_i from a_(i-1), times of a width from the next ones. So a length that might pay
-is tried, which costs a few rounds at the start and now and then one, never a share of the stream.
+a_i is the measured share of rounds in which the i-th draft was accepted when those before it were; seconds(k) is the measured time of a
+round of k drafts. What was not measured is taken from what was: a_i from a_(i-1), times from the line through the others. So a length that
+might pay is tried, which costs a few rounds at the start and now and then one, never a share of the stream.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ _HALF_LIFE = 64
 _FADE = 0.5 ** (1 / _HALF_LIFE)
 # The acceptance before anything is measured: rather high, so that it is measured. Rounds that a guess weighs against measured ones.
 _PRIOR, _GUESS_WEIGHT = 0.7, 2.0
-# A verify of one more token, in plain steps, before it was measured; a draft likewise.
-_WIDER, _DRAFT = 0.08, 0.25
+# What one more draft costs before it was measured, in plain steps: a step of the head and one more row to verify. Its weight in the slope.
+_SLOPE, _STIFF = 0.33, 0.05
+# Samples that the line through all lengths is worth next to a length's own: of many measured times some are too good or too bad by chance.
+_LINE_WEIGHT = 6.0
 # Samples of a time before it is believed.
-_SURE = 2
-# The shortest draft that is worth nearly as much as the best one: of many measured times some are too good by chance, most of all those of
-# lengths that were seldom tried.
-_NEARLY = 0.985
-# Plain steps between two looks at all lengths: one costs as much as a step of a very small model, and plain times change slowly.
-_LOOK_EVERY = 16
+_SURE = 3
+# How fast the machine's slowness follows what is measured.
+_FOLLOW = 0.1
+# A length is kept while it is worth nearly as much as the best one: another finds its memory cold, and may look better by chance.
+_NEARLY = 0.98
+# Rounds between two tries of another length, so that neither chance nor a time of long ago decides; the rounds of a try, some because the
+# first of another length finds its memory cold; and the share of the best value from which on a length is worth one.
+_TRY_EVERY, _TRY, _WORTH_A_TRY = 24, 3, 0.9
+# Rounds between two looks at all lengths: one costs some of a step of a very small model.
+_LOOK_EVERY = 6
 # Plain steps between two probes after drafting looked worse, doubled by each probe that confirms it.
 _PROBE_AFTER = 64
 
@@ -50,29 +56,55 @@ class FixedLength:
         pass
 
 
-class _Time:
-    """A fading mean of seconds. Of the first samples the shortest counts: another may hold page faults or another process."""
+class _Times:
+    """Fading means of a round's seconds by draft length, at the machine's present slowness.
 
-    def __init__(self) -> None:
-        self.value, self._weight, self._samples = 0.0, 0.0, 0
+    Slowness is one factor for all lengths, followed from round to round: a neighbour on the machine, a lower clock or a longer context
+    slows all of them, also those that were last measured before it.
+    """
 
-    def add(self, seconds: float) -> None:
-        """One sample counts at most double: another process must not rule a length out."""
-        self._samples += 1
-        if self._samples <= _SURE:
-            self.value, self._weight = min(seconds, self.value or seconds), 1.0
-        else:
-            self._weight = self._weight * _FADE + 1
-            self.value += (min(seconds, 2 * self.value) - self.value) / self._weight
+    def __init__(self, longest: int) -> None:
+        self._means, self._weights = [0.0] * (longest + 1), [0.0] * (longest + 1)
+        self._first: list[list[float]] = [[] for _ in range(longest + 1)]
+        self._slowness, self._last = 1.0, 0
 
-    @property
-    def known(self) -> bool:
-        return self._samples >= _SURE
+    def add(self, count: int, seconds: float) -> None:
+        """Of the first samples the median counts: one may hold page faults. Later one sample counts at most double."""
+        cold, self._last = count != self._last, count
+        normal, first = seconds / self._slowness, self._first[count]
+        if len(first) < _SURE:
+            first.append(normal)
+            if self.known(count):
+                self._means[count], self._weights[count] = sorted(first)[len(first) // 2], 1.0
+        elif not cold:
+            mean = self._means[count]
+            normal = min(normal, 2 * mean)
+            self._weights[count] = self._weights[count] * _FADE + 1
+            self._means[count] += (normal - mean) / self._weights[count]
+            self._slowness *= 1 + _FOLLOW * (normal / mean - 1)
+            self._slowness **= _FADE
 
-    @property
-    def sure(self) -> bool:
-        """Whether enough was measured that one sample more changes little."""
-        return self._samples >= _LOOK_EVERY
+    def weight(self, count: int) -> float:
+        """How much was measured, in samples of now."""
+        return self._weights[count]
+
+    def known(self, count: int) -> bool:
+        return len(self._first[count]) >= _SURE
+
+    def seconds(self, limit: int) -> list[float]:
+        """Of rounds with 0 .. limit drafts: what was measured, drawn to the line through all measurements where they are few. The plain
+        step is measured, and begins the line."""
+        plain = self._means[0]
+        points = [(0, plain, 1.0), *((k, self._means[k], self._weights[k]) for k in range(1, len(self._means)) if self._weights[k])]
+        weight = sum(w for _, _, w in points)
+        k0, t0 = sum(w * k for k, _, w in points) / weight, sum(w * t for _, t, w in points) / weight
+        covariance = sum(w * (k - k0) * (t - t0) for k, t, w in points)
+        slope = (covariance + _STIFF * _SLOPE * plain) / (sum(w * (k - k0) ** 2 for k, _, w in points) + _STIFF)
+        values = [plain]
+        for k in range(1, limit + 1):
+            line, own = t0 + max(0.0, slope) * (k - k0), self._weights[k]
+            values.append((own * self._means[k] + _LINE_WEIGHT * line) / (own + _LINE_WEIGHT))
+        return [self._slowness * value for value in values]
 
 
 class _Acceptance:
@@ -89,13 +121,13 @@ class _Acceptance:
             self._kept[i] += i < accepted
             self._seen[i] += 1
 
-    def expected_tokens(self, count: int) -> float:
-        """Of a round with `count` drafts."""
-        expected, chance, share = 1.0, 1.0, _PRIOR
-        for kept, seen in zip(self._kept[:count], self._seen[:count], strict=True):
+    def expected_tokens(self, limit: int) -> list[float]:
+        """Of rounds with 0 .. limit drafts."""
+        expected, chance, share = [1.0], 1.0, _PRIOR
+        for kept, seen in zip(self._kept[:limit], self._seen[:limit], strict=True):
             share = (kept + _GUESS_WEIGHT * share) / (seen + _GUESS_WEIGHT)
             chance *= share
-            expected += chance
+            expected.append(expected[-1] + chance)
         return expected
 
 
@@ -105,61 +137,58 @@ class AdaptiveLength:
     def __init__(self, longest: int) -> None:
         self._longest = longest
         self._acceptance = _Acceptance(longest)
-        self._plain = _Time()
-        self._verify = {1: self._plain} | {k + 1: _Time() for k in range(1, longest + 1)}
-        self._draft = {k: _Time() for k in range(1, longest + 1)}
+        self._times = _Times(longest)
         self._since_draft, self._patience = 0, _PROBE_AFTER
+        self._rounds, self._other = _TRY, 0
+        self._kept = 0
         self._best: int | None = None
         """What was best when last looked, None when that is over."""
 
     def length(self, limit: int) -> int:
         limit = min(limit, self._longest)
-        if limit <= 0 or not self._plain.known:
+        if limit <= 0 or not self._times.known(0):
             return 0  # the plain step is what everything is compared with
         if self._best is None or self._best > limit:
-            values = [self.value(count) for count in range(limit + 1)]
-            enough = _NEARLY * max(values)
-            self._best = next(count for count, value in enumerate(values) if value >= enough)
-        if self._best == 0 and self._since_draft >= self._patience:
-            return 1
-        return self._best
+            self._best = self._look(limit)
+        if self._best == 0:
+            return int(self._since_draft >= self._patience)
+        trying = self._rounds % _TRY_EVERY < _TRY
+        return min(self._other, limit) if trying else self._best
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        self._verify[drafted + 1].add(verify_s)
+        self._times.add(drafted, draft_s + verify_s)
+        if self._best != 0:
+            self._rounds += 1
+            if self._rounds % _TRY_EVERY == 0:
+                self._other = self._least_measured()
+            if self._rounds % _LOOK_EVERY == 0 or not self._times.known(drafted):
+                self._best = None
         if drafted:
-            self._draft[drafted].add(draft_s)
             self._acceptance.add(drafted, accepted)
-            self._patience = _PROBE_AFTER if self.value(1) > self.value(0) else min(2 * self._patience, 1 << 14)
+            if self._best == 0:
+                none, one = self.values(1)
+                self._patience = _PROBE_AFTER if one > none else min(2 * self._patience, 1 << 14)
+                self._best = None
             self._since_draft = 0
-            self._best = None
         else:
             self._since_draft += 1
-            if self._since_draft % _LOOK_EVERY == 0 or not self._plain.sure:
+            if self._since_draft % _LOOK_EVERY == 0:
                 self._best = None
 
-    def value(self, count: int) -> float:
-        """Expected tokens per second with drafts of that length."""
-        return self._acceptance.expected_tokens(count) / (self._verify_s(count + 1) + self._draft_s(count))
+    def _look(self, limit: int) -> int:
+        values = self.values(limit)
+        best = max(values)
+        if self._kept > limit or values[self._kept] < _NEARLY * best:
+            self._kept = values.index(best)
+        return self._kept
 
-    def _verify_s(self, width: int) -> float:
-        known = {k: mean.value for k, mean in self._verify.items() if mean.known}
-        return _between(known, width, _WIDER * self._plain.value)
+    def _least_measured(self) -> int:
+        """Of the lengths that may well be the best, and none: a wrong time of the plain step would cost most."""
+        values = self.values(self._longest)
+        enough = _WORTH_A_TRY * max(values)
+        return min((count for count, value in enumerate(values) if value >= enough or not count), key=self._times.weight)
 
-    def _draft_s(self, count: int) -> float:
-        known = {k: mean.value for k, mean in self._draft.items() if mean.known}
-        return _between({0: 0.0, **known}, count, _DRAFT * self._plain.value)
-
-
-def _between(known: dict[int, float], key: int, slope: float) -> float:
-    """The measured value of `key`; between two measured ones on their line, beyond them by the slope of the nearest two, or `slope`."""
-    if key in known:
-        return known[key]
-    below = max(k for k in known if k < key)
-    above = min((k for k in known if k > key), default=None)
-    if above is not None:
-        share = (key - below) / (above - below)
-        return known[below] * (1 - share) + known[above] * share
-    before = max((k for k in known if k < below), default=None)
-    if before is not None:
-        slope = max(0.0, (known[below] - known[before]) / (below - before))
-    return known[below] + slope * (key - below)
+    def values(self, limit: int) -> list[float]:
+        """Expected tokens per second with 0 .. limit drafts a round."""
+        tokens, seconds = self._acceptance.expected_tokens(limit), self._times.seconds(limit)
+        return [t / s for t, s in zip(tokens, seconds, strict=True)]
