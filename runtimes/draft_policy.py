@@ -25,8 +25,8 @@ _SURE = 3
 _FOLLOW = 0.1
 # A length is kept while it is worth nearly as much as the best one: another finds its memory cold, and may look better by chance.
 _NEARLY = 0.98
-# Rounds between two tries of another length, so that neither chance nor a time of long ago decides: at first and in the end; the rounds of
-# a try, some because the first of another length finds its memory cold; and the share of the best value from which on a length is worth one.
+# Rounds between two tries of another length, so that neither chance nor a time of long ago decides: at first and in the end. The rounds of
+# a try: the first of another length finds its memory cold. The share of the best value from which on a length is worth one.
 _TRY_EVERY, _TRY_SELDOM, _TRY, _WORTH_A_TRY = 24, 72, 3, 0.9
 # Rounds between two looks at all lengths: one costs some of a step of a very small model.
 _LOOK_EVERY = 6

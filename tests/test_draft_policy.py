@@ -95,7 +95,7 @@ def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
                 while kept < count and machine.rng.random() < acceptance:
                     kept += 1
                 slow = min(1.33, max(1.0, slow * wander.uniform(0.95, 1.0526)))
-                noise = slow * wander.lognormal(0, 0.1) * (2.5 if rounds < 4 or seen[count] < 2 else 1.0)
+                noise = slow * wander.lognormal(0, 0.1) * (2.5 if rounds < 4 or not seen[count] else 1.0)
                 seen[count] += 1
                 draft_s, verify_s = 0.01 * draft * count * noise, 0.01 * (1 + wider * count) * noise
                 policy.observe(count, kept, draft_s, verify_s)
