@@ -38,8 +38,9 @@ def main() -> None:
     else:
         prompts = np.random.default_rng(0).integers(0, model.manifest.model["vocab_size"], (8, arguments.prompt_tokens)).tolist()
     decoder = model.decoder(drafts=True)
-    policies: dict[str, Policy] = {length: FixedLength(int(length)) for length in arguments.lengths.split(",")}
-    policies["auto"] = AdaptiveLength(model.manifest.speculation.max_draft)
+    longest = model.manifest.speculation.max_draft
+    policies: dict[str, Policy] = {k: FixedLength(int(k)) for k in arguments.lengths.split(",") if int(k) <= longest}
+    policies["auto"] = AdaptiveLength(longest)
     for policy in policies.values():
         drafted(decoder, prompts[0], arguments.new_tokens, policy, acceptance_for)  # binds and warms
     seconds = {name: [[0.0] * arguments.repeat for _ in prompts] for name in policies}

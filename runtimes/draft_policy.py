@@ -9,6 +9,7 @@ might pay is tried, which costs a few rounds at the start and now and then one, 
 
 from __future__ import annotations
 
+import bisect
 from typing import Protocol
 
 # What a measurement still counts a round later: acceptance half after 64 rounds, for texts change; times after 256 of the same length.
@@ -19,8 +20,8 @@ _PRIOR, _GUESS_WEIGHT = 0.7, 2.0
 _SLOPE, _STIFF = 0.33, 0.05
 # Samples that the line through all lengths is worth next to a length's own: of many measured times some are too good or too bad by chance.
 _LINE_WEIGHT = 6.0
-# Samples of a time before it is believed.
-_SURE = 3
+# Samples of a time before it is believed, and those that count as the first ones.
+_SURE, _FIRST = 3, 8
 # How fast the machine's slowness follows what is measured.
 _FOLLOW = 0.1
 # A length is kept while it is worth nearly as much as the best one: another finds its memory cold, and may look better by chance.
@@ -30,8 +31,8 @@ _NEARLY = 0.98
 _TRY_EVERY, _TRY_SELDOM, _TRY, _WORTH_A_TRY = 24, 72, 3, 0.9
 # Rounds between two looks at all lengths: one costs some of a step of a very small model.
 _LOOK_EVERY = 6
-# Plain steps between two tries after drafting looked worse, doubled by each that confirms it, up to a limit.
-_PROBE_AFTER, _PROBE_SELDOM = 64, 2048
+# Plain steps between two tries after drafting looked worse, doubled by each that confirms it, up to a limit. The last ones are measured.
+_PROBE_AFTER, _PROBE_SELDOM, _WATCHED = 64, 512, 16
 
 
 class Policy(Protocol):
@@ -68,13 +69,13 @@ class _Times:
         self._slowness, self._last = 1.0, 0
 
     def add(self, count: int, seconds: float) -> None:
-        """Of the first samples the median counts: one may hold page faults. Later one sample counts at most double."""
+        """Of the first samples the second shortest counts: some hold page faults, or kernels that run for the first time. Too short a time
+        is soon put right, since its length is chosen. Later one sample counts at most double."""
         cold, self._last = count != self._last, count
         normal, first = seconds / self._slowness, self._first[count]
-        if len(first) < _SURE:
-            first.append(normal)
-            if self.known(count):
-                self._means[count], self._weights[count] = sorted(first)[len(first) // 2], 1.0
+        if len(first) < _FIRST:
+            bisect.insort(first, normal)
+            self._means[count], self._weights[count] = first[min(1, len(first) - 1)], len(first) if self.known(count) else 0.0
         elif not cold:
             mean = self._means[count]
             normal = min(normal, 2 * mean)
@@ -140,19 +141,23 @@ class AdaptiveLength:
         self._longest = longest
         self._acceptance = _Acceptance(longest)
         self._times = _Times(longest)
-        self._best, self._looked = 0, False
+        self._best, self._looked, self._tried = 0, False, 0
         self._rounds, self._next_try, self._patience = 0, _TRY_EVERY, _PROBE_AFTER
-        self._tried = 0
+        self._rest = 0
+        """Plain steps to go without a thought: some are as short as one."""
 
     def length(self, limit: int) -> int:
-        limit = min(limit, self._longest)
-        if limit <= 0 or not self._times.known(0):
+        if self._rest or limit <= 0 or not self._times.known(0):
             return 0  # the plain step is what everything is compared with
+        limit = min(limit, self._longest)
         if not self._looked or self._best > limit:
             self._look(limit)
         return min(self._tried, limit) if self._rounds >= self._next_try else self._best
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+        if self._rest:
+            self._rest -= 1
+            return
         self._times.add(drafted, draft_s + verify_s)
         if drafted:
             self._acceptance.add(drafted, accepted)
@@ -169,23 +174,24 @@ class AdaptiveLength:
         best, self._looked = max(values), True
         if self._best > limit or values[self._best] < _NEARLY * best:
             was, self._best = self._best, values.index(best)
-            if was == 0:  # drafting begins: a probe's distance is far too long
-                self._patience, self._next_try = _PROBE_AFTER, min(self._next_try, self._rounds + _TRY_EVERY)
+            if was == 0:  # drafting begins
+                self._patience = _PROBE_AFTER
 
     def _to_try(self) -> int:
-        """While drafting, the least measured of the lengths that may well be the best, or none: a wrong time of the plain step would cost
-        most. In plain steps, the best draft."""
+        """In plain steps, the best draft. While drafting, the least measured of the lengths that may well be the best, the next ones, and
+        none: a wrong time of the plain step would cost most."""
         values = self.values(self._longest)
         if self._best == 0:
             return max(range(1, self._longest + 1), key=values.__getitem__)
         enough = _WORTH_A_TRY * max(values)
-        return min((count for count, value in enumerate(values) if value >= enough or not count), key=self._times.weight)
+        worth = (k for k, value in enumerate(values) if value >= enough or k == 0 or abs(k - self._best) == 1)
+        return min(worth, key=self._times.weight)
 
     def _end_try(self) -> None:
         self._look(self._longest)
         if self._best == 0:
             self._patience = min(2 * self._patience, _PROBE_SELDOM)
-            self._next_try = self._rounds + self._patience
+            self._rest, self._next_try = self._patience - _WATCHED, self._rounds + _WATCHED
         else:
             self._next_try = self._rounds + min(_TRY_SELDOM, _TRY_EVERY + self._rounds // 8)
 
