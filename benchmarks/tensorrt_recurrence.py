@@ -314,7 +314,7 @@ def step_attention() -> Iterator[Case]:
         for form, attends in forms.items():
             inputs: Inputs = {
                 "q": ((1, Hq, T, size), HALF),
-                **{name: ((1, 2, T, size), HALF) for name in "kv"},
+                **dict.fromkeys("kv", ((1, 2, T, size), HALF)),
                 **{f"{name}_cache": ((1, 2, S, size), HALF) for name in "kv"},
                 "length": ((1,), I32),
             }
