@@ -1,7 +1,7 @@
 """Attention of a few queries over a long cache, whose slots are read in parts by several blocks of threads.
 
 Two products with a softmax between are one kernel of TensorRT's, with as many blocks as there are key heads: right for a prompt, and two
-blocks for the 4600 slots of a 0.8B's step, behind a copy of each cache. This form is not recognised as that kernel.
+blocks for the 4600 slots of a 0.8B, behind a copy of each cache. This form is not recognised as that kernel.
 
     s = K q^T       w = softmax(s + mask) over all slots       o = sum over parts p of  w_p V_p
 """
