@@ -37,6 +37,12 @@ class DynamicDraftHead(DraftHead):
     def busy_s(self) -> float:
         return self.session.busy_s
 
+    def prepare(self, longest: int = 1) -> None:
+        """Make what drafts after up to `longest` tokens need. Between drafts; what the calls leave is not read."""
+        for T in range(1, longest + 1):
+            if (T, 1) not in self._calls:
+                self._bind(T, 1)
+
     def grow(self, slots: int) -> None:
         for name, buffer in self.caches.items():
             if not isinstance(buffer, CudaBuffer):

@@ -199,6 +199,11 @@ class Model:
             self._running = Speculator(drafter, self._policy).generate(reuse, request, statistics)
         return self._running
 
+    def warm(self) -> None:
+        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are compiled and calls recorded. For programs
+        that load a bundle before anybody asks."""
+        self._conversation.decoder.warm()
+
     @property
     def speculates(self) -> bool:
         """Whether answers are made with drafts."""
