@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_rows
 from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
@@ -76,6 +76,7 @@ class DynamicDecoder(Decoder):
         half = len(manifest.rotary.inv_freq)
         self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
         self._table_rows = 0
+        self._logits = LogitsMemory(session, max(batch, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
@@ -242,7 +243,7 @@ class DynamicDecoder(Decoder):
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.address
         dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
-        call = self._calls[shape] = BoundCall(self.session, dims, inputs, outputs, repeated=shape.repeated)
+        call = self._calls[shape] = BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=shape.repeated)
         if call.recorded:
             # Recording runs the graph several times over: do that now, and put the states back.
             marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Session:
         # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
+        if device == "cpu" and _shared_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if device != "cuda":  # every length of call would get a plan and a block of memory of its own
             options.enable_mem_pattern = False
         if device == "dml":  # takes calls one after the other
@@ -159,6 +162,20 @@ def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> di
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
     return {weight.name: value(weight) for weight in specs}
+
+
+@cache
+def _shared_arena() -> bool:
+    """One arena for the activations of all sessions of this process: graphs of a bundle take turns. It grows by what is asked for, an arena
+    of ONNX Runtime's own by the next power of two. Whether there is one now."""
+    import onnxruntime as ort
+
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    try:
+        ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1, "initial_chunk_size_bytes": 1 << 16}))
+    except Exception:  # the host program has registered one, which is shared just as well
+        return "already" in "already"
+    return True
 
 
 def _register(options: Any, plugin: Path) -> None:
