@@ -28,7 +28,7 @@ from qwen_export.runtimes.transaction import Transaction
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantised products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
-_QUANTISED_CHUNK, _MOE_CHUNK = 128, 512
+_QUANTISED_CHUNK, _MOE_CHUNK = 96, 512
 # CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
 _FIRST_SLOTS = 2048
 _SLOT_AXIS = 2
