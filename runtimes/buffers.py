@@ -96,6 +96,8 @@ _MAPPED_FROM, _HUGE_PAGE = 64 << 10, 2 << 20
 class HostBuffer(Buffer):
     def __init__(self, dtype: str, shape: tuple[int, ...], whole: HostBuffer | None = None, offset: int = 0) -> None:
         super().__init__(dtype, shape)
+        self._map: mmap.mmap | None
+        self._bytes: Bytes
         if whole is not None:
             self._map, self._bytes = whole._map, whole._bytes[offset : offset + self.nbytes]
         elif self.nbytes < _MAPPED_FROM or sys.platform == "win32":
@@ -103,9 +105,9 @@ class HostBuffer(Buffer):
         else:  # fresh pages: an allocator may hand out memory that was used before, and has to clear it
             spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
             self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            whole = np.frombuffer(self._map, np.uint8)
-            self._begin = -int(whole.ctypes.data) % _HUGE_PAGE if spare else 0
-            self._bytes = whole[self._begin : self._begin + self.nbytes]
+            pages = np.frombuffer(self._map, np.uint8)
+            self._begin = -int(pages.ctypes.data) % _HUGE_PAGE if spare else 0
+            self._bytes = pages[self._begin : self._begin + self.nbytes]
         self._memory = self._bytes.data
         self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
