@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_rows
 from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
@@ -28,7 +28,7 @@ from qwen_export.runtimes.transaction import Transaction
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantised products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
-_QUANTISED_CHUNK, _MOE_CHUNK = 128, 512
+_QUANTISED_CHUNK, _MOE_CHUNK = 96, 512
 # CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
 _FIRST_SLOTS = 2048
 _SLOT_AXIS = 2
@@ -76,6 +76,7 @@ class DynamicDecoder(Decoder):
         half = len(manifest.rotary.inv_freq)
         self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
         self._table_rows = 0
+        self._logits = LogitsMemory(session, max(batch, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
@@ -273,7 +274,7 @@ class DynamicDecoder(Decoder):
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.address
         dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
-        return BoundCall(self.session, dims, inputs, outputs, repeated=shape.repeated)
+        return BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=shape.repeated)
 
 
 def _chunk(device: str, manifest: Manifest) -> int:
