@@ -180,6 +180,21 @@ def test_step_cost_does_not_grow_with_the_capacity(demo_bundle: Path) -> None:
     assert step_seconds(8192) < 2 * step_seconds(128)
 
 
+def test_calls_of_a_decoder_share_the_memory_of_their_logits(model: Model) -> None:
+    decoder = model.decoder()
+    first = decoder.prefill([5, 6, 7])
+    address = first.ctypes.data
+    assert decoder.step([8]).ctypes.data == address
+
+
+def test_part_of_a_buffer_is_the_same_memory() -> None:
+    whole = HostBuffer("float", (100, 1000))
+    part = whole.part("int32", (2, 1000), 4000)
+    part.write_ints(range(2000))
+    assert part.address == whole.address + 4000
+    assert whole.read_row(2).view("i4").tolist() == list(range(1000, 2000)) and not whole.read_row(0).any()
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_that_nothing_was_written_to_is_free() -> None:
     def resident_mb() -> float:

@@ -101,6 +101,12 @@ def test_turns_of_a_chat_are_the_same_with_and_without_drafts(bundle: Path) -> N
     assert talk("off") == talk(2) == talk("auto") == talk("lookup")
 
 
+def test_a_run_without_drafts_does_not_load_their_graph(bundle: Path) -> None:
+    model = load(bundle, threads=1, device="cpu", speculate="off")
+    assert len("".join(model.complete("def joined(path, *parts):\n    return os.path.join(", sampling=GREEDY, max_new_tokens=4))) > 0
+    assert "native" in vars(model._sessions["decoder"]) and "native" not in vars(model._sessions["verify"])
+
+
 def test_plain_steps_leave_states_that_a_later_draft_reads(model: Model, prompts: list[list[int]]) -> None:
     """More of them than the log has room for, so that it is emptied on the way."""
     decoder, reference = model.decoder(drafts=True), model.decoder(drafts=True)
