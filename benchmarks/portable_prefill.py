@@ -36,7 +36,8 @@ from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.writer import write_weights
 from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
+from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.onnxruntime.choices import Choice

@@ -26,7 +26,8 @@ import torch
 
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
+from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
 from qwen_export.plugins.decompose.gated_attention import attend
