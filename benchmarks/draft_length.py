@@ -13,6 +13,8 @@ import argparse
 import statistics
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.speculation_speed import drafted
 from qwen_export.runtimes import load
 from qwen_export.runtimes.acceptance import acceptance_for
@@ -22,7 +24,7 @@ from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Polic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle")
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--texts", type=Path, nargs="+", help="default: eight prompts of random tokens")
     parser.add_argument("--prompt-tokens", type=int, default=96)
     parser.add_argument("--new-tokens", type=int, default=192)
     parser.add_argument("--lengths", default="0,1,2,3,4,5,6,8")
@@ -31,10 +33,14 @@ def main() -> None:
     arguments = parser.parse_args()
     model = load(arguments.bundle, threads=arguments.threads, max_context=1024)
     assert model.manifest.speculation is not None, "the bundle has no draft head"
-    prompts = [model.tokenizer.encode(path.read_text(encoding="utf-8"))[: arguments.prompt_tokens] for path in arguments.texts]
+    if arguments.texts:
+        prompts = [model.tokenizer.encode(path.read_text(encoding="utf-8"))[: arguments.prompt_tokens] for path in arguments.texts]
+    else:
+        prompts = np.random.default_rng(0).integers(0, model.manifest.model["vocab_size"], (8, arguments.prompt_tokens)).tolist()
     decoder = model.decoder(drafts=True)
-    policies: dict[str, Policy] = {length: FixedLength(int(length)) for length in arguments.lengths.split(",")}
-    policies["auto"] = AdaptiveLength(model.manifest.speculation.max_draft)
+    longest = model.manifest.speculation.max_draft
+    policies: dict[str, Policy] = {k: FixedLength(int(k)) for k in arguments.lengths.split(",") if int(k) <= longest}
+    policies["auto"] = AdaptiveLength(longest)
     for policy in policies.values():
         drafted(decoder, prompts[0], arguments.new_tokens, policy, acceptance_for)  # binds and warms
     seconds = {name: [[0.0] * arguments.repeat for _ in prompts] for name in policies}

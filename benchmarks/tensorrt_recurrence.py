@@ -30,10 +30,11 @@ from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
-from qwen_export.plugins.decompose.gated_attention import attend
+from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
+from qwen_export.plugins.tensorrt.attend_in_parts import attend_in_parts, slots_of_a_part
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
 from qwen_export.plugins.tensorrt.experts import emit_experts
@@ -305,6 +306,53 @@ def attention() -> Iterator[Case]:
                 )
 
 
+def step_attention() -> Iterator[Case]:
+    """One token, and a verify of four, over 4608 slots of a 0.8B and of the 35B-A3B: as two products, as parts of products, as sums."""
+    S, size = 4096 + 512, 256
+    forms: dict[str, Callable[..., ir.Value]] = {"products": attend, "parts": attend_in_parts, "sums": _attend_by_sums}
+    for Hq, T in ((8, 1), (8, 4), (16, 1), (16, 4)):
+        sizes = AttentionSizes(T, S, Hq, 2, size, 64)
+        for form, attends in forms.items():
+            inputs: Inputs = {
+                "q": ((1, Hq, T, size), HALF),
+                **dict.fromkeys("kv", ((1, 2, T, size), HALF)),
+                **{f"{name}_cache": ((1, 2, S, size), HALF) for name in "kv"},
+                "length": ((1,), I32),
+            }
+
+            def body(
+                emit: Emitter, x: dict[str, ir.Value], sizes: AttentionSizes = sizes, attends: Callable[..., ir.Value] = attends
+            ) -> Sequence[ir.Value]:
+                at = emit.cast(x["length"], I64)
+                k, v = (emit("", "TensorScatter", [x[f"{n}_cache"], x[n], at], like=x[n], axis=-2)[0] for n in "kv")
+                return attends(emit, x["q"], k, v, x["length"], sizes, HALF), k, v
+
+            yield Case(
+                f"attention of {T}, {Hq} heads, as {form}",
+                inputs,
+                body,
+                aliased={"out1": "k_cache", "out2": "v_cache"},
+                values={"length": torch.tensor([2000], dtype=torch.int32)},
+            )
+
+
+def _attend_by_sums(
+    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, length: ir.Value, sizes: AttentionSizes, activation: ir.DataType
+) -> ir.Value:
+    T, S, Hkv, D = sizes.T, sizes.S, sizes.Hkv, sizes.D
+    rows, parts = sizes.Hq // Hkv * T, S // slots_of_a_part(S)
+
+    def total(a: ir.Value, b: ir.Value, axis: int) -> ir.Value:
+        return emit("", "ReduceSum", [emit.mul(emit.wide(a), emit.wide(b)), emit.ints(axis)], dtype=FLOAT, keepdims=0)[0]
+
+    score = total(emit.reshape(k, 1, Hkv, 1, S, D), emit.reshape(q, 1, Hkv, rows, 1, D), -1)
+    (w,) = emit("", "Softmax", [emit.add(score, causal_bias(emit, length, sizes))], like=score, axis=-1)
+    o = total(emit.reshape(v, 1, Hkv, 1, parts, S // parts, D), emit.reshape(w, 1, Hkv, rows, parts, S // parts, 1), 4)
+    (o,) = emit("", "ReduceSum", [o, emit.ints(3)], dtype=FLOAT, keepdims=0)
+    heads = emit.reshape(emit.cast(o, activation), 1, sizes.Hq, T, D)
+    return emit.reshape(emit.transpose(heads, 0, 2, 1, 3), 1, T, sizes.Hq * D)
+
+
 # Products and logits
 
 
@@ -450,6 +498,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "prefill2048": lambda: prefill(2048),
     "prefill4096": lambda: prefill(4096),
     "attention": attention,
+    "step_attention": step_attention,
     "products": products,
     "top": top,
     "experts": experts,

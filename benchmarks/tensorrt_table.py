@@ -27,6 +27,7 @@ from qwen_export.static_plan import StaticOptions
 
 BENCH = (sys.executable, "-m", "qwen_export", "bench")
 PROMPTS, NEW_TOKENS = (512, 2048, 4096), 256
+CONTEXT = max(PROMPTS) + NEW_TOKENS + 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -50,15 +51,18 @@ def bench(bundle: Path, *options: object) -> dict[str, Any]:
     return result
 
 
-def measure(contestant: Contestant, checkpoint: Path, work: Path, precision: str) -> dict[str, Any]:
+def measure(contestant: Contestant, checkpoint: Path, work: Path, precision: str, reuse: bool) -> dict[str, Any]:
     """Rates, start times (`cold_s`, `warm_s`) and memory of one bundle."""
-    bundle = contestant.build(checkpoint, work / "bundle", precision, max(PROMPTS) + NEW_TOKENS + 64)
+    bundle = work / f"{checkpoint.name}-{contestant.target}-{contestant.chunk}-{precision}"
+    if not (reuse and (bundle / "manifest.json").exists()):
+        contestant.build(checkpoint, bundle, precision, CONTEXT)
     kernels = work / "kernels"
     shutil.rmtree(kernels, ignore_errors=True)
     os.environ[VARIABLE] = str(kernels)
     cold = bench(bundle, "--prompt-tokens", 8, "--new-tokens", 3, "--speculate", "off")
     result = bench(bundle, "--prompt-tokens", ",".join(map(str, PROMPTS)), "--new-tokens", NEW_TOKENS, "--speculate", "off")
-    shutil.rmtree(bundle)
+    if not reuse:
+        shutil.rmtree(bundle)
     return {
         **result,
         "cold_s": cold["load_s"] + cold["first_calls_s"],
@@ -82,6 +86,7 @@ def main() -> None:
     parser.add_argument("--chunks", default="512", help="prompt calls of these many tokens, a row each")
     parser.add_argument("--text", type=Path, help="a short text that the trained checkpoint continues")
     parser.add_argument("--work", type=Path, default=Path(".cache/tensorrt"))
+    parser.add_argument("--reuse", action="store_true", help="keep bundles in --work and take those that are there")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -97,7 +102,7 @@ def main() -> None:
             synthesize(FAMILY[size], checkpoint)
         for precision in options.precisions.split(","):
             for contestant in contestants:
-                got = measure(contestant, checkpoint, options.work, precision)
+                got = measure(contestant, checkpoint, options.work, precision, options.reuse)
                 prefill = " | ".join(f"{row['tok_per_s']:.0f}" for row in got["prefill"])
                 start = f"{got['cold_s']:.1f}, {got['warm_s']:.1f}"
                 print(

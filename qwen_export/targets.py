@@ -107,6 +107,8 @@ TENSORRT = Target(
         "graphs.passes.widen_logits:widen_logits",
         "plugins.tensorrt.lowerings:lower_mixers",
         "graphs.passes.remove_dead:remove_dead",
+        "plugins.tensorrt.merge_products:merge_products",
+        "plugins.tensorrt.merge_products:own_head",
         "plugins.tensorrt.lowerings:lower_simple_ops",
         "plugins.tensorrt.top_logits:add_top_logits",
         "graphs.passes.remove_dead:remove_dead",

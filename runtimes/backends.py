@@ -6,7 +6,9 @@ A session has `spec` (GraphSpec), `device`, `busy_s`, `buffer(dtype, shape)` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ Sessions = Callable[[str], Any]
 @dataclass(frozen=True)
 class OpenOptions:
     """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart. `graphs`: where the files of the graphs lie, if
-    not in the bundle."""
+    not in the bundle. `later`: graphs that need not be open before they are called."""
 
     threads: int | None = None
     repack: bool = False
     device_id: int = 0
     graphs: Path | None = None
+    later: Collection[str] = ()
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
@@ -47,6 +50,7 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
             repack=options.repack,
             device_id=options.device_id,
             folder=bundle if options.graphs is not None else None,
+            later=name in options.later,
         )
 
     return session
@@ -70,3 +74,13 @@ _OPEN: dict[str, Callable[[Path, Manifest, OpenOptions], Sessions]] = {
 def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
     """The sessions of a bundle that `check_runnable` has let pass."""
     return _OPEN[manifest.target.backend](bundle, manifest, options)
+
+
+def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Any]:
+    """Sessions of these graphs by name. ONNX Runtime brings weights into the order of its kernels with one core per graph: where it does,
+    graphs are opened side by side."""
+    session, names = open_backend(bundle, manifest, options), list(names)
+    if not options.repack or manifest.target.device != "cpu" or manifest.target.backend != "onnxruntime":
+        return {name: session(name) for name in names}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(names, threads.map(session, names), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 from qwen_export.manifest import TensorSpec
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer
@@ -10,34 +11,68 @@ from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import HOST_INPUTS, Session
 
 
+class LogitsMemory:
+    """Memory for what the calls of a graph say of next tokens. All calls leave their logits in one place, since they are valid until the
+    next call only; it has room for `rows` rows, as many as steps and drafts need. A call with more, for measuring, gets its own."""
+
+    def __init__(self, session: Session, rows: int) -> None:
+        self._kind, self._rows = BUFFERS[session.device], rows
+        self._specs = {spec.name: spec for spec in session.spec.outputs if spec.name in ("logits", TOP_LOGITS, TOP_IDS)}
+        self._all: Buffer | None = None
+
+    def take(self, dims: Mapping[str, int]) -> tuple[dict[str, Buffer], LogitsBuffers]:
+        """Buffers of a call with these dims, by output."""
+        shapes = {name: sizes(spec, dims) for name, spec in self._specs.items()}
+        made = {"logits": self._logits(self._specs["logits"].dtype, shapes["logits"])}
+        largest: Buffer | None = None
+        if TOP_IDS in shapes:
+            largest = self._kind("int32", (2, *shapes[TOP_IDS]))
+            made[TOP_LOGITS] = largest.part(self._specs[TOP_LOGITS].dtype, shapes[TOP_LOGITS])
+            made[TOP_IDS] = largest.part("int32", shapes[TOP_IDS], largest.nbytes // 2)
+        return made, LogitsBuffers(made["logits"], made.get(TOP_LOGITS), made.get(TOP_IDS), largest)
+
+    def _logits(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        if prod(shape[:-1]) > self._rows:
+            return self._kind(dtype, shape)
+        if self._all is None:
+            self._all = self._kind(dtype, (self._rows, shape[-1]))
+        return self._all.part(dtype, shape)
+
+
+def sizes(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else dims[d] for d in spec.shape)
+
+
 class BoundCall:
     """`dims` are the sizes of the call. Inputs and outputs named in `inputs` and `outputs` lie at these addresses; the other inputs are
-    the controls, the other outputs the logits and the largest of them, and get memory here. A `repeated` call is worth recording, where
-    the device can."""
+    the controls and get memory here, the other outputs are the logits and the largest of them, which get theirs from `logits`, and what an
+    observer wants to see. A `repeated` call is worth recording, where the device can."""
 
     def __init__(
-        self, session: Session, dims: Mapping[str, int], inputs: Mapping[str, int], outputs: Mapping[str, int], *, repeated: bool
+        self,
+        session: Session,
+        dims: Mapping[str, int],
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int],
+        logits: LogitsMemory,
+        *,
+        repeated: bool,
     ) -> None:
         self._call = session.call(repeated=repeated)
         self._T, self._slots = dims["T"], dims["S"]
         self.recorded = session.device == "cuda" and repeated
         self._controls: dict[str, Buffer] = {}
         kind = BUFFERS[session.device]
-
-        def size(spec: TensorSpec) -> tuple[int, ...]:
-            return tuple(d if isinstance(d, int) else dims[d] for d in spec.shape)
-
         for spec in session.spec.inputs:
             if spec.name not in inputs:
-                self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, size(spec))
-            self._call.input(spec.name, size(spec), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
-        self.results: dict[str, Buffer] = {}
-        """Outputs that got memory here."""
+                self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, sizes(spec, dims))
+            self._call.input(spec.name, sizes(spec, dims), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
+        self.results, self._logits = logits.take(dims)
+        """Those outputs by name, as buffers."""
         for spec in session.spec.outputs:
-            if spec.name not in outputs:
-                self.results[spec.name] = kind(spec.dtype, size(spec))
-            self._call.output(spec.name, size(spec), outputs[spec.name] if spec.name in outputs else self.results[spec.name].address)
-        self._logits = LogitsBuffers(self.results["logits"], self.results.get(TOP_LOGITS), self.results.get(TOP_IDS))
+            if spec.name not in outputs and spec.name not in self.results:
+                self.results[spec.name] = kind(spec.dtype, sizes(spec, dims))
+            self._call.output(spec.name, sizes(spec, dims), outputs[spec.name] if spec.name in outputs else self.results[spec.name].address)
         if dims["N"]:
             self._controls["logit_rows"].write_ints(range(self._T - dims["N"], self._T))
 

@@ -63,6 +63,10 @@ class Buffer(ABC):
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
 
+    def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Buffer:
+        """The bytes from `offset` on, as a buffer that shares them and keeps them."""
+        raise NotImplementedError(type(self).__name__)
+
     @property
     def row_bytes(self) -> int:
         """Bytes of one entry of the first axis, the batch."""
@@ -90,19 +94,26 @@ _MAPPED_FROM, _HUGE_PAGE = 64 << 10, 2 << 20
 
 
 class HostBuffer(Buffer):
-    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], whole: HostBuffer | None = None, offset: int = 0) -> None:
         super().__init__(dtype, shape)
-        if self.nbytes < _MAPPED_FROM or sys.platform == "win32":
+        self._map: mmap.mmap | None
+        self._bytes: Bytes
+        if whole is not None:
+            self._map, self._bytes = whole._map, whole._bytes[offset : offset + self.nbytes]
+        elif self.nbytes < _MAPPED_FROM or sys.platform == "win32":
             self._map, self._bytes = None, np.zeros(self.nbytes, np.uint8)
         else:  # fresh pages: an allocator may hand out memory that was used before, and has to clear it
             spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
             self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            whole = np.frombuffer(self._map, np.uint8)
-            self._begin = -int(whole.ctypes.data) % _HUGE_PAGE if spare else 0
-            self._bytes = whole[self._begin : self._begin + self.nbytes]
+            pages = np.frombuffer(self._map, np.uint8)
+            self._begin = -int(pages.ctypes.data) % _HUGE_PAGE if spare else 0
+            self._bytes = pages[self._begin : self._begin + self.nbytes]
         self._memory = self._bytes.data
         self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
+
+    def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> HostBuffer:
+        return HostBuffer(dtype, shape, self, offset)
 
     def prefer_huge_pages(self, axis: int, first: int) -> None:
         """From entry `first` of `axis` on. Long caches are read a few per cent faster with huge pages; at the front they would make every
@@ -138,13 +149,14 @@ class HostBuffer(Buffer):
 
 
 class CudaBuffer(Buffer):
-    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+    def __init__(self, dtype: str, shape: tuple[int, ...], whole: CudaBuffer | None = None, offset: int = 0) -> None:
         super().__init__(dtype, shape)
-        self.address = cuda_memory.allocate(self.nbytes)
+        self._whole, self._offset = whole, offset
+        self.address = cuda_memory.allocate(self.nbytes) if whole is None else whole.address + offset
         self._pinned: Bytes | None = None
 
     def __del__(self) -> None:
-        if sys.is_finalizing():  # the process gives everything back
+        if sys.is_finalizing() or getattr(self, "_whole", None) is not None:  # the process, or the whole, gives everything back
             return
         pinned = getattr(self, "_pinned", None)
         if pinned is not None:
@@ -169,10 +181,22 @@ class CudaBuffer(Buffer):
         if not self.nbytes:
             return np.zeros(0, np.uint8)
         if self._pinned is None:
-            self._pinned = np.zeros(self.nbytes, np.uint8)
-            cuda_memory.pin(self._pinned.ctypes.data, self.nbytes)
+            self._pinned = self._locked()
         cuda_memory.to_host(self._pinned.ctypes.data, self.address, self.nbytes)
         return self._pinned
+
+    def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> CudaBuffer:
+        return CudaBuffer(dtype, shape, self, offset)
+
+    def _locked(self) -> Bytes:
+        """Pinned memory for the contents; that of the whole, where this is a part."""
+        if self._whole is not None:
+            if self._whole._pinned is None:
+                self._whole._pinned = self._whole._locked()
+            return self._whole._pinned[self._offset : self._offset + self.nbytes]
+        memory = np.zeros(self.nbytes, np.uint8)
+        cuda_memory.pin(memory.ctypes.data, self.nbytes)
+        return memory
 
     def grown(self, axis: int, size: int, used: int) -> CudaBuffer:
         """A larger buffer: `axis` has `size` entries, of which the first `used` are copied."""

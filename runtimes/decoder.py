@@ -148,6 +148,14 @@ class Decoder(ABC):
     def prepare(self, count: int) -> None:  # noqa: B027 - fixed shapes need nothing
         """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
 
+    def warm(self) -> None:
+        """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read."""
+        mark = self.mark()
+        self.prefill([0], want_logits=False)
+        for count in range(1, 1 + (self.widest_verify if self.head is not None else 1)):
+            self.prepare(count)
+        self.rewind(mark)
+
     # ---- going back ----
 
     def reset(self, sequence: int = 0) -> None:

@@ -9,30 +9,30 @@ might pay is tried, which costs a few rounds at the start and now and then one, 
 
 from __future__ import annotations
 
+import bisect
 from typing import Protocol
 
-# Rounds after which a measurement counts half: texts change.
-_HALF_LIFE = 64
-_FADE = 0.5 ** (1 / _HALF_LIFE)
+# What a measurement still counts a round later: acceptance half after 64 rounds, for texts change; times after 256 of the same length.
+_FADE, _TIME_FADE = 0.5 ** (1 / 64), 0.5 ** (1 / 256)
 # The acceptance before anything is measured: rather high, so that it is measured. Rounds that a guess weighs against measured ones.
 _PRIOR, _GUESS_WEIGHT = 0.7, 2.0
 # What one more draft costs before it was measured, in plain steps: a step of the head and one more row to verify. Its weight in the slope.
 _SLOPE, _STIFF = 0.33, 0.05
 # Samples that the line through all lengths is worth next to a length's own: of many measured times some are too good or too bad by chance.
 _LINE_WEIGHT = 6.0
-# Samples of a time before it is believed.
-_SURE = 3
+# Samples of a time before it is believed, and those that count as the first ones.
+_SURE, _FIRST = 3, 8
 # How fast the machine's slowness follows what is measured.
 _FOLLOW = 0.1
 # A length is kept while it is worth nearly as much as the best one: another finds its memory cold, and may look better by chance.
 _NEARLY = 0.98
-# Rounds between two tries of another length, so that neither chance nor a time of long ago decides; the rounds of a try, some because the
-# first of another length finds its memory cold; and the share of the best value from which on a length is worth one.
-_TRY_EVERY, _TRY, _WORTH_A_TRY = 24, 3, 0.9
+# Rounds between two tries of another length, so that neither chance nor a time of long ago decides: at first and in the end. The rounds of
+# a try: the first of another length finds its memory cold. The share of the best value from which on a length is worth one.
+_TRY_EVERY, _TRY_SELDOM, _TRY, _WORTH_A_TRY = 24, 72, 3, 0.9
 # Rounds between two looks at all lengths: one costs some of a step of a very small model.
 _LOOK_EVERY = 6
-# Plain steps between two probes after drafting looked worse, doubled by each probe that confirms it.
-_PROBE_AFTER = 64
+# Plain steps between two tries after drafting looked worse, doubled by each that confirms it, up to a limit. The last ones are measured.
+_PROBE_AFTER, _PROBE_SELDOM, _WATCHED = 64, 512, 16
 
 
 class Policy(Protocol):
@@ -69,17 +69,17 @@ class _Times:
         self._slowness, self._last = 1.0, 0
 
     def add(self, count: int, seconds: float) -> None:
-        """Of the first samples the median counts: one may hold page faults. Later one sample counts at most double."""
+        """Of the first samples the second shortest counts: some hold page faults, or kernels that run for the first time. Too short a time
+        is soon put right, since its length is chosen. Later one sample counts at most double."""
         cold, self._last = count != self._last, count
         normal, first = seconds / self._slowness, self._first[count]
-        if len(first) < _SURE:
-            first.append(normal)
-            if self.known(count):
-                self._means[count], self._weights[count] = sorted(first)[len(first) // 2], 1.0
+        if len(first) < _FIRST:
+            bisect.insort(first, normal)
+            self._means[count], self._weights[count] = first[min(1, len(first) - 1)], len(first) if self.known(count) else 0.0
         elif not cold:
             mean = self._means[count]
             normal = min(normal, 2 * mean)
-            self._weights[count] = self._weights[count] * _FADE + 1
+            self._weights[count] = self._weights[count] * _TIME_FADE + 1
             self._means[count] += (normal - mean) / self._weights[count]
             self._slowness *= 1 + _FOLLOW * (normal / mean - 1)
             self._slowness **= _FADE
@@ -108,24 +108,27 @@ class _Times:
 
 
 class _Acceptance:
-    """Fading shares of kept drafts by position, given that those before were kept."""
+    """Fading shares of kept drafts by position, given that those before were kept. New ones count more instead of old ones less: the same
+    shares, for less work a round."""
 
     def __init__(self, longest: int) -> None:
-        self._kept, self._seen = [0.0] * longest, [0.0] * longest
+        self._kept, self._seen, self._gain = [0.0] * longest, [0.0] * longest, 1.0
 
     def add(self, drafted: int, accepted: int) -> None:
-        for i in range(len(self._seen)):
-            self._kept[i] *= _FADE
-            self._seen[i] *= _FADE
+        self._gain /= _FADE
         for i in range(min(drafted, accepted + 1)):
-            self._kept[i] += i < accepted
-            self._seen[i] += 1
+            self._seen[i] += self._gain
+        for i in range(accepted):
+            self._kept[i] += self._gain
+        if self._gain > 1e9:
+            self._kept, self._seen = [x / self._gain for x in self._kept], [x / self._gain for x in self._seen]
+            self._gain = 1.0
 
     def expected_tokens(self, limit: int) -> list[float]:
         """Of rounds with 0 .. limit drafts."""
-        expected, chance, share = [1.0], 1.0, _PRIOR
+        expected, chance, share, guess = [1.0], 1.0, _PRIOR, _GUESS_WEIGHT * self._gain
         for kept, seen in zip(self._kept[:limit], self._seen[:limit], strict=True):
-            share = (kept + _GUESS_WEIGHT * share) / (seen + _GUESS_WEIGHT)
+            share = (kept + guess * share) / (seen + guess)
             chance *= share
             expected.append(expected[-1] + chance)
         return expected
@@ -138,55 +141,59 @@ class AdaptiveLength:
         self._longest = longest
         self._acceptance = _Acceptance(longest)
         self._times = _Times(longest)
-        self._since_draft, self._patience = 0, _PROBE_AFTER
-        self._rounds, self._other = _TRY, 0
-        self._kept = 0
-        self._best: int | None = None
-        """What was best when last looked, None when that is over."""
+        self._best, self._looked, self._tried = 0, False, 0
+        self._rounds, self._next_try, self._patience = 0, _TRY_EVERY, _PROBE_AFTER
+        self._rest = 0
+        """Plain steps to go without a thought: some are as short as one."""
 
     def length(self, limit: int) -> int:
-        limit = min(limit, self._longest)
-        if limit <= 0 or not self._times.known(0):
+        if self._rest or limit <= 0 or not self._times.known(0):
             return 0  # the plain step is what everything is compared with
-        if self._best is None or self._best > limit:
-            self._best = self._look(limit)
-        if self._best == 0:
-            return int(self._since_draft >= self._patience)
-        trying = self._rounds % _TRY_EVERY < _TRY
-        return min(self._other, limit) if trying else self._best
+        limit = min(limit, self._longest)
+        if not self._looked or self._best > limit:
+            self._look(limit)
+        return min(self._tried, limit) if self._rounds >= self._next_try else self._best
 
     def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+        if self._rest:
+            self._rest -= 1
+            return
         self._times.add(drafted, draft_s + verify_s)
-        if self._best != 0:
-            self._rounds += 1
-            if self._rounds % _TRY_EVERY == 0:
-                self._other = self._least_measured()
-            if self._rounds % _LOOK_EVERY == 0 or not self._times.known(drafted):
-                self._best = None
         if drafted:
             self._acceptance.add(drafted, accepted)
-            if self._best == 0:
-                none, one = self.values(1)
-                self._patience = _PROBE_AFTER if one > none else min(2 * self._patience, 1 << 14)
-                self._best = None
-            self._since_draft = 0
-        else:
-            self._since_draft += 1
-            if self._since_draft % _LOOK_EVERY == 0:
-                self._best = None
+        self._rounds += 1
+        if self._rounds % _LOOK_EVERY == 0 or not self._times.known(drafted):
+            self._looked = False
+        if self._rounds == self._next_try:
+            self._tried = self._to_try()
+        elif self._rounds >= self._next_try + _TRY:
+            self._end_try()
 
-    def _look(self, limit: int) -> int:
+    def _look(self, limit: int) -> None:
         values = self.values(limit)
-        best = max(values)
-        if self._kept > limit or values[self._kept] < _NEARLY * best:
-            self._kept = values.index(best)
-        return self._kept
+        best, self._looked = max(values), True
+        if self._best > limit or values[self._best] < _NEARLY * best:
+            was, self._best = self._best, values.index(best)
+            if was == 0:  # drafting begins
+                self._patience = _PROBE_AFTER
 
-    def _least_measured(self) -> int:
-        """Of the lengths that may well be the best, and none: a wrong time of the plain step would cost most."""
+    def _to_try(self) -> int:
+        """In plain steps, the best draft. While drafting, the least measured of the lengths that may well be the best, the next ones, and
+        none: a wrong time of the plain step would cost most."""
         values = self.values(self._longest)
+        if self._best == 0:
+            return max(range(1, self._longest + 1), key=values.__getitem__)
         enough = _WORTH_A_TRY * max(values)
-        return min((count for count, value in enumerate(values) if value >= enough or not count), key=self._times.weight)
+        worth = (k for k, value in enumerate(values) if value >= enough or k == 0 or abs(k - self._best) == 1)
+        return min(worth, key=self._times.weight)
+
+    def _end_try(self) -> None:
+        self._look(self._longest)
+        if self._best == 0:
+            self._patience = min(2 * self._patience, _PROBE_SELDOM)
+            self._rest, self._next_try = self._patience - _WATCHED, self._rounds + _WATCHED
+        else:
+            self._next_try = self._rounds + min(_TRY_SELDOM, _TRY_EVERY + self._rounds // 8)
 
     def values(self, limit: int) -> list[float]:
         """Expected tokens per second with 0 .. limit drafts a round."""

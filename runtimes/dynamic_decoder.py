@@ -17,7 +17,7 @@ import numpy as np
 
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer
 from qwen_export.runtimes.decoder import Decoder, Logits, Mark, Snapshot, rotary_rows
 from qwen_export.runtimes.dynamic_draft_head import DynamicDraftHead
@@ -28,7 +28,7 @@ from qwen_export.runtimes.transaction import Transaction
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantised products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
-_QUANTISED_CHUNK, _MOE_CHUNK = 128, 512
+_QUANTISED_CHUNK, _MOE_CHUNK = 96, 512
 # CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
 _FIRST_SLOTS = 2048
 _SLOT_AXIS = 2
@@ -76,6 +76,7 @@ class DynamicDecoder(Decoder):
         half = len(manifest.rotary.inv_freq)
         self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
         self._table_rows = 0
+        self._logits = LogitsMemory(session, max(batch, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
@@ -110,10 +111,22 @@ class DynamicDecoder(Decoder):
         """As promised; before a verify the draft head also reads what plain steps have left it."""
         if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
             self.head.catch_up()
-        shape = CallShape(1, count, count, 0, True, count == 1, self._transaction.current)
-        if self.batch == 1 and shape not in self._calls and count <= max(1, self.widest_verify):
-            self._make_room(min(self.capacity, self.lengths[0] + count))
-            self._bind(shape)
+        if self.batch > 1 or count > max(1, self.widest_verify):
+            return
+        if count > 1 and self.head is not None:
+            self.head.prepare()
+        current = self._transaction.current
+        # Verifies read the two sets of pending inputs by turns, steps whichever the last verify has left.
+        for pending in (current, 1 - current) if self.widest_verify else (current,):
+            shape = CallShape(1, count, count, 0, True, count == 1, pending)
+            if shape not in self._calls:
+                self._make_room(min(self.capacity, self.lengths[0] + count))
+                self._bind(shape)
+
+    def warm(self) -> None:
+        super().warm()
+        if self.head is not None:
+            self.head.prepare(self.widest_verify)
 
     @property
     def busy_s(self) -> float:
@@ -235,6 +248,25 @@ class DynamicDecoder(Decoder):
         started = time.perf_counter()
         for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
             del self._calls[old]
+        # Recording runs the graph several times over: that is done now, and the states are put back.
+        recorded = self._records(shape)
+        marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)] if recorded else []
+        current = self._transaction.current
+        try:
+            self._transaction.current = shape.pending
+            self._calls[shape] = self._bound(shape)
+            if recorded:
+                self._call(shape, [0] * (shape.b * shape.T))
+        finally:
+            self._transaction.current = current
+            for i, mark in enumerate(marks):
+                self._load(mark, i)
+        self._binding_s += time.perf_counter() - started
+
+    def _records(self, shape: CallShape) -> bool:
+        return self.session.device == "cuda" and shape.repeated
+
+    def _bound(self, shape: CallShape) -> BoundCall:
         states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}
         inputs = states | {name: table.address for name, table in self.tables.items()} | self._transaction.inputs(shape.first)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
@@ -242,14 +274,7 @@ class DynamicDecoder(Decoder):
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.address
         dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
-        call = self._calls[shape] = BoundCall(self.session, dims, inputs, outputs, repeated=shape.repeated)
-        if call.recorded:
-            # Recording runs the graph several times over: do that now, and put the states back.
-            marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)]
-            self._call(shape, [0] * (shape.b * shape.T))
-            for i, mark in enumerate(marks):
-                self._load(mark, i)
-        self._binding_s += time.perf_counter() - started
+        return BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=shape.repeated)
 
 
 def _chunk(device: str, manifest: Manifest) -> int:

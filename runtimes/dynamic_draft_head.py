@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwen_export.runtimes.bound_call import BoundCall
+from qwen_export.runtimes.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, CudaBuffer
 from qwen_export.runtimes.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.logits import Row
@@ -31,11 +31,18 @@ class DynamicDraftHead(DraftHead):
             s.name: kind(s.dtype, tuple(d if isinstance(d, int) else {"B": 1, "S": decoder.slots}[d] for d in s.shape))
             for s in session.spec.states
         }
+        self._logits = LogitsMemory(session, 1)
         self._calls: dict[tuple[int, int], BoundCall] = {}
 
     @property
     def busy_s(self) -> float:
         return self.session.busy_s
+
+    def prepare(self, longest: int = 1) -> None:
+        """Make what drafts after up to `longest` tokens need. Between drafts; what the calls leave is not read."""
+        for T in range(1, longest + 1):
+            if (T, 1) not in self._calls:
+                self._bind(T, 1)
 
     def grow(self, slots: int) -> None:
         for name, buffer in self.caches.items():
@@ -72,7 +79,7 @@ class DynamicDraftHead(DraftHead):
         }
         outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
         dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
-        call = BoundCall(self.session, dims, inputs, outputs, repeated=rows > 0)
+        call = BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=rows > 0)
         if rows:
             self._calls[T, rows] = call
         if call.recorded:

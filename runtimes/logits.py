@@ -85,10 +85,13 @@ class Row:
 
 
 class LogitsBuffers:
-    """Where a call leaves its logits, dtype and shape [..,N,V] as the graph has them, and the largest of them if it picks them."""
+    """Where a call leaves its logits, dtype and shape [..,N,V] as the graph has them, and the largest of them if it picks them. `together`:
+    one buffer that has the largest and their ids, in this order; one copy brings both from a device."""
 
-    def __init__(self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None) -> None:
-        self._logits, self._top_logits, self._top_ids = logits, top_logits, top_ids
+    def __init__(
+        self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None, together: Buffer | None = None
+    ) -> None:
+        self._logits, self._top_logits, self._top_ids, self._together = logits, top_logits, top_ids, together
         self._width = top_ids.shape[-1] if top_ids is not None else 0
         # On the host the views are made once.
         self._host_top = self._top() if isinstance(top_ids, HostBuffer) and top_ids.nbytes else None
@@ -101,6 +104,10 @@ class LogitsBuffers:
         return self._logits.array().reshape(-1, self._logits.shape[-1])
 
     def _top(self) -> Top:
+        if self._together is not None:
+            words = self._together.contents().data
+            half = self._together.nbytes // 2
+            return Top(words[:half].cast("f"), words[half:].cast("i"))
         if self._top_logits is None or self._top_ids is None:
             raise AssertionError("the graph does not pick the largest logits")
         return Top(self._top_logits.contents().data.cast("f"), self._top_ids.contents().data.cast("i"))

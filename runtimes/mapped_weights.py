@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from math import prod
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,7 @@ class MappedWeights:
     def __init__(self, bundle: Path, manifest: Manifest) -> None:
         self._bundle, self._manifest = bundle, manifest
         self._maps: dict[str, mmap.mmap] = {}
+        self._lock = Lock()  # graphs may be opened in threads
 
     def is_reference(self, weight: WeightSpec) -> bool:
         """Whether the weight lies in a file outside the bundle."""
@@ -36,10 +38,12 @@ class MappedWeights:
 
     def bytes(self, weight: WeightSpec) -> npt.NDArray[np.uint8]:
         """The memory of one weight. Raises BundleError where its file ends before it."""
-        if weight.file not in self._maps:
-            with weights_path(self._bundle, self._manifest, weight.file).open("rb") as file:
-                self._maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        with self._lock:
+            if weight.file not in self._maps:
+                with weights_path(self._bundle, self._manifest, weight.file).open("rb") as file:
+                    self._maps[weight.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = self._maps[weight.file]
         nbytes = weight_bytes(weight)
-        if weight.offset + nbytes > len(self._maps[weight.file]):
+        if weight.offset + nbytes > len(mapped):
             raise BundleError("a weight lies outside its file", where=str(self._bundle), got=f"{weight.name} in {weight.file}")
-        return np.frombuffer(self._maps[weight.file], np.uint8, nbytes, weight.offset)
+        return np.frombuffer(mapped, np.uint8, nbytes, weight.offset)

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
-from qwen_export.runtimes.backends import OpenOptions, open_backend
+from qwen_export.runtimes.backends import OpenOptions, open_graphs
 from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, thinking_prefix
 from qwen_export.runtimes.compatibility import check_runnable
 from qwen_export.runtimes.decoder import Decoder
@@ -28,7 +28,7 @@ from qwen_export.runtimes.sampling import Sampler, SamplingParams
 from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation import Speculator
 from qwen_export.runtimes.static_decoder import StaticDecoder
-from qwen_export.runtimes.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, is_static
+from qwen_export.runtimes.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
 from qwen_export.runtimes.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.tokenizer import TextTokenizer
 
@@ -66,9 +66,10 @@ def load(
     _check_speculate(speculate, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
-    session = open_backend(directory, manifest, OpenOptions(threads, repack, device_id))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    return Model(directory, manifest, {name: session(name) for name in manifest.graphs if name not in idle}, max_context, speculate)
+    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else ())
+    sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
+    return Model(directory, manifest, sessions, max_context, speculate)
 
 
 def _check_speculate(value: Speculate, manifest: Manifest) -> None:
@@ -198,6 +199,11 @@ class Model:
             drafter: Drafter = HeadDrafter(head) if head is not None else LookupDrafter(reuse.decoder)
             self._running = Speculator(drafter, self._policy).generate(reuse, request, statistics)
         return self._running
+
+    def warm(self) -> None:
+        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are compiled and calls recorded. For programs
+        that load a bundle before anybody asks."""
+        self._conversation.decoder.warm()
 
     @property
     def speculates(self) -> bool:

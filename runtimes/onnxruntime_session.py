@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,12 @@ class Session:
         repack: bool = False,
         device_id: int = 0,
         folder: Path | None = None,
+        later: bool = False,
     ) -> None:
         """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
         `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
         too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
-        than the graph's."""
+        than the graph's. With `later` the graph is loaded before its first call, which most runs may never make."""
         import onnxruntime as ort
 
         if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -57,6 +59,9 @@ class Session:
         # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
+        if device == "cpu" and not repack:  # the order of the kernels is made in the arena, which has to go with the session then
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
         if device != "cuda":  # every length of call would get a plan and a block of memory of its own
             options.enable_mem_pattern = False
         if device == "dml":  # takes calls one after the other
@@ -64,22 +69,45 @@ class Session:
         providers = _providers(ort, device, device_id)
         for plugin in plugins:
             _register(options, plugin)
+        self.spec, self.device, self._device_id = spec, device, device_id
+        self._graphs = 0
+        self.busy_s = 0.0
+        """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds that calls of fixed shapes cost once, besides: opening a graph `later`."""
+        self._opening = (path, options, providers, weights, repack, folder)
+        if not later:
+            self.native = self._open(*self._opening)
+
+    @cached_property
+    def native(self) -> Any:
+        """ONNX Runtime's session."""
+        started = time.perf_counter()
+        native = self._open(*self._opening)
+        self.binding_s += time.perf_counter() - started
+        return native
+
+    def _open(
+        self, path: Path, options: Any, providers: list[Any], weights: MappedWeights | None, repack: bool, folder: Path | None
+    ) -> Any:
+        import onnxruntime as ort
+
         try:
-            if weights is not None and device == "cpu" and not repack:
-                self._weights = _values(ort, spec.weights, weights)
-                vectors = {weight.name for weight in spec.weights if len(weight.shape) < 2}
+            if weights is not None and self.device == "cpu" and not repack:
+                self._weights = _values(ort, self.spec.weights, weights)
+                vectors = {weight.name for weight in self.spec.weights if len(weight.shape) < 2}
                 for name, value in self._weights.items():
                     if name not in vectors:
                         options.add_initializer(name, value)
                 # The optimizer may give a vector other dims, which it can only if it has the values.
                 options.add_external_initializers(list(vectors), [self._weights[name] for name in vectors])
             elif weights is not None:  # copied to the device, or into the kernels' order
-                self._weights = _values(ort, [weight for weight in spec.weights if weights.is_reference(weight)], weights)
+                self._weights = _values(ort, [weight for weight in self.spec.weights if weights.is_reference(weight)], weights)
                 options.add_external_initializers(list(self._weights), list(self._weights.values()))
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
             graph: str | bytes = str(path) if folder is None else path.read_bytes()
-            self.native = ort.InferenceSession(graph, options, providers=providers)
+            return ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
                 "ONNX Runtime could not load the graph",
@@ -87,12 +115,6 @@ class Session:
                 got=_first_line(error),
                 fix="Run `qwen-export check` on the bundle.",
             ) from error
-        self.spec, self.device, self._device_id = spec, device, device_id
-        self._graphs = 0
-        self.busy_s = 0.0
-        """Seconds spent in calls so far."""
-        self.binding_s = 0.0
-        """Seconds that calls of fixed shapes cost once, besides: none here."""
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
@@ -140,6 +162,9 @@ class Call:
         else:
             self.output(name, buffer.shape, buffer.address)
 
+    def prepare(self) -> None:
+        """Nothing: the first run of a call of fixed shapes is like the others."""
+
     def run(self) -> None:
         started = time.perf_counter()
         try:
@@ -159,6 +184,16 @@ def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> di
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
 
     return {weight.name: value(weight) for weight in specs}
+
+
+@cache
+def _share_arena() -> None:
+    """One arena for the activations of all sessions of this process, since the graphs of a bundle take turns. It grows by what is asked
+    for (strategy 1), a session's own arena by the next power of two."""
+    import onnxruntime as ort
+
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
 
 
 def _register(options: Any, plugin: Path) -> None:

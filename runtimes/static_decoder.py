@@ -90,8 +90,26 @@ class StaticDecoder(Decoder):
 
     def prepare(self, count: int) -> None:
         """As promised; before a verify the draft head reads what plain steps have left it."""
-        if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
-            self.head.catch_up()
+        if count > 1 and self.head is not None:
+            if self.head.behind > self.widest_verify:
+                self.head.catch_up()
+            self.head.prepare()
+        if self.batch == 1 and count <= max(1, self.widest_verify):
+            self._prepare(self._for(0, count))
+
+    def warm(self) -> None:
+        """As promised, for the graphs of all calls."""
+        for name in self._graphs:
+            self._prepare(name, every=True)
+        if self.head is not None:
+            self.head.prepare()
+
+    def _prepare(self, name: str, *, every: bool = False) -> None:
+        """Calls of a graph, all of whose tokens are padding."""
+        graph, states = self._graphs[name], self._states[0]
+        if every or not states.prepared(name):
+            graph.set(input_ids=graph.padded([]), length=[len(self._tokens[0])], accepted=[0], commit=[0])
+            states.prepare(name, every=every)
 
     @property
     def busy_s(self) -> float:

@@ -9,7 +9,7 @@ A call with fewer tokens is padded. `verify` is there with speculation, the righ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import numpy as np
@@ -74,6 +74,7 @@ class StaticStates:
         self._buffers = {name: [buffer(spec.dtype, fixed(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()}
         self._current = dict.fromkeys(specs, 0)
         self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
+        self._prepared: set[tuple[str, tuple[int, ...]]] = set()
         self.caches = [name for name, spec in specs.items() if spec.grows]
         # Pending tensors need no remembering: they count only between a verify and the call after it.
         self.fixed = [name for name, spec in specs.items() if not spec.grows and not spec.pending]
@@ -84,13 +85,50 @@ class StaticStates:
     def run(self, name: str) -> None:
         """One call of a graph on what is current; what it leaves is current then."""
         graph = self._graphs[name]
-        key = (name, tuple(self._current[state.name] for state in graph.spec.states))
+        self._call(graph, self._key(graph, name)).run()
+        self._turn(state.name for state in graph.spec.states if not state.in_place)
+
+    def prepare(self, name: str, *, every: bool = False) -> None:
+        """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
+        also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
+        caches have nothing yet; then what is current stays."""
+        graph = self._graphs[name]
+        turning = [state for state in graph.spec.states if not state.in_place]
+        pending = [state.name for state in turning if state.pending]
+        fixed = [state.name for state in turning if not state.pending]
+        for turned in ([], [*fixed, *pending], *([fixed, pending] if every else [])):
+            self._prepare(graph, name, turned)
+
+    def prepared(self, name: str) -> bool:
+        """Whether the next call of a graph was prepared."""
+        return self._key(self._graphs[name], name) in self._prepared
+
+    def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str]) -> None:
+        """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
+        pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
+        self._turn(turned)
+        key = self._key(graph, name)
+        if key not in self._prepared:
+            for now, other in pairs:
+                other.copy_from(now, 0, 0, now.nbytes)
+            self._call(graph, key).prepare()
+            self._prepared.add(key)
+            for now, other in pairs:
+                now.copy_from(other, 0, 0, now.nbytes)
+        self._turn(turned)
+
+    def _key(self, graph: StaticGraph, name: str) -> tuple[str, tuple[int, ...]]:
+        return name, tuple(self._current[state.name] for state in graph.spec.states)
+
+    def _call(self, graph: StaticGraph, key: tuple[str, tuple[int, ...]]) -> Call:
         if key not in self._calls:
             self._calls[key] = self._bind(graph)
-        self._calls[key].run()
-        for state in graph.spec.states:
-            if not state.in_place:
-                self._current[state.name] = 1 - self._current[state.name]
+        return self._calls[key]
+
+    def _turn(self, names: Iterable[str]) -> None:
+        """The other buffers of these states are the current ones."""
+        for name in names:
+            self._current[name] = 1 - self._current[name]
 
     def _bind(self, graph: StaticGraph) -> Call:
         call, states = graph.session.call(repeated=False), {state.after: state for state in graph.spec.states}

@@ -80,21 +80,23 @@ def test_a_limit_is_kept() -> None:
 
 
 def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
-    """The first plain steps of a process are slow, and the machine's speed wanders by a third: still within five percent."""
+    """The first steps of a process are slow, the first rounds of a length too, and the machine's speed wanders by a third: still within
+    five percent."""
     tokens, worst = 6000, []
     for acceptance, wider, draft in ((0.9, 0.5, 0.3), (0.75, 0.1, 0.1), (0.2, 0.3, 0.3)):
         times = {}
         for name, policy in {**{str(k): FixedLength(k) for k in range(LONGEST + 1)}, "auto": AdaptiveLength(LONGEST)}.items():
             machine = Machine(acceptance, wider, draft, seed=5)
             wander = np.random.default_rng(7)
-            total, slow, made, rounds = 0.0, 1.0, 0, 0
+            total, slow, made, rounds, seen = 0.0, 1.0, 0, 0, dict.fromkeys(range(LONGEST + 1), 0)
             while made < tokens:
                 count = policy.length(tokens - made - 1)
                 kept = 0
                 while kept < count and machine.rng.random() < acceptance:
                     kept += 1
                 slow = min(1.33, max(1.0, slow * wander.uniform(0.95, 1.0526)))
-                noise = slow * wander.lognormal(0, 0.1) * (2.5 if rounds < 4 else 1.0)
+                noise = slow * wander.lognormal(0, 0.1) * (2.5 if rounds < 4 or not seen[count] else 1.0)
+                seen[count] += 1
                 draft_s, verify_s = 0.01 * draft * count * noise, 0.01 * (1 + wider * count) * noise
                 policy.observe(count, kept, draft_s, verify_s)
                 total, made, rounds = total + draft_s + verify_s, made + kept + 1, rounds + 1

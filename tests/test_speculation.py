@@ -26,6 +26,7 @@ from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.distribution import Distribution
 from qwen_export.runtimes.draft_policy import FixedLength
 from qwen_export.runtimes.drafting import HeadDrafter, LookupDrafter
+from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.generation import Request, Statistics, generate
 from qwen_export.runtimes.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.sampling import Sampler
@@ -225,6 +226,25 @@ def test_a_snapshot_inside_a_round_is_exact(model: Model, prompts: list[list[int
     other.prefill(prompts[2])
     other.restore(snapshot)
     np.testing.assert_array_equal(other.step([11])[0], expected)
+
+
+def test_what_is_prepared_leaves_no_trace(model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sets of pending inputs are bound, and their graphs run once as a GPU's are when they are recorded; drafts are open meanwhile."""
+    monkeypatch.setattr(DynamicDecoder, "_records", lambda self, shape: shape.repeated)
+    alone, prepared = (model.decoder(drafts=True) for _ in range(2))
+    for decoder in (alone, prepared):
+        decoder.prefill(prompts[0])
+        decoder.verify(prompts[1][:4])
+        decoder.accept(2)
+    prepared.prepare(5)
+    prepared.warm()
+    made = prepared.binding_s
+    for tokens in (prompts[2][:5], prompts[3][:2], prompts[4][:5], prompts[0][:5]):
+        for decoder in (alone, prepared):
+            decoder.verify(tokens)
+            decoder.accept(1)
+        np.testing.assert_array_equal(alone.step([3]), prepared.step([3]))
+    assert prepared.binding_s == made
 
 
 def test_more_than_was_verified_cannot_be_accepted(model: Model, prompts: list[list[int]]) -> None:

@@ -298,6 +298,42 @@ def test_prepared_calls_leave_no_trace(portable: Path, bundle: Path, machine: Ma
         np.testing.assert_array_equal(decoders[0].step([token]), decoders[1].step([token]))
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_preparing_changes_nothing(bundle: Path, machine: Machine, steps: int) -> None:
+    """Between any two calls, with drafts open and without; and afterwards both calls of the graph are recorded."""
+    machine()
+    plain, prepared = (load(bundle).decoder() for _ in range(2))
+    widest = prepared.widest_verify
+    for decoder in (plain, prepared):
+        decoder.prefill(PROMPT)
+        for token in range(3, 3 + steps):
+            decoder.step([token])
+        decoder.verify([7, 8, 9][:widest])
+        decoder.accept(2)
+    subject: Any = prepared
+    prepared.prepare(widest)
+    prepared.prepare(1)
+    assert [call.recorded for (name, _), call in subject._states[0]._calls.items() if name == "verify"] == [True, True]
+    for token in (5, 6, 7):
+        np.testing.assert_array_equal(plain.step([token]), prepared.step([token]))
+        prepared.warm()
+        np.testing.assert_array_equal(plain.verify([token, 4]), prepared.verify([token, 4]))
+        for decoder in (plain, prepared):
+            decoder.accept(1)
+
+
+def test_a_warm_decoder_prepares_nothing_more(bundle: Path, machine: Machine) -> None:
+    machine()
+    model = load(bundle, speculate="off")
+    model.warm()
+    decoder = model._conversation.decoder
+    before = decoder.binding_s
+    decoder.prefill(PROMPT)
+    for token in (4, 5, 6):
+        decoder.step([token])
+    assert decoder.binding_s == before > 0
+
+
 # What is refused, and how
 
 

@@ -142,13 +142,13 @@ def attend(
     group = sizes.Hq // Hkv
     grouped = emit.reshape(q, 1, Hkv, group * T, D)
     score = emit.wide(emit.matmul(grouped, emit.transpose(k, 0, 1, 3, 2)))
-    bias = emit.shared(f"causal_{group}", lambda: _causal_bias(emit, length, sizes))
+    bias = emit.shared(f"causal_{group}", lambda: causal_bias(emit, length, sizes))
     (weight,) = emit("", "Softmax", [emit.add(score, bias)], like=score, axis=-1)
     o = emit.matmul(emit.cast(weight, activation), v)
     return emit.reshape(emit.transpose(emit.reshape(o, 1, sizes.Hq, T, D), 0, 2, 1, 3), 1, T, sizes.Hq * D)
 
 
-def _causal_bias(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def causal_bias(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
     """f32[group*T,S]: 0 for slots up to the token's own, a large negative number behind it."""
     group = sizes.Hq // sizes.Hkv
     own = emit.array(f"token_{group}_{sizes.T}", np.tile(np.arange(sizes.T, dtype=np.int32), group)[:, None])

@@ -2,7 +2,7 @@
 
 Norm and rotation are fp32: the compiler fuses them with the casts around them, and tables in fp16 would shift the angles of late positions.
 The attention layer exists for fp16 and bf16, and its form for one query does not compile in TensorRT-RTX 1.5 (an internal check of the
-kernel generator fails); single queries read the cache through two products and a softmax, which is what that form would fuse.
+kernel generator fails); a few queries read the cache part by part instead (`attend_in_parts.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Layer, Sizes, attend, new_slots
 from qwen_export.plugins.decompose.norm import norm_weight
+from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, attend_in_parts
 
 
 def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -38,6 +39,8 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
         mask = emit.shared(f"seen_{T}_{sizes.S}", lambda: _seen(emit, given["length"], sizes))
         (o,) = emit("", "Attention", [query, k_cache, v_cache, mask], like=query, scale=1.0)
         o = emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hq * D)
+    elif Hq // Hkv * T <= MOST_ROWS:
+        o = attend_in_parts(emit, query, k_cache, v_cache, given["length"], sizes, activation)
     else:
         o = attend(emit, query, k_cache, v_cache, given["length"], sizes, activation)
     return emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache

@@ -1,0 +1,44 @@
+#!/bin/sh
+# Runs NVIDIA's compute-sanitizer over every kernel of libqwen_export_cuda.so, through onnxruntime-gpu: out-of-bounds and misaligned accesses,
+# races in shared memory, barriers that not all threads reach, and memory that is read before it was written. One line per tool; exit code 1 on an
+# error of any. About two minutes.
+#   COMPUTE_SANITIZER   the program, from the CUDA toolkit or `pip install nvidia-cuda-sanitizer-api` (nvidia/cu13/bin)
+#   PYTHON, OUT         interpreter with onnxruntime-gpu and pytest; folder for the logs
+set -u
+root=$(cd "$(dirname "$0")/../.." && pwd)
+: "${COMPUTE_SANITIZER:=compute-sanitizer}" "${PYTHON:=python3}" "${OUT:=${TMPDIR:-/tmp}}"
+failed=0
+
+# Small shapes that launch each kernel at least once: steps and prompts of the recurrence, few and many rows of the products.
+recurrence="(test_delta_net and (2-4-64 or 1-3-128)) or (test_a_transaction_is_the_op and 1-3-64 and float16)"
+top="(test_on_cuda and (300 or 5000) and lost)"
+products="(test_linear and (24-40 or 1024-2048)) or (test_swiglu and 40-24)"
+quantised="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
+every="($recurrence or $top or $products or $quantised) and not bfloat16"
+
+# check TOOL SECONDS SELECTION [OPTION...]
+check() {
+  tool=$1 seconds=$2 selection=$3 log=$OUT/sanitize-$1.log
+  shift 3
+  begun=$(date +%s)
+  (cd "$root" && timeout "$seconds" "$COMPUTE_SANITIZER" --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 20 "$@" \
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu -o addopts=--import-mode=importlib -k "$selection" \
+    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_top_logits.py) > "$log" 2>&1
+  code=$?
+  [ $code -eq 124 ] && said="not finished after $seconds s" || said=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
+  tests=$(grep -oE '[0-9]+ (passed|failed).*' "$log" | tail -1)
+  echo "$tool: exit code $code; ${said:-no summary}; ${tests:-no tests}; $(($(date +%s) - begun)) s; $log"
+  [ $code -eq 0 ] || failed=1
+}
+
+# All of our kernels are in namespace qwen; those of ONNX Runtime and cuBLAS run unchecked.
+ours="--kernel-name kernel_substring=4qwen"
+# shellcheck disable=SC2086
+{
+  check memcheck "${MEMCHECK_S:-60}" "$every" $ours
+  check racecheck "${RACECHECK_S:-60}" "$every" $ours
+  check synccheck "${SYNCCHECK_S:-45}" "$every" $ours
+  # Unfiltered: what an unchecked kernel has written would count as not written. Products of many rows are cuBLAS's.
+  check initcheck "${INITCHECK_S:-45}" "($recurrence or $top) and not bfloat16"
+}
+exit $failed

@@ -1,0 +1,65 @@
+"""What TensorRT-RTX makes of a step, read from the engine's file: kernels that one bad input layout or one repeated product would add."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from qwen_export.engine_options import EngineOptions
+from qwen_export.engines import compile_graph
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.weights.writer import external, lazy_weights
+from qwen_export.lowering import lower
+from qwen_export.plan import plan_build
+from qwen_export.plugins.tensorrt.engine_program import EVENTS, Call, read_program
+from qwen_export.plugins.tensorrt.parser_model import parser_model
+from qwen_export.runtimes.tensorrt_library import load_library
+from tests.test_parity import small_release_config
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+    """One token through layers of the 0.8B's shapes, fp16. Weights are inputs of the engine, so there need not be any."""
+    directory = tmp_path_factory.mktemp("kernels")
+    source = open_checkpoint(synthesize(small_release_config(), directory / "checkpoint", with_mtp=False))
+    options = EngineOptions(("89",))  # one: each SM has a program of its own in the file
+    plan = plan_build(source, "tensorrt-rtx", "cuda", "fp16", 4096, mtp=False, engine=options)
+    model = lower(source, plan)["decoder"]
+    for value, weight in lazy_weights([model]):
+        value.const_value = external(directory / "nowhere", 0, weight, value.name or "")
+    path = directory / "decoder.engine"
+    compile_graph(load_library("tensorrt-rtx"), "decoder", parser_model(model, bound=True).SerializeToString(), path, options, {})
+    return read_program(path)
+
+
+def test_products_of_one_input_are_one(step: list[Call]) -> None:
+    products = [call.name for call in step if call.kind == "fully_connected"]
+    per_layer = Counter(name.split(".")[1] for name in products if name.startswith("layers.") and "Gemm" in name)
+    assert set(per_layer.values()) == {4}, "the mixer's inputs, its output, gate and up, down"
+    assert sum("head" in name for name in products) == 1
+
+
+def test_no_weight_is_copied(step: list[Call]) -> None:
+    """A transposed copy of a tied embedding in every step is what this found."""
+    copies = [call for call in step if call.kind == "function" and any(name.startswith("embed_tokens.") for name in call.inputs)]
+    assert [call for call in copies if "Gath" not in call.name] == []
+
+
+def test_attention_has_more_blocks_than_key_heads(step: list[Call]) -> None:
+    assert not [call for call in step if "mha" in call.name]
+
+
+def test_a_step_waits_for_a_second_stream_twice_a_mixer_at_most(step: list[Call]) -> None:
+    events = sum(call.kind in EVENTS for call in step)
+    layers = len({call.name.split(".")[1] for call in step if call.name.startswith("layers.")})
+    assert events <= 4 * layers
+
+
+def test_a_recurrent_layer_is_twelve_kernels(step: list[Call]) -> None:
+    kernels = [call for call in step if call.kind not in EVENTS]
+    ends = [i for i, call in enumerate(kernels) if "down_proj" in call.name]
+    assert ends[1] - ends[0] <= 12
