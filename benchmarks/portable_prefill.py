@@ -2,11 +2,12 @@
 
     python benchmarks/portable_prefill.py CHECKPOINT [--tokens 2048] [--layers 24] [--rounds 2] [--threads 1]
 
-Three comparisons. `recurrence`: the delta rule of one layer alone, from q, k, v, gates and state to outputs and state; the Scan has nothing
-else in its body, and matrix products for the two sums. `mixer`: everything between a layer's projections; the Scan has all of it in its
-body, as an exporter makes it of the step for one token, with these products (`scan`) and with the products and sums that transformers
-writes (`scan_reference`). `model`: the whole prompt, where both sides pay the same projections; the Scan is that of `recurrence`, the rest
-is computed for all tokens at once, and its graph reads the prompt in one call.
+Three comparisons, each in one process, in turns, with the same number of threads for both sides. `recurrence`: the delta rule of one layer
+alone, from q, k, v, gates and state to outputs and state; the Scan has nothing else in its body. `mixer`: everything between a layer's
+projections; the Scan has all of it in its body, as an exporter makes it of the step for one token. In both the recurrence in the Scan's
+body is written once with matrix products (`scan`) and once with the products and sums that transformers writes (`scan_reference`).
+`model`: the whole prompt, where both sides pay the same projections; the Scan is the first of `recurrence`, the rest is computed for all
+tokens at once, and its graph reads the prompt in one call.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.writer import write_weights
 from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
+from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.onnxruntime.choices import Choice
@@ -49,45 +51,64 @@ from qwen_export.targets import ONNX
 from tests.support.standard_graphs import emitted
 
 
-def scan_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
-    """The recurrence token by token in a Scan: all tokens enter the state."""
-    names = ("state", "q", "k", "v", "g", "beta")
-    inner = {name: ir.Value(name=f"{emit.prefix}.body.{name}", type=ir.TensorType(ir.DataType.FLOAT)) for name in names}
-    body = ir.Graph(list(inner.values()), [], nodes=[], name=f"{emit.prefix}.body")
-    step = Emitter(body, f"{emit.prefix}.body")
-    decayed = step.mul(inner["state"], step.exp(inner["g"]))
-    u = step.mul(inner["beta"], step.sub(inner["v"], step.matmul(inner["k"], decayed)))
-    after = step.add(decayed, step.mul(step.transpose(inner["k"], 0, 1, 3, 2), u))
-    out = step.matmul(inner["q"], after)
-    body.extend(step.nodes)
-    body.outputs.extend([after, out])
-    # [1,H,L,D] -> [L,1,H,1,D]: slices along the first axis cost least.
-    moved = [
-        emit("", "Unsqueeze", [emit.transpose(x, 2, 0, 1, 3), emit.ints(3)], like=x)[0]
-        for x in (given.q, given.k, given.v, given.g, given.beta)
-    ]
-    node = ir.Node(
-        "",
-        "Scan",
-        [given.state, *moved],
-        [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(moved))],
-        num_outputs=2,
-        name=f"{emit.prefix}.scan",
-    )
-    state_after, stacked = node.outputs
-    for value in node.outputs:
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    state_after.name, stacked.name = f"{emit.prefix}.scan.0", f"{emit.prefix}.scan.1"
-    emit.nodes.append(node)
-    (rows,) = emit("", "Squeeze", [stacked, emit.ints(3)], like=given.q)
-    return emit.transpose(rows, 1, 2, 0, 3), state_after
+def reference_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+    """One token as transformers writes it, and torch.onnx translates it: products with broadcasting, and sums over them."""
+    q, k, v, g, beta, state, *_ = given
+
+    def total(x: ir.Value) -> ir.Value:
+        return emit("", "ReduceSum", [x, emit.ints(2)], like=x, keepdims=1)[0]
+
+    q_column, k_column = (emit.transpose(x, 0, 1, 3, 2) for x in (q, k))
+    decayed = emit.mul(state, emit.exp(g))
+    u = emit.mul(beta, emit.sub(v, total(emit.mul(decayed, k_column))))
+    after = emit.add(decayed, emit.mul(k_column, u))
+    return total(emit.mul(after, q_column)), after
+
+
+def scanned(one_token: DeltaRule) -> DeltaRule:
+    """The recurrence token by token in a Scan with this body: all tokens enter the state."""
+
+    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+        names = ("state", "q", "k", "v", "g", "beta")
+        inner = {name: ir.Value(name=f"{emit.prefix}.body.{name}", type=ir.TensorType(ir.DataType.FLOAT)) for name in names}
+        body = ir.Graph(list(inner.values()), [], nodes=[], name=f"{emit.prefix}.body")
+        step = Emitter(body, f"{emit.prefix}.body")
+        out, after = one_token(step, Recurrence(**inner, length=1))
+        body.extend(step.nodes)
+        body.outputs.extend([after, out])
+        # [1,H,L,D] -> [L,1,H,1,D]: slices along the first axis cost least.
+        moved = [
+            emit("", "Unsqueeze", [emit.transpose(x, 2, 0, 1, 3), emit.ints(3)], like=x)[0]
+            for x in (given.q, given.k, given.v, given.g, given.beta)
+        ]
+        node = ir.Node(
+            "",
+            "Scan",
+            [given.state, *moved],
+            [ir.AttrGraph("body", body), ir.AttrInt64("num_scan_inputs", len(moved))],
+            num_outputs=2,
+            name=f"{emit.prefix}.scan",
+        )
+        state_after, stacked = node.outputs
+        for value in node.outputs:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        state_after.name, stacked.name = f"{emit.prefix}.scan.0", f"{emit.prefix}.scan.1"
+        emit.nodes.append(node)
+        (rows,) = emit("", "Squeeze", [stacked, emit.ints(3)], like=given.q)
+        return emit.transpose(rows, 1, 2, 0, 3), state_after
+
+    return rule
+
+
+BODIES = {"scan": delta_rule, "scan_reference": reference_rule}
+"""Of one token: with matrix products, and as transformers writes it."""
 
 
 def _lower_scan(graph: ir.Graph, node: ir.Node, context: Any, shared: dict[str, ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     sizes = Sizes.of(context.config, context.static.T, context.static.P)
-    results = emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, scan_rule)
+    results = emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, scanned(delta_rule))
     return emit.nodes, list(results)
 
 
@@ -134,31 +155,15 @@ def recurrence(tokens: int, heads: int, size: int, rounds: int, threads: int) ->
         return ort.InferenceSession(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString(), options(threads))
 
     given = data | {"state": np.zeros((1, heads, size, size), np.float32)}
-    chunked, scan = session(in_chunks(ONNX.delta_chunk), tokens), session(scan_rule, tokens)
+    rules = {"chunked": in_chunks(ONNX.delta_chunk)} | {name: scanned(body) for name, body in BODIES.items()}
+    sessions = {name: session(rule, tokens) for name, rule in rules.items()}
     results: dict[str, Any] = {}
 
-    def run_chunked() -> None:
-        results["chunked"] = chunked.run(None, given)[0]
+    def run(name: str) -> None:
+        results[name] = sessions[name].run(None, given)[0]
 
-    def run_scan() -> None:
-        results["scan"] = scan.run(None, given)[0]
-
-    times = alternately(rounds, chunked=run_chunked, scan=run_scan)
-    return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
-
-
-def reference_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
-    """One token as transformers writes it, and torch.onnx translates it: products with broadcasting, and sums over them."""
-    q, k, v, g, beta, state, *_ = given
-
-    def total(x: ir.Value) -> ir.Value:
-        return emit("", "ReduceSum", [x, emit.ints(2)], like=x, keepdims=1)[0]
-
-    q_column, k_column = (emit.transpose(x, 0, 1, 3, 2) for x in (q, k))
-    decayed = emit.mul(state, emit.exp(g))
-    u = emit.mul(beta, emit.sub(v, total(emit.mul(decayed, k_column))))
-    after = emit.add(decayed, emit.mul(k_column, u))
-    return total(emit.mul(after, q_column)), after
+    times = alternately(rounds, **{name: functools.partial(run, name) for name in sessions})
+    return times | {f"max_abs_difference_{name}": float(np.abs(results[name] - results["chunked"]).max()) for name in BODIES}
 
 
 class Mixer:
@@ -217,7 +222,7 @@ def mixer(tokens: int, config: TextConfig, rounds: int, threads: int, chunk: int
     """Seconds for a whole mixer: in calls of `chunk` tokens, and as a Scan with the mixer for one token in its body, the recurrence in
     products (`scan`) and as transformers writes it (`scan_reference`)."""
     made = Mixer(config, tokens, threads)
-    scans = {"scan": made.session(tokens, made.scan(delta_rule)), "scan_reference": made.session(tokens, made.scan(reference_rule))}
+    scans = {name: made.session(tokens, made.scan(body)) for name, body in BODIES.items()}
     calls = made.session(chunk, lambda emit, values: made.emit(emit, values, chunk, in_chunks(ONNX.delta_chunk)))
     results: dict[str, Any] = {}
 
@@ -237,13 +242,15 @@ def mixer(tokens: int, config: TextConfig, rounds: int, threads: int, chunk: int
 
 
 def alternately(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
-    """Best seconds of CPU time of each, taken in turns: on a shared machine the clock on the wall measures the neighbours."""
-    best = dict.fromkeys(runs, float("inf"))
+    """Best seconds of each, taken in turns, in CPU time and by the clock on the wall (`_wall`). On a shared machine the clock measures the
+    neighbours too; with several threads CPU time counts those that wait for work."""
+    best = dict.fromkeys([*runs, *(f"{name}_wall" for name in runs)], float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():
-            started = time.process_time()
+            wall, cpu = time.perf_counter(), time.process_time()
             run()
-            best[name] = min(best[name], time.process_time() - started)
+            best[name] = min(best[name], time.process_time() - cpu)
+            best[f"{name}_wall"] = min(best[f"{name}_wall"], time.perf_counter() - wall)
     return best
 
 
@@ -301,9 +308,10 @@ def main() -> None:
                 checkpoint = synthesize(config, Path(directory) / "checkpoint", with_mtp=False)
             results["model"] = whole_model(checkpoint, args.tokens, args.rounds, args.threads, args.chunk, Path(directory))
     for part in ("recurrence", "mixer", "model"):
-        for name in ("scan", "scan_reference"):
-            if name in results.get(part, {}):
-                results[part][f"{name}_ratio"] = results[part][name] / results[part]["chunked"]
+        times = results.get(part, {})
+        for name in [name for name in BODIES if name in times]:
+            times[f"{name}_ratio"] = times[name] / times["chunked"]
+            times[f"{name}_wall_ratio"] = times[f"{name}_wall"] / times["chunked_wall"]
     print(json.dumps(results, indent=1))
 
 

@@ -26,7 +26,7 @@ import torch
 
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule, in_chunks
+from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
 from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
@@ -242,6 +242,19 @@ def recurrence(name: str, rule: DeltaRule, T: int, tf32: bool = False, emitter: 
     return Case(name, recurrence_inputs(T), body, tf32, check=against_float64, values=recurrence_values(T), emitter=emitter)
 
 
+def one_after_the_other(size: int) -> DeltaRule:
+    """`delta_rule` over `size` tokens at a time, nothing of one chunk together with another's."""
+
+    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
+        state, outputs = given.state, []
+        for start in range(0, given.length, size):
+            o, state = delta_rule(emit, given.part(emit, start, min(start + size, given.length), state))
+            outputs.append(o)
+        return emit.concat(outputs, axis=2), state
+
+    return rule
+
+
 def prefill(T: int) -> Iterator[Case]:
     for size in (32, 64, 128):
         yield recurrence(f"prefill T={T} batched chunks of {size} fp32", batched_chunks(size), T)
@@ -249,7 +262,7 @@ def prefill(T: int) -> Iterator[Case]:
     yield recurrence(f"prefill T={T} batched chunks of 64 bf16 products", batched_chunks(64, BF16), T)
     yield recurrence(f"prefill T={T} batched chunks of 64 fp32 in two parts", batched_chunks(64), T, emitter=SplitEmitter)
     if T <= 1024:
-        yield recurrence(f"prefill T={T} chunks one after the other", in_chunks(64), T)
+        yield recurrence(f"prefill T={T} chunks one after the other", one_after_the_other(64), T)
 
 
 def decode() -> Iterator[Case]:

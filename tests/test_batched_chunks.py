@@ -1,4 +1,4 @@
-"""The delta rule with all chunks of a call at once, and one token as sums, against float64 token by token."""
+"""The delta rule in chunks, in turn and all of a call at once, and one token as sums, against float64 token by token."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
+from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from tests.support.standard_graphs import emitted, session
@@ -39,7 +40,14 @@ def read(rule: DeltaRule, data: dict[str, Array], T: int) -> tuple[Array, Array]
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize(
     ("rule", "T", "L"),
-    [(batched_chunks(64), 512, 4096), (batched_chunks(32), 128, 1024), (reduced_step, 1, 512)],
+    [
+        (batched_chunks(64), 512, 4096),
+        (batched_chunks(32), 128, 1024),
+        (reduced_step, 1, 512),
+        (in_chunks(32), 256, 4096),
+        (in_chunks(64), 160, 1600),  # the last chunk of a call is a shorter one
+        (in_chunks(24), 96, 960),  # 24 rows are not 2, 4, 8 blocks
+    ],
 )
 def test_against_float64(rule: DeltaRule, T: int, L: int, decay: str) -> None:
     data = prompt(len(decay), 2, L, 32, decay)
@@ -50,7 +58,8 @@ def test_against_float64(rule: DeltaRule, T: int, L: int, decay: str) -> None:
     assert np.abs(state - expected_state).max() <= 2e-5 * scale
 
 
-def test_padding_leaves_no_trace() -> None:
+@pytest.mark.parametrize("rule", [batched_chunks(64), in_chunks(32), in_chunks(48)])
+def test_padding_leaves_no_trace(rule: DeltaRule) -> None:
     data = prompt(3, 2, 256, 16, "usual")
     H, L, D = data["v"].shape
     wide = data | {name: data[name][..., None] for name in ("g", "beta")}
@@ -58,7 +67,6 @@ def test_padding_leaves_no_trace() -> None:
         "state": ((1, H, D, D), FLOAT),
         "keep": ((1, 1, L, 1), FLOAT),
     }
-    rule = batched_chunks(64)
     run = session(emitted(shapes, lambda emit, x: rule(emit, Recurrence(**x, length=L))))
     feeds = {n: x[None] for n, x in wide.items()} | {"state": np.zeros((1, H, D, D), np.float32)}
     for count in (1, 64, 100, 255):

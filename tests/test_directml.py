@@ -58,6 +58,14 @@ def test_the_logits_are_those_of_transformers(bundle: Path, reference: Reference
         assert np.abs(machine.step([token])[0] - row).max() <= limit
 
 
+def test_calls_of_several_chunks_of_the_delta_rule(checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
+    options = StaticOptions(128)
+    made = build(checkpoint, tmp_path / "bundle", target="directml", device="dml", precision="fp16", max_context=CAPACITY, options=options)
+    ids = prompt(110)
+    expected, machine = reference(ids)[-1], load(made, threads=1, device="cpu").decoder()
+    assert np.abs(machine.prefill(ids) - expected).max() <= TOLERANCE["fp16"] * expected.std()
+
+
 def test_with_nothing_but_directml_operators_the_tokens_are_the_same(bundle: Path, reference: Reference) -> None:
     for name in load_manifest(bundle).graphs:
         model = ir.load(bundle / f"{name}.onnx")

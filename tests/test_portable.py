@@ -83,6 +83,14 @@ def test_prompts_of_any_length_give_the_logits_of_transformers(bundle: Path, ref
     assert np.abs(decoder(bundle).read(ids) - expected).max() <= TOLERANCE
 
 
+def test_calls_of_several_chunks_of_the_delta_rule(checkpoint: Path, reference: Reference, tmp_path: Path) -> None:
+    """Calls of 80 tokens are two whole chunks and a half."""
+    made = build(checkpoint, tmp_path / "bundle", target="onnx", max_context=CAPACITY, options=StaticOptions(80))
+    for length in (70, 80, 130):
+        ids = prompt(length)
+        assert np.abs(decoder(made).read(ids) - reference(ids)).max() <= TOLERANCE
+
+
 def test_steps_give_the_logits_of_transformers(bundle: Path, reference: Reference) -> None:
     ids = prompt(40)
     expected, machine = reference(ids), decoder(bundle)

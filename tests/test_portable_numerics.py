@@ -14,7 +14,13 @@ from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_we
 from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
-from qwen_export.plugins.decompose.triangular_inverse import UNIT_ROUNDOFF, block_masks, error_bound, unit_lower_inverse
+from qwen_export.plugins.decompose.triangular_inverse import (
+    UNIT_ROUNDOFF,
+    block_masks,
+    error_bound,
+    unit_lower_inverse,
+    unit_lower_inverse_in_blocks,
+)
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from tests.support.standard_graphs import emitted, session
 
@@ -56,14 +62,19 @@ def test_masks_select_the_strict_lower_triangle_once(size: int) -> None:
     assert np.array_equal(sum(block_masks(size)), np.tril(np.ones((size, size)), -1))
 
 
-@pytest.mark.parametrize("size", [5, 8, 64, 128])
-def test_the_inverse_is_as_good_as_forward_substitution(size: int) -> None:
-    """Over correlations from none to identical keys, beta to 1 and decays from strong to none."""
+@pytest.mark.parametrize(("size", "block"), [(5, 0), (8, 0), (64, 0), (128, 0), (32, 16), (64, 16), (48, 16)])
+def test_the_inverse_is_as_good_as_forward_substitution(size: int, block: int) -> None:
+    """With masks alone and in blocks, over correlations from none to identical keys, beta to 1 and decays from strong to none."""
     cases = [(c, b, d) for c in (0.0, 0.3, 0.5, 0.9, 0.99, 1.0) for b in (0.1, 0.5, 0.9, 1.0) for d in (0.01, 0.5, 0.9, 0.999, 1.0)]
     rng = np.random.default_rng(size)
     A = np.stack([system(rng, size, *case) for case in cases])
-    model = emitted({"a": (A.shape, FLOAT)}, lambda emit, x: [unit_lower_inverse(emit, x["a"], size)])
-    (X,) = session(model).run(None, {"a": A.astype(np.float32)})
+
+    def build(emit: Emitter, x: dict[str, ir.Value]) -> list[ir.Value]:
+        return [unit_lower_inverse_in_blocks(emit, x["a"], size, block) if block else unit_lower_inverse(emit, x["a"], size)]
+
+    model = emitted({"a": ((2, len(cases) // 2, size, size), FLOAT)}, build)
+    (X,) = session(model).run(None, {"a": A.astype(np.float32).reshape(2, -1, size, size)})
+    X = X.reshape(A.shape)
     exact = np.linalg.inv(np.eye(size) + A)
     assert np.abs(exact).max() <= 1 + 1e-9, "entries of the inverse are products of contractions"
     ours = np.abs(X - exact).max(axis=(1, 2))

@@ -81,22 +81,6 @@ def delta_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
     return o, emit.add(emit.mul(state, emit.exp(total)), added)
 
 
-def in_chunks(size: int) -> DeltaRule:
-    """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
-    tokens in a call. Not for calls that commit less than they have outputs for, as a verify does."""
-
-    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
-        if given.length <= size:
-            return delta_rule(emit, given)
-        state, outputs = given.state, []
-        for start in range(0, given.length, size):
-            o, state = delta_rule(emit, given.part(emit, start, min(start + size, given.length), state))
-            outputs.append(o)
-        return emit.concat(outputs, axis=2), state
-
-    return rule
-
-
 def _one_token(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
     q, k, v, g, beta, state, *_ = given
     decayed = emit.mul(state, emit.exp(g))

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -44,6 +44,32 @@ def unit_lower_inverse(emit: Emitter, A: ir.Value, size: int) -> ir.Value:
         (update,) = emit("", "MatMul", [X, right], like=A)
         (X,) = emit("", "Sub", [X, update], like=A)
     return X
+
+
+def unit_lower_inverse_in_blocks(emit: Emitter, A: ir.Value, size: int, block: int) -> ir.Value:
+    """The same for A f32[H,N,size,size], the first levels over diagonal blocks of `block` rows alone, the last ones over the blocks that
+    they join: the same products without the zeros. Where `size` is not 2, 4, 8, ... blocks, all levels are written with masks."""
+    count = size // block
+    if size % block or count & (count - 1) or count < 2:
+        return unit_lower_inverse(emit, A, size)
+    H, N, *_ = static_shape(A)
+
+    def part(row: int, column: int, b: int) -> ir.Value:
+        starts, stops = emit.ints(row * b, column * b), emit.ints((row + 1) * b, (column + 1) * b)
+        (piece,) = emit("", "Slice", [A, starts, stops, emit.ints(2, 3)], like=A)
+        piece.shape = ir.Shape((H, N, b, b))
+        return piece
+
+    diagonal = emit.concat([part(i, i, block) for i in range(count)], axis=1)
+    X, b = list(emit.split(unit_lower_inverse(emit, diagonal, block), [N] * count, axis=1)), block
+    while len(X) > 1:
+        zeros, joined = emit.array(f"zeros_{H}_{N}_{b}", np.zeros((H, N, b, b), np.float32)), []
+        for i in range(0, len(X), 2):
+            product = emit.matmul(X[i + 1], emit.matmul(part(i + 1, i, b), X[i]))
+            below = emit.concat([emit.sub(zeros, product), X[i + 1]], axis=3)
+            joined.append(emit.concat([emit.concat([X[i], zeros], axis=3), below], axis=2))
+        X, b = joined, 2 * b
+    return X[0]
 
 
 def block_masks(size: int) -> list[npt.NDArray[np.float32]]:

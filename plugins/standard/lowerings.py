@@ -14,7 +14,8 @@ from qwen_export.graphs.quantization.plan import GroupFormat
 from qwen_export.graphs.weights.expression import Weight, weight_of
 from qwen_export.plugins.decompose import gated_attention as attention
 from qwen_export.plugins.decompose import gated_delta_net as delta_net
-from qwen_export.plugins.decompose.delta_rule import delta_rule, in_chunks
+from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
+from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.norm import emit_rms_norm, norm_weight
 from qwen_export.plugins.onnxruntime.common import Replacement, layer_prefix, producing_linear, replace_ops
