@@ -29,12 +29,12 @@ from qwen_export.runtimes.compatibility import check_runnable
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.integrity import ensure_whole
 from qwen_export.runtimes.model import Model
-from qwen_export.verify import reference_checkpoint, reference_plan
+from qwen_export.verify import arithmetic, reference_checkpoint, reference_plan
 
 # Largest allowed error of a layer's output that is its own, as a share of that output, by activations. Measured on the demo and on random
 # checkpoints: 6e-7 in fp32, 8e-4 in fp16, 2e-2 where products round their input to 8 bits, as quantised ones on the CPU do. Steps of bf16
-# are 8 times those of fp16.
-TOLERANCE = {"fp32": 1e-5, "fp16": 4e-3, "bf16": 3.2e-2}
+# are 8 times those of fp16; TF32 has the steps of fp16.
+TOLERANCE = {"fp32": 1e-5, "tf32": 4e-3, "fp16": 4e-3, "bf16": 3.2e-2}
 _ROUNDED_TO_BYTES = 5e-2
 # A router that decides by less than this share of the tolerance, in units of its largest logit, may decide otherwise in another precision:
 # the token is not compared there.
@@ -102,7 +102,7 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     alone = observe(model, ids)
     beside = observe(model, ids, seen.streams())
     activations = manifest.precision_plan["activations"]
-    tolerance = _ROUNDED_TO_BYTES if quantized and manifest.target.device == "cpu" else TOLERANCE[activations]
+    tolerance = _ROUNDED_TO_BYTES if quantized and manifest.target.device == "cpu" else TOLERANCE[arithmetic(manifest, activations)]
     rows = _rows(source, seen, alone, beside, tolerance)
     failed = [row.name for row in rows if row.passed is False]
     return {

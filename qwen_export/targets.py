@@ -14,7 +14,8 @@ class Target:
     """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
     has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
     and `prompt_tokens` is the default size of a prompt call, at most `longest_call`, within which the delta rule takes `delta_chunk` tokens
-    at a time. `engines`: the graphs are compiled while the bundle is built."""
+    at a time. `engines`: the graphs are compiled while the bundle is built. `fp32_products`: what products of fp32 round their operands
+    to."""
 
     name: str
     backend: str
@@ -28,6 +29,7 @@ class Target:
     longest_call: int = 1024
     delta_chunk: int = 64
     engines: bool = False
+    fp32_products: str = "fp32"
 
 
 ONNXRUNTIME = Target(
@@ -122,7 +124,7 @@ TENSORRT = Target(
     engines=True,
 )
 
-TENSORRT_RTX = replace(TENSORRT, name="tensorrt-rtx", backend="tensorrt-rtx", minimum_backend="1.5")
+TENSORRT_RTX = replace(TENSORRT, name="tensorrt-rtx", backend="tensorrt-rtx", minimum_backend="1.5", fp32_products="tf32")
 
 TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, ONNX, DIRECTML, TENSORRT, TENSORRT_RTX)}
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qwen_export.runtimes.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.buffers import BUFFERS, Buffer, CudaBuffer
 from qwen_export.runtimes.draft_head import WAITING, DraftHead
-from qwen_export.runtimes.logits import Row
+from qwen_export.runtimes.logits import Row, Rows
 from qwen_export.runtimes.onnxruntime_session import Session
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
 
 _SLOT_AXIS = 2
+# Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
+_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
 
 class DynamicDraftHead(DraftHead):
@@ -33,6 +35,7 @@ class DynamicDraftHead(DraftHead):
         }
         self._logits = LogitsMemory(session, 1)
         self._calls: dict[tuple[int, int], BoundCall] = {}
+        self._blocks = _BLOCKS.get(session.device, ())
 
     @property
     def busy_s(self) -> float:
@@ -55,9 +58,21 @@ class DynamicDraftHead(DraftHead):
         return self._run([token], self.length + depth - 1, rows=1)
 
     def _read_rows(self, tokens: Sequence[int], first: int, rows: int) -> Row:
-        row = self._log.row_bytes
-        self._input.copy_from(self._log, 0, first * row, len(tokens) * row)
-        return self._run(tokens, self.length, rows)
+        row, made, start = self._log.row_bytes, Rows.none()[0], 0
+        for size in self._parts(len(tokens), rows):
+            self._input.copy_from(self._log, 0, (first + start) * row, size * row)
+            made = self._run(tokens[start : start + size], self.length + start, rows)
+            start += size
+        return made
+
+    def _parts(self, count: int, rows: int) -> Iterator[int]:
+        """Sizes of the calls that read so many rows."""
+        for size in self._blocks if not rows else ():
+            while count >= size:
+                yield size
+                count -= size
+        if count:
+            yield count
 
     def _run(self, ids: Sequence[int], position: int, rows: int) -> Row:
         """One call over the states in `_input`; its last own state becomes the input of a following draft."""
@@ -69,7 +84,7 @@ class DynamicDraftHead(DraftHead):
         return made[0]
 
     def _bind(self, T: int, rows: int) -> BoundCall:
-        """Calls that draft come again: after one token, or after what a round accepted. Those that only catch up have odd sizes."""
+        """Calls that draft come again: after one token, or after what a round accepted. So do blocks; other calls have odd sizes."""
         started = time.perf_counter()
         caches = {name: buffer.address for name, buffer in self.caches.items()}
         inputs = {
@@ -79,8 +94,8 @@ class DynamicDraftHead(DraftHead):
         }
         outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
         dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
-        call = BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=rows > 0)
-        if rows:
+        call = BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=rows > 0 or T in self._blocks)
+        if rows or T in self._blocks:
             self._calls[T, rows] = call
         if call.recorded:
             # Recording runs the graph; what it writes, the real run behind it writes again.

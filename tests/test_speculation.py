@@ -20,7 +20,7 @@ from qwen_export.errors import CheckpointError, QwenExportError
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes import Model, SamplingParams, dynamic_draft_head, load
 from qwen_export.runtimes.acceptance import Acceptance, Draft
 from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.distribution import Distribution
@@ -245,6 +245,22 @@ def test_what_is_prepared_leaves_no_trace(model: Model, prompts: list[list[int]]
             decoder.accept(1)
         np.testing.assert_array_equal(alone.step([3]), prepared.step([3]))
     assert prepared.binding_s == made
+
+
+def test_rows_may_be_caught_up_with_in_blocks(model: Model, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where calls of a few sizes are recorded: the head drafts the same."""
+
+    def texts() -> list[tuple[list[int], list[int]]]:
+        decoder, made = model.decoder(drafts=True), []
+        for prompt in prompts[:3]:
+            decoder.reset()
+            ids, statistics = drafted(decoder, prompt, 40, 3)
+            made.append((ids, statistics.speculation.accepted))
+        return made
+
+    expected = texts()
+    monkeypatch.setattr(dynamic_draft_head, "_BLOCKS", {"cpu": (16, 4, 1)})
+    assert texts() == expected
 
 
 def test_more_than_was_verified_cannot_be_accepted(model: Model, prompts: list[list[int]]) -> None:

@@ -89,6 +89,12 @@ def _native_delta_net_limit(config: TextConfig) -> str:
     return ""
 
 
+def _packed_delta_net_limit(config: TextConfig) -> str:
+    """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
+    Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
+    return "" if Dk == Dv else f"ONNX Runtime's CUDA DeltaNet takes keys and values of one size, and this model has {Dk} and {Dv}"
+
+
 def _transaction_limit(config: TextConfig) -> str:
     taps = config.linear_conv_kernel_dim
     return "" if 2 <= taps <= 4 else f"the native DeltaNet takes 2 to 4 taps, and this model has {taps}"
@@ -129,7 +135,12 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
         "gated_delta_net": (
             Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
-            Choice("packed_delta_net", (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT), transaction=False),
+            Choice(
+                "packed_delta_net",
+                (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT),
+                _packed_delta_net_limit,
+                transaction=False,
+            ),
         ),
         "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
