@@ -91,14 +91,18 @@ def test_delta_net_does_not_need_our_products(tmp_path: Path, fake_library: Path
     assert plan.speculation is not None
 
 
-@pytest.mark.parametrize(
-    "odd", [{"linear_key_head_dim": 128}, {"linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"linear_conv_kernel_dim": 3}], ids=str
-)
+@pytest.mark.parametrize("odd", [{"linear_key_head_dim": 32, "linear_value_head_dim": 32}, {"linear_conv_kernel_dim": 3}], ids=str)
 def test_what_the_delta_net_does_not_take(tmp_path: Path, fake_library: Path, odd: dict[str, int]) -> None:
     config = tiny_config(vision=False, **({"linear_key_head_dim": 64, "linear_value_head_dim": 64} | odd))
     plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
     assert plan.choices["gated_delta_net"].name == "packed_delta_net"
     assert plan.speculation is None and "keys and values of 64 or of 128 values" in plan.no_head
+
+
+def test_keys_and_values_of_different_sizes_are_refused(tmp_path: Path, fake_library: Path) -> None:
+    config = tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=64)
+    with pytest.raises(UnsupportedError, match="takes keys and values of one size, and this model has 128 and 64"):
+        plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
 
 
 def test_heads_of_another_size_keep_the_kernel_of_the_runtime(tiny_checkpoint: Path, fake_library: Path) -> None:
