@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from qwen_export import build
-from qwen_export.errors import BundleError
+from qwen_export.errors import BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
