@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 from qwen_export.manifest import TensorSpec
-from qwen_export.runtimes.buffers import BUFFERS, Buffer, HostBuffer
+from qwen_export.runtimes.buffers import BUFFERS, Buffer
+from qwen_export.runtimes.controls import Controls
 from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.onnxruntime_session import HOST_INPUTS, Session
 
@@ -61,33 +62,31 @@ class BoundCall:
         self._call = session.call(repeated=repeated)
         self._T, self._slots = dims["T"], dims["S"]
         self.recorded = session.device == "cuda" and repeated
-        self._controls: dict[str, Buffer] = {}
-        kind = BUFFERS[session.device]
+        changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
+        self._controls = Controls(session.device, changing, HOST_INPUTS)
         for spec in session.spec.inputs:
-            if spec.name not in inputs:
-                self._controls[spec.name] = (HostBuffer if spec.name in HOST_INPUTS else kind)(spec.dtype, sizes(spec, dims))
-            self._call.input(spec.name, sizes(spec, dims), inputs[spec.name] if spec.name in inputs else self._controls[spec.name].address)
+            address = inputs[spec.name] if spec.name in inputs else self._controls.buffers[spec.name].address
+            self._call.input(spec.name, sizes(spec, dims), address)
         self.results, self._logits = logits.take(dims)
         """Those outputs by name, as buffers."""
+        kind = BUFFERS[session.device]
         for spec in session.spec.outputs:
             if spec.name not in outputs and spec.name not in self.results:
                 self.results[spec.name] = kind(spec.dtype, sizes(spec, dims))
             self._call.output(spec.name, sizes(spec, dims), outputs[spec.name] if spec.name in outputs else self.results[spec.name].address)
         if dims["N"]:
-            self._controls["logit_rows"].write_ints(range(self._T - dims["N"], self._T))
+            self._controls.set("logit_rows", range(self._T - dims["N"], self._T))
 
     def run(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> Rows:
         """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `controls` are written where the graph has
         them. Returns the logits of b times `rows` rows, valid until the next run."""
-        self._write("input_ids", ids)
-        self._write("last_slot", [length + self._T - 1 for length in lengths])
+        write = self._controls.set
+        write("input_ids", ids)
+        write("last_slot", [length + self._T - 1 for length in lengths])
         # A recorded step keeps the value it was recorded with: the number of slots is right for all of them.
-        self._write("total_length", [self._slots if self.recorded else max(lengths) + self._T])
+        write("total_length", [self._slots if self.recorded else max(lengths) + self._T])
         for name, value in controls.items():
-            self._write(name, value)
+            write(name, value)
+        self._controls.send()
         self._call.run()
         return self._logits.rows()
-
-    def _write(self, name: str, values: Sequence[int]) -> None:
-        if name in self._controls:
-            self._controls[name].write_ints(values)
