@@ -64,7 +64,12 @@ def build_engine(
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=library.said())
+        raise BuildError(
+            "TensorRT cannot build an engine of the graph",
+            where=where,
+            got=library.said(),
+            fix="Build with --engine-weights embedded, which it compiles otherwise, or with another version of it.",
+        )
     if cache is not None and options.timing_cache is not None:
         options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
     return summary
