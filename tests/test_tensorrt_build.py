@@ -136,6 +136,17 @@ def test_two_layers_of_the_08b(library: Library, tmp_path: Path) -> None:
     assert built["decoder"].layers["TOPK"] == 2, "a large vocabulary is searched in groups"
 
 
+def test_a_prompt_of_twelve_layers_builds(library: Library, tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 cannot compile it where the rotations read the gather of their tables themselves."""
+    config = json.loads(json.dumps(FAMILY["0.8B"]))
+    text = config["text_config"]
+    text |= {"num_hidden_layers": 12, "layer_types": text["layer_types"][:12], "vocab_size": 8320}
+    text |= {"hidden_size": 256, "intermediate_size": 256}
+    checkpoint = synthesize(config, tmp_path / "deep", with_vision=False, with_mtp=False)
+    built = compiled(library, checkpoint, tmp_path, "fp16", ("prefill",))
+    assert built["prefill"].layers["KV_CACHE_UPDATE"] == 2 * 3
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int4", "fp8"])
 def test_precisions(library: Library, tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
     built = compiled(library, tiny_checkpoint, tmp_path, precision, ("decoder",), options=StaticOptions(chunk=64))["decoder"]

@@ -55,7 +55,10 @@ def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes
 def _rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: Sizes) -> ir.Value:
     """Rows length .. length+T-1 of a table f32[S,R/2] -> [1,T,R/2]."""
     taken = emit.gather(given[name], new_slots(emit, given["length"], sizes), axis=0)
-    return emit.reshape(emit.wide(taken), 1, sizes.T, sizes.R // 2)
+    rows = emit.reshape(emit.wide(taken), 1, sizes.T, sizes.R // 2)
+    # TensorRT-RTX 1.7.1 does not compile prompts of 12 and more layers where the rotation reads the gather itself ("uses before defs").
+    (apart,) = emit("", "Max", [rows, rows], like=rows)
+    return apart
 
 
 def _first_slot(emit: Emitter, length: ir.Value | None) -> ir.Value:
