@@ -41,8 +41,8 @@ class Policy(Protocol):
     def length(self, limit: int) -> int:
         """Tokens to draft now, at most `limit`."""
 
-    def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
-        """What a round with `drafted` tokens came to; 0 drafted is a plain step. The verify's time includes choosing the tokens."""
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        """What a round with `drafted` tokens came to; 0 drafted is a plain step. The time includes choosing the tokens."""
 
 
 class FixedLength:
@@ -52,7 +52,7 @@ class FixedLength:
     def length(self, limit: int) -> int:
         return min(self._count, limit)
 
-    def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         pass
 
 
@@ -154,11 +154,11 @@ class AdaptiveLength:
             self._look(limit)
         return min(self._tried, limit) if self._rounds >= self._next_try else self._best
 
-    def observe(self, drafted: int, accepted: int, draft_s: float, verify_s: float) -> None:
+    def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         if self._rest:
             self._rest -= 1
             return
-        self._times.add(drafted, draft_s + verify_s)
+        self._times.add(drafted, seconds)
         if drafted:
             self._acceptance.add(drafted, accepted)
         self._rounds += 1

@@ -49,7 +49,7 @@ class Speculator:
         decoder.prepare(count + 1)
         began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
-        drafted, draft_busy, draft_binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
+        draft_busy = decoder.busy_s
         rows = decoder.verify_rows([x, *(d.token for d in drafts)]) if drafts else decoder.step_rows([x])
         verify_busy = decoder.busy_s
         tokens: list[int] = []
@@ -61,10 +61,8 @@ class Speculator:
         acceptance.advance(len(tokens))
         if drafts:
             decoder.accept(len(tokens))  # x and the drafts that were kept
-        # Bindings made for the first draft, or verify, of its kind.
-        once, late = draft_binding - binding, decoder.binding_s - draft_binding
-        ended = time.perf_counter()
-        self._policy.observe(len(drafts), len(tokens) - 1, drafted - began - once, ended - drafted - late)
+        # Without the bindings made for the first draft, or verify, of its kind.
+        self._policy.observe(len(drafts), len(tokens) - 1, time.perf_counter() - began - (decoder.binding_s - binding))
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
         spent, worked, bound = time.perf_counter() - entered, verify_busy - entry_busy, decoder.binding_s - entry_binding
         numbers.host_s += spent - worked - bound

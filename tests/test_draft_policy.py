@@ -26,7 +26,7 @@ class Machine:
                 kept += 1
             noise = self.rng.uniform(0.95, 1.05)
             draft_s, verify_s = 0.01 * self.draft * count * noise, 0.01 * (1 + self.wider * count) * noise
-            policy.observe(count, kept, draft_s, verify_s)
+            policy.observe(count, kept, draft_s + verify_s)
             total += draft_s + verify_s
             made += kept + 1
         return total
@@ -53,7 +53,7 @@ def test_a_slow_first_call_does_not_rule_drafting_out() -> None:
     policy = AdaptiveLength(LONGEST)
     for i in range(200):
         count = policy.length(LONGEST)
-        policy.observe(count, count, 0.001 * count, 0.5 if i < 6 else 0.01)
+        policy.observe(count, count, 0.001 * count + (0.5 if i < 6 else 0.01))
     assert policy.length(LONGEST) >= 4
 
 
@@ -61,20 +61,20 @@ def test_drafting_comes_back_when_the_text_becomes_easy() -> None:
     policy = AdaptiveLength(LONGEST)
     for _ in range(300):
         count = policy.length(LONGEST)
-        policy.observe(count, 0, 0.002 * count, 0.01 + 0.001 * count)
+        policy.observe(count, 0, 0.002 * count + 0.01 + 0.001 * count)
     assert policy.length(LONGEST) == 0
     lengths = []
     for _ in range(3000):
         count = policy.length(LONGEST)
         lengths.append(count)
-        policy.observe(count, count, 0.0005 * count, 0.01 + 0.0005 * count)
+        policy.observe(count, count, 0.0005 * count + 0.01 + 0.0005 * count)
     assert np.mean(lengths[-100:]) >= 4
 
 
 def test_a_limit_is_kept() -> None:
     policy = AdaptiveLength(LONGEST)
     for _ in range(50):
-        policy.observe(policy.length(LONGEST), 0, 0.0, 0.01)
+        policy.observe(policy.length(LONGEST), 0, 0.01)
     assert policy.length(0) == 0 and policy.length(-1) == 0
     assert FixedLength(4).length(2) == 2
 
@@ -98,7 +98,7 @@ def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
                 noise = slow * wander.lognormal(0, 0.1) * (2.5 if rounds < 4 or not seen[count] else 1.0)
                 seen[count] += 1
                 draft_s, verify_s = 0.01 * draft * count * noise, 0.01 * (1 + wider * count) * noise
-                policy.observe(count, kept, draft_s, verify_s)
+                policy.observe(count, kept, draft_s + verify_s)
                 total, made, rounds = total + draft_s + verify_s, made + kept + 1, rounds + 1
             times[name] = total
         worst.append(times.pop("auto") / min(times.values()))
