@@ -1,9 +1,9 @@
 """Memory and speed of `build` for checkpoints that are larger than the machine.
 
-    python benchmarks/build_memory.py 27B                          # real headers and index, generated values, weights thrown away
-    python benchmarks/build_memory.py 35B-A3B --keep --device cuda --precision bf16
-    python benchmarks/build_memory.py 397B-A17B --plan             # graph, plan and estimate only
-    python benchmarks/build_memory.py --throughput CHECKPOINT      # against reading and writing the same bytes
+    python -m benchmarks.build_memory 27B                          # real headers and index, generated values, weights thrown away
+    python -m benchmarks.build_memory 35B-A3B --keep --device cuda --precision bf16
+    python -m benchmarks.build_memory 397B-A17B --plan             # graph, plan and estimate only
+    python -m benchmarks.build_memory --throughput CHECKPOINT      # against reading and writing the same bytes
 
 The shard files have the release's names, shapes and sizes, but no blocks on the disk; what is read from them is replaced by a ring of
 normal numbers. Every other step is that of a build, in a process of its own whose peak memory is printed.

@@ -1,6 +1,6 @@
 """Prefill of target onnx next to the same graph with the recurrence as an ONNX Scan over tokens, ONNX Runtime CPU, fp32, in one run.
 
-    python benchmarks/portable_prefill.py CHECKPOINT [--tokens 2048] [--layers 24] [--rounds 2] [--threads 1]
+    python -m benchmarks.portable_prefill CHECKPOINT [--tokens 2048] [--layers 24] [--rounds 2] [--threads 1]
 
 Three comparisons, each in one process, in turns, with the same number of threads for both sides. `recurrence`: the delta rule of one layer
 alone, from q, k, v, gates and state to outputs and state; the Scan has nothing else in its body. `mixer`: everything between a layer's
