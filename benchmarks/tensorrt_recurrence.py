@@ -33,7 +33,7 @@ from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.tensorrt.attend_in_parts import attend_in_parts, slots_of_a_part
+from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
 from qwen_export.plugins.tensorrt.experts import emit_experts
@@ -59,7 +59,8 @@ Body = Callable[[Emitter, dict[str, ir.Value]], Sequence[ir.Value]]
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: `body` emits it from `inputs`. `aliased` maps outputs to the inputs that they are written over."""
+    """One engine: `body` emits it from `inputs`. `aliased` maps outputs to the inputs that they are written over, and
+    inputs to others whose memory they read."""
 
     name: str
     inputs: Inputs
@@ -109,6 +110,8 @@ class Engine:
             ]
             shape = tuple(self.engine.get_tensor_shape(name))
             if name in case.aliased:
+                if name in case.inputs:
+                    continue
                 alias = self.engine.get_aliased_input_tensor(name) if hasattr(self.engine, "get_aliased_input_tensor") else None
                 print(f"    {name} is the memory of {alias!r}, says the engine")
                 continue
@@ -321,7 +324,7 @@ def attention() -> Iterator[Case]:
 def step_attention() -> Iterator[Case]:
     """One token, and a verify of four, over 4608 slots of a 0.8B and of the 35B-A3B: as two products, as parts of products, as sums."""
     S, size = 4096 + 512, 256
-    forms: dict[str, Callable[..., ir.Value]] = {"products": attend, "parts": attend_in_parts, "sums": _attend_by_sums}
+    forms: dict[str, Callable[..., ir.Value] | None] = {"products": attend, "parts": None, "sums": _attend_by_sums}
     for Hq, T in ((8, 1), (8, 4), (16, 1), (16, 4)):
         sizes = AttentionSizes(T, S, Hq, 2, size, 64)
         for form, attends in forms.items():
@@ -331,19 +334,24 @@ def step_attention() -> Iterator[Case]:
                 **{f"{name}_cache": ((1, 2, S, size), HALF) for name in "kv"},
                 "length": ((1,), I32),
             }
+            again = {f"{name}_again": f"{name}_cache" for name in "kv"} if attends is None else {}
+            inputs = {**inputs, **dict.fromkeys(again, ((1, 2, S, size), HALF))}
 
             def body(
-                emit: Emitter, x: dict[str, ir.Value], sizes: AttentionSizes = sizes, attends: Callable[..., ir.Value] = attends
+                emit: Emitter, x: dict[str, ir.Value], sizes: AttentionSizes = sizes, attends: Callable[..., ir.Value] | None = attends
             ) -> Sequence[ir.Value]:
+                if attends is None:
+                    keys = Keys(x["k_again"], x["v_again"], x["k"], x["v"], x["length"])
+                    y = emit.cast(attend_in_parts(emit, x["q"], keys, sizes, HALF), HALF)
                 at = emit.cast(x["length"], I64)
                 k, v = (emit("", "TensorScatter", [x[f"{n}_cache"], x[n], at], like=x[n], axis=-2)[0] for n in "kv")
-                return attends(emit, x["q"], k, v, x["length"], sizes, HALF), k, v
+                return (y if attends is None else attends(emit, x["q"], k, v, x["length"], sizes, HALF)), k, v
 
             yield Case(
                 f"attention of {T}, {Hq} heads, as {form}",
                 inputs,
                 body,
-                aliased={"out1": "k_cache", "out2": "v_cache"},
+                aliased={"out1": "k_cache", "out2": "v_cache", **again},
                 values={"length": torch.tensor([2000], dtype=torch.int32)},
             )
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qwen_export.manifest import READ_AGAIN
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Layer, Sizes, attend, new_slots
 from qwen_export.plugins.decompose.norm import norm_weight
-from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, attend_in_parts
+from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, Keys, attend_in_parts
 
 
 def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -24,20 +25,39 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
     few = Hq // Hkv * T <= MOST_ROWS
     query, key = _heads(emit, layer, together=few)
     value = emit.transpose(emit.reshape(given["v"], 1, T, Hkv, D), 0, 2, 1, 3)
-    start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
-    k_cache, v_cache = (
-        emit("", "TensorScatter", [cache, new, start], like=new, axis=-2, mode="linear")[0]
-        for cache, new in ((given["k_cache"], key), (given["v_cache"], value))
-    )
-    if fused and T > 1:
+    if few:
+        old_k, old_v = read_again(emit, given["k_cache"]), read_again(emit, given["v_cache"])
+        o = attend_in_parts(emit, query, Keys(old_k, old_v, key, value, given["length"]), sizes, activation)
+        y = emit.cast(emit.mul(o, emit.sigmoid(emit.wide(layer.gate))), activation)
+        return y, *_write(emit, given, key, value)
+    k_cache, v_cache = _write(emit, given, key, value)
+    if fused:
         mask = emit.shared(f"seen_{T}_{sizes.S}", lambda: _seen(emit, given["length"], sizes))
         (o,) = emit("", "Attention", [query, k_cache, v_cache, mask], like=query, scale=1.0)
         o = emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hq * D)
-    elif few:
-        o = attend_in_parts(emit, query, k_cache, v_cache, given["length"], sizes, activation)
     else:
         o = attend(emit, query, k_cache, v_cache, given["length"], sizes, activation)
     return emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache
+
+
+def _write(emit: Emitter, given: dict[str, ir.Value | None], key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The caches with the new rows in them, where they lie."""
+    start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
+
+    def write(cache: ir.Value | None, new: ir.Value) -> ir.Value:
+        return emit("", "TensorScatter", [cache, new, start], like=new, axis=-2, mode="linear")[0]
+
+    return write(given["k_cache"], key), write(given["v_cache"], value)
+
+
+def read_again(emit: Emitter, cache: ir.Value | None) -> ir.Value:
+    """A second input that is bound to the memory of a cache. TensorRT copies a cache that it writes in place before a product reads it,
+    all slots in every call. Through this input a call reads slots that it does not write, so the order of the two does not matter."""
+    if cache is None or cache.shape is None or cache.dtype is None:
+        raise TypeError("gated_attention has no cache")
+    again = ir.Value(name=f"{cache.name}{READ_AGAIN}", shape=cache.shape, type=ir.TensorType(cache.dtype))
+    emit.graph.inputs.append(again)
+    return again
 
 
 def _heads(emit: Emitter, layer: Layer, *, together: bool) -> tuple[ir.Value, ir.Value]:
