@@ -46,7 +46,9 @@ def attend_in_parts(emit: Emitter, q: ir.Value, keys: Keys, sizes: Sizes, activa
     weight, own = emit.split(weight, [S, T], axis=3)
     split = emit.reshape(emit.cast(weight, activation), 1, Hkv, rows, parts, S // parts)
     o = emit.matmul(emit.transpose(split, 0, 1, 3, 2, 4), emit.reshape(keys.v, 1, Hkv, parts, S // parts, D))
-    total = emit.add(_sum(emit, emit.wide(o), 2), _own_values(emit, own, keys.v_new, sizes))
+    # The call's own tokens are a part, too. Added behind the sum, TensorRT-RTX 1.5 and 1.7 crash over what it fuses with the cache's write.
+    last = emit.reshape(_own_values(emit, own, keys.v_new, sizes), 1, Hkv, 1, rows, D)
+    total = _sum(emit, emit.concat([emit.wide(o), last], axis=2), 2)
     return emit.reshape(emit.transpose(emit.reshape(total, 1, Hq, T, D), 0, 2, 1, 3), 1, T, Hq * D)
 
 
