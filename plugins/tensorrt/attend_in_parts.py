@@ -5,7 +5,7 @@ blocks for the 4600 slots of a 0.8B. This form is not recognised as that kernel.
 
     s = [K q^T, K_new q^T]     w = softmax(s + mask)     o = sum over parts p of w_p V_p  +  w_new V_new
 
-K and V are the slots before this call, K_new and V_new its own tokens, so that nothing waits until these are in the cache.
+K and V are the slots before this call, K_new and V_new its own tokens, which are one part more.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ def attend_in_parts(emit: Emitter, q: ir.Value, keys: Keys, sizes: Sizes, activa
     weight, own = emit.split(weight, [S, T], axis=3)
     split = emit.reshape(emit.cast(weight, activation), 1, Hkv, rows, parts, S // parts)
     o = emit.matmul(emit.transpose(split, 0, 1, 3, 2, 4), emit.reshape(keys.v, 1, Hkv, parts, S // parts, D))
-    # The call's own tokens are a part, too. Added behind the sum, TensorRT-RTX 1.5 and 1.7 crash over what it fuses with the cache's write.
     last = emit.reshape(_own_values(emit, own, keys.v_new, sizes), 1, Hkv, 1, rows, D)
     total = _sum(emit, emit.concat([emit.wide(o), last], axis=2), 2)
     return emit.reshape(emit.transpose(emit.reshape(total, 1, Hq, T, D), 0, 2, 1, 3), 1, T, Hq * D)

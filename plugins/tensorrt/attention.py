@@ -25,12 +25,15 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
     few = Hq // Hkv * T <= MOST_ROWS
     query, key = _heads(emit, layer, together=few)
     value = emit.transpose(emit.reshape(given["v"], 1, T, Hkv, D), 0, 2, 1, 3)
-    if few:
-        old_k, old_v = read_again(emit, given["k_cache"]), read_again(emit, given["v_cache"])
-        o = attend_in_parts(emit, query, Keys(old_k, old_v, key, value, given["length"]), sizes, activation)
-        y = emit.cast(emit.mul(o, emit.sigmoid(emit.wide(layer.gate))), activation)
-        return y, *_write(emit, given, key, value)
     k_cache, v_cache = _write(emit, given, key, value)
+    if few:
+        # The call's own rows are read back out of the cache: where nothing does, TensorRT-RTX 1.5 and 1.7 fuse the writes with the last
+        # kernel of the layer, one block of threads, or crash over it (a segmentation fault in fp32).
+        slots = new_slots(emit, given["length"], sizes)
+        own = (emit.gather(cache, slots, axis=2) for cache in (k_cache, v_cache))
+        keys = Keys(read_again(emit, given["k_cache"]), read_again(emit, given["v_cache"]), *own, given["length"])
+        o = attend_in_parts(emit, query, keys, sizes, activation)
+        return emit.cast(emit.mul(o, emit.sigmoid(emit.wide(layer.gate))), activation), k_cache, v_cache
     if fused:
         mask = emit.shared(f"seen_{T}_{sizes.S}", lambda: _seen(emit, given["length"], sizes))
         (o,) = emit("", "Attention", [query, k_cache, v_cache, mask], like=query, scale=1.0)
