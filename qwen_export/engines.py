@@ -20,6 +20,7 @@ from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
 from qwen_export.errors import BundleError
 from qwen_export.manifest import MANIFEST, EngineSpec, GraphSpec, Manifest, WeightSpec, file_path, hash_file, load_manifest, weights_path
 from qwen_export.plugins.tensorrt.engine import BorrowedWeight, Built, build_engine, check_options
+from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes import cuda_driver
 from qwen_export.runtimes.mapped_weights import weight_bytes
 from qwen_export.runtimes.tensorrt_library import Library, load_library
@@ -43,6 +44,8 @@ def ready_library(flavour: str, options: EngineOptions) -> Library:
     """The flavour, if it can do here what the options ask; otherwise an error."""
     library = load_library(flavour)
     check_options(library, options, current_sm())
+    if options.plugins:
+        make_known(library)
     return library
 
 
@@ -79,6 +82,7 @@ def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...])
         options.weights,
         onnx,
         {name: value for name, value in asdict(options).items() if name in _KEPT},
+        options.plugins,
     )
 
 
@@ -114,7 +118,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         )
     usual = EngineOptions()
     kept = {name: value for name, value in spec.options.items() if name in _KEPT and getattr(options, name) == getattr(usual, name)}
-    options = for_this_machine(replace(options, **kept | {"weights": spec.weights}))
+    options = for_this_machine(replace(options, **kept | {"weights": spec.weights, "plugins": spec.plugins}))
     library = ready_library(manifest.target.backend, options)
     with TemporaryDirectory(dir=bundle, prefix=".rebuild-") as directory:
         for name in spec.onnx:

@@ -16,12 +16,12 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, Manifest, file_path
-from qwen_export.runtimes import cuda_driver, cuda_memory
+from qwen_export.runtimes import cuda_driver, cuda_memory, delta_net_plugin
 from qwen_export.runtimes.cuda_stream import Recording, Stream
 from qwen_export.runtimes.device_weights import DeviceWeights
 from qwen_export.runtimes.kernel_cache import KernelFile
 from qwen_export.runtimes.mapped_weights import MappedWeights
-from qwen_export.runtimes.tensorrt_library import RUNTIME_CACHE, Library, load_library
+from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, RUNTIME_CACHE, Library, load_library
 
 _loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -65,6 +65,8 @@ class Engines:
     def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0, graphs: Path | None = None) -> None:
         self.library: Library = load_library(manifest.target.backend)
         self._bundle, self._manifest, self._mapped, self._graphs = bundle, manifest, weights, graphs or bundle
+        if manifest.engine is not None and manifest.engine.plugins and not self.library.has(AOT_PLUGINS):
+            delta_net_plugin.register(self.library)
         self.stream = Stream(device_id)
         self.weights = DeviceWeights(weights, self.stream)
         self.scratch = Scratch(self.stream)

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qwen_export.engine_options import BOUND, ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, EngineOptions
+from qwen_export.engine_options import BOUND, ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, PLUGINS, EngineOptions
 
 _OPTIONS = (
     click.option("--sm", metavar="LIST", help="Compute capabilities to build for, like 89,120; default: the GPU that is there."),
@@ -36,6 +36,12 @@ _BUILD_ONLY = (
         show_default=True,
         help="Weights: " + "; ".join(f"{name}: {meaning}" for name, meaning in ENGINE_WEIGHTS.items()) + ".",
     ),
+    click.option(
+        "--plugin",
+        multiple=True,
+        type=click.Choice(PLUGINS),
+        help="Short calls of this op on our own kernel, as a plugin inside the engine; TensorRT-RTX from 1.7 on.",
+    ),
     click.option("--carry-onnx", is_flag=True, help="Put the graphs into the bundle, for `qwen-export rebuild` on another machine."),
 )
 
@@ -59,6 +65,7 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
                 layer_dump=values.pop("layer_dump"),
                 weights=values.pop("engine_weights", BOUND),
                 carry_onnx=values.pop("carry_onnx", False),
+                plugins=tuple(values.pop("plugin", ())),
             )
             return command(*arguments, engine=engine, **values)
 
