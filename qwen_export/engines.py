@@ -27,7 +27,17 @@ from qwen_export.runtimes.tensorrt_library import Library, load_library
 # The wheels for CUDA 13, which both flavours come in.
 MINIMUM_CUDA = "13.0"
 # What of the options a later build needs to know; the rest is about the machine that builds.
-_KEPT = ("hardware_compatibility", "version_compatible", "opt_level", "workspace", "weight_streaming", "weights", "tf32")
+_KEPT = (
+    "hardware_compatibility",
+    "version_compatible",
+    "opt_level",
+    "workspace",
+    "aux_streams",
+    "tiling",
+    "weight_streaming",
+    "weights",
+    "tf32",
+)
 Say = Callable[[str], None]
 
 

@@ -36,6 +36,12 @@ RUNTIME_CACHE = "runtime_cache"
 """Kernels that the first call on a machine compiles can be kept in a file."""
 TIMING_CACHE = "timing_cache"
 """Builds measure kernels on the GPU, and the measurements can be kept in a file."""
+HARDWARE_COMPATIBILITY = "hardware_compatibility"
+"""One engine for GPUs beyond those that it was built for."""
+VERSION_COMPATIBILITY = "version_compatibility"
+"""Engines that later versions of the library run."""
+TILING = "tiling"
+"""Builds may look for ways to cut products so that they stay in the L2 cache."""
 AOT_PLUGINS = "aot_plugins"
 """Kernels of ours inside the engine, as PTX (quick-deployable plugins)."""
 NATIVE_MOE = "native_moe"
@@ -67,6 +73,9 @@ FLAVOURS: dict[str, Flavour] = {
             "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
             {
                 TIMING_CACHE: "kernels are chosen without measuring them and compiled on the machine that runs them",
+                HARDWARE_COMPATIBILITY: "an engine is for the GPUs that --sm lists, several at a time",
+                VERSION_COMPATIBILITY: "each of its versions runs only the engines that it has built",
+                TILING: "its compiler makes the same program at every level",
                 AOT_PLUGINS: "there is no tensorrt.plugin package and no IPluginV3QuickAOTBuild",
                 NATIVE_MOE: "IMoELayer parses and cannot be built for any of its GPUs",
                 FP32_ATTENTION: "the attention layer has kernels for fp16 and bf16 only",

@@ -207,6 +207,7 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (EngineOptions(sms=("90",)), "cannot build for this SM: got 90"),
         (EngineOptions(sms=("89",), weights="stripped"), "only where there is a GPU"),
         (EngineOptions(sms=("89",), timing_cache=Path("t")), "has no timing cache"),
+        (EngineOptions(sms=("89",), hardware_compatibility="ampere+"), "no compatibility of hardware: an engine is for the GPUs that --sm"),
     ],
 )
 def test_refusals(engine: EngineOptions, message: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
