@@ -450,6 +450,15 @@ def test_a_library_that_is_not_installed(bundle: Path, capsys: pytest.CaptureFix
         pytest.skip("TensorRT-RTX is installed here")
 
 
+def test_inspect_says_what_engines_are_for(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the library nor a GPU is asked."""
+    main(["inspect", str(bundle)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "needs tensorrt-rtx 1.5.0.114, a GPU of SM 89, a driver for CUDA 12.0, engines with bound weights; no graphs to rebuild" in out
+    assert "prefill prefill.onnx, " in out and f": {CHUNK} tokens over " in out and "1 token over" in out
+    assert f"up to {WIDTH - 1} a round, by its draft head" in out
+
+
 @pytest.mark.parametrize(
     ("compatibility", "sm", "runs"),
     [("none", "89", True), ("none", "90", False), ("ampere+", "90", True), ("ampere+", "75", False), ("same-sm", "86", False)],
