@@ -132,6 +132,11 @@ class Engines:
                 fix="Load the bundle without --weight-budget.",
             )
 
+    @staticmethod
+    def fits_beside(nbytes: int) -> bool:
+        """Whether the GPU has room for weights twice: as the bundle has them, and in an engine that gets them."""
+        return 2 * nbytes < cuda_driver.memory_info()[0]
+
     def refit(self, native: Any, spec: GraphSpec) -> None:
         """Give a stripped engine its weights from the bundle.
 
@@ -148,7 +153,7 @@ class Engines:
             raise BundleError("the engine wants a weight that the bundle does not have", where=str(self._bundle), got=unknown[0])
         wanted = [known[name] for name in missing]
         copies = DeviceWeights(self._mapped, self.stream)
-        on_device = 2 * sum(weight_bytes(weight) for weight in wanted) < cuda_driver.memory_info()[0]
+        on_device = self.fits_beside(sum(weight_bytes(weight) for weight in wanted))
         if on_device:
             copies.upload(wanted)
         for weight in wanted:

@@ -17,7 +17,7 @@ from qwen_export.cli import main
 from qwen_export.compiler import build
 from qwen_export.engine_options import BOUND, EngineOptions
 from qwen_export.engines import compile_graph, rebuild
-from qwen_export.errors import BundleError, UnsupportedError
+from qwen_export.errors import BuildError, BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY, tiny_config
@@ -198,6 +198,13 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "model.weights" not in manifest.files
     assert not any(graph.weights for graph in manifest.graphs.values())
     assert "KV_CACHE_UPDATE" in (tmp_path / "layers" / "decoder.layers.txt").read_text()
+
+
+def test_too_small_a_workspace_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    engine = EngineOptions(sms=("89",), workspace=1 << 20)
+    with pytest.raises(BuildError, match=r"workspace.*Raise --workspace"):
+        build(tiny_checkpoint, tmp_path / "b", target="tensorrt-rtx", device="cuda", precision="fp16", mtp=False, engine=engine)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(

@@ -73,15 +73,20 @@ def build_engine(
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        raise BuildError(
-            "TensorRT cannot build an engine of the graph",
-            where=where,
-            got=library.said(),
-            fix="Build with --engine-weights embedded, which it compiles otherwise, or with another version of it.",
-        )
+        said = library.said()
+        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
     if cache is not None and options.timing_cache is not None:
         _keep(options.timing_cache, bytes(memoryview(cache.serialize())))
     return summary
+
+
+def _fix(said: str) -> str:
+    """What to do about what TensorRT said when it gave up."""
+    if "workspace" in said.lower():
+        return "Raise --workspace, or leave it out."
+    if "out of memory" in said.lower() or "OutOfMemory" in said:
+        return "End other programs that use the GPU, or build with a smaller --chunk or --max-context."
+    return "Build with --engine-weights embedded, which it compiles otherwise, or with another version of it."
 
 
 def _parse(parser: Any, model: bytes, weights: Mapping[str, BorrowedWeight]) -> bool:
