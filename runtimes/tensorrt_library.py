@@ -152,14 +152,20 @@ def load_library(flavour: str) -> Library:
     raise UnsupportedError(f"{wanted.name} is not installed", fix=f"{wanted.install}.")
 
 
-def installed_version(flavour: str) -> str:
-    """Version of the flavour that is installed, "" when there is none. Imports nothing of it."""
-    for package in FLAVOURS[flavour].packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+def minimum_cuda(flavour: str) -> str:
+    """The oldest CUDA that a driver must serve for the wheels that are installed: "12.0" or "13.0", by their names. Within a major version
+    newer libraries run on older drivers."""
+    installed = [package for package in FLAVOURS[flavour].packages if _is_installed(package)]
+    old = any("cu12" in package for package in installed) and not any("cu13" in package for package in installed)
+    return "12.0" if old else "13.0"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from qwen_export.cli import main
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.plugins.tensorrt.engine import _keep, _timing_cache, check_options
-from qwen_export.runtimes.tensorrt_library import FLAVOURS, Library
+from qwen_export.runtimes.tensorrt_library import FLAVOURS, Library, minimum_cuda
 
 
 def library(flavour: str) -> Library:
@@ -46,6 +47,27 @@ def test_weights_that_are_inputs_are_not_streamed(flavour: str) -> None:
 def test_the_full_library_builds_where_the_engine_runs() -> None:
     with pytest.raises(UnsupportedError, match=r"builds on the GPU that runs the engine: got --sm 120 on SM 89"):
         check_options(library("tensorrt"), EngineOptions(sms=("120",)), "89")
+
+
+@pytest.mark.parametrize(
+    ("flavour", "installed", "cuda"),
+    [
+        ("tensorrt-rtx", {"tensorrt_rtx_cu13_bindings"}, "13.0"),
+        ("tensorrt-rtx", {"tensorrt_rtx_cu12_bindings"}, "12.0"),
+        ("tensorrt", {"tensorrt", "tensorrt_cu13"}, "13.0"),
+        ("tensorrt", {"tensorrt_cu12"}, "12.0"),
+    ],
+)
+def test_the_driver_that_engines_need_is_that_of_the_library(
+    flavour: str, installed: set[str], cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if package not in installed:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "9.9"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert minimum_cuda(flavour) == cuda
 
 
 class _Config:

@@ -23,6 +23,7 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY, tiny_config
 from qwen_export.manifest import check_sizes, load_manifest
 from qwen_export.plugins.tensorrt.engine import Built
+from qwen_export.plugins.tensorrt.engine_program import EVENTS, read_program
 from qwen_export.static_plan import StaticOptions
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
@@ -198,6 +199,19 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "model.weights" not in manifest.files
     assert not any(graph.weights for graph in manifest.graphs.values())
     assert "KV_CACHE_UPDATE" in (tmp_path / "layers" / "decoder.layers.txt").read_text()
+
+
+def test_one_stream_has_no_events(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    def events(built: Path) -> int:
+        return sum(call.kind in EVENTS for call in read_program(built / "decoder.engine"))
+
+    engine = EngineOptions(sms=("89",), aux_streams=0)
+    options = StaticOptions(chunk=64, step_tokens=1)
+    made = {"target": "tensorrt-rtx", "device": "cuda", "precision": "fp16", "max_context": 256, "mtp": False}
+    one = build(tiny_checkpoint, tmp_path / "b", options=options, engine=engine, **made)
+    assert events(one) == 0 < events(bundle)
+    manifest = load_manifest(one)
+    assert manifest.engine is not None and manifest.engine.options["aux_streams"] == 0, "a rebuild does the same"
 
 
 def test_too_small_a_workspace_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
