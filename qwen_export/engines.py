@@ -23,12 +23,20 @@ from qwen_export.plugins.tensorrt.engine import BorrowedWeight, Built, build_eng
 from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes import cuda_driver
 from qwen_export.runtimes.mapped_weights import weight_bytes
-from qwen_export.runtimes.tensorrt_library import Library, load_library
+from qwen_export.runtimes.tensorrt_library import Library, load_library, minimum_cuda
 
-# The wheels for CUDA 13, which both flavours come in.
-MINIMUM_CUDA = "13.0"
 # What of the options a later build needs to know; the rest is about the machine that builds.
-_KEPT = ("hardware_compatibility", "version_compatible", "opt_level", "workspace", "weight_streaming", "weights", "tf32")
+_KEPT = (
+    "hardware_compatibility",
+    "version_compatible",
+    "opt_level",
+    "workspace",
+    "aux_streams",
+    "tiling",
+    "weight_streaming",
+    "weights",
+    "tf32",
+)
 Say = Callable[[str], None]
 
 
@@ -78,7 +86,7 @@ def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...])
         options.sms,
         options.hardware_compatibility,
         options.version_compatible,
-        MINIMUM_CUDA,
+        minimum_cuda(library.flavour.name),
         options.weights,
         onnx,
         {name: value for name, value in asdict(options).items() if name in _KEPT},
@@ -150,7 +158,6 @@ def weight_places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[st
 
 __all__ = (
     "EMBEDDED",
-    "MINIMUM_CUDA",
     "compile_graph",
     "current_sm",
     "engine_file",

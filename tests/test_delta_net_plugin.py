@@ -105,7 +105,9 @@ def test_the_nodes_carry_their_kernel(checkpoint: Path, tmp_path: Path) -> None:
     assert [state.name for state in graphs["verify"].states if "pending" in state.name] == [
         f"layers.{i}.pending" for i, kind in enumerate(sizes.layer_types) if kind == "linear_attention"
     ]
-    stacked = [{(w.file, w.offset) for w in graphs[name].weights if w.name.endswith("in_proj")} for name in ("decoder", "verify", "prefill")]
+    stacked = [
+        {(w.file, w.offset) for w in graphs[name].weights if w.name.endswith("in_proj")} for name in ("decoder", "verify", "prefill")
+    ]
     assert stacked[0] and stacked[0] == stacked[1] == stacked[2], "steps and prompts read the same matrix"
 
 
@@ -183,8 +185,9 @@ for kind, count in INPUTS.items():
         tensor.shape_expr = plugin.ShapeExprs.from_tuple(shape)
     y, history, state = definition.register_func(*tensors, *vars(given).values())
     combinations = definition.autotune_func(*tensors, *vars(given).values(), (y, history, state))
-    assert len(combinations) == 3 and all(len(c.io_types) == count + 3 for c in combinations), combinations
-    assert all(c.io_types[2][0] == types.FLOAT for c in combinations)
+    made = [one.types for c in combinations for one in c._get_combinations()]
+    assert len(made) == 3 and all(len(one) == count + 3 and one[2] == one[6] == one[-1] == types.FLOAT for one in made), made
+    assert [one[0] for one in made] == [types.FLOAT, types.HALF, types.BF16] and all(one[0] == one[-3] == one[-2] for one in made)
     name, ptx, parameters, numbers = definition.aot_impl_func(*tensors, *vars(given).values(), (y, history, state), 0)
     assert (name, ptx, len(numbers)) == ("kernel", b"ptx", 5)
     assert isinstance(parameters, plugin.KernelLaunchParams) and all(isinstance(n, plugin.SymInt32) for n in numbers)
@@ -200,7 +203,9 @@ def test_quick_deployable_form(tmp_path: Path) -> None:
     functions = ("createInferBuilder", "createInferRefitter", "createInferRuntime", "createNvOnnxParserRefitter", "createNvOnnxParser")
     names = [f"{name}_INTERNAL" for name in functions] + ["getBuilderPluginRegistry", "getPluginRegistry", "initLibNvInferPlugins"]
     source = tmp_path / "empty.c"
-    source.write_text("".join(f"void* {name}(void) {{ return 0; }}\n" for name in names) + "int getNvOnnxParserVersion(void) { return 0; }\n")
+    source.write_text(
+        "".join(f"void* {name}(void) {{ return 0; }}\n" for name in names) + "int getNvOnnxParserVersion(void) { return 0; }\n"
+    )
     for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
         name = f"lib{library}.so.11"
         subprocess.run(["gcc", "-shared", "-fPIC", str(source), f"-Wl,-soname,{name}", "-o", str(tmp_path / name)], check=True)

@@ -37,9 +37,7 @@ def choose_tensorrt(
     return {op: Choice(name, ()) for op, name in chosen.items()}
 
 
-def refusals(
-    config: TextConfig, quantization: PrecisionPlan | None, sms: Sequence[str], plugins: Collection[str] = ()
-) -> list[str]:
+def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequence[str], plugins: Collection[str] = ()) -> list[str]:
     """A sentence for each thing that TensorRT cannot compile for these GPUs; no `sms`: for the one that is there."""
     reasons = []
     formats = {format.format for format in quantization.groups.values()} if quantization is not None else set()
@@ -48,7 +46,9 @@ def refusals(
         reasons.append(f"fp8 weights need SM {_FP8_SINCE} or newer, and SM {', '.join(old)} is among the targets")
     sizes = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     if "gated_delta_net" in plugins and sizes not in _PLUGIN_SIZES:
-        reasons.append("our plugin takes heads of 64 or 128 keys and as many values, and 4 taps; this model has {}, {} and {}".format(*sizes))
+        reasons.append(
+            "our plugin takes heads of 64 or 128 keys and as many values, and 4 taps; this model has {}, {} and {}".format(*sizes)
+        )
     if "gated_delta_net" in plugins and any(int(sm) < _PLUGIN_SINCE for sm in sms):
         reasons.append(f"our plugin is compiled for SM {_PLUGIN_SINCE} and newer")
     if config.is_moe and config.num_experts_per_tok > _LARGEST_TOP_K:

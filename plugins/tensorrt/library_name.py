@@ -1,7 +1,7 @@
 """A loadable `libtensorrt_rtx.so`, which the parser asks for by this name when it creates a plugin.
 
-The wheels have `libtensorrt_rtx.so.1` only, and without the other name the parser ends the process. So a library of that name is loaded that
-has nothing but a dependency: looking a symbol up in it finds those of the real one. It is the smallest ELF file that the loader takes.
+The wheels have `libtensorrt_rtx.so.1` only, and without the other name the parser ends the process. So a library of that name is loaded
+that has nothing but a dependency: looking a symbol up in it finds those of the real one. It is the smallest ELF file that the loader takes.
 """
 
 from __future__ import annotations

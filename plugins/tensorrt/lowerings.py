@@ -52,9 +52,7 @@ def _delta_net(
     return emit.nodes, list(results)
 
 
-def lower_delta_net_plugin(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
-) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one product, and in short calls our plugin behind it; prompts as `lower_delta_net`, from the same product."""
     layer = layer_prefix(node)
     emit = Emitter(graph, f"{layer}.linear_attn", shared)

@@ -27,9 +27,7 @@ def _parses(library: Library) -> bool:
     floats = onnx.TensorProto.FLOAT
     names, results = [f"i{i}" for i in range(INPUTS[STEP])], [f"o{i}" for i in range(OUTPUTS)]
     fields = asdict(StepFields("", "", 1, 0, 1, 1, 64, 0))
-    node = onnx.helper.make_node(
-        STEP, names, results, domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version=VERSION, **fields
-    )
+    node = onnx.helper.make_node(STEP, names, results, domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version=VERSION, **fields)
     inputs = [onnx.helper.make_tensor_value_info(name, floats, [1, 1, 1]) for name in names]
     outputs = [onnx.helper.make_tensor_value_info(name, floats, None) for name in results]
     opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid(NAMESPACE, 1)]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from qwen_export.runtimes.delta_net_plugin import INPUTS, NAMESPACE, OUTPUTS, STEP, THREADS, VERIFY, StepFields, unpack_ptx
+from qwen_export.runtimes.delta_net_plugin import INPUTS, NAMESPACE, STEP, THREADS, VERIFY, StepFields, unpack_ptx
 from qwen_export.runtimes.tensorrt_library import Library
 
 _NAMES = ("packed", "conv", "a_log", "dt_bias", "norm", "history", "state", "pending", "accepted", "commit")
@@ -35,7 +35,7 @@ _registered: set[str] = set()
 def _register(plugin: Any, kind: str) -> None:
     tensors = _NAMES[: INPUTS[kind]]
     arguments = dict.fromkeys(tensors, plugin.TensorDesc) | _ATTRIBUTES
-    described = tuple[(plugin.TensorDesc,) * OUTPUTS]  # type: ignore[misc]
+    described = tuple[plugin.TensorDesc, plugin.TensorDesc, plugin.TensorDesc]  # y, history', state'
     outputs = {"outputs": described}
 
     def describe(*given: Any) -> Any:

@@ -35,7 +35,9 @@ def one_projection(emit: Emitter, node: ir.Node, context: PassContext) -> ir.Val
     return packed
 
 
-def split_projection(emit: Emitter, packed: ir.Value, given: dict[str, ir.Value | None], context: PassContext) -> dict[str, ir.Value | None]:
+def split_projection(
+    emit: Emitter, packed: ir.Value, given: dict[str, ir.Value | None], context: PassContext
+) -> dict[str, ir.Value | None]:
     """`given` with the parts of `packed` in the place of the four products."""
     config = context.config
     Hv = config.linear_num_value_heads
