@@ -1,6 +1,6 @@
 """TensorRT beside ONNX Runtime on one CUDA device, in one run: prefill and decode rates, speculation, start and memory.
 
-    python benchmarks/tensorrt_table.py [--sizes 0.8B,4B] [--precisions fp16] [--flavour tensorrt-rtx] [--plugin] [--text FILE] [--json FILE]
+    python benchmarks/tensorrt_table.py [--sizes 0.8B,4B] [--precisions fp16] [--flavour tensorrt-rtx] [--plugin] [--text FILE]
 
 Checkpoints are generated: only their shape matters for the speed. With random weights drafts are worthless, so speculation is measured
 on the trained checkpoint of this repository, which continues FILE. `start` is load and first calls: with an empty kernel cache, then again.

@@ -34,9 +34,11 @@ from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
 from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias
 from qwen_export.plugins.tensorrt.step_plugin import split_projection
-from qwen_export.runtimes import load
+from qwen_export.runtimes import cuda_driver, delta_net_plugin, load
+from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY, StepFields, pack_ptx, unpack_ptx
 from qwen_export.static_plan import StaticOptions
+from tests.support.fake_driver import FakeDriver
 from tests.support.tensorrt_graphs import bundle_on_cpu
 
 PLUGIN = EngineOptions(("89", "120"), plugins=("gated_delta_net",))
@@ -161,6 +163,26 @@ def test_fields_of_a_plugin() -> None:
     given = StepFields("kernel", pack_ptx(PTX), 4, 3, 16, 32, 128, 7)
     assert unpack_ptx(given.ptx) == PTX
     assert (given.numbers, given.width) == ((4, 3, 16, 32, 7), 4096)
+
+
+def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gets addresses of inputs, numbers, addresses of outputs; its PTX is loaded once."""
+    driver = FakeDriver()
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    for name, arguments in cuda_driver._FUNCTIONS.items():
+        getattr(driver, name).argtypes = arguments
+    given, stream, seen = StepFields("a_launch", pack_ptx(PTX), 4, 3, 16, 32, 128, 7), Stream(), []
+    kinds = [ctypes.c_uint64] * 10 + [ctypes.c_int] * 5 + [ctypes.c_uint64] * 3
+
+    def read(parameters: Any) -> list[int]:
+        return [ctypes.cast(address, ctypes.POINTER(kind))[0] for kind, address in zip(kinds, parameters, strict=True)]
+
+    monkeypatch.setattr(driver, "queue", lambda stream, work: (work(), seen.append(read(driver.kernels[-1][2]))))
+    for _ in range(2):
+        delta_net_plugin.launch(given, range(1000, 1010), range(2000, 2003), stream.handle)
+    assert [kernel[:2] for kernel in driver.kernels] == [(b"a_launch", (32, 1, 1, 512, 1, 1))] * 2
+    assert seen == [[*range(1000, 1010), 4, 3, 16, 32, 7, *range(2000, 2003)]] * 2
+    assert list(driver.modules.values()) == [PTX + b"\0"]
 
 
 _QUICK = """
