@@ -30,10 +30,10 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delt
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
 from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
-from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.tensorrt.attend_in_parts import attend_in_parts, slots_of_a_part
+from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
+from qwen_export.plugins.tensorrt.delta_step import Step, step
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
 from qwen_export.plugins.tensorrt.experts import emit_experts
@@ -59,7 +59,8 @@ Body = Callable[[Emitter, dict[str, ir.Value]], Sequence[ir.Value]]
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: `body` emits it from `inputs`. `aliased` maps outputs to the inputs that they are written over."""
+    """One engine: `body` emits it from `inputs`. `aliased` maps outputs to the inputs that they are written over, and
+    inputs to others whose memory they read."""
 
     name: str
     inputs: Inputs
@@ -109,6 +110,8 @@ class Engine:
             ]
             shape = tuple(self.engine.get_tensor_shape(name))
             if name in case.aliased:
+                if name in case.inputs:
+                    continue
                 alias = self.engine.get_aliased_input_tensor(name) if hasattr(self.engine, "get_aliased_input_tensor") else None
                 print(f"    {name} is the memory of {alias!r}, says the engine")
                 continue
@@ -255,6 +258,21 @@ def one_after_the_other(size: int) -> DeltaRule:
     return rule
 
 
+def turned_step(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
+    """One token over a state [1,HV,Dv,Dk]."""
+    heads, one = (1, HK, HV // HK), emit.scalar(1.0)
+    q, k = (emit.reshape(x[n], 1, HK, 1, 1, D) for n in ("q", "k"))
+    decay, beta = (emit.reshape(y, *heads, 1, 1) for y in (emit.exp(x["g"]), x["beta"]))
+    v, state = emit.reshape(x["v"], *heads, D, 1), emit.reshape(x["state"], *heads, D, D)
+    o, after = step(emit, Step(q, k, one, one, v, decay, beta, state))
+    return emit.reshape(o, 1, HV, 1, D), emit.reshape(after, 1, HV, D, D)
+
+
+def turned_back(given: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> str:
+    """`against_float64`; the state before is zero."""
+    return against_float64(given, [outputs[0], outputs[1].transpose(2, 3)])
+
+
 def prefill(T: int) -> Iterator[Case]:
     for size in (32, 64, 128):
         yield recurrence(f"prefill T={T} batched chunks of {size} fp32", batched_chunks(size), T)
@@ -266,7 +284,7 @@ def prefill(T: int) -> Iterator[Case]:
 
 
 def decode() -> Iterator[Case]:
-    yield recurrence("decode, sums", reduced_step, 1)
+    yield Case("decode, sums over a turned state", recurrence_inputs(1), turned_step, check=turned_back, values=recurrence_values(1))
     yield recurrence("decode, products", delta_rule, 1)
     yield recurrence("decode, products tf32", delta_rule, 1, tf32=True)
 
@@ -321,7 +339,7 @@ def attention() -> Iterator[Case]:
 def step_attention() -> Iterator[Case]:
     """One token, and a verify of four, over 4608 slots of a 0.8B and of the 35B-A3B: as two products, as parts of products, as sums."""
     S, size = 4096 + 512, 256
-    forms: dict[str, Callable[..., ir.Value]] = {"products": attend, "parts": attend_in_parts, "sums": _attend_by_sums}
+    forms: dict[str, Callable[..., ir.Value] | None] = {"products": attend, "parts": None, "sums": _attend_by_sums}
     for Hq, T in ((8, 1), (8, 4), (16, 1), (16, 4)):
         sizes = AttentionSizes(T, S, Hq, 2, size, 64)
         for form, attends in forms.items():
@@ -331,19 +349,24 @@ def step_attention() -> Iterator[Case]:
                 **{f"{name}_cache": ((1, 2, S, size), HALF) for name in "kv"},
                 "length": ((1,), I32),
             }
+            again = {f"{name}_again": f"{name}_cache" for name in "kv"} if attends is None else {}
+            inputs = {**inputs, **dict.fromkeys(again, ((1, 2, S, size), HALF))}
 
             def body(
-                emit: Emitter, x: dict[str, ir.Value], sizes: AttentionSizes = sizes, attends: Callable[..., ir.Value] = attends
+                emit: Emitter, x: dict[str, ir.Value], sizes: AttentionSizes = sizes, attends: Callable[..., ir.Value] | None = attends
             ) -> Sequence[ir.Value]:
+                if attends is None:
+                    keys = Keys(x["k_again"], x["v_again"], x["k"], x["v"], x["length"])
+                    y = emit.cast(attend_in_parts(emit, x["q"], keys, sizes, HALF), HALF)
                 at = emit.cast(x["length"], I64)
                 k, v = (emit("", "TensorScatter", [x[f"{n}_cache"], x[n], at], like=x[n], axis=-2)[0] for n in "kv")
-                return attends(emit, x["q"], k, v, x["length"], sizes, HALF), k, v
+                return (y if attends is None else attends(emit, x["q"], k, v, x["length"], sizes, HALF)), k, v
 
             yield Case(
                 f"attention of {T}, {Hq} heads, as {form}",
                 inputs,
                 body,
-                aliased={"out1": "k_cache", "out2": "v_cache"},
+                aliased={"out1": "k_cache", "out2": "v_cache", **again},
                 values={"length": torch.tensor([2000], dtype=torch.int32)},
             )
 

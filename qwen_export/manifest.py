@@ -54,6 +54,10 @@ class TensorSpec:
     shape: tuple[int | str, ...]
 
 
+READ_AGAIN = ".read"
+"""What the name of an input has behind that of a state whose memory it is, too: for what a call reads of it and does not write."""
+
+
 @dataclass(frozen=True)
 class StateSpec:
     """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.

@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.manifest import Manifest
+from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.buffers import Buffer
 from qwen_export.runtimes.decoder import rotary_table
 from qwen_export.runtimes.logits import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
@@ -37,7 +37,7 @@ class StaticGraph:
 
     def __init__(self, session: Session) -> None:
         self.session, self.spec = session, session.spec
-        buffer, states = session.buffer, {state.name for state in session.spec.states}
+        buffer, states = session.buffer, {state.name + also for state in session.spec.states for also in ("", READ_AGAIN)}
         after = {state.after for state in session.spec.states}
         self.controls = {
             t.name: buffer(t.dtype, fixed(t.shape)) for t in session.spec.inputs if t.name not in states and t.name not in TABLES
@@ -132,7 +132,8 @@ class StaticStates:
 
     def _bind(self, graph: StaticGraph) -> Call:
         call, states = graph.session.call(repeated=False), {state.after: state for state in graph.spec.states}
-        inputs = {**self._tables, **graph.controls, **{state.name: self.now(state.name) for state in graph.spec.states}}
+        inputs = {**self._tables, **graph.controls}
+        inputs |= {state.name + also: self.now(state.name) for state in graph.spec.states for also in ("", READ_AGAIN)}
         for tensor in graph.spec.inputs:
             call.bind_input(tensor.name, inputs[tensor.name])
         for tensor in graph.spec.outputs:

@@ -27,8 +27,6 @@ from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
-from qwen_export.plugins.decompose.delta_rule import delta_rule
-from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.onnxruntime.common import regroup_pending
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
@@ -62,18 +60,18 @@ def compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
     """The plugin's node as standard operators, on the same inputs."""
     given: dict[str, ir.Value | None] = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    sizes = Sizes.of(context.config, context.static.T, context.static.P)
-    if sizes.P:
+    if context.static.P:
         (pending,) = regroup_pending(emit.graph, layer, {"pending": packed})
         parts = split_projection(emit, pending, {}, context)
         given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
     given = split_projection(emit, packed, given, context)
-    return list(emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, delta_rule))
+    _, results = lowerings._delta_net(emit, given, node, context, {})
+    return results
 
 
 def test_one_product_feeds_the_step_and_stays_pending(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept."""
-    monkeypatch.setattr(lowerings, "emit_step", standard_step)
+    monkeypatch.setattr(lowerings, "emit_plugin", standard_step)
     bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=SIZES, max_context=256, engine=PLUGIN)
     source = open_checkpoint(checkpoint)
     ids = np.random.default_rng(0).integers(0, 480, 150).tolist()

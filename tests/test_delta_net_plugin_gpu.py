@@ -36,7 +36,7 @@ SHORT = [(T, P, accepted[:1], commit[:1]) for T, P, accepted, commit in TRANSACT
 
 
 class Call:
-    """One launch on buffers of its own; the state is [Hv,Dk,Dv] there."""
+    """One launch on buffers of its own."""
 
     def __init__(self, given: Given, Hk: int) -> None:
         (packed, dtype), (state, _) = given["packed"], given["state"]
@@ -50,7 +50,7 @@ class Call:
         eps = int(np.float32(1e-6).view(np.int32))
         self.fields = StepFields(kernel, pack_ptx(path.read_bytes()), self.T, self.P, Hk, Hv, D, eps)
         counts = {"int64": "int32"}
-        values = {n: np.ascontiguousarray(x.swapaxes(2, 3)) if n == "state" else x for n, (x, _) in given.items()}
+        values = {n: x for n, (x, _) in given.items()}
         self.inputs = {n: device(x, counts.get(given[n][1], given[n][1])) for n, x in values.items() if n not in ("accepted", "commit")}
         for name in ("accepted", "commit"):
             if name in given:
@@ -70,8 +70,7 @@ class Call:
         return [b.address for b in self.inputs.values()], [b.address for b in self.outputs.values()]
 
     def results(self) -> dict[str, Array]:
-        got = {name: decode(b.read(), b.dtype, b.shape).astype(np.float64) for name, b in self.outputs.items()}
-        return got | {"state_out": got["state_out"].swapaxes(2, 3)}
+        return {name: decode(b.read(), b.dtype, b.shape).astype(np.float64) for name, b in self.outputs.items()}
 
 
 def whole(given: Given) -> Given:

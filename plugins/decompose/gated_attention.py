@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.norm import norm_weight
 
-_MASKED = -1e30
+MASKED = -1e30
 
 
 @dataclass(frozen=True)
@@ -153,5 +153,5 @@ def causal_bias(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Valu
     group = sizes.Hq // sizes.Hkv
     own = emit.array(f"token_{group}_{sizes.T}", np.tile(np.arange(sizes.T, dtype=np.int32), group)[:, None])
     (seen,) = emit("", "LessOrEqual", [emit.positions(sizes.S), emit.add(own, length)], dtype=ir.DataType.BOOL)
-    zero, masked = emit.scalar(0.0), emit.scalar(_MASKED)
+    zero, masked = emit.scalar(0.0), emit.scalar(MASKED)
     return emit("", "Where", [seen, zero, masked], like=zero)[0]

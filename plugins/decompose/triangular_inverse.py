@@ -40,9 +40,7 @@ def unit_lower_inverse(emit: Emitter, A: ir.Value, size: int) -> ir.Value:
         if level == 0:
             (X,) = emit("", "Sub", [identity, block], like=A)
             continue
-        (right,) = emit("", "MatMul", [block, X], like=A)
-        (update,) = emit("", "MatMul", [X, right], like=A)
-        (X,) = emit("", "Sub", [X, update], like=A)
+        X = emit.sub(X, emit.matmul(X, emit.matmul(block, X)))
     return X
 
 

@@ -22,7 +22,7 @@ template <typename T, int D, bool TRANSACTION>
 __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
   const int pending = TRANSACTION ? clamped(in.accepted[blockIdx.y], shape.P) : 0;
   const int commit = TRANSACTION ? clamped(in.commit[blockIdx.y], shape.T) : shape.T;
-  few_tokens<T, D, TRANSACTION, false>(shape, in, pending, commit, eps, arrivals);
+  few_tokens<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
 }
 
 // Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.

@@ -1,6 +1,6 @@
 // The decode and verify step of a Gated DeltaNet mixer as kernels of plain arguments, for engines of TensorRT (plugins/tensorrt/step_plugin.py):
 // pointers of the inputs, 32-bit numbers, pointers of the outputs, which is the order that quick-deployable plugins pass them in. Grid Hv blocks
-// of kHeadThreads; sizes as in delta_net.cuh with B = 1, except that the state is [Hv,Dk,Dv]; `eps` has the bits of a float.
+// of kHeadThreads; sizes as in delta_net.cuh with B = 1; `eps` has the bits of a float.
 // Successors are other memory than what they succeed.
 //
 // build_ptx.sh compiles this once per ELEMENT, to PTX that the driver of any GPU from SM 80 on takes.
@@ -17,7 +17,7 @@ namespace {
 template <int D, bool TRANSACTION>
 __device__ inline void step(DeltaNetTensors<ELEMENT> in, const int* accepted, const int* commit, int T, int P, int Hk, int Hv, int eps) {
   const int pending = TRANSACTION ? clamped(*accepted, P) : 0, committed = TRANSACTION ? clamped(*commit, T) : T;
-  few_tokens<ELEMENT, D, TRANSACTION, true>(DeltaNetShape{1, T, Hk, Hv, P, D}, in, pending, committed, __int_as_float(eps), nullptr);
+  few_tokens<ELEMENT, D, TRANSACTION>(DeltaNetShape{1, T, Hk, Hv, P, D}, in, pending, committed, __int_as_float(eps), nullptr);
 }
 
 }  // namespace

@@ -49,9 +49,9 @@ struct Channel {
 // With a transaction the accepted rows of `pending` go through the same loop as the new tokens, up to kFewTokens at a time and before the
 // projection of the new ones is complete. So every token is read by the same instructions, whichever call it came with.
 //
-// `pending` rows are to be replayed, `commit` of the new tokens enter the state. With KEYS_FIRST the state is [B,Hv,Dk,Dv], else [B,Hv,Dv,Dk].
-// Without `arrivals` the history and its successor must not be the same memory.
-template <typename T, int D, bool TRANSACTION, bool KEYS_FIRST>
+// `pending` rows are to be replayed, `commit` of the new tokens enter the state. Without `arrivals` the history and its successor must not be
+// the same memory.
+template <typename T, int D, bool TRANSACTION>
 __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>& in, int pending, const int commit, float eps, int* arrivals) {
   constexpr int kGroups = kHeadThreads / D;
   constexpr int kLanes = kGroups;           // lanes per column
@@ -72,27 +72,13 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds
   // k = 4 (kLanes j + p) + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
-  const size_t head = (size_t(b) * Hv + hv) * D;
-  const size_t at = KEYS_FIRST ? (head + part * 4) * D + column : (head + column) * D + part * 4;
-  constexpr int kStride = kLanes * 4 * (KEYS_FIRST ? D : 1);
+  const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;
   float4 S[kQuads];
 #pragma unroll
-  for (int j = 0; j < kQuads; j++) {
-    const float* from = in.state + at + j * kStride;
-    if constexpr (KEYS_FIRST)
-      S[j] = make_float4(from[0], from[D], from[2 * D], from[3 * D]);
-    else
-      S[j] = *reinterpret_cast<const float4*>(from);
-  }
+  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * kLanes * 4);
   auto store_state = [&] {
 #pragma unroll
-    for (int j = 0; j < kQuads; j++) {
-      float* to = in.state_out + at + j * kStride;
-      if constexpr (KEYS_FIRST)
-        to[0] = S[j].x, to[D] = S[j].y, to[2 * D] = S[j].z, to[3 * D] = S[j].w;
-      else
-        *reinterpret_cast<float4*>(to) = S[j];
-    }
+    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(in.state_out + at + j * kLanes * 4) = S[j];
   };
   // 3 D threads own a channel each; taps and history do not depend on the projection either.
   const int group = tid / D, within = tid % D;  // 0: q, 1: k, 2: v, 3: gates

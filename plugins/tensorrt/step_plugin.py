@@ -45,8 +45,8 @@ def split_projection(
     return given | {"qkv": qkv, "z": z, "a": a, "b": b}
 
 
-def emit_step(emit: Emitter, layer: str, packed: ir.Value, node: ir.Node, context: PassContext) -> list[ir.Value]:
-    """The node of the plugin; in a verify what stays pending is the whole product."""
+def emit_plugin(emit: Emitter, layer: str, packed: ir.Value, node: ir.Node, context: PassContext) -> list[ir.Value]:
+    """The node of the plugin; in a verify what stays pending is the whole product. The state is turned, [1,Hv,Dv,Dk]."""
     config, graph = context.config, emit.graph
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     kind, transaction = (VERIFY, "verify") if context.static.P else (STEP, "step")
@@ -71,6 +71,7 @@ def emit_step(emit: Emitter, layer: str, packed: ir.Value, node: ir.Node, contex
     if old_history is None or old_state is None:
         raise TypeError("a DeltaNet layer has no state")
     y.shape = ir.Shape([1, context.static.T, config.value_dim])
+    old_state.shape = ir.Shape([1, config.linear_num_value_heads, D, D])
     history.shape, state.shape, state.type = old_history.shape, old_state.shape, old_state.type
     return [y, history, state]
 
