@@ -1,9 +1,9 @@
 """TensorRT beside ONNX Runtime on one CUDA device, in one run: prefill and decode rates, speculation, start and memory.
 
-    python benchmarks/tensorrt_table.py [--sizes 0.8B,4B] [--precisions fp16] [--flavour tensorrt-rtx] [--text FILE] [--json FILE]
+    python benchmarks/tensorrt_table.py [--sizes 0.8B,4B] [--precisions fp16] [--flavour tensorrt-rtx] [--plugin] [--text FILE]
 
-Checkpoints are generated: only their shape matters for the speed. With random weights drafts are worthless, so speculation is measured on
-the trained checkpoint of this repository, which continues FILE. `start` is load and first calls: with an empty kernel cache, then again.
+Checkpoints are generated: only their shape matters for the speed. With random weights drafts are worthless, so speculation is measured
+on the trained checkpoint of this repository, which continues FILE. `start` is load and first calls: with an empty kernel cache, then again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from measured_process import run_measured
 
 from qwen_export import build
+from qwen_export.engine_options import PLUGINS, EngineOptions
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY
 from qwen_export.runtimes.kernel_cache import VARIABLE
@@ -38,12 +39,13 @@ class Contestant:
     name: str
     target: str
     chunk: int | None = None
+    plugins: tuple[str, ...] = ()
 
     def build(self, checkpoint: Path, output: Path, precision: str, context: int) -> Path:
         static = StaticOptions(chunk=self.chunk) if self.chunk else None
-        return build(
-            checkpoint, output, target=self.target, device="cuda", precision=precision, max_context=context, options=static, force=True
-        )
+        engine = EngineOptions(plugins=self.plugins) if self.chunk else None
+        made: dict[str, Any] = {"target": self.target, "device": "cuda", "precision": precision, "max_context": context}
+        return build(checkpoint, output, **made, options=static, engine=engine, force=True)
 
 
 def bench(bundle: Path, *options: object) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def bench(bundle: Path, *options: object) -> dict[str, Any]:
 
 def measure(contestant: Contestant, checkpoint: Path, work: Path, precision: str, reuse: bool) -> dict[str, Any]:
     """Rates, start times (`cold_s`, `warm_s`) and memory of one bundle."""
-    bundle = work / f"{checkpoint.name}-{contestant.target}-{contestant.chunk}-{precision}"
+    bundle = work / "-".join([checkpoint.name, contestant.target, str(contestant.chunk), precision, *contestant.plugins])
     if not (reuse and (bundle / "manifest.json").exists()):
         contestant.build(checkpoint, bundle, precision, CONTEXT)
     kernels = work / "kernels"
@@ -84,6 +86,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="fp16")
     parser.add_argument("--flavour", default="tensorrt-rtx", choices=("tensorrt-rtx", "tensorrt"))
     parser.add_argument("--chunks", default="512", help="prompt calls of these many tokens, a row each")
+    parser.add_argument("--plugin", action="store_true", help="engines with our plugin, too")
     parser.add_argument("--text", type=Path, help="a short text that the trained checkpoint continues")
     parser.add_argument("--work", type=Path, default=Path(".cache/tensorrt"))
     parser.add_argument("--reuse", action="store_true", help="keep bundles in --work and take those that are there")
@@ -92,6 +95,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
 
     engines = [Contestant(f"{options.flavour}, {chunk} a call", options.flavour, int(chunk)) for chunk in options.chunks.split(",")]
+    if options.plugin:
+        engines += [replace(engine, name=f"{engine.name}, plugin", plugins=PLUGINS) for engine in engines]
     contestants = [Contestant("onnxruntime", "onnxruntime"), *engines]
     results = []
     print("| model | precision | backend | prefill " + " | ".join(map(str, PROMPTS)) + " | decode | start, then again | GPU MiB |")
@@ -114,7 +119,7 @@ def main() -> None:
     if options.text is not None:
         print("\n| demo-dense | precision | with drafts | without | tokens a round |\n|---|---|---|---|---|")
         for precision in options.precisions.split(","):
-            for contestant in contestants[:2]:
+            for contestant in contestants:
                 drafts = measure_drafts(contestant, options.work, precision, options.text)
                 if drafts is None:
                     print(f"| {contestant.name} | {precision} | no draft head | | |", flush=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from qwen_export.errors import ConfigError, UnsupportedError
 from qwen_export.graphs.rope_scaling import with_rope_scaling
+from qwen_export.manifest import MANIFEST
 
 DENSE_TYPES = ("qwen3_5", "qwen3_5_text")
 MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
@@ -167,6 +168,12 @@ def load_config(directory: Path, rope_scaling: str | None = None) -> CheckpointC
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if (directory / MANIFEST).is_file():
+            raise ConfigError(
+                "this is a bundle, not a checkpoint",
+                where=str(directory),
+                fix="See what is in it with `qwen-export inspect`, and whether it runs here with `qwen-export check`.",
+            ) from None
         raise ConfigError(
             "no config.json in the checkpoint directory",
             where=str(directory),

@@ -81,7 +81,11 @@ def build(
     if plan.engine is not None:
         if weights == "reference":
             raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
-        ready_library(plan.target.backend, plan.engine)
+        library = ready_library(plan.target.backend, plan.engine)
+        if plan.engine.plugins:
+            from qwen_export.plugins.tensorrt.probe_plugins import ensure_taken
+
+            ensure_taken(library)
     if planned is not None:
         planned(plan)
     with signals_held():  # what is behind these takes seconds to load

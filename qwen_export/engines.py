@@ -20,14 +20,23 @@ from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
 from qwen_export.errors import BundleError
 from qwen_export.manifest import MANIFEST, EngineSpec, GraphSpec, Manifest, WeightSpec, file_path, hash_file, load_manifest, weights_path
 from qwen_export.plugins.tensorrt.engine import BorrowedWeight, Built, build_engine, check_options
+from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes import cuda_driver
 from qwen_export.runtimes.mapped_weights import weight_bytes
-from qwen_export.runtimes.tensorrt_library import Library, load_library
+from qwen_export.runtimes.tensorrt_library import Library, load_library, minimum_cuda
 
-# The wheels for CUDA 13, which both flavours come in.
-MINIMUM_CUDA = "13.0"
 # What of the options a later build needs to know; the rest is about the machine that builds.
-_KEPT = ("hardware_compatibility", "version_compatible", "opt_level", "workspace", "weight_streaming", "weights", "tf32")
+_KEPT = (
+    "hardware_compatibility",
+    "version_compatible",
+    "opt_level",
+    "workspace",
+    "aux_streams",
+    "tiling",
+    "weight_streaming",
+    "weights",
+    "tf32",
+)
 Say = Callable[[str], None]
 
 
@@ -43,6 +52,8 @@ def ready_library(flavour: str, options: EngineOptions) -> Library:
     """The flavour, if it can do here what the options ask; otherwise an error."""
     library = load_library(flavour)
     check_options(library, options, current_sm())
+    if options.plugins:
+        make_known(library)
     return library
 
 
@@ -75,10 +86,11 @@ def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...])
         options.sms,
         options.hardware_compatibility,
         options.version_compatible,
-        MINIMUM_CUDA,
+        minimum_cuda(library.flavour.name),
         options.weights,
         onnx,
         {name: value for name, value in asdict(options).items() if name in _KEPT},
+        options.plugins,
     )
 
 
@@ -114,7 +126,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         )
     usual = EngineOptions()
     kept = {name: value for name, value in spec.options.items() if name in _KEPT and getattr(options, name) == getattr(usual, name)}
-    options = for_this_machine(replace(options, **kept | {"weights": spec.weights}))
+    options = for_this_machine(replace(options, **kept | {"weights": spec.weights, "plugins": spec.plugins}))
     library = ready_library(manifest.target.backend, options)
     with TemporaryDirectory(dir=bundle, prefix=".rebuild-") as directory:
         for name in spec.onnx:
@@ -146,7 +158,6 @@ def weight_places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[st
 
 __all__ = (
     "EMBEDDED",
-    "MINIMUM_CUDA",
     "compile_graph",
     "current_sm",
     "engine_file",

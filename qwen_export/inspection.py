@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import QwenExportError
 from qwen_export.graphs.checkpoint.directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor
@@ -15,13 +16,16 @@ from qwen_export.graphs.checkpoint.formats.table import storage_summary
 from qwen_export.graphs.checkpoint.names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
 from qwen_export.graphs.config import FULL, RopeConfig, TextConfig
 from qwen_export.plan import BuildPlan, plan_build
-from qwen_export.targets import TARGETS
+from qwen_export.targets import TARGETS, Target
 
 
-def inspect_checkpoint(path: str | Path, rope_scaling: str | None = None) -> dict[str, Any]:
+def inspect_checkpoint(
+    path: str | Path, rope_scaling: str | None = None, targets: Collection[str] = (), sms: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
-    bundle and of a run, and whether it would have a draft head, or why not. `rope_scaling` as in `build`."""
+    bundle and of a run, and whether it would have a draft head, or why not. `rope_scaling` as in `build`;
+    `targets`: only these, if any; `sms`: the compute capabilities that engines would be for."""
     checkpoint = open_checkpoint(path, rope_scaling)
     text = checkpoint.config.text
     parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
@@ -47,7 +51,7 @@ def inspect_checkpoint(path: str | Path, rope_scaling: str | None = None) -> dic
         "quantization": _quantization(checkpoint),
         "bytes": checkpoint.nbytes,
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
-        "targets": list(_targets(checkpoint)),
+        "targets": list(_targets(checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms))),
     }
 
 
@@ -97,13 +101,13 @@ def _becomes(plan: BuildPlan) -> dict[str, int]:
     return total
 
 
-def _targets(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    for target in TARGETS.values():
+def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions) -> Iterator[dict[str, Any]]:
+    for target in targets:
         for device in target.devices:
             for precision in target.precisions:
                 entry: dict[str, Any] = {"target": target.name, "device": device, "precision": precision}
                 try:
-                    plan = plan_build(checkpoint, target.name, device, precision)
+                    plan = plan_build(checkpoint, target.name, device, precision, engine=engine)
                 except QwenExportError as error:
                     yield entry | {"supported": False, "why": error.got or str(error)}
                 else:

@@ -148,7 +148,7 @@ class EngineSpec:
 
     `weights`: "bound", the weights of each graph are inputs of its engine, under their names; "embedded", engines have theirs; "stripped",
     they are given to the engine when it is loaded. `onnx`: graphs that the bundle also has as ONNX, in NAME.onnx, for compiling them again
-    with `options`."""
+    with `options`. `plugins`: ops that are a plugin of ours in the engines."""
 
     version: str
     sms: tuple[str, ...]
@@ -158,6 +158,7 @@ class EngineSpec:
     weights: str = "bound"
     onnx: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

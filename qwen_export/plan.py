@@ -120,14 +120,14 @@ def plan_build(
     if precision in QUANTIZED and precision in chosen.precisions:
         whole = UNQUANTIZED if chosen.engines else ()
         quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
-    sms = engine.sms if engine is not None else ()
+    compiled = engine or EngineOptions()
     if chosen.engines:
-        reasons += refusals(config, quantization, sms)
+        reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
         form = _static_form(
-            chosen, config, context, wishes, options or StaticOptions(), activations, sms, quantized=quantization is not None
+            chosen, config, context, wishes, options or StaticOptions(), activations, compiled, quantized=quantization is not None
         )
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
@@ -163,7 +163,7 @@ def plan_build(
         group_sizes=groups,
         graphs=form.graphs,
         opset=form.opset,
-        engine=(engine or EngineOptions()) if chosen.engines else None,
+        engine=compiled if chosen.engines else None,
     )
 
 
@@ -248,14 +248,14 @@ def _static_form(
     wishes: _Wishes,
     options: StaticOptions,
     activations: str,
-    sms: Sequence[str],
+    engine: EngineOptions,
     *,
     quantized: bool,
 ) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
     no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
-    choices = choose_tensorrt(target.name, activations, config, sms) if target.engines else None
+    choices = choose_tensorrt(target.name, activations, config, engine.sms, engine.plugins) if target.engines else None
     static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized, choices=choices)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
     return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)

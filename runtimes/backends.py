@@ -23,13 +23,15 @@ Sessions = Callable[[str], Any]
 @dataclass(frozen=True)
 class OpenOptions:
     """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart. `graphs`: where the files of the graphs lie, if
-    not in the bundle. `later`: graphs that need not be open before they are called."""
+    not in the bundle. `later`: graphs that need not be open before they are called. `weight_budget`: bytes on the GPU for weights of
+    engines that can leave them in host memory, None for all."""
 
     threads: int | None = None
     repack: bool = False
     device_id: int = 0
     graphs: Path | None = None
     later: Collection[str] = ()
+    weight_budget: int | None = None
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
@@ -60,7 +62,7 @@ def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Session
     from qwen_export.runtimes.tensorrt_engines import Engines
     from qwen_export.runtimes.tensorrt_session import TensorRTSession
 
-    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id, options.graphs)
+    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id, options.graphs, options.weight_budget)
     return lambda name: TensorRTSession(engines.open(name))
 
 

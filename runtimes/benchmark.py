@@ -31,6 +31,7 @@ def benchmark(
     *,
     repack: bool = False,
     speculate: Speculate = "auto",
+    weight_budget: int | None = None,
     text: str | None = None,
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
@@ -42,7 +43,7 @@ def benchmark(
     free = _free_device_memory(load_manifest(bundle).target.device)
     say("loading")
     started = time.perf_counter()
-    model = load(bundle, threads=threads, repack=repack, speculate=speculate)
+    model = load(bundle, threads=threads, repack=repack, speculate=speculate, weight_budget=weight_budget)
     load_s = time.perf_counter() - started
     need = max(prompt_tokens) + new_tokens + 1
     if need > model.manifest.max_context:

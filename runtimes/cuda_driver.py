@@ -71,6 +71,9 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "cuGraphDestroy": [c_void_p],
     "cuGraphExecDestroy": [c_void_p],
     "cuGraphLaunch": [c_void_p, c_void_p],
+    "cuModuleLoadData": [POINTER(c_void_p), c_char_p],
+    "cuModuleGetFunction": [POINTER(c_void_p), c_void_p, c_char_p],
+    "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
 }
 _thread = threading.local()
 

@@ -78,6 +78,7 @@ class DeviceWeights:
                 self._stream.synchronize()
                 cuda_memory.to_device_later(base + offset + start, pinned.address, part.nbytes, self._stream.handle)
                 turn = 1 - turn
+            self._weights.release([needed[place]])
         self._stream.synchronize()
         self._addresses |= {place: base + offset for place, offset in offsets.items()}
         self.nbytes += size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -47,3 +49,16 @@ class MappedWeights:
         if weight.offset + nbytes > len(mapped):
             raise BundleError("a weight lies outside its file", where=str(self._bundle), got=f"{weight.name} in {weight.file}")
         return np.frombuffer(mapped, np.uint8, nbytes, weight.offset)
+
+    def release(self, weights: Iterable[WeightSpec]) -> None:
+        """Take the pages of these weights out of the process, where the system can: they were read, and will not be read again soon. They
+        stay in the system's cache, and whoever looks at them finds them."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        for weight in weights:
+            # Whole pages only: what shares the first or the last one may be in use.
+            start = -(-weight.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (weight.offset + weight_bytes(weight)) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start:
+                with contextlib.suppress(OSError):
+                    self._maps[weight.file].madvise(mmap.MADV_DONTNEED, start, end - start)

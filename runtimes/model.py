@@ -44,6 +44,7 @@ def load(
     speculate: Speculate = "auto",
     device: str | None = None,
     device_id: int = 0,
+    weight_budget: int | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
@@ -56,6 +57,9 @@ def load(
     every draft; "lookup" drafts what followed the same words earlier in the text, with any bundle that was built for speculation; "off"
     reads token by token. The text is the same, but for near-ties between kernels.
 
+    `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with --weight-streaming; what does not fit waits in host
+    memory and is copied in every call. None keeps all weights on the GPU.
+
     Raises BundleError, in one sentence, for a bundle that is damaged or cannot run here."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
@@ -64,10 +68,11 @@ def load(
     ensure_whole(directory, manifest)
     check_runnable(manifest, device_id)
     _check_speculate(speculate, manifest)
+    _check_weight_budget(weight_budget, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else ())
+    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
 
@@ -87,6 +92,18 @@ def _check_speculate(value: Speculate, manifest: Manifest) -> None:
         raise QwenExportError("the way to speculate is not known", got=value, expected="auto, off, lookup or a number")
     if value == "lookup" and not longest:
         raise QwenExportError("the bundle was built without speculation", got="--speculate lookup", fix="Build it again with --lookup.")
+
+
+def _check_weight_budget(value: int | None, manifest: Manifest) -> None:
+    streams = manifest.engine is not None and manifest.engine.options.get("weight_streaming")
+    if value is not None and value < 0:
+        raise QwenExportError("the memory for weights is out of range", got=value, expected="at least 0 bytes")
+    if value is not None and not streams:
+        raise QwenExportError(
+            "the bundle's weights cannot wait in host memory",
+            got="--weight-budget",
+            fix="Build it for TensorRT with --weight-streaming --engine-weights embedded.",
+        )
 
 
 class Model:

@@ -16,12 +16,12 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, Manifest, file_path
-from qwen_export.runtimes import cuda_driver, cuda_memory
+from qwen_export.runtimes import cuda_driver, cuda_memory, delta_net_plugin
 from qwen_export.runtimes.cuda_stream import Recording, Stream
 from qwen_export.runtimes.device_weights import DeviceWeights
 from qwen_export.runtimes.kernel_cache import KernelFile
-from qwen_export.runtimes.mapped_weights import MappedWeights
-from qwen_export.runtimes.tensorrt_library import RUNTIME_CACHE, Library, load_library
+from qwen_export.runtimes.mapped_weights import MappedWeights, weight_bytes
+from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, RUNTIME_CACHE, Library, load_library
 
 _loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -60,11 +60,23 @@ class Scratch:
 
 
 class Engines:
-    """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is where the engines lie, if not in the bundle."""
+    """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is where the engines lie, if not in the bundle.
+    `weight_budget`: bytes on the GPU for weights that engines can leave in host memory, None for all of them."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, weights: MappedWeights, device_id: int = 0, graphs: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        manifest: Manifest,
+        weights: MappedWeights,
+        device_id: int = 0,
+        graphs: Path | None = None,
+        weight_budget: int | None = None,
+    ) -> None:
         self.library: Library = load_library(manifest.target.backend)
         self._bundle, self._manifest, self._mapped, self._graphs = bundle, manifest, weights, graphs or bundle
+        self._weight_budget = weight_budget
+        if manifest.engine is not None and manifest.engine.plugins and not self.library.has(AOT_PLUGINS):
+            delta_net_plugin.register(self.library)
         self.stream = Stream(device_id)
         self.weights = DeviceWeights(weights, self.stream)
         self.scratch = Scratch(self.stream)
@@ -104,26 +116,59 @@ class Engines:
             fix=fix,
         )
 
+    def stream_weights(self, native: Any, spec: GraphSpec) -> None:
+        """Say how much of an engine's own weights lies on the GPU: of a budget, each engine has the share that it has of their files."""
+        streamable = int(native.streamable_weights_size)
+        if not streamable:
+            return
+        wanted = streamable
+        if self._weight_budget is not None:
+            sizes = {graph.file: self._manifest.files[graph.file].size for graph in self._manifest.graphs.values()}
+            wanted = min(streamable, self._weight_budget * sizes[spec.file] // sum(sizes.values()))
+        native.weight_streaming_budget_v2 = wanted
+        if native.weight_streaming_budget_v2 != wanted:
+            raise BundleError(
+                "TensorRT does not take the budget for weights",
+                where=spec.file,
+                got=f"{wanted} bytes of {streamable}: {self.library.said() or 'no reason'}",
+                fix="Load the bundle without --weight-budget.",
+            )
+
+    @staticmethod
+    def fits_beside(nbytes: int) -> bool:
+        """Whether the GPU has room for weights twice: as the bundle has them, and in an engine that gets them."""
+        return 2 * nbytes < cuda_driver.memory_info()[0]
+
     def refit(self, native: Any, spec: GraphSpec) -> None:
-        """Give a stripped engine its weights from the bundle."""
-        refitter = self.library.api.Refitter(native, self.library.log)
-        missing = set(refitter.get_missing_weights())
+        """Give a stripped engine its weights from the bundle.
+
+        The refitter wants all of them at a time. They come from the GPU, where they were copied part by part, if there is room for them
+        beside the engine's own; a process then never has more than a few megabytes of them. Else they are read where their file is
+        mapped."""
+        api, known = self.library.api, {weight.name: weight for weight in spec.weights}
+        refitter = api.Refitter(native, self.library.log)
+        missing = sorted(refitter.get_missing_weights())
         if not missing:
             return
-        known = {weight.name: weight for weight in spec.weights}
-        held = []  # the refitter reads them where they lie
-        for name in sorted(missing):
-            if name not in known:
-                raise BundleError("the engine wants a weight that the bundle does not have", where=str(self._bundle), got=name)
-            data = self._mapped.bytes(known[name])
-            held.append(data)
-            values = self.library.api.Weights(self.library.data_type(known[name].dtype), data.ctypes.data, prod(known[name].shape))
-            if not refitter.set_named_weights(name, values):
+        unknown = [name for name in missing if name not in known]
+        if unknown:
+            raise BundleError("the engine wants a weight that the bundle does not have", where=str(self._bundle), got=unknown[0])
+        wanted = [known[name] for name in missing]
+        copies = DeviceWeights(self._mapped, self.stream)
+        on_device = self.fits_beside(sum(weight_bytes(weight) for weight in wanted))
+        if on_device:
+            copies.upload(wanted)
+        for weight in wanted:
+            address = copies.address(weight) if on_device else self._mapped.bytes(weight).ctypes.data
+            values = api.Weights(self.library.data_type(weight.dtype), address, prod(weight.shape))
+            place = api.TensorLocation.DEVICE if on_device else api.TensorLocation.HOST
+            if not refitter.set_named_weights(weight.name, values, place):
                 raise BundleError(
-                    "the engine does not take a weight of the bundle", where=str(self._bundle), got=f"{name}: {self.library.said()}"
+                    "the engine does not take a weight of the bundle", where=str(self._bundle), got=f"{weight.name}: {self.library.said()}"
                 )
         if not refitter.refit_cuda_engine():
             raise BundleError("the engine could not be given its weights", where=str(self._bundle), got=self.library.said())
+        self._mapped.release(wanted)
 
 
 class Engine:
@@ -139,6 +184,7 @@ class Engine:
         bound = [weight for weight in spec.weights if weight.name in inputs]
         if len(bound) < len(spec.weights) and native.refittable:
             engines.refit(native, spec)
+        engines.stream_weights(native, spec)
         engines.weights.upload(bound)
         self.bound_weights: dict[str, int] = {weight.name: engines.weights.address(weight) for weight in bound}
         self._config = native.create_runtime_config()

@@ -36,6 +36,12 @@ RUNTIME_CACHE = "runtime_cache"
 """Kernels that the first call on a machine compiles can be kept in a file."""
 TIMING_CACHE = "timing_cache"
 """Builds measure kernels on the GPU, and the measurements can be kept in a file."""
+HARDWARE_COMPATIBILITY = "hardware_compatibility"
+"""One engine for GPUs beyond those that it was built for."""
+VERSION_COMPATIBILITY = "version_compatibility"
+"""Engines that later versions of the library run."""
+TILING = "tiling"
+"""Builds may look for ways to cut products so that they stay in the L2 cache."""
 AOT_PLUGINS = "aot_plugins"
 """Kernels of ours inside the engine, as PTX (quick-deployable plugins)."""
 NATIVE_MOE = "native_moe"
@@ -67,6 +73,9 @@ FLAVOURS: dict[str, Flavour] = {
             "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
             {
                 TIMING_CACHE: "kernels are chosen without measuring them and compiled on the machine that runs them",
+                HARDWARE_COMPATIBILITY: "an engine is for the GPUs that --sm lists, several at a time",
+                VERSION_COMPATIBILITY: "each of its versions runs only the engines that it has built",
+                TILING: "its compiler makes the same program at every level",
                 AOT_PLUGINS: "there is no tensorrt.plugin package and no IPluginV3QuickAOTBuild",
                 NATIVE_MOE: "IMoELayer parses and cannot be built for any of its GPUs",
                 FP32_ATTENTION: "the attention layer has kernels for fp16 and bf16 only",
@@ -143,14 +152,20 @@ def load_library(flavour: str) -> Library:
     raise UnsupportedError(f"{wanted.name} is not installed", fix=f"{wanted.install}.")
 
 
-def installed_version(flavour: str) -> str:
-    """Version of the flavour that is installed, "" when there is none. Imports nothing of it."""
-    for package in FLAVOURS[flavour].packages:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+def minimum_cuda(flavour: str) -> str:
+    """The oldest CUDA that a driver must serve for the wheels that are installed: "12.0" or "13.0", by their names. Within a major version
+    newer libraries run on older drivers."""
+    installed = [package for package in FLAVOURS[flavour].packages if _is_installed(package)]
+    old = any("cu12" in package for package in installed) and not any("cu13" in package for package in installed)
+    return "12.0" if old else "13.0"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def numbers(version: str) -> tuple[int, ...]:

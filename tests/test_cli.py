@@ -169,3 +169,42 @@ def test_bench_beyond_the_context_is_refused(run: Any, demo_bundle: Path) -> Non
 def test_unknown_commands_and_options_exit_with_two(run: Any) -> None:
     assert run("fly")[0] == 2
     assert run("build", "x")[0] == 2
+
+
+def test_inspect_says_what_a_bundle_is(run: Any, tiny_bundle: Path) -> None:
+    code, out, _ = run("inspect", tiny_bundle)
+    assert code == 0 and out.startswith("This is a bundle for target onnxruntime on cpu in fp32, made by qwen-export")
+    for text in (
+        "4 layers (3 DeltaNet, 1 attention)",
+        "recurrent state fp32",
+        "any number of tokens a call",
+        "onnxruntime 1.31.0 or newer",
+    ):
+        assert text in out
+    assert f"qwen-export check {tiny_bundle}" in out and f"qwen-export verify {tiny_bundle} --reference CHECKPOINT" in out
+    code, out, _ = run("inspect", tiny_bundle, "--json")
+    report = json.loads(out)
+    assert report["target"]["device"] == "cpu" and report["graphs"]["decoder"]["tokens"] is None and report["engine"] is None
+
+
+def test_inspect_of_a_bundle_hashes_nothing(run: Any, bundle_copy: Path) -> None:
+    (bundle_copy / "model.weights").unlink()
+    code, out, _ = run("inspect", bundle_copy)
+    assert code == 0 and "bundle" in out
+
+
+def test_a_bundle_is_no_checkpoint(run: Any, tiny_bundle: Path, tmp_path: Path) -> None:
+    code, _, err = run("build", tiny_bundle, "-o", tmp_path / "b")
+    assert code == 1 and "this is a bundle, not a checkpoint" in err and "qwen-export check" in err
+    code, _, err = run("inspect", tiny_bundle, "--target", "tensorrt")
+    assert code == 2 and "are for checkpoints" in err
+
+
+def test_inspect_refuses_at_plan_time_what_a_gpu_lacks(run: Any, tiny_checkpoint: Path) -> None:
+    code, out, _ = run("inspect", tiny_checkpoint, "--target", "tensorrt", "--sm", "8.6,120")
+    assert code == 0 and "onnxruntime" not in out
+    assert "no   tensorrt cuda fp8" in out and "fp8 weights need SM 89 or newer, and SM 86 is among the targets" in out
+    assert "yes  tensorrt cuda int4" in out
+    _, out, _ = run("inspect", tiny_checkpoint, "--target", "tensorrt", "--sm", "89", "--json")
+    assert {entry["target"] for entry in json.loads(out)["targets"]} == {"tensorrt"}
+    assert all(entry["supported"] for entry in json.loads(out)["targets"])

@@ -17,17 +17,19 @@ from qwen_export.cli import main
 from qwen_export.compiler import build
 from qwen_export.engine_options import BOUND, EngineOptions
 from qwen_export.engines import compile_graph, rebuild
-from qwen_export.errors import BundleError, UnsupportedError
+from qwen_export.errors import BuildError, BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import FAMILY, tiny_config
 from qwen_export.manifest import check_sizes, load_manifest
 from qwen_export.plugins.tensorrt.engine import Built
+from qwen_export.plugins.tensorrt.engine_program import EVENTS, read_program
 from qwen_export.static_plan import StaticOptions
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
 from qwen_export.runtimes.tensorrt_library import Library, load_library
+from tests.test_parity import small_release_config
 
 SMS = EngineOptions(sms=("89", "120"))
 SIZES = StaticOptions(chunk=128, step_tokens=3)
@@ -86,7 +88,7 @@ def compiled(library: Library, checkpoint: Path, output: Path, precision: str, n
     from qwen_export.plugins.tensorrt.parser_model import parser_model
 
     source = open_checkpoint(checkpoint)
-    plan = plan_build(source, "tensorrt-rtx", "cuda", precision, 256, mtp=False, engine=SMS, **wishes)
+    plan = plan_build(source, "tensorrt-rtx", "cuda", precision, **{"max_context": 256, "mtp": False, "engine": SMS, **wishes})
     models, result = lower(source, plan), {}
     for name in names:
         model = models[name]
@@ -94,7 +96,9 @@ def compiled(library: Library, checkpoint: Path, output: Path, precision: str, n
             value.const_value = external(output / "unwritten", 0, weight, value.name or "")
         inputs, outputs = [v.name for v in model.graph.inputs], [v.name for v in model.graph.outputs]
         bound = [name for name, value in model.graph.initializers.items() if type(value.const_value).__name__ == "ExternalTensor"]
-        result[name] = compile_graph(library, name, parser_model(model, bound=True).SerializeToString(), output / name, SMS, {})
+        result[name] = compile_graph(
+            library, name, parser_model(model, bound=True).SerializeToString(), output / name, plan.engine or SMS, {}
+        )
         assert set(result[name].inputs) == {*inputs, *bound}
         assert list(result[name].outputs) == outputs
         assert (output / name).stat().st_size < 12_000_000, "an engine has no weights"
@@ -200,6 +204,24 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "KV_CACHE_UPDATE" in (tmp_path / "layers" / "decoder.layers.txt").read_text()
 
 
+def test_one_stream_has_no_events(library: Library, tmp_path: Path) -> None:
+    """A recurrent layer of the 0.8B's shape runs on two streams where it may."""
+    checkpoint = synthesize(small_release_config(), tmp_path / "checkpoint", with_mtp=False)
+    events = []
+    for streams in (None, 0):
+        options = replace(SMS, sms=("89",), aux_streams=streams)
+        compiled(library, checkpoint, tmp_path, "fp16", ("decoder",), options=StaticOptions(64), engine=options, max_context=4096)
+        events.append(sum(call.kind in EVENTS for call in read_program(tmp_path / "decoder")))
+    assert events[0] >= events[1] == 0
+
+
+def test_too_small_a_workspace_is_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    engine = EngineOptions(sms=("89",), workspace=1 << 20)
+    with pytest.raises(BuildError, match=r"workspace.*Raise --workspace"):
+        build(tiny_checkpoint, tmp_path / "b", target="tensorrt-rtx", device="cuda", precision="fp16", mtp=False, engine=engine)
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
@@ -207,6 +229,7 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
         (EngineOptions(sms=("90",)), "cannot build for this SM: got 90"),
         (EngineOptions(sms=("89",), weights="stripped"), "only where there is a GPU"),
         (EngineOptions(sms=("89",), timing_cache=Path("t")), "has no timing cache"),
+        (EngineOptions(sms=("89",), hardware_compatibility="ampere+"), "no compatibility of hardware: an engine is for the GPUs that --sm"),
     ],
 )
 def test_refusals(engine: EngineOptions, message: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from qwen_export.runtimes.decoder import Decoder
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.kernel_cache import VARIABLE
 from qwen_export.runtimes.sampling import Sampler
+from qwen_export.runtimes.tensorrt_engines import Engines
 from qwen_export.static_plan import StaticOptions
 from qwen_export.verify import TOLERANCE
 from tests.conftest import EXAMPLES
@@ -216,17 +217,30 @@ def _all_states(decoder: Any) -> list[Any]:
     return list(decoder._states)
 
 
-@pytest.mark.parametrize("weights", ["embedded", "stripped"])
-def test_weights_that_engines_have_themselves(dense: Path, tmp_path: Path, weights: str) -> None:
-    checkpoint = CHECKPOINTS["tiny-dense"](tmp_path / "checkpoint")
+@pytest.mark.parametrize("weights", ["embedded", "stripped", "stripped, from their file"])
+def test_weights_that_engines_have_themselves(dense: Path, tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    way, _, source = weights.partition(", ")
+    bundle = own_weights(tmp_path, EngineOptions(weights=way))
+    if source:
+        monkeypatch.setattr(Engines, "fits_beside", staticmethod(lambda nbytes: False))
     expected = load(dense).decoder().prefill(list(range(40))).copy()
+    np.testing.assert_allclose(load(bundle).decoder().prefill(list(range(40))), expected, rtol=0, atol=0.05)
+
+
+def test_weights_that_wait_in_host_memory(tmp_path: Path) -> None:
+    bundle = own_weights(tmp_path, EngineOptions(weights="embedded", weight_streaming=True))
+    texts = [greedy(load(bundle, weight_budget=budget).decoder(), list(range(40)), 12) for budget in (None, 200_000, 0)]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def own_weights(directory: Path, engine: EngineOptions) -> Path:
+    checkpoint = CHECKPOINTS["tiny-dense"](directory / "checkpoint")
     try:
-        bundle = compiled(checkpoint, tmp_path / weights, "fp16", mtp=False, engine=EngineOptions(weights=weights))
+        return compiled(checkpoint, directory / "own", "fp16", mtp=False, engine=engine)
     except BuildError as error:
         if "does not have arch kind assigned" in str(error):
             pytest.skip("TensorRT-RTX 1.5 does not compile constants for this GPU, which it does not support")
         raise
-    np.testing.assert_allclose(load(bundle).decoder().prefill(list(range(40))), expected, rtol=0, atol=0.05)
 
 
 def test_two_bundles_at_a_time(dense: Path, subject: Subject) -> None:

@@ -23,13 +23,13 @@ from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.device_weights import arrange
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.kernel_cache import VARIABLE, KernelFile
-from qwen_export.runtimes.mapped_weights import weight_bytes
+from qwen_export.runtimes.mapped_weights import MappedWeights, weight_bytes
 from qwen_export.runtimes.sampling import Sampler
 from qwen_export.runtimes.stream_buffer import StreamBuffer
 from qwen_export.runtimes.tensorrt_compatibility import runs_on
 from qwen_export.static_plan import StaticOptions
 from tests.support.fake_driver import FakeDriver
-from tests.support.fake_tensorrt import FakeTensorRT, engine_bundle
+from tests.support.fake_tensorrt import FakeTensorRT, TensorLocation, engine_bundle
 from tests.support.greedy import greedy
 from tests.test_parity import tiny
 
@@ -146,11 +146,60 @@ def test_sequences_do_not_touch_each_other(bundle: Path, machine: Machine) -> No
     assert tokens == alone
 
 
-def test_stripped_engines_are_given_their_weights(portable: Path, tmp_path: Path, machine: Machine) -> None:
-    machine()
+@pytest.mark.parametrize("room", [True, False])
+def test_stripped_engines_are_given_their_weights(portable: Path, tmp_path: Path, machine: Machine, room: bool) -> None:
+    """From the GPU where there is room for a copy of them, which goes; else from their file."""
+    weights = sum({w.offset: weight_bytes(w) for w in load_manifest(portable).graphs["decoder"].weights}.values())
+    driver, tensorrt = machine() if room else machine(memory=int(1.5 * weights))
     stripped = engine_bundle(portable, tmp_path / "stripped", weights="stripped")
     expected = greedy(load(portable, threads=1).decoder(), PROMPT, 6)
-    assert greedy(load(stripped).decoder(), PROMPT, 6) == expected
+    model = load(stripped)
+    assert sum(driver.allocated.values()) < weights // 4 and (driver.peak > weights) is room
+    assert (TensorLocation.HOST in tensorrt.refitted_from) is not room
+    assert greedy(model.decoder(), PROMPT, 6) == expected
+
+
+@pytest.mark.parametrize(("budget", "most"), [(None, 1000), (1 << 40, 1000), (600, 599), (0, 0)])
+def test_the_budget_for_weights_is_shared_by_the_engines(
+    portable: Path, tmp_path: Path, machine: Machine, budget: int | None, most: int
+) -> None:
+    _, tensorrt = machine()
+    streamed = engine_bundle(portable, tmp_path / "streamed", weights="streamed", options={"weight_streaming": True})
+    greedy(load(streamed, weight_budget=budget).decoder(), PROMPT, 2)
+    graphs = load_manifest(streamed).graphs
+    assert len(tensorrt.budgets) == len(graphs)
+    if most < 1000:
+        assert most - len(graphs) <= sum(tensorrt.budgets) <= most + 1
+    else:
+        assert set(tensorrt.budgets) == {most}
+
+
+def test_a_budget_needs_engines_that_stream(bundle: Path, machine: Machine) -> None:
+    machine()
+    with pytest.raises(QwenExportError, match=r"cannot wait in host memory: got --weight-budget\. .*--weight-streaming"):
+        load(bundle, weight_budget=1 << 30)
+    with pytest.raises(QwenExportError, match="out of range"):
+        load(bundle, weight_budget=-1)
+
+
+def test_pages_that_were_uploaded_leave_the_process(tmp_path: Path, bundle: Path) -> None:
+    status = Path("/proc/self/smaps")
+    if not status.exists():
+        pytest.skip("the system does not tell")
+    size = 8 << 20
+    (bundle / "large").write_bytes(bytes(range(256)) * (size // 256))
+    weights, spec = MappedWeights(bundle, load_manifest(bundle)), WeightSpec("large", "large", "uint8", (size - 100,), 100)
+    data = weights.bytes(spec)
+
+    def resident() -> int:
+        lines = iter(status.read_text().splitlines())
+        return next(int(next(line for line in lines if line.startswith("Rss:")).split()[1]) for line in lines if line.endswith("/large"))
+
+    total = int(data.sum(dtype=np.int64))
+    assert resident() >= (size >> 10) - 8
+    weights.release([spec])
+    assert resident() <= 16
+    assert int(data.sum(dtype=np.int64)) == total
 
 
 # Memory
@@ -385,6 +434,13 @@ def test_another_version(bundle: Path, machine: Machine, capsys: pytest.CaptureF
     refused(bundle, capsys, "another version", "1.7.1.116", "1.5.0.114")
 
 
+def test_everything_that_does_not_match_is_said_at_once(bundle: Path, machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine(library={"version": "1.7.1.116"}, sm=(12, 0))
+    refused(
+        bundle, capsys, "not for this machine", "1.7.1.116, and they need 1.5.0.114", "Fake GPU, SM 120, and they need SM 89", "rebuild"
+    )
+
+
 def test_a_library_that_is_not_installed(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     try:
         import tensorrt_rtx_bindings  # noqa: F401
@@ -392,6 +448,15 @@ def test_a_library_that_is_not_installed(bundle: Path, capsys: pytest.CaptureFix
         refused(bundle, capsys, "tensorrt-rtx is not installed", "pip install tensorrt-rtx-cu13-libs")
     else:
         pytest.skip("TensorRT-RTX is installed here")
+
+
+def test_inspect_says_what_engines_are_for(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the library nor a GPU is asked."""
+    main(["inspect", str(bundle)])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "needs tensorrt-rtx 1.5.0.114, a GPU of SM 89, a driver for CUDA 12.0, engines with bound weights; no graphs to rebuild" in out
+    assert "prefill prefill.onnx, " in out and f": {CHUNK} tokens over " in out and "1 token over" in out
+    assert f"up to {WIDTH - 1} a round, by its draft head" in out
 
 
 @pytest.mark.parametrize(

@@ -61,3 +61,9 @@ def with_native(kernels: Kernels) -> Kernels:
         return kernels
     own = {(NATIVE, op): [{"T": types}] for op, types in LIBRARIES[kernels.device].ops.items()}
     return Kernels(kernels.device, kernels.source, kernels.types | own)
+
+
+def find_ptx(element: str) -> Path | None:
+    """Kernels for engines of TensorRT with activations of a type ("float16"), which build_ptx.sh compiles; None where it was not run."""
+    path = Path(__file__).parent / f"delta_net_step.{element}.ptx"
+    return path if path.is_file() else None

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Runs NVIDIA's compute-sanitizer over every kernel of libqwen_export_cuda.so, through onnxruntime-gpu: out-of-bounds and misaligned accesses,
-# races in shared memory, barriers that not all threads reach, and memory that is read before it was written. One line per tool; exit code 1 on an
-# error of any. About three minutes.
+# Runs NVIDIA's compute-sanitizer over every kernel of libqwen_export_cuda.so, through onnxruntime-gpu, and over those of delta_net_step.cu:
+# out-of-bounds and misaligned accesses, races in shared memory, barriers that not all threads reach, and memory that is read before it was
+# written. One line per tool; exit code 1 on an error of any. About three minutes.
 #   COMPUTE_SANITIZER   the program, from the CUDA toolkit or `pip install nvidia-cuda-sanitizer-api` (nvidia/cu13/bin)
 #   PYTHON, OUT         interpreter with onnxruntime-gpu and pytest; folder for the logs
 set -u
@@ -11,10 +11,11 @@ failed=0
 
 # Small shapes that launch each kernel at least once: steps and prompts of the recurrence, few and many rows of the products.
 recurrence="(test_delta_net and (2-4-64 or 1-3-128)) or (test_a_transaction_is_the_op and 1-3-64 and float16)"
+plugin="(test_a_step or test_a_verify) and (2-4-64 or 1-3-128)"
 top="(test_on_cuda and (300 or 5000) and lost)"
 products="(test_linear and (24-40 or 1024-2048)) or (test_swiglu and 40-24)"
 quantised="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
-every="($recurrence or $top or $products or $quantised) and not bfloat16"
+every="($recurrence or ($plugin) or $top or $products or $quantised) and not bfloat16"
 
 # check TOOL SECONDS SELECTION [OPTION...]
 check() {
@@ -23,7 +24,7 @@ check() {
   begun=$(date +%s)
   (cd "$root" && timeout "$seconds" "$COMPUTE_SANITIZER" --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 20 "$@" \
     "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu -o addopts=--import-mode=importlib -k "$selection" \
-    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_top_logits.py) > "$log" 2>&1
+    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py) > "$log" 2>&1
   code=$?
   [ $code -eq 124 ] && said="not finished after $seconds s" || said=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
   tests=$(grep -oE '[0-9]+ (passed|failed).*' "$log" | tail -1)
@@ -31,15 +32,15 @@ check() {
   [ $code -eq 0 ] || failed=1
 }
 
-# All of our kernels are in namespace qwen; those of ONNX Runtime and cuBLAS run unchecked.
-ours="--kernel-name kernel_substring=4qwen"
+# All of our kernels have qwen in their names; those of ONNX Runtime and cuBLAS run unchecked.
+ours="--kernel-name kernel_substring=qwen"
 # shellcheck disable=SC2086
 {
   check memcheck "${MEMCHECK_S:-120}" "$every" $ours
   # Without the products: racecheck 2025.3.1 dies in them of an exception of its own ("failed to handle a hardware exception").
-  check racecheck "${RACECHECK_S:-90}" "($recurrence or $top or test_quant_gather) and not bfloat16" $ours
+  check racecheck "${RACECHECK_S:-90}" "($recurrence or ($plugin) or $top or test_quant_gather) and not bfloat16" $ours
   check synccheck "${SYNCCHECK_S:-60}" "$every" $ours
   # Unfiltered: what an unchecked kernel has written would count as not written. Products of many rows are cuBLAS's.
-  check initcheck "${INITCHECK_S:-45}" "($recurrence or $top) and not bfloat16"
+  check initcheck "${INITCHECK_S:-45}" "($recurrence or ($plugin) or $top) and not bfloat16"
 }
 exit $failed

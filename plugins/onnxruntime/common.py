@@ -101,6 +101,7 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
     if len(inputs) != len(old) or len(outputs) != len(old):
         raise CaptureError("a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs))
     at, after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
+    rows = inputs[0].shape[:2] if inputs[0].shape is not None else ("B", "P")
     for value in inputs:
         graph.inputs.remove(value)
     for value in outputs:
@@ -110,7 +111,7 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
     for i, (key, projection) in enumerate(projections.items()):
         if projection.shape is None:
             raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}")
-        pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape(["B", "P", *projection.shape[2:]]), type=projection.type)
+        pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape([*rows, *projection.shape[2:]]), type=projection.type)
         projection.name = f"{layer}.{key}.next"
         graph.inputs.insert(at + i, pending)
         graph.outputs.insert(after + i, projection)

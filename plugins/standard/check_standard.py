@@ -7,7 +7,10 @@ import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.passes.context import PassContext
+from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY
 
+OWN = ((NAMESPACE, STEP), (NAMESPACE, VERIFY))
+"""Nodes that a build for TensorRT with --plugin has."""
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 
@@ -15,7 +18,7 @@ def check_standard(model: ir.Model, context: PassContext) -> int:
     """Given  a lowered graph
     Result the same. Raises CaptureError for a node that the standard does not have at the graph's opset, and for control flow."""
     for node in model.graph:
-        known = not node.domain and onnx.defs.has(node.op_type, context.opset)
+        known = (not node.domain and onnx.defs.has(node.op_type, context.opset)) or (node.domain, node.op_type) in OWN
         if not known or node.op_type in _CONTROL_FLOW:
             raise CaptureError(
                 "a graph of target onnx has another node than the standard's",

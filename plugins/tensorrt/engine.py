@@ -10,11 +10,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
-from qwen_export.engine_options import HARDWARE_COMPATIBILITY, STRIPPED, EngineOptions
+from qwen_export import engine_options
+from qwen_export.engine_options import BOUND, STRIPPED, EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
-from qwen_export.runtimes.tensorrt_library import FOREIGN_SM, TIMING_CACHE, Library
+from qwen_export.runtimes.tensorrt_library import (
+    FOREIGN_SM,
+    HARDWARE_COMPATIBILITY,
+    TILING,
+    TIMING_CACHE,
+    VERSION_COMPATIBILITY,
+    Library,
+)
 
 
 @dataclass(frozen=True)
@@ -58,21 +67,26 @@ def build_engine(
     if options.layer_dump is not None:
         _dump_layers(network, options.layer_dump / f"{where}.layers.txt")
     config = _config(library, builder, options)
-    cache = _timing_cache(library, config, options)
+    cache = _timing_cache(config, options)
     writer = _file_writer(api, output)
     with writer:
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        raise BuildError(
-            "TensorRT cannot build an engine of the graph",
-            where=where,
-            got=library.said(),
-            fix="Build with --engine-weights embedded, which it compiles otherwise, or with another version of it.",
-        )
+        said = library.said()
+        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        _keep(options.timing_cache, bytes(memoryview(cache.serialize())))
     return summary
+
+
+def _fix(said: str) -> str:
+    """What to do about what TensorRT said when it gave up."""
+    if "workspace" in said.lower():
+        return "Raise --workspace, or leave it out."
+    if "out of memory" in said.lower() or "OutOfMemory" in said:
+        return "End other programs that use the GPU, or build with a smaller --chunk or --max-context."
+    return "Build with --engine-weights embedded, which it compiles otherwise, or with another version of it."
 
 
 def _parse(parser: Any, model: bytes, weights: Mapping[str, BorrowedWeight]) -> bool:
@@ -109,7 +123,11 @@ def _config(library: Library, builder: Any, options: EngineOptions) -> Any:
         config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE, options.workspace)
     if options.opt_level is not None:
         config.builder_optimization_level = options.opt_level
-    level = HARDWARE_COMPATIBILITY[options.hardware_compatibility]
+    if options.aux_streams is not None:
+        config.max_aux_streams = options.aux_streams
+    if library.has(TILING):
+        config.tiling_optimization_level = getattr(api.TilingOptimizationLevel, engine_options.TILING[options.tiling])
+    level = engine_options.HARDWARE_COMPATIBILITY[options.hardware_compatibility]
     config.hardware_compatibility_level = getattr(api.HardwareCompatibilityLevel, level)
     if options.layer_dump is not None:
         config.profiling_verbosity = api.ProfilingVerbosity.DETAILED
@@ -153,17 +171,46 @@ def check_options(library: Library, options: EngineOptions, current: str | None)
             got="--engine-weights stripped",
             fix="Use --engine-weights bound, whose engines have no weights either.",
         )
-    if options.timing_cache is not None and not library.has(TIMING_CACHE):
-        raise UnsupportedError(f"{name} has no timing cache: {library.flavour.lacks[TIMING_CACHE]}", fix="Leave out --timing-cache.")
+    if options.weight_streaming and options.weights == BOUND:
+        raise UnsupportedError(
+            "weights that are inputs of the engines are not streamed",
+            got="--weight-streaming with --engine-weights bound",
+            fix="Add --engine-weights embedded.",
+        )
+    for capability, what, option, wanted in (
+        (TIMING_CACHE, "timing cache", "--timing-cache", options.timing_cache is not None),
+        (HARDWARE_COMPATIBILITY, "compatibility of hardware", "--hardware-compat", options.hardware_compatibility != "none"),
+        (VERSION_COMPATIBILITY, "compatibility of versions", "--version-compat", options.version_compatible),
+        (TILING, "search for tilings", "--tiling-level", options.tiling != "none"),
+    ):
+        if wanted and not library.has(capability):
+            raise UnsupportedError(f"{name} has no {what}: {library.flavour.lacks[capability]}", fix=f"Leave out {option}.")
+    if options.timing_cache is not None and options.timing_cache.is_dir():
+        raise UnsupportedError("the timing cache is a file", got=f"the directory {options.timing_cache}", fix="Name a file in it.")
 
 
-def _timing_cache(library: Library, config: Any, options: EngineOptions) -> Any:
-    if options.timing_cache is None or not library.has(TIMING_CACHE):
-        return None
+def _timing_cache(config: Any, options: EngineOptions) -> Any:
+    """What earlier builds measured, None without a file for it. Measurements of another GPU or version are an error: the builder would
+    leave them aside, and the file would be lost at the end."""
     path = options.timing_cache
+    if path is None:
+        return None
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        raise BuildError(
+            "the timing cache is not of this GPU and version of TensorRT",
+            where=str(path),
+            fix="Name another file with --timing-cache; a file that is not there is made.",
+        )
     return cache
+
+
+def _keep(path: Path, data: bytes) -> None:
+    """The timing cache appears whole or not at all: builds may share it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
 
 
 def _summary(network: Any) -> Built:

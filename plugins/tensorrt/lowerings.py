@@ -23,6 +23,7 @@ from qwen_export.plugins.standard.quantized import ensure_whole_blocks, quantize
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
 from qwen_export.plugins.tensorrt.delta_step import emit_step
+from qwen_export.plugins.tensorrt.step_plugin import LONGEST, emit_plugin, one_projection, split_projection
 
 # Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
 _MOST_SUMMED = 16
@@ -33,11 +34,19 @@ _INT4_ROWS = 8
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
     one product per chunk in sequence. Everything fp32 between the projections. The graph's state is turned, [1,Hv,Dv,Dk] (`delta_step`)."""
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    return _delta_net(Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared), given, node, context, shared)
+
+
+def _delta_net(
+    before: Emitter, given: dict[str, ir.Value | None], node: ir.Node, context: PassContext, shared: Shared
+) -> tuple[list[ir.Node], list[ir.Value]]:
+    """The mixer on the parts of the projection, behind the nodes that `before` has emitted."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
     few = sizes.P + sizes.T <= _MOST_SUMMED
     kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
-    emit = kind(graph, f"{layer_prefix(node)}.linear_attn", shared)
-    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    emit = kind(before.graph, before.prefix, shared)
+    emit.nodes = before.nodes
     state, eps = given["state"], node.attributes.get_float("eps")
     if state is None:
         raise TypeError("gated_delta_net has no state")
@@ -52,6 +61,17 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
         after = emit.transpose(after, 0, 1, 3, 2)
     after.shape = state.shape
     return emit.nodes, [y, history, after]
+
+
+def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_delta_net -> one product, and in short calls our plugin behind it; prompts as `lower_delta_net`, from the same product."""
+    layer = layer_prefix(node)
+    emit = Emitter(graph, f"{layer}.linear_attn", shared)
+    packed = one_projection(emit, node, context)
+    if context.static.T <= LONGEST:
+        return emit.nodes, emit_plugin(emit, layer, packed, node, context)
+    given = split_projection(emit, packed, dict(zip(gated_delta_net.inputs, node.inputs, strict=False)), context)
+    return _delta_net(emit, given, node, context, shared)
 
 
 def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
@@ -162,6 +182,7 @@ def _format(weight: Weight, context: PassContext) -> GroupFormat:
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "fused_layers"): lower_delta_net,
+    ("gated_delta_net", "plugin"): lower_delta_net_plugin,
     ("gated_attention", "native"): lower_attention,
     ("gated_attention", "decomposed"): lower_decomposed_attention,
     ("moe", "gathered"): lower_experts,

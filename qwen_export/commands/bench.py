@@ -11,6 +11,7 @@ from rich.console import Console
 
 from qwen_export.commands.run import hash_with_progress
 from qwen_export.commands.speculate import speculate_option
+from qwen_export.commands.weight_budget import weight_budget_option
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.benchmark import benchmark
 from qwen_export.runtimes.model import Speculate
@@ -44,6 +45,7 @@ class _Numbers(click.ParamType):
 @click.option(
     "--text", type=click.Path(path_type=Path), metavar="FILE", help="Speculate on this text's continuation; default random tokens."
 )
+@weight_budget_option
 @speculate_option
 def command(
     bundle: Path,
@@ -54,6 +56,7 @@ def command(
     as_json: bool,
     plot: Path | None,
     text: Path | None,
+    weight_budget: int | None,
     speculate: Speculate,
 ) -> None:
     """Measure BUNDLE on this machine: load, prefill, decode, speculation, memory."""
@@ -68,6 +71,7 @@ def command(
             report=lambda line: status.update(line),
             repack=repack,
             speculate=speculate,
+            weight_budget=weight_budget,
             text=text.read_text(encoding="utf-8") if text is not None else None,
         )
     click.echo(json.dumps(result, indent=1) if as_json else _text(result))

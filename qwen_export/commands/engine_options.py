@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from qwen_export.engine_options import BOUND, ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, EngineOptions
+from qwen_export.engine_options import BOUND, ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, PLUGINS, TILING, EngineOptions
 
 _OPTIONS = (
     click.option("--sm", metavar="LIST", help="Compute capabilities to build for, like 89,120; default: the GPU that is there."),
@@ -18,13 +18,21 @@ _OPTIONS = (
         type=click.Choice(list(HARDWARE_COMPATIBILITY)),
         default="none",
         show_default=True,
-        help="Other GPUs that the engines run on, too.",
+        help="Other GPUs that the engines run on, too (not RTX).",
     ),
-    click.option("--version-compat", is_flag=True, help="Engines that later versions of TensorRT run, too."),
+    click.option("--version-compat", is_flag=True, help="Engines that later versions of TensorRT run, too (not RTX)."),
     click.option("--opt-level", type=click.IntRange(0, 5), metavar="0..5", help="How long TensorRT looks for faster kernels; default 3."),
     click.option("--workspace", type=float, metavar="GB", help="Scratch memory that kernels may use, in 10^9 bytes; default: all."),
+    click.option("--aux-streams", type=click.IntRange(min=0), metavar="N", help="Streams of a call besides the first one."),
+    click.option(
+        "--tiling-level",
+        type=click.Choice(list(TILING)),
+        default="none",
+        show_default=True,
+        help="How long TensorRT looks for products that stay in the L2 cache (not RTX).",
+    ),
     click.option("--timing-cache", type=click.Path(path_type=Path), metavar="FILE", help="Read and keep what kernels took (not RTX)."),
-    click.option("--weight-streaming", is_flag=True, help="Engines that can leave embedded weights in host memory."),
+    click.option("--weight-streaming", is_flag=True, help="Engines that can leave embedded weights in host memory (run --weight-budget)."),
     click.option("--tf32", is_flag=True, help="Let fp32 products round their operands to 10 bits."),
     click.option("--layer-dump", type=click.Path(path_type=Path), metavar="DIR", help="Write the layers of each engine."),
 )
@@ -35,6 +43,12 @@ _BUILD_ONLY = (
         default=BOUND,
         show_default=True,
         help="Weights: " + "; ".join(f"{name}: {meaning}" for name, meaning in ENGINE_WEIGHTS.items()) + ".",
+    ),
+    click.option(
+        "--plugin",
+        multiple=True,
+        type=click.Choice(PLUGINS),
+        help="Short calls of this op on our own kernel, as a plugin inside the engine; TensorRT-RTX from 1.7 on.",
     ),
     click.option("--carry-onnx", is_flag=True, help="Put the graphs into the bundle, for `qwen-export rebuild` on another machine."),
 )
@@ -48,17 +62,20 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
         def called(*arguments: Any, **values: Any) -> Any:
             workspace = values.pop("workspace")
             engine = EngineOptions(
-                sms=_sms(values.pop("sm")),
+                sms=compute_capabilities(values.pop("sm")),
                 hardware_compatibility=values.pop("hardware_compat"),
                 version_compatible=values.pop("version_compat"),
                 opt_level=values.pop("opt_level"),
                 workspace=int(workspace * 1e9) if workspace is not None else None,
+                aux_streams=values.pop("aux_streams"),
+                tiling=values.pop("tiling_level"),
                 timing_cache=values.pop("timing_cache"),
                 weight_streaming=values.pop("weight_streaming"),
                 tf32=values.pop("tf32"),
                 layer_dump=values.pop("layer_dump"),
                 weights=values.pop("engine_weights", BOUND),
                 carry_onnx=values.pop("carry_onnx", False),
+                plugins=tuple(values.pop("plugin", ())),
             )
             return command(*arguments, engine=engine, **values)
 
@@ -69,7 +86,7 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
     return decorate
 
 
-def _sms(text: str | None) -> tuple[str, ...]:
+def compute_capabilities(text: str | None) -> tuple[str, ...]:
     """ "89,12.0" -> ("89", "120")."""
     given = [part.strip().lower().removeprefix("sm").removeprefix("_").replace(".", "") for part in (text or "").split(",")]
     sms = tuple(dict.fromkeys(part for part in given if part))

@@ -8,18 +8,27 @@ from typing import Any
 
 import click
 
+from qwen_export.bundle_summary import inspect_bundle, is_bundle
+from qwen_export.commands.bundle_text import bundle_text
+from qwen_export.commands.engine_options import compute_capabilities
 from qwen_export.commands.output import count, size
 from qwen_export.inspection import inspect_checkpoint
+from qwen_export.targets import TARGETS
 
 
 @click.command("inspect")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("path", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
+@click.option("--target", multiple=True, type=click.Choice(list(TARGETS)), help="Only this target; may be given several times.")
+@click.option("--sm", metavar="LIST", help="As if engines were built for these compute capabilities, like 86,120.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(checkpoint: Path, rope_scaling: str | None, as_json: bool) -> None:
-    """Say what CHECKPOINT is and what each target can do with it. Reads headers only."""
-    report = inspect_checkpoint(checkpoint, rope_scaling)
-    click.echo(json.dumps(report, indent=1) if as_json else _text(report))
+def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: str | None, as_json: bool) -> None:
+    """Say what CHECKPOINT is and what each target can do with it, or what BUNDLE was built for. Reads headers only."""
+    bundle = is_bundle(path)
+    if bundle and (target or sm or rope_scaling):
+        raise click.UsageError("--target, --sm and --rope-scaling are for checkpoints, and this is a bundle")
+    report = inspect_bundle(path) if bundle else inspect_checkpoint(path, rope_scaling, target, compute_capabilities(sm))
+    click.echo(json.dumps(report, indent=1) if as_json else (bundle_text if bundle else _text)(report))
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ import click
 
 from qwen_export.commands.output import progress_bar
 from qwen_export.commands.speculate import speculate_option
+from qwen_export.commands.weight_budget import weight_budget_option
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.generation import SpeculationStatistics, Statistics
 from qwen_export.runtimes.integrity import ensure_whole
@@ -37,6 +38,7 @@ from qwen_export.runtimes.reasoning import Reasoning
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
 @click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
+@weight_budget_option
 @speculate_option
 def command(
     bundle: Path,
@@ -49,12 +51,13 @@ def command(
     max_context: int | None,
     threads: int | None,
     repack: bool,
+    weight_budget: int | None,
     speculate: Speculate,
     **sampling: Any,
 ) -> None:
     """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat."""
     hash_with_progress(bundle)
-    model = load(bundle, max_context=max_context, threads=threads, repack=repack, speculate=speculate)
+    model = load(bundle, max_context=max_context, threads=threads, repack=repack, speculate=speculate, weight_budget=weight_budget)
     given = {name: value for name, value in sampling.items() if value is not None}
     if chat or any(option is not None for option in (system, thinking, preserve_thinking)):
         generation = _answer(model, prompt, system, thinking, preserve_thinking, given, max_new_tokens)

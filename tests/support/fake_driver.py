@@ -42,6 +42,10 @@ class FakeDriver:
         self.streams: set[int] = set()
         self.recordings: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
+        self.modules: dict[int, bytes] = {}
+        self.functions: dict[int, tuple[int, bytes]] = {}
+        self.kernels: list[tuple[bytes, tuple[int, ...], Any]] = []
+        """Kernels that were started: name, grid and block, and the array of pointers to arguments."""
         self.peak = 0
         self._recording: dict[int, list[Callable[[], None]]] = {}
         self._keep: dict[int, Any] = {}
@@ -197,3 +201,19 @@ class FakeDriver:
         self.launches += 1
         for work in self.recordings[executable]:
             self.queue(stream, work)
+
+    # ---- kernels ----
+
+    def _cuModuleLoadData(self, module: Any, image: bytes) -> None:
+        module.value = self._id()
+        self.modules[module.value] = image
+
+    def _cuModuleGetFunction(self, function: Any, module: int, name: bytes) -> None:
+        function.value = self._id()
+        self.functions[function.value] = (module, name)
+
+    def _cuLaunchKernel(self, function: int, *arguments: Any) -> None:
+        *grid_and_block, shared, stream, parameters, extra = arguments
+        assert not shared and extra is None
+        _, name = self.functions[function]
+        self.queue(stream, lambda: self.kernels.append((name, tuple(grid_and_block), parameters)))

@@ -47,8 +47,8 @@ class Invalid(enum.IntEnum):
 
 
 def engine_bundle(bundle: Path, output: Path, weights: str = "inputs", **engine: object) -> Path:
-    """A copy of a bundle for target onnx that says it is for TensorRT-RTX. `weights`: "inputs", "stripped" or "refused"; further arguments
-    change the manifest's `engine`."""
+    """A copy of a bundle for target onnx that says it is for TensorRT-RTX. `weights`: "inputs", "stripped", "streamed" or "refused";
+    further arguments change the manifest's `engine`."""
     shutil.copytree(bundle, output)
     manifest = json.loads((output / MANIFEST).read_text())
     for graph in {spec["file"] for spec in manifest["graphs"].values()}:
@@ -71,6 +71,10 @@ class FakeTensorRT:
         self.driver, self.recordable, self.version = driver, recordable, version
         self.live = {"runtime": 0, "engine": 0, "context": 0}
         self.order: list[str] = []
+        self.refitted_from: set[TensorLocation] = set()
+        """Where the weights lay that refitters were given."""
+        self.budgets: list[int] = []
+        """Bytes on the GPU of weights that engines stream, engine by engine."""
         self.compiled = 0
         """Kernels that contexts had to compile, because the runtime cache did not have them."""
 
@@ -134,15 +138,27 @@ class _Engine(_Object):
 
     def __init__(self, world: FakeTensorRT, model: onnx.ModelProto, weights: str) -> None:
         super().__init__(world)
-        self.model, self.refittable = model, weights == "stripped"
+        self.model, self.refittable = model, weights in ("stripped", "streamed")
         self.weights = {t.name: t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
         self.given: dict[str, int] = {}
         self.refitted: dict[str, npt.NDArray[Any]] = {}
         self.inputs = {value.name: _Tensor(value) for value in model.graph.input}
         self.outputs = {value.name: _Tensor(value) for value in model.graph.output}
         self.bound = {} if self.refittable else self.weights
+        self.streamable_weights_size = 1000 if weights == "streamed" else 0
+        self._budget = 0
         self._names = [*self.inputs, *self.outputs, *self.bound]
         self.num_io_tensors = len(self._names)
+
+    @property
+    def weight_streaming_budget_v2(self) -> int:
+        return self._budget
+
+    @weight_streaming_budget_v2.setter
+    def weight_streaming_budget_v2(self, nbytes: int) -> None:
+        assert not self.world.live["context"], "before there are contexts"
+        self._budget = nbytes
+        self.world.budgets.append(nbytes)
 
     def get_tensor_name(self, index: int) -> str:
         return self._names[index]
@@ -198,9 +214,12 @@ class _Refitter:
     def get_missing_weights(self) -> list[str]:
         return [name for name in self._engine.weights if name not in self._engine.given]
 
-    def set_named_weights(self, name: str, weights: tuple[Any, int, int]) -> bool:
-        tensor = self._engine.weights[name]
+    def set_named_weights(self, name: str, weights: tuple[Any, int, int], location: TensorLocation) -> bool:
+        tensor, world = self._engine.weights[name], self._engine.world
         kind, address, count = weights
+        if location is TensorLocation.DEVICE:
+            world.driver.check(address, count * np.dtype(_NUMPY[tensor.data_type]).itemsize)
+        world.refitted_from.add(location)
         self._engine.given[name] = address
         return bool(kind.name == _TYPES[tensor.data_type] and count == prod(tensor.dims))
 

@@ -1,0 +1,38 @@
+"""Does this TensorRT take our plugins? Asked before a build reads weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import onnx
+
+from qwen_export.errors import UnsupportedError
+from qwen_export.plugins.tensorrt.plugin_registry import make_known
+from qwen_export.runtimes.delta_net_plugin import INPUTS, NAMESPACE, OUTPUTS, STEP, VERSION, StepFields
+from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, Library
+
+
+def ensure_taken(library: Library) -> None:
+    """Raises UnsupportedError where the parser, which is a library of its own, refuses operators that are plugins."""
+    make_known(library)
+    if not library.has(AOT_PLUGINS) and not _parses(library):
+        raise UnsupportedError(
+            f"{library.flavour.name} takes plugins of others since 1.7",
+            got=library.version,
+            fix="Install a newer one, or build without --plugin.",
+        )
+
+
+def _parses(library: Library) -> bool:
+    floats = onnx.TensorProto.FLOAT
+    names, results = [f"i{i}" for i in range(INPUTS[STEP])], [f"o{i}" for i in range(OUTPUTS)]
+    fields = asdict(StepFields("", "", 1, 0, 1, 1, 64, 0))
+    node = onnx.helper.make_node(STEP, names, results, domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version=VERSION, **fields)
+    inputs = [onnx.helper.make_tensor_value_info(name, floats, [1, 1, 1]) for name in names]
+    outputs = [onnx.helper.make_tensor_value_info(name, floats, None) for name in results]
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid(NAMESPACE, 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "probe", inputs, outputs), opset_imports=opsets)
+    network = library.api.Builder(library.log).create_network(0)
+    taken = bool(library.api.OnnxParser(network, library.log).parse(model.SerializeToString()))
+    library.said()
+    return taken

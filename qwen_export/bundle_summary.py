@@ -1,0 +1,85 @@
+"""What a bundle is, from its manifest alone: nothing is hashed, and no backend is asked. Imports neither torch nor onnx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qwen_export.manifest import MANIFEST, ROPE_SCALING, GraphSpec, Manifest, load_manifest
+
+_FORMATS = ("weights", "activations", "recurrent state", "attention cache")
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether a directory is a bundle, whole or not, and no checkpoint."""
+    return (path / MANIFEST).is_file() and not (path / "config.json").exists()
+
+
+def inspect_bundle(path: str | Path) -> dict[str, Any]:
+    """A JSON-able report: `model`, `target`, `precision` (the types of weights, activations and states), `graphs` with the tokens of a call
+    (None: any number) and the slots of the caches, `files`, `speculation`, `engine` and `verification` as in the manifest.
+    Raises BundleError where the manifest cannot be read."""
+    directory = Path(path)
+    manifest = load_manifest(directory)
+    model, target = manifest.model, manifest.target
+    kinds = model.get("layer_types", [])
+    return {
+        "path": str(directory),
+        "producer": manifest.producer,
+        "architecture": manifest.source.get("architecture", ""),
+        "model": {
+            "kind": "mixture of experts" if model.get("num_experts") else "dense",
+            "layers": len(kinds),
+            "attention_layers": sum(kind == "full_attention" for kind in kinds),
+            "hidden_size": model.get("hidden_size"),
+            "vocab_size": model["vocab_size"],
+            "max_context": model["max_position_embeddings"],
+            "rope_scaling": manifest.source.get(ROPE_SCALING, ""),
+        },
+        "target": {"name": target.name, "device": target.device, "backend": target.backend, "minimum_backend": target.minimum_backend},
+        "platform": target.platform,
+        "precision": target.precision,
+        "formats": {name: manifest.precision_plan[name] for name in _FORMATS if name in manifest.precision_plan},
+        "max_context": manifest.max_context,
+        "graphs": {name: _graph(manifest, graph) for name, graph in manifest.graphs.items()},
+        "files": len(manifest.files),
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "outside": {"files": len(manifest.references), "bytes": sum(entry.size for entry in manifest.references.values())},
+        "speculation": _speculation(manifest),
+        "engine": _engine(manifest),
+        "verification": {key: manifest.verification[key] for key in ("when", "passed") if key in manifest.verification},
+    }
+
+
+def _graph(manifest: Manifest, graph: GraphSpec) -> dict[str, Any]:
+    tokens = next((t.shape[1] for t in graph.inputs if t.name == "input_ids"), None)
+    slots = next((state.shape[2] for state in graph.states if state.grows), None)
+    return {
+        "file": graph.file,
+        "bytes": manifest.files[graph.file].size if graph.file in manifest.files else 0,
+        "tokens": tokens if isinstance(tokens, int) else None,
+        "slots": slots if isinstance(slots, int) else None,
+        "weights": len(graph.weights),
+    }
+
+
+def _speculation(manifest: Manifest) -> dict[str, int] | None:
+    if manifest.speculation is None:
+        return None
+    return {"max_draft": manifest.speculation.max_draft, "draft_vocab": manifest.speculation.draft_vocab}
+
+
+def _engine(manifest: Manifest) -> dict[str, Any] | None:
+    spec = manifest.engine
+    if spec is None:
+        return None
+    return {
+        "version": spec.version,
+        "sms": list(spec.sms),
+        "hardware_compatibility": spec.hardware_compatibility,
+        "version_compatible": spec.version_compatible,
+        "minimum_cuda": spec.minimum_cuda,
+        "weights": spec.weights,
+        "weight_streaming": bool(spec.options.get("weight_streaming")),
+        "carries_onnx": bool(spec.onnx),
+    }

@@ -1,0 +1,80 @@
+"""The report on a bundle for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qwen_export.commands.output import size
+
+
+def bundle_text(report: dict[str, Any]) -> str:
+    """What `inspect_bundle` found, a line per subject, and what to ask next."""
+    model, target = report["model"], report["target"]
+    formats = [f"{name} {value}" for name, value in report["formats"].items()]
+    lines = [
+        f"This is a bundle for target {target['name']} on {target['device']} in {report['precision']}, made by {report['producer']}.",
+        "",
+        _line(
+            "model",
+            f"{report['architecture'] or 'unknown architecture'}, {model['kind']}, {model['layers']} layers "
+            f"({model['layers'] - model['attention_layers']} DeltaNet, {model['attention_layers']} attention), "
+            f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
+        ),
+        _line("context", f"{report['max_context']} tokens" + (f", rope {model['rope_scaling']}" if model["rope_scaling"] else "")),
+        _line("precision", "; ".join(formats) or report["precision"]),
+        _line("needs", _needs(report)),
+        _line("drafts", _drafts(report["speculation"])),
+    ]
+    width = max(map(len, report["graphs"]))
+    for number, (name, graph) in enumerate(report["graphs"].items()):
+        tokens = "any number of tokens" if graph["tokens"] is None else f"{graph['tokens']} token{'s' * (graph['tokens'] != 1)}"
+        slots = f" over {graph['slots']} slots" if graph["slots"] else ""
+        lines.append(_line("" if number else "graphs", f"{name:{width}}  {graph['file']}, {size(graph['bytes'])}: {tokens}{slots} a call"))
+    outside = report["outside"]
+    lines += [
+        _line(
+            "files",
+            f"{report['files']}, {size(report['bytes'])}"
+            + (f", and {outside['files']} checkpoint files outside, {size(outside['bytes'])}" if outside["files"] else ""),
+        ),
+        _line("verified", _verified(report["verification"])),
+        "",
+        f"Does it run here?              qwen-export check {report['path']}",
+        f"Is it the checkpoint's model?  qwen-export verify {report['path']} --reference CHECKPOINT",
+    ]
+    return "\n".join(lines)
+
+
+def _line(name: str, text: str) -> str:
+    return f"{name:10} {text}"
+
+
+def _needs(report: dict[str, Any]) -> str:
+    target, engine = report["target"], report["engine"]
+    if engine is None:
+        platform = f" on {report['platform']}" if report["platform"] else ""
+        return f"{target['backend']} {target['minimum_backend']} or newer{platform}"
+    sms = ", ".join(engine["sms"]) + (" or newer" if engine["hardware_compatibility"] == "ampere+" else "")
+    parts = [
+        f"{target['backend']} {engine['version']}" + (" or newer" if engine["version_compatible"] else ""),
+        f"a GPU of SM {sms}",
+        f"a driver for CUDA {engine['minimum_cuda']}",
+        f"engines with {engine['weights']} weights" + (" that can wait in host memory" if engine["weight_streaming"] else ""),
+    ]
+    return ", ".join(parts) + (
+        "; for another GPU or version `qwen-export rebuild`" if engine["carries_onnx"] else "; no graphs to rebuild from"
+    )
+
+
+def _drafts(speculation: dict[str, int] | None) -> str:
+    if speculation is None:
+        return "none: it was built without speculation"
+    vocabulary = speculation["draft_vocab"]
+    by = f"by its draft head, among the lowest {vocabulary} ids, or" if vocabulary else "from the text (run --speculate lookup)"
+    return f"up to {speculation['max_draft']} a round, {by} from the text"
+
+
+def _verified(verification: dict[str, Any]) -> str:
+    if not verification:
+        return "not yet"
+    return f"{verification.get('when', '')}: {'passed' if verification.get('passed') else 'FAILED'}"

@@ -1,0 +1,235 @@
+"""Our plugin for TensorRT: what its graphs compute, engines that have it, and the forms of both flavours. Its kernel runs in
+test_delta_net_plugin_gpu.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from qwen_export.compiler import build
+from qwen_export.engine_options import EngineOptions
+from qwen_export.engines import rebuild
+from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.models.eager import EagerSequence
+from qwen_export.graphs.models.load import load_decoder
+from qwen_export.manifest import load_manifest
+from qwen_export.plan import plan_build
+from qwen_export.plugins.onnxruntime.common import regroup_pending
+from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
+from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias
+from qwen_export.plugins.tensorrt.step_plugin import split_projection
+from qwen_export.runtimes import cuda_driver, delta_net_plugin, load
+from qwen_export.runtimes.cuda_stream import Stream
+from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY, StepFields, pack_ptx, unpack_ptx
+from qwen_export.static_plan import StaticOptions
+from tests.support.fake_driver import FakeDriver
+from tests.support.tensorrt_graphs import bundle_on_cpu
+
+PLUGIN = EngineOptions(("89", "120"), plugins=("gated_delta_net",))
+SIZES = StaticOptions(chunk=128, step_tokens=4)
+PTX = b"// a kernel\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config(vision=False, linear_key_head_dim=64, linear_value_head_dim=64)
+    return synthesize(config, tmp_path_factory.mktemp("plugin") / "heads-of-64")
+
+
+@pytest.fixture
+def compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PTX is not read by a build, so that these tests need no nvcc."""
+    (tmp_path / "kernel.ptx").write_bytes(PTX)
+    monkeypatch.setattr(step_plugin, "find_ptx", lambda element: tmp_path / "kernel.ptx")
+
+
+def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
+    """The plugin's node as standard operators, on the same inputs."""
+    given: dict[str, ir.Value | None] = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    if context.static.P:
+        (pending,) = regroup_pending(emit.graph, layer, {"pending": packed})
+        parts = split_projection(emit, pending, {}, context)
+        given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
+    given = split_projection(emit, packed, given, context)
+    _, results = lowerings._delta_net(emit, given, node, context, {})
+    return results
+
+
+def test_one_product_feeds_the_step_and_stays_pending(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept."""
+    monkeypatch.setattr(lowerings, "emit_plugin", standard_step)
+    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=SIZES, max_context=256, engine=PLUGIN)
+    source = open_checkpoint(checkpoint)
+    ids = np.random.default_rng(0).integers(0, 480, 150).tolist()
+    decoder = load(bundle, threads=1).decoder()
+    rows = [decoder.prefill(ids[:140]).copy(), *(decoder.step([token])[0].copy() for token in ids[140:144])]
+    rows += list(decoder.verify(ids[144:148]).copy())
+    decoder.accept(2)
+    rows += [decoder.step([token])[0].copy() for token in ids[146:150]]
+    expected = EagerSequence(load_decoder(source), 256).read(ids)
+    places = [139, 140, 141, 142, 143, 144, 145, 146, 147, 146, 147, 148, 149]
+    assert np.abs(np.stack(rows) - expected[places]).max() <= 1e-4
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_the_nodes_carry_their_kernel(checkpoint: Path, tmp_path: Path) -> None:
+    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", "fp16", SIZES, max_context=256, engine=PLUGIN)
+    sizes = open_checkpoint(checkpoint).config.text
+    heads = (sizes.linear_num_key_heads, sizes.linear_num_value_heads)
+    for graph, kind, inputs, tokens in (("decoder", STEP, 7, 1), ("verify", VERIFY, 10, 4)):
+        nodes = [node for node in onnx.load(bundle / f"{graph}.onnx", load_external_data=False).graph.node if node.domain == NAMESPACE]
+        assert [node.op_type for node in nodes] == [kind] * sizes.layer_types.count("linear_attention")
+        for node in nodes:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert len(node.input) == inputs and len(node.output) == 3
+            assert (values["tokens"], values["key_heads"], values["value_heads"], values["head_size"]) == (tokens, *heads, 64)
+            assert np.int32(values["eps"]).view(np.float32) == np.float32(sizes.rms_norm_eps)
+            assert values["kernel"].decode() == f"qwen_delta_net_{'verify' if kind == VERIFY else 'step'}_64"
+            assert unpack_ptx(values["ptx"].decode()) == PTX
+    assert not any(node.domain for node in onnx.load(bundle / "prefill.onnx", load_external_data=False).graph.node)
+    graphs = load_manifest(bundle).graphs
+    assert [state.name for state in graphs["verify"].states if "pending" in state.name] == [
+        f"layers.{i}.pending" for i, kind in enumerate(sizes.layer_types) if kind == "linear_attention"
+    ]
+    stacked = [
+        {(w.file, w.offset) for w in graphs[name].weights if w.name.endswith("in_proj")} for name in ("decoder", "verify", "prefill")
+    ]
+    assert stacked[0] and stacked[0] == stacked[1] == stacked[2], "steps and prompts read the same matrix"
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.usefixtures("compiled_kernel")
+def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX builds engines with the plugin, and builds them again from the bundle alone."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    engine = EngineOptions(("89", "120"), plugins=PLUGIN.plugins, carry_onnx=True)
+    made = {"target": "tensorrt-rtx", "device": "cuda", "precision": precision, "max_context": 256, "options": SIZES}
+    bundle = build(checkpoint, tmp_path / "b", **made, engine=engine, mtp=False, lookup=True)  # type: ignore[arg-type]
+    spec = load_manifest(bundle).engine
+    assert spec is not None and spec.plugins == ("gated_delta_net",)
+    before = {graph: (bundle / f"{graph}.engine").read_bytes() for graph in ("decoder", "verify", "prefill")}
+    packed = pack_ptx(PTX).encode()
+    assert {graph: packed in data for graph, data in before.items()} == {"decoder": True, "verify": True, "prefill": False}
+    again = rebuild(bundle, EngineOptions(("89",)))
+    assert again.engine is not None and (again.engine.sms, again.engine.plugins) == (("89",), spec.plugins)
+    assert packed in (bundle / "decoder.engine").read_bytes()
+
+
+def test_refusals(checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(source: Path, *sms: str) -> str:
+        with pytest.raises(UnsupportedError) as caught:
+            plan_build(open_checkpoint(source), "tensorrt-rtx", "cuda", "fp16", engine=EngineOptions(sms, plugins=PLUGIN.plugins))
+        return str(caught.value)
+
+    assert "our plugin takes heads of 64 or 128 keys and as many values, and 4 taps" in refused(tiny_checkpoint, "89")
+    assert "our plugin is compiled for SM 80 and newer" in refused(checkpoint, "75", "89")
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    made: dict[str, Any] = {"target": "tensorrt-rtx", "device": "cuda", "precision": "fp16", "max_context": 256, "options": SIZES}
+    monkeypatch.setattr(step_plugin, "find_ptx", lambda element: None)
+    with pytest.raises(UnsupportedError, match=r"has not been compiled.*build_ptx\.sh"):
+        build(checkpoint, tmp_path / "b", **made, engine=PLUGIN)
+    monkeypatch.setattr(probe_plugins, "_parses", lambda library: False)
+    with pytest.raises(UnsupportedError, match=r"takes plugins of others since 1\.7"):
+        build(checkpoint, tmp_path / "b", **made, engine=PLUGIN)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF file")
+def test_an_alias_finds_what_the_real_library_has(tmp_path: Path) -> None:
+    path = tmp_path / "libqwen_alias.so"
+    path.write_bytes(alias(path.name, "libc.so.6", _MACHINES[os.uname().machine]))
+    library = ctypes.CDLL(str(path))
+    assert library.getpid() == os.getpid()
+    assert ctypes.CDLL(path.name)._handle == library._handle, "it is known by its name from then on"
+
+
+def test_fields_of_a_plugin() -> None:
+    given = StepFields("kernel", pack_ptx(PTX), 4, 3, 16, 32, 128, 7)
+    assert unpack_ptx(given.ptx) == PTX
+    assert (given.numbers, given.width) == ((4, 3, 16, 32, 7), 4096)
+
+
+def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel gets addresses of inputs, numbers, addresses of outputs; its PTX is loaded once."""
+    driver = FakeDriver()
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    for name, arguments in cuda_driver._FUNCTIONS.items():
+        getattr(driver, name).argtypes = arguments
+    given, stream, seen = StepFields("a_launch", pack_ptx(PTX), 4, 3, 16, 32, 128, 7), Stream(), []
+    kinds = [ctypes.c_uint64] * 10 + [ctypes.c_int] * 5 + [ctypes.c_uint64] * 3
+
+    def read(parameters: Any) -> list[int]:
+        return [ctypes.cast(address, ctypes.POINTER(kind))[0] for kind, address in zip(kinds, parameters, strict=True)]
+
+    monkeypatch.setattr(driver, "queue", lambda stream, work: (work(), seen.append(read(driver.kernels[-1][2]))))
+    for _ in range(2):
+        delta_net_plugin.launch(given, range(1000, 1010), range(2000, 2003), stream.handle)
+    assert [kernel[:2] for kernel in driver.kernels] == [(b"a_launch", (32, 1, 1, 512, 1, 1))] * 2
+    assert seen == [[*range(1000, 1010), 4, 3, 16, 32, 7, *range(2000, 2003)]] * 2
+    assert list(driver.modules.values()) == [PTX + b"\0"]
+
+
+_QUICK = """
+import numpy as np, tensorrt, sys
+from types import SimpleNamespace as Some
+from qwen_export.plugins.tensorrt import quick_plugin
+from qwen_export.runtimes.delta_net_plugin import INPUTS, StepFields, pack_ptx
+import tensorrt.plugin as plugin
+from tensorrt.plugin import _lib, _plugin_class
+
+_lib._register_plugin_creator = lambda name, namespace, types: None  # the registry is part of what cannot be had
+quick_plugin.register(Some(api=tensorrt))
+given = StepFields("kernel", pack_ptx(b"ptx"), 4, 4, 2, 4, 64, 7)
+types = tensorrt.DataType
+for kind, count in INPUTS.items():
+    definition = _lib.QDP_REGISTRY[f"qwen::{kind}"]
+    assert list(definition.input_attrs) == [*vars(given)] and definition.num_outputs == 3 and len(definition.input_tensor_names) == count
+    tensors = [plugin.TensorDesc() for _ in range(count)]
+    shapes = [(1, 4, 776), (512, 4), (4,), (4,), (64,), (1, 3, 512), (1, 4, 64, 64), (1, 4, 776), (1,), (1,)]
+    for tensor, shape in zip(tensors, shapes):
+        tensor.dtype, tensor.format, tensor.scale = types.HALF, tensorrt.TensorFormat.LINEAR, 1.0
+        tensor.shape_expr = plugin.ShapeExprs.from_tuple(shape)
+    y, history, state = definition.register_func(*tensors, *vars(given).values())
+    combinations = definition.autotune_func(*tensors, *vars(given).values(), (y, history, state))
+    made = [one.types for c in combinations for one in c._get_combinations()]
+    assert len(made) == 3 and all(len(one) == count + 3 and one[2] == one[6] == one[-1] == types.FLOAT for one in made), made
+    assert [one[0] for one in made] == [types.FLOAT, types.HALF, types.BF16] and all(one[0] == one[-3] == one[-2] for one in made)
+    name, ptx, parameters, numbers = definition.aot_impl_func(*tensors, *vars(given).values(), (y, history, state), 0)
+    assert (name, ptx, len(numbers)) == ("kernel", b"ptx", 5)
+    assert isinstance(parameters, plugin.KernelLaunchParams) and all(isinstance(n, plugin.SymInt32) for n in numbers)
+print("described")
+"""
+
+
+def test_quick_deployable_form(tmp_path: Path) -> None:
+    """tensorrt.plugin, of the real bindings, takes our definitions. TensorRT itself is replaced by libraries without content."""
+    bindings = pytest.importorskip("importlib.util").find_spec("tensorrt_bindings")
+    if bindings is None or shutil.which("gcc") is None:
+        pytest.skip("needs the bindings of the full TensorRT, and gcc")
+    functions = ("createInferBuilder", "createInferRefitter", "createInferRuntime", "createNvOnnxParserRefitter", "createNvOnnxParser")
+    names = [f"{name}_INTERNAL" for name in functions] + ["getBuilderPluginRegistry", "getPluginRegistry", "initLibNvInferPlugins"]
+    source = tmp_path / "empty.c"
+    source.write_text(
+        "".join(f"void* {name}(void) {{ return 0; }}\n" for name in names) + "int getNvOnnxParserVersion(void) { return 0; }\n"
+    )
+    for library in ("nvinfer", "nvinfer_plugin", "nvonnxparser"):
+        name = f"lib{library}.so.11"
+        subprocess.run(["gcc", "-shared", "-fPIC", str(source), f"-Wl,-soname,{name}", "-o", str(tmp_path / name)], check=True)
+    (tmp_path / "tensorrt").symlink_to(Path(str(bindings.origin)).parent)
+    paths = {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", _QUICK], env=os.environ | paths, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip().endswith("described"), done.stderr[-3000:]
