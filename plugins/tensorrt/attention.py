@@ -30,8 +30,8 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
         # The call's own rows are read back out of the cache: where nothing does, TensorRT-RTX 1.5 and 1.7 fuse the writes with the last
         # kernel of the layer, one block of threads, or crash over it (a segmentation fault in fp32).
         slots = new_slots(emit, given["length"], sizes)
-        own = (emit.gather(cache, slots, axis=2) for cache in (k_cache, v_cache))
-        keys = Keys(read_again(emit, given["k_cache"]), read_again(emit, given["v_cache"]), *own, given["length"])
+        own_k, own_v = (emit.gather(cache, slots, axis=2) for cache in (k_cache, v_cache))
+        keys = Keys(read_again(emit, given["k_cache"]), read_again(emit, given["v_cache"]), own_k, own_v, given["length"])
         o = attend_in_parts(emit, query, keys, sizes, activation)
         return emit.cast(emit.mul(o, emit.sigmoid(emit.wide(layer.gate))), activation), k_cache, v_cache
     if fused:

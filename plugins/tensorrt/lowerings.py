@@ -54,8 +54,9 @@ def _delta_net(
     if sizes.T == 1 and not sizes.P:
         y, history, after = emit_step(emit, given, sizes, eps, context.activation)
     else:
-        given["state"] = emit.transpose(state, 0, 1, 3, 2)
-        given["state"].shape = ir.Shape((1, sizes.Hv, sizes.Dk, sizes.Dv))
+        turned = emit.transpose(state, 0, 1, 3, 2)
+        turned.shape = ir.Shape((1, sizes.Hv, sizes.Dk, sizes.Dv))
+        given["state"] = turned
         rule = _rule(sizes.T, sizes.P, context)
         y, history, after = delta_net.emit_gated_delta_net(emit, given, sizes, eps, context.activation, rule)
         after = emit.transpose(after, 0, 1, 3, 2)
