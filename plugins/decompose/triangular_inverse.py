@@ -40,7 +40,9 @@ def unit_lower_inverse(emit: Emitter, A: ir.Value, size: int) -> ir.Value:
         if level == 0:
             (X,) = emit("", "Sub", [identity, block], like=A)
             continue
-        X = emit.sub(X, emit.matmul(X, emit.matmul(block, X)))
+        (right,) = emit("", "MatMul", [block, X], like=A)
+        (update,) = emit("", "MatMul", [X, right], like=A)
+        (X,) = emit("", "Sub", [X, update], like=A)
     return X
 
 
