@@ -105,9 +105,7 @@ def test_the_nodes_carry_their_kernel(checkpoint: Path, tmp_path: Path) -> None:
     assert [state.name for state in graphs["verify"].states if "pending" in state.name] == [
         f"layers.{i}.pending" for i, kind in enumerate(sizes.layer_types) if kind == "linear_attention"
     ]
-    stacked = [
-        {(w.file, w.offset) for w in graphs[name].weights if w.name.endswith("in_proj")} for name in ("decoder", "verify", "prefill")
-    ]
+    stacked = [{(w.file, w.offset) for w in graphs[name].weights if ".in_proj_" in w.name} for name in ("decoder", "verify", "prefill")]
     assert stacked[0] and stacked[0] == stacked[1] == stacked[2], "steps and prompts read the same matrix"
 
 
@@ -121,6 +119,8 @@ def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> No
     bundle = build(checkpoint, tmp_path / "b", **made, engine=engine, mtp=False, lookup=True)  # type: ignore[arg-type]
     spec = load_manifest(bundle).engine
     assert spec is not None and spec.plugins == ("gated_delta_net",)
+    stacked = {w.name.rpartition(".in_proj_")[2] for w in load_manifest(bundle).graphs["decoder"].weights if ".in_proj_" in w.name}
+    assert stacked == {"fp16": {"qkv_z_a_b"}, "int4": {"qkv_z.codes", "qkv_z.scales", "a_b"}}[precision], "gates are never quantised"
     before = {graph: (bundle / f"{graph}.engine").read_bytes() for graph in ("decoder", "verify", "prefill")}
     packed = pack_ptx(PTX).encode()
     assert {graph: packed in data for graph, data in before.items()} == {"decoder": True, "verify": True, "prefill": False}

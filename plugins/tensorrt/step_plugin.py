@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import struct
 from dataclasses import asdict
+from itertools import groupby
 
 import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.quantization.plan import GroupFormat
 from qwen_export.graphs.weights.expression import Stacked
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.native.library import find_ptx
@@ -26,11 +28,21 @@ _TENSORS = ("conv_weight", "a_log", "dt_bias", "norm", "conv_history", "state")
 
 
 def one_projection(emit: Emitter, node: ir.Node, context: PassContext) -> ir.Value:
-    """qkv | z | a | b [1,T,C+Hv*Dv+2*Hv] as one product, of one matrix that all graphs of a bundle share."""
+    """qkv | z | a | b [1,T,C+Hv*Dv+2*Hv], one product for each run of parts that the precision plan gives one format: mostly all four, and
+    a and b apart where only the large ones are quantised. The matrices are the same in all graphs of a bundle."""
     config = context.config
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    parts = [producing_linear(given[name]) for name in ("qkv", "z", "a", "b")]
-    packed = emit.linear(parts[0][0], Stacked(tuple(weight for _, weight in parts)), f"{emit.prefix}.in_proj")
+    parts = {name: producing_linear(given[name]) for name in ("qkv", "z", "a", "b")}
+    x, _ = parts["qkv"]
+
+    def format(name: str) -> GroupFormat:
+        return GroupFormat() if context.quantization is None else context.quantization.of(*parts[name][1].stored())
+
+    runs = [list(run) for _, run in groupby(parts, key=format)]
+    products = [emit.linear(x, Stacked(tuple(parts[name][1] for name in run)), f"{emit.prefix}.in_proj_{'_'.join(run)}") for run in runs]
+    for product, run in zip(products, runs, strict=True):
+        product.shape = ir.Shape([1, context.static.T, sum(parts[name][1].shape[0] for name in run)])
+    packed = products[0] if len(products) == 1 else emit.concat(products, axis=2)
     packed.shape = ir.Shape([1, context.static.T, config.conv_dim + config.value_dim + 2 * config.linear_num_value_heads])
     return packed
 
