@@ -30,10 +30,10 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delt
 from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
 from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
+from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
-from qwen_export.plugins.tensorrt.delta_step import Step, step
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
 from qwen_export.plugins.tensorrt.experts import emit_experts
@@ -258,21 +258,6 @@ def one_after_the_other(size: int) -> DeltaRule:
     return rule
 
 
-def turned_step(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
-    """One token over a state [1,HV,Dv,Dk]."""
-    heads, one = (1, HK, HV // HK), emit.scalar(1.0)
-    q, k = (emit.reshape(x[n], 1, HK, 1, 1, D) for n in ("q", "k"))
-    decay, beta = (emit.reshape(y, *heads, 1, 1) for y in (emit.exp(x["g"]), x["beta"]))
-    v, state = emit.reshape(x["v"], *heads, D, 1), emit.reshape(x["state"], *heads, D, D)
-    o, after = step(emit, Step(q, k, one, one, v, decay, beta, state))
-    return emit.reshape(o, 1, HV, 1, D), emit.reshape(after, 1, HV, D, D)
-
-
-def turned_back(given: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> str:
-    """`against_float64`; the state before is zero."""
-    return against_float64(given, [outputs[0], outputs[1].transpose(2, 3)])
-
-
 def prefill(T: int) -> Iterator[Case]:
     for size in (32, 64, 128):
         yield recurrence(f"prefill T={T} batched chunks of {size} fp32", batched_chunks(size), T)
@@ -284,7 +269,7 @@ def prefill(T: int) -> Iterator[Case]:
 
 
 def decode() -> Iterator[Case]:
-    yield Case("decode, sums over a turned state", recurrence_inputs(1), turned_step, check=turned_back, values=recurrence_values(1))
+    yield recurrence("decode, sums", reduced_step, 1)
     yield recurrence("decode, products", delta_rule, 1)
     yield recurrence("decode, products tf32", delta_rule, 1, tf32=True)
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.tensorrt.delta_step import Step, step
+from qwen_export.plugins.decompose.reduced_step import reduced_step
 from tests.support.standard_graphs import emitted, session
 from tests.test_portable_numerics import DECAYS, FLOAT, Array, correlated_keys, recurrence
 
@@ -39,24 +37,13 @@ def read(rule: DeltaRule, data: dict[str, Array], T: int) -> tuple[Array, Array]
     return np.concatenate(out, axis=1), state[0]
 
 
-def one_token(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
-    """TensorRT's step as a rule: q and k are normalised here, and the state is turned before and behind."""
-    H, Dk, Dv = 2, 32, 32
-    q, k = (emit.reshape(x, 1, H, 1, 1, Dk) for x in (given.q, given.k))
-    decay, beta = (emit.reshape(x, 1, H, 1, 1, 1) for x in (emit.exp(given.g), given.beta))
-    state = emit.reshape(emit.transpose(given.state, 0, 1, 3, 2), 1, H, 1, Dv, Dk)
-    one = emit.scalar(1.0)
-    o, after = step(emit, Step(q, k, one, one, emit.reshape(given.v, 1, H, 1, Dv, 1), decay, beta, state))
-    return emit.reshape(o, 1, H, 1, Dv), emit.transpose(emit.reshape(after, 1, H, Dv, Dk), 0, 1, 3, 2)
-
-
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize(
     ("rule", "T", "L"),
     [
         (batched_chunks(64), 512, 4096),
         (batched_chunks(32), 128, 1024),
-        (one_token, 1, 512),
+        (reduced_step, 1, 512),
         (in_chunks(32), 256, 4096),
         (in_chunks(64), 160, 1600),  # the last chunk of a call is a shorter one
         (in_chunks(24), 96, 960),  # 24 rows are not 2, 4, 8 blocks

@@ -65,8 +65,12 @@ def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, contex
         parts = split_projection(emit, pending, {}, context)
         given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
     given = split_projection(emit, packed, given, context)
-    _, results = lowerings._delta_net(emit, given, node, context, {})
-    return results
+    turned = given["state"]
+    assert turned is not None
+    given["state"] = emit.transpose(turned, 0, 1, 3, 2)
+    given["state"].shape = turned.shape
+    _, (y, history, after) = lowerings._delta_net(emit, given, node, context, {})
+    return [y, history, emit.transpose(after, 0, 1, 3, 2)]
 
 
 def test_one_product_feeds_the_step_and_stays_pending(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

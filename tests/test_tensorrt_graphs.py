@@ -26,7 +26,6 @@ from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delt
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.tensorrt import experts
-from qwen_export.plugins.tensorrt.delta_step import emit_step
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.generation import Request, Statistics
 from qwen_export.runtimes.sampling import Sampler
@@ -97,7 +96,7 @@ def test_the_layer_is_used_where_it_has_kernels(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize(("T", "P"), [(1, 0), (4, 4), (5, 3)])
 def test_sums_are_the_transaction(T: int, P: int) -> None:
-    """The forms of a step and of a verify of the whole op are that of the products, for every number of accepted and committed tokens."""
+    """The verify's form of the whole op is that of the products, for every number of accepted and committed tokens."""
     Hk, Hv, D, K = 2, 4, 16, 4
     C = (2 * Hk + Hv) * D
     rng = np.random.default_rng(T)
@@ -123,12 +122,7 @@ def test_sums_are_the_transaction(T: int, P: int) -> None:
             for name, stored, shape in (("a_log", "a_log", (Hv,)), ("dt_bias", "dt", (Hv,)), ("norm", "norm", (D,))):
                 given[name] = add_weight(emit.graph, stored, StoredWeight(stored, shape, FLOAT))
             given["conv_weight"] = add_weight(emit.graph, "conv.view", Reshaped(StoredWeight("conv", (C, K), FLOAT), (C, K)))
-            sizes = Sizes(T, P, Hk, Hv, D, D, K)
-            if T > 1 or kind is Emitter:
-                return list(emit_gated_delta_net(inner, given, sizes, 1e-6, FLOAT, delta_rule))
-            given["state"] = emit.transpose(values["state"], 0, 1, 3, 2)
-            *results, after = emit_step(inner, given, sizes, 1e-6, FLOAT)
-            return [*results, emit.transpose(after, 0, 1, 3, 2)]
+            return list(emit_gated_delta_net(inner, given, Sizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT, delta_rule))
 
         inputs = {name: (x.shape, FLOAT) for name, x in data.items()} | dict.fromkeys(counts, ((1,), ir.DataType.INT32))
         return session(emitted(inputs, build, {name: x.astype(np.float32) for name, x in weights.items()}))

@@ -4,43 +4,55 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from qwen_export.engine_options import EngineOptions
-from qwen_export.engines import compile_graph
+from qwen_export.engines import compile_graph, ready_library
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.weights.writer import external, lazy_weights
 from qwen_export.lowering import lower
 from qwen_export.plan import plan_build
+from qwen_export.plugins.tensorrt import step_plugin
 from qwen_export.plugins.tensorrt.engine_program import EVENTS, Call, read_program
 from qwen_export.plugins.tensorrt.parser_model import parser_model
-from qwen_export.runtimes.tensorrt_library import load_library
 from tests.test_parity import small_release_config
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
 
-@pytest.fixture(scope="module")
-def step(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
-    """One token through layers of the 0.8B's shapes, fp16. Weights are inputs of the engine, so there need not be any."""
-    directory = tmp_path_factory.mktemp("kernels")
+def program(directory: Path, graph: str, *plugins: str) -> list[Call]:
+    """A call of layers of the 0.8B's shapes, fp16. Weights are inputs of the engine, so there need not be any."""
     source = open_checkpoint(synthesize(small_release_config(), directory / "checkpoint", with_mtp=False))
-    options = EngineOptions(("89",))  # one: each SM has a program of its own in the file
-    plan = plan_build(source, "tensorrt-rtx", "cuda", "fp16", 4096, mtp=False, engine=options)
-    model = lower(source, plan)["decoder"]
+    options = EngineOptions(("89",), plugins=plugins)  # one: each SM has a program of its own in the file
+    plan = plan_build(source, "tensorrt-rtx", "cuda", "fp16", 4096, mtp=False, lookup=True, engine=options)
+    model = lower(source, plan)[graph]
     for value, weight in lazy_weights([model]):
         value.const_value = external(directory / "nowhere", 0, weight, value.name or "")
-    path = directory / "decoder.engine"
-    compile_graph(load_library("tensorrt-rtx"), "decoder", parser_model(model, bound=True).SerializeToString(), path, options, {})
+    path = directory / f"{graph}.engine"
+    library = ready_library("tensorrt-rtx", options)
+    compile_graph(library, graph, parser_model(model, bound=True).SerializeToString(), path, options, {})
     return read_program(path)
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> list[Call]:
+    return program(tmp_path_factory.mktemp("kernels"), "decoder")
+
+
+def per_layer(calls: list[Call]) -> list[int]:
+    """Kernels of each layer but the first."""
+    kernels = [call for call in calls if call.kind not in EVENTS]
+    ends = [i for i, call in enumerate(kernels) if "down_proj" in call.name]
+    return [b - a for a, b in pairwise(ends)]
 
 
 def test_products_of_one_input_are_one(step: list[Call]) -> None:
     products = [call.name for call in step if call.kind == "fully_connected"]
-    per_layer = Counter(name.split(".")[1] for name in products if name.startswith("layers.") and "Gemm" in name)
-    assert set(per_layer.values()) == {4}, "the mixer's inputs, its output, gate and up, down"
+    found = Counter(name.split(".")[1] for name in products if name.startswith("layers.") and "Gemm" in name)
+    assert set(found.values()) == {4}, "the mixer's inputs, its output, gate and up, down"
     assert sum("head" in name for name in products) == 1
 
 
@@ -59,12 +71,20 @@ def test_a_step_waits_for_no_second_stream(step: list[Call]) -> None:
 
 
 def test_the_kernels_of_a_layer(step: list[Call]) -> None:
-    """Four products each. A recurrent layer: two norms, SwiGLU, convolution, state, gated norm. An attention layer: nine in place of these
-    three, of which two are the products with the cache."""
-    kernels = [call for call in step if call.kind not in EVENTS]
-    ends = [i for i, call in enumerate(kernels) if "down_proj" in call.name]
-    assert [b - a for a, b in pairwise(ends)] == [10, 10, 16]
-    assert len(kernels) <= 50
+    """Four products each. A recurrent layer: two norms, SwiGLU, convolution, head norms, sums over the state, gated norm; its new state is
+    written behind the last layer. An attention layer: nine in place of these four, of which two are the products with the cache."""
+    assert per_layer(step) == [11, 11, 16]
+    assert len([call for call in step if call.kind not in EVENTS]) <= 56
+
+
+@pytest.mark.parametrize("graph", ["decoder", "verify"])
+def test_the_plugin_is_one_kernel(graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a recurrent layer, and the same for one token and for four."""
+    (tmp_path / "kernel.ptx").write_bytes(b"// not read by a build\n")
+    monkeypatch.setattr(step_plugin, "find_ptx", lambda element: tmp_path / "kernel.ptx")
+    calls = program(tmp_path, graph, "gated_delta_net")
+    assert per_layer(calls)[:2] == [8, 8]
+    assert sum(call.kind == "custom_layer" for call in calls) == 3
 
 
 def test_the_caches_are_not_copied(step: list[Call]) -> None:

@@ -50,19 +50,19 @@ def emit_gated_delta_net(
     where nothing is pending and every call commits all its tokens. `rule` computes the recurrence. Returns y,
     conv_history' and state'."""
     T, P, Hv, K = sizes.T, sizes.P, sizes.Hv, sizes.K
-    weights = taps(emit, given, K)
+    taps = _taps(emit, given, K)
     qkv, accepted, commit = given["qkv"], given.get("accepted"), given.get("commit")
 
     history = given["conv_history"]
     inputs, a, b = [], emit.wide(given["a"]), emit.wide(given["b"])
     if P:
         before = emit.concat([history, given["pending_qkv"]], axis=1)
-        inputs.append(conv_silu(emit, emit.wide(before), weights, P))
+        inputs.append(_conv_silu(emit, emit.wide(before), taps, P))
         history = emit.gather(before, emit.shared("history_rows", lambda: emit.add(emit.positions(K - 1), accepted)), axis=1)
         a = emit.concat([emit.wide(given["pending_a"]), a], axis=1)
         b = emit.concat([emit.wide(given["pending_b"]), b], axis=1)
     rows = emit.concat([history, qkv], axis=1)
-    inputs.append(conv_silu(emit, emit.wide(rows), weights, T))
+    inputs.append(_conv_silu(emit, emit.wide(rows), taps, T))
     if commit is None:
         history_after = emit.rows(rows, T, T + K - 1, axis=1)
     else:
@@ -70,7 +70,7 @@ def emit_gated_delta_net(
     u = inputs[0] if len(inputs) == 1 else emit.concat(inputs, axis=1)
 
     q, k, v = _heads(emit, u, sizes)
-    g, beta = gates(emit, given, a, b, sizes)
+    g, beta = _gates(emit, given, a, b, sizes)
     live, keep = _masks(emit, accepted, commit, sizes)
     if live is not None:
         g, beta = emit.mul(g, live), emit.mul(beta, live)
@@ -80,7 +80,7 @@ def emit_gated_delta_net(
     o, state_after = rule(emit, Recurrence(q, k, v, g, beta, state, P + T, keep))
     if P:
         o = emit.rows(o, P, P + T, axis=2)
-    y = gated_norm(emit, emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hv, sizes.Dv), given, sizes, eps)
+    y = _gated_norm(emit, emit.reshape(emit.transpose(o, 0, 2, 1, 3), 1, T, Hv, sizes.Dv), given, sizes, eps)
     return emit.cast(y, activation), history_after, state_after
 
 
@@ -101,7 +101,7 @@ def as_fp32(weight: Weight) -> Weight:
     raise TypeError(f"no fp32 form of {type(weight).__name__}")
 
 
-def taps(emit: Emitter, given: dict[str, ir.Value | None], K: int) -> list[ir.Value]:
+def _taps(emit: Emitter, given: dict[str, ir.Value | None], K: int) -> list[ir.Value]:
     """The convolution's weight as K vectors f32[C]."""
     value = given["conv_weight"]
     weight = weight_of(value)
@@ -111,11 +111,11 @@ def taps(emit: Emitter, given: dict[str, ir.Value | None], K: int) -> list[ir.Va
     return [add_weight(emit.graph, f"{name}.tap{i}", Column(as_fp32(weight), i)) for i in range(K)]
 
 
-def conv_silu(emit: Emitter, rows: ir.Value, weights: list[ir.Value], count: int) -> ir.Value:
+def _conv_silu(emit: Emitter, rows: ir.Value, taps: list[ir.Value], count: int) -> ir.Value:
     """Causal depthwise convolution and SiLU: rows f32[1,K-1+count,C] -> f32[1,count,C]. Shifted products: no transpose, no grouped Conv,
     which several runtimes compute channel by channel."""
     total: ir.Value | None = None
-    for i, tap in enumerate(weights):
+    for i, tap in enumerate(taps):
         part = emit.mul(emit.rows(rows, i, i + count, axis=1), tap)
         total = part if total is None else emit.add(total, part)
     if total is None:
@@ -140,7 +140,7 @@ def _heads(emit: Emitter, u: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value
     return q, k, emit.transpose(emit.reshape(v, 1, L, Hv, Dv), 0, 2, 1, 3)
 
 
-def gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value]:
+def _gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value]:
     """a, b f32[1,L,Hv] -> g and beta f32[1,Hv,L,1]."""
     value = given["a_log"]
     weight = weight_of(value)
@@ -175,7 +175,7 @@ def _first(emit: Emitter, count: ir.Value | None, size: int) -> ir.Value:
     return emit.reshape(emit.wide(inside), 1, 1, size, 1)
 
 
-def gated_norm(emit: Emitter, o: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes, eps: float) -> ir.Value:
+def _gated_norm(emit: Emitter, o: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes, eps: float) -> ir.Value:
     """o f32[1,T,Hv,Dv] -> f32[1,T,Hv*Dv]: RMS norm per head, times SiLU(z)."""
     normed = emit.mul(emit.mean_square_scale(o, eps), fp32_weight(emit, given["norm"]))
     z = emit.wide(given["z"])

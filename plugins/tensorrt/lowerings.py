@@ -14,6 +14,7 @@ from qwen_export.plugins.decompose import gated_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.emitter import Emitter, static_shape
+from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.onnxruntime.common import layer_prefix
@@ -22,7 +23,6 @@ from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_p
 from qwen_export.plugins.standard.quantized import ensure_whole_blocks, quantized_parts
 from qwen_export.plugins.tensorrt import experts
 from qwen_export.plugins.tensorrt.attention import emit_native_attention
-from qwen_export.plugins.tensorrt.delta_step import emit_step
 from qwen_export.plugins.tensorrt.step_plugin import LONGEST, emit_plugin, one_projection, split_projection
 
 # Tokens, pending ones among them, up to which the recurrence sums instead of multiplying matrices.
@@ -33,9 +33,31 @@ _INT4_ROWS = 8
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
-    one product per chunk in sequence. Everything fp32 between the projections. The graph's state is turned, [1,Hv,Dv,Dk] (`delta_step`)."""
+    one product per chunk in sequence. Everything fp32 between the projections."""
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     return _delta_net(Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared), given, node, context, shared)
+
+
+def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+    """gated_delta_net -> one product, and in short calls our plugin behind it; prompts as `lower_delta_net`, from the same product. The
+    state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]: a prompt turns it at its ends."""
+    layer = layer_prefix(node)
+    emit = Emitter(graph, f"{layer}.linear_attn", shared)
+    packed = one_projection(emit, node, context)
+    if context.static.T <= LONGEST:
+        return emit.nodes, emit_plugin(emit, layer, packed, node, context)
+    given = split_projection(emit, packed, dict(zip(gated_delta_net.inputs, node.inputs, strict=False)), context)
+    state = given["state"]
+    if state is None:
+        raise TypeError("gated_delta_net has no state")
+    keys_first = emit.transpose(state, 0, 1, 3, 2)
+    keys_first.shape = state.shape  # Dk = Dv
+    given["state"] = keys_first
+    nodes, (y, history, after) = _delta_net(emit, given, node, context, shared)
+    emit.nodes = nodes
+    turned = emit.transpose(after, 0, 1, 3, 2)
+    turned.shape = state.shape
+    return nodes, [y, history, turned]
 
 
 def _delta_net(
@@ -47,36 +69,15 @@ def _delta_net(
     kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
     emit = kind(before.graph, before.prefix, shared)
     emit.nodes = before.nodes
-    state, eps = given["state"], node.attributes.get_float("eps")
-    if state is None:
-        raise TypeError("gated_delta_net has no state")
-    state.shape = ir.Shape((1, sizes.Hv, sizes.Dv, sizes.Dk))
-    if sizes.T == 1 and not sizes.P:
-        y, history, after = emit_step(emit, given, sizes, eps, context.activation)
-    else:
-        turned = emit.transpose(state, 0, 1, 3, 2)
-        turned.shape = ir.Shape((1, sizes.Hv, sizes.Dk, sizes.Dv))
-        given["state"] = turned
-        rule = _rule(sizes.T, sizes.P, context)
-        y, history, after = delta_net.emit_gated_delta_net(emit, given, sizes, eps, context.activation, rule)
-        after = emit.transpose(after, 0, 1, 3, 2)
-    after.shape = state.shape
-    return emit.nodes, [y, history, after]
-
-
-def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """gated_delta_net -> one product, and in short calls our plugin behind it; prompts as `lower_delta_net`, from the same product."""
-    layer = layer_prefix(node)
-    emit = Emitter(graph, f"{layer}.linear_attn", shared)
-    packed = one_projection(emit, node, context)
-    if context.static.T <= LONGEST:
-        return emit.nodes, emit_plugin(emit, layer, packed, node, context)
-    given = split_projection(emit, packed, dict(zip(gated_delta_net.inputs, node.inputs, strict=False)), context)
-    return _delta_net(emit, given, node, context, shared)
+    rule = _rule(sizes.T, sizes.P, context)
+    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
+    return emit.nodes, list(results)
 
 
 def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
     """How the recurrence is computed over P pending and T new tokens."""
+    if T == 1 and not P:
+        return reduced_step
     if P or context.static.chunk >= T:
         return delta_rule
     # Activations have 11 bits at most in these graphs; products of fp32 operands would keep no more on tensor cores, and take longer.
