@@ -245,7 +245,7 @@ class DynamicDecoder(Decoder):
 
     def _bind(self, shape: CallShape) -> None:
         """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), self.session.busy_s
         for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
             del self._calls[old]
         # Recording runs the graph several times over: that is done now, and the states are put back.
@@ -261,6 +261,7 @@ class DynamicDecoder(Decoder):
             self._transaction.current = current
             for i, mark in enumerate(marks):
                 self._load(mark, i)
+        self.session.busy_s = busy  # counted once, as time spent on bindings
         self._binding_s += time.perf_counter() - started
 
     def _records(self, shape: CallShape) -> bool:

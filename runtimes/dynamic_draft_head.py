@@ -85,7 +85,7 @@ class DynamicDraftHead(DraftHead):
 
     def _bind(self, T: int, rows: int) -> BoundCall:
         """Calls that draft come again: after one token, or after what a round accepted. So do blocks; other calls have odd sizes."""
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), self.session.busy_s
         caches = {name: buffer.address for name, buffer in self.caches.items()}
         inputs = {
             **caches,
@@ -100,5 +100,6 @@ class DynamicDraftHead(DraftHead):
         if call.recorded:
             # Recording runs the graph; what it writes, the real run behind it writes again.
             call.run([0] * T, [self.length])
+        self.session.busy_s = busy  # counted once, as time spent on bindings
         self.binding_s += time.perf_counter() - started
         return call

@@ -236,7 +236,9 @@ def test_what_is_prepared_leaves_no_trace(model: Model, prompts: list[list[int]]
         decoder.prefill(prompts[0])
         decoder.verify(prompts[1][:4])
         decoder.accept(2)
+    busy, bound = prepared.session.busy_s, prepared.binding_s
     prepared.prepare(5)
+    assert prepared.session.busy_s == busy and prepared.binding_s > bound, "recording is counted once"
     prepared.warm()
     made = prepared.binding_s
     for tokens in (prompts[2][:5], prompts[3][:2], prompts[4][:5], prompts[0][:5]):
