@@ -86,7 +86,7 @@ def _compiled(bundle: Path, manifest: Manifest, there: Path) -> Manifest:
     from qwen_export.engines import compile_graph, engine_file, for_this_machine, mapped, ready_library, weight_places
 
     assert manifest.engine is not None
-    options = for_this_machine(EngineOptions(**manifest.engine.options))
+    options = for_this_machine(EngineOptions(**manifest.engine.options, plugins=manifest.engine.plugins))
     library = ready_library(manifest.target.backend, options)
     graphs, files = {}, dict(manifest.files)
     for name, graph in manifest.graphs.items():

@@ -16,6 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from qwen_export import engines
 from qwen_export.compiler import build
 from qwen_export.engine_options import EngineOptions
 from qwen_export.engines import rebuild
@@ -25,13 +26,14 @@ from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.models.eager import EagerSequence
 from qwen_export.graphs.models.load import load_decoder
+from qwen_export.layer_graphs import layer_graphs
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
 from qwen_export.plugins.onnxruntime.common import regroup_pending
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
 from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias
-from qwen_export.plugins.tensorrt.step_plugin import split_projection
+from qwen_export.plugins.tensorrt.step_plugin import LONGEST, split_projection
 from qwen_export.runtimes import cuda_driver, delta_net_plugin, load
 from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY, StepFields, pack_ptx, unpack_ptx
@@ -73,10 +75,19 @@ def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, contex
     return [y, history, emit.transpose(after, 0, 1, 3, 2)]
 
 
-def test_one_product_feeds_the_step_and_stays_pending(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept."""
+@pytest.mark.parametrize("width", [4, LONGEST + 3])
+def test_one_product_feeds_the_step_and_stays_pending(
+    width: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept. Verifies
+    that are too long for the plugin have native layers, and the same states and weights."""
     monkeypatch.setattr(lowerings, "emit_plugin", standard_step)
-    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=SIZES, max_context=256, engine=PLUGIN)
+    sizes = StaticOptions(chunk=128, step_tokens=width)
+    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=sizes, max_context=256, engine=PLUGIN)
+    graphs = load_manifest(bundle).graphs
+    projections = [{(w.name, w.offset) for w in graphs[name].weights if ".in_proj_" in w.name} for name in ("decoder", "verify", "prefill")]
+    assert projections[0] and projections[0] == projections[1] == projections[2]
+    assert {state.name.split(".")[2] for state in graphs["verify"].states if "pending" in state.name} == {"pending"}
     source = open_checkpoint(checkpoint)
     ids = np.random.default_rng(0).integers(0, 480, 150).tolist()
     decoder = load(bundle, threads=1).decoder()
@@ -131,6 +142,19 @@ def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> No
     again = rebuild(bundle, EngineOptions(("89",)))
     assert again.engine is not None and (again.engine.sms, again.engine.plugins) == (("89",), spec.plugins)
     assert packed in (bundle / "decoder.engine").read_bytes()
+
+
+@pytest.mark.usefixtures("compiled_kernel")
+def test_layers_of_engines_with_the_plugin_show(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`verify --per-layer` compiles the graphs again, plugin and all, in a process that has built nothing."""
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    monkeypatch.setattr(engines, "current_sm", lambda: "89")
+    engine, known = EngineOptions(("89",), plugins=PLUGIN.plugins, carry_onnx=True), []
+    bundle = build(checkpoint, tmp_path / "b", target="tensorrt-rtx", device="cuda", max_context=256, mtp=False, engine=engine)
+    monkeypatch.setattr(engines, "make_known", known.append)
+    with layer_graphs(bundle, load_manifest(bundle), open_checkpoint(checkpoint).config.text) as (there, manifest):
+        assert pack_ptx(PTX).encode() in (there / manifest.graphs["decoder"].file).read_bytes()
+    assert len(known) == 1
 
 
 def test_refusals(checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.onnxruntime.common import layer_prefix
+from qwen_export.plugins.onnxruntime.common import layer_prefix, regroup_pending
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.standard.lowerings import Lowering, Shared, attention_parts, linear_parts, lower_ops, lower_rms_normalization
 from qwen_export.plugins.standard.quantized import ensure_whole_blocks, quantized_parts
@@ -39,14 +39,20 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
-    """gated_delta_net -> one product, and in short calls our plugin behind it; prompts as `lower_delta_net`, from the same product. The
-    state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]: a prompt turns it at its ends."""
+    """gated_delta_net -> one product, and in short calls our plugin behind it; longer ones as `lower_delta_net`, from the same product,
+    which also stays pending as a whole. The state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]: a longer call turns it at its
+    ends."""
     layer = layer_prefix(node)
     emit = Emitter(graph, f"{layer}.linear_attn", shared)
     packed = one_projection(emit, node, context)
     if context.static.T <= LONGEST:
         return emit.nodes, emit_plugin(emit, layer, packed, node, context)
-    given = split_projection(emit, packed, dict(zip(gated_delta_net.inputs, node.inputs, strict=False)), context)
+    given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
+    if context.static.P:
+        (pending,) = regroup_pending(graph, layer, {"pending": packed})
+        parts = split_projection(emit, pending, {}, context)
+        given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
+    given = split_projection(emit, packed, given, context)
     state = given["state"]
     if state is None:
         raise TypeError("gated_delta_net has no state")
