@@ -81,5 +81,6 @@ def _engine(manifest: Manifest) -> dict[str, Any] | None:
         "minimum_cuda": spec.minimum_cuda,
         "weights": spec.weights,
         "weight_streaming": bool(spec.options.get("weight_streaming")),
+        "plugins": list(spec.plugins),
         "carries_onnx": bool(spec.onnx),
     }

@@ -191,7 +191,10 @@ def _weight_types(models: Iterable[ir.Model], precision: str) -> str:
 def _engine_spec(plan: BuildPlan, models: dict[str, ir.Model]) -> EngineSpec | None:
     if plan.engine is None:
         return None
-    return engine_spec(load_library(plan.target.backend), plan.engine, tuple(models) if plan.engine.carry_onnx else ())
+    from qwen_export.plugins.tensorrt.step_plugin import needed_cuda
+
+    onnx = tuple(models) if plan.engine.carry_onnx else ()
+    return engine_spec(load_library(plan.target.backend), plan.engine, onnx, needed_cuda(models.values()))
 
 
 def _graph_spec(plan: BuildPlan, name: str, model: ir.Model) -> GraphSpec:

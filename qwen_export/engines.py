@@ -23,7 +23,7 @@ from qwen_export.plugins.tensorrt.engine import BorrowedWeight, Built, build_eng
 from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes import cuda_driver
 from qwen_export.runtimes.mapped_weights import weight_bytes
-from qwen_export.runtimes.tensorrt_library import Library, load_library, minimum_cuda
+from qwen_export.runtimes.tensorrt_library import Library, load_library, minimum_cuda, numbers
 
 # What of the options a later build needs to know; the rest is about the machine that builds.
 _KEPT = (
@@ -79,14 +79,14 @@ def compile_graph(library: Library, graph: str, model: bytes, output: Path, opti
     return build_engine(library, model, output, options, borrowed, where=graph)
 
 
-def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...]) -> EngineSpec:
-    """For the manifest. `onnx`: the graphs that the bundle carries as ONNX."""
+def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...], kernels: str = "") -> EngineSpec:
+    """For the manifest. `onnx`: the graphs that the bundle carries as ONNX; `kernels`: the CUDA that those of our plugins need, if any."""
     return EngineSpec(
         library.version,
         options.sms,
         options.hardware_compatibility,
         options.version_compatible,
-        minimum_cuda(library.flavour.name),
+        max(minimum_cuda(library.flavour.name), kernels, key=numbers),
         options.weights,
         onnx,
         {name: value for name, value in asdict(options).items() if name in _KEPT},
@@ -138,7 +138,9 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         files = dict(manifest.files)
         for name in spec.onnx:
             files[manifest.graphs[name].file] = hash_file(Path(directory) / manifest.graphs[name].file)
-        changed = replace(manifest, files=files, engine=engine_spec(library, options, spec.onnx), verification={})
+        # The kernels of our plugins are the same, in the ONNX.
+        engine = engine_spec(library, options, spec.onnx, spec.minimum_cuda if spec.plugins else "")
+        changed = replace(manifest, files=files, engine=engine, verification={})
         text = Path(directory) / MANIFEST
         text.write_text(changed.to_json(), encoding="utf-8")
         for name in spec.onnx:

@@ -127,6 +127,14 @@ def ensure_context() -> None:
     _thread.ready = True
 
 
+def current_context() -> int:
+    """The calling thread's, which is that of the first device unless it has another already."""
+    ensure_context()
+    current = c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(current))
+    return int(current.value or 0)
+
+
 def use_device(device_id: int) -> None:
     """Make a device the one that the calling thread works on."""
     call("cuCtxSetCurrent", _primary_context(device_id))

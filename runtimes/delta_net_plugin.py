@@ -64,11 +64,15 @@ def unpack_ptx(packed: str) -> bytes:
     return zlib.decompress(base64.b64decode(packed))
 
 
+def _function(given: StepFields) -> int:
+    """The kernel, on the device that the calling thread works on."""
+    return _loaded(given.ptx, given.kernel, cuda_driver.current_context())
+
+
 @cache
-def _function(packed_ptx: str, kernel: str) -> int:
-    """A kernel in the context of the process's device. The driver compiles the PTX, and keeps that on the disk."""
+def _loaded(packed_ptx: str, kernel: str, context: int) -> int:
+    """A function belongs to one context. The driver compiles the PTX, and keeps that on the disk."""
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
-    cuda_driver.ensure_context()
     cuda_driver.call(
         "cuModuleLoadData",
         ctypes.byref(module),
@@ -84,7 +88,7 @@ def launch(given: StepFields, inputs: Sequence[int], outputs: Sequence[int], str
     pointers = [*map(ctypes.c_void_p, inputs), *map(ctypes.c_int, given.numbers), *map(ctypes.c_void_p, outputs)]
     arguments = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
     grid_and_block = (given.value_heads, 1, 1, THREADS, 1, 1)
-    cuda_driver.call("cuLaunchKernel", _function(given.ptx, given.kernel), *grid_and_block, 0, stream, arguments, None)
+    cuda_driver.call("cuLaunchKernel", _function(given), *grid_and_block, 0, stream, arguments, None)
 
 
 def register(library: Library) -> None:
@@ -157,7 +161,7 @@ def step_plugin(api: Any, name: str, given: StepFields) -> Any:
             return self.kept
 
         def attach_to_context(self, context: Any) -> Any:
-            _function(given.ptx, given.kernel)  # not in the first call, which may be one that is recorded
+            _function(given)  # not in the first call, which may be one that is recorded
             return self.clone()
 
         def enqueue(self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import onnx_ir as ir
 import pytest
 
 from qwen_export import engines
+from qwen_export.bundle_summary import inspect_bundle
+from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.compiler import build
 from qwen_export.engine_options import EngineOptions
 from qwen_export.engines import rebuild
-from qwen_export.errors import UnsupportedError
+from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
@@ -32,18 +35,20 @@ from qwen_export.plan import plan_build
 from qwen_export.plugins.onnxruntime.common import regroup_pending
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
-from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias
+from qwen_export.plugins.tensorrt.engine import build_engine
+from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias, ensure_plain_name
 from qwen_export.plugins.tensorrt.step_plugin import LONGEST, split_projection
 from qwen_export.runtimes import cuda_driver, delta_net_plugin, load
 from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY, StepFields, pack_ptx, unpack_ptx
+from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, THREADS, VERIFY, StepFields, pack_ptx, unpack_ptx
+from qwen_export.runtimes.tensorrt_library import load_library
 from qwen_export.static_plan import StaticOptions
 from tests.support.fake_driver import FakeDriver
 from tests.support.tensorrt_graphs import bundle_on_cpu
 
 PLUGIN = EngineOptions(("89", "120"), plugins=("gated_delta_net",))
 SIZES = StaticOptions(chunk=128, step_tokens=4)
-PTX = b"// a kernel\n"
+PTX = b"// Cuda compilation tools, release 13.4, V13.4.1\n"
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,8 @@ def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> No
     bundle = build(checkpoint, tmp_path / "b", **made, engine=engine, mtp=False, lookup=True)  # type: ignore[arg-type]
     spec = load_manifest(bundle).engine
     assert spec is not None and spec.plugins == ("gated_delta_net",)
+    assert spec.minimum_cuda == "13.4", "the driver must take the PTX"
+    assert "and our own kernel for gated_delta_net" in bundle_text(inspect_bundle(bundle))
     stacked = {w.name.rpartition(".in_proj_")[2] for w in load_manifest(bundle).graphs["decoder"].weights if ".in_proj_" in w.name}
     assert stacked == {"fp16": {"qkv_z_a_b"}, "int4": {"qkv_z.codes", "qkv_z.scales", "a_b"}}[precision], "gates are never quantised"
     before = {graph: (bundle / f"{graph}.engine").read_bytes() for graph in ("decoder", "verify", "prefill")}
@@ -141,6 +148,7 @@ def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> No
     assert {graph: packed in data for graph, data in before.items()} == {"decoder": True, "verify": True, "prefill": False}
     again = rebuild(bundle, EngineOptions(("89",)))
     assert again.engine is not None and (again.engine.sms, again.engine.plugins) == (("89",), spec.plugins)
+    assert again.engine.minimum_cuda == "13.4"
     assert packed in (bundle / "decoder.engine").read_bytes()
 
 
@@ -185,6 +193,33 @@ def test_an_alias_finds_what_the_real_library_has(tmp_path: Path) -> None:
     assert ctypes.CDLL(path.name)._handle == library._handle, "it is known by its name from then on"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="an ELF file")
+def test_where_no_alias_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: object, **named: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(UnsupportedError, match=r"the parser needs libtensorrt_rtx\.so.*LD_LIBRARY_PATH"):
+        ensure_plain_name.__wrapped__()
+
+
+def test_a_parser_that_knows_no_plugin_of_ours(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Unheard", ["x"], ["y"], domain=NAMESPACE)], "g", [x], [y])
+    opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid(NAMESPACE, 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets).SerializeToString()
+    with pytest.raises(BuildError, match=r"cannot read the graph.*1\.7 or newer, or build without --plugin"):
+        build_engine(load_library("tensorrt-rtx"), model, tmp_path / "e", PLUGIN)
+
+
+def test_what_python_says_of_the_kernel_is_what_its_sources_say() -> None:
+    native = Path(step_plugin.__file__).parents[1] / "native"
+    for file, constant, value in (("delta_net.cuh", "kFewTokens", LONGEST), ("few_tokens.cuh", "kHeadThreads", THREADS)):
+        assert f"constexpr int {constant} = {value};" in (native / file).read_text(encoding="utf-8")
+
+
 def test_fields_of_a_plugin() -> None:
     given = StepFields("kernel", pack_ptx(PTX), 4, 3, 16, 32, 128, 7)
     assert unpack_ptx(given.ptx) == PTX
@@ -209,6 +244,20 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [kernel[:2] for kernel in driver.kernels] == [(b"a_launch", (32, 1, 1, 512, 1, 1))] * 2
     assert seen == [[*range(1000, 1010), 4, 3, 16, 32, 7, *range(2000, 2003)]] * 2
     assert list(driver.modules.values()) == [PTX + b"\0"]
+
+
+def test_each_gpu_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several bundles in a process may be on several GPUs."""
+    driver = FakeDriver(devices=2)
+    monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
+    for name, arguments in cuda_driver._FUNCTIONS.items():
+        getattr(driver, name).argtypes = arguments
+    given = StepFields("on_two_gpus", pack_ptx(PTX), 1, 0, 1, 1, 64, 7)
+    for device in (0, 1, 0):
+        stream = Stream(device)
+        delta_net_plugin.launch(given, range(7), range(3), stream.handle)
+    cuda_driver.use_device(0)
+    assert len(driver.modules) == 2
 
 
 _QUICK = """

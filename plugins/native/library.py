@@ -6,6 +6,7 @@ Imports neither torch nor onnx. A machine without a library builds bundles with 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,3 +68,9 @@ def find_ptx(element: str) -> Path | None:
     """Kernels for engines of TensorRT with activations of a type ("float16"), which build_ptx.sh compiles; None where it was not run."""
     path = Path(__file__).parent / f"delta_net_step.{element}.ptx"
     return path if path.is_file() else None
+
+
+def ptx_cuda(ptx: bytes) -> str:
+    """The CUDA that a driver must serve to take a PTX: that of the nvcc that wrote it, which says so at the top. "" where it does not."""
+    found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", ptx[:1000])
+    return found[1].decode() if found else ""

@@ -17,6 +17,7 @@ from qwen_export import engine_options
 from qwen_export.engine_options import BOUND, STRIPPED, EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.runtimes.tensorrt_library import (
+    AOT_PLUGINS,
     FOREIGN_SM,
     HARDWARE_COMPATIBILITY,
     TILING,
@@ -61,7 +62,8 @@ def build_engine(
     parser = api.OnnxParser(network, library.log)
     if not _parse(parser, model, weights or {}):
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
-        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said())
+        fix = "Take TensorRT-RTX 1.7 or newer, or build without --plugin." if options.plugins and not library.has(AOT_PLUGINS) else ""
+        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said(), fix=fix)
     _let_decompose(api, network)
     summary = _summary(network)
     if options.layer_dump is not None:

@@ -39,13 +39,13 @@ def ensure_plain_name() -> None:
     fix = f"Put a link {_PLAIN} to {_REAL} into a directory that LD_LIBRARY_PATH names."
     if platform.machine() not in _MACHINES:
         raise UnsupportedError(f"the parser needs {_PLAIN}", got=f"no alias for {platform.machine()}", fix=fix)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / _PLAIN
-        path.write_bytes(alias(_PLAIN, _REAL, _MACHINES[platform.machine()]))
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / _PLAIN
+            path.write_bytes(alias(_PLAIN, _REAL, _MACHINES[platform.machine()]))
             ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
-        except OSError as error:
-            raise UnsupportedError(f"the parser needs {_PLAIN}", got=error, fix=fix) from error
+    except OSError as error:  # no directory to write to, or the system lets nobody load from it
+        raise UnsupportedError(f"the parser needs {_PLAIN}", got=error, fix=fix) from error
 
 
 def alias(name: str, needed: str, machine: int) -> bytes:

@@ -7,6 +7,7 @@ The kernel is that of ONNX Runtime's plugin (plugins/native/few_tokens.cuh), com
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import groupby
 
@@ -17,10 +18,12 @@ from qwen_export.graphs.passes.context import PassContext
 from qwen_export.graphs.quantization.plan import GroupFormat
 from qwen_export.graphs.weights.expression import Stacked
 from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.native.library import find_ptx
+from qwen_export.plugins.native.library import find_ptx, ptx_cuda
 from qwen_export.plugins.onnxruntime.common import producing_linear, regroup_pending
 from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, OUTPUTS, STEP, VERIFY, VERSION, StepFields, pack_ptx
+from qwen_export.plugins.standard.check_standard import OWN
+from qwen_export.runtimes.delta_net_plugin import NAMESPACE, OUTPUTS, STEP, VERIFY, VERSION, StepFields, pack_ptx, unpack_ptx
+from qwen_export.runtimes.tensorrt_library import numbers
 
 LONGEST = 9
 """Tokens of a call that the kernel takes, kFewTokens of plugins/native/delta_net.cuh."""
@@ -86,6 +89,12 @@ def emit_plugin(emit: Emitter, layer: str, packed: ir.Value, node: ir.Node, cont
     old_state.shape = ir.Shape([1, config.linear_num_value_heads, D, D])
     history.shape, state.shape, state.type = old_history.shape, old_state.shape, old_state.type
     return [y, history, state]
+
+
+def needed_cuda(models: Iterable[ir.Model]) -> str:
+    """The CUDA that a driver must serve for the kernels that our nodes carry, "" where there are none."""
+    carried = {node.attributes.get_string("ptx") for model in models for node in model.graph if (node.domain, node.op_type) in OWN}
+    return max((ptx_cuda(unpack_ptx(ptx)) for ptx in carried), key=numbers, default="")
 
 
 def _ptx(activation: ir.DataType) -> str:

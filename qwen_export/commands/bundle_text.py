@@ -61,6 +61,8 @@ def _needs(report: dict[str, Any]) -> str:
         f"a driver for CUDA {engine['minimum_cuda']}",
         f"engines with {engine['weights']} weights" + (" that can wait in host memory" if engine["weight_streaming"] else ""),
     ]
+    if engine["plugins"]:
+        parts[-1] += f" and our own kernel for {', '.join(engine['plugins'])}"
     return ", ".join(parts) + (
         "; for another GPU or version `qwen-export rebuild`" if engine["carries_onnx"] else "; no graphs to rebuild from"
     )

@@ -37,6 +37,7 @@ class FakeDriver:
 
     def __init__(self, memory: int = 1 << 30, sm: tuple[int, int] = (8, 9), cuda: int = 13000, devices: int = 1) -> None:
         self.memory, self.sm, self.cuda, self.devices = memory, sm, cuda, devices
+        self.context: int | None = None
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         self.streams: set[int] = set()
@@ -99,10 +100,10 @@ class FakeDriver:
         context.value = 77 + device
 
     def _cuCtxGetCurrent(self, context: Any) -> None:
-        context.value = None
+        context.value = self.context
 
     def _cuCtxSetCurrent(self, context: int) -> None:
-        pass
+        self.context = context
 
     # ---- memory ----
 
