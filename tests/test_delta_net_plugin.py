@@ -172,6 +172,8 @@ def test_refusals(checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path, monke
         return str(caught.value)
 
     assert "our plugin takes heads of 64 or 128 keys and as many values, and 4 taps" in refused(tiny_checkpoint, "89")
+    with pytest.raises(UnsupportedError, match="no plugin for moe, only for gated_delta_net"):
+        plan_build(open_checkpoint(checkpoint), "tensorrt-rtx", "cuda", "fp16", engine=EngineOptions(("89",), plugins=("moe",)))
     assert "our plugin is compiled for SM 80 and newer" in refused(checkpoint, "75", "89")
     pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
     made: dict[str, Any] = {"target": "tensorrt-rtx", "device": "cuda", "precision": "fp16", "max_context": 256, "options": SIZES}

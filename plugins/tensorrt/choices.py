@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from qwen_export.engine_options import PLUGINS
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.quantization.plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.plugins.onnxruntime.choices import Choice
@@ -44,6 +45,7 @@ def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequen
     old = [sm for sm in sms if int(sm) < _FP8_SINCE]
     if FP8 in formats and old:
         reasons.append(f"fp8 weights need SM {_FP8_SINCE} or newer, and SM {', '.join(old)} is among the targets")
+    reasons += [f"there is no plugin for {op}, only for {', '.join(PLUGINS)}" for op in plugins if op not in PLUGINS]
     sizes = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim
     if "gated_delta_net" in plugins and sizes not in _PLUGIN_SIZES:
         reasons.append(

@@ -75,7 +75,7 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
                 layer_dump=values.pop("layer_dump"),
                 weights=values.pop("engine_weights", BOUND),
                 carry_onnx=values.pop("carry_onnx", False),
-                plugins=tuple(values.pop("plugin", ())),
+                plugins=tuple(dict.fromkeys(values.pop("plugin", ()))),
             )
             return command(*arguments, engine=engine, **values)
 
