@@ -73,10 +73,25 @@ def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, contex
     return [y, history, emit.transpose(after, 0, 1, 3, 2)]
 
 
-def test_one_product_feeds_the_step_and_stays_pending(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept."""
-    monkeypatch.setattr(lowerings, "emit_plugin", standard_step)
-    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=SIZES, max_context=256, engine=PLUGIN)
+@pytest.mark.parametrize(
+    ("chunk", "width", "plugged"),
+    [(128, 4, {"decoder", "verify"}), (8, 4, {"decoder", "verify"}), (128, 12, {"decoder"})],
+    ids=["usual", "short prompt calls", "long verifies"],
+)
+def test_one_product_feeds_the_step_and_stays_pending(
+    chunk: int, width: int, plugged: set[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept. Calls
+    that the kernel has no form for are native layers, over the same states."""
+    sizes = []
+
+    def emit(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
+        sizes.append(context.static)
+        return standard_step(emit, layer, packed, node, context)
+
+    monkeypatch.setattr(lowerings, "emit_plugin", emit)
+    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=StaticOptions(chunk, width), max_context=256, engine=PLUGIN)
+    assert {"decoder" if size.T == 1 else "verify" if size.P else "prefill" for size in sizes} == plugged
     source = open_checkpoint(checkpoint)
     ids = np.random.default_rng(0).integers(0, 480, 150).tolist()
     decoder = load(bundle, threads=1).decoder()
