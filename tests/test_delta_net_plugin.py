@@ -80,18 +80,29 @@ def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, contex
     return [y, history, emit.transpose(after, 0, 1, 3, 2)]
 
 
-@pytest.mark.parametrize("width", [4, LONGEST + 3])
+@pytest.mark.parametrize(
+    ("chunk", "width", "plugged"),
+    [(128, 4, {"decoder", "verify"}), (8, 4, {"decoder", "verify"}), (128, 12, {"decoder"})],
+    ids=["usual", "short prompt calls", "long verifies"],
+)
 def test_one_product_feeds_the_step_and_stays_pending(
-    width: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chunk: int, width: int, plugged: set[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept. Verifies
-    that are too long for the plugin have native layers, and the same states and weights."""
-    monkeypatch.setattr(lowerings, "emit_plugin", standard_step)
-    sizes = StaticOptions(chunk=128, step_tokens=width)
-    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=sizes, max_context=256, engine=PLUGIN)
+    """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept. Calls
+    that the kernel has no form for are native layers, over the same states and
+    weights."""
+    sizes = []
+
+    def emit(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
+        sizes.append(context.static)
+        return standard_step(emit, layer, packed, node, context)
+
+    monkeypatch.setattr(lowerings, "emit_plugin", emit)
+    bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=StaticOptions(chunk, width), max_context=256, engine=PLUGIN)
+    assert {"decoder" if size.T == 1 else "verify" if size.P else "prefill" for size in sizes} == plugged
     graphs = load_manifest(bundle).graphs
     projections = [{(w.name, w.offset) for w in graphs[name].weights if ".in_proj_" in w.name} for name in ("decoder", "verify", "prefill")]
-    assert projections[0] and projections[0] == projections[1] == projections[2]
+    assert projections[0] and projections[0] == projections[1] == projections[2], "one matrix for all graphs"
     assert {state.name.split(".")[2] for state in graphs["verify"].states if "pending" in state.name} == {"pending"}
     source = open_checkpoint(checkpoint)
     ids = np.random.default_rng(0).integers(0, 480, 150).tolist()

@@ -45,7 +45,8 @@ def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext,
     layer = layer_prefix(node)
     emit = Emitter(graph, f"{layer}.linear_attn", shared)
     packed = one_projection(emit, node, context)
-    if context.static.T <= LONGEST:
+    # A prompt's call may be short, too, and is then padded without anything pending, which the kernel has no form for.
+    if context.static.T <= LONGEST and (context.static.P or not context.static.padded):
         return emit.nodes, emit_plugin(emit, layer, packed, node, context)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     if context.static.P:
