@@ -4,6 +4,7 @@ test_delta_net_plugin_gpu.py."""
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import shutil
 import subprocess
@@ -237,6 +238,23 @@ def test_fields_of_a_plugin() -> None:
     given = StepFields("kernel", pack_ptx(PTX), 4, 3, 16, 32, 128, 7)
     assert unpack_ptx(given.ptx) == PTX
     assert (given.numbers, given.width) == ((4, 3, 16, 32, 7), 4096)
+
+
+def test_a_plugin_of_rtx_is_made_from_its_fields() -> None:
+    """As an engine is loaded: the fields that a plugin gave away are what the registry's creator makes the next one of."""
+    api = pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
+    library = load_library("tensorrt-rtx")
+    for _ in range(2):
+        delta_net_plugin.register(library)
+    gc.collect()
+    creator = api.get_plugin_registry().get_creator(VERIFY, delta_net_plugin.VERSION, NAMESPACE)
+    given = StepFields("kernel", pack_ptx(PTX), 4, 3, 16, 32, 128, 7)
+    made = delta_net_plugin.step_plugin(api, VERIFY, given).clone()
+    again = creator.create_plugin("layer", made.get_fields_to_serialize(), api.TensorRTPhase.RUNTIME)
+    del made
+    gc.collect()
+    assert delta_net_plugin._read(again.get_fields_to_serialize()) == given
+    assert (again.plugin_name, again.num_outputs) == (VERIFY, 3)
 
 
 def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from qwen_export.errors import BundleError, QwenExportError, VerifyError
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.layer_check import verify_layers
 from qwen_export.manifest import EngineSpec, WeightSpec, load_manifest
-from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, load, tensorrt_compatibility, tensorrt_engines
+from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, delta_net_plugin, load, tensorrt_compatibility, tensorrt_engines
 from qwen_export.runtimes.buffers import CudaBuffer, as_bytes
 from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.device_weights import arrange
@@ -87,6 +87,19 @@ def test_engines_give_the_tokens_of_the_graphs(portable: Path, bundle: Path, mac
     expected = greedy(load(portable, threads=1).decoder(), PROMPT, 12)
     assert greedy(load(bundle).decoder(), PROMPT, 12) == expected
     assert driver.launches > 8
+
+
+def test_our_plugins_are_known_before_an_engine_is_read(
+    portable: Path, tmp_path: Path, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, tensorrt = machine()
+    seen: list[int] = []
+    monkeypatch.setattr(delta_net_plugin, "register", lambda library: seen.append(tensorrt.live["engine"]))
+    load(engine_bundle(portable, tmp_path / "plain"))
+    assert not seen
+    gc.collect()
+    load(engine_bundle(portable, tmp_path / "plugged", plugins=["gated_delta_net"]))
+    assert seen == [0]
 
 
 def test_without_recording_the_tokens_are_the_same(portable: Path, bundle: Path, machine: Machine) -> None:
