@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from qwen_export.plugins.native.library import find_ptx
-from qwen_export.runtimes.buffers import CudaBuffer
+from qwen_export.runtimes.buffers import CudaBuffer, encode
 from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.delta_net_plugin import StepFields, launch, pack_ptx
 
@@ -34,9 +34,7 @@ def microseconds(dtype: str, T: int, P: int, Hk: int, Hv: int) -> float:
 
     def buffer(kind: str, *shape: int) -> CudaBuffer:
         made = CudaBuffer(kind, shape)
-        values = (rng.standard_normal(shape) * 0.1).astype(np.float32)
-        narrow = {"float": values, "float16": values.astype(np.float16), "bfloat16": (values.view(np.uint32) >> 16).astype(np.uint16)}
-        made.write(np.ascontiguousarray(narrow[kind]).view(np.uint8).reshape(-1))
+        made.write(encode((rng.standard_normal(shape) * 0.1).astype(np.float32), kind))
         return made
 
     def counts(value: int) -> CudaBuffer:

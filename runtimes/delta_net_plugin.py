@@ -22,11 +22,22 @@ from qwen_export.runtimes.tensorrt_library import Library
 
 NAMESPACE, VERSION = "qwen", "1"
 STEP, VERIFY = "DeltaNetStep", "DeltaNetVerify"
-# packed, conv, a_log, dt_bias, norm, history, state; a verify also has pending, accepted, commit. Both give y, history', state'.
-INPUTS = {STEP: 7, VERIFY: 10}
-OUTPUTS = 3
-_PACKED, _HISTORY, _STATE, _PENDING = 0, 5, 6, 7
-_FLOATS, _COUNTS = (2, 3, _STATE), (8, 9)  # inputs of their own types, whatever the activations are
+ACTIVATION, FLOAT, COUNT = "activation", "FLOAT", "INT32"
+_STEP_TENSORS = {
+    "packed": ACTIVATION,
+    "conv": ACTIVATION,
+    "a_log": FLOAT,
+    "dt_bias": FLOAT,
+    "norm": ACTIVATION,
+    "history": ACTIVATION,
+    "state": FLOAT,
+}
+TENSORS = {STEP: _STEP_TENSORS, VERIFY: _STEP_TENSORS | {"pending": ACTIVATION, "accepted": COUNT, "commit": COUNT}}
+"""Inputs of the plugins, in order: ACTIVATION, or a type of their own whatever the activations are, as tensorrt.DataType calls it."""
+RESULTS = {"y": ACTIVATION, "history": ACTIVATION, "state": FLOAT}
+OWN = frozenset((NAMESPACE, name) for name in TENSORS)
+"""Domains and kinds of our nodes."""
+_PACKED, _HISTORY, _STATE = (list(_STEP_TENSORS).index(name) for name in ("packed", "history", "state"))
 THREADS = 512
 """Of a block, which is one value head."""
 
@@ -56,7 +67,9 @@ class StepFields:
         return self.value_heads * self.head_size
 
 
+@cache
 def pack_ptx(ptx: bytes) -> str:
+    """Every layer of a graph carries the same."""
     return base64.b64encode(zlib.compress(ptx, 9)).decode("ascii")
 
 
@@ -84,7 +97,7 @@ def _loaded(packed_ptx: str, kernel: str, context: int) -> int:
 
 
 def launch(given: StepFields, inputs: Sequence[int], outputs: Sequence[int], stream: int) -> None:
-    """Queue the kernel on a stream. `inputs` and `outputs` are addresses on the device, in the order of INPUTS."""
+    """Queue the kernel on a stream. `inputs` and `outputs` are addresses on the device, in the order of TENSORS and RESULTS."""
     pointers = [*map(ctypes.c_void_p, inputs), *map(ctypes.c_int, given.numbers), *map(ctypes.c_void_p, outputs)]
     arguments = (ctypes.c_void_p * len(pointers))(*(ctypes.addressof(pointer) for pointer in pointers))
     grid_and_block = (given.value_heads, 1, 1, THREADS, 1, 1)
@@ -94,7 +107,7 @@ def launch(given: StepFields, inputs: Sequence[int], outputs: Sequence[int], str
 def register(library: Library) -> None:
     """Make the plugins known to a TensorRT-RTX, for its parser and for engines that hold them. Raises BundleError where it refuses."""
     registry = library.api.get_plugin_registry()
-    for name in INPUTS:
+    for name in TENSORS:
         if registry.get_creator(name, VERSION, NAMESPACE) is not None:
             continue
         creator = _creator(library.api, name)
@@ -127,7 +140,7 @@ def step_plugin(api: Any, name: str, given: StepFields) -> Any:
             for base in (api.IPluginV3, api.IPluginV3OneCore, api.IPluginV3OneBuild, api.IPluginV3OneRuntime):
                 base.__init__(self)
             self.plugin_name, self.plugin_namespace, self.plugin_version = name, NAMESPACE, VERSION
-            self.num_outputs = OUTPUTS
+            self.num_outputs = len(RESULTS)
             self.kept, self.data = _collection(api, given)
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -142,14 +155,11 @@ def step_plugin(api: Any, name: str, given: StepFields) -> Any:
             return [y, api.DimsExprs(shapes[_HISTORY]), api.DimsExprs(shapes[_STATE])]
 
         def supports_format_combination(self, position: int, tensors: list[Any], inputs: int) -> bool:
-            types, found = api.DataType, tensors[position].desc
-            if found.format != api.TensorFormat.LINEAR:
+            types, found, activation = api.DataType, tensors[position].desc, tensors[_PACKED].desc.type
+            wanted = [*TENSORS[name].values(), *RESULTS.values()][position]
+            if found.format != api.TensorFormat.LINEAR or activation not in (types.FLOAT, types.HALF, types.BF16):
                 return False
-            if position in _FLOATS or position == inputs + OUTPUTS - 1:
-                return bool(found.type == types.FLOAT)
-            if position in _COUNTS and inputs == INPUTS[VERIFY]:
-                return bool(found.type == types.INT32)
-            return bool(found.type in (types.FLOAT, types.HALF, types.BF16) and found.type == tensors[_PACKED].desc.type)
+            return bool(found.type == (activation if wanted == ACTIVATION else getattr(types, wanted)))
 
         def configure_plugin(self, inputs: list[Any], outputs: list[Any]) -> None:
             return None

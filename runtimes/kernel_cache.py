@@ -28,6 +28,14 @@ def cache_directory() -> Path | None:
     return base / "qwen-export" / "kernels"
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Another process may do the same: the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
 class KernelFile:
     """The kernels of one engine. `engine` is the engine's hash, `machine` what they are compiled for: library, GPU, driver."""
 
@@ -52,8 +60,4 @@ class KernelFile:
             return
         self._size = len(data)
         with contextlib.suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Another process may do the same: the file appears whole or not at all.
-            with NamedTemporaryFile(dir=self.path.parent, delete=False) as file:
-                file.write(data)
-            os.replace(file.name, self.path)
+            write_whole(self.path, data)

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from qwen_export.bundle_summary import inspect_bundle
 from qwen_export.cli import main
+from qwen_export.commands.bundle_text import bundle_text
 
 
 @pytest.fixture
@@ -169,6 +171,19 @@ def test_bench_beyond_the_context_is_refused(run: Any, demo_bundle: Path) -> Non
 def test_unknown_commands_and_options_exit_with_two(run: Any) -> None:
     assert run("fly")[0] == 2
     assert run("build", "x")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("speculation", "said"),
+    [
+        (None, "none: it was built without speculation"),
+        ({"max_draft": 3, "draft_vocab": 0}, "up to 3 a round, from the text (run --speculate lookup)"),
+        ({"max_draft": 3, "draft_vocab": 99}, "up to 3 a round, by its draft head, among the lowest 99 ids, or from the text"),
+    ],
+)
+def test_inspect_says_who_drafts(speculation: dict[str, int] | None, said: str, tiny_bundle: Path) -> None:
+    report = inspect_bundle(tiny_bundle) | {"speculation": speculation}
+    assert f"drafts     {said}" in bundle_text(report).splitlines()
 
 
 def test_inspect_says_what_a_bundle_is(run: Any, tiny_bundle: Path) -> None:

@@ -28,24 +28,20 @@ from qwen_export.errors import BuildError, UnsupportedError
 from qwen_export.graphs.checkpoint.directory import open_checkpoint
 from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
 from qwen_export.layer_graphs import layer_graphs
 from qwen_export.manifest import load_manifest
 from qwen_export.plan import plan_build
-from qwen_export.plugins.onnxruntime.common import regroup_pending
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
 from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
 from qwen_export.plugins.tensorrt.engine import build_engine
 from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias, ensure_plain_name
-from qwen_export.plugins.tensorrt.step_plugin import LONGEST, split_projection
-from qwen_export.runtimes import cuda_driver, delta_net_plugin, load
+from qwen_export.plugins.tensorrt.step_plugin import LONGEST
+from qwen_export.runtimes import cuda_driver, delta_net_plugin
 from qwen_export.runtimes.cuda_stream import Stream
 from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, THREADS, VERIFY, StepFields, pack_ptx, unpack_ptx
 from qwen_export.runtimes.tensorrt_library import load_library
 from qwen_export.static_plan import StaticOptions
 from tests.support.fake_driver import FakeDriver
-from tests.support.tensorrt_graphs import bundle_on_cpu
+from tests.support.tensorrt_graphs import bundle_on_cpu, error_of_calls
 
 PLUGIN = EngineOptions(("89", "120"), plugins=("gated_delta_net",))
 SIZES = StaticOptions(chunk=128, step_tokens=4)
@@ -65,22 +61,6 @@ def compiled_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_plugin, "find_ptx", lambda element: tmp_path / "kernel.ptx")
 
 
-def standard_step(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
-    """The plugin's node as standard operators, on the same inputs."""
-    given: dict[str, ir.Value | None] = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    if context.static.P:
-        (pending,) = regroup_pending(emit.graph, layer, {"pending": packed})
-        parts = split_projection(emit, pending, {}, context)
-        given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
-    given = split_projection(emit, packed, given, context)
-    turned = given["state"]
-    assert turned is not None
-    given["state"] = emit.transpose(turned, 0, 1, 3, 2)
-    given["state"].shape = turned.shape
-    _, (y, history, after) = lowerings._delta_net(emit, given, node, context, {})
-    return [y, history, emit.transpose(after, 0, 1, 3, 2)]
-
-
 @pytest.mark.parametrize(
     ("chunk", "width", "plugged"),
     [(128, 4, {"decoder", "verify"}), (8, 4, {"decoder", "verify"}), (128, 12, {"decoder"})],
@@ -90,31 +70,22 @@ def test_one_product_feeds_the_step_and_stays_pending(
     chunk: int, width: int, plugged: set[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The graphs around the plugin are those of the eager model, through prompts, steps and a verify of which two tokens are kept. Calls
-    that the kernel has no form for are native layers, over the same states and
-    weights."""
+    that the kernel has no form for are native layers, over the same states and weights."""
     sizes = []
 
-    def emit(emit: Any, layer: str, packed: ir.Value, node: ir.Node, context: Any) -> list[ir.Value]:
-        sizes.append(context.static)
-        return standard_step(emit, layer, packed, node, context)
+    def standard(*given: Any) -> list[ir.Value]:
+        """The plugin's node as standard operators, on the same inputs."""
+        sizes.append(given[-1].static)
+        return lowerings.packed_native_layers(*given)
 
-    monkeypatch.setattr(lowerings, "emit_plugin", emit)
+    monkeypatch.setattr(lowerings, "emit_plugin", standard)
     bundle = bundle_on_cpu(checkpoint, tmp_path / "b", options=StaticOptions(chunk, width), max_context=256, engine=PLUGIN)
     assert {"decoder" if size.T == 1 else "verify" if size.P else "prefill" for size in sizes} == plugged
     graphs = load_manifest(bundle).graphs
     projections = [{(w.name, w.offset) for w in graphs[name].weights if ".in_proj_" in w.name} for name in ("decoder", "verify", "prefill")]
     assert projections[0] and projections[0] == projections[1] == projections[2], "one matrix for all graphs"
     assert {state.name.split(".")[2] for state in graphs["verify"].states if "pending" in state.name} == {"pending"}
-    source = open_checkpoint(checkpoint)
-    ids = np.random.default_rng(0).integers(0, 480, 150).tolist()
-    decoder = load(bundle, threads=1).decoder()
-    rows = [decoder.prefill(ids[:140]).copy(), *(decoder.step([token])[0].copy() for token in ids[140:144])]
-    rows += list(decoder.verify(ids[144:148]).copy())
-    decoder.accept(2)
-    rows += [decoder.step([token])[0].copy() for token in ids[146:150]]
-    expected = EagerSequence(load_decoder(source), 256).read(ids)
-    places = [139, 140, 141, 142, 143, 144, 145, 146, 147, 146, 147, 148, 149]
-    assert np.abs(np.stack(rows) - expected[places]).max() <= 1e-4
+    assert error_of_calls(checkpoint, bundle, 480) <= 1e-4
 
 
 @pytest.mark.usefixtures("compiled_kernel")
@@ -295,7 +266,7 @@ _QUICK = """
 import numpy as np, tensorrt, sys
 from types import SimpleNamespace as Some
 from qwen_export.plugins.tensorrt import quick_plugin
-from qwen_export.runtimes.delta_net_plugin import INPUTS, StepFields, pack_ptx
+from qwen_export.runtimes.delta_net_plugin import TENSORS, StepFields, pack_ptx
 import tensorrt.plugin as plugin
 from tensorrt.plugin import _lib, _plugin_class
 
@@ -303,7 +274,7 @@ _lib._register_plugin_creator = lambda name, namespace, types: None  # the regis
 quick_plugin.register(Some(api=tensorrt))
 given = StepFields("kernel", pack_ptx(b"ptx"), 4, 4, 2, 4, 64, 7)
 types = tensorrt.DataType
-for kind, count in INPUTS.items():
+for kind, count in {kind: len(tensors) for kind, tensors in TENSORS.items()}.items():
     definition = _lib.QDP_REGISTRY[f"qwen::{kind}"]
     assert list(definition.input_attrs) == [*vars(given)] and definition.num_outputs == 3 and len(definition.input_tensor_names) == count
     tensors = [plugin.TensorDesc() for _ in range(count)]

@@ -12,7 +12,8 @@ import pytest
 from qwen_export.cli import main
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
-from qwen_export.plugins.tensorrt.engine import _keep, _timing_cache, check_options
+from qwen_export.plugins.tensorrt.engine import _timing_cache, check_options
+from qwen_export.runtimes.kernel_cache import write_whole
 from qwen_export.runtimes.tensorrt_library import FLAVOURS, Library, minimum_cuda
 
 
@@ -89,7 +90,7 @@ def test_a_timing_cache_grows_from_build_to_build(tmp_path: Path) -> None:
     for expected in (b"", b" and more"):
         cache = _timing_cache(config, options)
         assert config.given == expected
-        _keep(tmp_path / "new" / "cache", cache.serialize())
+        write_whole(tmp_path / "new" / "cache", cache.serialize())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cache"]
     assert _timing_cache(config, EngineOptions()) is None
 

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
-from qwen_export.graphs.quantization.plan import PrecisionPlan
+from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
+from qwen_export.graphs.weights.expression import Weight
 from qwen_export.plugins.onnxruntime.choices import Choice
 
 MICROSOFT = "com.microsoft"
@@ -37,6 +38,10 @@ class PassContext:
         if self.sizes is None:
             raise TypeError("this target's graphs have static shapes, and no sizes were given")
         return self.sizes
+
+    def format_of(self, weight: Weight) -> GroupFormat:
+        """The format that the precision plan gives to all parts of a matrix; "stored" where they differ, or where there is no plan."""
+        return GroupFormat() if self.quantization is None else self.quantization.of(*weight.stored())
 
     @property
     def activation(self) -> ir.DataType:

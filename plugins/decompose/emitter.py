@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from qwen_export.plugins.onnxruntime import common
+
+Other = TypeVar("Other", bound="Emitter")
 
 
 def static_shape(x: ir.Value) -> tuple[int, ...]:
@@ -25,6 +28,12 @@ class Emitter(common.Emitter):
     def __init__(self, graph: ir.Graph, prefix: str, once: dict[str, ir.Value] | None = None) -> None:
         super().__init__(graph, prefix)
         self._once = {} if once is None else once
+
+    def going_on(self, kind: type[Other]) -> Other:
+        """An emitter of another kind that goes on where this one is."""
+        other = kind(self.graph, self.prefix, self._once)
+        other.nodes = self.nodes
+        return other
 
     def shared(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
         """A value that the first layer computes and the others read."""

@@ -153,5 +153,10 @@ def causal_bias(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Valu
     group = sizes.Hq // sizes.Hkv
     own = emit.array(f"token_{group}_{sizes.T}", np.tile(np.arange(sizes.T, dtype=np.int32), group)[:, None])
     (seen,) = emit("", "LessOrEqual", [emit.positions(sizes.S), emit.add(own, length)], dtype=ir.DataType.BOOL)
+    return bias_of(emit, seen)
+
+
+def bias_of(emit: Emitter, seen: ir.Value) -> ir.Value:
+    """What is added to scores: 0 where `seen`, a large negative number elsewhere."""
     zero, masked = emit.scalar(0.0), emit.scalar(MASKED)
     return emit("", "Where", [seen, zero, masked], like=zero)[0]

@@ -7,10 +7,8 @@ import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.passes.context import PassContext
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, VERIFY
+from qwen_export.runtimes.delta_net_plugin import OWN
 
-OWN = ((NAMESPACE, STEP), (NAMESPACE, VERIFY))
-"""Nodes that a build for TensorRT with --plugin has."""
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 

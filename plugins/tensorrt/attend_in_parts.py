@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_attention import MASKED, Sizes
+from qwen_export.plugins.decompose.gated_attention import MASKED, Sizes, bias_of
 
 MOST_ROWS = 64
 """Rows of a head, queries that share it times tokens, up to which a prompt's kernel would have too few blocks."""
@@ -59,8 +59,7 @@ def slots_of_a_part(S: int) -> int:
 def _old_slots(emit: Emitter, length: ir.Value | None, S: int) -> ir.Value:
     """f32[S]: 0 for slots of earlier calls, a large negative number behind them."""
     (old,) = emit("", "Less", [emit.positions(S), length], dtype=ir.DataType.BOOL)
-    zero = emit.scalar(0.0)
-    return emit("", "Where", [old, zero, emit.scalar(MASKED)], like=zero)[0]
+    return bias_of(emit, old)
 
 
 def _own_scores(emit: Emitter, q: ir.Value, k: ir.Value, sizes: Sizes) -> ir.Value:

@@ -10,12 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from qwen_export import engine_options
 from qwen_export.engine_options import BOUND, STRIPPED, EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
+from qwen_export.runtimes.kernel_cache import write_whole
 from qwen_export.runtimes.tensorrt_library import (
     AOT_PLUGINS,
     FOREIGN_SM,
@@ -78,7 +78,7 @@ def build_engine(
         said = library.said()
         raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
     if cache is not None and options.timing_cache is not None:
-        _keep(options.timing_cache, bytes(memoryview(cache.serialize())))
+        write_whole(options.timing_cache, bytes(memoryview(cache.serialize())))
     return summary
 
 
@@ -205,14 +205,6 @@ def _timing_cache(config: Any, options: EngineOptions) -> Any:
             fix="Name another file with --timing-cache; a file that is not there is made.",
         )
     return cache
-
-
-def _keep(path: Path, data: bytes) -> None:
-    """The timing cache appears whole or not at all: builds may share it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
 
 
 def _summary(network: Any) -> Built:

@@ -34,51 +34,49 @@ _INT4_ROWS = 8
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
     one product per chunk in sequence. Everything fp32 between the projections."""
+    emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    return _delta_net(Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared), given, node, context, shared)
+    return emit.nodes, _native_layers(emit, given, node.attributes.get_float("eps"), context)
 
 
 def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
     """gated_delta_net -> one product, and in short calls our plugin behind it; longer ones as `lower_delta_net`, from the same product,
-    which also stays pending as a whole. The state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]: a longer call turns it at its
-    ends."""
-    layer = layer_prefix(node)
+    which also stays pending as a whole. The state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]."""
+    layer, eps = layer_prefix(node), node.attributes.get_float("eps")
     emit = Emitter(graph, f"{layer}.linear_attn", shared)
-    packed = one_projection(emit, node, context)
-    # A prompt's call may be short, too, and is then padded without anything pending, which the kernel has no form for.
-    if context.static.T <= LONGEST and (context.static.P or not context.static.padded):
-        return emit.nodes, emit_plugin(emit, layer, packed, node, context)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    if context.static.P:
-        (pending,) = regroup_pending(graph, layer, {"pending": packed})
-        parts = split_projection(emit, pending, {}, context)
+    packed = one_projection(emit, given, context)
+    pending = regroup_pending(graph, layer, {"pending": packed}) if context.static.P else []
+    # A prompt's call may be short, too, and is then padded without anything pending, which the kernel has no form for.
+    short = context.static.T <= LONGEST and (context.static.P or not context.static.padded)
+    behind = emit_plugin if short else packed_native_layers
+    return emit.nodes, behind(emit, packed, pending, given, eps, context)
+
+
+def packed_native_layers(
+    emit: Emitter, packed: ir.Value, pending: list[ir.Value], given: dict[str, ir.Value | None], eps: float, context: PassContext
+) -> list[ir.Value]:
+    """What `emit_plugin` computes, in native layers: they take the product apart and turn the state at both ends."""
+    for rows in pending:
+        parts = split_projection(emit, rows, context)
         given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
-    given = split_projection(emit, packed, given, context)
     state = given["state"]
     if state is None:
         raise TypeError("gated_delta_net has no state")
     keys_first = emit.transpose(state, 0, 1, 3, 2)
     keys_first.shape = state.shape  # Dk = Dv
-    given["state"] = keys_first
-    nodes, (y, history, after) = _delta_net(emit, given, node, context, shared)
-    emit.nodes = nodes
+    y, history, after = _native_layers(emit, {**given, **split_projection(emit, packed, context), "state": keys_first}, eps, context)
     turned = emit.transpose(after, 0, 1, 3, 2)
     turned.shape = state.shape
-    return nodes, [y, history, turned]
+    return [y, history, turned]
 
 
-def _delta_net(
-    before: Emitter, given: dict[str, ir.Value | None], node: ir.Node, context: PassContext, shared: Shared
-) -> tuple[list[ir.Node], list[ir.Value]]:
-    """The mixer on the parts of the projection, behind the nodes that `before` has emitted."""
+def _native_layers(before: Emitter, given: dict[str, ir.Value | None], eps: float, context: PassContext) -> list[ir.Value]:
+    """The mixer on the parts of the projection."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
     few = sizes.P + sizes.T <= _MOST_SUMMED
-    kind = SummedEmitter if few else SplitEmitter if _exact(context) else Emitter
-    emit = kind(before.graph, before.prefix, shared)
-    emit.nodes = before.nodes
-    rule = _rule(sizes.T, sizes.P, context)
-    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
-    return emit.nodes, list(results)
+    emit = before.going_on(SummedEmitter if few else SplitEmitter if _exact(context) else Emitter)
+    return list(delta_net.emit_gated_delta_net(emit, given, sizes, eps, context.activation, _rule(sizes.T, sizes.P, context)))
 
 
 def _rule(T: int, P: int, context: PassContext) -> DeltaRule:
@@ -113,9 +111,7 @@ def _attention(
 ) -> tuple[list[ir.Node], list[ir.Value]]:
     emit, layer = attention_parts(graph, node, context, shared)
     if _exact(context):
-        exact = SplitEmitter(graph, emit.prefix, shared)
-        exact.nodes = emit.nodes
-        emit = exact
+        emit = emit.going_on(SplitEmitter)
     return emit.nodes, list(emit_native_attention(emit, layer, fused=fused))
 
 
@@ -136,7 +132,7 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     emit, x, value, weight = linear_parts(graph, node, shared)
     N, K = weight.shape
     tokens = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
-    flat, format = emit.reshape(x, -1, K), _format(weight, context)
+    flat, format = emit.reshape(x, -1, K), context.format_of(weight)
     if format.format == INT4:
         missing = _INT4_ROWS - tokens
         if missing > 0:
@@ -180,13 +176,6 @@ def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFo
         parts = quantized_parts(emit.graph, name, weight, format, context.activation, turned=turned)
         attributes = {"axis": 0 if turned else 1, "block_size": format.block}
     return emit("", "DequantizeLinear", parts, dtype=context.activation, **attributes)[0]
-
-
-def _format(weight: Weight, context: PassContext) -> GroupFormat:
-    """The format that the plan gives to all parts of a weight, or "stored"."""
-    if context.quantization is None:
-        return GroupFormat()
-    return context.quantization.of(*weight.stored())
 
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {

@@ -68,8 +68,7 @@ def _groups(graph: ir.Graph, context: PassContext) -> list[list[ir.Node]]:
     for node in graph:
         if is_linear(node):
             weight = _weight(node)
-            format = GroupFormat() if context.quantization is None else context.quantization.of(*weight.stored())
-            groups.setdefault((node.inputs[0], format, weight.dtype), []).append(node)
+            groups.setdefault((node.inputs[0], context.format_of(weight), weight.dtype), []).append(node)
     return [sorted(group, key=lambda node: str(node.inputs[1] and node.inputs[1].name)) for group in groups.values() if len(group) > 1]
 
 

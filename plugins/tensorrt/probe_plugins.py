@@ -7,14 +7,12 @@ from dataclasses import asdict
 import onnx
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.plugins.tensorrt.plugin_registry import make_known
-from qwen_export.runtimes.delta_net_plugin import INPUTS, NAMESPACE, OUTPUTS, STEP, VERSION, StepFields
+from qwen_export.runtimes.delta_net_plugin import NAMESPACE, RESULTS, STEP, TENSORS, VERSION, StepFields
 from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, Library
 
 
 def ensure_taken(library: Library) -> None:
-    """Raises UnsupportedError where the parser, which is a library of its own, refuses operators that are plugins."""
-    make_known(library)
+    """Raises UnsupportedError where the parser, which is a library of its own, refuses plugins that the library knows."""
     if not library.has(AOT_PLUGINS) and not _parses(library):
         raise UnsupportedError(
             f"{library.flavour.name} takes plugins of others since 1.7",
@@ -25,7 +23,7 @@ def ensure_taken(library: Library) -> None:
 
 def _parses(library: Library) -> bool:
     floats = onnx.TensorProto.FLOAT
-    names, results = [f"i{i}" for i in range(INPUTS[STEP])], [f"o{i}" for i in range(OUTPUTS)]
+    names, results = list(TENSORS[STEP]), [f"{name}.next" for name in RESULTS]
     fields = asdict(StepFields("", "", 1, 0, 1, 1, 64, 0))
     node = onnx.helper.make_node(STEP, names, results, domain=NAMESPACE, plugin_namespace=NAMESPACE, plugin_version=VERSION, **fields)
     inputs = [onnx.helper.make_tensor_value_info(name, floats, [1, 1, 1]) for name in names]

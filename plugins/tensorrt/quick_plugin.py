@@ -12,18 +12,18 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from qwen_export.runtimes.delta_net_plugin import INPUTS, NAMESPACE, STEP, THREADS, VERIFY, StepFields, unpack_ptx
+from qwen_export.runtimes.delta_net_plugin import ACTIVATION, COUNT, FLOAT, NAMESPACE, RESULTS, TENSORS, THREADS, StepFields, unpack_ptx
 from qwen_export.runtimes.tensorrt_library import Library
 
-_NAMES = ("packed", "conv", "a_log", "dt_bias", "norm", "history", "state", "pending", "accepted", "commit")
 _ACTIVATIONS = ("FP32", "FP16", "BF16")
+_WRITTEN = {FLOAT: "FP32", COUNT: "INT32"}
 _ATTRIBUTES = {field.name: str if field.type == "str" else int for field in fields(StepFields)}
 
 
 def register(library: Library) -> None:
     """Make the plugins known to a full TensorRT that builds; a runtime needs none of this."""
     plugin = importlib.import_module(f"{library.api.__name__}.plugin")
-    for kind in INPUTS:
+    for kind in TENSORS:
         if kind not in _registered:
             _register(plugin, kind)
             _registered.add(kind)
@@ -33,19 +33,19 @@ _registered: set[str] = set()
 
 
 def _register(plugin: Any, kind: str) -> None:
-    tensors = _NAMES[: INPUTS[kind]]
+    tensors = TENSORS[kind]
     arguments = dict.fromkeys(tensors, plugin.TensorDesc) | _ATTRIBUTES
     described = tuple[plugin.TensorDesc, plugin.TensorDesc, plugin.TensorDesc]  # y, history', state'
     outputs = {"outputs": described}
 
     def describe(*given: Any) -> Any:
-        return results(plugin, given[: len(tensors)], _fields(given[len(tensors) :]))
+        return results(plugin, dict(zip(tensors, given, strict=False)), StepFields(*given[len(tensors) :]))
 
     def tune(*given: Any) -> list[Any]:
         return [plugin.AutoTuneCombination(types, "LINEAR") for types in combinations(kind)]
 
     def kernel(*given: Any) -> Any:
-        return launch(plugin, _fields(given[len(tensors) : -2]))
+        return launch(plugin, StepFields(*given[len(tensors) : -2]))
 
     launched = tuple[str, bytes, plugin.KernelLaunchParams, plugin.SymIntExprs]
     name = f"{NAMESPACE}::{kind}"
@@ -54,19 +54,18 @@ def _register(plugin: Any, kind: str) -> None:
     plugin.aot_impl(name)(_with_signature(kernel, arguments | outputs | {"tactic": int}, launched))
 
 
-def results(plugin: Any, tensors: Any, given: StepFields) -> Any:
+def results(plugin: Any, tensors: dict[str, Any], given: StepFields) -> Any:
     """Descriptions of y, history' and state'."""
-    packed, history, state = tensors[0], tensors[5], tensors[6]
+    packed = tensors["packed"]
     y = packed.like()
     y.shape_expr = plugin.ShapeExprs.from_tuple((packed.shape_expr[0], packed.shape_expr[1], given.width))
-    return y, history.like(), state.like()
+    return y, tensors["history"].like(), tensors["state"].like()
 
 
 def combinations(kind: str) -> list[str]:
     """Element types of inputs and outputs, as TensorRT writes them, for each type of activations."""
-    rest = {STEP: "", VERIFY: "{0}, INT32, INT32, "}[kind]
-    pattern = "{0}, {0}, FP32, FP32, {0}, {0}, FP32, " + rest + "{0}, {0}, FP32"
-    return [pattern.format(activation) for activation in _ACTIVATIONS]
+    types = [*TENSORS[kind].values(), *RESULTS.values()]
+    return [", ".join({**_WRITTEN, ACTIVATION: activation}[name] for name in types) for activation in _ACTIVATIONS]
 
 
 def launch(plugin: Any, given: StepFields) -> tuple[str, bytes, Any, Any]:
@@ -76,10 +75,6 @@ def launch(plugin: Any, given: StepFields) -> tuple[str, bytes, Any, Any]:
     for i, number in enumerate(given.numbers):
         numbers[i] = plugin.SymInt32(number)
     return given.kernel, unpack_ptx(given.ptx), parameters, numbers
-
-
-def _fields(values: tuple[Any, ...]) -> StepFields:
-    return StepFields(*values)
 
 
 def _with_signature(function: Callable[..., Any], arguments: dict[str, Any], result: Any) -> Callable[..., Any]:

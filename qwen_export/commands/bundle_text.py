@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen_export.commands.output import size
+from qwen_export.commands.output import mixers, size
 
 
 def bundle_text(report: dict[str, Any]) -> str:
@@ -16,8 +16,7 @@ def bundle_text(report: dict[str, Any]) -> str:
         "",
         _line(
             "model",
-            f"{report['architecture'] or 'unknown architecture'}, {model['kind']}, {model['layers']} layers "
-            f"({model['layers'] - model['attention_layers']} DeltaNet, {model['attention_layers']} attention), "
+            f"{report['architecture'] or 'unknown architecture'}, {model['kind']}, {mixers(model)}, "
             f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
         ),
         _line("context", f"{report['max_context']} tokens" + (f", rope {model['rope_scaling']}" if model["rope_scaling"] else "")),
@@ -72,8 +71,12 @@ def _drafts(speculation: dict[str, int] | None) -> str:
     if speculation is None:
         return "none: it was built without speculation"
     vocabulary = speculation["draft_vocab"]
-    by = f"by its draft head, among the lowest {vocabulary} ids, or" if vocabulary else "from the text (run --speculate lookup)"
-    return f"up to {speculation['max_draft']} a round, {by} from the text"
+    by = (
+        f"by its draft head, among the lowest {vocabulary} ids, or from the text"
+        if vocabulary
+        else "from the text (run --speculate lookup)"
+    )
+    return f"up to {speculation['max_draft']} a round, {by}"
 
 
 def _verified(verification: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import click
 from qwen_export.bundle_summary import inspect_bundle, is_bundle
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.engine_options import compute_capabilities
-from qwen_export.commands.output import count, size
+from qwen_export.commands.output import count, mixers, size
 from qwen_export.inspection import inspect_checkpoint
 from qwen_export.targets import TARGETS
 
@@ -33,13 +33,12 @@ def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: s
 
 def _text(report: dict[str, Any]) -> str:
     model = report["model"]
-    mixers = f"{model['layers']} layers ({model['layers'] - model['attention_layers']} DeltaNet, {model['attention_layers']} attention)"
     experts = ""
     if model["experts"]:
         selected = f"{model['experts_per_token']} of {model['experts']} experts"
         experts = f", {selected}: {count(model['active_parameters'])} of {count(model['parameters'])} parameters per token"
     lines = [
-        f"{report['architecture']}, {model['kind']}, {mixers}{experts}",
+        f"{report['architecture']}, {model['kind']}, {mixers(model)}{experts}",
         f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}, context {model['max_context']}, rope {model['rope']}, "
         f"{'tied' if model['tied_head'] else 'separate'} head, quantization {report['quantization']}",
         f"{report['files']} file(s), {size(report['bytes'])}: "

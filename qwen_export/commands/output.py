@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
@@ -18,6 +19,12 @@ def size(count: int) -> str:
     if count >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     return f"{count / (1 << 20):.1f} MiB"
+
+
+def mixers(model: dict[str, Any]) -> str:
+    """The layers of a report's model: `24 layers (18 DeltaNet, 6 attention)`."""
+    layers, attention = model["layers"], model["attention_layers"]
+    return f"{layers} layers ({layers - attention} DeltaNet, {attention} attention)"
 
 
 def count(number: int) -> str:
