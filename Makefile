@@ -13,7 +13,7 @@ PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 LIBRARY := plugins/native/libqwen_export_cpu.so
 SOURCES := $(wildcard plugins/native/cpu/*.* plugins/native/cpu/kernels/*)
 
-.PHONY: help demo test native lint typing clean
+.PHONY: help demo test native lint clean
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
@@ -35,17 +35,10 @@ $(LIBRARY): $(SOURCES) | $(STAMP)
 	    >build/native.log 2>&1 && echo "compiled $@" || { rm -f $@; \
 	    echo "note: the CPU kernels could not be compiled ($$(tail -n 1 build/native.log)): bundles will use ONNX Runtime's."; }
 
-lint: $(STAMP) typing
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-# graphs/, plugins/ and runtimes/ are packages of qwen_export by a mapping in pyproject.toml, which mypy does not follow: links do it.
-typing:
-	@rm -rf build/typing
-	@mkdir -p build/typing/qwen_export
-	@ln -s "$(CURDIR)"/qwen_export/*.py "$(CURDIR)"/qwen_export/py.typed "$(CURDIR)"/qwen_export/commands build/typing/qwen_export/
-	@ln -s "$(CURDIR)"/graphs "$(CURDIR)"/plugins "$(CURDIR)"/runtimes build/typing/qwen_export/
 
 # torch goes first, alone and at the pinned version: a resolver that may choose takes the newest one, with CUDA.
 $(STAMP): pyproject.toml constraints.txt

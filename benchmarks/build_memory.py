@@ -28,11 +28,11 @@ import numpy as np
 
 from benchmarks.measured_process import peak_rss_mb, run_measured
 from qwen_export.graphs.checkpoint import file_access
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_table import tensor_table
-from qwen_export.graphs.family import FAMILY
 from qwen_export.graphs.weights import hashed_file
+from tests.support.family import FAMILY
 
 SHARD_BYTES = 4 << 30
 _SIZE = {"BF16": 2, "F16": 2, "F32": 4}
@@ -85,9 +85,9 @@ def discard_writes() -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    from qwen_export.compiler import build
-    from qwen_export.lowering import lower
-    from qwen_export.plan import plan_build
+    from qwen_export.building.build_plan import plan_build
+    from qwen_export.building.compiler import build
+    from qwen_export.building.lower_graphs import lower
 
     generate_values()
     if not arguments.keep:
@@ -116,9 +116,9 @@ def throughput(checkpoint: Path, rounds: int) -> None:
     """Best of some rounds, by turns: a plain copy of as many bytes in and out, and the weights of a build."""
     import onnx_ir as ir
 
-    from qwen_export.graphs.checkpoint.names import decoder_tensors
+    from qwen_export.graphs.checkpoint.tensor_names import decoder_tensors
     from qwen_export.graphs.weights.expression import StoredWeight, add_weight
-    from qwen_export.graphs.weights.writer import weight_bytes, write_weights
+    from qwen_export.graphs.weights.weight_writer import weight_bytes, write_weights
 
     source = open_checkpoint(checkpoint)
     for name, dtype in (("bf16", ir.DataType.BFLOAT16), ("fp32", ir.DataType.FLOAT)):

@@ -17,8 +17,8 @@ import numpy as np
 
 from benchmarks.speculation_speed import drafted
 from qwen_export.runtimes import load
-from qwen_export.runtimes.acceptance import acceptance_for
-from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.acceptance import acceptance_for
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.engine_options import EMBEDDED, ENGINE_WEIGHTS, STRIPPED, EngineOptions
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import FAMILY
-from qwen_export.static_plan import StaticOptions
+from tests.support.family import FAMILY
+from tests.support.synthesize import synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
 START = "imports"
@@ -96,10 +96,10 @@ def phase(name: str) -> None:
 
 
 def build_child(arguments: argparse.Namespace, checkpoint: Path, bundle: Path) -> None:
-    import qwen_export.emission
-    import qwen_export.lowering  # noqa: F401
-    from qwen_export.compiler import build
-    from qwen_export.runtimes.tensorrt_library import load_library
+    import qwen_export.building.emission
+    import qwen_export.building.lower_graphs  # noqa: F401
+    from qwen_export.building.compiler import build
+    from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 
     load_library(arguments.target)
     said = START
@@ -130,10 +130,11 @@ def build_child(arguments: argparse.Namespace, checkpoint: Path, bundle: Path) -
 def load_child(arguments: argparse.Namespace, bundle: Path) -> None:
     """Library and CUDA are there before anything is measured: they are the machine's."""
     from qwen_export.manifest import load_manifest
-    from qwen_export.runtimes import cuda_memory, load
-    from qwen_export.runtimes.integrity import ensure_whole
-    from qwen_export.runtimes.tensorrt_engines import Engines
-    from qwen_export.runtimes.tensorrt_library import load_library
+    from qwen_export.runtimes import load
+    from qwen_export.runtimes.backends.integrity import ensure_whole
+    from qwen_export.runtimes.backends.tensorrt.tensorrt_engines import Engines
+    from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
+    from qwen_export.runtimes.memory import cuda_memory
 
     library = load_library(arguments.target)
     manifest = load_manifest(bundle)
@@ -171,7 +172,7 @@ def judge(what: str, got: float, limit: float) -> None:
 def engine_weights(bundle: Path) -> tuple[int, int]:
     """Bytes of the weights of the largest engine, and of the largest tensor; of embedded ones the engine's file, and 0."""
     from qwen_export.manifest import load_manifest
-    from qwen_export.runtimes.mapped_weights import weight_bytes
+    from qwen_export.runtimes.memory.mapped_weights import weight_bytes
 
     manifest = load_manifest(bundle)
     if manifest.engine is not None and manifest.engine.weights == EMBEDDED:
@@ -211,7 +212,7 @@ def main() -> None:
         checkpoint, bundle = arguments.child
         load_child(arguments, bundle) if arguments.loads else build_child(arguments, checkpoint, bundle)
         return
-    from qwen_export.engines import current_sm
+    from qwen_export.building.engines import current_sm
 
     arguments.work.mkdir(parents=True, exist_ok=True)
     checkpoint = checkpoint_of(arguments.checkpoint, arguments.layers, arguments.work).resolve()

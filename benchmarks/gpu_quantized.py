@@ -1,4 +1,4 @@
-"""Time of the CUDA plugin's quantised products and experts, next to its products in fp16.
+"""Time of the CUDA plugin's quantized products and experts, next to its products in fp16.
 
     python benchmarks/gpu_quantized.py [--rows 1,4,8,64,512]
 
@@ -17,8 +17,8 @@ from gpu_replay import fastest_replay
 from onnx import helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat
-from qwen_export.plugins.native.library import NATIVE
-from qwen_export.runtimes.buffers import CudaBuffer, encode
+from qwen_export.plugins.native.native_library import NATIVE
+from qwen_export.runtimes.memory.buffers import CudaBuffer, encode
 
 SHAPES = ((4096, 1024), (1024, 3584), (4096, 4096), (4096, 12288))
 SWIGLU = ((3584, 1024), (12288, 4096))

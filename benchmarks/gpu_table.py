@@ -18,8 +18,8 @@ from typing import Any
 
 from measured_process import run_measured
 
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import FAMILY
+from tests.support.family import FAMILY
+from tests.support.synthesize import synthesize
 
 QWEN_EXPORT = (sys.executable, "-m", "qwen_export")
 PEER_SCRIPT = Path(__file__).with_name("peer_genai.py")

@@ -27,28 +27,28 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.building.static_plan import PROMPT, StaticOptions
 from qwen_export.graphs.call_sizes import DECODER, CallSizes, GraphPlan
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.reader import CheckpointReader
-from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.config import TextConfig, parse_config
-from qwen_export.graphs.family import FAMILY
+from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
+from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
-from qwen_export.graphs.weights.writer import write_weights
-from qwen_export.lowering import lower
-from qwen_export.plan import plan_build
+from qwen_export.graphs.weights.weight_writer import write_weights
 from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
+from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
-from qwen_export.plugins.onnxruntime.choices import Choice
-from qwen_export.plugins.onnxruntime.common import layer_prefix
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.plugins.standard.lowerings import LOWERINGS
+from qwen_export.plugins.emitter import Emitter
+from qwen_export.plugins.rewrite import layer_prefix
+from qwen_export.plugins.standard.standard_lowerings import LOWERINGS
 from qwen_export.runtimes import load
-from qwen_export.static_plan import PROMPT, StaticOptions
 from qwen_export.targets import ONNX
+from tests.support.family import FAMILY
 from tests.support.standard_graphs import emitted
+from tests.support.synthesize import synthesize
 
 
 def reference_rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
@@ -243,7 +243,7 @@ def mixer(tokens: int, config: TextConfig, rounds: int, threads: int, chunk: int
 
 def alternately(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
     """Best seconds of each, taken in turns, in CPU time and by the clock on the wall (`_wall`). On a shared machine the clock measures the
-    neighbours too; with several threads CPU time counts those that wait for work."""
+    neighbors too; with several threads CPU time counts those that wait for work."""
     best = dict.fromkeys([*runs, *(f"{name}_wall" for name in runs)], float("inf"))
     for _ in range(rounds):
         for name, run in runs.items():

@@ -1,4 +1,4 @@
-"""What quantisation costs: held-out perplexity and KL of the demo checkpoint per precision plan, and per group of matrices.
+"""What quantization costs: held-out perplexity and KL of the demo checkpoint per precision plan, and per group of matrices.
 
     .venv/bin/python benchmarks/quantization_table.py [--checkpoint examples/demo-dense] [--windows 16] [--plot docs/quantization.png]
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export import build
-from qwen_export.graphs.quantization.plan import GROUPS
+from qwen_export.graphs.quantization.precision_plan import GROUPS
 from qwen_export.manifest import WEIGHTS, load_manifest
 from qwen_export.runtimes import load
 

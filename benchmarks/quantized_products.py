@@ -1,4 +1,4 @@
-"""The quantised product of the CPU plugin beside ONNX Runtime's MatMulNBits (accuracy_level 4), in one process, one thread.
+"""The quantized product of the CPU plugin beside ONNX Runtime's MatMulNBits (accuracy_level 4), in one process, one thread.
 
     .venv/bin/python benchmarks/quantized_products.py [--rows 1,2,4,8,64] [--formats 4:32,4:128,8:32]
 
@@ -17,7 +17,7 @@ import onnxruntime as ort
 from onnx import NodeProto, TensorProto, helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat
-from qwen_export.plugins.native.library import find_library
+from qwen_export.plugins.native.native_library import find_library
 
 COUNT, N, K = 60, 4096, 1024
 

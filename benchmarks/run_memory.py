@@ -15,10 +15,10 @@ import numpy as np
 
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
-from qwen_export.runtimes.buffers import HostBuffer
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.generation import Request, Statistics
-from qwen_export.runtimes.sampling import Sampler, SamplingParams
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.memory.buffers import HostBuffer
+from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 
 _PAGE = 4096
 

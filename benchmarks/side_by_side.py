@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/side_by_side.py [--size 0.8B] [--precision fp32] [--rounds 3] [--threads 2] [--reuse] [--json FILE]
 
-Absolute CPU times drift from hour to hour, also within a run; only ratios of neighbouring measurements say something. So every round
+Absolute CPU times drift from hour to hour, also within a run; only ratios of neighboring measurements say something. So every round
 measures ours and then the peer, each in a fresh process on the same CPUs, and the table gives medians and the median of the rounds' ratios.
 """
 
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from measured_process import run_measured
 
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import FAMILY
+from tests.support.family import FAMILY
+from tests.support.synthesize import synthesize
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -106,7 +106,7 @@ def compare_logits(checkpoint: Path, bundle: Path, peer: Path, work: Path) -> tu
     run_measured([PEER_PYTHON, PEER_SCRIPT, "logits", peer, ids, found])
     theirs = float(np.abs(np.load(found) - np.load(expected)).max())
     checks = json.loads(run_measured([QWEN_EXPORT, "verify", bundle, "--reference", checkpoint, "--json"]).stdout)["checks"]
-    # Of quantised weights verify tells the root mean square; the largest errors are in the notes.
+    # Of quantized weights verify tells the root mean square; the largest errors are in the notes.
     noted = [
         float(check["note"].rsplit("max ", 1)[1]) for check in checks if "rms error" in check["note"] and "quant." not in check["against"]
     ]

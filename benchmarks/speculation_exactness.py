@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from qwen_export.runtimes import Model, SamplingParams, load
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.draft_policy import FixedLength
-from qwen_export.runtimes.drafting import HeadDrafter
-from qwen_export.runtimes.generation import Request, Statistics, generate
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.speculation import Speculator
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.speculation.draft_policy import FixedLength
+from qwen_export.runtimes.speculation.drafters import HeadDrafter
+from qwen_export.runtimes.speculation.rounds import Speculator
 
 CHUNKS = (512, 7, 16, 1, 33)
 

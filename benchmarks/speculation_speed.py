@@ -17,15 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from qwen_export.runtimes import SamplingParams, load
-from qwen_export.runtimes.acceptance import Acceptance, Draft, acceptance_for
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.distribution import Distribution
-from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
-from qwen_export.runtimes.drafting import HeadDrafter
-from qwen_export.runtimes.generation import Request, Statistics, generate
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.speculation import Speculator
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling.distribution import Distribution
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft, acceptance_for
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.drafters import HeadDrafter
+from qwen_export.runtimes.speculation.rounds import Speculator
 
 GREEDY = SamplingParams(greedy=True)
 

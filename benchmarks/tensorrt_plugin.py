@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 
-from qwen_export.plugins.native.library import find_ptx
-from qwen_export.runtimes.buffers import CudaBuffer, encode
-from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.delta_net_plugin import StepFields, launch, pack_ptx
+from qwen_export.plugins.native.native_library import find_ptx
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import StepFields, launch, pack_ptx
+from qwen_export.runtimes.memory.buffers import CudaBuffer, encode
+from qwen_export.runtimes.memory.cuda_stream import Stream
 
 D, LAUNCHES, REPLAYS = 128, 100, 20
 EPS = int(np.float32(1e-6).view(np.int32))

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.manifest import file_path, load_manifest
-from qwen_export.plugins.tensorrt.engine_program import EVENTS, read_program
-from qwen_export.runtimes.backends import OpenOptions, open_backend
-from qwen_export.runtimes.cuda_driver import driver
-from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.static_graphs import StaticGraph, StaticStates, rotary_tables
+from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
+from qwen_export.runtimes.decoding.static_graphs import StaticGraph, StaticStates, rotary_tables
+from qwen_export.runtimes.memory.cuda_driver import driver
+from qwen_export.runtimes.memory.cuda_stream import Stream
+from tests.support.engine_program import EVENTS, read_program
 
 # What a kernel is, by the first pattern that its name has.
 KINDS = (

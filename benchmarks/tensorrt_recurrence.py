@@ -26,18 +26,18 @@ import torch
 
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
+from qwen_export.plugins.decompose.decompose_attention import Sizes as AttentionSizes
+from qwen_export.plugins.decompose.decompose_attention import attend, causal_bias
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_attention import Sizes as AttentionSizes
-from qwen_export.plugins.decompose.gated_attention import attend, causal_bias
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
+from qwen_export.plugins.emitter import Emitter
 from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
-from qwen_export.plugins.tensorrt.engine import build_engine
-from qwen_export.plugins.tensorrt.experts import Sizes as ExpertSizes
-from qwen_export.plugins.tensorrt.experts import emit_experts
-from qwen_export.runtimes.tensorrt_library import Library, load_library
+from qwen_export.plugins.tensorrt.build_engine import build_engine
+from qwen_export.plugins.tensorrt.tensorrt_experts import Sizes as ExpertSizes
+from qwen_export.plugins.tensorrt.tensorrt_experts import emit_experts
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library
 
 HK, HV, D = 16, 32, 128
 QUANTIZED = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}

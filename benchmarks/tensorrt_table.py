@@ -20,11 +20,11 @@ from typing import Any
 from measured_process import run_measured
 
 from qwen_export import build
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.engine_options import PLUGINS, EngineOptions
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import FAMILY
-from qwen_export.runtimes.kernel_cache import VARIABLE
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes.backends.tensorrt.kernel_cache import VARIABLE
+from tests.support.family import FAMILY
+from tests.support.synthesize import synthesize
 
 BENCH = (sys.executable, "-m", "qwen_export", "bench")
 PROMPTS, NEW_TOKENS = (512, 2048, 4096), 256

@@ -19,7 +19,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from qwen_export.runtimes.detokenize import BYTE_OF_CHAR
+from qwen_export.runtimes.text.detokenizer import BYTE_OF_CHAR
 
 # Words with their combining marks, single digits, punctuation runs, line breaks, spaces.
 WORD_PATTERN = (

@@ -1,1 +1,3 @@
-"""From a checkpoint to a target's graph."""
+"""From a checkpoint to a captured graph: config, stored tensors, modules, ops and the passes that hold for every target.
+Imports nothing of `plugins` and `runtimes`.
+"""

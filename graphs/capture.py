@@ -18,13 +18,13 @@ import torch
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.config import TextConfig
-from qwen_export.graphs.contract import state_names
-from qwen_export.graphs.models.decoder import Decoder
-from qwen_export.graphs.models.mtp import MtpHead
-from qwen_export.graphs.models.state import State, empty_state
+from qwen_export.graphs.models.draft_head_model import MtpHead
+from qwen_export.graphs.models.model_state import State, empty_state
+from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.ops.onnx_form import translation_table
+from qwen_export.graphs.tensor_roles import state_names
 from qwen_export.graphs.unroll import unroll
 from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weight, WeightTensor
-from qwen_export.plugins.ops.onnx_form import translation_table
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 

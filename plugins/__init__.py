@@ -1,1 +1,3 @@
-"""Ops of domain qwen and what each target makes of them."""
+"""Lowerings from the ops of domain `qwen` to what each target executes, and native kernels.
+Imports `graphs`, and of `runtimes` only what asks a backend for its kernels.
+"""

@@ -17,21 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwen_export.compiler import build as build
+    from qwen_export.building.compiler import build as build
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "build"]
 
-# A bare clone: graphs/, plugins/ and runtimes/ lie beside this folder and are found here as qwen_export.graphs and so on.
+# A checkout without symbolic links (git on Windows): the links beside this file are text files there, and the folders are found here.
 _root = Path(__file__).resolve().parent.parent
-if (_root / "graphs" / "__init__.py").exists() and (_root / "pyproject.toml").exists() and str(_root) not in __path__:
+if not (_root / "qwen_export" / "graphs").is_dir() and (_root / "graphs" / "__init__.py").exists() and (_root / "pyproject.toml").exists():
     __path__.append(str(_root))
 
 
 def __getattr__(name: str) -> Any:
     # No module of this package may be called like a function here: importing it would put the module in the function's place.
     if name == "build":
-        from qwen_export.compiler import build
+        from qwen_export.building.compiler import build
 
         return build
     raise AttributeError(f"module 'qwen_export' has no attribute {name!r}")

@@ -11,11 +11,12 @@ _WITHOUT_FP8 = PRECISIONS[:-1]
 
 @dataclass(frozen=True)
 class Target:
-    """One target. `devices` are the values of --device; `passes` are "module:function" names under qwen_export, in order. A `static` target
-    has a graph per size of call (qwen_export.static_plan); `opsets` are the versions of the standard to choose from, the default first,
-    and `prompt_tokens` is the default size of a prompt call, at most `longest_call`, within which the delta rule takes `delta_chunk` tokens
-    at a time. `engines`: the graphs are compiled while the bundle is built. `fp32_products`: what products of fp32 round their operands
-    to."""
+    """One target.
+
+    `devices` are the values of --device. `passes` are "module:function" names under qwen_export, in order. A `static` target has a graph
+    per size of call (`building/static_plan.py`). `opsets` are the versions of the standard to choose from, the default first.
+    `prompt_tokens` is the default size of a prompt call, at most `longest_call`; within it the delta rule takes `delta_chunk` tokens at a
+    time. `engines`: the graphs are compiled while the bundle is built. `fp32_products`: what products of fp32 round their operands to."""
 
     name: str
     backend: str
@@ -40,20 +41,20 @@ ONNXRUNTIME = Target(
     precisions=_WITHOUT_FP8,
     passes=(
         "graphs.passes.fold_transaction:fold_transaction",
-        "graphs.passes.recognise_linear:recognise_linear",
+        "graphs.passes.recognize_linear:recognize_linear",
         "graphs.passes.fold_weight_views:fold_weight_views",
-        "graphs.passes.fuse_silu:fuse_silu",
-        "graphs.passes.fuse_swiglu:fuse_swiglu",
+        "plugins.onnxruntime.fuse_silu:fuse_silu",
+        "plugins.onnxruntime.fuse_swiglu:fuse_swiglu",
         "graphs.passes.widen_logits:widen_logits",
-        "plugins.onnxruntime.lowerings:lower_mixers",
+        "plugins.onnxruntime.onnxruntime_lowerings:lower_mixers",
         "graphs.passes.remove_dead:remove_dead",
-        "graphs.passes.absorb_norm:absorb_norm",
-        "graphs.passes.absorb_residual:absorb_residual",
-        "graphs.passes.fuse_residual_norm:fuse_residual_norm",
-        "plugins.onnxruntime.lowerings:lower_simple_ops",
+        "plugins.onnxruntime.absorb_norm:absorb_norm",
+        "plugins.onnxruntime.absorb_residual:absorb_residual",
+        "plugins.onnxruntime.fuse_residual_norm:fuse_residual_norm",
+        "plugins.onnxruntime.onnxruntime_lowerings:lower_simple_ops",
         "plugins.onnxruntime.quantize_products:quantize_products",
         "plugins.onnxruntime.quantize_experts:quantize_experts",
-        "graphs.passes.keep_stored_bf16:keep_stored_bf16",
+        "plugins.onnxruntime.keep_stored_bf16:keep_stored_bf16",
         "plugins.onnxruntime.pick_top_logits:pick_top_logits",
         "graphs.passes.remove_dead:remove_dead",
     ),
@@ -61,13 +62,13 @@ ONNXRUNTIME = Target(
 
 _STANDARD_PASSES = (
     "plugins.standard.fix_sizes:fix_sizes",
-    "graphs.passes.recognise_linear:recognise_linear",
+    "graphs.passes.recognize_linear:recognize_linear",
     "graphs.passes.fold_weight_views:fold_weight_views",
     "graphs.passes.widen_logits:widen_logits",
-    "plugins.standard.lowerings:lower_mixers",
+    "plugins.standard.standard_lowerings:lower_mixers",
     "graphs.passes.remove_dead:remove_dead",
-    "plugins.standard.lowerings:lower_simple_ops",
-    "plugins.standard.quantized:quantize_embedding",
+    "plugins.standard.standard_lowerings:lower_simple_ops",
+    "plugins.standard.standard_quantized:quantize_embedding",
     "graphs.passes.remove_dead:remove_dead",
     "plugins.standard.stamp_opset:stamp_opset",
 )
@@ -104,15 +105,15 @@ TENSORRT = Target(
     precisions=("fp16", "bf16", "fp32", "int8", "int4", "fp8"),
     passes=(
         "plugins.standard.fix_sizes:fix_sizes",
-        "graphs.passes.recognise_linear:recognise_linear",
+        "graphs.passes.recognize_linear:recognize_linear",
         "graphs.passes.fold_weight_views:fold_weight_views",
         "graphs.passes.widen_logits:widen_logits",
-        "plugins.tensorrt.lowerings:lower_mixers",
+        "plugins.tensorrt.tensorrt_lowerings:lower_mixers",
         "graphs.passes.remove_dead:remove_dead",
         "plugins.tensorrt.merge_products:merge_products",
         "plugins.tensorrt.merge_products:own_head",
-        "plugins.tensorrt.lowerings:lower_simple_ops",
-        "plugins.tensorrt.top_logits:add_top_logits",
+        "plugins.tensorrt.tensorrt_lowerings:lower_simple_ops",
+        "plugins.tensorrt.add_top_logits:add_top_logits",
         "graphs.passes.remove_dead:remove_dead",
         "plugins.standard.stamp_opset:stamp_opset",
         "plugins.standard.check_standard:check_standard",

@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from qwen_export.runtimes.model import Generation as Generation
     from qwen_export.runtimes.model import Model as Model
     from qwen_export.runtimes.model import load as load
-    from qwen_export.runtimes.sampling import SamplingParams as SamplingParams
+    from qwen_export.runtimes.sampling.sampler import SamplingParams as SamplingParams
 
 __all__ = ["Generation", "Model", "SamplingParams", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "SamplingParams":
-        from qwen_export.runtimes.sampling import SamplingParams
+        from qwen_export.runtimes.sampling.sampler import SamplingParams
 
         return SamplingParams
     if name in __all__:

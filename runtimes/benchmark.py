@@ -12,11 +12,11 @@ import numpy as np
 
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.cuda_driver import memory_info
-from qwen_export.runtimes.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.model import Model, Speculate, load
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Sampler, SamplingParams
+from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 
 Report = Callable[[str], None]
 

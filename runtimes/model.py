@@ -11,26 +11,26 @@ from typing import Any
 
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
-from qwen_export.runtimes.backends import OpenOptions, open_graphs
-from qwen_export.runtimes.chat import ChatTemplate, Message, shield_messages, thinking_prefix
-from qwen_export.runtimes.compatibility import check_runnable
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.detokenize import Detokenizer
-from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
-from qwen_export.runtimes.drafting import Drafter, HeadDrafter, LookupDrafter
-from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
-from qwen_export.runtimes.generation import Request, Statistics, generate
-from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.runtimes.onnxruntime_session import Session
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter
-from qwen_export.runtimes.sampling import Sampler, SamplingParams
-from qwen_export.runtimes.sampling_defaults import ModelFacts, recommended
-from qwen_export.runtimes.speculation import Speculator
-from qwen_export.runtimes.static_decoder import StaticDecoder
-from qwen_export.runtimes.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.stopping import StopStrings, stop_ids
-from qwen_export.runtimes.tokenizer import TextTokenizer
+from qwen_export.runtimes.backends.compatibility import check_runnable
+from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
+from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
+from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
+from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
+from qwen_export.runtimes.speculation.rounds import Speculator
+from qwen_export.runtimes.text.chat_template import ChatTemplate, Message, shield_messages, thinking_prefix
+from qwen_export.runtimes.text.detokenizer import Detokenizer
+from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter
+from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 Speculate = str | int
 

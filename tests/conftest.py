@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_export.compiler import build
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.plugins.native.library import LIBRARIES
+from qwen_export.building.compiler import build
+from qwen_export.plugins.native.native_library import LIBRARIES
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from qwen_export.compiler import build
+from qwen_export.building.compiler import build
+from qwen_export.building.staging import staged_directory
 from qwen_export.errors import BuildError, CheckpointError, QwenExportError
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
 from qwen_export.graphs.weights import hashed_file
 from qwen_export.manifest import MANIFEST, load_manifest
 from qwen_export.runtimes import load
-from qwen_export.runtimes.integrity import ensure_whole
-from qwen_export.staging import staged_directory
+from qwen_export.runtimes.backends.integrity import ensure_whole
+from tests.support.family import tiny_config
 from tests.support.safetensors_files import overwrite_tensor
+from tests.support.synthesize import synthesize
 from tests.support.weights_only import weights_only
 
 LAST = "model.language_model.layers.3.mlp.down_proj.weight"
@@ -49,7 +49,7 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def capture_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Builds get a graph that has nothing but the weights; capturing the real one takes two seconds."""
-    monkeypatch.setattr("qwen_export.lowering.lower", weights_only)
+    monkeypatch.setattr("qwen_export.building.lower_graphs.lower", weights_only)
 
 
 # Failures on the way
@@ -122,7 +122,7 @@ def test_a_disk_that_really_is_full(tiny_checkpoint: Path, small_disk: Path) -> 
 
 
 def test_an_existing_output_is_refused_without_force(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.lowering.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.building.lower_graphs.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "empty").mkdir()
     (out / "file").write_text("mine")
     (out / "dangling").symlink_to("nowhere")
@@ -141,7 +141,7 @@ def test_force_replaces_a_bundle(tiny_checkpoint: Path, tiny_bundle: Path, out: 
 
 
 def test_force_never_deletes_what_is_not_a_bundle(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.lowering.lower", lambda *arguments: pytest.fail("the build began its work"))
+    monkeypatch.setattr("qwen_export.building.lower_graphs.lower", lambda *arguments: pytest.fail("the build began its work"))
     (out / "thesis").mkdir()
     (out / "thesis" / "chapter.tex").write_text("years of work")
     (out / "file").write_text("mine")
@@ -185,7 +185,7 @@ def test_the_old_bundle_comes_back_when_the_swap_fails(out: Path, monkeypatch: p
             raise KeyboardInterrupt
         real(source, target)
 
-    monkeypatch.setattr("qwen_export.staging.os.rename", failing)
+    monkeypatch.setattr("qwen_export.building.staging.os.rename", failing)
     with pytest.raises(KeyboardInterrupt), staged_directory(out / "bundle", replace=True) as staging:
         (staging / MANIFEST).write_text("new")
     assert contents(out) == ["bundle"] and (out / "bundle" / MANIFEST).read_text() == "old"
@@ -207,7 +207,7 @@ def test_an_output_below_a_file(out: Path) -> None:
 
 # Signals
 
-_BUILD = "import sys; from qwen_export.cli import main; main(sys.argv[1:])"
+_BUILD = "import sys; from qwen_export.commands.cli import main; main(sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from qwen_export.cli import main
+from qwen_export.commands.cli import main
 from qwen_export.errors import BundleError
 from qwen_export.manifest import MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
-from qwen_export.plugins.native.library import LIBRARIES, find_library
+from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.backends.integrity import ensure_whole
 from tests.support.safetensors_files import edit_json
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -366,5 +366,5 @@ def test_an_element_type_that_the_runtime_does_not_know(bundle_copy: Path, is_re
 
 
 def test_no_onnxruntime(bundle_copy: Path, is_refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.runtimes.compatibility.version", lambda: "")
+    monkeypatch.setattr("qwen_export.runtimes.backends.compatibility.version", lambda: "")
     is_refused(bundle_copy, "ONNX Runtime is not installed", "pip install")

@@ -18,21 +18,21 @@ import torch
 from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.pass_pipeline import print_graph, run_passes
 from qwen_export.errors import CaptureError, UnsupportedError
 from qwen_export.graphs.capture import capture_decoder
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import FULL, LINEAR, parse_config
-from qwen_export.graphs.family import FAMILY, tiny_config
-from qwen_export.graphs.passes.context import MICROSOFT, PassContext, new_node
-from qwen_export.graphs.passes.verify import verify_graph
-from qwen_export.graphs.pipeline import print_graph, run_passes
+from qwen_export.graphs.passes.check_invariants import verify_graph
+from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.expression import weight_of
-from qwen_export.plan import plan_build
-from qwen_export.plugins.onnxruntime.choices import CHOICES, OPTIONAL, choose
-from qwen_export.plugins.onnxruntime.recorded import recorded
-from qwen_export.runtimes.onnxruntime_kernels import installed
+from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, OPTIONAL, choose
+from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import installed
 from qwen_export.targets import ONNXRUNTIME, pass_names
+from tests.support.family import FAMILY, tiny_config
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 DENSE = ("0.8B", "2B", "4B", "9B", "27B")
@@ -237,7 +237,7 @@ def test_dump_writes_one_file_per_phase(dump: Path, lowered: Lowered) -> None:
     assert (dump / f"{len(phases) - 1:02d}_{phases[-1]}.txt").read_text() == print_graph(lowered().graph)
     texts = [(dump / f"{i:02d}_{name}.txt").read_text() for i, name in enumerate(phases)]
     changed = {name for name, before, after in zip(phases[1:], texts, texts[1:], strict=False) if before != after}
-    assert {"fold_transaction", "recognise_linear", "lower_mixers", "fuse_residual_norm", "lower_simple_ops"} <= changed
+    assert {"fold_transaction", "recognize_linear", "lower_mixers", "fuse_residual_norm", "lower_simple_ops"} <= changed
 
 
 # ---- the shape of the graph

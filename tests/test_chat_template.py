@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from qwen_export.errors import TemplateError
-from qwen_export.runtimes.chat import ChatTemplate, thinking_prefix
+from qwen_export.runtimes.text.chat_template import ChatTemplate, thinking_prefix
 from tests.support.templates import OTHER_TEMPLATE, family_template
 
 VARIANTS = ["3.5", "3.5-small", "3.6", "3.8"]

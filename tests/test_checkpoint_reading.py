@@ -16,16 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from qwen_export.compiler import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.compiler import build
+from qwen_export.building.text_assets import check_text_assets, stop_ids
 from qwen_export.errors import CheckpointError, ConfigError, QwenExportError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import INDEX, open_checkpoint
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, stored_name
-from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.checkpoint.checkpoint_directory import INDEX, open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.safetensors_header import read_header
+from qwen_export.graphs.checkpoint.tensor_names import check_tensors, decoder_tensors, stored_name
 from qwen_export.graphs.config import parse_config
-from qwen_export.graphs.family import FAMILY, tiny_config
-from qwen_export.plan import plan_build
-from qwen_export.text_assets import check_text_assets, stop_ids
+from tests.support.family import FAMILY, tiny_config
 from tests.support.safetensors_files import (
     add_tensor,
     edit_header,
@@ -74,7 +74,7 @@ def refused(directory: Path, kind: type[QwenExportError], *mentions: str, monkey
     def reached(*arguments: object) -> None:
         raise AssertionError("the build began its work")
 
-    monkeypatch.setattr("qwen_export.lowering.lower", reached)
+    monkeypatch.setattr("qwen_export.building.lower_graphs.lower", reached)
     monkeypatch.setattr(CheckpointReader, "_fill", reached)
     out = tmp_path / "out"
     out.mkdir()

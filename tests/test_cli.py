@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from qwen_export.bundle_summary import inspect_bundle
-from qwen_export.cli import main
+from qwen_export.bundles.bundle_summary import inspect_bundle
 from qwen_export.commands.bundle_text import bundle_text
+from qwen_export.commands.cli import main
 
 
 @pytest.fixture

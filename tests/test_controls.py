@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen_export.runtimes.buffers import BUFFERS, Bytes, HostBuffer
-from qwen_export.runtimes.controls import Controls
+from qwen_export.runtimes.decoding.controls import Controls
+from qwen_export.runtimes.memory.buffers import BUFFERS, Bytes, HostBuffer
 
 SPECS = {"input_ids": ("int64", (1, 3)), "length": ("int32", (1,)), "total_length": ("int32", (1,))}
 

@@ -19,22 +19,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from qwen_export.building.pass_pipeline import run_passes
 from qwen_export.graphs.capture import capture_decoder
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.reader import CheckpointReader
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.config import TextConfig, parse_config
-from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.graphs.passes.context import PassContext
-from qwen_export.graphs.pipeline import run_passes
-from qwen_export.graphs.weights.writer import write_weights
-from qwen_export.plugins.native import library as native
-from qwen_export.plugins.onnxruntime.choices import choose
-from qwen_export.runtimes.onnxruntime_kernels import Kernels, installed
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
+from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.weights.weight_writer import write_weights
+from qwen_export.plugins.native import native_library as native
+from qwen_export.plugins.onnxruntime.onnxruntime_choices import choose
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import Kernels, installed
 from qwen_export.targets import ONNXRUNTIME
 from tests.support import cpu_delta_net as op
 from tests.support.cpu_delta_net import Case, Shape, make_case
+from tests.support.family import tiny_config
 
 ROOT = Path(__file__).parent.parent
 SHORT = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -18,20 +18,21 @@ import numpy as np
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import BundleError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import FULL, LINEAR
-from qwen_export.graphs.family import tiny_config
-from qwen_export.inspection import inspect_checkpoint
-from qwen_export.lowering import lower
 from qwen_export.manifest import MANIFEST, load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native import fetch_headers, library
+from qwen_export.plugins.native import fetch_headers
+from qwen_export.plugins.native import native_library as library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.compatibility import check_runnable, this_platform
-from qwen_export.verify import verify
+from qwen_export.runtimes.backends.compatibility import check_runnable, this_platform
+from qwen_export.verification.logit_check import verify
 from tests.support import cpu_plugin_ops as ops
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 
 CPU = library.LIBRARIES["cpu"]
 SCRIPT = Path(ops.__file__)

@@ -18,29 +18,31 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from qwen_export import engines
-from qwen_export.bundle_summary import inspect_bundle
+from qwen_export.building import engines
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.compiler import build
+from qwen_export.building.engines import rebuild
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.bundles.bundle_summary import inspect_bundle
 from qwen_export.commands.bundle_text import bundle_text
-from qwen_export.compiler import build
 from qwen_export.engine_options import EngineOptions
-from qwen_export.engines import rebuild
 from qwen_export.errors import BuildError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.layer_graphs import layer_graphs
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.tensorrt import lowerings, probe_plugins, step_plugin
-from qwen_export.plugins.tensorrt.engine import build_engine
+from qwen_export.plugins.tensorrt import probe_plugins, step_plugin
+from qwen_export.plugins.tensorrt import tensorrt_lowerings as lowerings
+from qwen_export.plugins.tensorrt.build_engine import build_engine
 from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias, ensure_plain_name
 from qwen_export.plugins.tensorrt.step_plugin import LONGEST
-from qwen_export.runtimes import cuda_driver, delta_net_plugin
-from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, STEP, THREADS, VERIFY, StepFields, pack_ptx, unpack_ptx
-from qwen_export.runtimes.tensorrt_library import load_library
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes.backends.tensorrt import delta_net_plugin
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import NAMESPACE, STEP, THREADS, VERIFY, StepFields, pack_ptx, unpack_ptx
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
+from qwen_export.runtimes.memory import cuda_driver
+from qwen_export.runtimes.memory.cuda_stream import Stream
+from qwen_export.verification.layer_graphs import layer_graphs
 from tests.support.fake_driver import FakeDriver
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 from tests.support.tensorrt_graphs import bundle_on_cpu, error_of_calls
 
 PLUGIN = EngineOptions(("89", "120"), plugins=("gated_delta_net",))
@@ -125,7 +127,7 @@ def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> No
     assert spec.minimum_cuda == "13.4", "the driver must take the PTX"
     assert "and our own kernel for gated_delta_net" in bundle_text(inspect_bundle(bundle))
     stacked = {w.name.rpartition(".in_proj_")[2] for w in load_manifest(bundle).graphs["decoder"].weights if ".in_proj_" in w.name}
-    assert stacked == {"fp16": {"qkv_z_a_b"}, "int4": {"qkv_z.codes", "qkv_z.scales", "a_b"}}[precision], "gates are never quantised"
+    assert stacked == {"fp16": {"qkv_z_a_b"}, "int4": {"qkv_z.codes", "qkv_z.scales", "a_b"}}[precision], "gates are never quantized"
     before = {graph: (bundle / f"{graph}.engine").read_bytes() for graph in ("decoder", "verify", "prefill")}
     packed = pack_ptx(PTX).encode()
     assert {graph: packed in data for graph, data in before.items()} == {"decoder": True, "verify": True, "prefill": False}
@@ -266,7 +268,7 @@ _QUICK = """
 import numpy as np, tensorrt, sys
 from types import SimpleNamespace as Some
 from qwen_export.plugins.tensorrt import quick_plugin
-from qwen_export.runtimes.delta_net_plugin import TENSORS, StepFields, pack_ptx
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import TENSORS, StepFields, pack_ptx
 import tensorrt.plugin as plugin
 from tensorrt.plugin import _lib, _plugin_class
 

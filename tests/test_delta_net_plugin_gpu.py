@@ -11,21 +11,21 @@ import pytest
 
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.plugins.native.library import find_ptx
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
+from qwen_export.plugins.native.native_library import find_ptx
 from qwen_export.runtimes import SamplingParams, load
-from qwen_export.runtimes.buffers import CudaBuffer, decode
-from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.delta_net_plugin import STEP, VERIFY, StepFields, launch, pack_ptx, step_plugin
-from qwen_export.runtimes.generation import Request, Statistics
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.verify import TOLERANCE
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import STEP, VERIFY, StepFields, launch, pack_ptx, step_plugin
+from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.memory.buffers import CudaBuffer, decode
+from qwen_export.runtimes.memory.cuda_stream import Stream
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.verification.logit_check import TOLERANCE
 from tests.conftest import EXAMPLES
 from tests.support.cuda_ops import device
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 from tests.test_native_plugin import DTYPES, TRANSACTIONS, Given, check_transaction, delta_net_inputs, with_transaction
 from tests.test_tensorrt_gpu import CAPACITY, Subject, compiled, prompt, same_but_for_ties
 

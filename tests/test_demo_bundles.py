@@ -12,9 +12,9 @@ import transformers
 
 from qwen_export import build
 from qwen_export.errors import UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.runtimes import load
 
 HELD_OUT = Path(__file__).parent / "data" / "held_out.py.txt"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from qwen_export.errors import QwenExportError
-from qwen_export.runtimes.detokenize import Detokenizer
+from qwen_export.runtimes.text.detokenizer import Detokenizer
 from tests.support.real_tokenizer import real_tokenizer
 
 TEXTS = [

@@ -12,20 +12,21 @@ import onnxruntime as ort
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.errors import BundleError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.passes.context import PassContext, new_node
-from qwen_export.lowering import lower
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.passes.pass_context import PassContext, new_node
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
 from qwen_export.plugins.directml.check_operators import check_operators, refusal
-from qwen_export.plugins.directml.operators import operator_table
-from qwen_export.runtimes import buffers, load
-from qwen_export.runtimes.static_decoder import StaticDecoder
-from qwen_export.static_plan import StaticOptions
-from qwen_export.verify import TOLERANCE
+from qwen_export.plugins.directml.directml_operators import operator_table
+from qwen_export.runtimes import load
+from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
+from qwen_export.runtimes.memory import buffers
+from qwen_export.verification.logit_check import TOLERANCE
 from tests.support.static_bundles import Reference, reference_logits, unoptimized
+from tests.support.synthesize import synthesize
 from tests.test_parity import prompt, tiny
 
 CAPACITY, CHUNK, GREEDY = 160, 16, 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen_export.runtimes.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 
 LONGEST = 8
 

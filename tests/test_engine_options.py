@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from qwen_export.cli import main
+from qwen_export.commands.cli import main
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
-from qwen_export.plugins.tensorrt.engine import _timing_cache, check_options
-from qwen_export.runtimes.kernel_cache import write_whole
-from qwen_export.runtimes.tensorrt_library import FLAVOURS, Library, minimum_cuda
+from qwen_export.plugins.tensorrt.build_engine import _timing_cache, check_options
+from qwen_export.runtimes.backends.tensorrt.kernel_cache import write_whole
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import FLAVOURS, Library, minimum_cuda
 
 
 def library(flavour: str) -> Library:

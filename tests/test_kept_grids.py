@@ -1,4 +1,4 @@
-"""Quantised checkpoints whose codes, zeros and scales go into the bundle as they are."""
+"""Quantized checkpoints whose codes, zeros and scales go into the bundle as they are."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ import onnx
 import pytest
 import torch
 
-from qwen_export.compiler import build
+from qwen_export.building.build_plan import BuildPlan, default_precision, plan_build
+from qwen_export.building.compiler import build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.formats.logical import Grid
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.graphs.quantization.kept import block_of
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
+from qwen_export.graphs.quantization.kept_grids import block_of
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, unpack
-from qwen_export.inspection import inspect_checkpoint
-from qwen_export.lowering import lower
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import BuildPlan, default_precision, plan_build
-from qwen_export.plugins.native.library import LIBRARIES, find_library
+from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.verify import verify
+from qwen_export.verification.logit_check import verify
 from tests.support import quantizers
+from tests.support.family import tiny_config
 from tests.support.quantizers import PROJECTIONS, QuantizedCheckpoint, Quantizer, quantize_checkpoint
+from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="plugins/native/cpu/build.sh was not run")
@@ -46,7 +46,7 @@ def packed(group: int, symmetric: bool) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": scheme}}
 
 
-# How to quantise, quantization_config, what the plan says, the layout that its codes fit into.
+# How to quantize, quantization_config, what the plan says, the layout that its codes fit into.
 FORMS: dict[str, tuple[Quantizer, dict[str, Any], str, QuantFormat]] = {
     "gptq": (quantizers.gptq(128), GPTQ, "gptq int4 group 128", QuantFormat(4, 128)),
     "gptq-asymmetric": (
@@ -190,7 +190,7 @@ def test_codes_zeros_and_scales_are_in_the_bundle_bit_for_bit(made: Make, tmp_pa
             stored = [stored_zeros(checkpoint, name) for name in names]
             np.testing.assert_array_equal(zeros, np.concatenate([z for z in stored if z is not None]))
     entries = load_manifest(bundle).precision_plan
-    assert entries["mlp stored quantised"] == f"12 kept: {said}"
+    assert entries["mlp stored quantized"] == f"12 kept: {said}"
     assert "25 weights, 25 kept" in entries.values()
 
 
@@ -258,7 +258,7 @@ def test_fp8_is_dequantized(made: Make) -> None:
 
 
 def test_gate_and_up_of_two_grids(made: Make) -> None:
-    """One product reads both: where up_proj is not quantised, gate_proj is not kept either."""
+    """One product reads both: where up_proj is not quantized, gate_proj is not kept either."""
     chosen = re.compile(PROJECTIONS.pattern.replace("(gate|up|down)_proj", "(gate|down)_proj"))
     plan = plan_of(made(quantizers.gptq(128), GPTQ, chosen).path)
     assert plan.quantization is not None
@@ -282,7 +282,7 @@ def test_a_stack_is_cut_where_the_grid_changes(made: Make) -> None:
     [
         ("int8", "", "kept: gptq int4 group 128"),
         ("int4", "[mlp]\nkeep = false", "gptq int4 group 128, dequantized to int4 block 32 search anew (the plan says keep = false)"),
-        ("int4", '[mlp]\nformat = "stored"', "gptq int4 group 128, dequantized (the plan quantises nothing here)"),
+        ("int4", '[mlp]\nformat = "stored"', "gptq int4 group 128, dequantized (the plan quantizes nothing here)"),
     ],
 )
 def test_what_a_plan_can_ask_for(made: Make, tmp_path: Path, precision: str, text: str, what: str) -> None:
@@ -297,13 +297,13 @@ def test_the_default_precision_is_the_checkpoints(made: Make, source: Path, monk
     library.write_bytes(b"kernels")
     for known in LIBRARIES.values():
         monkeypatch.setenv(known.variable, str(library))
-    quantised = open_checkpoint(made(quantizers.gptq(128), GPTQ).path)
-    assert default_precision(quantised, "onnxruntime", "cpu") == "int4"
-    assert default_precision(quantised, "onnx", "cpu") == "int4"
+    quantized = open_checkpoint(made(quantizers.gptq(128), GPTQ).path)
+    assert default_precision(quantized, "onnxruntime", "cpu") == "int4"
+    assert default_precision(quantized, "onnx", "cpu") == "int4"
     assert default_precision(open_checkpoint(source), "onnxruntime", "cpu") == "fp32"
     assert default_precision(open_checkpoint(source), "onnxruntime", "cuda") == "fp16"
     monkeypatch.setenv(LIBRARIES["cpu"].variable, "")
-    assert default_precision(quantised, "onnxruntime", "cpu") == "fp32"
+    assert default_precision(quantized, "onnxruntime", "cpu") == "fp32"
 
 
 def test_cuda_keeps_the_same(made_square: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

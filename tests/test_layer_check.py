@@ -15,22 +15,22 @@ import onnx_ir as ir
 import pytest
 
 from qwen_export import build
-from qwen_export.cli import main
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.commands.cli import main
 from qwen_export.errors import VerifyError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, POINTS, point_name
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.graphs.models.observed import observe
-from qwen_export.layer_check import verify_layers
-from qwen_export.layer_comparison import compare
-from qwen_export.lowering import lower
+from qwen_export.graphs.models.load_model import load_decoder
+from qwen_export.graphs.models.observed_layers import observe
 from qwen_export.manifest import MANIFEST, hash_file, load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native.library import LIBRARIES
-from qwen_export.runtimes.static_graphs import PROMPT, STEP
+from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.runtimes.decoding.static_graphs import PROMPT, STEP
+from qwen_export.verification.layer_check import verify_layers
+from qwen_export.verification.layer_comparison import compare
+from tests.support.family import tiny_config
 from tests.support.safetensors_files import overwrite_tensor, split_file
+from tests.support.synthesize import synthesize
 from tests.support.tensorrt_graphs import bundle_on_cpu
 from tests.test_parity import tiny
 
@@ -197,7 +197,7 @@ def test_graphs_for_tensorrt_pass(checkpoint: Path, tmp_path: Path) -> None:
     assert verify_layers(bundle_on_cpu(checkpoint, tmp_path / "b", "fp32", max_context=128), checkpoint)["passed"]
 
 
-def test_quantised_weights_are_compared_with_what_they_stand_for(checkpoint: Path, tmp_path: Path) -> None:
+def test_quantized_weights_are_compared_with_what_they_stand_for(checkpoint: Path, tmp_path: Path) -> None:
     result = verify_layers(build(checkpoint, tmp_path / "b", precision="int4"), checkpoint)
     assert result["passed"] and errors(result)["layer 1"] > 1e-4
 

@@ -9,10 +9,10 @@ import pytest
 
 from qwen_export import build
 from qwen_export.engine_options import EngineOptions
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.layer_check import verify_layers
+from qwen_export.verification.layer_check import verify_layers
 from tests.conftest import EXAMPLES
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 
 pytestmark = pytest.mark.gpu
 

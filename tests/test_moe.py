@@ -19,29 +19,29 @@ import torch
 import transformers
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import CaptureError, CheckpointError, ConfigError
 from qwen_export.graphs.capture import capture_decoder
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.names import StoredLayout, check_tensors, layer_tensors, stored_tensors
-from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors, layer_tensors, stored_tensors
 from qwen_export.graphs.checkpoint.tensor_table import tensor_table
 from qwen_export.graphs.config import FULL, LINEAR, parse_config
-from qwen_export.graphs.family import FAMILY, tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder, load_mtp
-from qwen_export.graphs.passes.verify import verify_graph
-from qwen_export.graphs.quantization.plan import load_plan
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder, load_mtp
+from qwen_export.graphs.ops.moe_op import moe, route
+from qwen_export.graphs.passes.check_invariants import verify_graph
+from qwen_export.graphs.quantization.precision_plan import load_plan
 from qwen_export.graphs.weights.expression import StoredWeight, weight_of
-from qwen_export.graphs.weights.layout import parameter_weight, resolve_layout
-from qwen_export.lowering import lower
+from qwen_export.graphs.weights.stored_layout import parameter_weight, resolve_layout
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native.library import LIBRARIES, find_library
-from qwen_export.plugins.ops.moe import moe, route
+from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support import moe_ops
+from tests.support.family import FAMILY, tiny_config
 from tests.support.quantizers import Quantizer, block_fp8, gptq, quantize_checkpoint
+from tests.support.synthesize import synthesize
 from tests.test_demo_bundles import HELD_OUT
 from tests.test_demo_bundles import _perplexity as perplexity
 from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
@@ -323,12 +323,12 @@ def test_the_draft_head_is_read_in_both_layouts(make_checkpoint: Make, fused: bo
     assert len(list(experts.stored())) == (1 if fused else 8)
 
 
-# ---- quantised experts
+# ---- quantized experts
 
 
 @needs_library
 @pytest.mark.parametrize(("precision", "change"), [("int8", 0.005), ("int4", 0.04)])
-def test_quantised_experts_of_the_trained_model(demo_moe_checkpoint: Path, tmp_path: Path, precision: str, change: float) -> None:
+def test_quantized_experts_of_the_trained_model(demo_moe_checkpoint: Path, tmp_path: Path, precision: str, change: float) -> None:
     """The bundle computes what the eager modules compute with the same rounded weights, and is about as good a model as before."""
     checkpoint = open_checkpoint(demo_moe_checkpoint)
     bundle = build(demo_moe_checkpoint, tmp_path / precision, precision=precision, max_context=512)
@@ -347,14 +347,14 @@ def test_quantised_experts_of_the_trained_model(demo_moe_checkpoint: Path, tmp_p
 
 
 @needs_library
-def test_half_quantised_experts_are_refused(demo_moe_checkpoint: Path, tmp_path: Path) -> None:
+def test_half_quantized_experts_are_refused(demo_moe_checkpoint: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.toml"
     plan.write_text('[matrices]\n"layers.2.mlp.experts.down_proj" = { format = "stored" }\n')
     with pytest.raises(ConfigError, match="both matrices of the experts or neither"):
         build(demo_moe_checkpoint, tmp_path / "bundle", precision="int4", plan_file=plan)
 
 
-def test_a_quantised_router_does_not_pass_the_verifier() -> None:
+def test_a_quantized_router_does_not_pass_the_verifier() -> None:
     model = capture_decoder(parse_config(tiny(layers=1)).text, "fp32")
     gate = model.graph.initializers["layers.0.mlp.gate.weight"]
     gate.type = ir.TensorType(ir.DataType.UINT8)

@@ -15,10 +15,10 @@ from transformers.modeling_layers import MtpLayer
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm, Qwen3_5TextRotaryEmbedding
 
 from qwen_export import build
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder, load_mtp
-from qwen_export.graphs.models.state import empty_state
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder, load_mtp
+from qwen_export.graphs.models.model_state import empty_state
 from qwen_export.runtimes import load
 
 TOKENS = 14

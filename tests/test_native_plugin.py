@@ -14,17 +14,17 @@ import numpy.typing as npt
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import BundleError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.lowering import lower
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import SpeculationSpec, load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native import library
-from qwen_export.runtimes.buffers import as_bytes
-from qwen_export.runtimes.integrity import ensure_whole
-from tests.support.cuda_ops import LIMIT, OneOp, error, normalised, rounded, silu
+from qwen_export.plugins.native import native_library as library
+from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.memory.buffers import as_bytes
+from tests.support.cuda_ops import LIMIT, OneOp, error, normalized, rounded, silu
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 
 Array = npt.NDArray[Any]
 LIBRARY, VARIABLE = library.LIBRARIES["cuda"].file, library.LIBRARIES["cuda"].variable
@@ -173,7 +173,7 @@ def check_linear(rng: np.random.Generator, dtype: str, M: int, N: int, K: int, e
     norm = rounded(1 + rng.normal(size=K) / 4, dtype) if "norm" in extras else None
     optional = {name: (value, dtype) if value is not None else None for name, value in (("residual", residual), ("norm", norm))}
     op = OneOp("Linear", dtype, {"x": (x, dtype), "w": (w, dtype)} | optional, {"y": ((1, M, N), dtype)}, epsilon=1e-6)
-    expected = (x if norm is None else normalised(x, norm, dtype)) @ w.T + (0 if residual is None else residual)
+    expected = (x if norm is None else normalized(x, norm, dtype)) @ w.T + (0 if residual is None else residual)
     assert error(op.run()["y"], expected) < LIMIT[dtype], (M, N, K)
 
 
@@ -188,7 +188,7 @@ def test_swiglu(dtype: str, N: int, K: int, with_norm: bool) -> None:
         norm = rounded(1 + rng.normal(size=K) / 4, dtype)
         inputs = {"x": (x, dtype), "w": (w, dtype), "norm": (norm, dtype) if with_norm else None}
         op = OneOp("SwiGlu", dtype, inputs, {"y": ((1, M, N), dtype)}, epsilon=1e-6)
-        h = (normalised(x, norm, dtype) if with_norm else x) @ w.T
+        h = (normalized(x, norm, dtype) if with_norm else x) @ w.T
         # More rows go through a gate and up of the element type.
         assert error(op.run()["y"], silu(h[..., :N]) * h[..., N:]) < 2 * LIMIT[dtype], (M, N, K)
 
@@ -301,7 +301,7 @@ def eager(given: Given, Hk: int) -> dict[str, Array]:
     """The op itself, in float64. The kernel's state is V-major."""
     import torch
 
-    from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+    from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 
     x = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, (value, _) in given.items()}
     (_, Hv, _, D), C = x["state"].shape, x["history"].shape[2]

@@ -11,16 +11,16 @@ import numpy.typing as npt
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import ConfigError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
-from qwen_export.lowering import lower
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native.library import LIBRARIES
-from qwen_export.verify import verify
-from tests.support.cuda_ops import LIMIT, OneOp, error, normalised, rounded, silu
+from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.verification.logit_check import verify
+from tests.support.cuda_ops import LIMIT, OneOp, error, normalized, rounded, silu
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 
 Array = npt.NDArray[Any]
 VARIABLE = LIBRARIES["cuda"].variable
@@ -42,7 +42,7 @@ def lowered(checkpoint: Path, precision: str, plan_file: Path | None = None) -> 
 @pytest.mark.usefixtures("fake_library")
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 def test_a_delta_net_layer_is_five_launches_still(wide_heads: Path, precision: str) -> None:
-    """in_proj_a and in_proj_b, which stay fp16, are the tail of the product that is quantised."""
+    """in_proj_a and in_proj_b, which stay fp16, are the tail of the product that is quantized."""
     graph = lowered(wide_heads, precision)
     counts = Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in graph)
     linear, attention = 3, 1
@@ -68,7 +68,7 @@ def test_experts(tmp_path: Path) -> None:
         lowered(checkpoint, "int4", plan)
 
 
-def test_what_cannot_be_quantised(tmp_path: Path, wide_heads: Path, fake_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_quantized(tmp_path: Path, wide_heads: Path, fake_library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     odd = synthesize(tiny_config(vision=False, intermediate_size=88), tmp_path / "odd")
     with pytest.raises(UnsupportedError, match="multiples of 16, and this model has intermediate size 88"):
         plan_build(open_checkpoint(odd), device="cuda", precision="int4")
@@ -124,7 +124,7 @@ def test_quant_linear(dtype: str, format: QuantFormat, N: int, K: int) -> None:
             optional = {name: (value, dtype) if name in extras else None for name, value in given.items()}
             inputs = {"x": (x, dtype), "w": (packed, "uint8")} | optional
             op = OneOp("QuantLinear", dtype, inputs, {"y": ((1, M, width), dtype)}, epsilon=1e-6, **format.attributes(N, K))
-            h = normalised(x, norm, dtype) if "norm" in extras else x
+            h = normalized(x, norm, dtype) if "norm" in extras else x
             expected = h @ (np.concatenate([w, tail]) if "tail" in extras else w).T + (residual if "residual" in extras else 0)
             # More rows go through weights of the element type.
             assert error(op.run()["y"], expected) < LIMIT[dtype] * (1 if M <= 8 else 1.5), (format, N, K, M, extras)
@@ -141,7 +141,7 @@ def test_quant_swiglu(dtype: str, format: QuantFormat) -> None:
             x, norm = rounded(rng.normal(size=(1, M, K)), dtype), rounded(1 + rng.normal(size=K) / 4, dtype)
             inputs = {"x": (x, dtype), "w": (packed, "uint8"), "norm": (norm, dtype)}
             op = OneOp("QuantSwiGlu", dtype, inputs, {"y": ((1, M, N), dtype)}, epsilon=1e-6, **format.attributes(2 * N, K))
-            h = normalised(x, norm, dtype) @ w.T
+            h = normalized(x, norm, dtype) @ w.T
             assert error(op.run()["y"], silu(h[..., :N]) * h[..., N:]) < 3 * LIMIT[dtype], (format, N, K, M)
 
 

@@ -12,10 +12,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen_export.plugins.ops.gated_attention import gated_attention
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.plugins.ops.rms_norm import rms_norm
-from qwen_export.plugins.ops.table import OPS
+from qwen_export.graphs.ops.gated_attention_op import gated_attention
+from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
+from qwen_export.graphs.ops.op_table import OPS
+from qwen_export.graphs.ops.rms_norm_op import rms_norm
 
 Array = npt.NDArray[np.float64]
 EPS = 1e-6
@@ -361,7 +361,7 @@ def make_attention(
 
 
 def normed_and_turned(x: Array, weight: Array, angles: Array) -> Array:
-    """One head's vector [D]: zero-centred RMS norm; pairs (j, j + R/2) turn as complex numbers."""
+    """One head's vector [D]: zero-centered RMS norm; pairs (j, j + R/2) turn as complex numbers."""
     x = x / np.sqrt(np.mean(x**2) + EPS) * (1 + weight)
     half = len(angles)
     turned = (x[:half] + 1j * x[half : 2 * half]) * np.exp(1j * angles)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from qwen_export import build, packaging_windows
-from qwen_export.cli import main
+from qwen_export import build
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.bundles import packaging_windows
+from qwen_export.bundles.packaging_windows import package_windows, requirements
+from qwen_export.commands.cli import main
 from qwen_export.errors import QwenExportError
 from qwen_export.manifest import MANIFEST, load_manifest
-from qwen_export.packaging_windows import package_windows, requirements
-from qwen_export.static_plan import StaticOptions
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qwen_export.graphs.config import parse_config
-from qwen_export.graphs.family import tiny_config
+from tests.support.family import tiny_config
 
 ROOT = Path(__file__).parents[1]
 TREES = {"qwen_export": "qwen_export", "graphs": "qwen_export.graphs", "plugins": "qwen_export.plugins", "runtimes": "qwen_export.runtimes"}
@@ -93,7 +93,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         entries = next(file.read(name).decode() for name in file.namelist() if name.endswith("/entry_points.txt"))
     expected = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
     assert names == expected | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
-    assert "qwen-export = qwen_export.cli:main" in entries
+    assert "qwen-export = qwen_export.commands.cli:main" in entries
     required = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
     assert {requirement.split(">")[0] for requirement in required} == {"numpy", "tokenizers", "jinja2", "click", "rich"}
 
@@ -150,15 +150,15 @@ assert len(answer.tokens) >= 1
 
 
 def test_run_and_check_load_neither_torch_nor_onnx(tiny_bundle: Path) -> None:
-    code = f"import json, sys; from qwen_export.cli import main; main(sys.argv[1:]); {_LOADED}"
+    code = f"import json, sys; from qwen_export.commands.cli import main; main(sys.argv[1:]); {_LOADED}"
     for arguments in (["check", str(tiny_bundle)], ["run", str(tiny_bundle), "Hello", "--max-new-tokens", "2"]):
         assert not set(in_fresh_python(code, *arguments)) & set(HEAVY)
 
 
 # What `inspect` needs must answer at once
 
-CHECKPOINT = [f"graphs.checkpoint.{name}" for name in ("directory", "names", "safetensors_header")]
-EARLY = ["graphs.config", *CHECKPOINT, "plan", "inspection"]
+CHECKPOINT = [f"graphs.checkpoint.{name}" for name in ("checkpoint_directory", "tensor_names", "safetensors_header")]
+EARLY = ["graphs.config", *CHECKPOINT, "building.build_plan", "bundles.inspection"]
 
 
 @pytest.mark.parametrize("name", EARLY)
@@ -167,7 +167,7 @@ def test_planning_loads_neither_torch_nor_onnx(name: str) -> None:
 
 
 def test_inspect_answers_within_a_second(tiny_checkpoint: Path) -> None:
-    code = f"import json, sys; from qwen_export.cli import main; main(sys.argv[1:]); {_LOADED}"
+    code = f"import json, sys; from qwen_export.commands.cli import main; main(sys.argv[1:]); {_LOADED}"
     times = []
     for _ in range(3):  # the best of three: the machine may be busy
         started = time.perf_counter()
@@ -194,9 +194,9 @@ print(json.dumps([callable(first), callable(second), first is second, callable(q
 
 def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     """What is recorded for builds that cannot be asked must not promise more than the registry of the same release."""
-    from qwen_export.plugins.onnxruntime.choices import CHOICES, OPTIONAL, choose
-    from qwen_export.plugins.onnxruntime.recorded import recorded
-    from qwen_export.runtimes.onnxruntime_kernels import installed
+    from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, OPTIONAL, choose
+    from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
+    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import installed
 
     real = installed("cpu")
     assert real is not None

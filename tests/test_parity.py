@@ -21,15 +21,15 @@ import transformers
 from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
 from qwen_export import build
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import FULL
-from qwen_export.graphs.family import FAMILY, tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.graphs.models.state import empty_state
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
+from qwen_export.graphs.models.model_state import empty_state
 from qwen_export.runtimes import load
-from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.decoding.decoder import Decoder
+from tests.support.family import FAMILY, tiny_config
+from tests.support.synthesize import synthesize
 
 TOLERANCE = 1e-4
 CAPACITY = 160

@@ -14,18 +14,18 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.errors import ContextOverflow, QwenExportError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.lowering import lower
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
 from qwen_export.runtimes import load
-from qwen_export.runtimes.static_decoder import StaticDecoder
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
+from tests.support.family import tiny_config
 from tests.support.graph_driver import GraphDriver
 from tests.support.static_bundles import Reference, reference_logits, unoptimized
+from tests.support.synthesize import synthesize
 from tests.test_parity import TOLERANCE, prompt, tiny
 
 CAPACITY, CHUNK = 160, 16

@@ -10,10 +10,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
+from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.triangular_inverse import (
     UNIT_ROUNDOFF,
     block_masks,
@@ -21,7 +21,7 @@ from qwen_export.plugins.decompose.triangular_inverse import (
     unit_lower_inverse,
     unit_lower_inverse_in_blocks,
 )
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.plugins.emitter import Emitter
 from tests.support.standard_graphs import emitted, session
 
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32

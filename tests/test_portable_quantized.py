@@ -11,17 +11,17 @@ import onnx_ir as ir
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.errors import ConfigError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.quantization.methods import quantize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize
-from qwen_export.graphs.quantization.standard import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
+from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.quantization.standard_blocks import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
 from qwen_export.graphs.weights.expression import StoredWeight, Weight
-from qwen_export.lowering import lower
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
 from qwen_export.runtimes import load
-from qwen_export.static_plan import StaticOptions
 from tests.support.standard_graphs import Weights
 from tests.support.static_bundles import reference_logits, unoptimized
 
@@ -41,7 +41,7 @@ def unpacked(weight: Weight, source: Weights) -> npt.NDArray[Any]:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("turned", [False, True])
-def test_codes_scales_and_zeros_apart_are_the_quantised_matrix(bits: int, zeros: bool, turned: bool) -> None:
+def test_codes_scales_and_zeros_apart_are_the_quantized_matrix(bits: int, zeros: bool, turned: bool) -> None:
     matrix = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
     source, of, format = Weights({"w": matrix}), StoredWeight("w", (N, K), ir.DataType.FLOAT), QuantFormat(bits, 32, zeros)
     expected = dequantize(format, *quantize(format, matrix, "search"))
@@ -54,7 +54,7 @@ def test_codes_scales_and_zeros_apart_are_the_quantised_matrix(bits: int, zeros:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nbits_parts_are_the_quantised_matrix(bits: int) -> None:
+def test_nbits_parts_are_the_quantized_matrix(bits: int) -> None:
     matrix = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
     source, of, format = Weights({"w": matrix}), StoredWeight("w", (N, K), ir.DataType.FLOAT), QuantFormat(bits, 64, zeros=True)
     codes, _, zeros = quantize(format, matrix, "rtn")
@@ -110,7 +110,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(demo_checkpoint: Path, tmp_p
             lower(source, plan)
 
 
-def test_quantised_blocks_need_their_opset(demo_checkpoint: Path) -> None:
+def test_quantized_blocks_need_their_opset(demo_checkpoint: Path) -> None:
     source = open_checkpoint(demo_checkpoint)
     with pytest.raises(UnsupportedError, match="since opset 21, not in 20"):
         plan_build(source, "directml", "dml", "int4", options=StaticOptions(opset=20))

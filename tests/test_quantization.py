@@ -1,4 +1,4 @@
-"""Precision plans, rounding methods, the packed layout, and quantised bundles."""
+"""Precision plans, rounding methods, the packed layout, and quantized bundles."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.quantization import methods
-from qwen_export.graphs.quantization.methods import quantize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.quantization import scale_search as methods
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack, unpack
-from qwen_export.graphs.quantization.plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
-from qwen_export.graphs.quantization.weights import Quantized
+from qwen_export.graphs.quantization.precision_plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
+from qwen_export.graphs.quantization.quantized_weights import Quantized
+from qwen_export.graphs.quantization.scale_search import quantize
 from qwen_export.graphs.weights.expression import HeadRows, Stacked, StoredWeight
-from qwen_export.lowering import lower
 from qwen_export.manifest import WEIGHTS, load_manifest
-from qwen_export.plan import plan_build
-from qwen_export.plugins.native.library import LIBRARIES, find_library
-from qwen_export.verify import verify
+from qwen_export.plugins.native.native_library import LIBRARIES, find_library
+from qwen_export.verification.logit_check import verify
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 PlanFile = Callable[[str], Path]
@@ -163,7 +163,7 @@ class _Rows:
         return self.values[start:stop]
 
 
-def test_a_quantised_expression_is_the_matrix_quantised() -> None:
+def test_a_quantized_expression_is_the_matrix_quantized() -> None:
     """Over stacked and picked rows, in blocks that end within a panel."""
     values = np.random.default_rng(0).normal(size=(6 * 32, 1000)).astype(np.float32)
     stored = StoredWeight("w", values.shape, ir.DataType.FLOAT)
@@ -236,7 +236,7 @@ def test_a_file_overrides_groups_and_matrices(plan_file: PlanFile) -> None:
         ('[mlp]\nmode = "fast"', "mode of the precision plan cannot be used"),
         ("mlp = 4", "is not a table"),
         ("[mlp", "not TOML"),
-        ('[router]\nformat = "int8"', "router.*never quantised"),
+        ('[router]\nformat = "int8"', "router.*never quantized"),
         ('[lm_head]\nformat = "int4"', "head of this checkpoint is its embedding"),
     ],
 )
@@ -261,7 +261,7 @@ def lowered(checkpoint: Path, file: Path | None = None) -> Counter[str]:
 
 
 @pytest.mark.usefixtures("with_library")
-def test_what_the_plan_names_is_quantised_and_nothing_else(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
+def test_what_the_plan_names_is_quantized_and_nothing_else(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     counts = lowered(tiny_checkpoint)
     assert counts["qwen.native.QuantSwiGlu"] == 4 and counts["qwen.native.QuantGather"] == 1
     assert counts["qwen.native.Linear"] == 3, "in_proj_a and in_proj_b of three layers, in one product"
@@ -296,7 +296,7 @@ def test_gate_and_up_of_two_formats_are_refused(tiny_checkpoint: Path, plan_file
         lowered(tiny_checkpoint, plan_file('[matrices]\n"*.up_proj" = { format = "int8" }'))
 
 
-def test_without_the_library_quantised_builds_are_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_quantized_builds_are_refused(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIBRARIES["cpu"].variable, "")
     with pytest.raises(UnsupportedError, match="int4 needs the library of native kernels"):
         plan_build(open_checkpoint(tiny_checkpoint), precision="int4")
@@ -311,7 +311,7 @@ def test_other_builds_refuse_a_plan(tiny_checkpoint: Path, plan_file: PlanFile) 
 
 @needs_plugin
 @pytest.mark.parametrize(("precision", "tied"), [("int8", True), ("int4", False)])
-def test_a_quantised_bundle_computes_what_its_codes_say(precision: str, tied: bool, tmp_path: Path) -> None:
+def test_a_quantized_bundle_computes_what_its_codes_say(precision: str, tied: bool, tmp_path: Path) -> None:
     checkpoint = synthesize(tiny_config(tied=tied), tmp_path / "checkpoint", tokenizer=write_tiny_tokenizer(tmp_path / "tokenizer"))
     bundle = build(checkpoint, tmp_path / "bundle", precision=precision)
     manifest = load_manifest(bundle)
@@ -344,7 +344,7 @@ def test_a_build_is_reproducible(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("with_library")
 def test_inspect_tells_the_sizes(tiny_checkpoint: Path) -> None:
-    from qwen_export.inspection import inspect_checkpoint
+    from qwen_export.bundles.inspection import inspect_checkpoint
 
     targets = inspect_checkpoint(tiny_checkpoint)["targets"]
     sizes = {entry["precision"]: entry.get("bundle_bytes") for entry in targets if entry["device"] == "cpu" and entry["supported"]}

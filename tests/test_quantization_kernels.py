@@ -1,4 +1,4 @@
-"""Quantised products of the CPU plugin, with each instruction set of this machine."""
+"""Quantized products of the CPU plugin, with each instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen_export.graphs.quantization.packing import QuantFormat
-from qwen_export.plugins.native.library import find_library
+from qwen_export.plugins.native.native_library import find_library
 from tests.support import quant_ops
 
 ROOT = Path(__file__).parents[1]

@@ -16,20 +16,20 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5ForConditionalGeneration
 
-from qwen_export.compiler import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.compiler import build
+from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import CheckpointError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.formats.logical import Codes
-from qwen_export.graphs.checkpoint.names import check_tensors, decoder_tensors, stored_name
-from qwen_export.graphs.checkpoint.reader import CheckpointReader
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.inspection import inspect_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes
+from qwen_export.graphs.checkpoint.tensor_names import check_tensors, decoder_tensors, stored_name
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import plan_build
 from qwen_export.runtimes import load
 from tests.support import quantizers
+from tests.support.family import tiny_config
 from tests.support.quantizers import QuantizedCheckpoint, quantize_checkpoint
+from tests.support.synthesize import synthesize
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 MODULE = "model.language_model.layers.0.mlp.up_proj"

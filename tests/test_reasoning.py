@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen_export.runtimes.reasoning import Content, Event, Reasoning, ReasoningSplitter, split_reasoning
+from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter, split_reasoning
 
 # starts_in_reasoning, text, reasoning, content
 CASES = [

@@ -11,15 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from qwen_export.compiler import build
+from qwen_export.building.compiler import build
+from qwen_export.bundles.packaging import package
 from qwen_export.errors import BuildError, BundleError
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
 from qwen_export.manifest import load_manifest
-from qwen_export.packaging import package
-from qwen_export.plugins.native.library import LIBRARIES
+from qwen_export.plugins.native.native_library import LIBRARIES
 from qwen_export.runtimes import load
-from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.backends.integrity import ensure_whole
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 IDS = np.random.default_rng(0).integers(0, 480, 30).tolist()

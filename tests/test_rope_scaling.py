@@ -20,20 +20,20 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedding
 
 from qwen_export import build
+from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.commands.inspect import command as inspect_command
 from qwen_export.errors import ConfigError, QwenExportError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import parse_config
-from qwen_export.graphs.family import FAMILY, tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.rope_scaling import with_rope_scaling, yarn_factor
-from qwen_export.inspection import inspect_checkpoint
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
-from qwen_export.runtimes.decoder import Decoder, Snapshot
-from qwen_export.verify import verify
+from qwen_export.runtimes.decoding.decoder import Decoder, Snapshot
+from qwen_export.verification.logit_check import verify
+from tests.support.family import FAMILY, tiny_config
+from tests.support.synthesize import synthesize
 
 ORIGINAL, STRETCHED = 262_144, 1_010_000
 # As the model cards write it.

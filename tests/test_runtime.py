@@ -9,8 +9,8 @@ import pytest
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.runtimes import Model, SamplingParams, load
-from qwen_export.runtimes.buffers import HostBuffer
-from qwen_export.runtimes.reasoning import Reasoning
+from qwen_export.runtimes.memory.buffers import HostBuffer
+from qwen_export.runtimes.text.reasoning import Reasoning
 
 GREEDY = SamplingParams(greedy=True)
 CODE = "import os\n\n\ndef read_lines(path):\n"

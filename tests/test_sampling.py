@@ -11,13 +11,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qwen_export.errors import QwenExportError
-from qwen_export.runtimes.chat import ChatTemplate
-from qwen_export.runtimes.distribution import Distribution
-from qwen_export.runtimes.largest import nucleus, top_ids
-from qwen_export.runtimes.logits import Row, Rows, Top
-from qwen_export.runtimes.sampling import Sampler, SamplingParams
-from qwen_export.runtimes.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
-from qwen_export.runtimes.token_history import TokenHistory
+from qwen_export.runtimes.decoding.logit_rows import Row, Rows, Top
+from qwen_export.runtimes.sampling.distribution import Distribution
+from qwen_export.runtimes.sampling.largest import nucleus, top_ids
+from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
+from qwen_export.runtimes.sampling.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
+from qwen_export.runtimes.sampling.token_history import TokenHistory
+from qwen_export.runtimes.text.chat_template import ChatTemplate
 from tests.support.templates import OTHER_TEMPLATE, family_template
 
 V = 248_320

@@ -17,21 +17,22 @@ from safetensors.torch import load_file, save_file
 
 from qwen_export import build
 from qwen_export.errors import CheckpointError, QwenExportError
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes import Model, SamplingParams, dynamic_draft_head, load
-from qwen_export.runtimes.acceptance import Acceptance, Draft
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.distribution import Distribution
-from qwen_export.runtimes.draft_policy import FixedLength
-from qwen_export.runtimes.drafting import HeadDrafter, LookupDrafter
-from qwen_export.runtimes.dynamic_decoder import DynamicDecoder
-from qwen_export.runtimes.generation import Request, Statistics, generate
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.speculation import Speculator
-from qwen_export.runtimes.token_history import TokenHistory
+from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes.decoding import dynamic_draft_head
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling.distribution import Distribution
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.sampling.token_history import TokenHistory
+from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft
+from qwen_export.runtimes.speculation.draft_policy import FixedLength
+from qwen_export.runtimes.speculation.drafters import HeadDrafter, LookupDrafter
+from qwen_export.runtimes.speculation.rounds import Speculator
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
 
 GREEDY = SamplingParams(greedy=True)
 HELD_OUT = Path(__file__).parent / "data" / "held_out.py.txt"

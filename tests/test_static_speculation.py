@@ -9,18 +9,18 @@ from typing import Any
 import pytest
 
 from qwen_export import build
-from qwen_export.graphs.family import tiny_config
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import SamplingParams, load
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.draft_policy import FixedLength
-from qwen_export.runtimes.drafting import HeadDrafter
-from qwen_export.runtimes.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.model import Model
-from qwen_export.runtimes.prefix_reuse import PrefixReuse
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.speculation import Speculator
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.speculation.draft_policy import FixedLength
+from qwen_export.runtimes.speculation.drafters import HeadDrafter
+from qwen_export.runtimes.speculation.rounds import Speculator
+from tests.support.family import tiny_config
 
 GREEDY = SamplingParams(greedy=True)
 HELD_OUT = Path(__file__).parent / "data" / "held_out.py.txt"

@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from qwen_export.errors import QwenExportError
-from qwen_export.runtimes.stopping import StopStrings, stop_ids
-from qwen_export.runtimes.tokenizer import TextTokenizer
+from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 
 def tokenizer_with(*tokens: str) -> TextTokenizer:

@@ -14,9 +14,9 @@ import transformers
 from safetensors import safe_open
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.synthesize import synthesize
 from qwen_export.graphs.checkpoint.tensor_table import Layout, tensor_table
-from qwen_export.graphs.family import FAMILY, PUBLISHED_BYTES, tiny_config
+from tests.support.family import FAMILY, PUBLISHED_BYTES, tiny_config
+from tests.support.synthesize import synthesize
 
 ITEM_SIZE = {"BF16": 2, "F16": 2, "F32": 4}
 

@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from qwen_export.cli import main
-from qwen_export.compiler import build
+from qwen_export.building.compiler import build
+from qwen_export.building.engines import compile_graph, rebuild
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.commands.cli import main
 from qwen_export.engine_options import BOUND, EngineOptions
-from qwen_export.engines import compile_graph, rebuild
 from qwen_export.errors import BuildError, BundleError, UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import FAMILY, tiny_config
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import check_sizes, load_manifest
-from qwen_export.plugins.tensorrt.engine import Built
-from qwen_export.plugins.tensorrt.engine_program import EVENTS, read_program
-from qwen_export.static_plan import StaticOptions
+from qwen_export.plugins.tensorrt.build_engine import Built
+from tests.support.engine_program import EVENTS, read_program
+from tests.support.family import FAMILY, tiny_config
+from tests.support.synthesize import synthesize
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
 
-from qwen_export.runtimes.tensorrt_library import Library, load_library
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library
 from tests.test_parity import small_release_config
 
 SMS = EngineOptions(sms=("89", "120"))
@@ -82,9 +82,9 @@ def test_steps_leave_the_largest_logits(bundle: Path) -> None:
 
 def compiled(library: Library, checkpoint: Path, output: Path, precision: str, names: tuple[str, ...], **wishes: Any) -> dict[str, Built]:
     """What the parser made of some graphs, which were then built for both generations."""
-    from qwen_export.graphs.weights.writer import external, lazy_weights
-    from qwen_export.lowering import lower
-    from qwen_export.plan import plan_build
+    from qwen_export.building.build_plan import plan_build
+    from qwen_export.building.lower_graphs import lower
+    from qwen_export.graphs.weights.weight_writer import external, lazy_weights
     from qwen_export.plugins.tensorrt.parser_model import parser_model
 
     source = open_checkpoint(checkpoint)
@@ -162,7 +162,7 @@ def test_rebuild_where_neither_torch_nor_the_checkpoint_is(bundle: Path, tmp_pat
     shutil.copytree(bundle, copy)
     before = load_manifest(copy)
     code = (
-        "import sys; from qwen_export.cli import main; main(['rebuild', sys.argv[1], '--sm', '8.6']);"
+        "import sys; from qwen_export.commands.cli import main; main(['rebuild', sys.argv[1], '--sm', '8.6']);"
         "print(sorted({'torch', 'onnx', 'onnx_ir', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(copy)], capture_output=True, text=True, env=dict(os.environ), check=False)
@@ -233,7 +233,7 @@ def test_too_small_a_workspace_is_named(tiny_checkpoint: Path, tmp_path: Path) -
     ],
 )
 def test_refusals(engine: EngineOptions, message: str, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen_export.engines.current_sm", lambda: None)
+    monkeypatch.setattr("qwen_export.building.engines.current_sm", lambda: None)
     with pytest.raises(UnsupportedError, match=message):
         build(tiny_checkpoint, tmp_path / "b", target="tensorrt-rtx", device="cuda", precision="fp16", engine=engine)
     assert not (tmp_path / "b").exists()

@@ -17,24 +17,25 @@ import numpy.typing as npt
 import pytest
 
 from qwen_export import build
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BuildError, BundleError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes import SamplingParams, cuda_memory, load
-from qwen_export.runtimes.cuda_driver import memory_info
-from qwen_export.runtimes.decoder import Decoder
-from qwen_export.runtimes.generation import Request, Statistics
-from qwen_export.runtimes.kernel_cache import VARIABLE
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.tensorrt_engines import Engines
-from qwen_export.static_plan import StaticOptions
-from qwen_export.verify import TOLERANCE
+from qwen_export.runtimes import SamplingParams, load
+from qwen_export.runtimes.backends.tensorrt.kernel_cache import VARIABLE
+from qwen_export.runtimes.backends.tensorrt.tensorrt_engines import Engines
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.memory import cuda_memory
+from qwen_export.runtimes.memory.cuda_driver import memory_info
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.verification.logit_check import TOLERANCE
 from tests.conftest import EXAMPLES
 from tests.support.greedy import greedy
+from tests.support.synthesize import synthesize
 from tests.test_parity import small_release_config, tiny
 
 pytestmark = pytest.mark.gpu

@@ -10,27 +10,27 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.static_plan import StaticOptions
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.family import tiny_config
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales, rounded
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
-from qwen_export.plan import plan_build
+from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_delta_net import Sizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.tensorrt import experts
+from qwen_export.plugins.emitter import Emitter
+from qwen_export.plugins.tensorrt import tensorrt_experts as experts
 from qwen_export.runtimes import SamplingParams, load
-from qwen_export.runtimes.generation import Request, Statistics
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.sampling.sampler import Sampler
+from tests.support.family import tiny_config
 from tests.support.standard_graphs import Weights, emitted, session
+from tests.support.synthesize import synthesize
 from tests.support.tensorrt_graphs import bundle_on_cpu, error_of_calls
 
 Array = npt.NDArray[Any]

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.engines import compile_graph, ready_library
+from qwen_export.building.lower_graphs import lower
 from qwen_export.engine_options import EngineOptions
-from qwen_export.engines import compile_graph, ready_library
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.graphs.weights.writer import external, lazy_weights
-from qwen_export.lowering import lower
-from qwen_export.plan import plan_build
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.weights.weight_writer import external, lazy_weights
 from qwen_export.plugins.tensorrt import step_plugin
-from qwen_export.plugins.tensorrt.engine_program import EVENTS, Call, read_program
 from qwen_export.plugins.tensorrt.parser_model import parser_model
+from tests.support.engine_program import EVENTS, Call, read_program
+from tests.support.synthesize import synthesize
 from tests.test_parity import small_release_config
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")

@@ -10,27 +10,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen_export import build, engines
-from qwen_export.cli import main
+from qwen_export import build
+from qwen_export.building import engines
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.commands.cli import main
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BundleError, QwenExportError, VerifyError
-from qwen_export.graphs.checkpoint.synthesize import synthesize
-from qwen_export.layer_check import verify_layers
 from qwen_export.manifest import EngineSpec, WeightSpec, load_manifest
-from qwen_export.runtimes import SamplingParams, cuda_driver, cuda_memory, delta_net_plugin, load, tensorrt_compatibility, tensorrt_engines
-from qwen_export.runtimes.buffers import CudaBuffer, as_bytes
-from qwen_export.runtimes.cuda_stream import Stream
-from qwen_export.runtimes.device_weights import arrange
-from qwen_export.runtimes.generation import Request, Statistics
-from qwen_export.runtimes.kernel_cache import VARIABLE, KernelFile
-from qwen_export.runtimes.mapped_weights import MappedWeights, weight_bytes
-from qwen_export.runtimes.sampling import Sampler
-from qwen_export.runtimes.stream_buffer import StreamBuffer
-from qwen_export.runtimes.tensorrt_compatibility import runs_on
-from qwen_export.static_plan import StaticOptions
+from qwen_export.runtimes import SamplingParams, load
+from qwen_export.runtimes.backends.tensorrt import delta_net_plugin, tensorrt_compatibility, tensorrt_engines
+from qwen_export.runtimes.backends.tensorrt.kernel_cache import VARIABLE, KernelFile
+from qwen_export.runtimes.backends.tensorrt.tensorrt_compatibility import runs_on
+from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.memory import cuda_driver, cuda_memory
+from qwen_export.runtimes.memory.buffers import CudaBuffer, as_bytes
+from qwen_export.runtimes.memory.cuda_stream import Stream
+from qwen_export.runtimes.memory.device_weights import arrange
+from qwen_export.runtimes.memory.mapped_weights import MappedWeights, weight_bytes
+from qwen_export.runtimes.memory.stream_buffer import StreamBuffer
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.verification.layer_check import verify_layers
 from tests.support.fake_driver import FakeDriver
 from tests.support.fake_tensorrt import FakeTensorRT, TensorLocation, engine_bundle
 from tests.support.greedy import greedy
+from tests.support.synthesize import synthesize
 from tests.test_parity import tiny
 
 CAPACITY, CHUNK, WIDTH = 96, 16, 4

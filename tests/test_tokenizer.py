@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.runtimes.chat import ChatTemplate, shield_messages
-from qwen_export.runtimes.stopping import stop_ids
-from qwen_export.runtimes.tokenizer import TextTokenizer
+from qwen_export.runtimes.text.chat_template import ChatTemplate, shield_messages
+from qwen_export.runtimes.text.stopping import stop_ids
+from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 from tests.support.real_tokenizer import real_tokenizer, tokenizer_file
 from tests.support.templates import family_template
 

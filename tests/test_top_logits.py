@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from qwen_export import build
-from qwen_export.plugins.native.library import LIBRARIES, find_library
+from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.sampling import Sampler, SamplingParams
+from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 
 Array = npt.NDArray[Any]
 K = 64

@@ -28,7 +28,7 @@ from qwen_export.graphs.weights.expression import (
     Weight,
     add_weight,
 )
-from qwen_export.graphs.weights.writer import ALIGNMENT, weight_bytes, write_weights
+from qwen_export.graphs.weights.weight_writer import ALIGNMENT, weight_bytes, write_weights
 
 F32, F16, BF16 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 TORCH = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}

@@ -55,7 +55,7 @@ def states_before_chunks(m: Tensor, n: Tensor) -> Tensor:
 
 
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """q, k [B,T,H,Dk] (L2-normalised here), v [B,T,H,Dv], g (log decay) and beta [B,T,H] -> [B,T,H,Dv] in v's dtype; computed in fp32."""
+    """q, k [B,T,H,Dk] (L2-normalized here), v [B,T,H,Dv], g (log decay) and beta [B,T,H] -> [B,T,H,Dv] in v's dtype; computed in fp32."""
     with torch.autocast(q.device.type, enabled=False):
         _, t, _, dk = q.shape
         pad = -t % CHUNK

@@ -23,7 +23,7 @@ def load_config(name: str) -> Config:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + weight), computed in fp32; the stored weight is centred on zero."""
+    """x / rms(x) * (1 + weight), computed in fp32; the stored weight is centered on zero."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

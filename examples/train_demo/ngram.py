@@ -3,7 +3,7 @@
     python ngram.py --tokens build/tokens --out build/ngram.json
 
 p_n(w | c) = max(count(c w) - D, 0) / count(c) + D * types(c) / count(c) * p_{n-1}(w | c shortened by its oldest token), where orders below
-the highest count distinct left neighbours instead of occurrences, D = n1 / (n1 + 2 n2) per order, and the last resort is uniform.
+the highest count distinct left neighbors instead of occurrences, D = n1 / (n1 + 2 n2) per order, and the last resort is uniform.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(parameters, list(update.unbind()), alpha=-group["lr"] * scale)
 
 
-def make_optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(module: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
     matrices: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     small: list[nn.Parameter] = []
@@ -62,20 +62,20 @@ def make_optimisers(module: nn.Module, muon_lr: float, adam_lr: float) -> list[t
             matrices.append(p)
     adam = [{"params": decayed, "weight_decay": 0.01}, {"params": small, "weight_decay": 0.0}]
     fused = next(module.parameters()).is_cuda
-    optimisers: list[torch.optim.Optimizer] = [
+    optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW([g for g in adam if g["params"]], lr=adam_lr, betas=(0.9, 0.95), fused=fused)
     ]
     if matrices:
-        optimisers.append(Muon(matrices, lr=muon_lr))
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+        optimizers.append(Muon(matrices, lr=muon_lr))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
-    return optimisers
+    return optimizers
 
 
-def set_schedule(optimisers: list[torch.optim.Optimizer], step: int, progress: float, warmup: int = 100, decay: float = 0.45) -> None:
+def set_schedule(optimizers: list[torch.optim.Optimizer], step: int, progress: float, warmup: int = 100, decay: float = 0.45) -> None:
     """Linear warm-up over `warmup` steps, constant, then linear to zero over the last `decay` of the run (progress 0..1)."""
     factor = min(1.0, (step + 1) / warmup) * min(1.0, max(0.0, (1.0 - progress) / decay))
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor

@@ -30,11 +30,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "curves.png")
     args = parser.parse_args()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    for colour, model in (("tab:blue", "demo-dense"), ("tab:orange", "demo-moe")):
+    for color, model in (("tab:blue", "demo-dense"), ("tab:orange", "demo-moe")):
         lm, mtp = read(args.run / model / "lm.csv"), read(args.run / model / "mtp.csv")
-        left.plot(lm["tokens"] / 1e6, smooth(lm["loss"]), color=colour, label=model)
+        left.plot(lm["tokens"] / 1e6, smooth(lm["loss"]), color=color, label=model)
         for step, style in ((1, "-"), (2, "--"), (3, ":")):
-            right.plot(mtp["tokens"] / 1e6, 100 * smooth(mtp[f"agree{step}"]), style, color=colour, label=f"{model}, draft {step}")
+            right.plot(mtp["tokens"] / 1e6, 100 * smooth(mtp[f"agree{step}"]), style, color=color, label=f"{model}, draft {step}")
     left.set(xlabel="million tokens", ylabel="training loss, nats per token", ylim=(1.0, 4.0), title="Language model")
     right.set(xlabel="million tokens", ylabel="drafts equal to the main model's choice, %", title="MTP head (training text, weighted rows)")
     for axis in (left, right):

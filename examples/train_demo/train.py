@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from layers import load_config
 from model import Qwen
-from optim import make_optimisers, set_schedule
+from optim import make_optimizers, set_schedule
 from torch import Tensor
 
 ROWS_OF_EIGHT = {"code": 6, "docs": 1, "chat": 1}  # share of each stream in a batch
@@ -126,13 +126,13 @@ def run(args: argparse.Namespace) -> None:
     else:
         net.mtp.requires_grad_(False)
         trained = net
-    optimisers = make_optimisers(trained, args.muon_lr, args.adam_lr)
+    optimizers = make_optimizers(trained, args.muon_lr, args.adam_lr)
     saved: dict[str, Any] = {"elapsed": 0.0, "step": 0, "tokens": 0}
     if state_path.exists():
         saved = torch.load(state_path, map_location=device)
         net.load_state_dict(saved["net"])
-        for optimiser, state in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         print(f"continuing at step {saved['step']}, {saved['elapsed']:.0f} s")
     if args.compile:
         compile_parts(net)
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     for _ in range(2):  # compilation and kernel tuning stay outside the budget
         forward(next(batches))[0].backward()
         trained.zero_grad(set_to_none=True)
-    synchronise(device)
+    synchronize(device)
     print(f"warm-up {time.time() - began:.1f} s", flush=True)
 
     step, tokens, elapsed = saved["step"], saved["tokens"], saved["elapsed"]
@@ -159,13 +159,13 @@ def run(args: argparse.Namespace) -> None:
     with log_path.open("a" if step else "w", newline="") as handle:
         log = csv.writer(handle)
         while progress < 1.0 and (args.max_steps is None or step < args.max_steps):
-            set_schedule(optimisers, step, progress)
+            set_schedule(optimizers, step, progress)
             loss, logs = forward(next(batches))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            for optimiser in optimisers:
-                optimiser.step()
-                optimiser.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             step += 1
             tokens += args.rows * args.length
             if step % args.log_every == 0:
@@ -184,7 +184,7 @@ def run(args: argparse.Namespace) -> None:
                     )
                 if time.time() - last_save > args.save_every:
                     handle.flush()
-                    save_state(state_path, net, optimisers, elapsed, step, tokens)
+                    save_state(state_path, net, optimizers, elapsed, step, tokens)
                     last_save = time.time()
     # The exported weights are bf16; rounding here makes the head train against the model that is shipped.
     rounded = {k: v.to(torch.bfloat16).to(v.dtype) for k, v in net.state_dict().items()}
@@ -203,16 +203,16 @@ def compile_parts(net: Qwen) -> None:
         globals()[name] = torch.compile(globals()[name], dynamic=False)
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
-def save_state(path: Path, net: Qwen, optimisers: list[torch.optim.Optimizer], elapsed: float, step: int, tokens: int) -> None:
+def save_state(path: Path, net: Qwen, optimizers: list[torch.optim.Optimizer], elapsed: float, step: int, tokens: int) -> None:
     """Written beside and renamed, so that a command killed while saving leaves the previous state."""
     state = {
         "net": net.state_dict(),
-        "optimisers": [o.state_dict() for o in optimisers],
+        "optimizers": [o.state_dict() for o in optimizers],
         "elapsed": elapsed,
         "step": step,
         "tokens": tokens,

@@ -1,1 +1,3 @@
-"""Reading and writing Hugging Face checkpoint directories."""
+"""Reading a checkpoint directory: headers, names, shapes and rows of weights.
+Nothing here imports torch or onnx.
+"""

@@ -1,1 +1,3 @@
-"""The model as ordinary PyTorch modules: the reference that compiled artifacts are compared with."""
+"""The family as plain `torch.nn` modules, with the parameter names of the checkpoint.
+These are traced, and they are the reference of `verify`.
+"""

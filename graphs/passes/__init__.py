@@ -1,1 +1,3 @@
-"""Graph rewrites, one per file; qwen_export.targets lists which target runs which, in order."""
+"""Passes that hold for every target, the context that passes get, and the check of invariants after each pass.
+Passes of one target are in `plugins`.
+"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Reshaped, add_weight, weight_of
 
 _VIEWS = ("Squeeze", "Unsqueeze", "Reshape")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.pass_context import PassContext
 
 
 def remove_dead(model: ir.Model, context: PassContext) -> int:

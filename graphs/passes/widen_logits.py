@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext, new_node
+from qwen_export.graphs.passes.pass_context import PassContext, new_node
 
 
 def widen_logits(model: ir.Model, context: PassContext) -> int:

@@ -1,1 +1,3 @@
-"""Quantised weights: what is quantised how (plan), with what error (methods), in which layout (packing)."""
+"""Which matrices are quantized, to which format, and how codes and scales are found and packed.
+Numpy only.
+"""

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from qwen_export.graphs.quantization.packing import Floats
-from qwen_export.plugins.native.library import find_library
+from qwen_export.plugins.native.native_library import find_library
 
 Search = Callable[[Floats, Sequence[float], float], Floats]
 _LANES = 16

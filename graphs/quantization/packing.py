@@ -1,4 +1,4 @@
-"""The layout of quantised matrices, as plugins/native/cpu/quant.h describes it: panels of 16 rows that the kernels read where they lie.
+"""The layout of quantized matrices, as plugins/native/cpu/quant.h describes it: panels of 16 rows that the kernels read where they lie.
 
 Anything that has codes, scales and zeros on a block grid, also what a checkpoint brings along, packs into it without loss.
 """
@@ -63,7 +63,7 @@ class QuantFormat:
         return np.float32 if self.wide_scales else np.float16
 
     def attributes(self, N: int, K: int) -> dict[str, int]:
-        """The attributes of a quantised op on a matrix [N,K]."""
+        """The attributes of a quantized op on a matrix [N,K]."""
         return {"bits": self.bits, "block": self.block, "zeros": int(self.zeros), "wide_scales": int(self.wide_scales), "N": N, "K": K}
 
 
@@ -130,8 +130,8 @@ def dequantize(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | 
     def spread(values: Array) -> Floats:
         return np.repeat(values.astype(np.float32), format.block, axis=1)[:, :K]
 
-    centred = codes.astype(np.float32) - (np.float32(format.offset) if zeros is None else spread(zeros))
-    return spread(scales) * centred
+    centered = codes.astype(np.float32) - (np.float32(format.offset) if zeros is None else spread(zeros))
+    return spread(scales) * centered
 
 
 def _filled(values: Array, rows: int, columns: int) -> Array:

@@ -82,7 +82,7 @@ class StoredWeight(Weight):
 
 @dataclass(frozen=True)
 class Offset(Weight):
-    """(w + offset) * factor, in fp32: the 1 of a zero-centred norm, and a scale that follows it."""
+    """(w + offset) * factor, in fp32: the 1 of a zero-centered norm, and a scale that follows it."""
 
     of: StoredWeight
     offset: float

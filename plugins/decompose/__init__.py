@@ -1,1 +1,3 @@
-"""The ops of domain qwen as graphs of standard ONNX operators with static shapes: what every target without a kernel of its own shares."""
+"""Ops of domain `qwen` as standard operators of ONNX.
+Used by the targets that have no fused kernel.
+"""

@@ -21,8 +21,8 @@ import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
+from qwen_export.plugins.emitter import Emitter, static_shape
 
 _LARGEST = 65504.0  # of fp16
 

@@ -20,8 +20,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter, static_shape
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse_in_blocks
+from qwen_export.plugins.emitter import Emitter, static_shape
 
 _TOGETHER = 4
 """Chunks whose state-free part is computed at once: more of them leave the cache of a core."""

@@ -9,7 +9,7 @@ arXiv 2412.06464, section 3.3; Parallelizing linear transformers with the delta 
     O = c * Q S_0 + (d * Q K^T) U  (j <= i)      S_L = c_L S_0 + (K * d_L)^T U
 
 Sums of g over a range are made by adding up that range, never as a difference of two longer sums: after strong decay such a difference
-has no correct digits left, and weak decay between two neighbours would be lost.
+has no correct digits left, and weak decay between two neighbors would be lost.
 
 Everything is fp32. A token with beta = 0 and g = 0 is the identity transition and leaves no trace.
 """
@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.emitter import Emitter
 from qwen_export.plugins.decompose.triangular_inverse import unit_lower_inverse
+from qwen_export.plugins.emitter import Emitter
 
 
 class Recurrence(NamedTuple):

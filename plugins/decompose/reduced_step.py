@@ -12,7 +12,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.emitter import Emitter
 
 
 def reduced_step(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.emitter import Emitter
 
 
 class SummedEmitter(Emitter):

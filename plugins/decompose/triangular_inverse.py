@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.emitter import Emitter, static_shape
+from qwen_export.plugins.emitter import Emitter, static_shape
 
 UNIT_ROUNDOFF = 2.0**-24
 

@@ -1,1 +1,3 @@
-"""What DirectML can run."""
+"""The target `directml`: the operators that DirectML has, and a pass that refuses others.
+The graphs are those of `plugins/standard`.
+"""

@@ -7,9 +7,9 @@ import onnx.defs
 import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.graphs.passes.context import PassContext
-from qwen_export.plugins.directml.limits import limit
-from qwen_export.plugins.directml.operators import Kernel, operator_table
+from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.plugins.directml.directml_limits import limit
+from qwen_export.plugins.directml.directml_operators import Kernel, operator_table
 
 _SHOWN = 5
 

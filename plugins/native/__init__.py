@@ -1,1 +1,3 @@
-"""Our own CUDA kernels for ONNX Runtime, and where to find the library built from them."""
+"""Kernels in C++ and CUDA, and where the compiled libraries are found.
+Built by `build.sh`, `build_ptx.sh` and `cpu/build.sh`.
+"""

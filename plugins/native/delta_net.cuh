@@ -21,7 +21,7 @@ constexpr bool takes_head(int64_t D) { return D == 64 || D == 128; }
 
 // packed [B,T,C+Hv*D+2Hv] = qkv | z | a | b   conv [C,4]  a_log, dt_bias f32[Hv]  norm [D]
 // history [B,3,C] and state f32[B,Hv,D,D] (V-major: Dv, Dk); each may be the same memory as its successor
-// pending [B,P,width], accepted [B] in 0..P, commit [B] in 0..T: the transaction of plugins/ops/gated_delta_net.py. `pending` is the packed
+// pending [B,P,width], accepted [B] in 0..P, commit [B] in 0..T: the transaction of graphs/ops/gated_delta_net_op.py. `pending` is the packed
 // projection of an earlier call; rows from `accepted` on are not read. `accepted` and `commit` are both null without a transaction: then
 // nothing is pending and all tokens are committed. All three belong to earlier work in the stream than the kernel before this call.
 // y [B,T,Hv*D]; unspecified at t >= commit > 0

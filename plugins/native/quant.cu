@@ -29,7 +29,7 @@ __device__ void plain_tile(const T* w, int rows, int K, int warp, int warps, int
   }
 }
 
-// A block makes 16 or 32 columns of y, of one panel or two neighbours, or, SWIGLU, 16 of a gate and an up panel. Behind those of w come
+// A block makes 16 or 32 columns of y, of one panel or two neighbors, or, SWIGLU, 16 of a gate and an up panel. Behind those of w come
 // blocks of 16 columns of `tail`.
 template <typename T, int BITS, int PANELS, bool NORM, bool SWIGLU>
 __global__ void __launch_bounds__(kMostWarps * 32) quant_kernel(Product given) {
@@ -159,7 +159,7 @@ void run(Product given, cudaStream_t stream) {
 
 template <typename T, int BITS, bool SWIGLU>
 void dispatch(const Product& given, cudaStream_t stream) {
-  // Two panels share the normalised activations; one each where that makes too few blocks.
+  // Two panels share the normalized activations; one each where that makes too few blocks.
   const bool single = !SWIGLU && given.N <= kSmallN;
   if (given.norm != nullptr)
     single ? run<T, BITS, SWIGLU ? 2 : 1, true, SWIGLU>(given, stream) : run<T, BITS, 2, true, SWIGLU>(given, stream);
@@ -172,7 +172,7 @@ void dispatch(const Product& given, cudaStream_t stream) {
   given.w.bits == 4 ? dispatch<T, 4, SWIGLU>(given, stream) : dispatch<T, 8, SWIGLU>(given, stream);
 }
 
-// Eight neighbouring values of a row, from k on (a multiple of 8).
+// Eight neighboring values of a row, from k on (a multiple of 8).
 template <typename T>
 __device__ uint4 eight(const QuantMatrix& w, int row, int k) {
   const uint8_t* panel = w.packed + size_t(row / kPanelRows) * w.panel_bytes();
@@ -195,7 +195,7 @@ __device__ uint4 eight(const QuantMatrix& w, int row, int k) {
   return values.bits;
 }
 
-// Neighbouring threads take neighbouring rows of a panel, whose codes lie together, four of them 8 k further.
+// Neighboring threads take neighboring rows of a panel, whose codes lie together, four of them 8 k further.
 template <typename T>
 __global__ void dequantize_kernel(QuantMatrix w, int first_row, int rows, T* out) {
   wait_for_previous();

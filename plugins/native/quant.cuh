@@ -1,4 +1,4 @@
-// Products with quantised matrices, in the layout of cpu/quant.h: panels of 16 rows, groups of 4 blocks, scales beside their codes.
+// Products with quantized matrices, in the layout of cpu/quant.h: panels of 16 rows, groups of 4 blocks, scales beside their codes.
 #pragma once
 
 #include <cuda_runtime.h>

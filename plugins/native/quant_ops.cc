@@ -1,4 +1,4 @@
-// Products with quantised matrices (quant.cuh), with the attributes and the packed layout of the CPU plugin's ops of the same names. `packed`
+// Products with quantized matrices (quant.cuh), with the attributes and the packed layout of the CPU plugin's ops of the same names. `packed`
 // is u8[panels, bytes of a panel]; it may have more rows than N, of which the first N count.
 // Attributes: bits (4, 8), block (32, 64, 128), N, K, zeros and wide_scales (0, 1), epsilon.
 //
@@ -21,7 +21,7 @@ namespace qwen {
 namespace {
 
 constexpr int kFewRows = 8;
-// Many rows: so many weights are dequantised at a time, to be read again from the second-level cache.
+// Many rows: so many weights are dequantized at a time, to be read again from the second-level cache.
 constexpr int64_t kDequantizedTogether = 16 << 20;
 constexpr int kTokensTogether = 1024;
 
@@ -32,8 +32,8 @@ QuantMatrix format_of(const Ort::ConstKernelInfo& info, const std::string& prefi
   w.block = value("block");
   w.zeros = value("zeros") != 0;
   w.wide_scales = value("wide_scales") != 0;
-  expect(w.bits == 4 || w.bits == 8, "a quantised matrix must have 4 or 8 bits");
-  expect(w.block == 32 || w.block == 64 || w.block == 128, "the block of a quantised matrix must be 32, 64 or 128");
+  expect(w.bits == 4 || w.bits == 8, "a quantized matrix must have 4 or 8 bits");
+  expect(w.block == 32 || w.block == 64 || w.block == 128, "the block of a quantized matrix must be 32, 64 or 128");
   return w;
 }
 
@@ -41,7 +41,7 @@ QuantMatrix matrix_of(const Ort::ConstKernelInfo& info) {
   QuantMatrix w = format_of(info);
   w.N = static_cast<int>(info.GetAttribute<int64_t>("N"));
   w.K = static_cast<int>(info.GetAttribute<int64_t>("K"));
-  expect(w.N > 0 && w.K > 0 && w.K % 8 == 0, "the columns of a quantised matrix must be a multiple of 8");
+  expect(w.N > 0 && w.K > 0 && w.K % 8 == 0, "the columns of a quantized matrix must be a multiple of 8");
   return w;
 }
 

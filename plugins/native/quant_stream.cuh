@@ -1,7 +1,7 @@
-// The inner loop of all products with quantised matrices: one warp multiplies parts of panels of 16 weight rows with up to 8 rows of activations.
+// The inner loop of all products with quantized matrices: one warp multiplies parts of panels of 16 weight rows with up to 8 rows of activations.
 //
 // The tensor cores do the arithmetic. A panel's 16 rows are the A operand of m16n8k16, activation rows the 8 columns of B. A product may visit
-// k in any order, so each lane takes 8 neighbouring k of two neighbouring weight rows, which lie in 8 bytes, and the same 8 k of one
+// k in any order, so each lane takes 8 neighboring k of two neighboring weight rows, which lie in 8 bytes, and the same 8 k of one
 // activation row. Codes minus zeros are integers that fp16 and bf16 hold exactly; the sum over 32 k is multiplied by the block's scale in fp32.
 //
 // The warps of a block take units of 128 k by turns. A warp copies its next units to shared memory while it computes; nobody else waits for

@@ -14,8 +14,8 @@ recurrence="(test_delta_net and (2-4-64 or 1-3-128)) or (test_a_transaction_is_t
 plugin="(test_a_step or test_a_verify) and (2-4-64 or 1-3-128)"
 top="(test_on_cuda and (300 or 5000) and lost)"
 products="(test_linear and (24-40 or 1024-2048)) or (test_swiglu and 40-24)"
-quantised="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
-every="($recurrence or ($plugin) or $top or $products or $quantised) and not bfloat16"
+quantized="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
+every="($recurrence or ($plugin) or $top or $products or $quantized) and not bfloat16"
 
 # check TOOL SECONDS SELECTION [OPTION...]
 check() {

@@ -1,1 +1,3 @@
-"""Lowerings of the qwen ops to the kernels of ONNX Runtime."""
+"""The target `onnxruntime`: lowerings to kernels of ONNX Runtime and of our plugin, per device.
+`onnxruntime_choices.py` lists the ways to lower each op.
+"""

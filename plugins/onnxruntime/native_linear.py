@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
-from qwen_export.graphs.passes.recognise_linear import LINEAR as LINEAR_OP
-from qwen_export.graphs.passes.recognise_linear import is_linear
+from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognize_linear import LINEAR as LINEAR_OP
+from qwen_export.graphs.passes.recognize_linear import is_linear
 from qwen_export.graphs.weights.expression import weight_of
-from qwen_export.plugins.native.library import NATIVE
-from qwen_export.plugins.onnxruntime.simple import lower_fused_matmul
+from qwen_export.plugins.native.native_library import NATIVE
+from qwen_export.plugins.onnxruntime.simple_ops import lower_fused_matmul
 
 LINEAR, SWIGLU = "Linear", "SwiGlu"
 # Where each op takes the norm of its input.
@@ -31,7 +31,7 @@ def is_native(node: ir.Node | None, *ops: str) -> bool:
 
 
 def with_norm(node: ir.Node, x: ir.Value | None, weight: ir.Value, eps: float) -> ir.Node:
-    """The native form of a product that reads x and normalises it itself."""
+    """The native form of a product that reads x and normalizes it itself."""
     op = LINEAR if is_linear(node) else node.op_type
     inputs: list[ir.Value | None] = [x, *node.inputs[1:]]
     inputs += [None] * (NORM_INPUT[op] - len(inputs))

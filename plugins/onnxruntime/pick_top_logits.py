@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext, new_node
-from qwen_export.plugins.native.library import NATIVE
+from qwen_export.graphs.passes.pass_context import PassContext, new_node
+from qwen_export.plugins.native.native_library import NATIVE
 
 # Twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once.
 COUNT = 64

@@ -1,4 +1,4 @@
-"""Experts that the precision plan quantises, on the kernels of plugins/native/cpu/moe_op.cc and plugins/native/quant_moe.cu."""
+"""Experts that the precision plan quantizes, on the kernels of plugins/native/cpu/moe_op.cc and plugins/native/quant_moe.cu."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
-from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
-from qwen_export.graphs.quantization.plan import GroupFormat
-from qwen_export.graphs.quantization.weights import packed_weight
+from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.quantization.precision_plan import GroupFormat
+from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import add_weight, weight_of
-from qwen_export.plugins.native.library import NATIVE
-from qwen_export.plugins.onnxruntime.experts import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.native_linear import is_native
+from qwen_export.plugins.onnxruntime.onnxruntime_experts import MOE, WEIGHT_INPUTS
 
 QUANT_MOE = "QuantMoe"
 # Of an expert's width: its gate and up rows are whole panels.
@@ -22,7 +22,7 @@ _FORMAT = ("bits", "block", "zeros", "wide_scales")
 
 
 def quantize_experts(model: ir.Model, context: PassContext) -> int:
-    """Given  qwen.native::Moe(x, logits, gate_up, down)                     weights that the plan quantises
+    """Given  qwen.native::Moe(x, logits, gate_up, down)                     weights that the plan quantizes
     Result qwen.native::QuantMoe(x, logits, packed, packed)"""
     plan, changed = context.quantization, 0
     if plan is None:
@@ -30,19 +30,19 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
     for node in [node for node in model.graph if is_native(node, MOE)]:
         weights = [node.inputs[i] for i in WEIGHT_INPUTS]
         formats = [plan.of(*_stored(value)) for value in weights]
-        quantised = [chosen.quant is not None for chosen in formats]
+        quantized = [chosen.quant is not None for chosen in formats]
         where, inner = str(node.name), context.config.moe_intermediate_size
-        if not any(quantised):
+        if not any(quantized):
             if context.choices["moe"].quantized_only:
                 raise ConfigError(
-                    "on this device a plan must quantise the experts of every layer, those of the draft head too, or of none", where=where
+                    "on this device a plan must quantize the experts of every layer, those of the draft head too, or of none", where=where
                 )
             continue
-        if not all(quantised):
-            raise ConfigError("a plan must quantise both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
+        if not all(quantized):
+            raise ConfigError("a plan must quantize both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
         if inner % _WIDTH_UNIT:
             raise ConfigError(
-                f"experts are quantised where their width is a multiple of {_WIDTH_UNIT}",
+                f"experts are quantized where their width is a multiple of {_WIDTH_UNIT}",
                 where=where,
                 got=inner,
                 fix='Set format = "stored" for [experts] in a precision plan.',

@@ -1,4 +1,4 @@
-"""Products and gathers over matrices that the precision plan quantises, on the kernels of plugins/native/cpu/quant_linear_op.cc and
+"""Products and gathers over matrices that the precision plan quantizes, on the kernels of plugins/native/cpu/quant_linear_op.cc and
 plugins/native/quant_ops.cc."""
 
 from __future__ import annotations
@@ -6,12 +6,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
-from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
-from qwen_export.graphs.passes.recognise_linear import LINEAR as LINEAR_OP
-from qwen_export.graphs.quantization.plan import GroupFormat, PrecisionPlan
-from qwen_export.graphs.quantization.weights import packed_weight
+from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognize_linear import LINEAR as LINEAR_OP
+from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan
+from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
-from qwen_export.plugins.native.library import NATIVE
+from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
 
 QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
@@ -19,10 +19,10 @@ _TAIL_INPUT = 4
 
 
 def quantize_products(model: ir.Model, context: PassContext) -> int:
-    """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantises
+    """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantizes
     Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed)
-           for a stack of matrices of which some are quantised: a product each, and Concat; on kernels that take a tail, one product
-           QuantLinear(x, packed, residual, norm, tail) where those that are not quantised are the last
+           for a stack of matrices of which some are quantized: a product each, and Concat; on kernels that take a tail, one product
+           QuantLinear(x, packed, residual, norm, tail) where those that are not quantized are the last
 
     A matrix that is read twice, as a tied embedding is, is packed once."""
     plan, changed = context.quantization, 0
@@ -73,7 +73,7 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
 
 
 def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight, tail: ir.Value | None = None) -> ir.Node:
-    """The quantised form of a product, over `weight`, with the rows of `tail` behind."""
+    """The quantized form of a product, over `weight`, with the rows of `tail` behind."""
     packed, attributes = _packed(graph, name, chosen, weight)
     others = [*node.inputs[2:]]
     if tail is not None:
@@ -110,7 +110,7 @@ def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> 
     """The packed matrix as an initializer, and the attributes that describe it."""
     format = chosen.quant
     if format is None:
-        raise TypeError(f"{name} is not quantised")
+        raise TypeError(f"{name} is not quantized")
     N, K = weight.shape
     if isinstance(weight, FirstRows):  # the first panels of the whole matrix, which is stored once
         packed: Weight = FirstRows(packed_weight(weight.of, chosen), format.packed_shape(N, K)[0])

@@ -1,1 +1,3 @@
-"""Lowerings to standard ONNX operators, for the targets `onnx` and `directml`."""
+"""Lowerings to operators of the ONNX standard, with fixed shapes.
+The targets `onnx`, `directml` and TensorRT start from these.
+"""

@@ -6,8 +6,8 @@ import onnx.defs
 import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
-from qwen_export.graphs.passes.context import PassContext
-from qwen_export.runtimes.delta_net_plugin import OWN
+from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import OWN
 
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qwen_export.graphs.models.state import PENDING
-from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.models.model_state import PENDING
+from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.remove_dead import remove_dead
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
-from qwen_export.plugins.ops.schema import DOMAIN
 
 _COUNTS = ("length", "accepted", "commit", "logit_rows")
 _HIDDEN = ("hidden", "hidden_out")

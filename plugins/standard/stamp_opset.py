@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.pass_context import PassContext
 
 
 def stamp_opset(model: ir.Model, context: PassContext) -> int:

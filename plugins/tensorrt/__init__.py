@@ -1,1 +1,3 @@
-"""The ops of domain qwen in native layers of TensorRT, and the compilation of a lowered graph to an engine."""
+"""The targets `tensorrt` and `tensorrt-rtx`: lowerings, plugins of engines, and the build of engines.
+Engines are built without a GPU where the library can.
+"""

@@ -1,7 +1,7 @@
 """Attention of a few queries over a long cache, whose slots are read in parts by several blocks of threads.
 
 Two products with a softmax between are one kernel of TensorRT's, with as many blocks as there are key heads: right for a prompt, and two
-blocks for the 4600 slots of a 0.8B. This form is not recognised as that kernel.
+blocks for the 4600 slots of a 0.8B. This form is not recognized as that kernel.
 
     s = [K q^T, K_new q^T]     w = softmax(s + mask)     o = sum over parts p of w_p V_p  +  w_new V_new
 
@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.decompose.gated_attention import MASKED, Sizes, bias_of
+from qwen_export.plugins.decompose.decompose_attention import MASKED, Sizes, bias_of
+from qwen_export.plugins.emitter import Emitter
 
 MOST_ROWS = 64
 """Rows of a head, queries that share it times tokens, up to which a prompt's kernel would have too few blocks."""

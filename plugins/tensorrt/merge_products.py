@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.graphs.passes.context import PassContext, new_node, replace_node
-from qwen_export.graphs.passes.recognise_linear import LINEAR, is_linear
-from qwen_export.graphs.quantization.plan import GroupFormat
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.recognize_linear import LINEAR, is_linear
+from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, weight_of
-from qwen_export.plugins.ops.schema import DOMAIN
 
 _HEAD = ".head"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qwen_export.plugins.tensorrt import quick_plugin
 from qwen_export.plugins.tensorrt.library_name import ensure_plain_name
-from qwen_export.runtimes import delta_net_plugin
-from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, Library
+from qwen_export.runtimes.backends.tensorrt import delta_net_plugin
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import AOT_PLUGINS, Library
 
 
 def make_known(library: Library) -> None:

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import onnx
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, RESULTS, STEP, TENSORS, VERSION, StepFields
-from qwen_export.runtimes.tensorrt_library import AOT_PLUGINS, Library
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import NAMESPACE, RESULTS, STEP, TENSORS, VERSION, StepFields
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import AOT_PLUGINS, Library
 
 
 def ensure_taken(library: Library) -> None:

@@ -12,8 +12,18 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from qwen_export.runtimes.delta_net_plugin import ACTIVATION, COUNT, FLOAT, NAMESPACE, RESULTS, TENSORS, THREADS, StepFields, unpack_ptx
-from qwen_export.runtimes.tensorrt_library import Library
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import (
+    ACTIVATION,
+    COUNT,
+    FLOAT,
+    NAMESPACE,
+    RESULTS,
+    TENSORS,
+    THREADS,
+    StepFields,
+    unpack_ptx,
+)
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library
 
 _ACTIVATIONS = ("FP32", "FP16", "BF16")
 _WRITTEN = {FLOAT: "FP32", COUNT: "INT32"}

@@ -14,13 +14,23 @@ from itertools import groupby
 import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
-from qwen_export.graphs.passes.context import PassContext
+from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked
-from qwen_export.plugins.decompose.emitter import Emitter
-from qwen_export.plugins.native.library import find_ptx, ptx_cuda
-from qwen_export.plugins.onnxruntime.common import producing_linear
-from qwen_export.runtimes.delta_net_plugin import NAMESPACE, OWN, RESULTS, STEP, VERIFY, VERSION, StepFields, pack_ptx, unpack_ptx
-from qwen_export.runtimes.tensorrt_library import numbers
+from qwen_export.plugins.emitter import Emitter
+from qwen_export.plugins.native.native_library import find_ptx, ptx_cuda
+from qwen_export.plugins.rewrite import producing_linear
+from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import (
+    NAMESPACE,
+    OWN,
+    RESULTS,
+    STEP,
+    VERIFY,
+    VERSION,
+    StepFields,
+    pack_ptx,
+    unpack_ptx,
+)
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import numbers
 
 LONGEST = 9
 """Tokens of a call that the kernel takes, kFewTokens of plugins/native/delta_net.cuh."""
@@ -29,7 +39,7 @@ _TENSORS = ("conv_weight", "a_log", "dt_bias", "norm", "conv_history", "state")
 
 def one_projection(emit: Emitter, given: dict[str, ir.Value | None], context: PassContext) -> ir.Value:
     """qkv | z | a | b [1,T,C+Hv*Dv+2*Hv], one product for each run of parts that the precision plan gives one format: mostly all four, and
-    a and b apart where only the large ones are quantised. The matrices are the same in all graphs of a bundle."""
+    a and b apart where only the large ones are quantized. The matrices are the same in all graphs of a bundle."""
     parts = {name: producing_linear(given[name]) for name in ("qkv", "z", "a", "b")}
     x, _ = parts["qkv"]
 

@@ -1,1 +1,3 @@
-"""Subcommands of the command line, one per file."""
+"""The command line: `cli.py` and one file per command.
+A command imports what it needs when it runs.
+"""

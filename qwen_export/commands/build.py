@@ -8,15 +8,15 @@ from pathlib import Path
 import click
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qwen_export.commands.engine_options import engine_options
+from qwen_export.building.build_plan import BuildPlan, default_precision
+from qwen_export.building.compiler import build
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.commands.engine_flags import engine_options
 from qwen_export.commands.output import progress_bar, size
-from qwen_export.compiler import build
 from qwen_export.engine_options import EngineOptions
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import load_manifest
-from qwen_export.plan import BuildPlan, default_precision
-from qwen_export.plugins.standard.choices import DECOMPOSABLE
-from qwen_export.static_plan import StaticOptions
+from qwen_export.plugins.standard.standard_choices import DECOMPOSABLE
 from qwen_export.targets import PRECISIONS, TARGETS
 
 
@@ -29,14 +29,14 @@ from qwen_export.targets import PRECISIONS, TARGETS
     default=None,
     type=click.Choice(PRECISIONS),
     help="Weights and activations; by default what a 4- or 8-bit checkpoint stores, else fp32 on cpu and fp16 elsewhere. int8, int4, fp8: "
-    "quantised weights.",
+    "quantized weights.",
 )
 @click.option(
     "--plan",
     "plan_file",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="TOML file that overrides which matrices int8 or int4 quantises, and how.",
+    help="TOML file that overrides which matrices int8 or int4 quantizes, and how.",
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")

@@ -9,8 +9,8 @@ import click
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.errors import BundleError
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.compatibility import check_runnable, free_memory, needed_memory
-from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.backends.compatibility import check_runnable, free_memory, needed_memory
+from qwen_export.runtimes.backends.integrity import ensure_whole
 
 
 @click.command("check")

@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
-from qwen_export.bundle_summary import inspect_bundle, is_bundle
+from qwen_export.bundles.bundle_summary import inspect_bundle, is_bundle
+from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.commands.bundle_text import bundle_text
-from qwen_export.commands.engine_options import compute_capabilities
+from qwen_export.commands.engine_flags import compute_capabilities
 from qwen_export.commands.output import count, mixers, size
-from qwen_export.inspection import inspect_checkpoint
 from qwen_export.targets import TARGETS
 
 

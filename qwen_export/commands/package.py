@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
+from qwen_export.bundles.packaging import package
+from qwen_export.bundles.packaging_windows import package_windows
 from qwen_export.commands.output import progress_bar, size
 from qwen_export.manifest import load_manifest
-from qwen_export.packaging import package
-from qwen_export.packaging_windows import package_windows
 
 
 @click.command("package")

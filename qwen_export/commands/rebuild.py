@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from qwen_export.commands.engine_options import engine_options
+from qwen_export.commands.engine_flags import engine_options
 from qwen_export.engine_options import EngineOptions
 
 
@@ -18,7 +18,7 @@ def command(bundle: Path, engine: EngineOptions) -> None:
     """Compile the engines of BUNDLE anew, for this machine's GPU and TensorRT or for those of --sm.
 
     Needs TensorRT and a bundle that was built with --carry-onnx; neither the checkpoint nor PyTorch."""
-    from qwen_export.engines import rebuild
+    from qwen_export.building.engines import rebuild
 
     started = time.monotonic()
     manifest = rebuild(bundle, engine, lambda graph: click.echo(f"compiling {graph}", err=True))

@@ -12,10 +12,10 @@ from qwen_export.commands.output import progress_bar
 from qwen_export.commands.speculate import speculate_option
 from qwen_export.commands.weight_budget import weight_budget_option
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.generation import SpeculationStatistics, Statistics
-from qwen_export.runtimes.integrity import ensure_whole
+from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.decoding.generation import SpeculationStatistics, Statistics
 from qwen_export.runtimes.model import Generation, Model, Speculate, load
-from qwen_export.runtimes.reasoning import Reasoning
+from qwen_export.runtimes.text.reasoning import Reasoning
 
 
 @click.command("run")

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qwen_export.commands.layer_table import print_layers
 from qwen_export.errors import VerifyError
-from qwen_export.verify import as_lines, dump, verify
+from qwen_export.verification.logit_check import as_lines, dump, verify
 
 _REPORT = "Please report this with the output above."
 
@@ -35,7 +35,7 @@ def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool) -> No
 
 
 def _layers(bundle: Path, reference: Path, as_json: bool) -> None:
-    from qwen_export.layer_check import verify_layers
+    from qwen_export.verification.layer_check import verify_layers
 
     with Console(stderr=True).status("loading") as status:
         result = verify_layers(bundle, reference, report=lambda text: status.update(text))

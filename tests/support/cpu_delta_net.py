@@ -16,7 +16,7 @@ import onnxruntime as ort
 import torch
 from onnx import TensorProto, helper
 
-from qwen_export.plugins.ops.gated_delta_net import gated_delta_net
+from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 
 Array = npt.NDArray[Any]
 

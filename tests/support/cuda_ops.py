@@ -10,13 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper
 
-from qwen_export.plugins.native import library
-from qwen_export.runtimes.buffers import ELEMENTS, CudaBuffer, as_bytes, decode, encode
+from qwen_export.plugins.native import native_library as library
+from qwen_export.runtimes.memory.buffers import ELEMENTS, CudaBuffer, as_bytes, decode, encode
 
 Array = npt.NDArray[Any]
 
 LIMIT = {"float": 1e-5, "float16": 1e-3, "bfloat16": 8e-3}
-"""Largest relative error in the norm: half a unit in the last place of the result, and of a normalised input."""
+"""Largest relative error in the norm: half a unit in the last place of the result, and of a normalized input."""
 
 
 @cache
@@ -107,5 +107,5 @@ def silu(x: Array) -> Array:
     return x / (1 + np.exp(-x))
 
 
-def normalised(x: Array, weight: Array, dtype: str) -> Array:
+def normalized(x: Array, weight: Array, dtype: str) -> Array:
     return rounded(x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight, dtype)

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable
 from typing import Any
 
-from qwen_export.runtimes import cuda_driver
+from qwen_export.runtimes.memory import cuda_driver
 
 _OUT_OF_MEMORY, _INVALID_VALUE, _NO_DEVICE, _ILLEGAL_ADDRESS = 2, 1, 100, 700
 _ALIGNMENT = 256

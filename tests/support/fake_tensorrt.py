@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from qwen_export.manifest import MANIFEST, hash_file, load_manifest
-from qwen_export.runtimes.tensorrt_library import FLAVOURS, Library
+from qwen_export.runtimes.backends.tensorrt.tensorrt_library import FLAVOURS, Library
 from tests.support.fake_driver import FakeDriver
 
 VERSION = "1.5.0.114"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.static_graphs import PROMPT, STEP
+from qwen_export.runtimes.decoding.static_graphs import PROMPT, STEP
 
 Arrays = dict[str, npt.NDArray[Any]]
 Run = Callable[[str, Arrays], Mapping[str, npt.NDArray[Any]]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen_export.runtimes.decoder import Decoder
+from qwen_export.runtimes.decoding.decoder import Decoder
 
 
 def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:

@@ -108,7 +108,7 @@ def error(got: Array, wanted: Array) -> float:
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
-# Activations of the quantised op are rounded to 8 bits per block.
+# Activations of the quantized op are rounded to 8 bits per block.
 LAYERS = {
     "fp32": (plain_layer(6, 2, 20, 5), 2e-6),
     "fp32-8-of-256": (plain_layer(256, 8, 64, 32), 2e-6),

@@ -1,4 +1,4 @@
-"""Quantised products of the CPU plugin against numpy. A process has one instruction set, so this is also a script:
+"""Quantized products of the CPU plugin against numpy. A process has one instruction set, so this is also a script:
 
 QWEN_EXPORT_CPU_SET=base python tests/support/quant_ops.py LIBRARY
 """

@@ -120,10 +120,10 @@ def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor) -> Te
 
 
 def packed_words(codes: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
-    """Eight neighbours of the last axis to one i32; `order[j]` is the neighbour in nibble j."""
+    """Eight neighbors of the last axis to one i32; `order[j]` is the neighbor in nibble j."""
     words = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64)
-    for nibble, neighbour in enumerate(order):
-        words |= codes[..., neighbour::8] << (4 * nibble)
+    for nibble, neighbor in enumerate(order):
+        words |= codes[..., neighbor::8] << (4 * nibble)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from qwen_export.graphs.weights.expression import weight_of
-from qwen_export.plugins.decompose.emitter import Emitter
+from qwen_export.plugins.emitter import Emitter
 
 Array = npt.NDArray[Any]
 OPSET = 21

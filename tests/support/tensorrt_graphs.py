@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from qwen_export.emission import write_files, write_manifest
-from qwen_export.graphs.checkpoint.directory import open_checkpoint
-from qwen_export.graphs.models.eager import EagerSequence
-from qwen_export.graphs.models.load import load_decoder
-from qwen_export.lowering import lower
-from qwen_export.plan import plan_build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.emission import write_files, write_manifest
+from qwen_export.building.lower_graphs import lower
+from qwen_export.building.staging import staged_directory
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.models.eager_sequence import EagerSequence
+from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.runtimes import load
-from qwen_export.staging import staged_directory
-from qwen_export.static_plan import StaticOptions
 
 
 def bundle_on_cpu(checkpoint: Path, output: Path, precision: str = "fp32", options: StaticOptions | None = None, **wishes: Any) -> Path:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export import cli, lowering
-from qwen_export.graphs.checkpoint.directory import Checkpoint
-from qwen_export.graphs.checkpoint.names import decoder_tensors
+from qwen_export.building import lower_graphs as lowering
+from qwen_export.building.build_plan import BuildPlan
+from qwen_export.commands import cli
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.tensor_names import decoder_tensors
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
-from qwen_export.plan import BuildPlan
 
 
 def weights_only(source: Checkpoint, plan: BuildPlan, dump: Path | None) -> dict[str, ir.Model]:

@@ -1,1 +1,3 @@
-"""The forms in which checkpoints store weights, one file each; `table` lists them."""
+"""How a weight can be stored: one file per quantization method, listed in `format_table.py`.
+Each one turns stored tensors into logical ones.
+"""

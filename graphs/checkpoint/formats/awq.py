@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
-from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, unpack, zeros_of
-from qwen_export.graphs.checkpoint.formats.logical import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.integer_codes import Bytes, IntegerTensor, unpack, zeros_of
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.storage_format import Format, unpacked_sizes
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 _PER_WORD = 8

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.format import Format
-from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor, Tensors
-from qwen_export.graphs.checkpoint.formats.scaled import scaled_tensor
+from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor, Tensors
+from qwen_export.graphs.checkpoint.formats.scaled_values import scaled_tensor
+from qwen_export.graphs.checkpoint.formats.storage_format import Format
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 _SCALE = "_scale_inv"

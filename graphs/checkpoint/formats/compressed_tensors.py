@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen_export.errors import CheckpointError, UnsupportedError
-from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
 from qwen_export.graphs.checkpoint.formats.fp4 import fp4_tensor
-from qwen_export.graphs.checkpoint.formats.integer import IntegerTensor, unpack, zeros_of
-from qwen_export.graphs.checkpoint.formats.logical import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
-from qwen_export.graphs.checkpoint.formats.scaled import SCALE_TYPES, scaled_tensor
+from qwen_export.graphs.checkpoint.formats.integer_codes import IntegerTensor, unpack, zeros_of
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.scaled_values import SCALE_TYPES, scaled_tensor
+from qwen_export.graphs.checkpoint.formats.storage_format import Format, unpacked_sizes
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 LAYOUTS = ("pack-quantized", "nvfp4-pack-quantized", "float-quantized", "int-quantized", "naive-quantized", "mixed-precision", "dense")
@@ -69,7 +69,7 @@ class CompressedTensors(Format):
                 "this variant of compressed-tensors quantization is not supported",
                 where="quantization_config 'actorder'",
                 got="'group'",
-                expected="'weight' or none, so that the inputs of a group are neighbours",
+                expected="'weight' or none, so that the inputs of a group are neighbors",
             )
 
     def weight(self, info: TensorInfo, tensors: Tensors) -> LogicalTensor | None:

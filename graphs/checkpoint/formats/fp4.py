@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_export.graphs.checkpoint.formats.format import unpacked_sizes
-from qwen_export.graphs.checkpoint.formats.logical import Floats, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Floats, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.storage_format import unpacked_sizes
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 GROUP = 16

@@ -2,7 +2,7 @@
 along O; `X.g_idx` i32[I], the group of each input.
 
 `checkpoint_format` "gptq" stores zero points less one (in bits wide arithmetic), "gptq_v2" as they are. With `desc_act` inputs were
-quantized in another order, so that the inputs of a group are not neighbours: such a weight has no grid along its rows.
+quantized in another order, so that the inputs of a group are not neighbors: such a weight has no grid along its rows.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.format import Format, unpacked_sizes
-from qwen_export.graphs.checkpoint.formats.integer import Bytes, IntegerTensor, unpack, zeros_of
-from qwen_export.graphs.checkpoint.formats.logical import Codes, Floats, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.integer_codes import Bytes, IntegerTensor, unpack, zeros_of
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, Floats, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.storage_format import Format, unpacked_sizes
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.format import Format
 from qwen_export.graphs.checkpoint.formats.fp4 import fp4_tensor
-from qwen_export.graphs.checkpoint.formats.logical import LogicalTensor, Tensors
-from qwen_export.graphs.checkpoint.formats.scaled import scaled_tensor
+from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor, Tensors
+from qwen_export.graphs.checkpoint.formats.scaled_values import scaled_tensor
+from qwen_export.graphs.checkpoint.formats.storage_format import Format
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 ALGORITHMS = ("NVFP4", "FP8", "MIXED_PRECISION", "W4A16_NVFP4", "FP8_PER_CHANNEL_PER_TOKEN")

@@ -1,4 +1,4 @@
-// A Gated DeltaNet mixer between its projections, as a transaction; plugins/ops/gated_delta_net.py has the equations and what pending,
+// A Gated DeltaNet mixer between its projections, as a transaction; graphs/ops/gated_delta_net_op.py has the equations and what pending,
 // accepted and commit mean.
 #pragma once
 

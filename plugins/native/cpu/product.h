@@ -26,7 +26,7 @@ struct Product {
   size_t packed_size(size_t M, size_t K);                                                                                  \
   /* How many groups pack_rows makes of M rows. */                                                                         \
   size_t packed_groups(size_t M);                                                                                          \
-  /* Groups first..last-1 of x [M,K], normalised where norm [K] is given: x / sqrt(mean(x^2) + eps) * norm. */             \
+  /* Groups first..last-1 of x [M,K], normalized where norm [K] is given: x / sqrt(mean(x^2) + eps) * norm. */             \
   void pack_rows(const float* x, const float* norm, float eps, size_t M, size_t K, size_t first, size_t last, float* out); \
   /* Columns first..last-1 of y. `first` is a multiple of 4. */                                                            \
   void product(const Product& p, size_t first, size_t last);                                                               \

@@ -1,4 +1,4 @@
-// Quantised matrices: how they lie in the file, and the kernels on them.
+// Quantized matrices: how they lie in the file, and the kernels on them.
 //
 // A matrix w [N,K] is cut into panels of 16 rows, and each row into blocks of `block` values (the last one is filled up with codes that
 // nothing multiplies). w[n,k] = scale * (code - zero), with a scale per row and block, and a zero per row and block or one for all. A panel is
@@ -13,7 +13,7 @@
 // other: the first rows of a matrix are a matrix of the same form. Products read it where it lies in the mapped file, nothing is copied;
 // graphs/quantization/packing.py writes it.
 //
-// Activations are quantised per row and block to -127..127. A block's products are summed in integers, which is exact in any order, and
+// Activations are quantized per row and block to -127..127. A block's products are summed in integers, which is exact in any order, and
 // blocks in fp32, in order: the result of a row does not depend on how many rows there are.
 #pragma once
 
@@ -46,7 +46,7 @@ struct QuantFormat {
   int offset() const { return 1 << (bits - 1); }  // the zero of formats without zeros
 };
 
-// Rows of quantised activations that share one reading of a panel, interleaved: up to quant_tile_rows(), as the registers allow.
+// Rows of quantized activations that share one reading of a panel, interleaved: up to quant_tile_rows(), as the registers allow.
 struct QuantTile {
   int rows = 0;
   int8_t* codes = nullptr;       // [padded / 4][rows][4]

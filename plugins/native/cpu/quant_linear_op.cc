@@ -1,4 +1,4 @@
-// Products with quantised matrices (quant.h). `packed` is u8[panels, bytes of a panel]; it may have more rows than N, of which the first N count.
+// Products with quantized matrices (quant.h). `packed` is u8[panels, bytes of a panel]; it may have more rows than N, of which the first N count.
 // Attributes: bits (4, 8), block, N, K, zeros and wide_scales (0, 1), epsilon.
 //
 // QuantLinear  x f32[...,K], packed, residual f32[...,N]?, norm f32[K]? -> y f32[...,N]
@@ -29,9 +29,9 @@ QuantFormat format_of(const Ort::ConstKernelInfo& info) {
   format.K = info.GetAttribute<int64_t>("K");
   format.zeros = info.GetAttribute<int64_t>("zeros") != 0;
   format.wide_scales = info.GetAttribute<int64_t>("wide_scales") != 0;
-  expect(format.bits == 4 || format.bits == 8, "a quantised matrix must have 4 or 8 bits");
-  expect(format.block >= kQuantUnit && format.block <= 256 && format.block % kQuantUnit == 0, "the block of a quantised matrix must be a multiple of 32, up to 256");
-  expect(format.N > 0 && format.K > 0, "a quantised matrix must not be empty");
+  expect(format.bits == 4 || format.bits == 8, "a quantized matrix must have 4 or 8 bits");
+  expect(format.block >= kQuantUnit && format.block <= 256 && format.block % kQuantUnit == 0, "the block of a quantized matrix must be a multiple of 32, up to 256");
+  expect(format.N > 0 && format.K > 0, "a quantized matrix must not be empty");
   return format;
 }
 
@@ -57,7 +57,7 @@ char* workspace(size_t bytes) {
   return block.memory.get() + (64 - address % 64) % 64;
 }
 
-// All rows of a call, quantised, in tiles of up to 8.
+// All rows of a call, quantized, in tiles of up to 8.
 class Activations {
  public:
   Activations(const Call& call, const QuantFormat& format, const float* x, const float* norm, float epsilon, int64_t M) : format_(format), M_(M) {

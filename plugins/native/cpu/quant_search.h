@@ -1,4 +1,4 @@
-// The scale of each block of weights that represents it with the least squared error, of several ranges: quantisation while a bundle is
+// The scale of each block of weights that represents it with the least squared error, of several ranges: quantization while a bundle is
 // built, which graphs/quantization/native_search.py calls through ctypes. Not an op.
 #pragma once
 

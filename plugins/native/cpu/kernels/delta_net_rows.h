@@ -1,4 +1,4 @@
-// What a token brings to the recurrence of one value head: convolved and normalised q, k, v and its gates; and what leaves it, normed and
+// What a token brings to the recurrence of one value head: convolved and normalized q, k, v and its gates; and what leaves it, normed and
 // gated.
 #pragma once
 

@@ -1,4 +1,4 @@
-// One panel of a quantised matrix times one tile of quantised activations.
+// One panel of a quantized matrix times one tile of quantized activations.
 
 #include "../quant.h"
 #include "quant_lanes.h"

@@ -1,4 +1,4 @@
-// Quantising activations: per row and block to -127..127.
+// Quantizing activations: per row and block to -127..127.
 
 #include <cmath>
 #include <cstring>

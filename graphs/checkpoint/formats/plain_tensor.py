@@ -1,0 +1,37 @@
+"""A weight stored as it is: BF16, F16 or F32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Floats, LogicalTensor, Parts
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
+
+
+@dataclass(frozen=True)
+class PlainTensor(LogicalTensor):
+    info: TensorInfo
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def storage(self) -> str:
+        return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(self.info.dtype, self.info.dtype)
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.info,)
+
+    def rows(self, parts: Parts, start: int, stop: int) -> Floats:
+        raw = parts.stored(self.info, start, stop)
+        if self.info.dtype == "BF16":  # faster than a conversion of values: BF16 is the upper half of F32
+            return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+        return raw.astype(np.float32, copy=False)
+
+
+def plain(info: TensorInfo) -> PlainTensor:
+    return PlainTensor(info.name, info.shape, info)

@@ -1,0 +1,112 @@
+"""FP8 and INT8 weights whose scales cover rectangles: w[o, i] = element[o, i] * scale[o // block_o, i // block_i].
+
+One rectangle may be the whole matrix (per tensor), a row (per channel), or a block, usually 128x128. A third axis in front counts
+experts, each with scales of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, Floats, Grid, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
+
+SCALE_TYPES = ("BF16", "F16", "F32", "F8_E8M0")
+ELEMENT_TYPES = ("F8_E4M3", "I8")
+# All 256 values: a table lookup is four times as fast as a conversion.
+_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ScaledTensor(LogicalTensor):
+    """`block` is (rows, columns) that share a scale; `counts` how many there are, down and across one matrix."""
+
+    elements: TensorInfo
+    scale: TensorInfo
+    block: tuple[int, int]
+    counts: tuple[int, int]
+
+    @property
+    def dtype(self) -> str:
+        return "F32"
+
+    @property
+    def storage(self) -> str:
+        kind = "fp8" if self.elements.dtype == "F8_E4M3" else "int8"
+        if self.block == self.shape:
+            return f"{kind} per tensor"
+        return f"{kind} per channel" if self.counts[1] == 1 and self.block[0] == 1 else f"{kind} {self.block[0]}x{self.block[1]}"
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return self.elements, self.scale
+
+    @property
+    def grid(self) -> Grid | None:
+        """INT8 with a scale per row, or one in all: a group is a whole row."""
+        if self.elements.dtype != "I8" or len(self.shape) != 2 or self.counts[1] != 1 or self.block[0] not in (1, self.shape[0]):
+            return None
+        return Grid(8, self.shape[1], True, self.scale.dtype)
+
+    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
+        if self.grid is None:
+            return None
+        codes = parts.stored(self.elements, start, stop).view(np.uint8) ^ np.uint8(128)
+        scales = checked_scales(self.scale, parts.whole(self.scale)).reshape(-1)
+        rows = scales[start:stop] if len(scales) == self.shape[0] else np.full(stop - start, scales[0], np.float32)
+        return Codes(codes, rows[:, None], None, self.shape[1], 8)
+
+    def rows(self, parts: Parts, start: int, stop: int) -> Floats:
+        raw = parts.stored(self.elements, start, stop)
+        values = _E4M3[raw.view(np.uint8)] if self.elements.dtype == "F8_E4M3" else raw.astype(np.float32)
+        scales = checked_scales(self.scale, parts.whole(self.scale))
+        if len(self.shape) == 2:
+            _scale(values, scales.reshape(self.counts), self.block, start)
+        else:
+            for matrix, grid in zip(values, scales.reshape(-1, *self.counts)[start:stop], strict=True):
+                _scale(matrix, grid, self.block, 0)
+        return values
+
+
+def _scale(values: Floats, grid: npt.NDArray[Any], block: tuple[int, int], start: int) -> None:
+    """Multiply rows that begin at row `start` of their matrix by its scales, in place."""
+    done = 0
+    while done < len(values):
+        index, inside = divmod(start + done, block[0])
+        count = min(block[0] - inside, len(values) - done)
+        values[done : done + count] *= np.repeat(grid[index], block[1])[: values.shape[1]]
+        done += count
+
+
+def scaled_tensor(tensors: Tensors, elements: TensorInfo, scale: str, block: tuple[int, int] | None = None) -> ScaledTensor:
+    """The weight made of `elements` and the scales called `scale`. Without `block`, the scales' shape says what each of them covers:
+    [] or [1] the tensor, [O] or [O, 1] a row."""
+    name, shape = elements.name, elements.shape
+    if elements.dtype not in ELEMENT_TYPES:
+        raise CheckpointError("a weight with scales has an element type that needs none", where=name, got=elements.dtype)
+    if len(shape) not in (2, 3):
+        raise CheckpointError("a quantized weight is not a matrix", where=name, got=shape)
+    if scale not in tensors:
+        raise CheckpointError("a quantized weight has no scales", where=name, expected=scale, fix="Is a shard missing?")
+    rows, columns = shape[-2:]
+    if block is not None:
+        grid = (-(-rows // block[0]), -(-columns // block[1]))
+        found = part(tensors, name, scale, (*shape[:-2], *grid), SCALE_TYPES)
+        return ScaledTensor(name, shape, elements, found, block, grid)
+    given = tensors[scale].shape
+    if len(shape) == 2 and given in ((rows,), (rows, 1)) and rows > 1:
+        block, grid = (1, columns), (rows, 1)
+    elif len(shape) == 2 and prod(given) == 1:
+        block, grid = (rows, columns), (1, 1)
+    else:
+        raise CheckpointError(
+            "a part of a quantized weight has the wrong shape", where=scale, got=given, expected=f"one scale, or one per row of {shape}"
+        )
+    return ScaledTensor(name, shape, elements, part(tensors, name, scale, given, SCALE_TYPES), block, grid)

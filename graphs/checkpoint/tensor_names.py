@@ -1,0 +1,140 @@
+"""Which tensors a text decoder is made of, and what else may lie in its checkpoint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
+from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
+
+MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
+_NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+_FIRST_EXPERT, _GROUPED_INPUTS = "mlp.experts.0.", "linear_attn.in_proj_qkvz."
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class StoredLayout:
+    """How each decoder layer of a checkpoint is stored, found by the names that are there. Layers are known by the prefix of their tensors
+    in the names of the modules: "layers.7." in the decoder, "mtp.layers.0." in the draft head."""
+
+    per_expert: frozenset[str]
+    grouped_inputs: frozenset[str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Self:
+        prefix = checkpoint.config.text_prefix
+        return cls.found(name.removeprefix(prefix) for name in checkpoint.tensors)
+
+    @classmethod
+    def found(cls, names: Iterable[str]) -> Self:
+        """From names of tensors, or of what a quantized checkpoint has in their places: scales and packed values under the same stems."""
+        per_expert, grouped = set(), set()
+        for name in names:
+            if _FIRST_EXPERT in name:
+                per_expert.add(name.split(_FIRST_EXPERT)[0])
+            elif _GROUPED_INPUTS in name:
+                grouped.add(name.split(_GROUPED_INPUTS)[0])
+        return cls(frozenset(per_expert), frozenset(grouped))
+
+    def layer(self, prefix: str) -> LayerLayout:
+        """Of the layer whose tensors start with `prefix`."""
+        return LayerLayout(prefix not in self.per_expert, prefix in self.grouped_inputs)
+
+
+def decoder_tensors(config: TextConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every parameter of the decoder: as stored, where the checkpoint stores one tensor per parameter."""
+    for entry in tensor_table(_keys(config), Layout(with_mtp=False)):
+        yield entry.name.removeprefix("model."), entry.shape
+
+
+def layer_tensors(config: TextConfig, prefix: str, kind: str, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for one decoder layer of `kind`."""
+    return decoder_layer(prefix, _keys(config), kind, stored.layer(prefix))
+
+
+def stored_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, in the names of the modules, and shape of every tensor that a checkpoint stores for the decoder."""
+    yield "embed_tokens.weight", (config.vocab_size, config.hidden_size)
+    for i, kind in enumerate(config.layer_types):
+        yield from layer_tensors(config, f"layers.{i}.", kind, stored)
+    yield "norm.weight", (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight", (config.vocab_size, config.hidden_size)
+
+
+def mtp_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same for the draft head."""
+    hidden = config.hidden_size
+    yield "mtp.fc.weight", (hidden, 2 * hidden)
+    yield from layer_tensors(config, "mtp.layers.0.", FULL, stored)
+    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
+        yield f"mtp.{name}.weight", (hidden,)
+
+
+def _keys(config: TextConfig) -> dict[str, Any]:
+    """The configuration by the keys of a config.json."""
+    values = asdict(config)
+    if not config.is_moe:
+        del values["num_experts"]  # its presence is what tells a mixture of experts from a dense layer
+    return values
+
+
+def has_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint comes with a draft head: its configuration may name one that a converter dropped."""
+    return checkpoint.config.text.mtp_num_hidden_layers > 0 and any(name.startswith(MTP_PREFIX) for name in checkpoint.tensors)
+
+
+def stored_name(config: CheckpointConfig, name: str) -> str:
+    """The checkpoint's name of a tensor of decoder or draft head."""
+    return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
+
+
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype of each tensor that is stored for decoder and draft head, by its name among the modules."""
+    config, have, stored = checkpoint.config, checkpoint.weights, StoredLayout.of(checkpoint)
+    names = [name for name, _ in (*stored_tensors(config.text, stored), *mtp_tensors(config.text, stored))]
+    return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
+
+
+def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
+    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
+    config = checkpoint.config
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
+    wanted = {stored_name(config, name): shape for name, shape in tensors}
+    have = checkpoint.weights
+    missing = [name for name in wanted if name not in have]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} tensors of the model are missing from the checkpoint",
+            where=str(checkpoint.path),
+            got=_some(missing),
+            fix="Is a shard missing, or is config.json from another model?"
+            + (" To build without the draft head, use --no-mtp." if all(n.startswith(MTP_PREFIX) for n in missing) else ""),
+        )
+    for name, shape in wanted.items():
+        if have[name].shape != shape:
+            raise CheckpointError("a tensor has another shape than config.json says", where=name, got=have[name].shape, expected=shape)
+        if have[name].dtype not in ("BF16", "F16", "F32"):
+            raise CheckpointError("a tensor has an element type that cannot be read as a plain weight", where=name, got=have[name].dtype)
+    unused = [name for name in have if name not in wanted and not _allowed(config, name)]
+    if unused:
+        raise CheckpointError(
+            f"{len(unused)} tensors of the checkpoint belong to nothing that is exported", where=str(checkpoint.path), got=_some(unused)
+        )
+
+
+def _allowed(config: CheckpointConfig, name: str) -> bool:
+    """Vision tower and draft head are parts of their own; a tied head may be stored beside the embedding."""
+    tied_head = name == "lm_head.weight" and config.text.tie_word_embeddings
+    return name.startswith((MTP_PREFIX, VISION_PREFIX)) or tied_head or bool(_NOT_WEIGHTS.search(name))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

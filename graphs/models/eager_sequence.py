@@ -1,0 +1,47 @@
+"""Driving the eager decoder like the runtime drives the compiled one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from qwen_export.graphs.models.model_state import State, empty_state
+from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.rotary import rotary_frequencies
+
+
+class EagerSequence:
+    """One sequence of at most `capacity` tokens; `dtype` is that of weights and activations."""
+
+    def __init__(self, model: Decoder, capacity: int) -> None:
+        self.model = model
+        frequencies, scaling = rotary_frequencies(model.config)
+        angles = torch.arange(capacity, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
+        self._cos, self._sin = angles.cos() * scaling, angles.sin() * scaling
+        self.state: State = empty_state(model.config, 1, capacity, model.embed_tokens.weight.dtype)
+        self.length = 0
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Read tokens; logits of all of them, f32[T,V]."""
+        T = len(ids)
+        count = torch.tensor([T])
+        logits, _, self.state = self.model(
+            torch.tensor([list(ids)]),
+            self._cos,
+            self._sin,
+            torch.tensor([self.length]),
+            torch.tensor([0]),
+            count,
+            torch.arange(T),
+            self.state,
+        )
+        # Committed at once: nothing stays pending.
+        for layer in self.state:
+            for key in layer.keys() & {"pending_qkv", "pending_b", "pending_a"}:
+                layer[key] = layer[key][:, :0]
+        self.length += T
+        return logits[0].float().numpy()

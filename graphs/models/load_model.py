@@ -1,0 +1,67 @@
+"""The eager decoder and draft head with a checkpoint's weights, in fp32: the reference of `verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
+from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
+from qwen_export.graphs.models.draft_head_model import MtpHead
+from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.quantization.fp8 import rounded
+from qwen_export.graphs.quantization.packing import Floats, dequantize
+from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
+from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.weights.stored_layout import parameter_weight
+
+
+def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> Decoder:
+    """Memory: four bytes per parameter. Every weight passes the reader's checks. With a precision plan, matrices have the values that their
+    codes stand for."""
+    check_tensors(checkpoint, mtp=False)
+    with torch.device("meta"):
+        model = Decoder(checkpoint.config.text)
+    return _filled(model, checkpoint, quantization=quantization)
+
+
+def load_mtp(checkpoint: Checkpoint, decoder: Decoder, draft_vocab: int, quantization: PrecisionPlan | None = None) -> MtpHead:
+    """The draft head beside a loaded decoder, with which it shares embedding and LM head."""
+    check_tensors(checkpoint)
+    with torch.device("meta"):
+        model = MtpHead(checkpoint.config.text, draft_vocab)
+    head = decoder.embed_tokens if decoder.lm_head is None else decoder.lm_head
+    shared = {"embed_tokens.weight": decoder.embed_tokens.weight, "draft_head.weight": head.weight[:draft_vocab]}
+    return _filled(model, checkpoint, shared, quantization)
+
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def _filled(
+    model: Module, checkpoint: Checkpoint, shared: Mapping[str, torch.Tensor] | None = None, quantization: PrecisionPlan | None = None
+) -> Module:
+    weights, stored = dict(shared or {}), StoredLayout.of(checkpoint)
+    with CheckpointReader(checkpoint) as reader:
+        for name, parameter in model.named_parameters():
+            if name not in weights:
+                weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
+                chosen = quantization.of(*weight.stored()) if quantization else GroupFormat()
+                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), chosen)
+                weights[name] = torch.from_numpy(np.ascontiguousarray(values))
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
+    matrix = values.reshape(-1, values.shape[-1])
+    if chosen.format == FP8:
+        return rounded(matrix).reshape(values.shape)
+    if chosen.quant is None or chosen.kept:
+        return values
+    return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method)).reshape(values.shape)

@@ -1,0 +1,3 @@
+"""The ops of domain `qwen`: equation, shapes and an eager body that PyTorch runs.
+Modules call them, lowerings in `plugins` replace them.
+"""

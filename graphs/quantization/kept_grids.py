@@ -1,0 +1,76 @@
+"""What a checkpoint stores as integers and the kernels can read as they are: the same codes, zeros and scales, packed without loss.
+
+A matrix is kept where the plan quantizes it to as many bits or more, its inputs are in order, and its groups are whole blocks: groups of
+32, 64, 128 or a multiple, whose scale then stands for several blocks. Gate and up of a feed-forward block, and the experts of a layer, are
+one matrix for the kernels: they are kept where all of them have one grid. Everything else is dequantized and quantized as the plan says.
+Imports neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid, LogicalTensor
+from qwen_export.graphs.checkpoint.formats.plain_tensor import PlainTensor
+from qwen_export.graphs.checkpoint.tensor_names import stored_name
+from qwen_export.graphs.quantization.packing import BLOCKS
+from qwen_export.graphs.quantization.precision_plan import FORMATS, INT4, INT8, KEPT, GroupFormat, PrecisionPlan, group_of, parameter_of
+
+_NAMES = {FORMATS[name]: name for name in (INT4, INT8)}
+_HALVES = re.compile(r"\.(gate|up)_proj\.weight$")
+
+
+def keep_stored(plan: PrecisionPlan, checkpoint: Checkpoint, names: Sequence[str]) -> PrecisionPlan:
+    """The plan, with what it keeps of the matrices `names` (in the names of the modules), and what becomes of all that are quantized."""
+    weights = {name: checkpoint.weights[stored_name(checkpoint.config, name)] for name in names}
+    found = {name: _kept(plan.of(name), weight) for name, weight in weights.items() if not isinstance(weight, PlainTensor)}
+    together = defaultdict(list)
+    for name in names:
+        together[_matrix(name)].append(name)
+    for members in together.values():
+        if len({found.get(name, "") for name in members}) > 1:
+            found |= {name: "beside others of another grid" for name in members if isinstance(found.get(name), GroupFormat)}
+    outcome: dict[str, dict[str, int]] = {}
+    for name, chosen in found.items():
+        counts, line = outcome.setdefault(group_of(name), {}), _sentence(plan.of(name), weights[name], chosen)
+        counts[line] = counts.get(line, 0) + 1
+    return replace(plan, kept={name: chosen for name, chosen in found.items() if isinstance(chosen, GroupFormat)}, outcome=outcome)
+
+
+def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
+    """The format on the checkpoint's grid, or why it is not kept."""
+    grid = weight.grid
+    if planned.quant is None:
+        return "the plan quantizes nothing here"
+    if not planned.keep:
+        return "the plan says keep = false"
+    if grid is None:
+        return "no integers in order along its rows"
+    if grid.bits > planned.quant.bits:
+        return "more bits than the plan's"
+    block = block_of(grid, weight.shape[-1])
+    if block is None:
+        return f"groups of {grid.group}"
+    return GroupFormat(_NAMES[grid.bits], block, KEPT, not grid.symmetric, wide_scales=grid.scales != "F16")
+
+
+def block_of(grid: Grid, columns: int) -> int | None:
+    """The largest block of the kernels that lies in one group wherever it begins; None where there is none."""
+    whole_row = grid.group >= columns
+    return next((block for block in reversed(BLOCKS) if whole_row or grid.group % block == 0), None)
+
+
+def _matrix(name: str) -> str:
+    """One name for all stored matrices that a kernel reads as one."""
+    return _HALVES.sub(".gate_up_proj.weight", parameter_of(name))
+
+
+def _sentence(planned: GroupFormat, weight: LogicalTensor, chosen: GroupFormat | str) -> str:
+    stored = re.sub(r" g(\d+)$", r" group \1", weight.storage)
+    if isinstance(chosen, GroupFormat):
+        return f"{KEPT}: {stored}{' zeros' if chosen.zeros else ''}"
+    return f"{stored}, dequantized{'' if planned.quant is None else f' to {planned}'} ({chosen})"

@@ -1,0 +1,49 @@
+"""The residual addition and the norm after it as one node."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.ops.rms_norm_op import rms_norm
+from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
+from qwen_export.graphs.weights.expression import Offset, StoredWeight, add_weight, weight_of
+
+
+def fuse_residual_norm(model: ir.Model, context: PassContext) -> int:
+    """Given  s = Add(a, b);  y = qwen::rms_norm(s, w, eps, offset)
+    Result y, _, _, s = com.microsoft::SkipSimplifiedLayerNormalization(a, b, w + offset, epsilon)"""
+    graph, changed = model.graph, 0
+    for node in list(graph):
+        if node.domain != DOMAIN or node.op_type != rms_norm.name or node.inputs[0] is None:
+            continue
+        add = node.inputs[0].producer()
+        if add is None or add.op_type != "Add" or add.domain:
+            continue
+        weight = offset_weight(graph, node)
+        fused = new_node(
+            MICROSOFT,
+            "SkipSimplifiedLayerNormalization",
+            [add.inputs[0], add.inputs[1], weight],
+            4,
+            like=node.outputs[0],
+            epsilon=node.attributes.get_float("eps"),
+        )
+        y, mean, variance, total = fused.outputs
+        mean.name = variance.name = ""  # optional outputs, left out
+        graph.insert_after(add, fused)
+        for old, new in ((node.outputs[0], y), (add.outputs[0], total)):
+            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+            new.shape, new.name = old.shape, old.name
+        graph.remove([node, add], safe=True)
+        changed += 1
+    return changed
+
+
+def offset_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The weight of a qwen::rms_norm with its offset folded in, as an initializer."""
+    source = node.inputs[1]
+    weight, offset = weight_of(source), node.attributes.get_float("offset")
+    if source is None or source.name is None or not isinstance(weight, StoredWeight):
+        raise TypeError(f"the weight of {node.name} is not a stored tensor")
+    return add_weight(graph, f"{source.name}.scale", Offset(weight, offset)) if offset else source

@@ -1,0 +1,141 @@
+"""Which lowering each op gets on ONNX Runtime: per device an ordered list, the first whose kernels are registered wins.
+
+This module imports neither torch nor onnx: `inspect` asks it before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from qwen_export.graphs.config import TextConfig
+from qwen_export.graphs.passes.lowering_choice import Choice, Kernel
+from qwen_export.plugins.native.native_library import NATIVE
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import Kernels
+
+_MS, _AI = "com.microsoft", ""
+
+
+def _rotary_limit(config: TextConfig) -> str:
+    if config.rotary_dim % 16:
+        return f"GroupQueryAttention rotates a multiple of 16 dimensions, and this model has {config.rotary_dim}"
+    return ""
+
+
+def _native_limit(config: TextConfig) -> str:
+    """The CUDA kernels load 8 elements at a time."""
+    widths = {
+        "hidden size": config.hidden_size,
+        "intermediate size": config.intermediate_size,
+        "shared expert's width": config.shared_expert_intermediate_size,
+        "attention width": config.num_attention_heads * config.head_dim,
+        "key and value width": config.num_key_value_heads * config.head_dim,
+        "DeltaNet width": config.value_dim,
+        "DeltaNet projection": config.conv_dim + config.value_dim + 2 * config.linear_num_value_heads,
+        "vocabulary": config.vocab_size,
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 8]
+    return f"the native products need multiples of 8, and this model has {', '.join(odd)}" if odd else ""
+
+
+def _native_moe_limit(config: TextConfig) -> str:
+    if config.num_experts > 1024 or config.num_experts_per_tok > 32:
+        return f"the native experts are up to 1024, 32 per token, and this model has {config.num_experts}, {config.num_experts_per_tok}"
+    return ""
+
+
+def _native_delta_net_limit(config: TextConfig) -> str:
+    """Its loads are of single elements of the projection and of four of the state: no width has to be a multiple of 8."""
+    Dk, Dv, taps, Hk = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, config.linear_num_key_heads
+    if Dk != Dv or Dk not in (64, 128) or taps != 4 or Hk > 64:
+        takes = "keys and values of 64 or of 128 values, 4 taps and at most 64 key heads"
+        return f"the native DeltaNet takes {takes}, and this model has {Dk} and {Dv}, {taps} and {Hk}"
+    return ""
+
+
+def _packed_delta_net_limit(config: TextConfig) -> str:
+    """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
+    Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
+    return "" if Dk == Dv else f"ONNX Runtime's CUDA DeltaNet takes keys and values of one size, and this model has {Dk} and {Dv}"
+
+
+def _transaction_limit(config: TextConfig) -> str:
+    taps = config.linear_conv_kernel_dim
+    return "" if 2 <= taps <= 4 else f"the native DeltaNet takes 2 to 4 taps, and this model has {taps}"
+
+
+_NATIVE_LINEAR = (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE))
+_SPLIT = Kernel("Split", _AI, ())
+_SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
+_CONV = Kernel("CausalConvWithState")
+_GATED_NORM = Kernel("GatedRMSNorm")
+_NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
+_NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
+_MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
+_TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
+_GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
+
+CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "cpu": {
+        "linear": (Choice("native_linear", _NATIVE_LINEAR), Choice("fused_matmul", (Kernel("FusedMatMul"),))),
+        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
+        "gated_delta_net": (
+            Choice("native_transaction", (Kernel("DeltaNetTransaction", NATIVE),), _transaction_limit),
+            Choice(
+                "linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)
+            ),
+        ),
+        "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
+        "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
+        "top_logits": (_TOP_LOGITS,),
+    },
+    "cuda": {
+        "linear": (
+            Choice("native_linear", _NATIVE_LINEAR, _native_limit, columns=8, tail=True),
+            Choice("fused_matmul", (Kernel("FusedMatMul"),)),
+        ),
+        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
+        "gated_delta_net": (
+            Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
+            Choice(
+                "packed_delta_net",
+                (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT),
+                _packed_delta_net_limit,
+                transaction=False,
+            ),
+        ),
+        "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
+        "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
+        "top_logits": (_TOP_LOGITS,),
+    },
+}
+
+
+OPTIONAL = ("top_logits",)
+"""What a graph can be without."""
+
+
+def choose(
+    kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False, quantized_experts: bool = False
+) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
+    speculation can use."""
+    chosen, refusals = {}, []
+    for op, every in CHOICES[kernels.device].items():
+        if op == "moe" and not config.is_moe:
+            continue
+        candidates = [choice for choice in every if choice.transaction or not transaction]
+        candidates = [choice for choice in candidates if quantized_experts or not choice.quantized_only]
+        reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
+        if "" in reasons:
+            chosen[op] = candidates[reasons.index("")]
+        elif op not in OPTIONAL:
+            refusals.append(f"{op}: {'; or '.join(reasons)}")
+    return chosen, refusals
+
+
+def _reason(choice: Choice, kernels: Kernels, precision: str, config: TextConfig) -> str:
+    """Why the choice is out, "" when it is not."""
+    missing = [k.message(precision) for k in choice.kernels if not k.available(kernels, precision)]
+    if missing:
+        return f"{kernels.source} has no {kernels.device} kernel of {', '.join(missing)}"
+    return choice.limit(config)

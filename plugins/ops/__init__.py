@@ -1,1 +1,0 @@
-"""The ops: equation, shapes, eager body, fake, ONNX schema."""

@@ -1,0 +1,119 @@
+"""Pieces that several lowerings share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import onnx_ir as ir
+
+from qwen_export.errors import CaptureError
+from qwen_export.graphs.models.model_state import PENDING
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.passes.pass_context import new_node, replace_node
+from qwen_export.graphs.passes.recognize_linear import LINEAR, is_linear
+from qwen_export.graphs.weights.expression import Constant, Weight, add_weight, weight_of
+
+
+class Emitter:
+    """Collects the nodes that replace one op; constants are shared through the graph."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self.graph, self.prefix = graph, prefix
+        self.nodes: list[ir.Node] = []
+
+    def __call__(
+        self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object
+    ) -> tuple[ir.Value, ...]:
+        """Emit a node; returns its outputs. `dtype` or `like` type them."""
+        node = new_node(domain, op, inputs, outputs, **attributes)  # type: ignore[arg-type]
+        node.name = f"{self.prefix}.{op}.{len(self.nodes)}"
+        for i, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{i}"
+        self.nodes.append(node)
+        return tuple(node.outputs)
+
+    def linear(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+        """x times a weight [N,K], as qwen::linear, to be lowered with the others."""
+        return self(DOMAIN, LINEAR, [x, add_weight(self.graph, name, weight)], like=x)[0]
+
+    def ints(self, *values: int) -> ir.Value:
+        """An int64 vector, shared by name."""
+        name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
+            self.graph.register_initializer(
+                ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
+    def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:
+        """A constant vector, shared by name."""
+        return add_weight(self.graph, name, Constant((value,) * size, dtype))
+
+
+Replacement = tuple[list[ir.Node], list[ir.Value]]
+"""The nodes that replace one op, and the values that replace its outputs."""
+
+
+def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node], Replacement]) -> int:
+    """Replace every node of these ops of domain qwen; returns how many there were."""
+    changed = 0
+    for node in list(graph):
+        if node.domain == DOMAIN and node.op_type in ops:
+            nodes, outputs = make(node)
+            for old, new in zip(node.outputs, outputs, strict=True):
+                if new.shape is None:
+                    new.shape = old.shape
+            replace_node(graph, node, nodes, outputs)
+            changed += 1
+    return changed
+
+
+def producing_linear(value: ir.Value | None) -> tuple[ir.Value, Weight]:
+    """The input and the weight of the qwen::linear that makes `value`."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_linear(node) or node.inputs[0] is None:
+        raise CaptureError("an op of domain qwen is fed by something else than a projection", where=str(value and value.name))
+    weight = weight_of(node.inputs[1])
+    if weight is None:
+        raise CaptureError("a projection has no weight", where=str(node.name))
+    return node.inputs[0], weight
+
+
+def layer_prefix(node: ir.Node) -> str:
+    """`layers.3` for a node whose states belong to layer 3."""
+    for value in node.inputs:
+        if value is not None and value.is_graph_input() and (value.name or "").startswith("layers."):
+            return ".".join((value.name or "").split(".")[:2])
+    raise CaptureError("an op with state has no state input", where=str(node.name))
+
+
+def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Value]) -> list[ir.Value]:
+    """Let the pending inputs of a DeltaNet layer be what its lowering computes in one piece.
+
+    Given  inputs layers.i.pending_qkv [B,P,C], pending_b and pending_a [B,P,Hv]; outputs of the same names with .next
+    Result for each key and projection [B,T,width]: input layers.i.<key> [B,P,width], output layers.i.<key>.next = the projection
+
+    `layer` is layers.i. Returns the new inputs, in the order of `projections`, whose shapes must be known."""
+    old = {f"{layer}.{key}" for key in PENDING}
+    inputs = [value for value in graph.inputs if value.name in old]
+    outputs = [value for value in graph.outputs if (value.name or "").removesuffix(".next") in old]
+    if len(inputs) != len(old) or len(outputs) != len(old):
+        raise CaptureError("a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs))
+    at, after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
+    rows = inputs[0].shape[:2] if inputs[0].shape is not None else ("B", "P")
+    for value in inputs:
+        graph.inputs.remove(value)
+    for value in outputs:
+        graph.outputs.remove(value)
+        value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
+    made = []
+    for i, (key, projection) in enumerate(projections.items()):
+        if projection.shape is None:
+            raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}")
+        pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape([*rows, *projection.shape[2:]]), type=projection.type)
+        projection.name = f"{layer}.{key}.next"
+        graph.inputs.insert(at + i, pending)
+        graph.outputs.insert(after + i, projection)
+        made.append(pending)
+    return made

@@ -1,0 +1,39 @@
+"""Which lowering each op gets on the targets with standard operators. Imports neither torch nor onnx: `inspect` asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from qwen_export.graphs.config import TextConfig
+from qwen_export.graphs.passes.lowering_choice import Choice
+
+DECOMPOSABLE = ("rmsnorm",)
+"""Values of --decompose: ops that have a node of their own and can be had as several simple ones."""
+
+_RMS_NORMALIZATION_SINCE = 23
+_LINEAR = {"onnx": "turned_product", "directml": "gemm"}
+_ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}
+
+
+def choose_standard(target: str, config: TextConfig, opset: int, decompose: Collection[str]) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op for target "onnx" or "directml", and a sentence for what stands in the way."""
+    if config.is_moe:
+        return {}, [
+            f"target {target} has no mixture-of-experts layers: standard operators would read every expert for every token; "
+            "target onnxruntime takes them"
+        ]
+    chosen = {
+        "linear": _LINEAR[target],
+        "rms_norm": _norm(target, opset, decompose),
+        "gated_delta_net": "chunked",
+        "gated_attention": _ATTENTION[target],
+    }
+    return {op: Choice(name, ()) for op, name in chosen.items()}, []
+
+
+def _norm(target: str, opset: int, decompose: Collection[str]) -> str:
+    if "rmsnorm" in decompose:
+        return "decomposed"
+    if target == "directml":
+        return "simplified_norm"
+    return "rms_normalization" if opset >= _RMS_NORMALIZATION_SINCE else "decomposed"

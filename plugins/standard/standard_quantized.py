@@ -1,0 +1,119 @@
+"""Quantized products and embedding on the targets with standard operators.
+
+onnx       x W^T -> MatMul(x, DequantizeLinear(codes [K,N], scales, axis=0)); blocks of codes are standard since opset 21. On the CPU
+           ONNX Runtime makes one product over the codes of it where it may prepack (runtimes.model.load lets it).
+directml   com.microsoft.MatMulNBits over rows of codes
+both       an embedding's rows are gathered as codes and scales, and dequantized
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import onnx_ir as ir
+
+from qwen_export.errors import ConfigError
+from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, replace_node
+from qwen_export.graphs.quantization.packing import QuantFormat
+from qwen_export.graphs.quantization.precision_plan import GroupFormat
+from qwen_export.graphs.quantization.standard_blocks import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
+from qwen_export.graphs.weights.expression import FirstRows, Weight, add_weight, retyped, weight_of
+from qwen_export.plugins.emitter import Emitter
+
+
+def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
+    """How the plan quantizes a matrix, None where it does not. Raises ConfigError where the operators cannot have it."""
+    if context.quantization is None or len(weight.shape) != 2:
+        return None
+    names = list(dict.fromkeys(weight.stored()))
+    formats = {context.quantization.of(name) for name in names}
+    if len(formats) > 1:
+        raise ConfigError(
+            "a plan must give all parts of a product one format", where=", ".join(names[:3]), got=", ".join(map(str, formats))
+        )
+    (chosen,) = formats
+    if chosen.quant is None:
+        return None
+    ensure_whole_blocks(weight, chosen, names[0])
+    return chosen
+
+
+def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str) -> None:
+    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks and whole bytes that DequantizeLinear reads."""
+    N, K = weight.shape
+    if K % chosen.block or N % 2:
+        raise ConfigError(
+            "a quantized matrix is not made of whole blocks",
+            where=where,
+            got=f"{N} rows of {K} values in blocks of {chosen.block}",
+            expected="rows of whole blocks, and an even number of them",
+            fix='Give it another block in a --plan file, or format = "stored".',
+        )
+
+
+def dequantized_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen: GroupFormat, context: PassContext) -> ir.Value:
+    """x [..,K] times a matrix [N,K], as the product of x and its dequantized codes."""
+    codes = quantized_parts(emit.graph, f"{name}.turned", weight, chosen, context.activation, turned=True)
+    (w,) = emit("", "DequantizeLinear", codes, like=x, axis=0, block_size=chosen.block)
+    return emit.matmul(x, w)
+
+
+def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen: GroupFormat, context: PassContext) -> ir.Value:
+    """The same as one node of ONNX Runtime."""
+    N, K = weight.shape
+    whole = weight.of if isinstance(weight, FirstRows) else weight  # rows at the front lie where the whole is
+    format, graph = _quant(chosen), emit.graph
+
+    def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
+        made = kind(_exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
+        return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
+
+    inputs = [x, part("codes", NBitsCodes), part("scales", Scales, False, context.activation)]
+    if format.zeros:
+        inputs.append(part("zeros", NBitsZeros))
+    (y,) = emit(MICROSOFT, "MatMulNBits", inputs, like=x, K=K, N=N, bits=format.bits, block_size=format.block)
+    return y
+
+
+def quantize_embedding(model: ir.Model, context: PassContext) -> int:
+    """Given  Gather(W, ids)        W a matrix that the plan quantizes
+    Result DequantizeLinear(Gather(codes, ids), Gather(scales, ids))"""
+    changed = 0
+    for node in list(model.graph):
+        weight = weight_of(node.inputs[0]) if node.op_type == "Gather" and not node.domain else None
+        chosen = chosen_format(weight, context) if weight is not None else None
+        if weight is None or chosen is None or node.inputs[0] is None:
+            continue
+        emit = Emitter(model.graph, (node.inputs[0].name or "embedding").removesuffix(".weight"))
+        parts = quantized_parts(model.graph, node.inputs[0].name or "embedding", weight, chosen, context.activation)
+        rows = [emit.gather(part, cast(ir.Value, node.inputs[1]), axis=0) for part in parts]
+        (x,) = emit("", "DequantizeLinear", rows, like=node.outputs[0], axis=-1, block_size=chosen.block)
+        x.shape = node.outputs[0].shape
+        replace_node(model.graph, node, emit.nodes, [x])
+        changed += 1
+    return changed
+
+
+def quantized_parts(
+    graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
+) -> list[ir.Value]:
+    """Codes, scales and, where the format has them, zeros, as DequantizeLinear wants them; turned: of the matrix [K,N]."""
+    of, format = _exact(weight, chosen), _quant(chosen)
+    parts: dict[str, Weight] = {
+        "codes": Codes(of, format, chosen.method, turned),
+        "scales": Scales(of, format, chosen.method, turned, activation),
+    }
+    if format.zeros:
+        parts["zeros"] = Zeros(of, format, chosen.method, turned)
+    return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
+
+
+def _quant(chosen: GroupFormat) -> QuantFormat:
+    if chosen.quant is None:
+        raise TypeError("the matrix is not quantized")
+    return chosen.quant
+
+
+def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
+    """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
+    return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight

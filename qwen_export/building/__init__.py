@@ -1,0 +1,3 @@
+"""From a checkpoint to a bundle: plan, lowering, emission, staging.
+`compiler.py` has the stages in order.
+"""

@@ -1,0 +1,356 @@
+"""What a build will do, decided before any weight is read and without torch: `inspect` prints it, `build` carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+
+from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
+from qwen_export.building.static_plan import StaticOptions, plan_static
+from qwen_export.engine_options import EngineOptions
+from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
+from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.passes.lowering_choice import Choice
+from qwen_export.graphs.quantization.kept_grids import keep_stored
+from qwen_export.graphs.quantization.packing import part_bytes
+from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.manifest import SpeculationSpec
+from qwen_export.plugins.native.native_library import NATIVE, find_library, with_native
+from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, choose
+from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
+from qwen_export.plugins.tensorrt.tensorrt_choices import UNQUANTIZED, choose_tensorrt, refusals
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import Kernels, installed
+from qwen_export.targets import TARGETS, Target
+
+DEFAULT_CONTEXT, DEFAULT_OPSET = 32768, 21
+MAX_DRAFT = {"cpu": 8, "cuda": 7}
+"""Longest draft of a round: with one more token it is what the products read a weight once for."""
+# Ids of a byte-pair vocabulary are in the order of frequency. Reading the whole head for a draft costs a third of a step of the 0.8B.
+_DRAFT_VOCAB, _SMALLEST_DRAFT_VOCAB = 65536, 16
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
+_BASE_BYTES = 250 << 20
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """A supported build: the target with its lowerings, and what it will cost in bytes."""
+
+    target: Target
+    device: str
+    precision: str
+    max_context: int
+    choices: dict[str, Choice]
+    bundle_bytes: int
+    state_bytes: int
+    cache_bytes_per_token: int
+    speculation: SpeculationSpec | None = None
+    """How calls may leave tokens pending, None when they may not."""
+    no_head: str = ""
+    """Why there is no draft head, "" when there is one."""
+    quantization: PrecisionPlan | None = None
+    group_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Per group of the precision plan: parameters and bytes."""
+    graphs: Mapping[str, GraphPlan] = field(default_factory=dict)
+    """The graphs of the bundle by name."""
+    opset: int = DEFAULT_OPSET
+    """The version of the ONNX standard."""
+    engine: EngineOptions | None = None
+    """How the graphs are compiled, None where the target's runtime does that."""
+
+    @property
+    def activations(self) -> str:
+        """The precision of activations and caches, and of weights that are not quantized."""
+        return activation_precision(self.precision, self.device)
+
+    @property
+    def notes(self) -> list[str]:
+        """For people: the precision plan where something is quantized, and why there is no draft head."""
+        table = as_table(self.quantization, self.group_sizes) if self.quantization else []
+        return [*table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
+
+    @property
+    def plugins(self) -> tuple[Path, ...]:
+        """Libraries with kernels that the graph uses: they become part of the bundle."""
+        library = find_library(self.device)
+        native = any(kernel.domain == NATIVE for choice in self.choices.values() for kernel in choice.kernels)
+        return (library,) if native and library is not None else ()
+
+    @property
+    def run_bytes(self) -> int:
+        """Estimated peak memory of a run with a full context."""
+        return _BASE_BYTES + self.bundle_bytes + self.state_bytes + self.max_context * self.cache_bytes_per_token
+
+
+def plan_build(
+    checkpoint: Checkpoint,
+    target: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_context: int | None = None,
+    *,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
+    plan_file: Path | None = None,
+    options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
+) -> BuildPlan:
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as
+    in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    if target not in TARGETS:
+        raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
+    chosen, config = TARGETS[target], checkpoint.config.text
+    reasons = _checkpoint_reasons(checkpoint)
+    if device not in chosen.devices:
+        reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
+    if precision not in chosen.precisions:
+        reasons.append(f"target {target} has no precision {precision!r}, only {', '.join(chosen.precisions)}")
+    limit = config.max_position_embeddings
+    default = STATIC_CONTEXT if chosen.static else DEFAULT_CONTEXT
+    context = min(default, limit) if max_context is None else max_context
+    if not 0 < context <= limit:
+        reasons.append(f"a context of {context} tokens is outside 1..{limit}, what the checkpoint's max_position_embeddings allows")
+    wishes = _Wishes(_no_head(checkpoint, mtp), lookup, draft_vocab)
+    activations, quantization = activation_precision(precision, device), None
+    if precision in QUANTIZED and precision in chosen.precisions:
+        whole = UNQUANTIZED if chosen.engines else ()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
+    compiled = engine or EngineOptions()
+    if chosen.engines:
+        reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
+    elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
+        reasons.append(f"target {target} has no fp8 weights")
+    if chosen.static:
+        form = _static_form(
+            chosen, config, context, wishes, options or StaticOptions(), activations, compiled, quantized=quantization is not None
+        )
+    elif device in chosen.devices and precision in chosen.precisions:
+        form = _free_form(device, precision, config, wishes, quantization)
+    else:
+        form = _Form({}, {}, None, wishes.no_head)
+    reasons += form.refused
+    if plan_file is not None and precision not in QUANTIZED:
+        reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
+    if reasons:
+        raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
+    head = not form.no_head
+    check_tensors(checkpoint, mtp=head)
+    stored = StoredLayout.of(checkpoint)
+    tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
+    size = BYTES[activations]
+    if quantization is not None and checkpoint.config.quantization:
+        quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
+        if chosen.engines:  # they have no zeros
+            quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
+    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
+    return BuildPlan(
+        chosen,
+        device,
+        precision,
+        context,
+        form.choices,
+        bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
+        state_bytes=state_bytes(config, size),
+        cache_bytes_per_token=cache_bytes_per_token(config, size, head=head),
+        speculation=form.speculation,
+        no_head=form.no_head,
+        quantization=quantization,
+        group_sizes=groups,
+        graphs=form.graphs,
+        opset=form.opset,
+        engine=compiled if chosen.engines else None,
+    )
+
+
+def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
+    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
+    they are; else fp32 on the CPU and fp16 elsewhere."""
+    usual = "fp32" if device == "cpu" else "fp16"
+    if not checkpoint.config.quantization or not {INT4, INT8} <= set(TARGETS[target].precisions) or TARGETS[target].engines:
+        return usual
+    for precision in (INT4, INT8):
+        try:
+            plan = plan_build(checkpoint, target, device, precision)
+        except UnsupportedError:
+            return usual
+        if plan.quantization is not None and plan.quantization.kept:
+            return precision
+    return usual
+
+
+def activation_precision(precision: str, device: str) -> str:
+    """The precision of what is not quantized."""
+    if precision not in QUANTIZED:
+        return precision
+    return "fp32" if device == "cpu" else "fp16"
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """What is wanted of speculation. `no_head`: why there can be no draft head, "" when there can."""
+
+    no_head: str
+    lookup: bool
+    draft_vocab: int | None
+
+    def speculation(self, config: TextConfig, longest: int, *, head: bool) -> SpeculationSpec | None:
+        """How calls may leave up to `longest` drafts pending; None where nobody drafts."""
+        if not head:
+            return SpeculationSpec(longest, 0) if self.lookup else None
+        if self.draft_vocab is not None and self.draft_vocab < _SMALLEST_DRAFT_VOCAB:
+            raise UnsupportedError(
+                "the draft vocabulary is too small",
+                got=self.draft_vocab,
+                expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
+                fix="Raise --draft-vocab.",
+            )
+        return SpeculationSpec(longest, min(self.draft_vocab or _DRAFT_VOCAB, config.vocab_size))
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The graphs that a target can make, how ops are lowered in them, and a sentence for each reason against it."""
+
+    graphs: Mapping[str, GraphPlan]
+    choices: dict[str, Choice]
+    speculation: SpeculationSpec | None
+    no_head: str
+    opset: int = DEFAULT_OPSET
+    refused: Sequence[str] = ()
+
+
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
+    """One graph for calls of any size, and one for the draft head."""
+    kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
+    experts = quantization is not None and quantization.groups["experts"].quant is not None
+    speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
+    if refused and speculation is not None:
+        speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
+        choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+    if quantization is not None:
+        refused += _quantization_reasons(device, precision, config, choices, quantization)
+    if refused and device == "cpu" and precision != "fp32":
+        refused = [*refused, "build for this device with --precision fp32"]
+    graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
+    return _Form(graphs, choices, speculation, no_head, refused=refused)
+
+
+def _static_form(
+    target: Target,
+    config: TextConfig,
+    context: int,
+    wishes: _Wishes,
+    options: StaticOptions,
+    activations: str,
+    engine: EngineOptions,
+    *,
+    quantized: bool,
+) -> _Form:
+    """A graph per size of call; a verify of more than one token is what speculation needs."""
+    verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
+    no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
+    choices = choose_tensorrt(target.name, activations, config, engine.sms, engine.plugins) if target.engines else None
+    static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized, choices=choices)
+    speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
+    return _Form(static.graphs, static.choices, speculation, no_head, static.opset, refused)
+
+
+def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
+    """Why a build has no draft head, "" when it has one."""
+    if not mtp:
+        return "built with --no-mtp"
+    if not has_mtp(checkpoint):
+        return "the checkpoint has no draft head (mtp.*)"
+    layers = checkpoint.config.text.mtp_num_hidden_layers
+    return f"its draft head has {layers} layers, and only one is implemented" if layers > 1 else ""
+
+
+def kernels_for(device: str) -> Kernels:
+    """Kernels of the installed ONNX Runtime; for a device that it was not built with, those recorded from a release that was. Our own
+    are among them where their library is found."""
+    return with_native(installed(device) or recorded(device))
+
+
+def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
+    reasons = []
+    try:
+        _ = checkpoint.weights
+    except UnsupportedError as error:
+        reasons.append(str(error).removesuffix("."))
+    return reasons
+
+
+def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice], plan: PrecisionPlan) -> list[str]:
+    """Why the products of this build cannot be quantized as the plan says."""
+    if "linear" in choices and choices["linear"].name != "native_linear":
+        limit = CHOICES[device]["linear"][0].limit(config)
+        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
+        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels, which {script} builds"]
+
+    def quantized(*groups: str) -> bool:
+        return any(plan.groups[group].quant is not None for group in groups)
+
+    reasons = []
+    if "moe" in choices and quantized("experts") and choices["moe"].name == "microsoft_moe":
+        limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
+        reasons.append(f"the experts cannot be quantized: {limit or 'the library has no kernel for them'}")
+    widths = {
+        "intermediate size": config.intermediate_size * quantized("mlp", "mtp"),
+        "shared expert's width": config.shared_expert_intermediate_size * quantized("shared_expert", "mtp"),
+    }
+    odd = [f"{name} {width}" for name, width in widths.items() if width % 16]
+    if odd:
+        reasons.append(f"quantized feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
+    return reasons
+
+
+def _group_sizes(
+    checkpoint: Checkpoint,
+    precision: str,
+    choices: dict[str, Choice],
+    quantization: PrecisionPlan | None,
+    tensors: Sequence[tuple[str, tuple[int, ...]]],
+    *,
+    standard: bool,
+) -> dict[str, tuple[int, int]]:
+    """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantized stay BF16 where
+    graphs.passes.keep_stored_bf16 leaves them so."""
+    stored, sizes = stored_dtypes(checkpoint), dict[str, tuple[int, int]]()
+    native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
+    for name, shape in tensors:
+        format = quantization.of(name).quant if quantization else None
+        if format is None and quantization is not None and quantization.of(name).format == FP8:
+            nbytes = prod(shape)
+        elif format is not None and standard:
+            # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
+            copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
+            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
+        elif format is not None:
+            panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
+            nbytes = panels * width
+        else:
+            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
+            keeps = read_by in native and stored[name] == "BF16"
+            nbytes = prod(shape) * BYTES["bf16" if keeps else precision]
+        parameters, total = sizes.get(group_of(name), (0, 0))
+        sizes[group_of(name)] = (parameters + prod(shape), total + nbytes)
+    return sizes
+
+
+def state_bytes(config: TextConfig, size: int) -> int:
+    """Recurrent states (fp32) and convolution histories of one sequence."""
+    layers = sum(kind != FULL for kind in config.layer_types)
+    recurrent = 4 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
+    return layers * (recurrent + size * (config.linear_conv_kernel_dim - 1) * config.conv_dim)
+
+
+def cache_bytes_per_token(config: TextConfig, size: int, *, head: bool = False) -> int:
+    """Keys and values of one token over all attention layers, that of the draft head among them with `head`."""
+    return (sum(kind == FULL for kind in config.layer_types) + head) * 2 * size * config.num_key_value_heads * config.head_dim

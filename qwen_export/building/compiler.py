@@ -1,0 +1,102 @@
+"""The build: checkpoint in, verified bundle out. This file is the list of its stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen_export.building.build_plan import BuildPlan, plan_build
+from qwen_export.building.engines import for_this_machine, ready_library
+from qwen_export.building.staging import signals_held, staged_directory
+from qwen_export.building.static_plan import StaticOptions
+from qwen_export.building.text_assets import check_text_assets
+from qwen_export.engine_options import EngineOptions
+from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.manifest import WEIGHTS, hash_file
+from qwen_export.targets import TARGETS
+
+if TYPE_CHECKING:
+    from qwen_export.building.emission import Report
+
+
+def build(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    target: str = "onnxruntime",
+    device: str = "cpu",
+    precision: str = "fp32",
+    max_context: int | None = None,
+    rope_scaling: str | None = None,
+    mtp: bool = True,
+    draft_vocab: int | None = None,
+    lookup: bool = False,
+    plan_file: str | Path | None = None,
+    dump_ir: str | Path | None = None,
+    force: bool = False,
+    weights: str = "copy",
+    jobs: int | None = None,
+    max_memory: int | None = None,
+    options: StaticOptions | None = None,
+    engine: EngineOptions | None = None,
+    planned: Callable[[BuildPlan], None] | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Compile the checkpoint directory into a bundle at `output` and return its path.
+
+    `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
+    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
+    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" in the place of what config.json says.
+    `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
+    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
+    checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
+    may use meanwhile, in bytes. `options` are what targets with static shapes can be told, `engine` how those with
+    engines compile them. `planned` is called with the plan before
+    the work begins, `report` while it goes on.
+
+    Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
+    weights that are finished."""
+    say = report or (lambda name, done, total: None)
+    say("reading headers", 0, 0)
+    source = open_checkpoint(checkpoint, rope_scaling)
+    if target in TARGETS and TARGETS[target].engines:
+        engine = for_this_machine(engine or EngineOptions())
+    plan = plan_build(
+        source,
+        target,
+        device,
+        precision,
+        max_context,
+        mtp=mtp,
+        draft_vocab=draft_vocab,
+        lookup=lookup,
+        plan_file=Path(plan_file) if plan_file else None,
+        options=options,
+        engine=engine,
+    )
+    check_text_assets(source.path)
+    if plan.engine is not None:
+        if weights == "reference":
+            raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
+        library = ready_library(plan.target.backend, plan.engine)
+        if plan.engine.plugins:
+            from qwen_export.plugins.tensorrt.probe_plugins import ensure_taken
+
+            ensure_taken(library)
+    if planned is not None:
+        planned(plan)
+    with signals_held():  # what is behind these takes seconds to load
+        from qwen_export.building.emission import write_files, write_manifest
+        from qwen_export.building.lower_graphs import lower
+        from qwen_export.graphs.weights.referred_weights import refer_to_checkpoint
+    with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
+        say("capturing the graph", 0, 0)
+        models = lower(source, plan, Path(dump_ir) if dump_ir else None)
+        references = refer_to_checkpoint(list(models.values()), source, staging) if weights == "reference" else {}
+        files = write_files(source, plan, models, staging, say, jobs, max_memory)
+        files |= {name: hash_file(staging / name) for name in references}
+        write_manifest(source, plan, models, files, references, staging)
+    return Path(output)

@@ -1,0 +1,52 @@
+"""From a checkpoint and a plan to the graphs of the target: capture, stored layout, passes. Loads torch, and reads no weight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qwen_export.building.build_plan import BuildPlan
+from qwen_export.building.pass_pipeline import run_passes
+from qwen_export.graphs.call_sizes import HEAD
+from qwen_export.graphs.capture import capture_decoder, capture_mtp
+from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_dtypes
+from qwen_export.graphs.models.draft_head_model import mtp_config
+from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.weights.stored_layout import resolve_layout
+
+
+def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
+    """The plan's graphs by name, after the target's passes. Several graphs of one module share one trace. `dump` gets a folder per graph,
+    with a text file per phase."""
+    text, stored = source.config.text, stored_dtypes(source)
+    traced = {module: _capture(source, plan, module) for module in dict.fromkeys(graph.module for graph in plan.graphs.values())}
+    models: dict[str, ir.Model] = {}
+    for name, graph in plan.graphs.items():
+        config = mtp_config(text) if graph.module == HEAD else text
+        context = PassContext(
+            config,
+            plan.activations,
+            plan.choices,
+            stored,
+            speculation=plan.speculation is not None if graph.sizes is None else graph.sizes.P > 0,
+            quantization=plan.quantization,
+            sizes=graph.sizes,
+            opset=plan.opset,
+        )
+        models[name] = traced[graph.module].clone()
+        run_passes(models[name], plan.target, context, dump / name if dump else None)
+    return models
+
+
+def _capture(source: Checkpoint, plan: BuildPlan, module: str) -> ir.Model:
+    text = source.config.text
+    if module == HEAD:
+        if plan.speculation is None:
+            raise ValueError("a plan without speculation has no draft head")
+        model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
+    else:
+        model = capture_decoder(text, plan.activations)
+    resolve_layout(model, text, StoredLayout.of(source))
+    return model

@@ -1,0 +1,3 @@
+"""Graphs executed by ONNX Runtime: sessions, bindings, and the kernels that an installation has.
+CPU, CUDA and DirectML.
+"""

@@ -1,0 +1,225 @@
+"""The one module that talks to ONNX Runtime: opening a graph, and calls with every input and output bound by address."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen_export.errors import BundleError
+from qwen_export.manifest import GraphSpec, WeightSpec
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
+from qwen_export.runtimes.memory.buffers import BUFFERS, ELEMENTS, Buffer, DmlBuffer
+from qwen_export.runtimes.memory.mapped_weights import MappedWeights
+
+# A step on CUDA is some 400 small kernels: recorded once as a CUDA graph, they are launched as one. Calls opt in, see `Call.run`.
+_CUDA = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
+_PROVIDERS: dict[str, list[Any]] = {"cpu": ["CPUExecutionProvider"], "cuda": [_CUDA, "CPUExecutionProvider"]}
+_NO_GRAPH = "-1"
+_FIXES = {
+    "cpu": "Reinstall onnxruntime.",
+    "cuda": "pip install onnxruntime-gpu, or build with --device cpu.",
+    "dml": "pip install onnxruntime-directml on Windows, or load with device='cpu'.",
+}
+# Inputs that kernels read on the host, whatever the device.
+HOST_INPUTS = ("total_length",)
+
+
+class Session:
+    """One compiled graph, loaded."""
+
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        device: str,
+        threads: int | None = None,
+        plugins: Sequence[Path] = (),
+        *,
+        weights: MappedWeights | None = None,
+        repack: bool = False,
+        device_id: int = 0,
+        folder: Path | None = None,
+        later: bool = False,
+    ) -> None:
+        """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
+        `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
+        too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
+        than the graph's. With `later` the graph is loaded before its first call, which most runs may never make."""
+        import onnxruntime as ort
+
+        if device == "cuda" and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where the system has none
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # failures arrive as exceptions
+        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.inter_op_num_threads = 1
+        # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
+        if device == "cpu" and not repack:  # the order of the kernels is made in the arena, which has to go with the session then
+            _share_arena()
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        if device != "cuda":  # every length of call would get a plan and a block of memory of its own
+            options.enable_mem_pattern = False
+        if device == "dml":  # takes calls one after the other
+            options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        providers = _providers(ort, device, device_id)
+        for plugin in plugins:
+            _register(options, plugin)
+        self.spec, self.device, self._device_id = spec, device, device_id
+        self._graphs = 0
+        self.busy_s = 0.0
+        """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds that calls of fixed shapes cost once, besides: opening a graph `later`."""
+        self._opening = (path, options, providers, weights, repack, folder)
+        if not later:
+            self.native = self._open(*self._opening)
+
+    @cached_property
+    def native(self) -> Any:
+        """ONNX Runtime's session."""
+        started = time.perf_counter()
+        native = self._open(*self._opening)
+        self.binding_s += time.perf_counter() - started
+        return native
+
+    def _open(
+        self, path: Path, options: Any, providers: list[Any], weights: MappedWeights | None, repack: bool, folder: Path | None
+    ) -> Any:
+        import onnxruntime as ort
+
+        try:
+            if weights is not None and self.device == "cpu" and not repack:
+                self._weights = _values(ort, self.spec.weights, weights)
+                vectors = {weight.name for weight in self.spec.weights if len(weight.shape) < 2}
+                for name, value in self._weights.items():
+                    if name not in vectors:
+                        options.add_initializer(name, value)
+                # The optimizer may give a vector other dims, which it can only if it has the values.
+                options.add_external_initializers(list(vectors), [self._weights[name] for name in vectors])
+            elif weights is not None:  # copied to the device, or into the kernels' order
+                self._weights = _values(ort, [weight for weight in self.spec.weights if weights.is_reference(weight)], weights)
+                options.add_external_initializers(list(self._weights), list(self._weights.values()))
+            if folder is not None:
+                options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+            graph: str | bytes = str(path) if folder is None else path.read_bytes()
+            return ort.InferenceSession(graph, options, providers=providers)
+        except Exception as error:  # ONNX Runtime raises several unrelated types
+            raise BundleError(
+                "ONNX Runtime could not load the graph",
+                where=str(path),
+                got=_first_line(error),
+                fix="Run `qwen-export check` on the bundle.",
+            ) from error
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Memory on the session's device."""
+        kind = BUFFERS[self.device]
+        return kind(dtype, shape, self._device_id) if issubclass(kind, DmlBuffer) else kind(dtype, shape)
+
+    def call(self, *, repeated: bool) -> Call:
+        """Bindings for one shape. A `repeated` call is worth recording as a graph, where the device has such."""
+        self._graphs += repeated
+        return Call(self, str(self._graphs) if repeated else _NO_GRAPH)
+
+
+class Call:
+    """A set of bindings that is run again and again: addresses stay, contents change."""
+
+    def __init__(self, session: Session, graph: str) -> None:
+        import onnxruntime as ort
+
+        self._session = session
+        # None costs 80 us less than options without entries.
+        self._options = ort.RunOptions() if session.device == "cuda" else None
+        if self._options is not None:
+            self._options.add_run_config_entry("gpu_graph_id", graph)
+        self._binding = session.native.io_binding()
+        self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
+        self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
+
+    def input(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        device = "cpu" if name in HOST_INPUTS else self._session.device
+        self._binding.bind_input(name, device, 0, ELEMENTS[self._inputs[name].dtype][1], shape, address)
+
+    def output(self, name: str, shape: tuple[int, ...], address: int) -> None:
+        self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
+
+    def bind_input(self, name: str, buffer: Buffer) -> None:
+        """The whole of a buffer, wherever it lies."""
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_input(name, buffer.value)
+        else:
+            self.input(name, buffer.shape, buffer.address)
+
+    def bind_output(self, name: str, buffer: Buffer) -> None:
+        if isinstance(buffer, DmlBuffer):
+            self._binding.bind_ortvalue_output(name, buffer.value)
+        else:
+            self.output(name, buffer.shape, buffer.address)
+
+    def prepare(self) -> None:
+        """Nothing: the first run of a call of fixed shapes is like the others."""
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        try:
+            self._session.native.run_with_iobinding(self._binding, self._options)
+        except Exception as error:
+            raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+        finally:
+            self._session.busy_s += time.perf_counter() - started
+
+
+def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> dict[str, Any]:
+    """Weights as values over the mapped memory; the session needs them as long as it lives."""
+
+    def value(weight: WeightSpec) -> Any:
+        size, number = ELEMENTS[weight.dtype]
+        array = weights.bytes(weight).view(f"u{size}").reshape(weight.shape)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, number)
+
+    return {weight.name: value(weight) for weight in specs}
+
+
+@cache
+def _share_arena() -> None:
+    """One arena for the activations of all sessions of this process, since the graphs of a bundle take turns. It grows by what is asked
+    for (strategy 1), a session's own arena by the next power of two."""
+    import onnxruntime as ort
+
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+
+
+def _register(options: Any, plugin: Path) -> None:
+    try:
+        options.register_custom_ops_library(str(plugin.resolve()))
+    except Exception as error:
+        raise BundleError(
+            "a library of the bundle cannot be loaded on this machine",
+            where=str(plugin),
+            got=_first_line(error),
+            fix="Build the checkpoint on a machine like this one, or without the plugin.",
+        ) from error
+
+
+def _providers(ort: Any, device: str, device_id: int) -> list[Any]:
+    name = PROVIDERS[device]
+    if name not in ort.get_available_providers():
+        raise BundleError(
+            f"the bundle is compiled for {device}, and the installed ONNX Runtime has no {name}",
+            got=", ".join(ort.get_available_providers()),
+            fix=_FIXES[device],
+        )
+    if device == "dml":
+        return [(name, {"device_id": str(device_id)}), "CPUExecutionProvider"]
+    return list(_PROVIDERS[device])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,88 @@
+"""The backends: how the graphs of a bundle become sessions. The manifest says which one a bundle is for.
+
+A session has `spec` (GraphSpec), `device`, `busy_s`, `buffer(dtype, shape)` and `call(repeated=...)`; what `call` returns has `bind_input`,
+`bind_output` and `run`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen_export.manifest import Manifest, file_path
+from qwen_export.runtimes.memory.mapped_weights import MappedWeights
+
+Sessions = Callable[[str], Any]
+"""Opens the graph of a name. Sessions of one bundle share its weights."""
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart. `graphs`: where the files of the graphs lie, if
+    not in the bundle. `later`: graphs that need not be open before they are called. `weight_budget`: bytes on the GPU for weights of
+    engines that can leave them in host memory, None for all."""
+
+    threads: int | None = None
+    repack: bool = False
+    device_id: int = 0
+    graphs: Path | None = None
+    later: Collection[str] = ()
+    weight_budget: int | None = None
+
+
+def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+
+    plugins = [file_path(bundle, name) for name in manifest.plugins]
+    weights = MappedWeights(bundle, manifest)
+
+    def session(name: str) -> Session:
+        graph, device = manifest.graphs[name], manifest.target.device
+        return Session(
+            file_path(options.graphs or bundle, graph.file),
+            graph,
+            device,
+            options.threads,
+            plugins,
+            weights=weights,
+            repack=options.repack,
+            device_id=options.device_id,
+            folder=bundle if options.graphs is not None else None,
+            later=name in options.later,
+        )
+
+    return session
+
+
+def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    from qwen_export.runtimes.backends.tensorrt.tensorrt_engines import Engines
+    from qwen_export.runtimes.backends.tensorrt.tensorrt_session import TensorRTSession
+
+    engines = Engines(bundle, manifest, MappedWeights(bundle, manifest), options.device_id, options.graphs, options.weight_budget)
+    return lambda name: TensorRTSession(engines.open(name))
+
+
+_OPEN: dict[str, Callable[[Path, Manifest, OpenOptions], Sessions]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+}
+
+
+def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    """The sessions of a bundle that `check_runnable` has let pass."""
+    return _OPEN[manifest.target.backend](bundle, manifest, options)
+
+
+def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Any]:
+    """Sessions of these graphs by name. ONNX Runtime brings weights into the order of its kernels with one core per graph: where it does,
+    graphs are opened side by side."""
+    session, names = open_backend(bundle, manifest, options), list(names)
+    if not options.repack or manifest.target.device != "cpu" or manifest.target.backend != "onnxruntime":
+        return {name: session(name) for name in names}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        return dict(zip(names, threads.map(session, names), strict=True))

@@ -1,0 +1,43 @@
+"""What changes from run to run of a call (token ids, lengths, ...): integers that lie together; one copy brings them to a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+from qwen_export.runtimes.memory.buffers import BUFFERS, ELEMENTS, Buffer, HostBuffer
+
+# Where allocators of devices begin pieces of memory.
+_ALIGNED = 256
+
+
+class Controls:
+    """Memory for integer inputs, dtype and shape by name. Those in `on_host` stay there, whatever the device."""
+
+    def __init__(self, device: str, specs: Mapping[str, tuple[str, tuple[int, ...]]], on_host: Sequence[str] = ()) -> None:
+        kind = BUFFERS[device]
+        starts, end = {}, 0
+        for name, (dtype, shape) in specs.items():
+            starts[name] = end
+            end += -(-prod(shape) * ELEMENTS[dtype][0] // _ALIGNED) * _ALIGNED
+        host = HostBuffer("uint8", (end,))
+        self._whole: Buffer | None = None if kind is HostBuffer else kind("uint8", (end,))
+        self._host, self._changed = host, False
+        self._written = {name: host.part(dtype, shape, starts[name]) for name, (dtype, shape) in specs.items()}
+        self.buffers: dict[str, Buffer] = {
+            name: self._written[name] if self._whole is None or name in on_host else self._whole.part(dtype, shape, starts[name])
+            for name, (dtype, shape) in specs.items()
+        }
+        """Where a graph reads them."""
+
+    def set(self, name: str, values: Sequence[int]) -> None:
+        """Replace the whole contents of one, if there is one of that name."""
+        if name in self._written:
+            self._written[name].write_ints(values)
+            self._changed = True
+
+    def send(self) -> None:
+        """Before a run: what was set, to where the graph reads it."""
+        if self._changed and self._whole is not None:
+            self._whole.write(self._host.contents())
+        self._changed = False

@@ -1,0 +1,113 @@
+"""What a call says of the next token: logits of the last rows of the call, which stay on the device until somebody asks, and the largest of
+each row, which the graph has picked. Choosing a token needs no more than those almost always."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.runtimes.memory.buffers import Buffer, HostBuffer
+
+Floats = npt.NDArray[np.float32]
+
+TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
+"""Names of the graph outputs with the largest entries: f32 and i32 [..,K], larger first, of equal ones the lower id first."""
+
+
+class Top(NamedTuple):
+    """The largest logits of a row, f32[K], and their ids, i32[K]; all other entries are at most the last, and behind it where they are
+    equal. Not numpy's arrays: see `Distribution`."""
+
+    logits: memoryview[float]
+    ids: memoryview[int]
+
+    def cut(self, start: int, end: int) -> Top:
+        return Top(self.logits[start:end], self.ids[start:end])
+
+
+class Rows:
+    """Logits of N rows, valid until the next call. `array` is read once, when first asked for."""
+
+    def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
+        """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those where they can be seen
+        without a copy."""
+        self._read, self._read_top, self._width = array, top, width
+        self._array: Floats | None = None
+        self._top = known
+
+    @classmethod
+    def of(cls, array: Floats) -> Rows:
+        return cls(lambda: array)
+
+    @classmethod
+    def none(cls) -> Rows:
+        """Of a call without logits."""
+        return cls.of(np.empty((0, 0), np.float32))
+
+    @property
+    def array(self) -> Floats:
+        """All logits, f32[N,V]."""
+        if self._array is None:
+            self._array = self._read()
+        return self._array
+
+    def top(self, row: int) -> Top | None:
+        """The largest entries of a row, None where the graph does not pick them."""
+        if self._read_top is None:
+            return None
+        if self._top is None:
+            self._top = self._read_top()
+        return self._top.cut(row * self._width, (row + 1) * self._width)
+
+    def __getitem__(self, row: int) -> Row:
+        return Row(self, row)
+
+
+class Row:
+    """One of the rows."""
+
+    __slots__ = ("_index", "_rows")
+
+    def __init__(self, rows: Rows, index: int) -> None:
+        self._rows, self._index = rows, index
+
+    @property
+    def array(self) -> Floats:
+        """Its logits, f32[V]."""
+        return self._rows.array[self._index]
+
+    @property
+    def top(self) -> Top | None:
+        return self._rows.top(self._index)
+
+
+class LogitsBuffers:
+    """Where a call leaves its logits, dtype and shape [..,N,V] as the graph has them, and the largest of them if it picks them. `together`:
+    one buffer that has the largest and their ids, in this order; one copy brings both from a device."""
+
+    def __init__(
+        self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None, together: Buffer | None = None
+    ) -> None:
+        self._logits, self._top_logits, self._top_ids, self._together = logits, top_logits, top_ids, together
+        self._width = top_ids.shape[-1] if top_ids is not None else 0
+        # On the host the views are made once.
+        self._host_top = self._top() if isinstance(top_ids, HostBuffer) and top_ids.nbytes else None
+
+    def rows(self) -> Rows:
+        """The results of the call that has just run."""
+        return Rows(self._array, self._top if self._width else None, self._width, self._host_top)
+
+    def _array(self) -> Floats:
+        return self._logits.array().reshape(-1, self._logits.shape[-1])
+
+    def _top(self) -> Top:
+        if self._together is not None:
+            words = self._together.contents().data
+            half = self._together.nbytes // 2
+            return Top(words[:half].cast("f"), words[half:].cast("i"))
+        if self._top_logits is None or self._top_ids is None:
+            raise AssertionError("the graph does not pick the largest logits")
+        return Top(self._top_logits.contents().data.cast("f"), self._top_ids.contents().data.cast("i"))

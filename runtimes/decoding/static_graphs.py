@@ -1,0 +1,176 @@
+"""The graphs of a bundle with fixed shapes, and the memory of one sequence that they work on.
+
+    decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
+    verify       W tokens whose fate may be open, all logits       mtp_verify    up to W rows, the logits of one
+    prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
+
+A call with fewer tokens is padded. `verify` is there with speculation, the right column with a draft head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.manifest import READ_AGAIN, Manifest
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Call, Session
+from qwen_export.runtimes.decoding.decoder import rotary_table
+from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
+from qwen_export.runtimes.memory.buffers import Buffer
+
+STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"
+HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT = "mtp", "mtp_verify", "mtp_prefill"
+DECODER_GRAPHS, HEAD_GRAPHS = (STEP, VERIFY, PROMPT), (HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT)
+
+TABLES = ("cos", "sin")
+
+
+def is_static(manifest: Manifest) -> bool:
+    return PROMPT in manifest.graphs
+
+
+class StaticGraph:
+    """A session with the buffers that all sequences share: controls, logits, and outputs that nothing reads. `T`: tokens of a call."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.spec = session, session.spec
+        buffer, states = session.buffer, {state.name + also for state in session.spec.states for also in ("", READ_AGAIN)}
+        after = {state.after for state in session.spec.states}
+        self.controls = {
+            t.name: buffer(t.dtype, fixed(t.shape)) for t in session.spec.inputs if t.name not in states and t.name not in TABLES
+        }
+        self.results = {t.name: buffer(t.dtype, fixed(t.shape)) for t in session.spec.outputs if t.name not in after}
+        self.T = self.controls["input_ids"].shape[1]
+        results = self.results
+        self._logits = LogitsBuffers(results["logits"], results.get(TOP_LOGITS), results.get(TOP_IDS)) if "logits" in results else None
+
+    def set(self, **values: Sequence[int]) -> None:
+        """Write those of the controls that the graph has."""
+        for name, value in values.items():
+            if name in self.controls:
+                self.controls[name].write_ints(value)
+
+    def padded(self, ids: Sequence[int]) -> list[int]:
+        """As many token ids as the graph takes."""
+        return [*ids, *[0] * (self.T - len(ids))]
+
+    def logits(self) -> Rows:
+        """Those of the last call, none from a graph without."""
+        return self._logits.rows() if self._logits is not None else Rows.none()
+
+
+class StaticStates:
+    """States and caches of one sequence. Those that some graph does not write in place have two buffers, which change places after a
+    call."""
+
+    def __init__(self, graphs: Mapping[str, StaticGraph], tables: Mapping[str, Buffer]) -> None:
+        self._graphs, self._tables = graphs, tables
+        buffer = next(iter(graphs.values())).session.buffer
+        specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
+        copied = {state.name for graph in graphs.values() for state in graph.spec.states if not state.in_place}
+        self._buffers = {name: [buffer(spec.dtype, fixed(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()}
+        self._current = dict.fromkeys(specs, 0)
+        self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
+        self._prepared: set[tuple[str, tuple[int, ...]]] = set()
+        self.caches = [name for name, spec in specs.items() if spec.grows]
+        # Pending tensors need no remembering: they count only between a verify and the call after it.
+        self.fixed = [name for name, spec in specs.items() if not spec.grows and not spec.pending]
+
+    def now(self, name: str) -> Buffer:
+        return self._buffers[name][self._current[name]]
+
+    def run(self, name: str) -> None:
+        """One call of a graph on what is current; what it leaves is current then."""
+        graph = self._graphs[name]
+        self._call(graph, self._key(graph, name)).run()
+        self._turn(state.name for state in graph.spec.states if not state.in_place)
+
+    def prepare(self, name: str, *, every: bool = False) -> None:
+        """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
+        also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
+        caches have nothing yet; then what is current stays."""
+        graph = self._graphs[name]
+        turning = [state for state in graph.spec.states if not state.in_place]
+        pending = [state.name for state in turning if state.pending]
+        fixed = [state.name for state in turning if not state.pending]
+        for turned in ([], [*fixed, *pending], *([fixed, pending] if every else [])):
+            self._prepare(graph, name, turned)
+
+    def prepared(self, name: str) -> bool:
+        """Whether the next call of a graph was prepared."""
+        return self._key(self._graphs[name], name) in self._prepared
+
+    def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str]) -> None:
+        """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
+        pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
+        self._turn(turned)
+        key = self._key(graph, name)
+        if key not in self._prepared:
+            for now, other in pairs:
+                other.copy_from(now, 0, 0, now.nbytes)
+            self._call(graph, key).prepare()
+            self._prepared.add(key)
+            for now, other in pairs:
+                now.copy_from(other, 0, 0, now.nbytes)
+        self._turn(turned)
+
+    def _key(self, graph: StaticGraph, name: str) -> tuple[str, tuple[int, ...]]:
+        return name, tuple(self._current[state.name] for state in graph.spec.states)
+
+    def _call(self, graph: StaticGraph, key: tuple[str, tuple[int, ...]]) -> Call:
+        if key not in self._calls:
+            self._calls[key] = self._bind(graph)
+        return self._calls[key]
+
+    def _turn(self, names: Iterable[str]) -> None:
+        """The other buffers of these states are the current ones."""
+        for name in names:
+            self._current[name] = 1 - self._current[name]
+
+    def _bind(self, graph: StaticGraph) -> Call:
+        call, states = graph.session.call(repeated=False), {state.after: state for state in graph.spec.states}
+        inputs = {**self._tables, **graph.controls}
+        inputs |= {state.name + also: self.now(state.name) for state in graph.spec.states for also in ("", READ_AGAIN)}
+        for tensor in graph.spec.inputs:
+            call.bind_input(tensor.name, inputs[tensor.name])
+        for tensor in graph.spec.outputs:
+            state = states.get(tensor.name)
+            if state is None:
+                call.bind_output(tensor.name, graph.results[tensor.name])
+            else:
+                pair, at = self._buffers[state.name], self._current[state.name]
+                call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
+        return call
+
+    def used_rows(self, name: str, count: int) -> npt.NDArray[np.uint8]:
+        """A copy of the first `count` slots of a cache [1,Hkv,S,D], as bytes [Hkv,count,D * element size]."""
+        return np.ascontiguousarray(self._rows(name)[:, :count])
+
+    def set_rows(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
+        """What `used_rows` gave, back into the first slots."""
+        whole = self._rows(name)
+        whole[:, : rows.shape[1]] = rows
+        self.now(name).write(whole.reshape(-1))
+
+    def _rows(self, name: str) -> npt.NDArray[np.uint8]:
+        buffer = self.now(name)
+        heads, slots = buffer.shape[1:3]
+        return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
+
+
+def rotary_tables(manifest: Manifest, session: Session) -> dict[str, Buffer]:
+    """cos and sin for all slots of the graphs."""
+    tables = {}
+    for spec in session.spec.inputs:
+        if spec.name in TABLES:
+            shape, contents = rotary_table(manifest, spec.name, int(spec.shape[0]), spec.dtype)
+            tables[spec.name] = session.buffer(spec.dtype, shape)
+            tables[spec.name].write(contents)
+    return tables
+
+
+def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:
+    return tuple(int(d) for d in shape)

@@ -1,0 +1,3 @@
+"""Memory of hosts and devices: buffers, mapped weights, and the CUDA driver by ctypes.
+No file here knows a graph.
+"""

@@ -1,0 +1,90 @@
+"""Which sampling parameters are used when the user names none.
+
+Precedence, first match wins; flags given by the user replace single values of the result (`dataclasses.replace`):
+
+1. generation_config.json, if its temperature, top_p and top_k are not those the family ships: whoever tuned this checkpoint chose them.
+   They hold for both modes. `do_sample: false` means greedy.
+2. `RECOMMENDED`, the model cards' table. The cards give two settings, with and without thinking, and the shipped file can hold but one:
+   it is the thinking one, so for a model of the family the table is the better source in both modes. The file is also absent from the
+   4B and 9B repositories.
+3. generation_config.json as it is, for a model that the table does not know.
+4. `FALLBACK`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.sampling.sampler import SamplingParams
+from qwen_export.runtimes.text.chat_template import ChatTemplate
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the choice depends on. `generation`: "3.5", "3.6", "3.8" or None; `small`: 0.8B or 2B, which do not think by default."""
+
+    generation: str | None
+    small: bool
+
+    @classmethod
+    def from_template(cls, template: ChatTemplate) -> ModelFacts:
+        """Read off the chat template: config.json does not tell the generations apart, and names of fine-tuned models say anything.
+
+        3.5 knows `enable_thinking`, 3.6 adds `preserve_thinking`, 3.8 adds `reasoning_effort`.
+        """
+        if "enable_thinking" not in template.variables:
+            return cls(generation=None, small=False)
+        if "preserve_thinking" not in template.variables:
+            return cls(generation="3.5", small=not template.thinks_by_default())
+        return cls(generation="3.8" if "reasoning_effort" in template.variables else "3.6", small=False)
+
+
+# (generation, small, thinking): the row "general" of the model card. min_p is 0 and the repetition penalty 1 everywhere.
+RECOMMENDED: Mapping[tuple[str, bool, bool], SamplingParams] = {
+    ("3.5", True, False): SamplingParams(temperature=1.0, top_p=1.0, top_k=20, presence_penalty=2.0),
+    ("3.5", True, True): SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=1.5),
+    ("3.5", False, False): SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+    ("3.5", False, True): SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=1.5),
+    ("3.6", False, False): SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+    ("3.6", False, True): SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=0.0),
+    ("3.8", False, False): SamplingParams(temperature=0.7, top_p=0.8, top_k=20, presence_penalty=1.5),
+    ("3.8", False, True): SamplingParams(temperature=1.0, top_p=0.95, top_k=20, presence_penalty=0.0),
+}
+
+FALLBACK = SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
+
+# (temperature, top_p, top_k) in generation_config.json of the family: thinking in general, thinking about code.
+_SHIPPED = ((1.0, 0.95, 20), (0.6, 0.95, 20))
+
+
+def recommended(facts: ModelFacts, thinking: bool, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
+    """The parameters for one mode of a model. Raises QwenExportError for a value of generation_config.json that is out of range."""
+    table = RECOMMENDED.get((facts.generation or "", facts.small, thinking))
+    config = _from_generation_config(generation_config or {})
+    if config is None:
+        return table or FALLBACK
+    if table is not None and (config.temperature, config.top_p, config.top_k) in _SHIPPED:
+        return table
+    return config
+
+
+def _from_generation_config(config: Mapping[str, Any]) -> SamplingParams | None:
+    """The sampling values of the file; None when it has none (many hold nothing but token ids)."""
+    if config.get("do_sample") is False:
+        return SamplingParams(greedy=True)
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    if not given:
+        return None
+    try:
+        return SamplingParams(**given)
+    except (QwenExportError, TypeError) as error:
+        raise QwenExportError(
+            "A sampling value of the checkpoint is not usable",
+            where="generation_config.json",
+            got=error.what + f", {error.got}" if isinstance(error, QwenExportError) else error,
+            fix="Correct the file or pass the flag",
+        ) from error

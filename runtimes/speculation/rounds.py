@@ -1,0 +1,69 @@
+"""Generation with drafts: guess a few tokens, read them all in one call, keep what the model would have said itself.
+
+One round, with x the token sampled last, not yet read:
+
+    d_1 .. d_k  ~ q_1 .. q_k                    the drafter's guesses after x
+    p_1 .. p_k+1                                from one verify call over x, d_1 .. d_k
+    keep d_1, d_2, ... as `acceptance` says, up to the first that is another token; after all k: one more token ~ p_k+1
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import NextRound, Request, Round, Statistics, generate
+from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.sampling.token_history import TokenHistory
+from qwen_export.runtimes.speculation.acceptance import Acceptance, acceptance_for
+from qwen_export.runtimes.speculation.draft_policy import Policy
+from qwen_export.runtimes.speculation.drafters import Drafter
+
+
+class Speculator:
+    """Drafts and verifies on one decoder; `policy` remembers what it measured from answer to answer."""
+
+    def __init__(self, drafter: Drafter, policy: Policy, acceptance: Callable[[Sampler], Acceptance] = acceptance_for) -> None:
+        self._drafter, self._policy, self._acceptance = drafter, policy, acceptance
+
+    def generate(self, reuse: PrefixReuse, request: Request, statistics: Statistics) -> Generator[int, None, None]:
+        """As `generation.generate`: the same tokens when sampling is greedy, the same distribution when not, in fewer calls."""
+        return generate(reuse, request, statistics, self._rounds)
+
+    def _rounds(self, decoder: Decoder, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
+        acceptance = self._acceptance(request.sampler)
+        return lambda token: self._round(decoder, token, request, acceptance, statistics, history)
+
+    def _round(
+        self, decoder: Decoder, x: int, request: Request, acceptance: Acceptance, statistics: Statistics, history: TokenHistory
+    ) -> Round:
+        sampler, numbers = request.sampler, statistics.speculation
+        entered, entry_busy, entry_binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
+        limit = decoder.capacity - decoder.lengths[0] - 1
+        if request.max_new_tokens is not None:
+            limit = min(limit, request.max_new_tokens - statistics.new_tokens - 1)
+        history.push(x)
+        count = self._policy.length(limit)
+        decoder.prepare(count + 1)
+        began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
+        drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
+        draft_busy = decoder.busy_s
+        rows = decoder.verify_rows([x, *(d.token for d in drafts)]) if drafts else decoder.step_rows([x])
+        verify_busy = decoder.busy_s
+        tokens: list[int] = []
+        for row, draft in enumerate((*drafts, None)):
+            tokens.append(acceptance.token(sampler.distribution(rows[row], history), draft, len(tokens)))
+            if draft is None or tokens[-1] != draft.token:
+                break
+            history.push(draft.token)
+        acceptance.advance(len(tokens))
+        if drafts:
+            decoder.accept(len(tokens))  # x and the drafts that were kept
+        # Without the bindings made for the first draft, or verify, of its kind.
+        self._policy.observe(len(drafts), len(tokens) - 1, time.perf_counter() - began - (decoder.binding_s - binding))
+        numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
+        spent, worked, bound = time.perf_counter() - entered, verify_busy - entry_busy, decoder.binding_s - entry_binding
+        numbers.host_s += spent - worked - bound
+        return Round(tokens, verified=bool(drafts))

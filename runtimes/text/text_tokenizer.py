@@ -1,0 +1,107 @@
+"""Text to token ids, with a line between the template's control tokens and text that only looks like them.
+
+Three ways to encode:
+
+`encode(text)`        parses added tokens (`<|im_start|>`, `<think>`, ...) wherever they stand. For rendered chats and raw prompts.
+`encode_plain(text)`  parses none: `<|im_end|>` in the text becomes the letters `<`, `|`, `im`, ... For a text that is data as a whole.
+`shield(text)`        marks every added token in a text as plain, and `encode` later honors the marks. For the parts of a chat that come
+                      from outside (what a user typed, what a tool returned), *before* the template puts control tokens around them: a
+                      message can then not end its own turn and open another. `chat_template.shield_messages` does this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from qwen_export.errors import BundleError, QwenExportError
+
+# A Unicode noncharacter (never assigned, not for interchange) behind the first character of a shielded token.
+_MARK = "\ufdd0"
+
+
+class TextTokenizer:
+    """The tokenizer of a checkpoint or bundle.
+
+    `ids` are token ids in `[0, vocab_size)`; the model's head may be wider (248,320 rows for 248,077 tokens), so a sampler needs
+    `vocab_size` as its limit. No token is added in front of or behind a text: the family has no BOS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        # Shares the model's memory; only the added tokens are left behind.
+        self._plain = Tokenizer(tokenizer.model)
+        if tokenizer.normalizer is not None:
+            self._plain.normalizer = tokenizer.normalizer
+        if tokenizer.pre_tokenizer is not None:
+            self._plain.pre_tokenizer = tokenizer.pre_tokenizer
+        self.added: dict[str, int] = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._added_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        marked = [re.escape(token[:1] + _MARK + token[1:]) for token in longest_first]
+        self._marked_pattern = re.compile("|".join(marked) or "(?!)")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> TextTokenizer:
+        """Read a tokenizer.json (about 0.9 s for the family's). Raises BundleError when it is missing or is not one."""
+        if not Path(path).is_file():
+            raise BundleError("There is no tokenizer", where=str(path), fix="Copy tokenizer.json from the checkpoint")
+        try:
+            return cls(Tokenizer.from_file(str(path)))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(
+                "The tokenizer cannot be read", where=str(path), got=error, fix="Copy tokenizer.json from the checkpoint again"
+            ) from error
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return max([self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *self.added.values()]) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text whose added tokens count as such, except the shielded ones."""
+        if _MARK not in text:
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        start = 0
+        for match in self._added_pattern.finditer(text):
+            ids += self._encode_unmarked(text[start : match.start()])
+            ids.append(self.added[match.group()])
+            start = match.end()
+        return ids + self._encode_unmarked(text[start:])
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is an added token."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def shield(self, text: str) -> str:
+        """The text with a mark in every added token, for `encode`. A text without added tokens is returned as it is."""
+        return self._added_pattern.sub(lambda match: match.group()[:1] + _MARK + match.group()[1:], text)
+
+    def unshield(self, text: str) -> str:
+        """The text without the marks, to show it."""
+        return self._marked_pattern.sub(lambda match: match.group().replace(_MARK, "", 1), text)
+
+    def decode(self, ids: Sequence[int], *, show_special: bool = True) -> str:
+        """The text of whole ids; for one token at a time see `Detokenizer`."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=not show_special)
+
+    def id_of(self, token: str) -> int:
+        """The id of one token, written as in tokenizer.json. Raises QwenExportError when there is none."""
+        token_id = self.find(token)
+        if token_id is None:
+            raise QwenExportError(
+                "The tokenizer has no such token", got=repr(token), fix="Use the tokenizer.json that belongs to this checkpoint"
+            )
+        return token_id
+
+    def find(self, token: str) -> int | None:
+        """The id of one token, or None."""
+        token_id: int | None = self.tokenizer.token_to_id(token)
+        return token_id
+
+    def _encode_unmarked(self, text: str) -> list[int]:
+        return self.encode_plain(self.unshield(text)) if text else []
