@@ -1,17 +1,25 @@
-"""Every error a user of qwen-export sees.
+"""Every error that a user of qwen-export sees.
 
-An error says five things: what failed, where (file, tensor, layer, op), what was found, what was expected, and the command, flag or
-edit that fixes it. Exceptions of the libraries below us (ONNX Runtime, protobuf, safetensors, TensorRT) are chained with `from`, never
-shown alone.
+An error has five parts: what failed, where (file, tensor, layer, op, parameter), what was found, what was expected, and the edit or
+command that fixes it. Exceptions of libraries (ONNX Runtime, protobuf, safetensors, TensorRT) are chained with `from`, never shown alone.
+
+`what` and `fix` name parameters of the Python API in braces: "Lower {max_context}.". In Python the name is printed, and the command line
+prints its flag (`commands/flags.py`).
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+_PARAMETER = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
 
 class QwenExportError(Exception):
     """Base of all errors raised on purpose.
 
-    `what` is a full sentence without its full stop. The other parts may be empty; `str()` leaves out what is empty.
+    `what` begins in lower case and has no full stop; `fix` is one or more whole sentences. Empty parts are left out of the message.
     """
 
     exit_code = 1
@@ -19,15 +27,44 @@ class QwenExportError(Exception):
     def __init__(self, what: str, *, where: str = "", got: object = "", expected: object = "", fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix
         self.got, self.expected = str(got), str(expected)
-        super().__init__(str(self))
+        super().__init__(what)
 
     def __str__(self) -> str:
-        text = f"{self.what} ({self.where})" if self.where else self.what
+        return self.text()
+
+    def text(self, parameter: Callable[[str], str] = str) -> str:
+        """The message in one line. `parameter` gives the printed form of a parameter's name."""
+        what, fix = (_PARAMETER.sub(lambda match: parameter(match[1]), part) for part in (self.what, self.fix))
+        text = f"{what} ({self.where})" if self.where else what
         facts = [f"{name} {value}" for name, value in (("got", self.got), ("expected", self.expected)) if value]
         if facts:
             text += ": " + ", ".join(facts)
         # One line, whatever names and messages of others hold.
-        return " ".join((f"{text}. {self.fix}" if self.fix else f"{text}.").splitlines())
+        return " ".join((f"{text}. {fix}" if fix else f"{text}.").splitlines())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[QwenExportError], arguments: tuple[Any, ...], parts: dict[str, Any]) -> QwenExportError:
+    """An error that was pickled: its constructor takes keywords, which pickle does not pass."""
+    error = kind.__new__(kind, *arguments)
+    error.args = arguments
+    error.__dict__.update(parts)
+    return error
+
+
+class ParameterError(QwenExportError, ValueError):
+    """A parameter of a call has a value that it cannot have. `parameter` is its name in the Python API."""
+
+    def __init__(self, what: str, *, parameter: str, where: str = "", got: object = "", expected: object = "", fix: str = "") -> None:
+        self.parameter = parameter
+        super().__init__(what, where=where, got=got, expected=expected, fix=fix)
+
+    def text(self, parameter: Callable[[str], str] = str) -> str:
+        name = parameter(self.parameter)
+        said = super().text(parameter)
+        return said if name in said else f"{name}: {said}"
 
 
 class CheckpointError(QwenExportError):

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from qwen_export import __version__
+from qwen_export.commands.flags import flag
 from qwen_export.errors import QwenExportError
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "check", "package", "rebuild")
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         group.main(arguments, standalone_mode=False)
     except QwenExportError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {error.text(flag)}", err=True)
         sys.exit(error.exit_code)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
