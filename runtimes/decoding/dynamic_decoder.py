@@ -274,7 +274,7 @@ class DynamicDecoder(Decoder):
         outputs |= self._transaction.outputs(shape.first, commit=shape.commit)
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.address
-        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
+        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self.slots, "P": self._transaction.width}
         return BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=shape.repeated)
 
 
