@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan
 from qwen_export.graphs.weights.expression import Weight
 
@@ -48,8 +49,8 @@ class PassContext:
         return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[self.precision]
 
 
-Pass = Callable[[ir.Model, PassContext], int]
-"""A rewrite in place; returns how many places it changed. Its docstring gives the IR before and after."""
+Pass = Callable[[ir.Model, PassContext], Outcome]
+"""A rewrite in place. Its docstring gives the IR before and after."""
 
 
 def new_node(
