@@ -18,7 +18,7 @@ NATIVE = "qwen.native"
 
 
 @dataclass(frozen=True)
-class Library:
+class NativeLibrary:
     """The library of one device. `variable` is the path of the file, where it does not lie next to this one; empty: build without it.
     `ops` has the element types of each op's activations."""
 
@@ -35,8 +35,8 @@ _CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "Qu
     "TopLogits": _FLOAT,
 }
 LIBRARIES = {
-    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", dict.fromkeys(_CPU_OPS, _FLOAT)),
-    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", _CUDA_OPS),
+    "cpu": NativeLibrary("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", dict.fromkeys(_CPU_OPS, _FLOAT)),
+    "cuda": NativeLibrary("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", _CUDA_OPS),
 }
 
 

@@ -1,10 +1,5 @@
-"""The graphs of a bundle with fixed shapes, and the memory of one sequence that they work on.
-
-    decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
-    verify       W tokens whose fate may be open, all logits       mtp_verify    up to W rows, the logits of one
-    prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
-
-A call with fewer tokens is padded. `verify` is there with speculation, the right column with a draft head.
+"""The graphs of a bundle with fixed shapes (`bundle_contract.py` has the table), and the memory of one sequence that they work on. A call
+with fewer tokens is padded.
 """
 
 from __future__ import annotations
@@ -15,15 +10,19 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.bundle_contract import DECODER_GRAPHS as DECODER_GRAPHS
+from qwen_export.bundle_contract import HEAD_GRAPHS as HEAD_GRAPHS
+from qwen_export.bundle_contract import HEAD_PROMPT as HEAD_PROMPT
+from qwen_export.bundle_contract import HEAD_STEP as HEAD_STEP
+from qwen_export.bundle_contract import HEAD_VERIFY as HEAD_VERIFY
+from qwen_export.bundle_contract import PROMPT as PROMPT
+from qwen_export.bundle_contract import STEP as STEP
+from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.decoding.rotary import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
-
-STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"
-HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT = "mtp", "mtp_verify", "mtp_prefill"
-DECODER_GRAPHS, HEAD_GRAPHS = (STEP, VERIFY, PROMPT), (HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT)
 
 
 def is_static(manifest: Manifest) -> bool:
