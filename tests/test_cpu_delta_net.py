@@ -45,8 +45,6 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The CPU plugin; built here where it is not, if there are headers to build it with."""
     found = native.find_library("cpu")
     if found is None:
-        if not os.environ.get("ORT_INCLUDE_DIR"):
-            pytest.skip("the CPU plugin is not built: plugins/native/cpu/build.sh")
         built = subprocess.run([ROOT / "plugins/native/cpu/build.sh"], capture_output=True, text=True)
         if built.returncode:
             pytest.skip(f"the CPU plugin does not build here: {built.stderr.strip().splitlines()[-1]}")
