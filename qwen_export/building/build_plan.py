@@ -13,7 +13,14 @@ from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
-from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
+from qwen_export.graphs.checkpoint.tensor_names import (
+    StoredLayout,
+    check_tensors,
+    mtp_tensors,
+    no_draft_head,
+    stored_dtypes,
+    stored_tensors,
+)
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.kept_grids import keep_stored
@@ -62,6 +69,8 @@ class BuildPlan:
     """The version of the ONNX standard."""
     engine: EngineOptions | None = None
     """How the graphs are compiled, None where the target's runtime does that."""
+    checkpoint_notes: tuple[str, ...] = ()
+    """What was ignored or decided when the checkpoint was read, in one line each."""
 
     @property
     def activations(self) -> str:
@@ -70,9 +79,9 @@ class BuildPlan:
 
     @property
     def notes(self) -> list[str]:
-        """For people: the precision plan where something is quantized, and why there is no draft head."""
+        """For people: notes on the checkpoint, the precision plan where something is quantized, and why there is no draft head."""
         table = as_table(self.quantization, self.group_sizes) if self.quantization else []
-        return [*table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
+        return [*self.checkpoint_notes, *table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -165,6 +174,7 @@ def plan_build(
         graphs=form.graphs,
         opset=form.opset,
         engine=compiled if chosen.engines else None,
+        checkpoint_notes=checkpoint.notes,
     )
 
 
@@ -264,12 +274,7 @@ def _static_form(
 
 def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
     """Why a build has no draft head, "" when it has one."""
-    if not mtp:
-        return "built with --no-mtp"
-    if not has_mtp(checkpoint):
-        return "the checkpoint has no draft head (mtp.*)"
-    layers = checkpoint.config.text.mtp_num_hidden_layers
-    return f"its draft head has {layers} layers, and only one is implemented" if layers > 1 else ""
+    return no_draft_head(checkpoint) if mtp else "built with --no-mtp"
 
 
 def kernels_for(device: str) -> Kernels:
