@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ ITEM_SIZE = {
 }
 _MAX_HEADER = 100 << 20
 _MAX_AXES = 16
+_SMALL = 64
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,24 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     tensors = [_tensor(path, name, entry, 8 + length) for name, entry in entries.items() if name != "__metadata__"]
     _check_layout(path, tensors, 8 + length, size)
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_small(tensors: Iterable[TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """The integers of small tensors of type I64 or I32, by name; of other types and larger ones nothing."""
+    chosen = sorted((t for t in tensors if t.dtype in ("I64", "I32") and t.nbytes <= _SMALL), key=lambda t: (t.file, t.offset))
+    values: dict[str, tuple[int, ...]] = {}
+    for path, group in groupby(chosen, key=lambda t: t.file):
+        try:
+            with path.open("rb", buffering=_SMALL) as file:
+                for tensor in group:
+                    file.seek(tensor.offset)
+                    data, size = file.read(tensor.nbytes), ITEM_SIZE[tensor.dtype]
+                    values[tensor.name] = tuple(
+                        int.from_bytes(data[i : i + size], "little", signed=True) for i in range(0, len(data), size)
+                    )
+        except OSError as error:
+            raise CheckpointError("a weight file cannot be read", where=str(path), got=error.strerror, fix="Make it readable.") from error
+    return values
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

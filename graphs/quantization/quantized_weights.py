@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes
+from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, Bytes, Floats, QuantFormat, pack
 from qwen_export.graphs.quantization.precision_plan import KEPT, GroupFormat
 from qwen_export.graphs.quantization.scale_search import quantize
@@ -20,7 +20,7 @@ from qwen_export.graphs.weights.expression import BLOCK_BYTES, StackedMatrices, 
 class GridSource(TensorSource, Protocol):
     """Stored tensors, some of them on integer grids."""
 
-    def codes(self, name: str, start: int, stop: int) -> Codes | None:
+    def codes(self, name: str, start: int, stop: int) -> GridRows | None:
         """Rows start..stop-1 on the tensor's own grid; None where it has none."""
 
 
