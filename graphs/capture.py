@@ -20,7 +20,7 @@ from qwen_export.errors import CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.model_state import State, empty_state
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.ops.onnx_form import translation_table
 from qwen_export.graphs.tensor_roles import state_names
 from qwen_export.graphs.unroll import unroll
@@ -45,10 +45,10 @@ _STATE_DIMS = {
 }
 
 
-def meta_decoder(config: TextConfig, precision: str) -> Decoder:
+def meta_decoder(config: TextConfig, precision: str) -> TextModel:
     """The decoder without storage: parameters have shape and dtype only."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = TextModel(config)
     return _in_precision(model, precision)
 
 

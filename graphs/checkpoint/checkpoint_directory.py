@@ -15,6 +15,7 @@ from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 from qwen_export.graphs.checkpoint.stored_heads import decide_draft_head, decide_head
 from qwen_export.graphs.checkpoint.stored_prefixes import released_names
+from qwen_export.graphs.checkpoint.vocabulary import vocabulary_reason
 from qwen_export.graphs.checkpoint.weight_files import read_tensors, refuse_adapter
 from qwen_export.graphs.config import CheckpointConfig, load_config
 from qwen_export.graphs.json_file import read_json_object
@@ -38,6 +39,11 @@ class Checkpoint:
     def weights(self) -> dict[str, LogicalTensor]:
         """The weights under their plain names, however they are stored. Raises QwenExportError for a quantization that cannot be read."""
         return logical_weights(self.tensors, self.config.quantization)
+
+    @cached_property
+    def vocabulary_reason(self) -> str:
+        """Why the tokenizer does not fit the embedding, "" where it does or there is none. Raises CheckpointError for a damaged file."""
+        return vocabulary_reason(self.path, self.config.text.vocab_size)
 
     @property
     def nbytes(self) -> int:

@@ -40,8 +40,9 @@ class PassContext:
         return self.sizes
 
     def format_of(self, weight: Weight) -> GroupFormat:
-        """The format that the precision plan gives to all parts of a matrix; "stored" where they differ, or where there is no plan."""
-        return GroupFormat() if self.quantization is None else self.quantization.of(*weight.stored())
+        """The format that the precision plan gives to a matrix; "stored" where there is no plan. Raises ConfigError where the plan gives
+        its parts different ones."""
+        return GroupFormat() if self.quantization is None else self.quantization.of_weight(weight)
 
     @property
     def activation(self) -> ir.DataType:

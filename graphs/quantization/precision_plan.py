@@ -25,11 +25,14 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.quantization.packing import BLOCKS, QuantFormat
-from qwen_export.graphs.quantization.scale_search import METHODS
+from qwen_export.graphs.quantization.scale_search import METHODS, NUMPY_SEARCH, ScaleSearch
+
+if TYPE_CHECKING:
+    from qwen_export.graphs.weights.expression import Weight
 
 STORED, INT8, INT4, FP8 = "stored", "int8", "int4", "fp8"
 FORMATS = {STORED: 0, INT8: 8, INT4: 4, FP8: 8}
@@ -70,6 +73,8 @@ class GroupFormat:
     zeros: bool = False
     keep: bool = True
     wide_scales: bool = False
+    search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
+    """Who searches the scales, with the method "search"."""
 
     @property
     def quant(self) -> QuantFormat | None:
@@ -113,11 +118,27 @@ class PrecisionPlan:
     """Stored matrices that stay on the checkpoint's own grid (graphs.quantization.kept)."""
     outcome: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """For people: per group what becomes of the matrices that the checkpoint stores quantized, and of how many."""
+    search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
+    """Who searches the scales of the method "search"."""
 
-    def of(self, *names: str) -> GroupFormat:
-        """The format of a matrix that is made of these stored ones; "stored" where they differ."""
-        formats = {self.kept.get(name) or self._planned(name) for name in names}
-        return formats.pop() if len(formats) == 1 else GroupFormat()
+    def of(self, name: str) -> GroupFormat:
+        """The format of one stored matrix."""
+        chosen = self.kept.get(name) or self._planned(name)
+        return chosen if chosen.search is self.search else replace(chosen, search=self.search)
+
+    def of_weight(self, weight: Weight) -> GroupFormat:
+        """The format of a matrix of the graph, which is made of one or more stored ones.
+
+        Raises ConfigError where these have different formats: a kernel reads the matrix in one."""
+        formats = {self.of(name): name for name in weight.stored()}
+        if len(formats) > 1:
+            raise ConfigError(
+                "a precision plan must give all parts of one matrix the same format",
+                where=weight.parameter or ", ".join(sorted(set(formats.values()))[:4]),
+                got="; ".join(f"{name}: {chosen}" for chosen, name in formats.items()),
+                fix="Widen the pattern in [matrices] of {plan_file}, so that it names all of them.",
+            )
+        return next(iter(formats), GroupFormat())
 
     def _planned(self, name: str) -> GroupFormat:
         """The format of the parameter `name`; of several patterns that match, the last one counts."""

@@ -25,6 +25,7 @@ from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.packing import part_bytes
+from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
 from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.native_library import NATIVE, find_library, with_native
@@ -116,6 +117,7 @@ def plan_build(
         raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
     chosen, config = TARGETS[target], checkpoint.config.text
     reasons = _checkpoint_reasons(checkpoint)
+    stored = StoredLayout.of(checkpoint)
     if device not in chosen.devices:
         reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
     if precision not in chosen.precisions:
@@ -144,14 +146,17 @@ def plan_build(
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
+    tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored))]
+    if quantization is not None:
+        check_one_format(quantization, (name for name, _ in tensors))
+        if chosen.static:
+            reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
         raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
     head = not form.no_head
     check_tensors(checkpoint, mtp=head)
-    stored = StoredLayout.of(checkpoint)
-    tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
@@ -289,6 +294,8 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
         _ = checkpoint.weights
     except UnsupportedError as error:
         reasons.append(str(error).removesuffix("."))
+    if checkpoint.vocabulary_reason:
+        reasons.append(checkpoint.vocabulary_reason)
     return reasons
 
 
