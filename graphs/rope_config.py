@@ -99,7 +99,7 @@ def _source(f: Fields) -> dict[str, Any]:
 
 def _yarn(f: Fields, r: Fields, base: RopeConfig) -> RopeConfig:
     """Defaults as in transformers: a null is a missing value, except that a null `truncate` is false; 0 is the default of a beta."""
-    original = f.integer(_ORIGINAL) if f.data.get(_ORIGINAL) is not None else None  # beside rope_parameters: it has priority
+    original = f.integer(_ORIGINAL) if _ORIGINAL in f.data else None  # beside rope_parameters: it has priority, null is an error
     if original is None:
         stored = r.data.get(_ORIGINAL)
         original = r.integer(_ORIGINAL) if stored is not None else f.integer("max_position_embeddings")
