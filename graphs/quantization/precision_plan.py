@@ -82,6 +82,11 @@ class GroupFormat:
         return QuantFormat(FORMATS[self.format], self.block, self.zeros, self.wide_scales) if self.format in (INT8, INT4) else None
 
     @property
+    def searcher(self) -> ScaleSearch:
+        """Who searches, for the weight's expression: one name for all where nothing is searched."""
+        return self.search if self.method == "search" else NUMPY_SEARCH
+
+    @property
     def kept(self) -> bool:
         """Whether codes, scales and zeros are those of the checkpoint."""
         return self.method == KEPT

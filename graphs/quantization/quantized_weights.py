@@ -29,7 +29,7 @@ def packed_weight(of: Weight, chosen: GroupFormat) -> Weight:
         raise TypeError("the weight is not quantized")
     if chosen.kept:  # integers of 8 bits and all scales are exact in fp32, and not in every other type
         of = cast(Weight, retyped(of, ir.DataType.FLOAT))
-    return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method, search=chosen.search)
+    return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method, search=chosen.searcher)
 
 
 def grid_rows(

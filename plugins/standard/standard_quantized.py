@@ -66,7 +66,7 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     format, graph = _quant(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(_exact(whole, chosen), format, chosen.method, *more, search=chosen.search)  # type: ignore[call-arg]
+        made = kind(_exact(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
 
     inputs = [x, part("codes", NBitsCodes), part("scales", BlockScales, False, context.activation)]
@@ -101,11 +101,11 @@ def quantized_parts(
     """Codes, scales and, where the format has them, zeros, as DequantizeLinear wants them; turned: of the matrix [K,N]."""
     of, format = _exact(weight, chosen), _quant(chosen)
     parts: dict[str, Weight] = {
-        "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.search),
-        "scales": BlockScales(of, format, chosen.method, turned, activation, search=chosen.search),
+        "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.searcher),
+        "scales": BlockScales(of, format, chosen.method, turned, activation, search=chosen.searcher),
     }
     if format.zeros:
-        parts["zeros"] = BlockZeros(of, format, chosen.method, turned, search=chosen.search)
+        parts["zeros"] = BlockZeros(of, format, chosen.method, turned, search=chosen.searcher)
     return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
 
 
