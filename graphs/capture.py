@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import onnx_ir as ir
 import torch
 
+from qwen_export.element_types import PLAIN
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
@@ -29,7 +30,7 @@ from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weigh
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 OPSET = 21
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {kind.short: getattr(torch, kind.numpy) for kind in PLAIN}
 ALWAYS_FP32 = ("A_log", "dt_bias")
 
 # Dynamic sizes: batch, new tokens, cache slots, rows of logits, pending tokens.
@@ -161,7 +162,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
 
 
 def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
-    return {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
+    return next(ir.DataType[kind.onnx] for kind in PLAIN if DTYPES[kind.short] == dtype)
 
 
 def _name_dims(graph: ir.Graph, signature: Signature) -> None:

@@ -15,14 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from qwen_export.element_types import BY_SAFETENSORS
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.json_file import AGAIN, LFS_POINTER, refuse_pointer
 
-# Bytes per element of the format's types, those of less than a byte left out.
-ITEM_SIZE = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1},
-}
+ITEM_SIZE = {name: kind.bits // 8 for name, kind in BY_SAFETENSORS.items()}
+"""Bytes per element of the types of the format."""
+
 _MAX_HEADER = 100 << 20
 _MAX_AXES = 16
 _SMALL = 64

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from qwen_export.element_types import PLAIN
 from qwen_export.graphs.config import TextConfig
 
-ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+ELEMENT = {kind.short: kind.manifest for kind in PLAIN}
 """Element types as ONNX Runtime's registries name them, by precision."""
 
 

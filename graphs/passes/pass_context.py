@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from qwen_export.element_types import BY_SHORT
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
@@ -46,7 +47,7 @@ class PassContext:
 
     @property
     def activation(self) -> ir.DataType:
-        return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[self.precision]
+        return ir.DataType[BY_SHORT[self.precision].onnx]
 
 
 Pass = Callable[[ir.Model, PassContext], int]

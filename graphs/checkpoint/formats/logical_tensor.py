@@ -11,31 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.element_types import BY_SAFETENSORS, PLAIN
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 Floats = npt.NDArray[np.float32]
 Tensors = Mapping[str, TensorInfo]
 
-PLAIN_TYPES = ("BF16", "F16", "F32")
+PLAIN_TYPES = tuple(kind.safetensors for kind in PLAIN)
 FLOAT_SCALES = PLAIN_TYPES
-# Element types that hold a number of their own; narrower ones are packed by the formats.
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
 
 
 class Parts(Protocol):
@@ -123,15 +110,7 @@ class LogicalTensor(ABC):
 
 
 def numpy_type(info: TensorInfo) -> np.dtype[Any]:
-    if info.dtype not in _NUMPY:
-        raise CheckpointError(
-            "a tensor has an element type that cannot be read",
-            where=info.name,
-            got=info.dtype,
-            expected=", ".join(_NUMPY),
-            fix="Give the BF16 release of the same model.",
-        )
-    return _NUMPY[info.dtype]
+    return BY_SAFETENSORS[info.dtype].dtype()
 
 
 def scales_of(tensors: Tensors, weight: str, name: str) -> TensorInfo:
@@ -167,7 +146,7 @@ def part(tensors: Tensors, weight: str, name: str, shape: tuple[int, ...], dtype
 def checked_scales(info: TensorInfo, raw: npt.NDArray[Any], *, divides: bool = False) -> Floats:
     """Scales as fp32, all finite. A scale of zero is the scale of a block of zeros, and is an error where the scale `divides`."""
     if info.dtype == "U8":  # powers of two, as tools of microscaling formats store them
-        raw = raw.view(ml_dtypes.float8_e8m0fnu)
+        raw = raw.view(BY_SAFETENSORS["F8_E8M0"].dtype())
     scales = raw.astype(np.float32)
     wrong = "not finite" if not np.isfinite(scales).all() else "zero" if divides and not scales.all() else ""
     if wrong:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.element_types import BY_SAFETENSORS
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.logical_tensor import (
     Floats,
@@ -32,7 +32,7 @@ from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 SCALE_TYPES = ("BF16", "F16", "F32", "F8_E8M0", "U8")
 ELEMENT_TYPES = ("F8_E4M3", "I8")
 # All 256 values: a table lookup is four times as fast as a conversion.
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E4M3 = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS["F8_E4M3"].dtype()).astype(np.float32)
 
 
 @dataclass(frozen=True)
