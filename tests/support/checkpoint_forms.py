@@ -123,21 +123,21 @@ MIXED: dict[str, QuantizedForm] = {
         ("fp8 per channel", "nvfp4"),
     ),
     "gptq dynamic": QuantizedForm(
-        "GPTQModel 2",
+        "GPTQModel",
         "gptq with dynamic: 4 and 8 bits, groups of 32 and 128",
         quantizers.by_module((_DOWN, quantizers.gptq(32, bits=8)), (_REST, quantizers.gptq(128))),
         int4(quant_method="gptq", sym=True, dynamic={r"+:.*\.mlp\.down_proj.*": {"bits": 8, "group_size": 32}, "-:.*visual.*": {}}),
         ("gptq int4 g128", "gptq int8 g32"),
     ),
     "gptq dynamic symmetry": QuantizedForm(
-        "GPTQModel 2",
+        "GPTQModel",
         "gptq with dynamic: single modules with zero points",
         quantizers.by_module((_DOWN, quantizers.gptq(128, symmetric=False)), (_REST, quantizers.gptq(128))),
         int4(quant_method="gptq", sym=True, dynamic={r"model\.language_model\.layers\.\d+\.mlp\.down_proj": {"sym": False}}),
         ("gptq int4 g128",),
     ),
     "gptq 8 bits": QuantizedForm(
-        "AutoGPTQ 0.7", "gptq, 8 bits", quantizers.gptq(128, bits=8), {**int4(quant_method="gptq"), "bits": 8}, ("gptq int8 g128",)
+        "AutoGPTQ", "gptq, 8 bits", quantizers.gptq(128, bits=8), {**int4(quant_method="gptq"), "bits": 8}, ("gptq int8 g128",)
     ),
     "fp8 mixed": QuantizedForm(
         "transformers 5.17",
