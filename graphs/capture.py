@@ -17,7 +17,7 @@ import onnx_ir as ir
 import torch
 
 from qwen_export.element_types import PLAIN
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.model_state import State, empty_state
@@ -135,7 +135,7 @@ def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str
             verbose=False,
         )
     if exported is None:
-        raise CaptureError("torch.onnx returned no program")
+        raise CaptureError("torch.onnx returned no program", fix=REPORT)
     return _named(exported.model, module, signature, derived or {})
 
 
@@ -147,7 +147,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     outputs = [*signature.output_names, *state_names(keys, after=True)]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(names):
-            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names))
+            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names), fix=REPORT)
     # An output that is also an input of another op keeps one value: rename values, not uses.
     for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
         value.name = name
@@ -155,7 +155,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     parameters = dict(module.named_parameters())
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
-            raise CaptureError("the traced graph has a constant that is not a parameter", where=name)
+            raise CaptureError("the traced graph has a constant that is not a parameter", where=name, fix=REPORT)
         tensor = parameters[name]
         value.const_value = WeightTensor(derived.get(name) or StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype)), name)
     return model

@@ -83,7 +83,7 @@ def _keys(config: TextConfig) -> dict[str, Any]:
     """The configuration by the keys of a config.json."""
     values = asdict(config)
     if not config.is_moe:
-        del values["num_experts"]  # its presence is what tells a mixture of experts from a dense layer
+        del values["num_experts"]  # its presence makes a layer a mixture of experts
     return values
 
 
@@ -155,7 +155,7 @@ def _missing(checkpoint: Checkpoint, missing: list[str], wanted: int, unused: li
         )
     if missing == ["lm_head.weight"]:
         return CheckpointError(
-            "config.json says that the LM head is not the embedding, and no head is stored",
+            "config.json does not tie the LM head to the embedding, and no head is stored",
             where=where,
             expected="lm_head.weight",
             fix="Is a shard missing? If the model has no head of its own, set tie_word_embeddings to true in config.json.",
@@ -170,7 +170,7 @@ def _misshaped(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> Ch
     fix = "Use the config.json of the model that the tensors are from."
     if name.endswith(".conv1d.weight") and len(got) == 3 and got == (expected[0], expected[2], expected[1]):
         fix = "The tensor is stored as MLX stores it. Give the release that the MLX model was converted from."
-    return CheckpointError("a tensor has another shape than config.json says", where=name, got=got, expected=expected, fix=fix)
+    return CheckpointError("a tensor has another shape than in config.json", where=name, got=got, expected=expected, fix=fix)
 
 
 def _allowed(config: CheckpointConfig, name: str) -> bool:

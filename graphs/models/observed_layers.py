@@ -30,7 +30,7 @@ class Observation:
 
 def observe(model: TextModel, ids: Sequence[int], streams: Mapping[str, Floats] | None = None) -> Observation:
     """Read `ids` in one call. `streams` are residual streams of another model, by their points f32[T,hidden], rows without a value NaN:
-    whatever reads a stream gets theirs in the place of its own, so each layer starts from the same values as theirs, and differences
+    whatever reads a stream gets theirs instead of its own, so each layer starts from the same values as theirs, and differences
     between the models do not add up from layer to layer."""
     seen, given = Observation(), streams or {}
     with _Hooks() as hooks:

@@ -48,7 +48,7 @@ class Choice:
     name: str
     kernels: tuple[Kernel, ...]
     limit: Callable[[TextConfig], str] = lambda config: ""
-    """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
+    """What the kernels cannot do with this model, "" when nothing: a limit that no registry has."""
     transaction: bool = True
     """Whether a state may have tokens pending, as speculation needs it."""
     columns: int = 1

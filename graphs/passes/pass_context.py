@@ -21,7 +21,7 @@ MICROSOFT = "com.microsoft"
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
     checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
-    `quantization` says which matrices are quantized, None: none. With `speculation` calls may leave tokens pending. `sizes` are those of a
+    `quantization` is the precision plan, None without one. With `speculation` calls may leave tokens pending. `sizes` are those of a
     graph with static shapes, `opset` its version."""
 
     config: TextConfig
@@ -79,7 +79,7 @@ def new_node(
 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
-    """Put `new` in the place of `old`; `outputs` take over the uses and names of the old outputs."""
+    """Replace `old` by `new`; `outputs` take over the uses and names of the old outputs."""
     ir.convenience.replace_nodes_and_values(graph, old, [old], list(new), list(old.outputs), list(outputs))
 
 

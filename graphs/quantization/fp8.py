@@ -1,4 +1,4 @@
-"""FP8 matrices: codes in E4M3, and a scale per row beside them, as DequantizeLinear wants them."""
+"""FP8 matrices: codes in E4M3, and a scale per row beside them, in the form of DequantizeLinear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a precision plan asks for that a target's kernels do not have, decided from names and shapes before any work."""
+"""Formats in a precision plan that the kernels of a target do not have, decided from names and shapes before any work."""
 
 from __future__ import annotations
 

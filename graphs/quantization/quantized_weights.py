@@ -42,7 +42,7 @@ def grid_rows(
 
 
 def _stored_grid(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat) -> tuple[Bytes, Array, Bytes | None]:
-    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression says which rows of which tensors: it is evaluated
+    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression has which rows of which tensors: it is evaluated
     over rows of codes, scales and zeros side by side."""
     K = of.shape[-1]
     blocks = format.blocks(K)
@@ -62,9 +62,9 @@ class _Grids:
         codes = self.source.codes(name, start, stop)
         if codes is None:
             raise CheckpointError(
-                "a weight has no grid along its rows, though its settings say so",
+                "a weight has no grid along its rows, although its settings have one",
                 where=name,
-                fix="Set keep = false for its group in a precision plan.",
+                fix="Set keep = false for its group in {plan_file}.",
             )
         K = codes.codes.shape[1]
         group = np.arange(self.format.blocks(K)) * self.format.block // codes.group

@@ -1,7 +1,7 @@
 """Weights that stay in the checkpoint: the graph points into its files instead of a copy.
 
-That needs a weight whose bytes lie there as the graph wants them: no fold, no dequantization, the same element type. The others go to the
-bundle's own file. In the place of each file that is referred to the bundle has a note of a line, since ONNX Runtime insists on a file that
+That needs a weight whose stored bytes are those of the graph: no fold, no dequantization, the same element type. The others go to the
+bundle's own file. Instead of each file that is referred to the bundle has a note of one line, since ONNX Runtime requires a file that
 exists and never reads one outside the graph's directory; the runtime maps the file and hands over its memory. What is referred to is not
 read during the build, so its values are not checked.
 """

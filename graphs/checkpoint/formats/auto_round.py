@@ -1,4 +1,4 @@
-"""AutoRound's own format. The parts that are stored for a module decide its form; `packing_format` says how integers are packed.
+"""AutoRound's own format. The parts that are stored for a module decide its form; `packing_format` has the packing of integers.
 
 auto_round:auto_gptq              the layout of GPTQ, zero points less one
 auto_round, auto_round:exllamav2  the layout of GPTQ, zero points as they are

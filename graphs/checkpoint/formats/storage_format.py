@@ -1,7 +1,7 @@
 """A quantization method as the reader sees it: a way to find its weights among the tensors of a checkpoint.
 
 Bits, groups and scales of a weight are decided per module, by the shapes of the parts that are stored for it. The settings in config.json
-decide what shapes cannot tell, and are looked up per module too.
+decide what does not follow from shapes, and are looked up per module too.
 """
 
 from __future__ import annotations
