@@ -284,6 +284,8 @@ class Model:
         self._require_open()
         self._end_running("superseded")
         with self._turn:
+            self._end_running("superseded")  # that of another thread which was faster
+            self._require_open()
             reuse = self._conversation
             if self._policy is None:
                 tokens = generate(reuse, request, statistics)
