@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
+from qwen_export.errors import BundleError, ParameterError, QwenExportError
+from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.backends.compatibility import check_runnable
 from qwen_export.runtimes.backends.integrity import ensure_whole
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
@@ -21,15 +20,19 @@ from qwen_export.runtimes.decoding.generation import Request, Statistics, genera
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
+from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.speculation.rounds import Speculator
-from qwen_export.runtimes.text.chat_template import ChatTemplate, Message, shield_messages, thinking_prefix
+from qwen_export.runtimes.text.chat_messages import Message
+from qwen_export.runtimes.text.chat_prompt import chat_prompt
+from qwen_export.runtimes.text.chat_template import ChatTemplate
 from qwen_export.runtimes.text.detokenizer import Detokenizer
 from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter
 from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 Speculate = str | int
@@ -130,28 +133,33 @@ class Model:
         return DynamicDecoder(self._sessions[STEP], self.manifest, batch, self._max_context, head)
 
     @cached_property
+    def text_files(self) -> TextFiles:
+        """Tokenizer, chat templates and special tokens of the bundle."""
+        return TextFiles(self.directory, self.manifest.files)
+
+    @property
     def tokenizer(self) -> TextTokenizer:
-        if TOKENIZER not in self.manifest.files:
-            raise BundleError(
-                "the bundle has no tokenizer", where=str(self.directory), fix="Build from a checkpoint that has tokenizer.json."
-            )
-        return TextTokenizer.from_file(self.directory / TOKENIZER)
+        return self.text_files.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.text_files.template
 
     @cached_property
-    def template(self) -> ChatTemplate:
-        if CHAT_TEMPLATE not in self.manifest.files:
-            raise BundleError("the bundle has no chat template", where=str(self.directory), fix="Give a plain prompt, without --chat.")
-        special = {k: v for k, v in self._json(TOKENIZER_CONFIG).items() if k.endswith("_token") and isinstance(v, str)}
-        return ChatTemplate((self.directory / CHAT_TEMPLATE).read_text(encoding="utf-8"), special)
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the checkpoint's generation_config.json sets."""
+        return read_generation_config(self.text_files.json(GENERATION_CONFIG), BundleError, str(self.directory / GENERATION_CONFIG))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        return stop_ids(self.tokenizer, self._json(GENERATION_CONFIG)) | frozenset(self.manifest.stop_ids)
+        """Tokens that end an answer."""
+        own = stop_ids(self.tokenizer, self.text_files.special_tokens.get("eos_token"))
+        return own | frozenset(self.generation_defaults.stop_ids) | frozenset(self.manifest.stop_ids)
 
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""
-        facts = ModelFacts.from_template(self.template) if CHAT_TEMPLATE in self.manifest.files else ModelFacts(None, False)
-        return recommended(facts, thinking, self._json(GENERATION_CONFIG))
+        facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
+        return recommended(facts, thinking, self.generation_defaults)
 
     def stream(
         self,
@@ -160,29 +168,48 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         preserve_thinking: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | str | None = None,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
     ) -> Generation:
         """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
 
-        A prompt that continues the last one is not read again. `enable_thinking` and `preserve_thinking` None leave the choice to the
-        checkpoint's template; `sampling` None takes the model card's values for the mode."""
-        safe = shield_messages(messages, self.tokenizer)
-        options: dict[str, Any] = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
-        prompt = self.template.render(safe, tools, **options)
-        history = self.template.render(safe, tools, add_generation_prompt=False, **options)
-        thinking = thinking_prefix(prompt)
-        ids = self.tokenizer.encode(prompt)
-        past = self.tokenizer.encode(history) if prompt.startswith(history) else []
-        mark_at = len(past) if past and ids[: len(past)] == past else None
-        splitter = ReasoningSplitter(thinking)
-        return self._generation(ids, sampling or self.recommended(thinking), max_new_tokens, stop, splitter, mark_at)
+        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each, text only (see `chat_messages.py`).
+        `tools`: JSON schemas of functions. A prompt that continues the last one is not read again.
+
+        `enable_thinking` and `preserve_thinking` None leave the choice to the checkpoint's template; `template_kwargs` are its other
+        variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that is
+        named; None does so where the last message is the assistant's and has no tool calls.
+
+        `sampling`, `max_new_tokens`, `stop` None take what generation_config.json sets, and for `sampling` the model card's values for
+        the mode (`recommended`). Raises ParameterError for values that cannot be used and TemplateError where the template refuses."""
+        prompt = chat_prompt(
+            messages,
+            self.template,
+            self.tokenizer,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        splitter = ReasoningSplitter(prompt.thinking, tool_calls=bool(tools))
+        return self._generation(prompt.ids, sampling or self.recommended(prompt.thinking), max_new_tokens, stop, splitter, prompt.mark_at)
 
     def complete(
-        self, prompt: str, *, sampling: SamplingParams | None = None, max_new_tokens: int | None = None, stop: Sequence[str] = ()
+        self, prompt: str, *, sampling: SamplingParams | None = None, max_new_tokens: int | None = None, stop: Sequence[str] | None = None
     ) -> Generation:
         """Continue a text as it stands, without a template. Control tokens in it count as such."""
+        if not isinstance(prompt, str):
+            raise ParameterError(
+                "the prompt is not a text",
+                parameter="prompt",
+                got=type(prompt).__name__,
+                expected="str",
+                fix="Answer a chat with `stream`.",
+            )
         return self._generation(self.tokenizer.encode(prompt), sampling or self.recommended(False), max_new_tokens, stop, None, None)
 
     def _generation(
@@ -190,18 +217,18 @@ class Model:
         ids: list[int],
         sampling: SamplingParams,
         max_new_tokens: int | None,
-        stop: Sequence[str],
+        stop: Sequence[str] | None,
         splitter: ReasoningSplitter | None,
         mark_at: int | None,
     ) -> Generation:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise QwenExportError("the number of new tokens is out of range", got=max_new_tokens, expected="at least 1")
         if not ids:
-            raise QwenExportError("the prompt is empty", fix="Give some text.")
-        request = Request(ids, Sampler(sampling, self.tokenizer.vocab_size), self.stop_ids, max_new_tokens, mark_at)
+            raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
+        limit = self.generation_defaults.new_tokens(len(ids), max_new_tokens)
+        stops = StopStrings(self.generation_defaults.stop_strings if stop is None else stop)
+        request = Request(ids, Sampler(sampling, self.tokenizer.vocab_size, self.stop_ids), self.stop_ids, limit, mark_at)
         statistics = Statistics()
         detokenizer = Detokenizer(self.tokenizer.tokenizer)
-        return Generation(self.generate(request, statistics), statistics, request, detokenizer, StopStrings(stop), splitter)
+        return Generation(self.generate(request, statistics), statistics, request, detokenizer, stops, splitter)
 
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is still running; what the
@@ -242,12 +269,6 @@ class Model:
     @cached_property
     def _conversation(self) -> PrefixReuse:
         return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
-
-    def _json(self, name: str) -> dict[str, Any]:
-        if name not in self.manifest.files:
-            return {}
-        value = json.loads((self.directory / name).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
 
 
 class Generation:
