@@ -2,8 +2,8 @@
 
 Both hold the same files, so that what a build looks at is what a run reads. Precedence is that of transformers:
 
-    templates        chat_template.jinja and chat_templates/*.jinja; without them `chat_template` of tokenizer_config.json, a text or a
-                     list of {name, template}; without that chat_template.json, which older processors wrote. A bundle holds the template
+    templates        chat_template.jinja and additional_chat_templates/*.jinja; without them `chat_template` of tokenizer_config.json,
+                     a text or a list of {name, template}; without that chat_template.json, which older processors wrote. A bundle holds the template
                      `default` as chat_template.jinja, and sets of several in chat_templates.json, {name: template}.
     special tokens   tokenizer_config.json: keys that end in _token, as texts or as AddedToken objects, and `extra_special_tokens` as a
                      mapping; in files without `added_tokens_decoder` also special_tokens_map.json
@@ -27,7 +27,7 @@ from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 TEMPLATE_SET = "chat_templates.json"
 """Of a bundle: {name: template}, where a checkpoint has other templates than `default`."""
-TEMPLATE_DIRECTORY = "chat_templates"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
 LEGACY_TEMPLATE = "chat_template.json"
 
 
