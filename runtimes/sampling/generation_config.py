@@ -209,7 +209,7 @@ def read_generation_config(
     numbers |= {name: read(name, _number, "a number") for name in ("presence_penalty", "frequency_penalty")}
     numbers |= {name: read(name, _integer, "an integer") for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens")}
     numbers |= {name: read(name, _ids, "a list of token ids") for name in ("suppress_tokens", "begin_suppress_tokens")}
-    numbers["bad_words_ids"] = read("bad_words_ids", lambda words: tuple(_ids(word) for word in words), "a list of lists of token ids")
+    numbers["bad_words_ids"] = read("bad_words_ids", _words, "a list of lists of token ids")
     if numbers["top_p"] == 0:
         numbers["top_p"] = 1e-12
     chosen: dict[str, Any] = {name: numbers.pop(name) for name in _DEFAULTS}
@@ -281,6 +281,12 @@ def _ids(value: Any) -> tuple[int, ...]:
     if any(i < 0 for i in ids):
         raise ValueError
     return ids
+
+
+def _words(value: Any) -> tuple[tuple[int, ...], ...]:
+    if not isinstance(value, list) or not all(isinstance(word, list) and word for word in value):
+        raise TypeError
+    return tuple(map(_ids, value))
 
 
 def _texts(value: Any) -> tuple[str, ...]:
