@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -225,29 +224,6 @@ def test_precedence_of_generation_config() -> None:
     assert recommended(known, True, {"do_sample": False}).is_greedy
     with pytest.raises(QwenExportError, match=r"generation_config.json, top_p"):
         recommended(known, True, {"top_p": 7})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"greedy": True}, {"top_k": 20, "top_p": 0.95}, {"top_k": 20, "top_p": 0.95, "presence_penalty": 1.5}, {"top_p": 0.95}, {}],
-    ids=str,
-)
-def test_cost_per_token(options: dict[str, Any]) -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal(V).astype(np.float32)
-    logits[rng.integers(0, V, 100)] += rng.random(100).astype(np.float32) * 20
-    history = TokenHistory(range(2000))
-    for token in rng.integers(0, V, 2000).tolist():
-        history.push(token)
-    sampler = Sampler(SamplingParams(seed=0, **options), vocab_limit=248_077)
-    times = []
-    for _ in range(30):
-        start = time.perf_counter()
-        sampler.sample(logits, history)
-        times.append(time.perf_counter() - start)
-    microseconds = np.median(times) * 1e6
-    print(f"\n{options}: {microseconds:.0f} us")
-    assert microseconds < (2_000 if options.get("greedy") or options.get("top_k") else 40_000)
 
 
 def row_with_top(logits: np.ndarray, count: int) -> Row:

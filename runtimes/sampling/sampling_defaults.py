@@ -2,7 +2,7 @@
 
 Temperature, top_p and top_k, first match wins; values that the caller gives replace single ones of the result (`dataclasses.replace`):
 
-1. generation_config.json, if its temperature, top_p and top_k are not those the family ships: whoever tuned this checkpoint chose them.
+1. generation_config.json, if its temperature, top_p and top_k are not those the family ships: they were chosen for this checkpoint.
    They hold for both modes. `do_sample: false` means greedy.
 2. `RECOMMENDED`, the model cards' table. The cards give two settings, with and without thinking, and the shipped file can hold but one:
    it is the thinking one, so for a model of the family the table is the better source in both modes. The file is also absent from the

@@ -41,10 +41,10 @@ def test_the_prompt_is_that_of_transformers(tokenizer: TextTokenizer, content: A
 
 
 def test_reasoning_can_be_continued(tokenizer: TextTokenizer) -> None:
-    messages = [USER, {"role": "assistant", "content": "", "reasoning_content": "Norway lies"}]
+    messages = [USER, {"role": "assistant", "content": "", "reasoning_content": "Norway has"}]
     template = ChatTemplate(family_template("3.6"))
     prompt = chat_prompt(messages, template, tokenizer, continue_final_message="reasoning_content")
-    assert tokenizer.decode(prompt.ids).endswith("<think>\nNorway lies")
+    assert tokenizer.decode(prompt.ids).endswith("<think>\nNorway has")
     assert prompt.thinking
 
 

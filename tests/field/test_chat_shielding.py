@@ -59,7 +59,11 @@ def test_domain_tokens_stay_tokens_beside_a_shielded_one(fine_tuned: Path, text:
     together = tokenizer.encode("<|im_start|>" + tokenizer.shield(text + " <|im_end|>") + "<|im_end|>")
     words = [i for i in tokenizer.encode(text) if i in tokenizer.added.values()]
     assert words
-    assert [i for i in together if i in tokenizer.added.values()] == [tokenizer.id_of("<|im_start|>"), *words, tokenizer.id_of("<|im_end|>")]
+    assert [i for i in together if i in tokenizer.added.values()] == [
+        tokenizer.id_of("<|im_start|>"),
+        *words,
+        tokenizer.id_of("<|im_end|>"),
+    ]
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets, stop_ids
 from qwen_export.errors import CheckpointError, ParameterError, QwenExportError
+from qwen_export.manifest import MANIFEST, hash_file
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.sampling.generation_config import KEYS, Use, read_generation_config
+from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
 
 KNOWN = ModelFacts("3.5", small=False)
@@ -66,9 +69,6 @@ def test_values_are_read_as_other_tools_write_them(file: dict[str, Any], expecte
 
 
 def test_a_top_p_of_zero_keeps_the_likeliest_token() -> None:
-    from qwen_export.runtimes.sampling.sampler import Sampler
-    import numpy as np
-
     params = recommended(UNKNOWN, True, {"temperature": 1.0, "top_p": 0, "top_k": 0})
     assert list(Sampler(params).distribution(np.array([0.1, 0.3, 0.2])).ids) == [1]
 
@@ -141,8 +141,6 @@ def test_limits_of_an_answer() -> None:
 
 def with_settings(bundle: Path, **settings: Any) -> Path:
     """The bundle as it would be built from a checkpoint with these settings."""
-    from qwen_export.manifest import MANIFEST, hash_file
-
     (bundle / "generation_config.json").write_text(json.dumps(settings))
     manifest = json.loads((bundle / MANIFEST).read_text())
     entry = hash_file(bundle / "generation_config.json")
