@@ -49,7 +49,7 @@ def chat_prompt(
         before = read[:-1]
     else:
         prompt, before = _render(template, safe, safe_tools, variables)
-    ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt, parameter="messages")
     return ChatPrompt(ids, _mark(prompt, ids, before, template, tokenizer, safe_tools, variables), thinking_prefix(prompt))
 
 

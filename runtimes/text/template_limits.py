@@ -22,8 +22,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import pass_environment, pass_eval_context
 from jinja2.visitor import NodeTransformer
 
-# About two seconds of loops; a prompt of a million tokens spends some ten thousand.
-MAX_STEPS = 2_000_000
+# A few seconds of loops at most; a prompt of a million tokens spends some ten thousand.
+MAX_STEPS = 1_000_000
 # Characters of one text, the prompt included: several times what a context of a million tokens holds.
 MAX_CHARS = 16_000_000
 # Items of one list, and of everything that a nested one holds.

@@ -3,8 +3,8 @@
 Both hold the same files, so that what a build looks at is what a run reads. Precedence is that of transformers:
 
     templates        chat_template.jinja and additional_chat_templates/*.jinja; without them `chat_template` of tokenizer_config.json,
-                     a text or a list of {name, template}; without that chat_template.json, which older processors wrote. A bundle holds the template
-                     `default` as chat_template.jinja, and sets of several in chat_templates.json, {name: template}.
+                     a text or a list of {name, template}; without that chat_template.json, which older processors wrote. A bundle holds
+                     the template `default` as chat_template.jinja, and others in chat_templates.json, {name: template}.
     special tokens   tokenizer_config.json: keys that end in _token, as texts or as AddedToken objects, and `extra_special_tokens` as a
                      mapping; in files without `added_tokens_decoder` also special_tokens_map.json
 """

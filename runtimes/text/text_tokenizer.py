@@ -17,10 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError, ParameterError, QwenExportError
 
 # A Unicode noncharacter (never assigned, not for interchange) behind the first character of a shielded token; a template that escapes
 # its JSON to ASCII writes the second form.
@@ -75,12 +76,13 @@ class TextTokenizer:
         """One more than the highest token id."""
         return max([self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *self.added.values()]) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text whose added tokens count as such, except the shielded ones."""
+    def encode(self, text: str, *, parameter: str = "prompt") -> list[int]:
+        """Ids of a text whose added tokens count as such, except the shielded ones. Raises ParameterError, with the name of the caller's
+        parameter, for a text that is not Unicode: half of a surrogate pair, or bytes of a command line that are not UTF-8."""
+        found = _encoding(self.tokenizer, text, parameter)
         if self._marked_pattern.search(text) is None:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+            return found.ids
         # The tokenizer itself finds the added tokens between the marks (with the rules of each: whole words, stripped spaces).
-        found = self.tokenizer.encode(text, add_special_tokens=False)
         ids: list[int] = []
         start = 0
         for token_id, (begin, end) in zip(found.ids, found.offsets, strict=True):
@@ -92,7 +94,7 @@ class TextTokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is an added token."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return _encoding(self._plain, text, "prompt").ids
 
     def shield(self, text: str) -> str:
         """The text with a mark in every control token, for `encode`. A text without them is returned as it is."""
@@ -122,6 +124,19 @@ class TextTokenizer:
 
     def _encode_unmarked(self, text: str) -> list[int]:
         return self.encode_plain(self.unshield(text)) if text else []
+
+
+def _encoding(tokenizer: Tokenizer, text: str, parameter: str) -> Any:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError as error:
+        at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None) if isinstance(text, str) else None
+        raise ParameterError(
+            "the text is not Unicode" if at is not None else "the text cannot be read",
+            parameter=parameter,
+            got=type(text).__name__ if at is None else f"{text[at]!r} at character {at}",
+            fix="Give a text in UTF-8.",
+        ) from error
 
 
 def _without_mark(match: re.Match[str]) -> str:

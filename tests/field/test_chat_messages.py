@@ -196,3 +196,13 @@ def test_values_that_would_have_no_effect_or_a_wrong_one_are_refused(
 def test_the_templates_own_refusal_stays(tokenizer: TextTokenizer) -> None:
     with pytest.raises(TemplateError, match="no user query"):
         text(tokenizer, [{"role": "system", "content": "A"}, {"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize("content", ["half \ud83d", "bytes \udcff"])
+def test_text_that_is_not_unicode_is_refused(tokenizer: TextTokenizer, content: str) -> None:
+    with pytest.raises(ParameterError, match="not Unicode") as caught:
+        text(tokenizer, [{"role": "user", "content": content}])
+    assert caught.value.parameter == "messages"
+    with pytest.raises(ParameterError, match="not Unicode") as caught:
+        tokenizer.encode(content)
+    assert caught.value.parameter == "prompt"

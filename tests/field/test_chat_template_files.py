@@ -79,7 +79,7 @@ def test_a_set_without_a_default_says_which_there_are(tmp_path: Path) -> None:
     bundle.mkdir()
     files = TextFiles(bundle, copy_text_assets(path, bundle))
     assert files.template.render(MESSAGES, TOOLS).startswith("T")
-    with pytest.raises(TemplateError, match="none of the chat templates.*rag, tool_use"):
+    with pytest.raises(TemplateError, match=r"none of the chat templates.*rag, tool_use"):
         files.template.render(MESSAGES)
 
 
