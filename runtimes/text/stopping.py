@@ -1,27 +1,11 @@
-"""When an answer ends, and why.
-
-Values of `Statistics.finish`, here for all who set or read them:
-
-| value | the answer ended |
-|---|---|
-| `""` | not yet |
-| `stop` | at a stop token of the model, or at a stop string |
-| `length` | after `max_new_tokens` |
-| `context` | because the context is full; iterating over the answer raises ContextOverflow as well |
-| `cancelled` | by `Generation.cancel`, Ctrl-C, or because the caller closed the iterator |
-| `superseded` | because another answer of the same model began |
-| `error` | by an exception, which iterating over the answer raised |
-"""
+"""When an answer ends: at a stop token, or at a text that the caller named. For the values of `finish` see `decoding/generation.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from qwen_export.errors import ParameterError
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
-
-Finish = Literal["", "stop", "length", "context", "cancelled", "superseded", "error"]
 
 # A chat turn ends with the first; a plain text, and some chat answers, with the second.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
