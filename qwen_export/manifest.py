@@ -18,7 +18,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from qwen_export.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+OLDEST_SCHEMA = 3
+"""Before it a graph had logits [B,N,V], and `logit_rows` counted within a sequence."""
 MANIFEST = "manifest.json"
 DIMS = ("B", "T", "S", "N", "P")
 """Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
@@ -209,6 +211,14 @@ def load_manifest(bundle: str | Path) -> Manifest:
             got=f"schema {schema}",
             expected=f"at most {SCHEMA_VERSION}",
             fix="Update qwen-export on this machine.",
+        )
+    if schema < OLDEST_SCHEMA:
+        raise BundleError(
+            "the bundle was made by an older qwen-export, whose graphs have other inputs",
+            where=str(bundle),
+            got=f"schema {schema}",
+            expected=f"at least {OLDEST_SCHEMA}",
+            fix="Build it again from its checkpoint.",
         )
     try:
         manifest: Manifest = _parse(Manifest, raw)

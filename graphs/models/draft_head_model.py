@@ -47,12 +47,12 @@ class MtpHead(nn.Module):
         self, input_ids: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, length: Tensor, logit_rows: Tensor, state: State
     ) -> tuple[Tensor, Tensor, State]:
         """input_ids i64[B,T], the token after each row's; hidden [B,T,H]; cos, sin f32[S,R/2]; length i64[B], rows read before;
-        logit_rows i64[N] -> logits [B,N,draft_vocab], hidden [B,T,H], next state."""
+        logit_rows i64[N], as in the decoder -> logits [N,draft_vocab], hidden [B,T,H], next state."""
         mtp = self.mtp
         x = torch.cat([mtp.pre_fc_norm_embedding(self.embed_tokens(input_ids)), mtp.pre_fc_norm_hidden(hidden)], dim=-1)
         x, after = mtp.layers[0](mtp.fc(x), state[0], cos, sin, length)
         out = mtp.norm(x)
-        return self.draft_head(out.index_select(1, logit_rows)), out, [after]
+        return self.draft_head(out.flatten(0, 1).index_select(0, logit_rows)), out, [after]
 
 
 def mtp_config(config: TextConfig) -> TextConfig:

@@ -44,4 +44,4 @@ class EagerSequence:
             for key in layer.keys() & {"pending_qkv", "pending_b", "pending_a"}:
                 layer[key] = layer[key][:, :0]
         self.length += T
-        return logits[0].float().numpy()
+        return logits.float().numpy()
