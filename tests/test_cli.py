@@ -56,7 +56,7 @@ def test_inspect_and_build_say_why_there_is_no_draft_head(run: Any, make_checkpo
     _, out, _ = run("inspect", bare, "--json")
     assert not any(entry["draft_head"] for entry in json.loads(out)["targets"] if entry["supported"])
     code, _, err = run("build", bare, "-o", tmp_path / "bundle")
-    assert code == 0 and "no draft head: no tensor mtp.* is stored" in err
+    assert code == 0 and "no draft head: config.json sets mtp_num_hidden_layers to 1, but no tensor mtp.* is stored" in err
 
 
 def test_inspect_counts_the_parameters_that_a_token_uses(run: Any, demo_moe_checkpoint: Path) -> None:
