@@ -13,11 +13,11 @@ import pytest
 
 from qwen_export.commands.cli import main
 from qwen_export.errors import BundleError
-from qwen_export.manifest import MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
+from qwen_export.manifest import DIGEST, MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.backends.integrity import ensure_whole
-from tests.support.safetensors_files import edit_json
+from tests.support.manifests import edit_manifest, write_raw
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") else ()
@@ -55,10 +55,6 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(raw)
 
 
-def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    edit_json(bundle / MANIFEST, lambda manifest: (edit(manifest), None)[1])
-
-
 def put(manifest: dict[str, Any], path: str, value: object) -> None:
     """Set `a.b.0.c`; the value `...` removes it."""
     *parents, last = [int(p) if p.isdigit() else p for p in path.split(".")]
@@ -76,7 +72,7 @@ def put(manifest: dict[str, Any], path: str, value: object) -> None:
 
 def test_the_bundle_lists_all_its_files_and_passes_check(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(load_manifest(tiny_bundle).files) == set(FILES)
-    assert {path.name for path in tiny_bundle.iterdir()} == {*FILES, MANIFEST}
+    assert {path.name for path in tiny_bundle.iterdir()} == {*FILES, MANIFEST, DIGEST}
     main(["check", str(tiny_bundle)])
     assert "runnable   yes" in capsys.readouterr().out
 
@@ -267,7 +263,7 @@ def test_a_schema_that_is_none(bundle_copy: Path, is_refused: Refused, schema: o
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'"manifest"', b"\xff\xfe", b"[" * 100_000, b'{"schema": 1}', b"\0" * 100])
 def test_a_manifest_that_is_garbage(bundle_copy: Path, is_refused: Refused, text: bytes) -> None:
-    (bundle_copy / MANIFEST).write_bytes(text)
+    write_raw(bundle_copy, text)
     is_refused(bundle_copy, "manifest")
 
 
@@ -300,7 +296,7 @@ def test_a_manifest_with_a_missing_field(bundle_copy: Path, is_refused: Refused,
     for parent in parents:
         at = at[parent]
     del at[last]
-    (bundle_copy / MANIFEST).write_text(json.dumps(raw))
+    write_raw(bundle_copy, json.dumps(raw))
     is_refused(bundle_copy, "missing or wrong fields", str(last))
 
 

@@ -11,6 +11,7 @@ import pytest
 from qwen_export.bundles.bundle_summary import inspect_bundle
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.cli import main
+from tests.support.manifests import write_raw
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_verify_finds_a_wrong_weight(run: Any, demo_checkpoint: Path, demo_bundl
     data.tofile(weights)
     manifest = json.loads((demo_bundle_copy / "manifest.json").read_text())
     manifest["files"]["model.weights"]["sha256"] = hash_file(weights).sha256
-    (demo_bundle_copy / "manifest.json").write_text(json.dumps(manifest))
+    write_raw(demo_bundle_copy, json.dumps(manifest))
     code, out, err = run("verify", demo_bundle_copy, "--reference", demo_checkpoint)
     assert code == 1 and "FAIL" in out and "not the same model" in err
 

@@ -23,7 +23,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, POINTS, point_name
 from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.models.observed_layers import observe
-from qwen_export.manifest import MANIFEST, hash_file, load_manifest
+from qwen_export.manifest import hash_file, load_manifest, write_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES
 from qwen_export.runtimes.decoding.static_graphs import PROMPT, STEP
 from qwen_export.verification.layer_check import verify_layers
@@ -80,7 +80,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, float], Path]:
 def rehash(bundle: Path, *files: str) -> None:
     manifest = load_manifest(bundle)
     changed = dataclasses.replace(manifest, files={**manifest.files, **{name: hash_file(bundle / name) for name in files}})
-    (bundle / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
+    write_manifest(bundle, changed)
 
 
 def as_float(data: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:

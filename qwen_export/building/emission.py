@@ -24,7 +24,6 @@ from qwen_export.graphs.weights.block_budget import block_budget
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.weight_writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
-    MANIFEST,
     ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -40,8 +39,10 @@ from qwen_export.manifest import (
     WeightSpec,
     hash_file,
 )
+from qwen_export.manifest import write_manifest as store_manifest
 from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.runtimes.backends.compatibility import this_platform
+from qwen_export.runtimes.backends.native_libraries import remember
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 from qwen_export.runtimes.memory.mapped_weights import weight_bytes as bytes_in_file
 
@@ -165,7 +166,8 @@ def write_manifest(
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
         | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
     )
-    (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    store_manifest(staging, manifest)
+    remember(files[name].sha256 for name in manifest.plugins)
 
 
 def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:

@@ -18,7 +18,17 @@ import numpy as np
 
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
 from qwen_export.errors import BundleError
-from qwen_export.manifest import MANIFEST, EngineSpec, GraphSpec, Manifest, WeightSpec, file_path, hash_file, load_manifest, weights_path
+from qwen_export.manifest import (
+    EngineSpec,
+    GraphSpec,
+    Manifest,
+    WeightSpec,
+    file_path,
+    hash_file,
+    load_manifest,
+    weights_path,
+    write_manifest,
+)
 from qwen_export.plugins.tensorrt.build_engine import BorrowedWeight, Built, build_engine, check_options
 from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library, minimum_cuda, numbers
@@ -141,11 +151,9 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         # The kernels of our plugins are the same, in the ONNX.
         engine = engine_spec(library, options, spec.onnx, spec.minimum_cuda if spec.plugins else "")
         changed = replace(manifest, files=files, engine=engine, verification={})
-        text = Path(directory) / MANIFEST
-        text.write_text(changed.to_json(), encoding="utf-8")
         for name in spec.onnx:
             os.replace(Path(directory) / manifest.graphs[name].file, bundle / manifest.graphs[name].file)
-        os.replace(text, bundle / MANIFEST)
+        write_manifest(bundle, changed)
     return changed
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from qwen_export.graphs.call_sizes import DECODER, HEAD, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
-from qwen_export.plugins.standard.standard_choices import DECOMPOSABLE, choose_standard
+from qwen_export.plugins.standard.standard_choices import choose_standard
 from qwen_export.runtimes.decoding.static_graphs import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, PROMPT, STEP, VERIFY
-from qwen_export.targets import Target
+from qwen_export.targets import DECOMPOSABLE, Target
 
 DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""

@@ -36,6 +36,12 @@ def bundle_text(report: dict[str, Any]) -> str:
             f"{report['files']}, {size(report['bytes'])}"
             + (f", and {outside['files']} checkpoint files outside, {size(outside['bytes'])}" if outside["files"] else ""),
         ),
+        _line("manifest", _digest(report["manifest"])),
+        *(
+            [_line("native", f"{', '.join(report['native_libraries'])}: code that runs in the process")]
+            if report["native_libraries"]
+            else []
+        ),
         _line("verified", _verified(report["verification"])),
         "",
         f"Does it run here?              qwen-export check {report['path']}",
@@ -46,6 +52,11 @@ def bundle_text(report: dict[str, Any]) -> str:
 
 def _line(name: str, text: str) -> str:
     return f"{name:10} {text}"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    stored = "" if manifest["stored"] else ", not stored: an older version has built the bundle"
+    return f"sha256 {manifest['sha256']}{stored}" + (", signed (see check --key)" if manifest["signed"] else "")
 
 
 def _needs(report: dict[str, Any]) -> str:

@@ -1,8 +1,15 @@
-"""The command line: `qwen-export COMMAND`. Each command is a file in qwen_export/commands, imported when it is called."""
+"""The command line: `qwen-export COMMAND`. Each command is a file in qwen_export/commands, imported when it is called.
+
+A command's file imports ground modules and click at its top, and the rest when it runs: help and completion work in every installation.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
+import logging
+import os
 import signal
 import sys
 from types import FrameType
@@ -12,9 +19,12 @@ import click
 
 from qwen_export import __version__
 from qwen_export.commands.flags import flag
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import Interrupted, QwenExportError
+from qwen_export.extras import missing_extra
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "check", "package", "rebuild")
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes of shells for a process that SIGINT or SIGPIPE has ended."""
 
 
 class _LazyGroup(click.Group):
@@ -36,26 +46,54 @@ def group() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point. An expected failure is one line on stderr and exit code 1; an interrupt is 130."""
+    """Entry point. An expected failure is one line on stderr and exit code 1, wrong usage 2, an interrupt 130, and a reader of the output
+    that has gone 141 without a message."""
     signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.addLevelName(logging.WARNING, "warning")
     try:
-        group.main(arguments, standalone_mode=False)
+        group.main(arguments, prog_name="qwen-export", standalone_mode=False)
+        sys.stdout.flush()
     except QwenExportError as error:
-        click.echo(f"error: {error.text(flag)}", err=True)
-        sys.exit(error.exit_code)
+        _fail(error.text(flag), error.exit_code)
+    except ModuleNotFoundError as error:
+        message = missing_extra(error, "this command")
+        if message is None:
+            raise
+        _fail(message.text(flag))
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except Interrupted as interrupt:
+        click.echo(f"interrupted: {interrupt.message}", err=True)
+        sys.exit(INTERRUPTED)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        sys.exit(0)
+        _drop_output()
+        sys.exit(BROKEN_PIPE)
+    except MemoryError:
+        _fail("the machine has too little memory for this. Give a smaller --max-context, or free memory.")
     except OSError as error:
-        click.echo(f"error: {error.strerror or error} ({error.filename}).", err=True)
-        sys.exit(1)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            _drop_output()
+            _fail("the output cannot be written: the device is full. Free space, or write to another one.")
+        place = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{place}. Check the path, its permissions and the space on the disk.")
+
+
+def _fail(message: str, code: int = 1) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _drop_output() -> None:
+    """What is still in the buffer of stdout cannot be written: without this the interpreter would try again when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: FrameType | None) -> Any:

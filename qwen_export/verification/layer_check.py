@@ -21,8 +21,9 @@ from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PR
 from qwen_export.graphs.models.observed_layers import Floats, Observation, observe
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.backends.compatibility import check_runnable
+from qwen_export.runtimes.backends.compatibility import check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.memory.buffers import Buffer
@@ -45,7 +46,7 @@ WARN_SHARE = 0.25
 PROMPT_TOKENS, STEPS, DRAFTS = 72, 4, 4
 _HEAD = "norm and head"
 
-Report = Callable[[str], None]
+Report = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,15 @@ class LayerResult:
     note: str = ""
 
 
-def verify_layers(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
+def verify_layers(
+    bundle: str | Path,
+    reference: str | Path,
+    report: Report | None = None,
+    *,
+    device: str | None = None,
+    device_id: int = 0,
+    native: str | None = None,
+) -> dict[str, Any]:
     """Compare layer by layer; the result has `passed`, `first` (the name of the first row over its tolerance, or ""), `tolerance`, `layers`
     and `warnings`. Nothing is written to the bundle.
 
@@ -78,17 +87,23 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
     bundle cannot show its layers."""
     from qwen_export.graphs.models.load_model import load_decoder
 
-    say = report or (lambda name: None)
+    tell = report or (lambda text, done, total: None)
+
+    def say(text: str) -> None:
+        tell(text, 0, 0)
+
     comparators()
     directory = Path(bundle)
     manifest = load_manifest(directory)
     source = reference_checkpoint(manifest, reference)
     ensure_whole(directory, manifest)
-    check_runnable(manifest)
+    manifest = for_device(manifest, device)
+    check_runnable(manifest, device_id)
+    check_native(directory, manifest, native)
     text = source.config.text
     say("graphs with their layers as outputs")
     with layer_graphs(directory, manifest, text) as (graphs, changed):
-        session = open_backend(directory, changed, OpenOptions(graphs=graphs))
+        session = open_backend(directory, changed, OpenOptions(graphs=graphs, device_id=device_id))
         count = min(PROMPT_TOKENS + STEPS + DRAFTS + 1, manifest.max_context)
         decoder = Model(directory, changed, {name: session(name) for name in changed.graphs}, count).decoder()
         ids = np.random.default_rng(0).integers(0, text.vocab_size, count).tolist()

@@ -27,7 +27,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_tensors
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import MANIFEST, ROPE_SCALING, Manifest, load_manifest
+from qwen_export.manifest import ROPE_SCALING, Manifest, load_manifest, write_manifest
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.model import load
 from qwen_export.targets import TARGETS
@@ -42,7 +42,8 @@ PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
 _CAPACITY = 128
 
 Logits = npt.NDArray[np.float32]
-Report = Callable[[str], None]
+Report = Callable[[str, int, int], None]
+"""Progress: what is read now, tokens that were read, tokens in all; 0 where nothing is counted."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,28 @@ class Check:
     note: str = ""
 
 
-def verify(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
+def verify(
+    bundle: str | Path,
+    reference: str | Path,
+    report: Report | None = None,
+    *,
+    device: str | None = None,
+    device_id: int = 0,
+    native: str | None = None,
+) -> dict[str, Any]:
     """Run every check; the result has `passed`, `logit_std` and `checks`, and is written to the bundle's manifest.
 
     Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
-    say = report or (lambda name: None)
+    tell = report or (lambda text, done, total: None)
+
+    def say(text: str) -> None:
+        tell(text, 0, 0)
+
     directory = Path(bundle)
     manifest = load_manifest(directory)
     source = reference_checkpoint(manifest, reference)
     say("loading the bundle")
-    model = load(directory, max_context=min(_CAPACITY, manifest.max_context))
+    model = load(directory, max_context=min(_CAPACITY, manifest.max_context), device=device, device_id=device_id, native=native)
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
     say("eager reference")
     eager = _eager(source)
@@ -104,10 +117,7 @@ def verify(bundle: str | Path, reference: str | Path, report: Report | None = No
         "logit_std": scale,
         "checks": [dataclasses.asdict(check) for check in checks],
     }
-    updated = dataclasses.replace(manifest, verification=result)
-    temporary = directory / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(updated.to_json(), encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    write_manifest(directory, dataclasses.replace(manifest, verification=result))
     return result
 
 
@@ -148,7 +158,7 @@ _RUNS: tuple[tuple[str, Callable[[Decoder, list[int]], Logits]], ...] = (
 )
 
 
-def _announced(say: Report) -> Any:
+def _announced(say: Callable[[str], None]) -> Any:
     for name, run in _RUNS:
         say(name)
         yield name, run

@@ -54,6 +54,8 @@ class Statistics:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
+    read_tokens: int = 0
+    """Tokens of the prompt that are in the decoder so far; grows while the prompt is read."""
     new_tokens: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
@@ -113,7 +115,11 @@ def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, round
     started = time.perf_counter()
     statistics.prompt_tokens = len(request.ids)
     decoder, history = reuse.decoder, TokenHistory(request.ids)
-    logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at)
+
+    def counted(count: int) -> None:
+        statistics.read_tokens = count
+
+    logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at, counted)
     following = rounds(decoder, request, statistics, history)
     made, emitted = Round([request.sampler.sample(logits, history)]), 0
     try:
