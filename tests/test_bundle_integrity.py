@@ -16,7 +16,7 @@ from qwen_export.errors import BundleError
 from qwen_export.manifest import DIGEST, MANIFEST, SCHEMA_VERSION, check_hash, load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.integrity import ensure_whole, forget
 from tests.support.manifests import edit_manifest, write_raw
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -182,21 +182,24 @@ def test_a_damaged_note_is_ignored(bundle_copy: Path, tmp_path: Path, monkeypatc
     load(bundle_copy)
     for path in (tmp_path / "cache").rglob("*.json"):
         path.write_text(note)
+    forget()
     assert hashed(bundle_copy) == set(FILES)
 
 
 def test_no_place_for_the_note_is_no_error(bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert hashed(bundle_copy) == hashed(bundle_copy) == set(FILES)
-
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
+    assert hashed(bundle_copy) == set(FILES)
+    assert hashed(bundle_copy) == set(), "the process remembers what it has hashed"
+    forget()
+    assert hashed(bundle_copy) == set(FILES)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # a user without a home directory
     for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.chdir(tmp_path)
+    forget()
     assert hashed(bundle_copy) == set(FILES)
+    assert not (tmp_path / "~").exists()
 
 
 def test_unreadable_file(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +215,7 @@ def test_unreadable_file(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 # Paths that climb out
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "C:secret", "", "a\0b"])
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", "..\\secret", "C:secret", ""])
 def test_a_listed_path_outside_the_bundle(bundle_copy: Path, is_refused: Refused, name: str) -> None:
     (bundle_copy.parent / "secret").write_bytes(b"")
     edit_manifest(bundle_copy, lambda m: put(m, "files", m["files"] | {name: {"size": 0, "sha256": "0" * 64}}))
@@ -357,7 +360,14 @@ def test_another_machine(bundle_copy: Path, is_refused: Refused, field: str, val
 
 
 def test_an_element_type_that_the_runtime_does_not_know(bundle_copy: Path, is_refused: Refused) -> None:
-    edit_manifest(bundle_copy, lambda m: put(m, "graphs.decoder.states.0.dtype", "float4"))
+    def narrow(manifest: dict[str, Any]) -> None:
+        graph = manifest["graphs"]["decoder"]
+        for tensors, name in (("states", "name"), ("inputs", "name"), ("outputs", "name")):
+            for tensor in graph[tensors]:
+                if tensor[name].startswith("layers.0.recurrent"):
+                    tensor["dtype"] = "float4"
+
+    edit_manifest(bundle_copy, narrow)
     is_refused(bundle_copy, "element types", "float4")
 
 

@@ -239,7 +239,7 @@ def test_the_command_names_it_and_exits_with_1(
         main(["verify", str(damaged("layers.2.mlp.down_proj", 1.01)), "--reference", str(checkpoint), "--per-layer"])
     output = capsys.readouterr()
     assert stop.value.code == 1
-    assert "the bundle parts from its checkpoint (layer 2, output): got an error of" in output.err
+    assert "the bundle differs from its checkpoint (layer 2, output): got an error of" in output.err
     (line,) = (line for line in output.out.splitlines() if line.startswith("layer 2"))
     assert "linear" in line and "FAIL, from output on" in line
 

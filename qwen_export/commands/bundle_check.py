@@ -12,7 +12,8 @@ from qwen_export.commands.output import size
 from qwen_export.errors import BundleError
 from qwen_export.manifest import Manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, free_memory, needed_memory
-from qwen_export.runtimes.backends.native_libraries import ALLOW, check_native, is_known, load_native
+from qwen_export.runtimes.backends.native_libraries import ALLOW, check_native, is_known
+from qwen_export.runtimes.backends.onnxruntime.load_plugins import load_plugins
 from qwen_export.runtimes.text_check import check_text
 
 
@@ -46,7 +47,7 @@ def check_bundle(
     yield Finding("backend", backend, backend)
     if manifest.plugins:
         check_native(bundle, manifest, native or ALLOW)  # the line says what a notice would
-        load_native(bundle, manifest)
+        load_plugins(bundle, manifest)
         origin = {name: is_known(manifest.files[name].sha256) for name in manifest.plugins}
         told = ", ".join(f"{name} loads, {'made' if known else 'not made'} by a build of yours" for name, known in origin.items())
         yield Finding("native", told, origin)

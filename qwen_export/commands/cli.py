@@ -27,6 +27,13 @@ INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of shells for a process that SIGINT or SIGPIPE has ended."""
 
 
+class _Notices(logging.Handler):
+    """Warnings of the runtime, as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"{record.levelname.lower()}: {record.getMessage()}", err=True)
+
+
 class _LazyGroup(click.Group):
     """Imports a command's module when the command is used: `inspect` must not wait for torch."""
 
@@ -49,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. An expected failure is one line on stderr and exit code 1, wrong usage 2, an interrupt 130, and a reader of the output
     that has gone 141 without a message."""
     signal.signal(signal.SIGTERM, _terminate)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    logging.addLevelName(logging.WARNING, "warning")
+    logger = logging.getLogger("qwen_export")
+    logger.handlers, logger.propagate = [_Notices()], False
     try:
         group.main(arguments, prog_name="qwen-export", standalone_mode=False)
         sys.stdout.flush()

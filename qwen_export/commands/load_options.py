@@ -21,7 +21,7 @@ _NATIVE = click.option(
     help="Load the bundle's native library, or refuse it. Default: load it, with a notice where no build of yours made it.",
 )
 _SPEED = (
-    click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads; default one per core."),
+    click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core."),
     click.option("--repack", is_flag=True, help="CPU: copy the weights into the order of the kernels: slower load, faster steps."),
     click.option(
         "--weight-budget",

@@ -37,9 +37,7 @@ if TYPE_CHECKING:
     multiple=True,
     help="A variable of the chat template (implies --chat); repeatable.",
 )
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), metavar="N", help="Default: until the model stops or the context is full, both exit code 0."
-)
+@click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
 @click.option("--temperature", type=Finite())
 @click.option("--top-p", type=Finite())
 @click.option("--top-k", type=int)
@@ -47,7 +45,7 @@ if TYPE_CHECKING:
 @click.option("--presence-penalty", type=Finite())
 @click.option("--seed", type=int)
 @click.option("--greedy", is_flag=True, default=None, help="Always the likeliest token.")
-@click.option("--max-context", type=click.IntRange(1), metavar="N", help="Overrides the bundle's cache capacity.")
+@click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, reasoning, token ids and statistics at the end.")
 @load_options()
 @verbosity_options

@@ -40,6 +40,11 @@ def ensure_whole(bundle: Path, manifest: Manifest, progress: Callable[[str, int]
             note.write_text(json.dumps(passed))
 
 
+def forget() -> None:
+    """Forget what this process has hashed; the note on disk stays."""
+    _passed.clear()
+
+
 def _fingerprint(path: Path) -> Fingerprint:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
@@ -54,7 +59,10 @@ def _note(identity: str) -> Path | None:
     """None for a user without a home directory."""
     from platformdirs import user_cache_path
 
-    path = user_cache_path("qwen-export", appauthor=False) / "whole" / f"{identity}.json"
+    try:
+        path = user_cache_path("qwen-export", appauthor=False) / "whole" / f"{identity}.json"
+    except RuntimeError:
+        return None
     return path if path.is_absolute() else None
 
 

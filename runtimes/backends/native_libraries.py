@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qwen_export.errors import BundleError, ParameterError
-from qwen_export.manifest import Manifest, file_path
+from qwen_export.manifest import Manifest
 
 REFUSE, ALLOW = "refuse", "allow"
 _LOGGER = logging.getLogger("qwen_export")
@@ -54,25 +54,6 @@ def check_native(bundle: Path, manifest: Manifest, native: str | None) -> None:
             )
 
 
-def load_native(bundle: Path, manifest: Manifest) -> None:
-    """Load the libraries as a session would. Raises BundleError where one cannot be loaded."""
-    if manifest.target.backend != "onnxruntime":
-        return
-    import onnxruntime as ort
-
-    for name in manifest.plugins:
-        path = file_path(bundle, name)
-        try:
-            ort.SessionOptions().register_custom_ops_library(str(path.resolve()))
-        except Exception as error:  # ONNX Runtime raises several unrelated types
-            raise BundleError(
-                "a library of the bundle cannot be loaded on this machine",
-                where=str(path),
-                got=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-                fix="Build the checkpoint on a machine like this one, or without the plugin.",
-            ) from error
-
-
 def is_known(sha256: str) -> bool:
     """Whether a build of this user has put the library into a bundle."""
     return sha256 in _read()
@@ -93,7 +74,10 @@ def remember(libraries: Iterable[str]) -> None:
 def _list_path() -> Path | None:
     from platformdirs import user_data_path
 
-    path = user_data_path("qwen-export", appauthor=False) / "native-libraries.json"
+    try:
+        path = user_data_path("qwen-export", appauthor=False) / "native-libraries.json"
+    except RuntimeError:  # a user without a home directory
+        return None
     return path if path.is_absolute() else None
 
 
