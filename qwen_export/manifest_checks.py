@@ -19,6 +19,7 @@ from qwen_export.manifest_types import MODEL_SIZES, Manifest, WeightSpec
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_CONTEXT = 2**31 - 1  # positions are int32
 _LONGEST_DRAFT = 1024
+_NEAR = 1e-4  # frequencies are rounded to fp32
 _PAGE = 4096  # weights of a bundle's own files begin at whole pages
 _OWN_FILES = ("manifest.json", "manifest.sha256", "manifest.sig")
 _COUNTS = ("hidden_size", "num_key_value_heads", "head_dim", "num_experts")
@@ -75,6 +76,7 @@ def _check_sizes(manifest: Manifest) -> None:
         raise ValueError("rotary.inv_freq has no frequencies, or one outside 0 to 1")
     if not 0 < rotary.scaling <= 1000:
         raise ValueError("rotary.scaling is outside 0 to 1000")
+    _check_default_rope(manifest)
     if speculation is not None:
         if not 1 <= speculation.max_draft <= _LONGEST_DRAFT:
             raise ValueError(f"speculation.max_draft is outside 1 to {_LONGEST_DRAFT}")
@@ -82,6 +84,19 @@ def _check_sizes(manifest: Manifest) -> None:
             raise ValueError("speculation.draft_vocab is larger than model.vocab_size")
     if (speculation is not None and speculation.draft_vocab > 0) != ("mtp" in manifest.graphs):
         raise ValueError("speculation.draft_vocab and the graph mtp do not fit: each needs the other")
+
+
+def _check_default_rope(manifest: Manifest) -> None:
+    """Without scaling the frequencies follow from theta: theta^(-2i/D) for the D dims that rotate."""
+    rope = manifest.model.get("rope")
+    if not isinstance(rope, dict) or rope.get("kind") != "default":
+        return
+    theta, frequencies = rope.get("theta"), manifest.rotary.inv_freq
+    if not isinstance(theta, float | int) or theta <= 1:
+        raise ValueError("model.rope.theta is not a number above 1")
+    expected = [theta ** (-i / len(frequencies)) for i in range(len(frequencies))]
+    if manifest.rotary.scaling != 1 or any(abs(a - b) > _NEAR * b for a, b in zip(frequencies, expected, strict=True)):
+        raise ValueError("rotary does not fit model.rope")
 
 
 def _check_weights(manifest: Manifest) -> None:
