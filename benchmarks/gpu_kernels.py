@@ -18,7 +18,8 @@ from gpu_replay import fastest_replay
 from onnx import helper
 
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.runtimes.memory.buffers import CudaBuffer, as_bytes, encode
+from qwen_export.runtimes.memory.buffers import as_bytes, encode
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 # Tokens, rows of the pending buffer (None: no transaction), accepted rows, committed tokens.
 ROWS: tuple[tuple[int, int | None, int, int], ...] = (

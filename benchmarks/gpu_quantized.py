@@ -18,7 +18,8 @@ from onnx import helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.runtimes.memory.buffers import CudaBuffer, encode
+from qwen_export.runtimes.memory.buffers import encode
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 SHAPES = ((4096, 1024), (1024, 3584), (4096, 4096), (4096, 12288))
 SWIGLU = ((3584, 1024), (12288, 4096))

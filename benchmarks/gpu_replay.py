@@ -9,7 +9,8 @@ import onnxruntime as ort
 from onnx import NodeProto, helper
 
 from qwen_export.plugins.native.native_library import NATIVE, find_library
-from qwen_export.runtimes.memory.buffers import ELEMENTS, CudaBuffer
+from qwen_export.runtimes.memory.buffers import ELEMENTS
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 
 def fastest_replay(nodes: Sequence[NodeProto], inputs: Mapping[str, CudaBuffer], outputs: Mapping[str, CudaBuffer], replays: int) -> float:

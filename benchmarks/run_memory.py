@@ -17,7 +17,7 @@ from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.memory.buffers import HostBuffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 
 _PAGE = 4096

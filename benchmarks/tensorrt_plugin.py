@@ -16,7 +16,8 @@ import numpy as np
 
 from qwen_export.plugins.native.native_library import find_ptx
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import StepFields, launch, pack_ptx
-from qwen_export.runtimes.memory.buffers import CudaBuffer, encode
+from qwen_export.runtimes.memory.buffers import encode
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_stream import Stream
 
 D, LAUNCHES, REPLAYS = 128, 100, 20

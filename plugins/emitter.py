@@ -1,17 +1,25 @@
-"""Emitting standard nodes: the emitter of the lowerings with what decompositions use all the time."""
+"""Emitting nodes: the emitter that all lowerings use, with short names for the operators that they need most."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qwen_export.plugins import rewrite as common
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.passes.pass_context import new_node
+from qwen_export.graphs.passes.recognize_linear import LINEAR
+from qwen_export.graphs.weights.expression import Constant, Weight, add_weight
 
 Other = TypeVar("Other", bound="Emitter")
+
+Kept = TypeVar("Kept")
+
+Shared = dict[str, Any]
+"""What the first layer makes and the others read, by name: values, or groups of values. One per graph; its emitters share it."""
 
 
 def static_shape(x: ir.Value) -> tuple[int, ...]:
@@ -21,33 +29,60 @@ def static_shape(x: ir.Value) -> tuple[int, ...]:
     return tuple(size for size in x.shape if isinstance(size, int))
 
 
-class Emitter(common.Emitter):
-    """Collects standard nodes. Constants are shared by name through the graph; so are values that are the same in every layer, through
-    `once`, which all emitters of a graph are given."""
+class Emitter:
+    """Collects the nodes that replace one op, named `prefix`.op.number. Constants are shared by name through the graph; values that are
+    the same in every layer are shared through `shared`."""
 
-    def __init__(self, graph: ir.Graph, prefix: str, once: dict[str, ir.Value] | None = None) -> None:
-        super().__init__(graph, prefix)
-        self._once = {} if once is None else once
+    def __init__(self, graph: ir.Graph, prefix: str, shared: Shared | None = None) -> None:
+        self.graph, self.prefix = graph, prefix
+        self.nodes: list[ir.Node] = []
+        self._shared = {} if shared is None else shared
 
-    def going_on(self, kind: type[Other]) -> Other:
-        """An emitter of another kind that goes on where this one is."""
-        other = kind(self.graph, self.prefix, self._once)
+    def __call__(
+        self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object
+    ) -> tuple[ir.Value, ...]:
+        """Emit a node; returns its outputs. `dtype` or `like` type them."""
+        node = new_node(domain, op, inputs, outputs, **attributes)  # type: ignore[arg-type]
+        node.name = f"{self.prefix}.{op}.{len(self.nodes)}"
+        for i, value in enumerate(node.outputs):
+            value.name = f"{node.name}.{i}"
+        self.nodes.append(node)
+        return tuple(node.outputs)
+
+    def continued_as(self, kind: type[Other]) -> Other:
+        """An emitter of another kind that adds to the same nodes."""
+        other = kind(self.graph, self.prefix, self._shared)
         other.nodes = self.nodes
         return other
 
-    def shared(self, name: str, make: Callable[[], ir.Value]) -> ir.Value:
-        """A value that the first layer computes and the others read."""
-        if name not in self._once:
-            self._once[name] = make()
-        return self._once[name]
+    def shared(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What the first layer makes and the others read. A name stands for one thing."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        kept: Kept = self._shared[name]
+        return kept
+
+    def linear(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+        """x times a weight [N,K], as qwen::linear, to be lowered with the others."""
+        return self(DOMAIN, LINEAR, [x, add_weight(self.graph, name, weight)], like=x)[0]
+
+    # ---- constants ----
 
     def array(self, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
-        """A constant that lies in the graph itself: masks, scalars, index vectors."""
+        """A constant that is stored in the graph file: masks, scalars, index vectors."""
         if name not in self.graph.initializers:
             tensor = ir.tensor(values, name=name)
             value = ir.Value(name=name, shape=ir.Shape(values.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
+
+    def ints(self, *values: int) -> ir.Value:
+        """An int64 vector."""
+        return self.array("ints_" + "_".join(str(v).replace("-", "m") for v in values), np.array(values, np.int64))
+
+    def integer(self, value: int) -> ir.Value:
+        """An int64 scalar."""
+        return self.array(f"integer_{value}".replace("-", "m"), np.array(value, np.int64))
 
     def scalar(self, value: float) -> ir.Value:
         """An fp32 scalar."""
@@ -56,6 +91,12 @@ class Emitter(common.Emitter):
     def positions(self, count: int) -> ir.Value:
         """i32 [0, 1, ..., count-1]."""
         return self.array(f"positions_{count}", np.arange(count, dtype=np.int32))
+
+    def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:
+        """A vector of equal values, stored with the weights."""
+        return add_weight(self.graph, name, Constant((value,) * size, dtype))
+
+    # ---- operators ----
 
     def mul(self, a: ir.Value | None, b: ir.Value | None) -> ir.Value:
         return self("", "Mul", [a, b], like=a)[0]

@@ -2,57 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.op_schema import DOMAIN
-from qwen_export.graphs.passes.pass_context import new_node, replace_node
-from qwen_export.graphs.passes.recognize_linear import LINEAR, is_linear
-from qwen_export.graphs.weights.expression import Constant, Weight, add_weight, weight_of
-
-
-class Emitter:
-    """Collects the nodes that replace one op; constants are shared through the graph."""
-
-    def __init__(self, graph: ir.Graph, prefix: str) -> None:
-        self.graph, self.prefix = graph, prefix
-        self.nodes: list[ir.Node] = []
-
-    def __call__(
-        self, domain: str, op: str, inputs: Sequence[ir.Value | None], outputs: int = 1, **attributes: object
-    ) -> tuple[ir.Value, ...]:
-        """Emit a node; returns its outputs. `dtype` or `like` type them."""
-        node = new_node(domain, op, inputs, outputs, **attributes)  # type: ignore[arg-type]
-        node.name = f"{self.prefix}.{op}.{len(self.nodes)}"
-        for i, value in enumerate(node.outputs):
-            value.name = f"{node.name}.{i}"
-        self.nodes.append(node)
-        return tuple(node.outputs)
-
-    def linear(self, x: ir.Value, weight: Weight, name: str) -> ir.Value:
-        """x times a weight [N,K], as qwen::linear, to be lowered with the others."""
-        return self(DOMAIN, LINEAR, [x, add_weight(self.graph, name, weight)], like=x)[0]
-
-    def ints(self, *values: int) -> ir.Value:
-        """An int64 vector, shared by name."""
-        name = "ints_" + "_".join(str(v).replace("-", "m") for v in values)
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(list(values), dtype=ir.DataType.INT64, name=name)
-            self.graph.register_initializer(
-                ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
-            )
-        return self.graph.initializers[name]
-
-    def filled(self, name: str, value: float, size: int, dtype: ir.DataType) -> ir.Value:
-        """A constant vector, shared by name."""
-        return add_weight(self.graph, name, Constant((value,) * size, dtype))
-
+from qwen_export.graphs.passes.pass_context import PassContext, replace_node
+from qwen_export.graphs.passes.recognize_linear import is_linear
+from qwen_export.graphs.weights.expression import Weight, weight_of
+from qwen_export.plugins.emitter import Shared
 
 Replacement = tuple[list[ir.Node], list[ir.Value]]
 """The nodes that replace one op, and the values that replace its outputs."""
+
+Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], Replacement]
+"""Makes the replacement of one op of domain qwen. It adds weights to the graph, and regroups its states; it leaves the nodes alone."""
+
+
+def lower_ops(model: ir.Model, context: PassContext, ops: Collection[str], table: Mapping[tuple[str, str], Lowering]) -> int:
+    """Replace every node of these ops by what the table's lowering for the choice makes; returns how many there were."""
+    graph, shared = model.graph, Shared()
+    return replace_ops(graph, ops, lambda node: table[node.op_type, context.choices[node.op_type].name](graph, node, context, shared))
 
 
 def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node], Replacement]) -> int:

@@ -141,6 +141,22 @@ def test_what_follows_the_committed_tokens_of_a_long_call_leaves_no_trace(librar
             assert np.array_equal(together[name][b], alone[name][0])
 
 
+def test_sequences_of_a_batch_do_not_see_each_other(library: str) -> None:
+    """Each has counts of its own, and one is idle: the same bits as alone, and an idle state is unchanged."""
+    accepted, commit = [4, 0, 2, 0, 1], [3, 0, 0, 3, 1]
+    batch = make_case(Shape(ratio=2, Dk=32, Dv=32), 5, 3, 4, accepted, commit, seed=1)
+    op.check_case(library, batch)
+    together = op.call(library, batch)
+    for b in range(5):
+        rows = {name: batch.tensors[name][b : b + 1] for name in ("qkvz", "ab", "conv_history", "state", *op.TRANSACTION)}
+        alone = op.call(library, batch.replaced(**rows))
+        assert np.array_equal(together["y"][b, : commit[b] or None], alone["y"][0, : commit[b] or None]), b
+        for name in ("conv_history_out", "state_out"):
+            assert np.array_equal(together[name][b], alone[name][0]), (b, name)
+    assert np.array_equal(together["state_out"][1], batch.tensors["state"][1])
+    assert np.array_equal(together["conv_history_out"][1], batch.tensors["conv_history"][1])
+
+
 @pytest.mark.parametrize(("T", "P", "accepted", "commit"), [(5, 4, 3, 2), (100, 0, 0, 100)])
 def test_threads_do_not_change_bits(library: str, T: int, P: int, accepted: int, commit: int) -> None:
     case = make_case(Shape(ratio=3, Dk=32, Dv=32), 2, T, P, [accepted, 0], [commit, 0])

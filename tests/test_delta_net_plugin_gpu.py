@@ -18,7 +18,8 @@ from qwen_export.plugins.native.native_library import find_ptx
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import STEP, VERIFY, StepFields, launch, pack_ptx, step_plugin
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.memory.buffers import CudaBuffer, decode
+from qwen_export.runtimes.memory.buffers import decode
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_stream import Stream
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.verification.logit_check import TOLERANCE

@@ -23,7 +23,8 @@ from qwen_export.plugins.directml.check_operators import check_operators, refusa
 from qwen_export.plugins.directml.directml_operators import operator_table
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
-from qwen_export.runtimes.memory import buffers
+from qwen_export.runtimes.memory.device import BUFFERS
+from qwen_export.runtimes.memory.directml_buffer import DmlBuffer
 from qwen_export.verification.logit_check import TOLERANCE
 from tests.support.static_bundles import Reference, reference_logits, unoptimized
 from tests.support.synthesize import synthesize
@@ -81,8 +82,8 @@ def test_with_nothing_but_directml_operators_the_tokens_are_the_same(bundle: Pat
 
 def test_buffers_of_the_devices_allocator(bundle: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """The path that DirectML takes, with the CPU's allocator: values bound as such, written and read whole."""
-    monkeypatch.setattr(buffers.DmlBuffer, "device", "cpu")
-    monkeypatch.setitem(buffers.BUFFERS, "cpu", buffers.DmlBuffer)
+    monkeypatch.setattr(DmlBuffer, "device", "cpu")
+    monkeypatch.setitem(BUFFERS, "cpu", DmlBuffer)
     ids, machine = prompt(40), load(bundle, threads=1, device="cpu").decoder()
     machine.prefill(ids[:30])
     snapshot = machine.snapshot()

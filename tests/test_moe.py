@@ -262,7 +262,7 @@ def test_a_batch(model: Model) -> None:
     texts = [[*ids, *prompt(steps, 10 + i)] for i, ids in enumerate(prompts)]
     for bundle in model.bundles:
         batch = load(bundle, threads=2).decoder(3)
-        rows = [[batch.prefill(ids, sequence=i).copy()] for i, ids in enumerate(prompts)]
+        rows = [[batch.prefill(ids, slot=i).copy()] for i, ids in enumerate(prompts)]
         for t in range(steps):
             logits = batch.step([text[len(ids) + t] for text, ids in zip(texts, prompts, strict=True)])
             for i in range(3):

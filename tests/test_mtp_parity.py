@@ -98,7 +98,7 @@ def test_the_compiled_head_is_that_of_transformers(demo_checkpoint: Path, demo_b
     decoder.chunk = chunk
     decoder.prefill(ids[:-1])
     head = decoder.head
-    got = [head.first(ids[-1]).array.copy(), head.following(5, 1).array.copy(), head.following(9, 2).array.copy()]
+    got = [head.first({0: ids[-1]})[0].array.copy(), head.following({0: 5}, 1)[0].array.copy(), head.following({0: 9}, 2)[0].array.copy()]
     expected = reference(demo_checkpoint, ids, [5, 9], eager_hidden(demo_checkpoint, ids))
     assert np.abs(np.stack(got) - expected).max() < 1e-4
 
@@ -108,25 +108,25 @@ def test_the_cache_of_the_head_is_right_after_accepting_and_rolling_back(demo_bu
     first, second = model.decoder(drafts=True), model.decoder(drafts=True)
     assert first.head is not None and second.head is not None
     first.prefill(ids[:6])
-    first.head.first(ids[6])
-    first.head.following(100, 1)
+    first.head.first({0: ids[6]})[0]
+    first.head.following({0: 100}, 1)[0]
     first.verify([*ids[6:9], 100, 100])
     first.accept(3)
     mark = first.mark()
-    first.head.first(50)
+    first.head.first({0: 50})[0]
     first.verify([50, 60])
     first.accept(2)
     first.rewind(mark)
     first.step([ids[9]])
     second.prefill(ids[:10])
-    assert np.abs(first.head.first(ids[10]).array - second.head.first(ids[10]).array).max() < 1e-4
+    assert np.abs(first.head.first({0: ids[10]})[0].array - second.head.first({0: ids[10]})[0].array).max() < 1e-4
 
 
 def test_a_head_of_random_weights_of_the_released_shape_compiles(tiny_bundle: Path) -> None:
     decoder = load(tiny_bundle, threads=2).decoder(drafts=True)
     assert decoder.head is not None
     decoder.prefill([1, 2, 3])
-    assert np.isfinite(decoder.head.first(4).array).all()
+    assert np.isfinite(decoder.head.first({0: 4})[0].array).all()
 
 
 def test_build_reads_no_more_of_the_head_than_it_needs(demo_checkpoint: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_a_batch_of_prompts_of_different_lengths(subject: Subject) -> None:
     prompts, steps = [prompt(21, 1), prompt(4, 2), prompt(33, 3)], 8
     texts = [[*ids, *prompt(steps, 10 + i)] for i, ids in enumerate(prompts)]
     batch = subject.decoder(3)
-    rows = [[batch.prefill(ids, sequence=i).copy()] for i, ids in enumerate(prompts)]
+    rows = [[batch.prefill(ids, slot=i).copy()] for i, ids in enumerate(prompts)]
     for t in range(steps):
         logits = batch.step([text[len(ids) + t] for text, ids in zip(texts, prompts, strict=True)])
         for i in range(3):

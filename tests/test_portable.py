@@ -166,7 +166,7 @@ def test_a_context_can_be_filled_to_its_last_token(bundle: Path, reference: Refe
 def test_sequences_of_a_batch_do_not_meet(bundle: Path) -> None:
     batch, texts = load(bundle, threads=1).decoder(batch=2), [prompt(20, 1), prompt(7, 2)]
     for i, ids in enumerate(texts):
-        batch.prefill(ids, sequence=i)
+        batch.prefill(ids, slot=i)
     together = batch.step([3, 4])
     for i, ids in enumerate(texts):
         alone = decoder(bundle)

@@ -9,7 +9,7 @@ import pytest
 
 from qwen_export.errors import ContextOverflow, QwenExportError
 from qwen_export.runtimes import Model, SamplingParams, load
-from qwen_export.runtimes.memory.buffers import HostBuffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 from qwen_export.runtimes.text.reasoning import Reasoning
 
 GREEDY = SamplingParams(greedy=True)
@@ -131,9 +131,9 @@ def test_snapshots_are_exact_across_decoders(model: Model) -> None:
     first.prefill(ids)
     snapshot = first.snapshot()
     expected = first.prefill(ids).copy()
-    second.prefill(ids[::-1], sequence=1)
-    second.restore(snapshot, sequence=1)
-    np.testing.assert_array_equal(second.prefill(ids, sequence=1), expected)
+    second.prefill(ids[::-1], slot=1)
+    second.restore(snapshot, slot=1)
+    np.testing.assert_array_equal(second.prefill(ids, slot=1), expected)
 
 
 def test_a_mark_of_other_text_is_refused(model: Model) -> None:
@@ -150,7 +150,7 @@ def test_a_mark_of_other_text_is_refused(model: Model) -> None:
 def test_a_batch_of_different_lengths_equals_single_sequences(model: Model) -> None:
     prompts = [model.tokenizer.encode(text) for text in (CODE, "class A:", "def f(x):\n    return x")]
     batch = model.decoder(batch=3)
-    logits = np.stack([batch.prefill(ids, sequence=i).copy() for i, ids in enumerate(prompts)])
+    logits = np.stack([batch.prefill(ids, slot=i).copy() for i, ids in enumerate(prompts)])
     chosen = [[int(row.argmax())] for row in logits]
     for _ in range(8):
         logits = batch.step([row[-1] for row in chosen]).copy()
@@ -215,10 +215,10 @@ def test_memory_that_nothing_was_written_to_is_free() -> None:
 
 def test_rotary_tables_are_made_as_far_as_a_text_goes(demo_bundle: Path) -> None:
     decoder = load(demo_bundle, max_context=4000).decoder()
-    assert not decoder.tables["cos"].array().any()
+    assert not decoder.tables.of(0)["cos"].array().any()
     decoder.prefill([5] * 10)
-    assert decoder.tables["cos"].array()[:1000].any(axis=1).all()
-    decoder._make_room(3999)
+    assert decoder.tables.of(0)["cos"].array()[:1000].any(axis=1).all()
+    decoder.require_room(0, 3989)
     positions = np.arange(4000, dtype=np.float32)[:, None] * np.asarray(decoder.manifest.rotary.inv_freq, np.float32)
-    np.testing.assert_array_equal(decoder.tables["cos"].array(), np.cos(positions))
-    np.testing.assert_array_equal(decoder.tables["sin"].array(), np.sin(positions))
+    np.testing.assert_array_equal(decoder.tables.of(0)["cos"].array(), np.cos(positions))
+    np.testing.assert_array_equal(decoder.tables.of(0)["sin"].array(), np.sin(positions))

@@ -23,7 +23,8 @@ from qwen_export.runtimes.backends.tensorrt.kernel_cache import VARIABLE, Kernel
 from qwen_export.runtimes.backends.tensorrt.tensorrt_compatibility import runs_on
 from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.memory import cuda_driver, cuda_memory
-from qwen_export.runtimes.memory.buffers import CudaBuffer, as_bytes
+from qwen_export.runtimes.memory.buffers import as_bytes
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_stream import Stream
 from qwen_export.runtimes.memory.device_weights import arrange
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights, weight_bytes

@@ -12,15 +12,16 @@ from qwen_export.errors import CaptureError
 from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext
 from qwen_export.graphs.weights.expression import HeadRows, Offset, StoredWeight, Weight, add_weight, weight_of
-from qwen_export.plugins.rewrite import Emitter, layer_prefix, producing_linear
+from qwen_export.plugins.emitter import Emitter, Shared
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
 
 
-def lower_group_query_attention(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_group_query_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, K', V' = gated_attention(linear(x, Wq), linear(x, Wk), linear(x, Wv), ..., length)
     Result linear x2 (query, gate), per-head norm of q and k (Reshape, SimplifiedLayerNormalization, Reshape), GroupQueryAttention,
            Sigmoid, Mul"""
     prefix = f"{layer_prefix(node)}.self_attn"
-    emit = Emitter(graph, prefix)
+    emit = Emitter(graph, prefix, shared)
     given = dict(zip(gated_attention.inputs, node.inputs, strict=True))
     x, packed = producing_linear(given["q_gate"])
     query_rows, gate_rows = query_and_gate(packed, context)

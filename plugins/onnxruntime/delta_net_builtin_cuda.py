@@ -11,15 +11,16 @@ import onnx_ir as ir
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext
 from qwen_export.graphs.weights.expression import Stacked
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import causal_conv
-from qwen_export.plugins.rewrite import Emitter, layer_prefix, producing_linear
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
 
 
-def lower_packed_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_packed_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ...)
     Result linear, Split, CausalConvWithState, Cast, Split, GatedDeltaNet, Reshape, GatedRMSNorm"""
     config, prefix = context.config, f"{layer_prefix(node)}.linear_attn"
-    emit = Emitter(graph, prefix)
+    emit = Emitter(graph, prefix, shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     Hk, Hv, Dk, Dv = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
     parts = [producing_linear(given[name]) for name in ("qkv", "z", "a", "b")]

@@ -13,18 +13,19 @@ from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked, Transposed, add_weight, weight_of
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import decay_scale
-from qwen_export.plugins.rewrite import Emitter, layer_prefix, producing_linear
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
 
 
-def lower_native_transaction(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_native_transaction(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ..., h, S[, pending ...])
     Result linear x2 (q|k|v|z and a|b), qwen.native::DeltaNetTransaction
 
     The layer's pending inputs and outputs become two, pending_qkvz [B,P,C+Hv*Dv] and pending_ab [B,P,2*Hv]."""
     layer = layer_prefix(node)
-    emit = Emitter(graph, f"{layer}.linear_attn")
+    emit = Emitter(graph, f"{layer}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     x, qkv = producing_linear(given["qkv"])
     z, a, b = (producing_linear(given[name])[1] for name in ("z", "a", "b"))

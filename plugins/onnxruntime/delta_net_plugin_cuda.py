@@ -11,17 +11,18 @@ import onnx_ir as ir
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.rewrite import Emitter, layer_prefix, producing_linear, regroup_pending
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, regroup_pending
 
 
-def lower_native_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_native_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ..., h, S)
            or  y, h', S' = gated_delta_net(..., h, S, pending_qkv, pending_b, pending_a, accepted, commit)
     Result linear, qwen.native::DeltaNet, of the second form with inputs pending, accepted, commit"""
     config, layer = context.config, layer_prefix(node)
     prefix = f"{layer}.linear_attn"
-    emit = Emitter(graph, prefix)
+    emit = Emitter(graph, prefix, shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     parts = [producing_linear(given[name]) for name in ("qkv", "z", "a", "b")]
     packed = emit.linear(parts[0][0], Stacked(tuple(weight for _, weight in parts)), f"{prefix}.in_proj")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext
@@ -17,9 +15,7 @@ from qwen_export.plugins.onnxruntime.delta_net_plugin_cuda import lower_native_d
 from qwen_export.plugins.onnxruntime.native_linear import lower_native_linear
 from qwen_export.plugins.onnxruntime.onnxruntime_experts import lower_microsoft_moe, lower_native_moe
 from qwen_export.plugins.onnxruntime.simple_ops import lower_fused_matmul, lower_simplified_norm
-from qwen_export.plugins.rewrite import Replacement, replace_ops
-
-Lowering = Callable[[ir.Graph, ir.Node, PassContext], Replacement]
+from qwen_export.plugins.rewrite import Lowering, lower_ops
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "linear_attention"): lower_linear_attention,
@@ -39,7 +35,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 
 def lower_mixers(model: ir.Model, context: PassContext) -> int:
     """Lower the two stateful ops. They may regroup the projections that feed them, so linears are lowered after them."""
-    changed = _lower(model, context, ("gated_delta_net", "gated_attention"))
+    changed = lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
     for value in [v for v in model.graph.inputs if v.name == "length" and not v.uses()]:
         model.graph.inputs.remove(value)
     return changed
@@ -47,10 +43,4 @@ def lower_mixers(model: ir.Model, context: PassContext) -> int:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
     """Lower everything else of domain qwen."""
-    return _lower(model, context, ("rms_norm", "moe", LINEAR))
-
-
-def _lower(model: ir.Model, context: PassContext, ops: tuple[str, ...]) -> int:
-    return replace_ops(
-        model.graph, ops, lambda node: LOWERINGS[node.op_type, context.choices[node.op_type].name](model.graph, node, context)
-    )
+    return lower_ops(model, context, ("rms_norm", "moe", LINEAR), LOWERINGS)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
+from qwen_export.plugins.emitter import Shared
 from qwen_export.plugins.onnxruntime.fuse_residual_norm import offset_weight
+from qwen_export.plugins.rewrite import Replacement
 
 
-def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::rms_norm(x, w) -> SimplifiedLayerNormalization(x, w + offset), fp32 statistics."""
     norm = new_node(
         "",
@@ -22,7 +24,7 @@ def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext) 
     return [norm], list(norm.outputs)
 
 
-def lower_fused_matmul(graph: ir.Graph, node: ir.Node, context: PassContext) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_fused_matmul(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::linear(x, w) -> FusedMatMul(x, w, transB=1): the weight keeps the checkpoint's layout."""
     product = new_node(MICROSOFT, "FusedMatMul", list(node.inputs), like=node.outputs[0], transB=1)
     return [product], list(product.outputs)

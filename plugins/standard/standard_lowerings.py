@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -18,19 +18,16 @@ from qwen_export.plugins.decompose import decompose_delta_net as delta_net
 from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.decompose_norm import emit_rms_norm, norm_weight
 from qwen_export.plugins.decompose.delta_rule import delta_rule
-from qwen_export.plugins.emitter import Emitter
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.onnxruntime.attention_cpu import query_and_gate
 from qwen_export.plugins.onnxruntime.fuse_residual_norm import offset_weight
-from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, replace_ops
+from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, producing_linear
 from qwen_export.plugins.standard.standard_quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
 """Where the turned product is the faster one, measured with ONNX Runtime 1.31 and matrices of 1024 to 100000 rows."""
 
-Shared = dict[str, ir.Value]
-"""Values that layers have in common."""
 QuantizedProduct = Callable[[Emitter, ir.Value, str, Weight, GroupFormat, PassContext], ir.Value]
-Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], Replacement]
 
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
@@ -186,13 +183,3 @@ def lower_mixers(model: ir.Model, context: PassContext) -> int:
 def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
     """Lower everything else of domain qwen."""
     return lower_ops(model, context, ("rms_norm", LINEAR), LOWERINGS)
-
-
-def lower_ops(model: ir.Model, context: PassContext, ops: tuple[str, ...], table: Mapping[tuple[str, str], Lowering]) -> int:
-    """Replace every node of these ops by what the table's lowering for the choice makes."""
-    graph, shared = model.graph, Shared()
-
-    def make(node: ir.Node) -> Replacement:
-        return table[node.op_type, context.choices[node.op_type].name](graph, node, context, shared)
-
-    return replace_ops(graph, ops, make)

@@ -17,14 +17,11 @@ from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.emitter import Emitter, static_shape
-from qwen_export.plugins.rewrite import layer_prefix, regroup_pending
+from qwen_export.plugins.emitter import Emitter, Shared, static_shape
+from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, regroup_pending
 from qwen_export.plugins.standard.standard_lowerings import (
-    Lowering,
-    Shared,
     attention_parts,
     linear_parts,
-    lower_ops,
     lower_rms_normalization,
 )
 from qwen_export.plugins.standard.standard_quantized import ensure_whole_blocks, quantized_parts
@@ -38,7 +35,7 @@ _MOST_SUMMED = 16
 _INT4_ROWS = 8
 
 
-def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_delta_net -> one token: sums over the state; a verify: the chunk form, with sums for products; a prompt: all chunks at once,
     one product per chunk in sequence. Everything fp32 between the projections."""
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
@@ -46,7 +43,7 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     return emit.nodes, _native_layers(emit, given, node.attributes.get_float("eps"), context)
 
 
-def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_delta_net -> one product, and in short calls our plugin behind it; longer ones as `lower_delta_net`, from the same product,
     which also stays pending as a whole. The state is turned in all graphs of such a bundle, [1,Hv,Dv,Dk]."""
     layer, eps = layer_prefix(node), node.attributes.get_float("eps")
@@ -82,7 +79,7 @@ def _native_layers(before: Emitter, given: dict[str, ir.Value | None], eps: floa
     """The mixer on the parts of the projection."""
     sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
     few = sizes.P + sizes.T <= _MOST_SUMMED
-    emit = before.going_on(SummedEmitter if few else SplitEmitter if _exact(context) else Emitter)
+    emit = before.continued_as(SummedEmitter if few else SplitEmitter if _exact(context) else Emitter)
     return list(delta_net.emit_gated_delta_net(emit, given, sizes, eps, context.activation, _rule(sizes.T, sizes.P, context)))
 
 
@@ -101,28 +98,24 @@ def _exact(context: PassContext) -> bool:
     return context.choices["linear"].name == "split_product"
 
 
-def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_attention -> RMSNormalization, RotaryEmbedding, TensorScatter, Attention."""
     return _attention(graph, node, context, shared, fused=True)
 
 
-def lower_decomposed_attention(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared
-) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_decomposed_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """The same with products and a softmax in the place of Attention."""
     return _attention(graph, node, context, shared, fused=False)
 
 
-def _attention(
-    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, fused: bool
-) -> tuple[list[ir.Node], list[ir.Value]]:
+def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, *, fused: bool) -> Replacement:
     emit, layer = attention_parts(graph, node, context, shared)
     if _exact(context):
-        emit = emit.going_on(SplitEmitter)
+        emit = emit.continued_as(SplitEmitter)
     return emit.nodes, list(emit_native_attention(emit, layer, fused=fused))
 
 
-def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """moe -> TopK, gathered matrices, batched products."""
     x, logits, gate_up, down = node.inputs
     if x is None or logits is None or gate_up is None or down is None:
@@ -133,7 +126,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
 
 
-def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """linear -> Gemm over the weight as the checkpoint has it, [out, in]; quantized: DequantizeLinear before it, int4 over the turned
     matrix with at least 8 rows."""
     emit, x, value, weight = linear_parts(graph, node, shared)
@@ -154,7 +147,7 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     return emit.nodes, [emit.reshape(product, 1, tokens, N)]
 
 
-def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[list[ir.Node], list[ir.Value]]:
+def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """The same with fp32 operands kept whole: the rows of x in two parts, in one product. The weight is exact as it is where it is stored
     in 16 bits, and is split likewise where it is not."""
     emit, x, value, weight = linear_parts(graph, node, shared)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,16 +20,17 @@ if TYPE_CHECKING:
     from qwen_export.runtimes.model import Generation
 
 CONTEXT_FULL = "context full"
-_LOOK_EVERY_S = 0.2
+FINISH = {"overflow": CONTEXT_FULL}
+"""How `Statistics.finish` is shown, where that is not the word itself."""
 
 
-def print_answer(generation: Generation) -> None:
-    """Reasoning dim, the answer plain; then a line about speed and why it ended. A full context is a normal end."""
+def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
+    """Reasoning dim, the answer plain, as `events` gives them; then a line about speed and why it ended. A full context is a normal end."""
     from qwen_export.runtimes.text.reasoning import Reasoning
 
     reasoning, ended = False, ""
     try:
-        for event in _events(generation):
+        for event in events():
             if isinstance(event, Reasoning) != reasoning:
                 reasoning = not reasoning
                 if not reasoning:
@@ -52,16 +52,16 @@ def print_answer(generation: Generation) -> None:
         ended = "the output could not be written"
         raise
     finally:
-        ended = ended or generation.statistics.finish
+        ended = ended or FINISH.get(generation.statistics.finish, generation.statistics.finish)
         if generation.statistics.new_tokens and ended:
             notice(_summary(generation.statistics, ended))
 
 
-def print_json(generation: Generation) -> None:
+def print_json(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
     """One object at the end."""
     ended = ""
     try:
-        for _ in _events(generation):
+        for _ in events():
             pass
     except ContextOverflow:
         if not generation.tokens:
@@ -72,42 +72,25 @@ def print_json(generation: Generation) -> None:
         "text": generation.content,
         "reasoning": generation.reasoning,
         "tokens": generation.tokens,
-        "finish": ended or statistics.finish,
+        "finish": ended or FINISH.get(statistics.finish, statistics.finish),
         "statistics": dataclasses.asdict(statistics)
         | {"prefill_tok_per_s": statistics.prefill_tok_per_s, "decode_tok_per_s": statistics.decode_tok_per_s},
     }
     click.echo(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _events(generation: Generation) -> Iterator[Any]:
-    """The events; until the first one comes, how much of the prompt was read."""
-    events = iter(generation.events())
-    with _reading(generation.statistics):
-        first = next(events, None)
-    if first is not None:
-        yield first
-        yield from events
-
-
 @contextmanager
-def _reading(statistics: Statistics) -> Iterator[None]:
-    """Progress of the prompt, which is read by the thread that runs the block: another one looks at the count."""
-    done = threading.Event()
-
-    def watch(report: Any) -> None:
-        while not done.wait(_LOOK_EVERY_S):
-            if not statistics.new_tokens:
-                report("reading the prompt", statistics.read_tokens, statistics.prompt_tokens)
-
+def prompt_progress() -> Iterator[Callable[[int, int], None]]:
+    """Progress of reading the prompt, for the parameter `progress` of `Model.stream`: what is shown ends with the first token."""
     with progress("tokens") as report:
-        watcher = threading.Thread(target=watch, args=(report,), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
-            sys.stderr.flush()
+        yield lambda done, total: report("reading the prompt", done, total)
+
+
+def read_prompt_first(generation: Generation) -> Iterator[Any]:
+    """The events of an answer, whose prompt is read before this returns."""
+    events = iter(generation.events())
+    first = list(islice(events, 1))
+    return chain(first, events)
 
 
 def _summary(s: Statistics, ended: str) -> str:

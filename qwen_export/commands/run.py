@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_export.commands.answer import print_answer, print_json
+from qwen_export.commands.answer import print_answer, print_json, prompt_progress, read_prompt_first
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
@@ -71,12 +73,22 @@ def command(
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
     given = {name: value for name, value in sampling.items() if value is not None}
-    if chat or template_kwarg or any(option is not None for option in (system, thinking, preserve_thinking)):
-        generation = _answer(model, text, system, thinking, preserve_thinking, dict(template_kwarg), given, max_new_tokens)
-    else:
-        params = dataclasses.replace(model.recommended(False), **given)
-        generation = model.complete(text, sampling=params, max_new_tokens=max_new_tokens)
-    (print_json if as_json else print_answer)(generation)
+    chats = chat or bool(template_kwarg) or any(option is not None for option in (system, thinking, preserve_thinking))
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": stack.enter_context(prompt_progress())}
+        if template_kwarg:
+            options["template_kwargs"] = dict(template_kwarg)
+        if chats:
+            generation = _answer(model, text, system, thinking, preserve_thinking, given, options)
+        else:
+            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **given), **options)
+
+        def events() -> Iterator[Any]:
+            with stack:  # the progress of the prompt ends before the first token is printed
+                started = read_prompt_first(generation)
+            return started
+
+        (print_json if as_json else print_answer)(generation, events)
 
 
 def _answer(
@@ -85,19 +97,16 @@ def _answer(
     system: str | None,
     thinking: bool | None,
     preserve_thinking: bool | None,
-    template_kwargs: dict[str, Any],
     given: dict[str, Any],
-    max_new_tokens: int | None,
+    options: dict[str, Any],
 ) -> Generation:
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
     thinks = thinking if thinking is not None else model.template.thinks_by_default()
-    options: dict[str, Any] = {"template_kwargs": template_kwargs} if template_kwargs else {}
     return model.stream(
         messages,
         enable_thinking=thinking,
         preserve_thinking=preserve_thinking,
         sampling=dataclasses.replace(model.recommended(thinks), **given),
-        max_new_tokens=max_new_tokens,
         **options,
     )

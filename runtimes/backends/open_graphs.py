@@ -1,8 +1,4 @@
-"""The backends: how the graphs of a bundle become sessions. The manifest says which one a bundle is for.
-
-A session has `spec` (GraphSpec), `device`, `busy_s`, `buffer(dtype, shape)` and `call(repeated=...)`; what `call` returns has `bind_input`,
-`bind_output` and `run`.
-"""
+"""The backends: how the graphs of a bundle become sessions (`session.py`). The manifest says which one a bundle is for."""
 
 from __future__ import annotations
 
@@ -11,12 +7,13 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qwen_export.manifest import Manifest, file_path
+from qwen_export.runtimes.backends.session import Session
+from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 
-Sessions = Callable[[str], Any]
+Sessions = Callable[[str], Session]
 """Opens the graph of a name. Sessions of one bundle share its weights."""
 
 
@@ -35,14 +32,14 @@ class OpenOptions:
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
-    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRuntimeSession
 
     plugins = [file_path(bundle, name) for name in manifest.plugins]
-    weights = MappedWeights(bundle, manifest)
+    weights, device = MappedWeights(bundle, manifest), Device(manifest.target.device, options.device_id)
 
     def session(name: str) -> Session:
-        graph, device = manifest.graphs[name], manifest.target.device
-        return Session(
+        graph = manifest.graphs[name]
+        return OnnxRuntimeSession(
             file_path(options.graphs or bundle, graph.file),
             graph,
             device,
@@ -50,7 +47,6 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
             plugins,
             weights=weights,
             repack=options.repack,
-            device_id=options.device_id,
             folder=bundle if options.graphs is not None else None,
             later=name in options.later,
         )
@@ -78,7 +74,7 @@ def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
     return _OPEN[manifest.target.backend](bundle, manifest, options)
 
 
-def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Any]:
+def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Session]:
     """Sessions of these graphs by name. ONNX Runtime brings weights into the order of its kernels with one core per graph: where it does,
     graphs are opened side by side."""
     session, names = open_backend(bundle, manifest, options), list(names)

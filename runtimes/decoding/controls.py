@@ -1,11 +1,13 @@
-"""What changes from run to run of a call (token ids, lengths, ...): integers that lie together; one copy brings them to a device."""
+"""What changes from run to run of a call (token ids, lengths, ...): integers in one piece of memory, which one copy brings to a device."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
 
-from qwen_export.runtimes.memory.buffers import BUFFERS, ELEMENTS, Buffer, HostBuffer
+from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
+from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 # Where allocators of devices begin pieces of memory.
 _ALIGNED = 256
@@ -14,14 +16,13 @@ _ALIGNED = 256
 class Controls:
     """Memory for integer inputs, dtype and shape by name. Those in `on_host` stay there, whatever the device."""
 
-    def __init__(self, device: str, specs: Mapping[str, tuple[str, tuple[int, ...]]], on_host: Sequence[str] = ()) -> None:
-        kind = BUFFERS[device]
+    def __init__(self, device: Device, specs: Mapping[str, tuple[str, tuple[int, ...]]], on_host: Sequence[str] = ()) -> None:
         starts, end = {}, 0
         for name, (dtype, shape) in specs.items():
             starts[name] = end
             end += -(-prod(shape) * ELEMENTS[dtype][0] // _ALIGNED) * _ALIGNED
         host = HostBuffer("uint8", (end,))
-        self._whole: Buffer | None = None if kind is HostBuffer else kind("uint8", (end,))
+        self._whole: Buffer | None = None if device.is_host else device.buffer("uint8", (end,))
         self._host, self._changed = host, False
         self._written = {name: host.part(dtype, shape, starts[name]) for name, (dtype, shape) in specs.items()}
         self.buffers: dict[str, Buffer] = {

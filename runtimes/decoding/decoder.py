@@ -1,8 +1,8 @@
-"""A decoder: a machine with state, tokens in and logits out. Two kinds exist, for graphs with dynamic shapes (`dynamic_decoder.py`) and
-for sets of graphs with fixed ones (`static_decoder.py`); what both promise, and what both do alike, is here.
+"""A decoder: slots that hold sequences, tokens in and logits out.
 
-Tokens are read and committed by `prefill`, `read` and `step`. `verify` reads tokens without committing them, and `accept` says how many
-stay.
+`run` is the one way to launch work: it takes a `Read` for each sequence that takes part, of any length, and returns their rows of logits.
+`prefill`, `read`, `step` and `verify` are short forms of it. Two kinds of decoder exist, for graphs with dynamic shapes
+(`dynamic_decoder.py`) and for sets of graphs with fixed ones (`static_decoder.py`); what both promise is here.
 """
 
 from __future__ import annotations
@@ -10,76 +10,107 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.errors import ContextOverflow, QwenExportError
+from qwen_export.errors import ContextOverflow, ParameterError, QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.decoding.logit_rows import Rows
-from qwen_export.runtimes.memory.buffers import Buffer, Bytes, encode
-
-if TYPE_CHECKING:
-    from qwen_export.runtimes.decoding.draft_head import DraftHead
+from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.sequence import Media, Prompt, SequenceState
+from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 
 Logits = npt.NDArray[np.float32]
 
 Observer = Callable[[int, int, Mapping[str, Buffer]], None]
-"""Told of a call of the decoder's graph: tokens read before it, tokens that it read, and by name the outputs that are no states, valid
-until the next call. A call of fixed shape has more rows than tokens."""
+"""Called after a call of the decoder's graph: with the tokens read before it, the tokens that it read, and by name the outputs that are no
+states, valid until the next call. A call of fixed shape has more rows than tokens."""
 
 
 @dataclass(frozen=True)
 class Mark:
-    """A point to go back to within one decoder: recurrent states and conv histories after `tokens`. The caches stay where they are, so it
-    is small, and valid as long as the sequence still begins with `tokens`. `accepted` tokens of `pending` are not in the states yet;
-    `waiting` is the hidden state that the draft head has not read."""
+    """A point to go back to within one slot: recurrent states and conv histories after `tokens`. The caches are not copied, so it is
+    small, and valid as long as the sequence still begins with these tokens. `accepted` tokens of `pending` are not in the states yet;
+    `waiting` is the hidden state that the draft head has not read; `positions` are rotary positions other than those of text."""
 
     tokens: tuple[int, ...]
     states: dict[str, Bytes]
     accepted: int = 0
     pending: dict[str, Bytes] = field(default_factory=dict)
     waiting: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
+    media: tuple[Media, ...] = ()
+    positions: tuple[int, ...] | None = None
+
+    @property
+    def prompt(self) -> Prompt:
+        return Prompt(self.tokens, self.media)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything one sequence has read: self-contained, valid for any decoder of the same bundle."""
+    """Everything that one sequence has read: self-contained, valid for any decoder of the same bundle."""
 
     mark: Mark
     caches: dict[str, Bytes]
 
 
+class Follower(Protocol):
+    """What keeps up with a decoder and drafts from there: a draft head (`draft_head.py`)."""
+
+    @property
+    def busy_s(self) -> float: ...
+    @property
+    def binding_s(self) -> float: ...
+    def cut(self, slot: int) -> None:
+        """The sequence has fewer tokens than before."""
+
+    def save(self, slot: int) -> Bytes:
+        """What `load` needs to go back to here."""
+
+    def load(self, slot: int, waiting: Bytes) -> None:
+        """The sequence went back to where `save` was called."""
+
+    def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
+        """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
+
+    def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
+        """The draft after a draft, which is the `depth`-th of its round (1 is the first), by slot."""
+
+
 class Decoder(ABC):
-    """`batch` sequences, each with room for `capacity` tokens, at most `longest`."""
+    """`batch` slots, each with room for `capacity` tokens, at most `longest`."""
 
     chunk: int
-    """Tokens that one call of a prompt reads at most."""
+    """Tokens that one committed read has at most."""
     widest_verify: int = 0
-    """Tokens that one `verify` can read, 0 where the bundle cannot."""
-    no_verify = ("the bundle was built without speculation", "Build it again without --no-mtp, or with --lookup.")
-    """What to say then, and what to do about it."""
-    limit = ("the model's", "Lower --max-context.")
-    """Where the longest context comes from, and what to do about a longer one."""
-    head: DraftHead | None = None
+    """Tokens that one open read has at most, 0 where the bundle has none."""
+    no_verify = ("the bundle was built without speculation", "Build it again with {mtp} or {lookup}.")
+    """The message for that, and the way round."""
+    limit = ("the model's", "Lower {max_context}.")
+    """What sets the longest context, and what to do about a longer one."""
+    head: Follower | None = None
     observer: Observer | None = None
-    """Who wants to see what else a graph says, such as the layers of one that was compiled to show them."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int | None, longest: int) -> None:
         self.manifest, self.batch, self.longest = manifest, batch, longest
-        self.capacity = capacity or manifest.max_context
+        self.capacity = manifest.max_context if capacity is None else capacity
         if not 0 < self.capacity <= longest:
-            raise QwenExportError(
-                f"the context is larger than {self.limit[0]}",
+            raise ParameterError(
+                f"the context is larger than {self.limit[0]}" if self.capacity > longest else "the context is empty",
+                parameter="max_context",
                 got=self.capacity,
-                expected=f"at most {longest}",
-                fix=self.limit[1],
+                expected=f"1 to {longest}",
+                fix=self.limit[1] if self.capacity > longest else "Raise {max_context}.",
             )
         if batch < 1:
-            raise QwenExportError("a decoder needs at least one sequence", got=batch)
-        self._tokens: list[list[int]] = [[] for _ in range(batch)]
-        self._open = [0] * batch
+            raise ParameterError(
+                "a decoder needs at least one slot", parameter="batch", got=batch, expected="1 or more", fix="Raise {batch}."
+            )
+        self.sequences = [SequenceState() for _ in range(batch)]
+        self._vocabulary = int(manifest.model["vocab_size"])
+        self._slots = frozenset(range(batch))
         self._binding_s = 0.0
 
     # ---- what was read ----
@@ -87,111 +118,145 @@ class Decoder(ABC):
     @property
     def lengths(self) -> list[int]:
         """Tokens that each sequence has read."""
-        return [len(tokens) for tokens in self._tokens]
+        return [len(sequence.tokens) for sequence in self.sequences]
 
-    def tokens(self, sequence: int = 0) -> tuple[int, ...]:
-        return tuple(self._tokens[sequence])
-
-    def tokens_from(self, position: int) -> list[int]:
-        """What the first sequence has read from a position on."""
-        return self._tokens[0][position:]
+    def tokens(self, slot: int = 0) -> tuple[int, ...]:
+        return tuple(self.sequences[slot].tokens)
 
     # ---- reading ----
 
-    def prefill(self, ids: Sequence[int], sequence: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
+    def run(self, reads: Sequence[Read]) -> list[Rows]:
+        """Read tokens into several sequences, at most one `Read` for each. Returns the rows of logits of each in the same order, row 0
+        for the first token that has one; valid until the next run.
+
+        The reads may differ in everything. They share a call of the graph where its kernels can; otherwise they take turns. Raises
+        ParameterError or ContextOverflow before anything changes. A sequence whose call fails is no longer settled."""
+        self._check(reads)
+        return self._run(reads)
+
+    def prefill(self, ids: Sequence[int], slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""
-        if not len(ids):
-            raise QwenExportError("there is nothing to read", got="no tokens", expected="at least one")
-        self._check_room(sequence, len(ids))
-        return self._prefill(ids, sequence, min(chunk or self.chunk, self.chunk), want_logits)
+        rows = Rows.none()
+        parts = self.parts(len(ids), slot, chunk, want_logits=want_logits)
+        for start, stop, logits in parts:
+            [rows] = self.run([Read(slot, ids[start:stop], logits=logits)])
+        return rows.array[0] if want_logits else np.empty(0, np.float32)
+
+    def parts(self, count: int, slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> list[tuple[int, int, int]]:
+        """How to read a prompt of `count` tokens: start, stop and rows of logits of each read. Raises where it does not fit, before any
+        read."""
+        if not count:
+            raise ParameterError("there is nothing to read", parameter="ids", got="no tokens", fix="Give at least one token.")
+        if chunk is not None and chunk < 1:
+            raise ParameterError("a call reads at least one token", parameter="chunk", got=chunk, fix="Raise {chunk}.")
+        self.require_room(slot, count)
+        size = min(chunk or self.chunk, self.chunk)
+        starts = range(0, count, size)
+        return [(start, min(count, start + size), int(want_logits and start == starts[-1])) for start in starts]
 
     @abstractmethod
-    def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
-        """Read tokens; returns the logits of all of them, f32[T,V]. For measuring: the number of tokens may be limited to `chunk`."""
+    def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
+        """Read tokens; returns the logits of all of them, f32[T,V]. For measuring: T may be limited to `chunk`."""
 
     def step(self, tokens: Sequence[int]) -> Logits:
         """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
         return self.step_rows(tokens).array
 
-    def verify(self, tokens: Sequence[int], sequence: int = 0) -> Logits:
-        """Read at most `widest_verify` tokens whose fate is open; returns the logits of all of them, f32[T,V], valid until the next call.
-        `accept` must follow."""
-        return self.verify_rows(tokens, sequence).array[: len(tokens)]
-
-    @abstractmethod
     def step_rows(self, tokens: Sequence[int]) -> Rows:
-        """As `step`, but the logits stay where they are until somebody asks for them."""
-
-    def verify_rows(self, tokens: Sequence[int], sequence: int = 0) -> Rows:
-        """As `verify`, likewise."""
-        if not 0 < len(tokens) <= self.widest_verify:
-            what, fix = ("a draft has the wrong length", "") if self.widest_verify else self.no_verify
-            raise QwenExportError(
-                what, got=len(tokens), expected=f"1 to {self.widest_verify} tokens" if self.widest_verify else "", fix=fix
+        """As `step`, but the logits stay on the device until they are read."""
+        if len(tokens) != self.batch:
+            raise ParameterError(
+                "a step takes one token per slot",
+                parameter="tokens",
+                got=len(tokens),
+                expected=self.batch,
+                fix="Use run() to advance some of the sequences.",
             )
-        self._check_room(sequence, len(tokens))
-        logits = self._verify(tokens, sequence)
-        self._open[sequence] = len(tokens)
-        return logits
+        rows = self.run([Read(slot, (token,)) for slot, token in enumerate(tokens)])
+        return rows[0] if len(rows) == 1 else JoinedRows(rows)
 
-    def accept(self, count: int, sequence: int = 0) -> None:
-        """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next call reads."""
-        if not 0 <= count <= self._open[sequence]:
-            raise QwenExportError("more tokens are accepted than were verified", got=count, expected=f"at most {self._open[sequence]}")
-        del self._tokens[sequence][len(self._tokens[sequence]) - self._open[sequence] + count :]
-        self._open[sequence] = count
-        self._accept(count, sequence)
+    def verify(self, tokens: Sequence[int], slot: int = 0) -> Logits:
+        """Read at most `widest_verify` tokens that may still be taken back; returns the logits of all of them, f32[T,V], valid until the
+        next call. `accept` must follow."""
+        return self.verify_rows(tokens, slot).array[: len(tokens)]
+
+    def verify_rows(self, tokens: Sequence[int], slot: int = 0) -> Rows:
+        """As `verify`, but the logits stay on the device until they are read."""
+        [rows] = self.run([Read(slot, tokens, commit=False, logits=len(tokens))])
+        return rows
+
+    def accept(self, count: int, slot: int = 0) -> None:
+        """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next read."""
+        sequence = self._sequence(slot)
+        sequence.require_settled(slot)
+        if not 0 <= count <= sequence.open:
+            raise ParameterError(
+                "more tokens are accepted than were verified" if count >= 0 else "the number of accepted tokens is negative",
+                parameter="count",
+                got=count,
+                expected=f"0 to {sequence.open}",
+                fix="Accept tokens of the last verify only.",
+            )
+        sequence.cut(sequence.length - sequence.open + count)
+        sequence.open = count
+        self._accept(count, slot)
         if self.head is not None:
-            self.head.cut()
+            self.head.cut(slot)
 
     def prepare(self, count: int) -> None:  # noqa: B027 - fixed shapes need nothing
         """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
 
+    @abstractmethod
     def warm(self) -> None:
         """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read."""
-        mark = self.mark()
-        self.prefill([0], want_logits=False)
-        for count in range(1, 1 + (self.widest_verify if self.head is not None else 1)):
-            self.prepare(count)
-        self.rewind(mark)
 
     # ---- going back ----
 
-    def reset(self, sequence: int = 0) -> None:
-        """Forget everything the sequence has read."""
-        self.rewind(Mark((), {}), sequence)
+    def reset(self, slot: int = 0) -> None:
+        """Forget everything that the sequence has read."""
+        self.rewind(Mark((), {}), slot)
 
-    @abstractmethod
-    def mark(self, sequence: int = 0) -> Mark:
+    def mark(self, slot: int = 0) -> Mark:
         """Remember this point of the sequence."""
+        self._sequence(slot).require_settled(slot)
+        return self._mark(slot, self.head.save(slot) if self.head is not None else np.zeros(0, np.uint8))
 
-    def rewind(self, mark: Mark, sequence: int = 0) -> None:
-        """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again."""
-        length = len(mark.tokens)
-        if tuple(self._tokens[sequence][:length]) != mark.tokens:
-            raise QwenExportError("the mark belongs to other text than the sequence begins with", fix="Restore a snapshot instead.")
-        self._load(mark, sequence)
-        del self._tokens[sequence][length:]
-        self._open[sequence] = 0
+    def rewind(self, mark: Mark, slot: int = 0) -> None:
+        """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again. Settles the sequence."""
+        sequence = self._sequence(slot)
+        if not sequence.prompt().begins_with(mark.prompt):
+            raise ParameterError(
+                "the mark belongs to other text than the sequence begins with", parameter="mark", fix="Restore a snapshot instead."
+            )
+        sequence.settled = False
+        self._load(mark, slot)
+        sequence.go_back(len(mark.tokens))
         if self.head is not None:
-            self.head.load(mark.waiting)
+            self.head.load(slot, mark.waiting)
+        sequence.settled = True
 
-    @abstractmethod
-    def snapshot(self, sequence: int = 0) -> Snapshot:
+    def snapshot(self, slot: int = 0) -> Snapshot:
         """Copy what the sequence has read: a mark and the used part of the caches."""
+        return Snapshot(self.mark(slot), self._save_caches(slot))
 
-    def restore(self, snapshot: Snapshot, sequence: int = 0) -> None:
-        """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since."""
-        length = len(snapshot.mark.tokens)
+    def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
+        """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since. Settles the sequence."""
+        sequence, length = self._sequence(slot), len(snapshot.mark.tokens)
         if length > self.capacity:
             raise ContextOverflow(
-                "the snapshot is longer than this decoder's context", got=length, expected=f"at most {self.capacity} tokens"
+                "the snapshot is longer than this decoder's context",
+                got=length,
+                expected=f"at most {self.capacity} tokens",
+                fix="Load with a larger {max_context}.",
             )
+        self._require_caches(snapshot, slot)
         self._make_room(length)
-        self._load_caches(snapshot, sequence)
-        self._tokens[sequence][:] = snapshot.mark.tokens
-        self.rewind(snapshot.mark, sequence)
+        sequence.settled = False
+        sequence.replace(Prompt(()))  # the caches are no longer those of the old text, whatever happens next
+        self._load_caches(snapshot, slot)
+        sequence.replace(snapshot.mark.prompt)
+        self.rewind(snapshot.mark, slot)
 
     # ---- what it cost ----
 
@@ -208,44 +273,90 @@ class Decoder(ABC):
     # ---- for the kinds ----
 
     @abstractmethod
-    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits: ...
+    def _run(self, reads: Sequence[Read]) -> list[Rows]: ...
 
     @abstractmethod
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows: ...
+    def _accept(self, count: int, slot: int) -> None: ...
 
     @abstractmethod
-    def _accept(self, count: int, sequence: int) -> None: ...
+    def _mark(self, slot: int, waiting: Bytes) -> Mark: ...
 
     @abstractmethod
-    def _load(self, mark: Mark, sequence: int) -> None:
+    def _load(self, mark: Mark, slot: int) -> None:
         """Take the states of a mark."""
 
     @abstractmethod
-    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None: ...
+    def _save_caches(self, slot: int) -> dict[str, Bytes]: ...
+
+    @abstractmethod
+    def _load_caches(self, snapshot: Snapshot, slot: int) -> None: ...
+
+    @abstractmethod
+    def _cache_names(self) -> list[str]:
+        """Names of the caches that a snapshot must have."""
 
     def _make_room(self, length: int) -> None:  # noqa: B027 - most have their full size from the start
         """Allocate what a sequence of `length` tokens needs."""
 
-    def _check_room(self, sequence: int, count: int) -> None:
-        used = len(self._tokens[sequence])
+    def _require_caches(self, snapshot: Snapshot, slot: int) -> None:
+        missing = [name for name in self._cache_names() if name not in snapshot.caches]
+        if missing:
+            raise ParameterError(
+                "the snapshot was taken without the draft head",
+                parameter="snapshot",
+                got=f"no {missing[0]}",
+                fix="Take it from a decoder that drafts, or restore it into one that does not.",
+            )
+
+    # ---- checks ----
+
+    def _sequence(self, slot: int) -> SequenceState:
+        if slot not in self._slots:
+            raise ParameterError(
+                "the decoder has no such slot",
+                parameter="slot",
+                got=slot,
+                expected=f"0 to {self.batch - 1}",
+                fix="Make the decoder with a larger {batch}.",
+            )
+        return self.sequences[slot]
+
+    def _check(self, reads: Sequence[Read]) -> None:
+        if not reads:
+            raise ParameterError("there is nothing to read", parameter="reads", got="no reads", fix="Give one per sequence that goes on.")
+        for read in reads:
+            read.check(self.batch, self._vocabulary)
+            self.sequences[read.slot].require_settled(read.slot)
+            if not read.commit and len(read.ids) > self.widest_verify:
+                what, fix = ("a draft is too long", "Draft fewer tokens.") if self.widest_verify else self.no_verify
+                raise ParameterError(
+                    what, parameter="ids", got=f"{len(read.ids)} tokens", expected=f"at most {self.widest_verify} tokens", fix=fix
+                )
+            if read.commit and len(read.ids) > self.chunk:
+                raise ParameterError(
+                    "one read has too many tokens",
+                    parameter="ids",
+                    got=len(read.ids),
+                    expected=f"at most {self.chunk}",
+                    fix="Read them with prefill(), or in several reads.",
+                )
+            if read.embeddings is not None:
+                raise QwenExportError(
+                    "the graphs of this bundle read token ids only", got="embeddings", fix="Give token ids, without pictures or video."
+                )
+        if len(reads) > 1 and len({read.slot for read in reads}) < len(reads):
+            raise ParameterError("a slot is read twice in one run", parameter="reads", fix="Put the tokens of a slot into one read.")
+        for read in reads:
+            self.require_room(read.slot, len(read.ids))
+
+    def require_room(self, slot: int, count: int) -> None:
+        """Raise ContextOverflow where the sequence has no room for `count` more tokens; make room where it has."""
+        used = self._sequence(slot).length
         if used + count > self.capacity:
             raise ContextOverflow(
                 "the context is full",
                 got=f"{used} tokens read and {count} more",
                 expected=f"at most {self.capacity}",
-                fix=f"Shorten the input, or load with a larger max_context, at most {self.longest}.",
+                fix=f"Shorten the input, or load with a larger {{max_context}}, at most {self.longest}.",
             )
         self._make_room(used + count)
-
-
-def rotary_table(manifest: Manifest, name: str, slots: int, dtype: str) -> tuple[tuple[int, int], Bytes]:
-    """Shape [slots, D_rot / 2] and contents of table `name`, "cos" or "sin": a row per slot of the attention caches."""
-    return (slots, len(manifest.rotary.inv_freq)), rotary_rows(manifest, name, 0, slots, dtype)
-
-
-def rotary_rows(manifest: Manifest, name: str, start: int, stop: int, dtype: str) -> Bytes:
-    """Contents of rows `start` to `stop` of table `name`."""
-    rotary = manifest.rotary
-    # fp32 products, as the reference computes them; then cos and sin of exactly those angles.
-    angles = np.arange(start, stop, dtype=np.float32)[:, None] * np.asarray(rotary.inv_freq, np.float32)
-    return encode((np.cos(angles) if name == "cos" else np.sin(angles)) * np.float32(rotary.scaling), dtype)

@@ -1,15 +1,15 @@
 """The draft head beside a decoder: it keeps its own attention cache in step with what the decoder has read, and drafts from there. Like
-decoders, heads exist for graphs with dynamic and with fixed shapes; what is here is the bookkeeping of both.
+decoders, heads exist for graphs with dynamic and with fixed shapes; here is the bookkeeping of both.
 
 Row i of the head pairs token i+1 with the decoder's hidden state of token i. So after n tokens the head can have n-1 rows, and the last
-hidden state waits for the token that follows. Hidden states wait in a log: of a prompt chunk, of a verified draft, or of plain steps
-that nobody drafted after; they are read in one call when somebody drafts or the log is full.
+hidden state waits for the token that follows. Hidden states wait in a log, one per slot: of a prompt chunk, of a verified draft, or of
+plain steps without drafts; they are read in one call when a draft is wanted or the log is full.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,17 +18,19 @@ from qwen_export.runtimes.decoding.logit_rows import Row
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 
 WAITING = 256
-"""Plain steps whose hidden states wait, beside those of one prompt chunk: so few calls that a stream without drafts does not notice."""
+"""Plain steps whose hidden states wait, beside those of one prompt chunk: so few calls that a stream without drafts is not slower."""
 
 
 class DraftHead(ABC):
-    """The head of one sequence. `log` [rows,H] is memory for hidden states that wait; `length`: rows that the head's cache holds of the
-    text that the decoder has read."""
+    """`log` [slots,rows,H] is memory for hidden states that wait."""
 
     def __init__(self, decoder: Decoder, log: Buffer) -> None:
         self._reader, self._log = decoder, log
-        self.length = 0
-        self._base = 0
+        slots, self._log_rows = log.shape[:2]
+        self._row_bytes = log.row_bytes // self._log_rows
+        self.lengths = [0] * slots
+        """Rows that the head's cache holds of the text that the decoder has read, by slot."""
+        self._bases = [0] * slots
         """The position whose hidden state is the log's first row; the last row is that of the last token read."""
         self.binding_s = 0.0
         """Seconds spent on bindings, and on recording them."""
@@ -38,69 +40,76 @@ class DraftHead(ABC):
     def busy_s(self) -> float:
         """Seconds that the backend has worked for this head."""
 
-    # ---- what the decoder tells ----
+    # ---- what the decoder reports ----
 
-    def reserve(self, count: int) -> None:
+    def reserve(self, slot: int, count: int) -> None:
         """Make room for the hidden states of `count` more tokens."""
-        if self._known() - self._base + count > self._log.shape[0]:
-            self.catch_up()
-            keep = max(0, self._known() - 1)
-            waiting = self._known() - keep
-            if keep > self._base:
-                row = self._log.row_bytes
-                self._log.copy_from(self._log, 0, (keep - self._base) * row, waiting * row)
-            self._base = keep
+        known, base = self._known(slot), self._bases[slot]
+        if known - base + count <= self._log_rows:
+            return
+        self.catch_up(slot)
+        keep = max(0, known - 1)
+        if keep > base:
+            at, row = self._at(slot, 0), self._row_bytes
+            self._log.copy_from(self._log, at, at + (keep - base) * row, (known - keep) * row)
+        self._bases[slot] = keep
 
-    def append(self, hidden: Buffer, count: int) -> None:
-        """The decoder has read `count` tokens, of which `hidden` [.., H] has the states."""
-        row = self._log.row_bytes
-        self._log.copy_from(hidden, (self._known() - count - self._base) * row, 0, count * row)
+    def append(self, slot: int, hidden: Buffer, place: int, count: int) -> None:
+        """The decoder has read `count` tokens in `slot`, of which `hidden` [.., H] has the states as those of sequence `place`."""
+        row = self._row_bytes
+        self._log.copy_from(hidden, self._at(slot, self._known(slot) - count - self._bases[slot]), place * count * row, count * row)
 
-    def cut(self) -> None:
-        """The decoder has forgotten tokens that it verified just now."""
-        self.length = min(self.length, max(0, self._known() - 1))
+    def cut(self, slot: int) -> None:
+        self.lengths[slot] = min(self.lengths[slot], max(0, self._known(slot) - 1))
 
-    def save(self) -> Bytes:
+    def save(self, slot: int) -> Bytes:
         """Bring the cache up to date and return the state that waits for its token, empty at the start."""
-        self.catch_up()
-        known, row = self._known(), self._log.row_bytes
-        return self._log.read((known - 1 - self._base) * row, row) if known else np.zeros(0, np.uint8)
+        self.catch_up(slot)
+        known = self._known(slot)
+        return self._log.read(self._at(slot, known - 1 - self._bases[slot]), self._row_bytes) if known else np.zeros(0, np.uint8)
 
-    def load(self, waiting: Bytes) -> None:
-        """The decoder went back to where `save` was called."""
-        self._base = self.length = max(0, self._known() - 1)
-        self._log.write(waiting)
+    def load(self, slot: int, waiting: Bytes) -> None:
+        self._bases[slot] = self.lengths[slot] = max(0, self._known(slot) - 1)
+        self._log.write(waiting, self._at(slot, 0))
 
     # ---- reading and drafting ----
 
-    def catch_up(self) -> None:
+    def catch_up(self, slot: int) -> None:
         """Read every row whose token is known."""
-        while self.length < self._known() - 1:
-            self._read(self._reader.tokens_from(self.length + 1)[: self._reader.chunk], rows=0)
+        tokens = self._reader.sequences[slot].tokens
+        while self.lengths[slot] < len(tokens) - 1:
+            start = self.lengths[slot] + 1
+            self._read(slot, tokens[start : start + self._reader.chunk], rows=0)
 
-    def first(self, token: int) -> Row:
-        """The draft after `token`, which follows the text read: logits of draft_vocab tokens, valid until the next call."""
-        if self.behind > self._reader.widest_verify:
-            self.catch_up()
-        return self._read([*self._reader.tokens_from(self.length + 1), token], rows=1)
-
-    @abstractmethod
-    def following(self, token: int, depth: int) -> Row:
-        """The draft after the draft `token`, the `depth`-th of its round (1 is the first)."""
-
-    @property
-    def behind(self) -> int:
-        """Rows that a draft would have to read: one, what a round accepted, or what plain steps have left."""
-        return self._known() - self.length
-
-    def _read(self, tokens: Sequence[int], rows: int) -> Row:
-        made = self._read_rows(tokens, self.length - self._base, rows)
-        self.length += len(tokens)
+    def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
+        """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
+        made = {}
+        for slot, token in tokens.items():
+            if self.behind(slot) > self._reader.widest_verify:
+                self.catch_up(slot)
+            made[slot] = self._read(slot, [*self._reader.sequences[slot].tokens[self.lengths[slot] + 1 :], token], rows=1)
         return made
 
     @abstractmethod
-    def _read_rows(self, tokens: Sequence[int], first: int, rows: int) -> Row:
-        """Rows `length`.. from these tokens and the log's states `first`..; logits of the last `rows`, 0 or 1."""
+    def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
+        """The draft after a draft, which is the `depth`-th of its round (1 is the first), by slot."""
 
-    def _known(self) -> int:
-        return self._reader.lengths[0]
+    def behind(self, slot: int) -> int:
+        """Rows that a draft would have to read: one, what a round accepted, or what plain steps have left."""
+        return self._known(slot) - self.lengths[slot]
+
+    def _read(self, slot: int, tokens: Sequence[int], rows: int) -> Row:
+        made = self._read_rows(slot, tokens, self._at(slot, self.lengths[slot] - self._bases[slot]), rows)
+        self.lengths[slot] += len(tokens)
+        return made
+
+    @abstractmethod
+    def _read_rows(self, slot: int, tokens: Sequence[int], at: int, rows: int) -> Row:
+        """Rows `lengths[slot]`.. from these tokens and the log's states from byte `at` on; logits of the last `rows`, 0 or 1."""
+
+    def _known(self, slot: int) -> int:
+        return len(self._reader.sequences[slot].tokens)
+
+    def _at(self, slot: int, row: int) -> int:
+        """Where row `row` of a slot is in the log, in bytes."""
+        return (slot * self._log_rows + row) * self._row_bytes

@@ -1,10 +1,8 @@
 """The decoder over one graph with dynamic shapes, which reads prompts, steps and drafts of any size.
 
-All memory that lives from call to call (states, caches, rotary tables, controls) is allocated once and bound by address. Graphs write
-states and caches in place, so a step copies nothing and costs the same whatever the capacity.
-
-A batch has B sequences of their own lengths. Prompts are read one sequence at a time, through bindings that see that sequence's part of
-every buffer: no padding, and a prompt's tokens touch no other sequence. Steps advance all sequences together, one token each.
+All memory that is kept from call to call (states, caches, rotary tables, controls) is allocated once, and calls are bound to it. Graphs
+write states and caches in place, so a step copies nothing and costs the same whatever the capacity. A call sees neighboring slots as one
+piece of memory: no padding, and a call touches no other sequence.
 """
 
 from __future__ import annotations
@@ -15,43 +13,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwen_export.errors import QwenExportError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
-from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot, rotary_rows
+from qwen_export.runtimes.decoding.call_plan import plan_calls
+from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.transaction import Transaction
-from qwen_export.runtimes.memory.buffers import BUFFERS, Buffer, Bytes, CudaBuffer, HostBuffer
+from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
 _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
-# CUDA attention costs by the slots allocated, not by the tokens in them: caches start small there and double.
-_FIRST_SLOTS = 2048
-_SLOT_AXIS = 2
-_TABLE_ROWS = 1024
+# CUDA attention costs by the cache rows allocated, not by the tokens in them: caches start small there and double.
+_FIRST_ROWS = 2048
+_ROW_AXIS = 2
 _LONG_TEXT = 8192
 
 
 class CallShape(NamedTuple):
-    """`b` sequences from row `first` of every buffer, `T` new tokens each, logits of the last `rows`. `repeated`: a step, or a verify,
-    which does not `commit`. `pending`: the set of pending inputs that it reads."""
+    """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens are read for good.
+    `pending`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
 
     b: int
     T: int
     rows: int
     first: int
-    repeated: bool
     commit: bool = True
     pending: int = 0
+    own: bool = False
 
 
 class DynamicDecoder(Decoder):
-    """`batch` sequences over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph, for a
-    single sequence."""
+    """`batch` slots over one loaded graph, each with room for `capacity` tokens. `head_session` is the draft head's graph."""
 
     head: DynamicDraftHead | None
 
@@ -59,72 +60,112 @@ class DynamicDecoder(Decoder):
         self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
-        self.session = session
-        self.chunk = _chunk(session.device, manifest)
-        self.slots = min(self.capacity, _FIRST_SLOTS) if session.device == "cuda" else self.capacity
+        self.session, device = session, session.device
+        self.chunk = _chunk(device.kind, manifest)
+        self.cache_rows = min(self.capacity, _FIRST_ROWS) if device.kind == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
-        kind = BUFFERS[session.device]
-        dims = {"B": batch, "S": self.slots}
+        dims = {"B": batch, "S": self.cache_rows}
         self.states: dict[str, Buffer] = {
-            spec.name: kind(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape))
+            spec.name: device.buffer(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape))
             for spec in session.spec.states
             if not spec.pending
         }
-        for buffer in map(self.states.__getitem__, self._cache_names()):
+        for name in self._growing():
+            buffer = self.states[name]
             if isinstance(buffer, HostBuffer):
-                buffer.prefer_huge_pages(_SLOT_AXIS, _LONG_TEXT)
-        half = len(manifest.rotary.inv_freq)
-        self.tables = {spec.name: kind(spec.dtype, (self.capacity, half)) for spec in session.spec.inputs if spec.name in ("cos", "sin")}
-        self._table_rows = 0
-        self._logits = LogitsMemory(session, max(batch, self.widest_verify))
+                buffer.prefer_huge_pages(_ROW_AXIS, _LONG_TEXT)
+        self.tables = RotaryTables(manifest, session.spec.inputs, session.buffer, self.capacity)
+        self._logits = LogitsMemory(session, batch, max(1, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
-        self._transaction = Transaction(session.spec, kind, batch, max(1, self.widest_verify), self.chunk)
+        self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
-        self._hidden = kind(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self.head = DynamicDraftHead(head_session, self) if head_session is not None and batch == 1 else None
+        self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
+        self.head = DynamicDraftHead(head_session, self, self.tables, self.cache_rows) if head_session is not None else None
 
-    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
-        last = len(ids) - 1 - (len(ids) - 1) % chunk
-        for start in range(0, last, chunk):
-            self._run([ids[start : start + chunk]], sequence, 0)
-        return self._run([ids[last:]], sequence, int(want_logits)).array.reshape(-1)
-
-    def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
+    def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        self._check_room(sequence, len(ids))
-        return self._run([ids], sequence, len(ids)).array
+        [rows] = self.run([Read(slot, ids, logits=len(ids))])
+        return rows.array
 
-    def step_rows(self, tokens: Sequence[int]) -> Rows:
-        for sequence in range(self.batch):
-            self._check_room(sequence, 1)
-        return self._run([[token] for token in tokens], None, 1)
+    def _run(self, reads: Sequence[Read]) -> list[Rows]:
+        calls = plan_calls(reads, self.tables.own)
+        if len(calls) == 1:
+            rows = self._execute([reads[index] for index in calls[0]])
+            return [rows] if len(reads) == 1 else self._parts(calls[0], reads, rows)
+        results: dict[int, Rows] = {}
+        for call in calls:
+            rows = self._execute([reads[index] for index in call])
+            for place, index in enumerate(call):
+                results[index] = rows.part(place * reads[index].logits)
+        return [results[index] for index in range(len(reads))]
 
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
-        if self.batch > 1:
-            raise QwenExportError("drafts are verified in one sequence", got=f"a batch of {self.batch}", fix="Take a decoder per sequence.")
-        return self._run([tokens], sequence, len(tokens), commit=False)
+    def _parts(self, call: Sequence[int], reads: Sequence[Read], rows: Rows) -> list[Rows]:
+        parts: list[Rows] = [rows] * len(reads)
+        for place, index in enumerate(call):
+            parts[index] = rows.part(place * reads[index].logits)
+        return parts
 
-    def _accept(self, count: int, sequence: int) -> None:
-        self._transaction.accepted[sequence] = count
+    def _execute(self, reads: Sequence[Read]) -> Rows:
+        """One call: a read, or reads of one token in neighboring slots."""
+        one, b, T = reads[0], len(reads), len(reads[0].ids)
+        first, slots = one.slot, range(one.slot, one.slot + b)
+        sequences = self.sequences[first : first + b]
+        with Change(sequences):
+            for slot in slots:
+                if self.head is not None:
+                    self.head.reserve(slot, T)
+                if one.positions is not None or self.tables.own(slot):
+                    self.tables.place(slot, self.sequences[slot].length, one.positions, T)
+            pending = self._transaction.gather(slots)
+            shape = CallShape(b, T, one.logits, first, one.commit, pending, self.tables.own(first))
+            call = self._calls.get(shape) or self._bind(shape)
+            rows = self._launch(call, shape, one.ids if b == 1 else [token for read in reads for token in read.ids])
+            if self.observer is not None:
+                self.observer(sequences[0].length, T, call.results)
+            for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
+                sequence.extend(read.ids, read.media, commit=read.commit)
+                if read.commit:
+                    self._transaction.committed(slot)
+                else:
+                    self._transaction.opened(slot, pending, T)
+                if self.head is not None and self._hidden is not None:
+                    self.head.append(slot, self._hidden, place, T)
+        return rows
+
+    def _launch(self, call: BoundCall, shape: CallShape, ids: Sequence[int]) -> Rows:
+        slots = range(shape.first, shape.first + shape.b)
+        return call.run(
+            ids,
+            [self.sequences[slot].length for slot in slots],
+            accepted=[self._transaction.accepted[slot] for slot in slots],
+            commit=[shape.T if shape.commit else 0] * shape.b,
+        )
+
+    def _accept(self, count: int, slot: int) -> None:
+        self._transaction.accepted[slot] = count
 
     def prepare(self, count: int) -> None:
         """As promised; before a verify the draft head also reads what plain steps have left it."""
-        if count > 1 and self.head is not None and self.head.behind > self.widest_verify:
-            self.head.catch_up()
-        if self.batch > 1 or count > max(1, self.widest_verify):
-            return
         if count > 1 and self.head is not None:
-            self.head.prepare()
-        current = self._transaction.current
-        # Verifies read the two sets of pending inputs by turns, steps whichever the last verify has left.
-        for pending in (current, 1 - current) if self.widest_verify else (current,):
-            shape = CallShape(1, count, count, 0, True, count == 1, pending)
+            self.head.prepare_round()
+        if count > max(1, self.widest_verify) or (count > 1 and self.batch > 1):
+            return
+        # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
+        for pending in (0, 1) if self.widest_verify else (0,):
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, self.tables.own(0))
             if shape not in self._calls:
-                self._make_room(min(self.capacity, self.lengths[0] + count))
+                self._make_room(min(self.capacity, max(self.lengths) + count))
                 self._bind(shape)
 
     def warm(self) -> None:
-        super().warm()
+        if self.batch == 1:
+            mark = self.mark()
+            self.prefill([0], want_logits=False)
+            for count in range(1, 1 + (self.widest_verify if self.head is not None else 1)):
+                self.prepare(count)
+            self.rewind(mark)
+        else:
+            self.prepare(1)
         if self.head is not None:
             self.head.prepare(self.widest_verify)
 
@@ -132,150 +173,124 @@ class DynamicDecoder(Decoder):
     def busy_s(self) -> float:
         return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
-    def mark(self, sequence: int = 0) -> Mark:
-        waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)
-        return self._mark(sequence, waiting)
+    # ---- states ----
 
-    def _mark(self, sequence: int, waiting: Bytes) -> Mark:
-        states = {name: self.states[name].read_row(sequence) for name in self._fixed_names()}
-        accepted = self._transaction.accepted[sequence]
-        return Mark(self.tokens(sequence), states, accepted, self._transaction.save(sequence), waiting)
-
-    def _load(self, mark: Mark, sequence: int) -> None:
-        for name in self._fixed_names():
-            buffer = self.states[name]
-            buffer.write_row(sequence, mark.states.get(name, np.zeros(buffer.row_bytes, np.uint8)))
-        self._transaction.load(sequence, mark.accepted, mark.pending)
-
-    def snapshot(self, sequence: int = 0) -> Snapshot:
-        mark, used = self.mark(sequence), len(self._tokens[sequence])
-        return Snapshot(
-            mark, {name: np.ascontiguousarray(self._cache_rows(b, b.read_row(sequence))[:, :used]) for name, b in self._caches().items()}
+    def _mark(self, slot: int, waiting: Bytes) -> Mark:
+        sequence = self.sequences[slot]
+        return Mark(
+            tuple(sequence.tokens),
+            {name: self.states[name].read_row(slot) for name in self._fixed()},
+            self._transaction.accepted[slot],
+            self._transaction.save(slot),
+            waiting,
+            sequence.media,
+            self.tables.positions(slot, sequence.length),
         )
 
-    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None:
-        length = len(snapshot.mark.tokens)
-        for name, buffer in self._caches().items():
-            if name not in snapshot.caches:
-                raise QwenExportError(
-                    "the snapshot was taken without the draft head",
-                    fix="Take it from a decoder that drafts, or restore it into one that does not.",
-                )
-            row = buffer.read_row(sequence)
-            self._cache_rows(buffer, row)[:, :length] = snapshot.caches[name]
-            buffer.write_row(sequence, row)
+    def _load(self, mark: Mark, slot: int) -> None:
+        for name in self._fixed():
+            buffer = self.states[name]
+            buffer.write_row(slot, mark.states.get(name, np.zeros(buffer.row_bytes, np.uint8)))
+        self._transaction.load(slot, mark.accepted, mark.pending)
+        self.tables.restore(slot, mark.positions)
 
-    def _fixed_names(self) -> list[str]:
-        return [spec.name for spec in self.session.spec.states if not spec.grows and not spec.pending]
+    def _save_caches(self, slot: int) -> dict[str, Bytes]:
+        used = self.sequences[slot].length
+        return {name: np.ascontiguousarray(self._rows_of(b, b.read_row(slot))[:, :used]) for name, b in self._caches().items()}
+
+    def _load_caches(self, snapshot: Snapshot, slot: int) -> None:
+        for name, buffer in self._caches().items():
+            row = buffer.read_row(slot)
+            self._rows_of(buffer, row)[:, : len(snapshot.mark.tokens)] = snapshot.caches[name]
+            buffer.write_row(slot, row)
 
     def _cache_names(self) -> list[str]:
+        return list(self._caches())
+
+    def _fixed(self) -> list[str]:
+        return [spec.name for spec in self.session.spec.states if not spec.grows and not spec.pending]
+
+    def _growing(self) -> list[str]:
         return [spec.name for spec in self.session.spec.states if spec.grows]
 
     def _caches(self) -> dict[str, Buffer]:
         """Attention caches by name, the draft head's among them."""
         heads = {f"mtp.{name}": buffer for name, buffer in self.head.caches.items()} if self.head is not None else {}
-        return {name: self.states[name] for name in self._cache_names()} | heads
+        return {name: self.states[name] for name in self._growing()} | heads
 
-    def _cache_rows(self, buffer: Buffer, row: Bytes) -> Bytes:
+    def _rows_of(self, buffer: Buffer, row: Bytes) -> Bytes:
         """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
-        return row.reshape(buffer.shape[1], self.slots, -1)
-
-    def _fill_tables(self, length: int) -> None:
-        """Make the rows of the rotary tables for the first `length` slots, and some that drafts and the next calls will want."""
-        if length <= self._table_rows:
-            return
-        rows = min(self.capacity, length + _TABLE_ROWS)
-        for start in range(self._table_rows, rows, _TABLE_ROWS):
-            stop = min(rows, start + _TABLE_ROWS)
-            for name, table in self.tables.items():
-                table.write(rotary_rows(self.manifest, name, start, stop, table.dtype), start * table.row_bytes)
-        self._table_rows = rows
+        return row.reshape(buffer.shape[1], self.cache_rows, -1)
 
     def _make_room(self, length: int) -> None:
-        """Have rotary tables for `length` tokens, and slots: those are doubled until they fit, which happens on CUDA only, a few times in a
-        long conversation."""
-        self._fill_tables(min(self.capacity, length + self.widest_verify))
-        if length <= self.slots:
+        """Have rotary tables for `length` tokens, and cache rows: those are doubled until they fit, which happens on CUDA only, a few times
+        in a long conversation."""
+        self.tables.fill(min(self.capacity, length + self.widest_verify))
+        if length <= self.cache_rows:
             return
-        slots = self.slots
-        while slots < length:
-            slots *= 2
-        slots = min(slots, self.capacity)
-        for name in self._cache_names():
+        rows = self.cache_rows
+        while rows < length:
+            rows *= 2
+        rows = min(rows, self.capacity)
+        for name in self._growing():
             buffer = self.states[name]
             if not isinstance(buffer, CudaBuffer):
                 raise AssertionError("host caches have their full size from the start")
-            self.states[name] = buffer.grown(_SLOT_AXIS, slots, max(self.lengths))
-        self.slots = slots
+            self.states[name] = buffer.grown(_ROW_AXIS, rows, max(self.lengths))
+        self.cache_rows = rows
         if self.head is not None:
-            self.head.grow(slots)
+            self.head.grow(rows)
         self._calls.clear()
 
-    def _run(self, ids: Sequence[Sequence[int]], sequence: int | None, rows: int, *, commit: bool = True) -> Rows:
-        """One call over `ids` [b,T]: all sequences, or one; logits of the last `rows` tokens of each."""
-        members = range(self.batch) if sequence is None else [sequence]
-        repeated = sequence is None or not commit
-        shape = CallShape(len(members), len(ids[0]), rows, sequence or 0, repeated, commit, self._transaction.current)
-        if self.head is not None:
-            self.head.reserve(shape.T)
-        if shape not in self._calls:
-            self._bind(shape)
-        logits = self._call(shape, ids[0] if len(ids) == 1 else [token for row in ids for token in row])
-        if self.observer is not None:
-            self.observer(len(self._tokens[shape.first]), shape.T, self._calls[shape].results)
-        for row, i in enumerate(members):
-            self._tokens[i].extend(ids[row])
-            self._open[i] = 0
-            if commit:
-                self._transaction.committed(i)
-            else:
-                self._transaction.verified(i, shape.T)
-        if self.head is not None and self._hidden is not None:
-            self.head.append(self._hidden, shape.T)
-        return logits
+    # ---- calls ----
 
-    def _call(self, shape: CallShape, ids: Sequence[int]) -> Rows:
-        members = range(shape.first, shape.first + shape.b)
-        return self._calls[shape].run(
-            ids,
-            [len(self._tokens[i]) for i in members],
-            accepted=[self._transaction.accepted[i] for i in members],
-            commit=[shape.T if shape.commit else 0] * shape.b,
-        )
-
-    def _bind(self, shape: CallShape) -> None:
+    def _bind(self, shape: CallShape) -> BoundCall:
         """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
-        started, busy = time.perf_counter(), self.session.busy_s
-        for old in [s for s in self._calls if not s.repeated and self.chunk != s.T]:
+        started = time.perf_counter()
+        for old in [s for s in self._calls if not self._comes_back(s)]:
             del self._calls[old]
-        # Recording runs the graph several times over: that is done now, and the states are put back.
-        recorded = self._records(shape)
-        marks = [self._mark(i, np.zeros(0, np.uint8)) for i in range(self.batch)] if recorded else []
-        current = self._transaction.current
-        try:
-            self._transaction.current = shape.pending
-            self._calls[shape] = self._bound(shape)
-            if recorded:
-                self._call(shape, [0] * (shape.b * shape.T))
-        finally:
-            self._transaction.current = current
-            for i, mark in enumerate(marks):
-                self._load(mark, i)
-        self.session.busy_s = busy  # counted once, as time spent on bindings
+        with self.session.uncounted():  # counted once, as time spent on bindings
+            call = self._bound(shape)
+            if call.recorded:
+                self._record(call, shape)
+        self._calls[shape] = call
         self._binding_s += time.perf_counter() - started
+        return call
 
-    def _records(self, shape: CallShape) -> bool:
-        return self.session.device == "cuda" and shape.repeated
+    def _comes_back(self, shape: CallShape) -> bool:
+        return not shape.commit or shape.T in (1, self.chunk)
+
+    def _repeats(self, shape: CallShape) -> bool:
+        """Whether a call is worth recording: a verify, or a step of all sequences."""
+        return not shape.commit or (shape.T == 1 and shape.b == self.batch and shape.rows == 1)
+
+    def _record(self, call: BoundCall, shape: CallShape) -> None:
+        """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
+        in them."""
+        slots = range(shape.first, shape.first + shape.b)
+        fixed = [self.states[name] for name in self._fixed()]
+        places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
+        places += [(buffer, slot * buffer.row_bytes, buffer.row_bytes) for slot in slots for buffer in self._transaction.held(slot)]
+        kept = []
+        for buffer, offset, nbytes in places:
+            copy = self.session.buffer("uint8", (nbytes,))
+            copy.copy_from(buffer, 0, offset, nbytes)
+            kept.append((buffer, offset, copy))
+        try:
+            self._launch(call, shape, [0] * (shape.b * shape.T))
+        finally:
+            for buffer, offset, copy in kept:
+                buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
-        states = {name: buffer.row_address(shape.first) for name, buffer in self.states.items()}
-        inputs = states | {name: table.address for name, table in self.tables.items()} | self._transaction.inputs(shape.first)
+        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.cache_rows, "P": self._transaction.width}
+        states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
+        inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.first, commit=shape.commit)
+        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
         if self._hidden is not None:
-            outputs["hidden"] = self._hidden.address
-        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.slots, "P": self._transaction.width}
-        return BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=shape.repeated)
+            outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
+        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=self._repeats(shape))
 
 
 def _chunk(device: str, manifest: Manifest) -> int:

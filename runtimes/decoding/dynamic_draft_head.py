@@ -3,65 +3,103 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
 
-from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
+from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
-from qwen_export.runtimes.memory.buffers import BUFFERS, Buffer, CudaBuffer
+from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
-if TYPE_CHECKING:
-    from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
-
-_SLOT_AXIS = 2
+_ROW_AXIS = 2
 # Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
 _BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
+_Shape = tuple[int, int, int, int, bool]
+"""First slot, sequences, tokens of each, rows of logits of each, own rotary tables."""
+
 
 class DynamicDraftHead(DraftHead):
-    def __init__(self, session: Session, decoder: DynamicDecoder) -> None:
-        self.session, self._decoder = session, decoder
-        kind = BUFFERS[session.device]
+    """`tables` and `cache_rows` are the decoder's."""
+
+    def __init__(self, session: Session, decoder: Decoder, tables: RotaryTables, cache_rows: int) -> None:
+        self.session, self._tables, self._cache_rows = session, tables, cache_rows
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
-        shape = (decoder.chunk + WAITING, int(spec.shape[-1]))
-        super().__init__(decoder, kind(spec.dtype, shape))
-        # What a call reads, what it leaves.
-        self._input, self._output = kind(spec.dtype, shape), kind(spec.dtype, shape)
+        width, rows, slots = int(spec.shape[-1]), decoder.chunk + WAITING, decoder.batch
+        super().__init__(decoder, session.buffer(spec.dtype, (slots, rows, width)))
+        # States that a call reads and leaves: of one sequence's rows, and of drafts that follow drafts, one per slot.
+        self._input, self._output = session.buffer(spec.dtype, (rows, width)), session.buffer(spec.dtype, (rows, width))
+        self._drafts, self._drafts_out = session.buffer(spec.dtype, (slots, width)), session.buffer(spec.dtype, (slots, width))
         self.caches: dict[str, Buffer] = {
-            s.name: kind(s.dtype, tuple(d if isinstance(d, int) else {"B": 1, "S": decoder.slots}[d] for d in s.shape))
+            s.name: session.buffer(s.dtype, tuple(d if isinstance(d, int) else {"B": slots, "S": cache_rows}[d] for d in s.shape))
             for s in session.spec.states
         }
-        self._logits = LogitsMemory(session, 1)
-        self._calls: dict[tuple[int, int], BoundCall] = {}
-        self._blocks = _BLOCKS.get(session.device, ())
+        self._logits = LogitsMemory(session, slots, 1)
+        self._calls: dict[_Shape, BoundCall] = {}
+        self._blocks = _BLOCKS.get(session.device.kind, ())
 
     @property
     def busy_s(self) -> float:
         return self.session.busy_s
 
+    def prepare_round(self) -> None:
+        """Make what the next drafts need: rows that plain steps have left are read, and calls bound."""
+        for slot in range(self._reader.batch):
+            if self.behind(slot) > self._reader.widest_verify:
+                self.catch_up(slot)
+        self.prepare()
+
     def prepare(self, longest: int = 1) -> None:
         """Make what drafts after up to `longest` tokens need. Between drafts; what the calls leave is not read."""
         for T in range(1, longest + 1):
-            if (T, 1) not in self._calls:
-                self._bind(T, 1)
+            shape = (0, 1, T, 1, self._tables.own(0))
+            if shape not in self._calls:
+                self._bind(shape)
 
-    def grow(self, slots: int) -> None:
+    def grow(self, cache_rows: int) -> None:
         for name, buffer in self.caches.items():
             if not isinstance(buffer, CudaBuffer):
                 raise AssertionError("host caches have their full size from the start")
-            self.caches[name] = buffer.grown(_SLOT_AXIS, slots, self.length)
+            self.caches[name] = buffer.grown(_ROW_AXIS, cache_rows, max(self.lengths))
+        self._cache_rows = cache_rows
         self._calls.clear()
 
-    def following(self, token: int, depth: int) -> Row:
-        return self._run([token], self.length + depth - 1, rows=1)
+    def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
+        """As promised; neighboring slots share a call."""
+        made: dict[int, Row] = {}
+        slots = sorted(tokens)
+        while slots:
+            b = next((n for n in range(1, len(slots)) if slots[n] != slots[0] + n or self._alone(slots[n])), len(slots))
+            b = 1 if self._alone(slots[0]) else b
+            group, slots = slots[:b], slots[b:]
+            shape = (group[0], b, 1, 1, self._tables.own(group[0]))
+            call = self._calls.get(shape) or self._bind(shape)
+            rows = call.run([tokens[slot] for slot in group], [self.lengths[slot] + depth - 1 for slot in group])
+            self._keep(group[0], b, self._drafts_out, group[0] * self._row_bytes)
+            made |= {slot: rows[place] for place, slot in enumerate(group)}
+        return made
 
-    def _read_rows(self, tokens: Sequence[int], first: int, rows: int) -> Row:
-        row, made, start = self._log.row_bytes, Rows.none()[0], 0
+    def _alone(self, slot: int) -> bool:
+        return self._tables.own(slot)
+
+    def _keep(self, slot: int, count: int, source: Buffer, at: int) -> None:
+        """The states of `count` slots from byte `at` of `source` on are what their next drafts read."""
+        self._drafts.copy_from(source, slot * self._row_bytes, at, count * self._row_bytes)
+
+    def _read_rows(self, slot: int, tokens: Sequence[int], at: int, rows: int) -> Row:
+        row, made, start = self._row_bytes, Rows.none()[0], 0
         for size in self._parts(len(tokens), rows):
-            self._input.copy_from(self._log, 0, (first + start) * row, size * row)
-            made = self._run(tokens[start : start + size], self.length + start, rows)
+            shape = (slot, 1, size, rows, self._tables.own(slot))
+            one = size == 1 and rows > 0
+            target, place = (self._drafts, slot * row) if one else (self._input, 0)
+            target.copy_from(self._log, place, at + start * row, size * row)
+            call = self._calls.get(shape) or self._bind(shape)
+            made = call.run(tokens[start : start + size], [self.lengths[slot] + start])[0]
+            if rows:
+                self._keep(slot, 1, *((self._drafts_out, slot * row) if one else (self._output, (size - 1) * row)))
             start += size
         return made
 
@@ -74,32 +112,25 @@ class DynamicDraftHead(DraftHead):
         if count:
             yield count
 
-    def _run(self, ids: Sequence[int], position: int, rows: int) -> Row:
-        """One call over the states in `_input`; its last own state becomes the input of a following draft."""
-        T = len(ids)
-        call = self._calls.get((T, rows)) or self._bind(T, rows)
-        made = call.run(ids, [position])
-        if rows:
-            self._input.copy_from(self._output, 0, (T - 1) * self._output.row_bytes, self._output.row_bytes)
-        return made[0]
-
-    def _bind(self, T: int, rows: int) -> BoundCall:
+    def _bind(self, shape: _Shape) -> BoundCall:
         """Calls that draft come again: after one token, or after what a round accepted. So do blocks; other calls have odd sizes."""
-        started, busy = time.perf_counter(), self.session.busy_s
-        caches = {name: buffer.address for name, buffer in self.caches.items()}
-        inputs = {
-            **caches,
-            **{name: table.address for name, table in self._decoder.tables.items()},
-            "hidden": self._input.address,
-        }
-        outputs = {state.after: caches[state.name] for state in self.session.spec.states} | {"hidden_out": self._output.address}
-        dims = {"B": 1, "T": T, "N": rows, "S": self._decoder.slots}
-        call = BoundCall(self.session, dims, inputs, outputs, self._logits, repeated=rows > 0 or T in self._blocks)
-        if rows or T in self._blocks:
-            self._calls[T, rows] = call
-        if call.recorded:
-            # Recording runs the graph; what it writes, the real run behind it writes again.
-            call.run([0] * T, [self.length])
-        self.session.busy_s = busy  # counted once, as time spent on bindings
+        first, b, T, rows, _ = shape
+        started = time.perf_counter()
+        with self.session.uncounted():  # counted once, as time spent on bindings
+            caches = {name: buffer.rows(first, b) for name, buffer in self.caches.items()}
+            width = self._input.shape[-1]
+            one = T == 1 and rows > 0
+            hidden, out = (buffer.rows(first, b) for buffer in (self._drafts, self._drafts_out)) if one else (self._input, self._output)
+            inputs = caches | self._tables.of(first) | {"hidden": hidden.part(hidden.dtype, (b, T, width))}
+            outputs = {state.after: caches[state.name] for state in self.session.spec.states}
+            outputs["hidden_out"] = out.part(out.dtype, (b, T, width))
+            dims = {"B": b, "T": T, "N": rows, "S": self._cache_rows}
+            comes_back = rows > 0 or T in self._blocks
+            call = BoundCall(self.session, dims, first, inputs, outputs, self._logits, repeated=comes_back)
+            if call.recorded:
+                # Recording runs the graph; what it writes, the real run behind it writes again.
+                call.run([0] * (b * T), self.lengths[first : first + b])
+        if comes_back:
+            self._calls[shape] = call
         self.binding_s += time.perf_counter() - started
         return call

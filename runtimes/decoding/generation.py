@@ -6,17 +6,23 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
+
+Finish = Literal["", "stop", "length", "cancelled", "superseded", "abandoned", "overflow", "error"]
+"""Why an answer ended: at a stop token or stop string; after max_new_tokens; by `cancel()`; because the same model began another answer;
+because its iterator was closed; because the context is full (ContextOverflow is raised); because something else was raised."""
 
 
 @dataclass
 class SpeculationStatistics:
-    """What drafting came to. A round is one decoder call; times in seconds, draft and verify those of the backend alone."""
+    """The results of drafting. A round is one decoder call; times in seconds, draft and verify those of the backend alone."""
 
     rounds: int = 0
     tokens: int = 0
@@ -50,17 +56,15 @@ class SpeculationStatistics:
 
 @dataclass
 class Statistics:
-    """What one answer cost. Times in seconds from the request."""
+    """The cost of one answer. Times in seconds from the request."""
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    read_tokens: int = 0
-    """Tokens of the prompt that are in the decoder so far; grows while the prompt is read."""
     new_tokens: int = 0
     first_token_s: float = 0.0
     total_s: float = 0.0
-    finish: str = ""
-    """Why it ended: "stop", "length" or "cancelled"; "" while it runs."""
+    finish: Finish = ""
+    """Why it ended; "" while it runs."""
     speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
@@ -77,7 +81,8 @@ class Statistics:
 
 @dataclass
 class Request:
-    """A prompt as token ids, and when to stop. `mark_at`: tokens of the prompt that the next turn's prompt will begin with."""
+    """A prompt, and when to stop. `media` are its pictures and videos. `mark_at`: tokens of the prompt that the next turn's prompt will
+    begin with. `progress` is called while the prompt is read, with the tokens read so far and all of them."""
 
     ids: Sequence[int]
     sampler: Sampler
@@ -85,43 +90,68 @@ class Request:
     max_new_tokens: int | None = None
     mark_at: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    media: tuple[Media, ...] = ()
+    progress: Callable[[int, int], None] | None = None
+
+    def go_on(self, read: int) -> bool:
+        """Between two parts of the prompt: whether to read the next one."""
+        if self.progress is not None:
+            self.progress(read, len(self.ids))
+        return not self.cancelled.is_set()
 
 
 class Round(NamedTuple):
-    """Tokens that a round produced. After a verify the decoder has read all of them but the last, else none of them."""
+    """Tokens that a round produced. When they come from a verify the decoder has read all of them but the last, else none."""
 
     tokens: list[int]
     verified: bool = False
 
 
 NextRound = Callable[[int], Round]
-"""The round behind a token, which the decoder has not read yet."""
-Rounds = Callable[[Decoder, Request, Statistics, TokenHistory], NextRound]
+"""The round behind a token, which the decoder has not read yet. When it raises, the decoder still has not read it, or the sequence is not
+settled."""
+Rounds = Callable[[PrefixReuse, Request, Statistics, TokenHistory], NextRound]
 
 
-def plain_rounds(decoder: Decoder, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
+def plain_rounds(reuse: PrefixReuse, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
     """One token after the other."""
+    decoder, slot = reuse.decoder, reuse.slot
 
     def following(token: int) -> Round:
+        [rows] = decoder.run([Read(slot, (token,))])
         history.push(token)
-        return Round([request.sampler.sample(decoder.step_rows([token])[0], history)])
+        return Round([request.sampler.sample(rows[0], history)])
 
     return following
 
 
 def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = plain_rounds) -> Generator[int, None, None]:
-    """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens; raises
-    ContextOverflow when the context is full before that."""
+    """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens or two
+    parts of the prompt; raises ContextOverflow when the context is full before that. `statistics.finish` says which."""
+    try:
+        yield from _tokens(reuse, request, statistics, rounds)
+    except ContextOverflow:
+        statistics.finish = "overflow"
+        raise
+    except GeneratorExit:
+        statistics.finish = statistics.finish or "abandoned"
+        raise
+    except BaseException:
+        statistics.finish = "error"
+        raise
+
+
+def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds) -> Generator[int, None, None]:
     started = time.perf_counter()
     statistics.prompt_tokens = len(request.ids)
-    decoder, history = reuse.decoder, TokenHistory(request.ids)
-
-    def counted(count: int) -> None:
-        statistics.read_tokens = count
-
-    logits, statistics.reused_tokens = reuse.read(request.ids, request.mark_at, counted)
-    following = rounds(decoder, request, statistics, history)
-    made, emitted = Round([request.sampler.sample(logits, history)]), 0
+    history = TokenHistory(request.ids)
+    read = reuse.read(Prompt(tuple(request.ids), request.media), request.mark_at, request.go_on)
+    statistics.reused_tokens = read.reused
+    if read.rows is None:
+        statistics.finish = "cancelled"
+        return
+    following = rounds(reuse, request, statistics, history)
+    made, emitted = Round([request.sampler.sample(read.rows[0], history)]), 0
     try:
         while True:
             statistics.total_s = time.perf_counter() - started
@@ -138,8 +168,9 @@ def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, round
                     statistics.finish = "cancelled"
                 if statistics.finish:
                     return
-            made = following(made.tokens[-1])
+            last, made = made.tokens[-1], Round([])
+            made = following(last)
     finally:
-        # Whoever stops inside a round finds the decoder where plain decoding leaves it: the last token given out is not read yet.
+        # An answer that ends inside a round leaves the decoder where plain decoding does: the last token given out is not read yet.
         if made.verified:
-            decoder.accept(emitted + 1)
+            reuse.decoder.accept(emitted + 1, reuse.slot)

@@ -1,15 +1,16 @@
-"""What a call says of the next token: logits of the last rows of the call, which stay on the device until somebody asks, and the largest of
-each row, which the graph has picked. Choosing a token needs no more than those almost always."""
+"""The results of a call: rows of logits, which stay on the device until they are read, and the largest of each row, which the graph has
+picked. Choosing a token almost always needs no more than those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.runtimes.memory.buffers import Buffer, HostBuffer
+from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 Floats = npt.NDArray[np.float32]
 
@@ -32,8 +33,8 @@ class Rows:
     """Logits of N rows, valid until the next call. `array` is read once, when first asked for."""
 
     def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
-        """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those where they can be seen
-        without a copy."""
+        """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those, where the host has
+        them without a copy."""
         self._read, self._read_top, self._width = array, top, width
         self._array: Floats | None = None
         self._top = known
@@ -62,8 +63,34 @@ class Rows:
             self._top = self._read_top()
         return self._top.cut(row * self._width, (row + 1) * self._width)
 
+    def part(self, start: int) -> Rows:
+        """The rows from `start` on."""
+        return self if not start else _Part(self, start)
+
     def __getitem__(self, row: int) -> Row:
         return Row(self, row)
+
+
+class _Part(Rows):
+    """Rows of another one, from `start` on."""
+
+    def __init__(self, whole: Rows, start: int) -> None:
+        super().__init__(lambda: whole.array[start:])
+        self._whole, self._start = whole, start
+
+    def top(self, row: int) -> Top | None:
+        return self._whole.top(self._start + row)
+
+
+class JoinedRows(Rows):
+    """The first row of each of several results."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        super().__init__(lambda: np.stack([part.array[0] for part in parts]))
+        self._parts = parts
+
+    def top(self, row: int) -> Top | None:
+        return self._parts[row].top(0)
 
 
 class Row:

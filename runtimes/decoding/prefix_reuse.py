@@ -1,62 +1,69 @@
-"""Reading only what is new of a prompt: a conversation's past is in the decoder already."""
+"""Reading only what is new of a prompt: the decoder has read the past of a conversation already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
-from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder, Mark
+from qwen_export.runtimes.decoding.logit_rows import Rows
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.sequence import Prompt
 
 _MARKS = 8
 
+Continue = Callable[[int], bool]
+"""Called between two reads of a prompt with the tokens read so far; False ends the reading, which the next prompt resumes."""
+
+
+class Reading(NamedTuple):
+    """What reading a prompt came to. `rows` has the last token's logits, None when the reading was ended before."""
+
+    rows: Rows | None
+    reused: int
+
 
 class PrefixReuse:
-    """Keeps one sequence of a decoder in step with a growing conversation.
+    """Keeps one slot of a decoder in step with a growing conversation.
 
     A recurrent state cannot be cut back to any position, only to where it was marked. Marks are set at the ends of turns, before the
-    model's answer: chat templates rewrite past answers (they drop the reasoning), but not what came before them."""
+    model's answer: chat templates rewrite past answers (they drop the reasoning), but not what came before them. Prompts are compared by
+    token ids and by the digests of their media."""
 
-    def __init__(self, decoder: Decoder, sequence: int = 0) -> None:
-        self.decoder, self._sequence = decoder, sequence
+    def __init__(self, decoder: Decoder, slot: int = 0) -> None:
+        self.decoder, self.slot = decoder, slot
         self._marks: list[Mark] = []
 
-    def read(
-        self, ids: Sequence[int], mark_at: int | None = None, progress: Callable[[int], None] = lambda count: None
-    ) -> tuple[Logits, int]:
-        """Bring the sequence to `ids`, setting a mark after `mark_at` of them. Returns the last token's logits and how many tokens did not
-        have to be read. `progress` gets the number of tokens that are in the decoder."""
-        self._go_back(ids)
-        reused = len(self.decoder.tokens(self._sequence))
-        if mark_at is not None and reused < mark_at < len(ids):
-            self._read(ids, reused, mark_at, progress, want_logits=False)
-            self._marks = [*self._marks[1 - _MARKS :], self.decoder.mark(self._sequence)]
-            return self._read(ids, mark_at, len(ids), progress), reused
-        return self._read(ids, reused, len(ids), progress), reused
+    def read(self, prompt: Prompt, mark_at: int | None = None, go_on: Continue = lambda read: True) -> Reading:
+        """Bring the sequence to `prompt`, setting a mark after `mark_at` of its tokens. `reused` tokens did not have to be read."""
+        self._go_back(prompt)
+        reused = position = self.decoder.sequences[self.slot].length
+        cuts = [len(prompt.ids)]
+        if mark_at is not None and reused < mark_at < len(prompt.ids):
+            cuts.insert(0, mark_at)
+        self.decoder.require_room(self.slot, len(prompt.ids) - reused)
+        rows: Rows | None = None
+        for cut in cuts:
+            for start, stop, logits in self.decoder.parts(cut - position, self.slot, want_logits=cut == len(prompt.ids)):
+                if not go_on(position + start):
+                    return Reading(None, reused)
+                media = tuple(m for m in prompt.media if position + start < m.start + m.count <= position + stop)
+                [rows] = self.decoder.run([Read(self.slot, prompt.ids[position + start : position + stop], logits=logits, media=media)])
+            position = cut
+            if cut == mark_at:
+                self._marks = [*self._marks[1 - _MARKS :], self.decoder.mark(self.slot)]
+        return Reading(rows, reused)
 
-    def _read(self, ids: Sequence[int], start: int, stop: int, progress: Callable[[int], None], *, want_logits: bool = True) -> Logits:
-        """Read `ids[start:stop]` chunk by chunk, as `prefill` does for itself. What does not fit is refused before the first chunk."""
-        chunk, sequence = self.decoder.chunk, self._sequence
-        if len(ids) > self.decoder.capacity or stop - start <= chunk:
-            logits = self.decoder.prefill(ids[start:stop], sequence, want_logits=want_logits)
-            progress(stop)
-            return logits
-        last = stop - 1 - (stop - 1 - start) % chunk
-        for begin in range(start, last, chunk):
-            self.decoder.prefill(ids[begin : begin + chunk], sequence, want_logits=False)
-            progress(begin + chunk)
-        logits = self.decoder.prefill(ids[last:stop], sequence, want_logits=want_logits)
-        progress(stop)
-        return logits
-
-    def _go_back(self, ids: Sequence[int]) -> None:
-        """The furthest point that `ids` goes through and continues beyond."""
-        wanted = tuple(ids)
-        have = self.decoder.tokens(self._sequence)
-        if len(have) < len(wanted) and wanted[: len(have)] == have:
+    def _go_back(self, wanted: Prompt) -> None:
+        """The furthest point that `wanted` goes through and continues beyond."""
+        sequence = self.decoder.sequences[self.slot]
+        have = sequence.prompt()
+        if sequence.settled and len(have.ids) < len(wanted.ids) and wanted.begins_with(have):
             return
-        self._marks = [m for m in self._marks if m.tokens == have[: len(m.tokens)]]
-        fitting = [m for m in self._marks if len(m.tokens) < len(wanted) and wanted[: len(m.tokens)] == m.tokens]
-        best = max(fitting, key=lambda m: len(m.tokens), default=None)
+        self._marks = [mark for mark in self._marks if have.begins_with(mark.prompt)]
+        fitting = [mark for mark in self._marks if len(mark.tokens) < len(wanted.ids) and wanted.begins_with(mark.prompt)]
+        best = max(fitting, key=lambda mark: len(mark.tokens), default=None)
         if best is None:
-            self.decoder.reset(self._sequence)
+            self.decoder.reset(self.slot)
         else:
-            self.decoder.rewind(best, self._sequence)
+            self.decoder.rewind(best, self.slot)

@@ -1,8 +1,8 @@
 """The decoder over graphs of fixed shapes (`static_graphs.py` lists them).
 
-A call with fewer real tokens is padded; `commit` tells the graph how many are real, and the others leave no trace. Only `verify` takes
-tokens in that the call before left open: after a verify, the next call goes through it, whatever its size. A batch is several sequences
-with buffers of their own, advanced one after the other.
+A call with fewer real tokens is padded; `commit` tells the graph how many are real, and the others leave no trace. Only `verify` takes in
+tokens that the call before left open: after a verify, the next call goes through it, whatever its size. Slots have memory of their own and
+take turns.
 """
 
 from __future__ import annotations
@@ -11,32 +11,27 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Session
+from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
 from qwen_export.runtimes.decoding.logit_rows import Rows
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.static_draft_head import StaticDraftHead
-from qwen_export.runtimes.decoding.static_graphs import (
-    DECODER_GRAPHS,
-    HEAD_GRAPHS,
-    PROMPT,
-    STEP,
-    VERIFY,
-    StaticGraph,
-    StaticStates,
-    rotary_tables,
-)
+from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, HEAD_GRAPHS, PROMPT, STEP, VERIFY, StaticGraph, StaticStates
+from qwen_export.runtimes.memory.buffers import Bytes
 
 _HEAD = "mtp."
 
 
 class StaticDecoder(Decoder):
-    """`batch` sequences over the graphs of a bundle, by name in `sessions`, each with room for `capacity` tokens. With `drafts` a draft
-    head keeps up with a single sequence, where its graphs are among them."""
+    """`batch` slots over the graphs of a bundle, by name in `sessions`, each with room for `capacity` tokens. With `drafts` a draft head
+    keeps up with them, where its graphs are among those."""
 
-    limit = ("what the bundle was built for", "Lower --max-context, or build with a larger one.")
-    no_verify = ("the bundle was built for steps of one token", "Build it again with a larger --step-tokens.")
+    limit = ("what the bundle was built for", "Lower {max_context}, or build with a larger one.")
+    no_verify = ("the bundle was built for steps of one token", "Build it again with a larger {step_tokens}.")
     head: StaticDraftHead | None
 
     def __init__(
@@ -46,65 +41,112 @@ class StaticDecoder(Decoder):
         self._graphs = {name: StaticGraph(sessions[name]) for name in DECODER_GRAPHS if name in sessions}
         self.chunk = self._graphs[PROMPT].T
         self.widest_verify = self._graphs[VERIFY].T if VERIFY in self._graphs else 0
-        tables = rotary_tables(manifest, sessions[PROMPT])
-        self._states = [StaticStates(self._graphs, tables) for _ in range(batch)]
+        prompt = sessions[PROMPT]
+        rows = next(int(spec.shape[0]) for spec in prompt.spec.inputs if spec.name == "cos")
+        self.tables = RotaryTables(manifest, prompt.spec.inputs, prompt.buffer, rows)
+        self.tables.fill(rows)
+        self._states = [StaticStates(self._graphs) for _ in range(batch)]
         self._accepted = [0] * batch
         head = {name: sessions[name] for name in HEAD_GRAPHS if name in sessions}
-        self.head = StaticDraftHead(head, self, tables) if drafts and head and batch == 1 else None
+        self.head = StaticDraftHead(head, self, self.tables) if drafts and head else None
 
-    def _prefill(self, ids: Sequence[int], sequence: int, chunk: int, want_logits: bool) -> Logits:
-        if len(ids) <= max(1, self.widest_verify):
-            rows, last = self._read(sequence, self._for(sequence, len(ids)), ids), len(ids) - 1
-        else:
-            start, last = 0, len(ids) - 1
-            if self._accepted[sequence]:
-                start = min(self.widest_verify, last)
-                self._read(sequence, VERIFY, ids[:start])
-            while start < last:
-                part = ids[start : min(start + chunk, last)]
-                self._read(sequence, PROMPT, part)
-                start += len(part)
-            rows, last = self._read(sequence, STEP, ids[last:]), 0
-        return rows.array[last] if want_logits else np.empty(0, np.float32)
+    def parts(self, count: int, slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> list[tuple[int, int, int]]:
+        """As promised. The prompt graph has no logits: the last token is read by a step, unless a verify can read all."""
+        parts = super().parts(count, slot, chunk, want_logits=want_logits)
+        start, stop, logits = parts[-1]
+        if logits and stop - start > max(1, self.widest_verify):
+            parts[-1:] = [(start, stop - 1, 0), (stop - 1, stop, 1)]
+        return parts
 
-    def read(self, ids: Sequence[int], sequence: int = 0) -> Logits:
+    def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read tokens; returns the logits of all of them, f32[T,V]. The prompt graph has no logits: it reads what comes before each token
-        anew, and a step reads the token. For measuring, not for reading prompts."""
-        self._check_room(sequence, len(ids))
+        again, and a step reads the token. For measuring, not for reading prompts."""
+        self.parts(len(ids), slot)
         rows = []
         for start in range(0, len(ids), self.chunk):
-            part, mark = ids[start : start + self.chunk], self.mark(sequence)
+            part, mark = ids[start : start + self.chunk], self.mark(slot)
             for row, token in enumerate(part):
-                self.rewind(mark, sequence)
+                self.rewind(mark, slot)
                 if row:
-                    self._read(sequence, PROMPT, part[:row])
-                rows.append(self._read(sequence, STEP, [token]).array[0].copy())
+                    self.run([Read(slot, part[:row], logits=0)])
+                rows.append(self.run([Read(slot, [token])])[0].array[0].copy())
         return np.stack(rows)
 
-    def step_rows(self, tokens: Sequence[int]) -> Rows:
-        for sequence in range(self.batch):
-            self._check_room(sequence, 1)
-        if self.batch == 1:
-            return self._read(0, self._for(0, 1), tokens)
-        # The sequences share the buffer of the logits.
-        return Rows.of(np.stack([self._read(i, self._for(i, 1), [token]).array[0].copy() for i, token in enumerate(tokens)]))
+    def _check(self, reads: Sequence[Read]) -> None:
+        super()._check(reads)
+        for read in reads:
+            if read.commit and read.logits and len(read.ids) > max(1, self.widest_verify):
+                raise ParameterError(
+                    "the graphs of this bundle have no logits for so many tokens",
+                    parameter="logits",
+                    got=f"{read.logits} rows of {len(read.ids)} tokens",
+                    expected=f"logits of reads of at most {max(1, self.widest_verify)} tokens",
+                    fix="Read all but the last token without logits first, as prefill() does.",
+                )
 
-    def _verify(self, tokens: Sequence[int], sequence: int) -> Rows:
-        rows = self._read(sequence, VERIFY, tokens, commit=False)
-        self._accepted[sequence] = len(tokens)
-        return rows
+    def _run(self, reads: Sequence[Read]) -> list[Rows]:
+        if len(reads) == 1:
+            return [self._read(reads[0])]
+        # Calls of a graph share the memory of its logits: the rows are copied.
+        return [Rows.of(self._read(read).array[: read.logits].copy()) for read in reads]
 
-    def _accept(self, count: int, sequence: int) -> None:
-        self._accepted[sequence] = count
+    def _read(self, read: Read) -> Rows:
+        """The rows of a read: its last `logits` tokens."""
+        slot, count = read.slot, len(read.ids)
+        sequence = self.sequences[slot]
+        with Change([sequence]):
+            start = 0
+            if count > max(1, self.widest_verify) and self._accepted[slot]:  # the prompt graph takes no open tokens in
+                start = self.widest_verify
+                self._call(slot, VERIFY, read, 0, start)
+            while start < count:
+                name = self._graph_for(slot, count - start, committed_prompt=read.commit and not read.logits)
+                stop = min(count, start + self._graphs[name].T)
+                rows = self._call(slot, name, read, start, stop)
+                start = stop
+        return rows.part(count - read.logits) if read.logits else Rows.none()
+
+    def _graph_for(self, slot: int, count: int, *, committed_prompt: bool) -> str:
+        """The graph that reads the next of `count` tokens."""
+        if count == 1 and not self._accepted[slot]:
+            return STEP
+        if committed_prompt and count > self.widest_verify and not self._accepted[slot]:
+            return PROMPT
+        return VERIFY if self.widest_verify else PROMPT
+
+    def _call(self, slot: int, name: str, read: Read, start: int, stop: int) -> Rows:
+        """One call, with tokens `start` .. `stop - 1` of a read: logits of those and of what pads them, none from the prompt graph, valid
+        until the graph's next call."""
+        graph, sequence, ids, count = self._graphs[name], self.sequences[slot], read.ids[start:stop], stop - start
+        if self.head is not None:
+            self.head.reserve(slot, count)
+        if read.positions is not None or self.tables.own(slot):
+            self.tables.place(slot, sequence.length, read.positions[start:stop] if read.positions is not None else None, count)
+        # The accepted tokens of the last verify are in the sequence and in the caches; pending for the recurrent states only.
+        graph.set(
+            input_ids=graph.padded(ids),
+            length=[sequence.length],
+            accepted=[self._accepted[slot]],
+            commit=[count if read.commit else 0],
+        )
+        self._states[slot].run(name, self.tables.of(slot))
+        if self.observer is not None:
+            self.observer(sequence.length, count, graph.results)
+        sequence.extend(ids, read.media if stop == len(read.ids) else (), commit=read.commit)
+        self._accepted[slot] = 0 if read.commit else count
+        if self.head is not None:
+            self.head.append(slot, graph.results["hidden"], 0, count)
+        return graph.logits()
+
+    def _accept(self, count: int, slot: int) -> None:
+        self._accepted[slot] = count
 
     def prepare(self, count: int) -> None:
         """As promised; before a verify the draft head reads what plain steps have left it."""
         if count > 1 and self.head is not None:
-            if self.head.behind > self.widest_verify:
-                self.head.catch_up()
-            self.head.prepare()
+            self.head.prepare_round()
         if self.batch == 1 and count <= max(1, self.widest_verify):
-            self._prepare(self._for(0, count))
+            self._prepare(STEP if count == 1 and not self._accepted[0] else VERIFY)
 
     def warm(self) -> None:
         """As promised, for the graphs of all calls."""
@@ -117,8 +159,8 @@ class StaticDecoder(Decoder):
         """Calls of a graph, all of whose tokens are padding."""
         graph, states = self._graphs[name], self._states[0]
         if every or not states.prepared(name):
-            graph.set(input_ids=graph.padded([]), length=[len(self._tokens[0])], accepted=[0], commit=[0])
-            states.prepare(name, every=every)
+            graph.set(input_ids=graph.padded([]), length=[self.sequences[0].length], accepted=[0], commit=[0])
+            states.prepare(name, self.tables.of(0), every=every)
 
     @property
     def busy_s(self) -> float:
@@ -128,57 +170,49 @@ class StaticDecoder(Decoder):
     def binding_s(self) -> float:
         return sum(graph.session.binding_s for graph in self._graphs.values()) + (self.head.prepared_s if self.head is not None else 0.0)
 
-    def mark(self, sequence: int = 0) -> Mark:
-        if self._accepted[sequence]:  # into the state: a call without tokens of its own
-            self._read(sequence, VERIFY, [])
-        waiting = self.head.save() if self.head is not None else np.zeros(0, np.uint8)
-        states = self._states[sequence]
-        return Mark(self.tokens(sequence), {name: states.now(name).read() for name in states.fixed}, waiting=waiting)
+    # ---- states ----
 
-    def _load(self, mark: Mark, sequence: int) -> None:
-        states = self._states[sequence]
+    def mark(self, slot: int = 0) -> Mark:
+        sequence = self._sequence(slot)
+        sequence.require_settled(slot)
+        if self._accepted[slot]:  # into the state: a call without tokens of its own
+            with Change([sequence]):
+                self._call(slot, VERIFY, Read(slot, (), logits=0), 0, 0)
+        return super().mark(slot)
+
+    def _mark(self, slot: int, waiting: Bytes) -> Mark:
+        states, sequence = self._states[slot], self.sequences[slot]
+        return Mark(
+            tuple(sequence.tokens),
+            {name: states.now(name).read() for name in states.fixed},
+            waiting=waiting,
+            media=sequence.media,
+            positions=self.tables.positions(slot, sequence.length),
+        )
+
+    def _load(self, mark: Mark, slot: int) -> None:
+        states = self._states[slot]
         for name in states.fixed:
             buffer = states.now(name)
             buffer.write(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8)))
-        self._accepted[sequence] = 0
+        self._accepted[slot] = 0
+        self.tables.restore(slot, mark.positions)
 
-    def snapshot(self, sequence: int = 0) -> Snapshot:
-        mark, used = self.mark(sequence), len(self._tokens[sequence])
-        return Snapshot(mark, {name: states.used_rows(cache, used) for name, (states, cache) in self._caches(sequence).items()})
+    def _save_caches(self, slot: int) -> dict[str, Bytes]:
+        used = self.sequences[slot].length
+        return {name: states.used_rows(cache, used) for name, (states, cache) in self._caches(slot).items()}
 
-    def _load_caches(self, snapshot: Snapshot, sequence: int) -> None:
-        for name, (states, cache) in self._caches(sequence).items():
-            if name not in snapshot.caches:
-                raise QwenExportError(
-                    "the snapshot was taken without the draft head",
-                    fix="Take it from a decoder that drafts, or restore it into one that does not.",
-                )
+    def _load_caches(self, snapshot: Snapshot, slot: int) -> None:
+        for name, (states, cache) in self._caches(slot).items():
             states.set_rows(cache, snapshot.caches[name])
 
-    def _caches(self, sequence: int) -> dict[str, tuple[StaticStates, str]]:
+    def _cache_names(self) -> list[str]:
+        return list(self._caches(0))
+
+    def _caches(self, slot: int) -> dict[str, tuple[StaticStates, str]]:
         """Where each attention cache is, the draft head's among them."""
-        states = self._states[sequence]
-        heads = {f"{_HEAD}{name}": (self.head.states, name) for name in self.head.states.caches} if self.head is not None else {}
-        return {name: (states, name) for name in states.caches} | heads
-
-    def _for(self, sequence: int, count: int) -> str:
-        """The graph for a few tokens."""
-        return STEP if count == 1 and not self._accepted[sequence] else VERIFY
-
-    def _read(self, sequence: int, name: str, ids: Sequence[int], *, commit: bool = True) -> Rows:
-        """One call: logits of the tokens and of what pads them, none from the prompt graph, valid until the graph's next call."""
-        graph, tokens = self._graphs[name], self._tokens[sequence]
+        places = {name: (self._states[slot], name) for name in self._states[slot].caches}
         if self.head is not None:
-            self.head.reserve(len(ids))
-        # The accepted tokens of the last verify are in `tokens` and in the caches; pending for the recurrent states only.
-        graph.set(
-            input_ids=graph.padded(ids), length=[len(tokens)], accepted=[self._accepted[sequence]], commit=[len(ids) if commit else 0]
-        )
-        self._states[sequence].run(name)
-        if self.observer is not None:
-            self.observer(len(tokens), len(ids), graph.results)
-        tokens.extend(ids)
-        self._accepted[sequence] = self._open[sequence] = 0
-        if self.head is not None:
-            self.head.append(graph.results["hidden"], len(ids))
-        return graph.logits()
+            states = self.head.states[slot]
+            places |= {f"{_HEAD}{name}": (states, name) for name in states.caches}
+        return places

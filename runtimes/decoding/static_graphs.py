@@ -16,16 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.manifest import READ_AGAIN, Manifest
-from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import Call, Session
-from qwen_export.runtimes.decoding.decoder import rotary_table
+from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
+from qwen_export.runtimes.decoding.rotary import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
 
 STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"
 HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT = "mtp", "mtp_verify", "mtp_prefill"
 DECODER_GRAPHS, HEAD_GRAPHS = (STEP, VERIFY, PROMPT), (HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT)
-
-TABLES = ("cos", "sin")
 
 
 def is_static(manifest: Manifest) -> bool:
@@ -62,19 +60,23 @@ class StaticGraph:
         return self._logits.rows() if self._logits is not None else Rows.none()
 
 
+_Key = tuple[str, tuple[int, ...], int]
+"""A graph, which buffer of each of its states is current, and the identity of the rotary tables."""
+
+
 class StaticStates:
     """States and caches of one sequence. Those that some graph does not write in place have two buffers, which change places after a
     call."""
 
-    def __init__(self, graphs: Mapping[str, StaticGraph], tables: Mapping[str, Buffer]) -> None:
-        self._graphs, self._tables = graphs, tables
+    def __init__(self, graphs: Mapping[str, StaticGraph]) -> None:
+        self._graphs = graphs
         buffer = next(iter(graphs.values())).session.buffer
         specs = {state.name: state for graph in graphs.values() for state in graph.spec.states}
         copied = {state.name for graph in graphs.values() for state in graph.spec.states if not state.in_place}
         self._buffers = {name: [buffer(spec.dtype, fixed(spec.shape)) for _ in range(1 + (name in copied))] for name, spec in specs.items()}
         self._current = dict.fromkeys(specs, 0)
-        self._calls: dict[tuple[str, tuple[int, ...]], Call] = {}
-        self._prepared: set[tuple[str, tuple[int, ...]]] = set()
+        self._calls: dict[_Key, Call] = {}
+        self._prepared: set[_Key] = set()
         self.caches = [name for name, spec in specs.items() if spec.grows]
         # Pending tensors need no remembering: they count only between a verify and the call after it.
         self.fixed = [name for name, spec in specs.items() if not spec.grows and not spec.pending]
@@ -82,13 +84,13 @@ class StaticStates:
     def now(self, name: str) -> Buffer:
         return self._buffers[name][self._current[name]]
 
-    def run(self, name: str) -> None:
-        """One call of a graph on what is current; what it leaves is current then."""
+    def run(self, name: str, tables: Mapping[str, Buffer]) -> None:
+        """One call of a graph on what is current; what it leaves is current then. `tables`: cos and sin of the sequence."""
         graph = self._graphs[name]
-        self._call(graph, self._key(graph, name)).run()
+        self._call(graph, self._key(graph, name, tables), tables).run()
         self._turn(state.name for state in graph.spec.states if not state.in_place)
 
-    def prepare(self, name: str, *, every: bool = False) -> None:
+    def prepare(self, name: str, tables: Mapping[str, Buffer], *, every: bool = False) -> None:
         """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
         also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
         caches have nothing yet; then what is current stays."""
@@ -97,32 +99,32 @@ class StaticStates:
         pending = [state.name for state in turning if state.pending]
         fixed = [state.name for state in turning if not state.pending]
         for turned in ([], [*fixed, *pending], *([fixed, pending] if every else [])):
-            self._prepare(graph, name, turned)
+            self._prepare(graph, name, turned, tables)
 
     def prepared(self, name: str) -> bool:
         """Whether the next call of a graph was prepared."""
-        return self._key(self._graphs[name], name) in self._prepared
+        return any(key[:2] == self._key(self._graphs[name], name, {})[:2] for key in self._prepared)
 
-    def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str]) -> None:
+    def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str], tables: Mapping[str, Buffer]) -> None:
         """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
         pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
         self._turn(turned)
-        key = self._key(graph, name)
+        key = self._key(graph, name, tables)
         if key not in self._prepared:
             for now, other in pairs:
                 other.copy_from(now, 0, 0, now.nbytes)
-            self._call(graph, key).prepare()
+            self._call(graph, key, tables).prepare()
             self._prepared.add(key)
             for now, other in pairs:
                 now.copy_from(other, 0, 0, now.nbytes)
         self._turn(turned)
 
-    def _key(self, graph: StaticGraph, name: str) -> tuple[str, tuple[int, ...]]:
-        return name, tuple(self._current[state.name] for state in graph.spec.states)
+    def _key(self, graph: StaticGraph, name: str, tables: Mapping[str, Buffer]) -> _Key:
+        return name, tuple(self._current[state.name] for state in graph.spec.states), id(tables)
 
-    def _call(self, graph: StaticGraph, key: tuple[str, tuple[int, ...]]) -> Call:
+    def _call(self, graph: StaticGraph, key: _Key, tables: Mapping[str, Buffer]) -> Call:
         if key not in self._calls:
-            self._calls[key] = self._bind(graph)
+            self._calls[key] = self._bind(graph, tables)
         return self._calls[key]
 
     def _turn(self, names: Iterable[str]) -> None:
@@ -130,9 +132,9 @@ class StaticStates:
         for name in names:
             self._current[name] = 1 - self._current[name]
 
-    def _bind(self, graph: StaticGraph) -> Call:
+    def _bind(self, graph: StaticGraph, tables: Mapping[str, Buffer]) -> Call:
         call, states = graph.session.call(repeated=False), {state.after: state for state in graph.spec.states}
-        inputs = {**self._tables, **graph.controls}
+        inputs = {**tables, **graph.controls}
         inputs |= {state.name + also: self.now(state.name) for state in graph.spec.states for also in ("", READ_AGAIN)}
         for tensor in graph.spec.inputs:
             call.bind_input(tensor.name, inputs[tensor.name])
@@ -159,17 +161,6 @@ class StaticStates:
         buffer = self.now(name)
         heads, slots = buffer.shape[1:3]
         return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
-
-
-def rotary_tables(manifest: Manifest, session: Session) -> dict[str, Buffer]:
-    """cos and sin for all slots of the graphs."""
-    tables = {}
-    for spec in session.spec.inputs:
-        if spec.name in TABLES:
-            shape, contents = rotary_table(manifest, spec.name, int(spec.shape[0]), spec.dtype)
-            tables[spec.name] = session.buffer(spec.dtype, shape)
-            tables[spec.name].write(contents)
-    return tables
 
 
 def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:

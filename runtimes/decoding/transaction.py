@@ -1,61 +1,94 @@
-"""Tokens whose fate is open: the raw inputs that a speculative call leaves for the next one.
+"""Open tokens: the raw inputs that a verify leaves for the next call.
 
-A verify call commits nothing. It hands its inputs of the recurrent layers on as *pending*, and the next call, told how many of them were
-accepted, takes these into the states first. Rolling back is saying a smaller number; nothing is copied and nothing is read twice.
+A verify commits nothing. It leaves its inputs of the recurrent layers *pending*, and the next call, given how many of them were accepted,
+takes these into the states first. Rolling back means giving a smaller number; nothing is copied and nothing is read twice.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from math import prod
 
 from qwen_export.manifest import GraphSpec, StateSpec
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.device import Device
 
 
 class Transaction:
-    """Pending inputs of one decoder: two sets of buffers with room for `width` tokens per sequence, one read by a call while it fills the
-    other, and a place for the inputs of calls that commit, which nobody reads."""
+    """Pending inputs of all slots, with room for `width` tokens each.
 
-    def __init__(self, spec: GraphSpec, kind: type[Buffer], batch: int, width: int, longest: int) -> None:
+    There are two sets of them: a call reads one while it fills the other. Which one a sequence's pending inputs are in is known per slot.
+    Inputs of calls that commit go to a place that no call reads; `longest` is the number of tokens of the longest such call.
+    """
+
+    def __init__(self, spec: GraphSpec, device: Device, slots: int, width: int, longest: int) -> None:
         self.specs = [state for state in spec.states if state.pending]
         self.width = width
-        dims = {"B": batch, "P": width}
-        shapes = {s.name: tuple(d if isinstance(d, int) else dims[d] for d in s.shape) for s in self.specs}
-        self._sets = tuple({s.name: kind(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
+        shapes = {s.name: _sizes(s, {"B": slots, "P": width}) for s in self.specs}
+        self._sets = tuple({s.name: device.buffer(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
         largest: dict[str, StateSpec] = {}
         for s in self.specs:
             largest[_key(s)] = max(largest.get(_key(s), s), s, key=lambda spec: prod(shapes[spec.name]))
-        self._unread = {key: kind(s.dtype, (prod(shapes[s.name][2:]) * max(longest, batch),)) for key, s in largest.items()}
-        self.current = 0
-        self.accepted = [0] * batch
+        self._unread = {key: device.buffer(s.dtype, (prod(shapes[s.name][2:]) * max(longest, slots),)) for key, s in largest.items()}
+        self._set_of = [0] * slots
+        self.accepted = [0] * slots
 
-    def inputs(self, sequence: int) -> dict[str, int]:
-        """Addresses of what a call takes in."""
-        return {name: buffer.row_address(sequence) for name, buffer in self._sets[self.current].items()}
+    def inputs(self, which: int, first: int, count: int) -> dict[str, Buffer]:
+        """What a call of `count` slots reads: set `which`."""
+        return {name: buffer.rows(first, count) for name, buffer in self._sets[which].items()}
 
-    def outputs(self, sequence: int, *, commit: bool) -> dict[str, int]:
-        """Addresses of where a call leaves its inputs. In a call that commits the layers write to one place, one after the other."""
-        other = self._sets[1 - self.current]
-        return {s.after: self._unread[_key(s)].address if commit else other[s.name].row_address(sequence) for s in self.specs}
+    def outputs(self, which: int, first: int, dims: Mapping[str, int], *, commit: bool) -> dict[str, Buffer]:
+        """Where a call that reads set `which` leaves its inputs, by name of the output: in the other set; in a call that commits all
+        layers write to one place, one after the other. An open call is of one sequence."""
+        made = {}
+        for s in self.specs:
+            shape = _sizes(s, {**dims, "P": dims["T"]})
+            if commit:
+                made[s.after] = self._unread[_key(s)].part(s.dtype, shape)
+            else:
+                buffer = self._sets[1 - which][s.name]
+                made[s.after] = buffer.part(s.dtype, shape, first * buffer.row_bytes)
+        return made
 
-    def verified(self, sequence: int, count: int) -> None:
-        """A call has left `count` tokens open."""
-        self.current = 1 - self.current
-        self.accepted[sequence] = count
+    def gather(self, slots: Iterable[int]) -> int:
+        """Bring what is pending in these slots into one set, and return which."""
+        pending = [slot for slot in slots if self.accepted[slot]]
+        if not pending:
+            return 0
+        which = self._set_of[pending[0]]
+        for slot in pending[1:]:
+            if self._set_of[slot] != which:
+                for name, target in self._sets[which].items():
+                    target.copy_from(self._sets[1 - which][name], slot * target.row_bytes, slot * target.row_bytes, target.row_bytes)
+                self._set_of[slot] = which
+        return which
 
-    def committed(self, sequence: int) -> None:
+    def opened(self, slot: int, which: int, count: int) -> None:
+        """A call that read set `which` has left `count` tokens open."""
+        self._set_of[slot] = 1 - which
+        self.accepted[slot] = count
+
+    def committed(self, slot: int) -> None:
         """A call has taken in what was accepted, and left nothing."""
-        self.accepted[sequence] = 0
+        self.accepted[slot] = 0
 
-    def save(self, sequence: int) -> dict[str, Bytes]:
-        """What is open, empty when nothing is."""
-        return {name: b.read_row(sequence) for name, b in self._sets[self.current].items()} if self.accepted[sequence] else {}
+    def save(self, slot: int) -> dict[str, Bytes]:
+        """What is pending, empty when nothing is."""
+        return {name: b.read_row(slot) for name, b in self._sets[self._set_of[slot]].items()} if self.accepted[slot] else {}
 
-    def load(self, sequence: int, accepted: int, saved: dict[str, Bytes]) -> None:
-        self.accepted[sequence] = accepted
+    def load(self, slot: int, accepted: int, saved: Mapping[str, Bytes]) -> None:
         for name, data in saved.items():
-            if name in self._sets[self.current]:
-                self._sets[self.current][name].write_row(sequence, data)
+            if name in self._sets[self._set_of[slot]]:
+                self._sets[self._set_of[slot]][name].write_row(slot, data)
+        self.accepted[slot] = accepted
+
+    def held(self, slot: int) -> list[Buffer]:
+        """The set that has what is pending in a slot; empty when nothing is."""
+        return list(self._sets[self._set_of[slot]].values()) if self.accepted[slot] else []
+
+
+def _sizes(state: StateSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(d if isinstance(d, int) else dims[d] for d in state.shape)
 
 
 def _key(state: StateSpec) -> str:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 
-from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import NextRound, Request, Round, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.speculation.acceptance import Acceptance, acceptance_for
@@ -32,16 +32,17 @@ class Speculator:
         """As `generation.generate`: the same tokens when sampling is greedy, the same distribution when not, in fewer calls."""
         return generate(reuse, request, statistics, self._rounds)
 
-    def _rounds(self, decoder: Decoder, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
+    def _rounds(self, reuse: PrefixReuse, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
         acceptance = self._acceptance(request.sampler)
-        return lambda token: self._round(decoder, token, request, acceptance, statistics, history)
+        self._drafter.begin()
+        return lambda token: self._round(reuse, token, request, acceptance, statistics, history)
 
     def _round(
-        self, decoder: Decoder, x: int, request: Request, acceptance: Acceptance, statistics: Statistics, history: TokenHistory
+        self, reuse: PrefixReuse, x: int, request: Request, acceptance: Acceptance, statistics: Statistics, history: TokenHistory
     ) -> Round:
-        sampler, numbers = request.sampler, statistics.speculation
+        decoder, slot, sampler, numbers = reuse.decoder, reuse.slot, request.sampler, statistics.speculation
         entered, entry_busy, entry_binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
-        limit = decoder.capacity - decoder.lengths[0] - 1
+        limit = decoder.capacity - decoder.sequences[slot].length - 1
         if request.max_new_tokens is not None:
             limit = min(limit, request.max_new_tokens - statistics.new_tokens - 1)
         history.push(x)
@@ -50,17 +51,23 @@ class Speculator:
         began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
         drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
         draft_busy = decoder.busy_s
-        rows = decoder.verify_rows([x, *(d.token for d in drafts)]) if drafts else decoder.step_rows([x])
+        read = Read(slot, (x, *(d.token for d in drafts)), commit=not drafts, logits=1 + len(drafts))
+        [rows] = decoder.run([read])
         verify_busy = decoder.busy_s
         tokens: list[int] = []
-        for row, draft in enumerate((*drafts, None)):
-            tokens.append(acceptance.token(sampler.distribution(rows[row], history), draft, len(tokens)))
-            if draft is None or tokens[-1] != draft.token:
-                break
-            history.push(draft.token)
+        try:
+            for row, draft in enumerate((*drafts, None)):
+                tokens.append(acceptance.token(sampler.distribution(rows[row], history), draft, len(tokens)))
+                if draft is None or tokens[-1] != draft.token:
+                    break
+                history.push(draft.token)
+        except BaseException:
+            if drafts:  # as before the round: x is not read
+                decoder.accept(0, slot)
+            raise
         acceptance.advance(len(tokens))
         if drafts:
-            decoder.accept(len(tokens))  # x and the drafts that were kept
+            decoder.accept(len(tokens), slot)  # x and the drafts that were kept
         # Without the bindings made for the first draft, or verify, of its kind.
         self._policy.observe(len(drafts), len(tokens) - 1, time.perf_counter() - began - (decoder.binding_s - binding))
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)

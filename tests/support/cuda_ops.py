@@ -11,7 +11,8 @@ import numpy.typing as npt
 from onnx import helper
 
 from qwen_export.plugins.native import native_library as library
-from qwen_export.runtimes.memory.buffers import ELEMENTS, CudaBuffer, as_bytes, decode, encode
+from qwen_export.runtimes.memory.buffers import ELEMENTS, as_bytes, decode, encode
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 Array = npt.NDArray[Any]
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from functools import cache, cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwen_export.errors import BundleError
+from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
-from qwen_export.runtimes.memory.buffers import BUFFERS, ELEMENTS, Buffer, DmlBuffer
+from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
+from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.memory.directml_buffer import DmlBuffer
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 
-# A step on CUDA is some 400 small kernels: recorded once as a CUDA graph, they are launched as one. Calls opt in, see `Call.run`.
-_CUDA = ("CUDAExecutionProvider", {"enable_cuda_graph": "1"})
-_PROVIDERS: dict[str, list[Any]] = {"cpu": ["CPUExecutionProvider"], "cuda": [_CUDA, "CPUExecutionProvider"]}
+# Options of the execution provider, by kind of device; its number is added. A step on CUDA is some 400 small kernels: recorded once as a
+# CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`.
+_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1"}, "dml": {}}
 _NO_GRAPH = "-1"
 _FIXES = {
     "cpu": "Reinstall onnxruntime.",
@@ -26,32 +29,32 @@ _FIXES = {
 }
 # Inputs that kernels read on the host, whatever the device.
 HOST_INPUTS = ("total_length",)
+_HOST = Device("cpu")
 
 
-class Session:
-    """One compiled graph, loaded."""
+class OnnxRuntimeSession:
+    """One compiled graph, loaded by ONNX Runtime."""
 
     def __init__(
         self,
         path: Path,
         spec: GraphSpec,
-        device: str,
+        device: Device,
         threads: int | None = None,
         plugins: Sequence[Path] = (),
         *,
         weights: MappedWeights | None = None,
         repack: bool = False,
-        device_id: int = 0,
         folder: Path | None = None,
         later: bool = False,
     ) -> None:
-        """`plugins` are libraries with custom ops of the graph; `repack` and `device_id` as in `runtimes.load`. On the CPU the graph uses
+        """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses
         `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
         too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
         than the graph's. With `later` the graph is loaded before its first call, which most runs may never make."""
         import onnxruntime as ort
 
-        if device == "cuda" and hasattr(ort, "preload_dlls"):
+        if device.kind == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where the system has none
         ort.disable_telemetry_events()  # nothing leaves the machine
         options = ort.SessionOptions()
@@ -61,33 +64,39 @@ class Session:
         # Decoder and draft head take turns, each with threads of its own: those that wait must not keep a core busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
-        if device == "cpu" and not repack:  # the order of the kernels is made in the arena, which has to go with the session then
+        if device.is_host and not repack:  # the order of the kernels is made in the arena, which has to go with the session then
             _share_arena()
             options.add_session_config_entry("session.use_env_allocators", "1")
-        if device != "cuda":  # every length of call would get a plan and a block of memory of its own
+        if device.kind != "cuda":  # every length of call would get a plan and a block of memory of its own
             options.enable_mem_pattern = False
-        if device == "dml":  # takes calls one after the other
+        if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        providers = _providers(ort, device, device_id)
+        providers = _providers(ort, device)
         for plugin in plugins:
             _register(options, plugin)
-        self.spec, self.device, self._device_id = spec, device, device_id
+        self.spec, self.device = spec, device
         self._graphs = 0
         self.busy_s = 0.0
         """Seconds spent in calls so far."""
         self.binding_s = 0.0
         """Seconds that calls of fixed shapes cost once, besides: opening a graph `later`."""
         self._opening = (path, options, providers, weights, repack, folder)
+        self._native: Any = None
+        self._weights: dict[str, Any] = {}
+        self._closed = False
         if not later:
-            self.native = self._open(*self._opening)
+            self._native = self._open(*self._opening)
 
-    @cached_property
+    @property
     def native(self) -> Any:
-        """ONNX Runtime's session."""
-        started = time.perf_counter()
-        native = self._open(*self._opening)
-        self.binding_s += time.perf_counter() - started
-        return native
+        """ONNX Runtime's session; opened now if it was not."""
+        if self._closed:
+            raise QwenExportError("the model is closed", fix="Load the bundle again.")
+        if self._native is None:
+            started = time.perf_counter()
+            self._native = self._open(*self._opening)
+            self.binding_s += time.perf_counter() - started
+        return self._native
 
     def _open(
         self, path: Path, options: Any, providers: list[Any], weights: MappedWeights | None, repack: bool, folder: Path | None
@@ -95,7 +104,7 @@ class Session:
         import onnxruntime as ort
 
         try:
-            if weights is not None and self.device == "cpu" and not repack:
+            if weights is not None and self.device.is_host and not repack:
                 self._weights = _values(ort, self.spec.weights, weights)
                 vectors = {weight.name for weight in self.spec.weights if len(weight.shape) < 2}
                 for name, value in self._weights.items():
@@ -122,51 +131,57 @@ class Session:
                 fix="Run `qwen-export check` on the bundle.",
             ) from error
 
+    @property
+    def records(self) -> bool:
+        return self.device.kind == "cuda"
+
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        """Memory on the session's device."""
-        kind = BUFFERS[self.device]
-        return kind(dtype, shape, self._device_id) if issubclass(kind, DmlBuffer) else kind(dtype, shape)
+        return self.device.buffer(dtype, shape)
 
-    def call(self, *, repeated: bool) -> Call:
-        """Bindings for one shape. A `repeated` call is worth recording as a graph, where the device has such."""
+    def call(self, *, repeated: bool) -> OnnxRuntimeCall:
         self._graphs += repeated
-        return Call(self, str(self._graphs) if repeated else _NO_GRAPH)
+        return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        busy = self.busy_s
+        try:
+            yield
+        finally:
+            self.busy_s = busy
+
+    def close(self) -> None:
+        self._closed, self._native, self._weights = True, None, {}
 
 
-class Call:
-    """A set of bindings that is run again and again: addresses stay, contents change."""
+class OnnxRuntimeCall:
+    """Bindings of one session. `graph`: the number under which CUDA graphs of the call are recorded."""
 
-    def __init__(self, session: Session, graph: str) -> None:
+    def __init__(self, session: OnnxRuntimeSession, graph: str) -> None:
         import onnxruntime as ort
 
         self._session = session
         # None costs 80 us less than options without entries.
-        self._options = ort.RunOptions() if session.device == "cuda" else None
+        self._options = ort.RunOptions() if session.device.kind == "cuda" else None
         if self._options is not None:
             self._options.add_run_config_entry("gpu_graph_id", graph)
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
 
-    def input(self, name: str, shape: tuple[int, ...], address: int) -> None:
-        device = "cpu" if name in HOST_INPUTS else self._session.device
-        self._binding.bind_input(name, device, 0, ELEMENTS[self._inputs[name].dtype][1], shape, address)
-
-    def output(self, name: str, shape: tuple[int, ...], address: int) -> None:
-        self._binding.bind_output(name, self._session.device, 0, ELEMENTS[self._outputs[name].dtype][1], shape, address)
-
     def bind_input(self, name: str, buffer: Buffer) -> None:
-        """The whole of a buffer, wherever it lies."""
         if isinstance(buffer, DmlBuffer):
             self._binding.bind_ortvalue_input(name, buffer.value)
-        else:
-            self.input(name, buffer.shape, buffer.address)
+            return
+        device = _HOST if name in HOST_INPUTS else self._session.device
+        self._binding.bind_input(name, device.kind, device.index, ELEMENTS[self._inputs[name].dtype][1], buffer.shape, buffer.address)
 
     def bind_output(self, name: str, buffer: Buffer) -> None:
         if isinstance(buffer, DmlBuffer):
             self._binding.bind_ortvalue_output(name, buffer.value)
-        else:
-            self.output(name, buffer.shape, buffer.address)
+            return
+        device = self._session.device
+        self._binding.bind_output(name, device.kind, device.index, ELEMENTS[self._outputs[name].dtype][1], buffer.shape, buffer.address)
 
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""
@@ -214,17 +229,17 @@ def _register(options: Any, plugin: Path) -> None:
         ) from error
 
 
-def _providers(ort: Any, device: str, device_id: int) -> list[Any]:
-    name = PROVIDERS[device]
+def _providers(ort: Any, device: Device) -> list[Any]:
+    name = PROVIDERS[device.kind]
     if name not in ort.get_available_providers():
         raise BundleError(
-            f"the bundle is compiled for {device}, and the installed ONNX Runtime has no {name}",
+            f"the bundle is compiled for {device.kind}, and the installed ONNX Runtime has no {name}",
             got=", ".join(ort.get_available_providers()),
-            fix=_FIXES[device],
+            fix=_FIXES[device.kind],
         )
-    if device == "dml":
-        return [(name, {"device_id": str(device_id)}), "CPUExecutionProvider"]
-    return list(_PROVIDERS[device])
+    if device.is_host:
+        return [name]
+    return [(name, {"device_id": str(device.index)} | _OPTIONS[device.kind]), PROVIDERS["cpu"]]
 
 
 def _first_line(error: Exception) -> str:

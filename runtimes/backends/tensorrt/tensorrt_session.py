@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec
@@ -10,6 +12,7 @@ from qwen_export.runtimes.backends.tensorrt.tensorrt_engines import Context, Eng
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
+from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.stream_buffer import StreamBuffer
 
 # What a token is chosen from: a call copies it to the host without being asked. All logits stay where they are until somebody asks.
@@ -19,10 +22,11 @@ _FETCHED = (TOP_LOGITS, TOP_IDS)
 class TensorRTSession:
     """One graph of a bundle. Sessions of one bundle share `engines`."""
 
-    device = "cuda"
+    records = False  # a call's second run is the recording, and runs once
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.device = Device("cuda", engine.engines.stream.device_id)
         self.spec: GraphSpec = engine.spec
         self.busy_s = 0.0
         """Seconds spent in calls so far, without those of `binding_s`."""
@@ -37,6 +41,17 @@ class TensorRTSession:
     def call(self, *, repeated: bool) -> TensorRTCall:
         """Bindings for one set of buffers. `repeated` says nothing here: shapes are fixed, so every call that comes back is recorded."""
         return TensorRTCall(self)
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        busy = self.busy_s
+        try:
+            yield
+        finally:
+            self.busy_s = busy
+
+    def close(self) -> None:
+        """Nothing: engines are released in order, when the last reference to their bundle goes."""
 
 
 class TensorRTCall:

@@ -1,0 +1,61 @@
+"""What a decoder needs of a backend: sessions, and calls with everything bound."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from qwen_export.manifest import GraphSpec
+from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.device import Device
+
+
+class Call(Protocol):
+    """Bindings that run many times: addresses stay, contents change."""
+
+    def bind_input(self, name: str, buffer: Buffer) -> None:
+        """The graph reads an input from the whole of a buffer."""
+
+    def bind_output(self, name: str, buffer: Buffer) -> None:
+        """The graph writes an output to the whole of a buffer."""
+
+    def prepare(self) -> None:
+        """Do now what the first runs do besides running, such as compiling and recording. The call may run once for that: the controls
+        must say that nothing is committed, and that caches are written behind what was read."""
+
+    def run(self) -> None:
+        """Run and wait. Raises BundleError when the backend fails; what the call writes is undefined then."""
+
+
+class Session(Protocol):
+    """One compiled graph, loaded on one device."""
+
+    @property
+    def spec(self) -> GraphSpec: ...
+
+    @property
+    def device(self) -> Device: ...
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds spent in calls so far, without those of `binding_s`."""
+
+    @property
+    def binding_s(self) -> float:
+        """Seconds spent so far on what happens once: opening, compiling, recording."""
+
+    @property
+    def records(self) -> bool:
+        """Whether repeated calls are recorded by their first run, which then runs the graph several times."""
+
+    def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Zeroed memory that calls of this session can be bound to."""
+
+    def call(self, *, repeated: bool) -> Call:
+        """Bindings for one shape. A `repeated` call is worth recording, where the device can."""
+
+    def uncounted(self) -> AbstractContextManager[None]:
+        """Calls in here are not part of `busy_s`."""
+
+    def close(self) -> None:
+        """Release the graph and its memory. No call may follow."""

@@ -1,0 +1,66 @@
+"""What a decoder is asked to read: one `Read` per sequence and call of `Decoder.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen_export.errors import ParameterError
+from qwen_export.runtimes.decoding.sequence import Media
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Tokens for the sequence in `slot`, behind what it has read.
+
+    `ids`: T token ids. `embeddings` f32[T,H]: what stands for the tokens instead of their embedding, where the bundle's graph takes it;
+    `media` says whose they are, with positions in `ids`. With `commit` the tokens are read for good; without, `Decoder.accept` says how
+    many of them stay, and T is at most `Decoder.widest_verify`. `logits`: how many of the last tokens leave a row of logits, 0 to T.
+    `positions` i64[T]: rotary positions, where they are not those of the tokens in the sequence.
+    """
+
+    slot: int
+    ids: Sequence[int]
+    commit: bool = True
+    logits: int = 1
+    embeddings: npt.NDArray[np.float32] | None = None
+    media: tuple[Media, ...] = ()
+    positions: Sequence[int] | None = None
+
+    def check(self, slots: int, vocabulary: int) -> None:
+        """Raises ParameterError for a read that no decoder of so many slots and token ids could do."""
+        T = len(self.ids)
+        if not 0 <= self.slot < slots:
+            raise ParameterError(
+                "the decoder has no such slot",
+                parameter="slot",
+                got=self.slot,
+                expected=f"0 to {slots - 1}",
+                fix="Make the decoder with a larger {batch}.",
+            )
+        if not T:
+            raise ParameterError("there is nothing to read", parameter="ids", got="no tokens", fix="Give at least one token.")
+        if not 0 <= self.logits <= T:
+            raise ParameterError(
+                "more rows of logits are wanted than tokens are read",
+                parameter="logits",
+                got=self.logits,
+                expected=f"0 to {T}",
+                fix="Ask for a row per token at most.",
+            )
+        if min(self.ids) < 0 or max(self.ids) >= vocabulary:
+            wrong = next(token for token in self.ids if not 0 <= token < vocabulary)
+            raise ParameterError(
+                "a token id is not in the vocabulary",
+                parameter="ids",
+                got=wrong,
+                expected=f"0 to {vocabulary - 1}",
+                fix="Encode the text with the tokenizer of the bundle.",
+            )
+        if self.positions is not None and len(self.positions) != T:
+            raise ParameterError(
+                "there is not one position per token", parameter="positions", got=len(self.positions), expected=T, fix="Give one per token."
+            )
