@@ -45,6 +45,18 @@ class _LazyGroup(click.Group):
             return None
         return importlib.import_module(f"qwen_export.commands.{name}").command
 
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError as error:  # click would exit with 1, as if something had failed
+            raise _ReaderGone from error
+
+
+class _ReaderGone(Exception):
+    """The process that reads stdout has ended."""
+
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="qwen-export")
@@ -60,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
     logger.handlers, logger.propagate = [_Notices()], False
     try:
         group.main(arguments, prog_name="qwen-export", standalone_mode=False)
-        sys.stdout.flush()
     except QwenExportError as error:
         _fail(error.text(flag), error.exit_code)
     except ModuleNotFoundError as error:
@@ -79,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
+    except _ReaderGone:
         _drop_output()
         sys.exit(BROKEN_PIPE)
     except MemoryError:

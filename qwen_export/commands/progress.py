@@ -48,7 +48,7 @@ def line_reports(unit: str, write: Callable[[str], None], now: Callable[[], floa
 def _amount(done: int, total: int, unit: str) -> str:
     if unit == "bytes":
         return f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else f"{done / 2**20:.0f} MiB"
-    return f"{done} of {total} {unit}" if total else f"{done} {unit}"
+    return f"{done} of {total} {unit}".rstrip() if total else f"{done} {unit}".rstrip()
 
 
 def _bar(unit: str) -> Any:

@@ -30,7 +30,7 @@ def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool, loadi
         return
     with needed_for("verify"):
         from qwen_export.verification.logit_check import as_lines, dump, verify
-    with progress("tokens") as report:
+    with progress("") as report:
         result = verify(bundle, reference, report=report, **loading)
     click.echo(dump(result) if as_json else "\n".join(as_lines(result)))
     if not result["passed"]:
@@ -46,7 +46,7 @@ def _layers(bundle: Path, reference: Path, as_json: bool, loading: dict[str, Any
         from qwen_export.verification.layer_check import verify_layers
         from qwen_export.verification.logit_check import dump
 
-    with progress("tokens") as report:
+    with progress("") as report:
         result = verify_layers(bundle, reference, report=report, **loading)
     if as_json:
         click.echo(dump(result))

@@ -83,9 +83,9 @@ def verify_layers(
     """Compare layer by layer; the result has `passed`, `first` (the name of the first row over its tolerance, or ""), `tolerance`, `layers`
     and `warnings`. Nothing is written to the bundle.
 
-    Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model, and where the
-    bundle cannot show its layers."""
-    from qwen_export.graphs.models.load_model import load_decoder
+    Needs memory for the bundle and for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model, and
+    where the bundle cannot show its layers."""
+    from qwen_export.verification.streamed_decoder import streamed_decoder
 
     tell = report or (lambda text, done, total: None)
 
@@ -113,7 +113,8 @@ def verify_layers(
         del decoder, session
     say("eager model")
     quantized = manifest.target.precision in QUANTIZED
-    model = load_decoder(source, reference_plan(source, manifest.precision_plan) if quantized else None)
+    plan = reference_plan(source, manifest.precision_plan) if quantized else None
+    model = streamed_decoder(source, plan, lambda layer, count: tell("eager model, layers", layer, count))
     alone = observe(model, ids)
     beside = observe(model, ids, seen.streams())
     activations = manifest.precision_plan["activations"]
