@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from qwen_export.runtimes.text.detokenizer import Detokenizer
 from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter
 from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
+from qwen_export.runtimes.text_check import read_json_file, read_text_file
 
 Speculate = str | int
 
@@ -206,7 +206,7 @@ class Model:
         if CHAT_TEMPLATE not in self.manifest.files:
             raise BundleError("the bundle has no chat template", where=str(self.directory), fix="Give a plain prompt, without --chat.")
         special = {k: v for k, v in self._json(TOKENIZER_CONFIG).items() if k.endswith("_token") and isinstance(v, str)}
-        return ChatTemplate((self.directory / CHAT_TEMPLATE).read_text(encoding="utf-8"), special)
+        return ChatTemplate(read_text_file(self.directory / CHAT_TEMPLATE), special)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -360,8 +360,7 @@ class Model:
     def _json(self, name: str) -> dict[str, Any]:
         if name not in self.manifest.files:
             return {}
-        value = json.loads((self.directory / name).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
+        return read_json_file(self.directory / name)
 
 
 class Generation:

@@ -21,8 +21,8 @@ def check_text(directory: Path, names: Collection[str]) -> str:
     from qwen_export.runtimes.text.stopping import stop_ids
     from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
-    config = _json(directory / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in names else {}
-    generation = _json(directory / GENERATION_CONFIG) if GENERATION_CONFIG in names else {}
+    config = read_json_file(directory / TOKENIZER_CONFIG) if TOKENIZER_CONFIG in names else {}
+    generation = read_json_file(directory / GENERATION_CONFIG) if GENERATION_CONFIG in names else {}
     found, tokenizer = [], None
     if TOKENIZER in names:
         tokenizer = TextTokenizer.from_file(directory / TOKENIZER)
@@ -37,23 +37,25 @@ def check_text(directory: Path, names: Collection[str]) -> str:
         found.append("tokenizer loads")
     if CHAT_TEMPLATE in names:
         special = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
-        rendered = ChatTemplate(_read(directory / CHAT_TEMPLATE), special).render([{"role": "user", "content": _QUESTION}])
+        rendered = ChatTemplate(read_text_file(directory / CHAT_TEMPLATE), special).render([{"role": "user", "content": _QUESTION}])
         if tokenizer is not None:
             tokenizer.encode(rendered)
         found.append("template renders")
     return ", ".join(found) or "none: token ids only"
 
 
-def _read(path: Path) -> str:
+def read_text_file(path: Path) -> str:
+    """A text file of a bundle. Raises BundleError."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError("a text file cannot be read as UTF-8", where=str(path), got=error, fix="Save the file as UTF-8.") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
+    """A JSON object of a bundle. Raises BundleError."""
     try:
-        value = json.loads(_read(path))
+        value = json.loads(read_text_file(path))
     except (ValueError, RecursionError) as error:
         raise BundleError("a file is not valid JSON", where=str(path), got=error, fix="Copy it from the checkpoint again.") from error
     if not isinstance(value, dict):

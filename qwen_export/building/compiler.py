@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from qwen_export.building.build_plan import BuildPlan, plan_build
 from qwen_export.building.engines import for_this_machine, ready_library
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
-from qwen_export.building.text_assets import check_text_assets
+from qwen_export.building.text_assets import check_text_assets, copy_text_assets
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
+from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -48,7 +50,7 @@ def build(
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
-    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" in the place of what config.json says.
+    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
     phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
@@ -78,9 +80,15 @@ def build(
         engine=engine,
     )
     check_text_assets(source.path)
+    with TemporaryDirectory(prefix="qwen-export-text-") as folder:  # as the bundle will have them
+        check_text(Path(folder), copy_text_assets(source.path, Path(folder)))
     if plan.engine is not None:
         if weights == "reference":
-            raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
+            raise UnsupportedError(
+                "bundles with engines have their own weights",
+                got="reference",
+                fix="Leave out {weights}, or build for another {target}.",
+            )
         library = ready_library(plan.target.backend, plan.engine)
         if plan.engine.plugins:
             from qwen_export.plugins.tensorrt.probe_plugins import ensure_taken

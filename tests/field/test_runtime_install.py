@@ -51,9 +51,7 @@ def test_help_and_completion(blocked: Path) -> None:
     for name in COMMANDS:
         assert name in text
         assert "Usage" in command(blocked, name, "--help")
-    assert "--prompt-file" in command(
-        blocked, _QWEN_EXPORT_COMPLETE="bash_complete", COMP_WORDS="qwen-export run --prompt", COMP_CWORD="2"
-    )
+    assert "--prompt-file" in command(blocked, _QWEN_EXPORT_COMPLETE="bash_complete", COMP_WORDS="qwen-export run --prompt", COMP_CWORD="2")
 
 
 def test_what_is_done_with_bundles_works(blocked: Path, tiny_bundle: Path, tmp_path: Path) -> None:
@@ -122,5 +120,7 @@ def test_a_real_environment_with_the_runtime_extras(tiny_bundle: Path, tmp_path:
     report = json.loads(run("check", str(tiny_bundle), "--json"))
     assert report["runnable"]
     assert run("run", str(tiny_bundle), "Licensed", "--max-new-tokens", "2", "--greedy")
-    listed = json.loads(subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True).stdout)
+    listed = json.loads(
+        subprocess.run([python, "-m", "pip", "list", "--format", "json"], check=True, capture_output=True, text=True).stdout
+    )
     assert not {"torch", "onnx", "ml_dtypes", "ml-dtypes", "safetensors"} & {package["name"].lower() for package in listed}

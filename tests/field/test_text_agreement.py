@@ -25,13 +25,19 @@ FAULTS: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_all_commands_refuse_it(fault: str, checkpoint_copy: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_all_commands_refuse_it(
+    fault: str, checkpoint_copy: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     name, content = FAULTS[fault]
     (bundle_copy / name).write_bytes(content)
     size, sha256 = len(content), hashlib.sha256(content).hexdigest()
     edit_manifest(bundle_copy, lambda manifest: manifest["files"].update({name: {"size": size, "sha256": sha256}}))
     question = ["x", "--chat", "--max-new-tokens", "1"]
-    arguments = (["check", str(bundle_copy)], ["verify", str(bundle_copy), "--reference", str(checkpoint_copy)], ["run", str(bundle_copy), *question])
+    arguments = (
+        ["check", str(bundle_copy)],
+        ["verify", str(bundle_copy), "--reference", str(checkpoint_copy)],
+        ["run", str(bundle_copy), *question],
+    )
     for words in arguments:
         with pytest.raises(SystemExit) as stopped:
             main(words)
@@ -56,5 +62,3 @@ def test_check_loads_the_plugin(bundle_copy: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit):
             main(words)
         assert "cannot be loaded on this machine" in capsys.readouterr().err
-
-
