@@ -50,12 +50,19 @@ class _LazyGroup(click.Group):
             result = super().invoke(ctx)
             sys.stdout.flush()
             return result
-        except BrokenPipeError as error:  # click would exit with 1, as if something had failed
+        # click would exit with 1 for the first, and lose the message of the second.
+        except BrokenPipeError as error:
             raise _ReaderGone from error
+        except KeyboardInterrupt as error:
+            raise _Stopped(error.message if isinstance(error, Interrupted) else "") from error
 
 
 class _ReaderGone(Exception):
     """The process that reads stdout has ended."""
+
+
+class _Stopped(Exception):
+    """SIGINT or SIGTERM."""
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,8 +91,8 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except Interrupted as interrupt:
-        click.echo(f"interrupted: {interrupt.message}", err=True)
+    except _Stopped as stopped:
+        click.echo(f"interrupted: {stopped}" if str(stopped) else "interrupted", err=True)
         sys.exit(INTERRUPTED)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
