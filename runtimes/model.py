@@ -318,10 +318,10 @@ class Model:
         running = self._running
         if running is None or running.statistics.finish:
             return
+        running.request.reason = finish
         running.request.cancelled.set()
         with self._turn:
-            if running.statistics.finish in ("", "cancelled"):
-                running.statistics.finish = finish
+            running.statistics.finish = running.statistics.finish or finish
             running.tokens.close()
 
     def warm(self) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qwen_export.errors import ParameterError
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Row
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
@@ -85,6 +86,10 @@ class DraftHead(ABC):
         """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
         made = {}
         for slot, token in tokens.items():
+            if not self._known(slot):
+                raise ParameterError(
+                    "a draft follows a text, and the slot has none", parameter="tokens", got=f"slot {slot}", fix="Read a prompt first."
+                )
             if self.behind(slot) > self._reader.widest_verify:
                 self.catch_up(slot)
             made[slot] = self._read(slot, [*self._reader.sequences[slot].tokens[self.lengths[slot] + 1 :], token], rows=1)

@@ -90,6 +90,8 @@ class Request:
     max_new_tokens: int | None = None
     mark_at: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    reason: Finish = "cancelled"
+    """What `Statistics.finish` becomes when `cancelled` is set."""
     media: tuple[Media, ...] = ()
     progress: Callable[[int, int], None] | None = None
 
@@ -148,7 +150,7 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
     read = reuse.read(Prompt(tuple(request.ids), request.media), request.mark_at, request.go_on)
     statistics.reused_tokens = read.reused
     if read.rows is None:
-        statistics.finish = "cancelled"
+        statistics.finish = request.reason
         return
     following = rounds(reuse, request, statistics, history)
     made, emitted = Round([request.sampler.sample(read.rows[0], history)]), 0
@@ -165,7 +167,7 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
                     statistics.finish = "length"
                 yield token
                 if request.cancelled.is_set():
-                    statistics.finish = "cancelled"
+                    statistics.finish = request.reason
                 if statistics.finish:
                     return
             last, made = made.tokens[-1], Round([])
