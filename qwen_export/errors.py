@@ -84,7 +84,7 @@ class ConfigError(CheckpointError):
 
 
 class UnsupportedError(QwenExportError):
-    """The target cannot do what was asked; raised before any weight is read."""
+    """The target does not have what a build requires; raised before any weight is read."""
 
 
 class BundleError(QwenExportError):

@@ -1,4 +1,4 @@
-"""The targets: what each can do, and the ordered list of passes that lowers a captured graph to it."""
+"""The targets: what each has, and the ordered list of passes that lowers a captured graph to it."""
 
 from __future__ import annotations
 

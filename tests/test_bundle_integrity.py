@@ -203,11 +203,14 @@ def test_no_place_for_the_note_is_no_error(bundle_copy: Path, tmp_path: Path, mo
 
 
 def test_unreadable_file(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(path: Path) -> Any:
-        raise OSError(5, "Input/output error")
+    entry, real = load_manifest(bundle_copy).files["decoder.onnx"], Path.open
 
-    monkeypatch.setattr("qwen_export.manifest._chunks", broken)
-    entry = load_manifest(bundle_copy).files["decoder.onnx"]
+    def broken(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "decoder.onnx":
+            raise OSError(5, "Input/output error")
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(BundleError, match=r"cannot be read.*decoder\.onnx.*Input/output error"):
         check_hash(bundle_copy, "decoder.onnx", entry)
 

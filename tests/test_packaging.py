@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -178,17 +177,11 @@ def test_planning_loads_neither_torch_nor_onnx(name: str) -> None:
     assert not set(in_fresh_python(f"import json, sys; import qwen_export.{name}; {_LOADED}")) & set(HEAVY)
 
 
-def test_inspect_answers_within_a_second(tiny_checkpoint: Path) -> None:
+def test_inspect_loads_little(tiny_checkpoint: Path) -> None:
+    """It answers at once: what it imports is what it takes."""
     code = f"import json, sys; from qwen_export.commands.cli import main; main(sys.argv[1:]); {_LOADED}"
-    times = []
-    for _ in range(3):  # the best of three: the machine may be busy
-        started = time.perf_counter()
-        loaded = in_fresh_python(code, "inspect", str(tiny_checkpoint))
-        times.append(time.perf_counter() - started)
-        if times[-1] < 1:
-            break
-    assert not set(loaded) & set(HEAVY)
-    assert min(times) < 1
+    loaded = set(in_fresh_python(code, "inspect", str(tiny_checkpoint)))
+    assert not loaded & {*HEAVY, "matplotlib", "scipy", "polygraphy", "tokenizers", "jinja2"}
 
 
 def test_the_build_function_is_importable_from_the_package() -> None:

@@ -49,15 +49,16 @@ def build(
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
-    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
-    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" instead of what config.json says.
+    which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
+    `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
-    phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
+    phase.
+
+    With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are what targets with static shapes can be told, `engine` how those with
-    engines compile them. `planned` is called with the plan before
-    the work begins, `report` while it goes on.
+    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `planned` is
+    called with the plan before the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""

@@ -116,7 +116,7 @@ def _write_engines(plan: BuildPlan, models: dict[str, ir.Model], staging: Path, 
 
 
 def _weights_inside(plan: BuildPlan) -> bool:
-    """Whether the bundle needs no file of weights: its engines have them, and nobody will compile them again."""
+    """Whether the bundle needs no file of weights: its engines have them, and they will not be compiled again."""
     return plan.engine is not None and plan.engine.weights == EMBEDDED and not plan.engine.carry_onnx
 
 
@@ -202,7 +202,7 @@ def _engine_spec(plan: BuildPlan, models: dict[str, ir.Model]) -> EngineSpec | N
 def _graph_spec(plan: BuildPlan, name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
-            raise AssertionError("the verifier lets no untyped signature through")
+            raise AssertionError("the verifier refuses untyped signatures")
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
         return TensorSpec(value.name, value.dtype.name.lower(), shape)
 

@@ -59,7 +59,7 @@ def onnx_file(graph: str) -> str:
 
 
 def ready_library(flavour: str, options: EngineOptions) -> Library:
-    """The flavour, if it can do here what the options ask; otherwise an error."""
+    """The flavour, if it can do here what the options require; otherwise an error."""
     library = load_library(flavour)
     check_options(library, options, current_sm())
     if options.plugins:
@@ -106,7 +106,7 @@ def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...],
 
 @contextmanager
 def mapped(places: Mapping[str, tuple[Path, int, int]]) -> Iterator[dict[str, memoryview]]:
-    """Weights where they lie: per name a file, an offset and a length in bytes."""
+    """Weights in place: per name a file, an offset and a length in bytes."""
     maps: dict[Path, mmap.mmap] = {}
     views: dict[str, memoryview] = {}
     try:
@@ -122,7 +122,7 @@ def mapped(places: Mapping[str, tuple[Path, int, int]]) -> Iterator[dict[str, me
 
 
 def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) -> Manifest:
-    """Compile the engines of a bundle anew from the ONNX that it carries: for another GPU, or another version of the library. What
+    """Compile the engines of a bundle again from the ONNX that it carries: for another GPU, or another version of the library. What
     `options` leave at their defaults is as the bundle was built, and how weights reach the engines in any case. Returns the new manifest.
 
     Raises BundleError where the bundle has no ONNX; on any failure the bundle stays as it is."""
@@ -132,7 +132,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         raise BundleError(
             "the bundle cannot be compiled again: it does not carry its graphs",
             where=str(bundle),
-            fix="Build it with --carry-onnx where the checkpoint is.",
+            fix="Build it with {carry_onnx} where the checkpoint is.",
         )
     usual = EngineOptions()
     kept = {name: value for name, value in spec.options.items() if name in _KEPT and getattr(options, name) == getattr(usual, name)}
@@ -158,7 +158,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
 
 
 def weight_places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[str, tuple[Path, int, int]]:
-    """Where the weights of a graph lie, for `mapped`."""
+    """Where the weights of a graph are stored, for `mapped`."""
 
     def place(weight: WeightSpec) -> tuple[Path, int, int]:
         return weights_path(bundle, manifest, weight.file), weight.offset, weight_bytes(weight)

@@ -1,4 +1,4 @@
-"""What a bundle is, from its manifest alone: nothing is hashed, and no backend is asked. Imports neither torch nor onnx."""
+"""What a bundle is, from its manifest alone: nothing is hashed, and no backend is loaded. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 

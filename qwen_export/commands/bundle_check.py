@@ -49,8 +49,8 @@ def check_bundle(
         check_native(bundle, manifest, native or ALLOW)  # the line says what a notice would
         load_plugins(bundle, manifest)
         origin = {name: is_known(manifest.files[name].sha256) for name in manifest.plugins}
-        told = ", ".join(f"{name} loads, {'made' if known else 'not made'} by a build of yours" for name, known in origin.items())
-        yield Finding("native", told, origin)
+        lines = ", ".join(f"{name} loads, {'made' if known else 'not made'} by a build of yours" for name, known in origin.items())
+        yield Finding("native", lines, origin)
     text = check_text(bundle, manifest.files)
     yield Finding("text", text, text)
     yield _memory(bundle, manifest)

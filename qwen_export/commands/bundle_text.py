@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from qwen_export.commands.output import mixers, size
@@ -45,9 +46,14 @@ def bundle_text(report: dict[str, Any]) -> str:
         _line("verified", _verified(report["verification"])),
         "",
         f"Does it run here?              qwen-export check {report['path']}",
-        f"Is it the checkpoint's model?  qwen-export verify {report['path']} --reference CHECKPOINT",
+        f"Is it the checkpoint's model?  qwen-export verify {report['path']} --reference CHECKPOINT" + _where(),
     ]
     return "\n".join(lines)
+
+
+def _where() -> str:
+    """Where `verify` can run, if not here."""
+    return "" if importlib.util.find_spec("torch") else "\n                               (where the extra `export` is installed)"
 
 
 def _line(name: str, text: str) -> str:

@@ -36,7 +36,7 @@ def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool, loadi
     if not result["passed"]:
         failed = [check["name"] for check in result["checks"] if not check["passed"]]
         raise VerifyError(
-            "the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="See where with --per-layer. " + _REPORT
+            "the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="See where with {per_layer}. " + _REPORT
         )
 
 

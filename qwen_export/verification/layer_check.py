@@ -1,9 +1,9 @@
-"""Where a bundle leaves its checkpoint: compiled graph and eager model, layer by layer.
+"""Where a bundle differs from its checkpoint: compiled graph and eager model, layer by layer.
 
 The bundle reads a text through its own runtime, as a prompt, in steps and as drafts, with graphs that also give out what passes between
 their layers. The eager model reads the same text in fp32, each layer starting from the stream that the bundle's layer started from: the
 error of a layer is then its own, and one tolerance serves the first and the last. How far the streams have drifted apart, and how large
-values become, is told besides: fp16 ends at 65504.
+values become, is reported, too: the largest value of fp16 is 65504.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def verify_layers(
 
 
 class _Seen:
-    """What a bundle's graphs said of a text of `count` tokens. Not every graph has every point: a prompt without logits needs no last
+    """What a bundle's graphs gave out for a text of `count` tokens. Not every graph has every point: a prompt without logits needs no last
     layer."""
 
     def __init__(self, widths: Mapping[str, int], count: int) -> None:
@@ -251,11 +251,15 @@ def _short(point: str) -> str:
 
 
 def _warnings(rows: list[LayerResult]) -> list[str]:
-    """A sentence per layer whose values come near the end of fp16, or pass it."""
+    """A message per layer whose values come near the largest of fp16, or pass it."""
     names = {MIXER: "the result of its mixer", PRODUCT: "the product in its MLP"}
     return [
         f"{row.name}: {names.get(row.at, 'the residual stream')} reaches {row.reach:.4g} in fp32, "
-        + (f"{row.fp16_share:.0%} of what fp16 can hold" if row.fp16_share <= 1 else f"and fp16 ends at {FP16_MAX:.0f}: it overflows")
+        + (
+            f"{row.fp16_share:.0%} of what fp16 can hold"
+            if row.fp16_share <= 1
+            else f"and the largest value of fp16 is {FP16_MAX:.0f}: it overflows"
+        )
         for row in rows
         if row.fp16_share is not None and row.reach is not None and row.fp16_share > WARN_SHARE
     ]

@@ -38,7 +38,7 @@ from qwen_export.targets import TARGETS
 # Largest allowed |error| of a logit, in standard deviations of the reference's logits. transformers itself, in fp16 and bf16, is off by
 # 0.05 and 0.34 on the 0.8B shape.
 TOLERANCE = {"fp32": 1.5e-4, "tf32": 0.01, "fp16": 0.08, "bf16": 0.5, "int8": 0.5, "int4": 0.5, "fp8": 0.5}
-# Quantized: the largest error is a matter of luck, so the root mean square decides, in the same unit. "activations": against the same
+# Quantized: the largest error varies from text to text, so the root mean square decides, in the same unit. "activations": against the same
 # rounded weights; else against those of the checkpoint.
 RMS_TOLERANCE = {"activations": 0.1, "int8": 0.15, "int4": 0.85, "fp8": 0.5}
 PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
@@ -153,7 +153,9 @@ def reference_checkpoint(manifest: Manifest, reference: str | Path) -> Checkpoin
     source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
     if source.config.text.to_json() != manifest.model:
         raise VerifyError(
-            "the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint."
+            "the reference is not the checkpoint that the bundle was built from",
+            where=str(reference),
+            fix="Give that checkpoint as {reference}.",
         )
     return source
 
@@ -241,7 +243,7 @@ def _eager(source: Checkpoint, quantization: PrecisionPlan | None, ids: list[int
 
 
 def _no_transformers(source: Checkpoint) -> str:
-    """Why transformers is not asked; "" when it is."""
+    """Why there is no comparison with transformers; "" when there is one."""
     if not importlib.util.find_spec("transformers"):
         return "not installed"
     if source.config.quantization:
