@@ -90,7 +90,7 @@ def test_names_in_the_package_fit_windows(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["aux.txt", "a:b.txt", "dot.", "x" * 120])
 def test_a_name_that_windows_refuses_is_an_error(bundle: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaging_windows, "_files", lambda *_: iter([(f"bundle/{name}", "text")]))
+    monkeypatch.setattr(packaging_windows, "package_files", lambda *_: iter([(f"bundle/{name}", "text")]))
     with pytest.raises(QwenExportError, match="Windows does not take"):
         package_windows(bundle, tmp_path / "a.zip")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets
 from qwen_export.engine_options import EngineOptions
-from qwen_export.errors import UnsupportedError
+from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.runtimes.text_check import check_text
@@ -21,6 +21,8 @@ from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
     from qwen_export.building.emission import Report
+
+_MOST_JOBS = 1024
 
 
 def build(
@@ -62,6 +64,7 @@ def build(
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
+    _check_arguments(weights, jobs, max_memory)
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint, rope_scaling)
@@ -109,3 +112,26 @@ def build(
         files |= {name: hash_file(staging / name) for name in references}
         write_manifest(source, plan, models, files, references, staging)
     return Path(output)
+
+
+def _check_arguments(weights: str, jobs: int | None, max_memory: int | None) -> None:
+    if weights not in ("copy", "reference"):
+        raise ParameterError(
+            "the treatment of weights is not known",
+            parameter="weights",
+            got=repr(weights),
+            expected="'copy' or 'reference'",
+            fix="Choose one of these for {weights}.",
+        )
+    if jobs is not None and not (type(jobs) is int and 1 <= jobs <= _MOST_JOBS):
+        raise ParameterError(
+            "the number of threads is out of range", parameter="jobs", got=jobs, expected=f"1 to {_MOST_JOBS}", fix="Change {jobs}."
+        )
+    if max_memory is not None and not (type(max_memory) is int and max_memory > 0):
+        raise ParameterError(
+            "the memory is not a number of bytes",
+            parameter="max_memory",
+            got=max_memory,
+            expected="a positive integer",
+            fix="Change {max_memory}, or leave it out.",
+        )

@@ -70,7 +70,7 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
     os.close(descriptor)
     try:
         with zipfile.ZipFile(name, "w", allowZip64=True) as archive, tempfile.TemporaryDirectory() as fetched:
-            for inside, source in _files(directory, manifest, Path(fetched) if wheels else None):
+            for inside, source in package_files(directory, manifest, Path(fetched) if wheels else None):
                 _add(archive, f"{folder}/{inside}", source, say)
         os.replace(name, destination)
     except OSError as error:
@@ -92,7 +92,7 @@ def requirements(device: str) -> str:
     return "\n".join([backend if "==" in backend else f"{backend}=={importlib.metadata.version(backend)}", *lines, *_WINDOWS_ONLY]) + "\n"
 
 
-def _files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
+def package_files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
     """Names inside the package with their file, or text."""
     for name in (MANIFEST, DIGEST, SIGNATURE, *manifest.files):
         if (directory / name).exists():

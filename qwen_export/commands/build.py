@@ -118,6 +118,9 @@ def command(
         check_key(sign)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
+    left = output.absolute().parent / f".{output.name}.partial" / "journal"
+    if left.is_file() and left.stat().st_size:
+        notice(f"going on with the finished weights that an interrupted build has left in {left.parent}")
     with progress() as report:
 
         def planned(plan: BuildPlan) -> None:

@@ -24,7 +24,7 @@ from qwen_export.graphs.weights.stored_layout import parameter_weight
 
 Report = Callable[[int, int], None]
 
-_HEAD_ROWS = 16384
+HEAD_ROWS = 16384
 """Rows of the LM head that are in memory at a time."""
 _EMBEDDING_ROWS = 64
 """Rows of the embedding that are read together: formats pack some rows into one panel."""
@@ -107,6 +107,6 @@ class _StreamedHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """f32[B,T,H] -> logits f32[B,T,V]."""
-        starts = range(0, self._rows, _HEAD_ROWS)
-        parts = [(start, min(self._rows, start + _HEAD_ROWS)) for start in starts]
+        starts = range(0, self._rows, HEAD_ROWS)
+        parts = [(start, min(self._rows, start + HEAD_ROWS)) for start in starts]
         return torch.cat([nn.functional.linear(hidden, self._values.read(self._weight, *part)) for part in parts], dim=-1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from qwen_export import build
 from qwen_export.commands.cli import main
 from qwen_export.commands.progress import LINE_EVERY_S, line_reports
 from qwen_export.commands.speed_plot import readable_labels
@@ -258,3 +259,10 @@ def test_an_interrupted_build_says_what_it_keeps(tiny_checkpoint: Path, tmp_path
     assert code == 130 and "Traceback" not in err
     if (tmp_path / ".bundle.partial").exists():
         assert str(tmp_path / ".bundle.partial") in err and "same command goes on" in err and "remove that directory" in err
+
+
+@pytest.mark.parametrize("values", [{"weights": "refer"}, {"jobs": 0}, {"jobs": 10**9}, {"max_memory": float("nan")}, {"max_memory": 0}])
+def test_a_wrong_argument_of_build_is_named(tiny_checkpoint: Path, tmp_path: Path, values: dict[str, Any]) -> None:
+    with pytest.raises(ParameterError) as raised:
+        build(tiny_checkpoint, tmp_path / "bundle", **values)
+    assert raised.value.parameter == next(iter(values)) and not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ def test_streamed_weights_give_the_same_logits(form: str, tmp_path: Path, monkey
     source = open_checkpoint(synthesize(config, tmp_path / "checkpoint"))
     plan = load_plan("int4", None, tied=False, stored=()) if form == "int4" else None
     if form == "blocks":
-        monkeypatch.setattr(streamed, "_HEAD_ROWS", 100)
+        monkeypatch.setattr(streamed, "HEAD_ROWS", 100)
     whole = EagerSequence(load_decoder(source, plan), 16).read(IDS)
     np.testing.assert_allclose(
         EagerSequence(streamed_decoder(source, plan), 16).read(IDS), whole, atol=1e-6 if form == "blocks" else 0, rtol=0
