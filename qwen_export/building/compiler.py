@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
+from qwen_export.plugins.native.native_search import find_search
 from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -77,6 +79,9 @@ def build(
         options=options,
         engine=engine,
     )
+    search = find_search()
+    if plan.quantization is not None and search is not None:
+        plan = replace(plan, quantization=replace(plan.quantization, search=search))
     check_text_assets(source.path)
     if plan.engine is not None:
         if weights == "reference":
