@@ -7,6 +7,7 @@ outputs have the names of `graphs.contract`.
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,12 +16,14 @@ from typing import NamedTuple, TypeVar
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qwen_export.errors import CaptureError
+from qwen_export.element_types import PLAIN
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.model_state import State, empty_state
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.ops.onnx_form import translation_table
 from qwen_export.graphs.tensor_roles import state_names
 from qwen_export.graphs.unroll import unroll
@@ -29,9 +32,10 @@ from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weigh
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 OPSET = 21
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {kind.short: getattr(torch, kind.numpy) for kind in PLAIN}
 ALWAYS_FP32 = ("A_log", "dt_bias")
 
+_SYMBOL = re.compile(r"\bs\d+\b")
 # Dynamic sizes: batch, new tokens, cache slots, rows of logits, pending tokens.
 _EXAMPLE = {"B": 2, "T": 5, "S": 16, "N": 4, "P": 3}
 _STATE_DIMS = {
@@ -45,10 +49,10 @@ _STATE_DIMS = {
 }
 
 
-def meta_decoder(config: TextConfig, precision: str) -> Decoder:
+def meta_decoder(config: TextConfig, precision: str) -> TextModel:
     """The decoder without storage: parameters have shape and dtype only."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = TextModel(config)
     return _in_precision(model, precision)
 
 
@@ -134,7 +138,7 @@ def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str
             verbose=False,
         )
     if exported is None:
-        raise CaptureError("torch.onnx returned no program")
+        raise CaptureError("torch.onnx returned no program", fix=REPORT)
     return _named(exported.model, module, signature, derived or {})
 
 
@@ -146,7 +150,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     outputs = [*signature.output_names, *state_names(keys, after=True)]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(names):
-            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names))
+            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names), fix=REPORT)
     # An output that is also an input of another op keeps one value: rename values, not uses.
     for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
         value.name = name
@@ -154,14 +158,46 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     parameters = dict(module.named_parameters())
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
-            raise CaptureError("the traced graph has a constant that is not a parameter", where=name)
+            raise CaptureError("the traced graph has a constant that is not a parameter", where=name, fix=REPORT)
         tensor = parameters[name]
         value.const_value = WeightTensor(derived.get(name) or StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype)), name)
+    _simplify_row_choice(model)
     return model
 
 
+def _simplify_row_choice(model: ir.Model) -> None:
+    """Given  Gather(Reshape(x, sizes computed at run time), Cast(Reshape(logit_rows)))      x [B,T,H]
+    Result Gather(Reshape(x, [-1, H]), logit_rows)"""
+    graph = model.graph
+    rows = next(value for value in graph.inputs if value.name == "logit_rows")
+    gather = next((node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows)), None)
+    flat = gather.inputs[0].producer() if gather is not None and gather.inputs[0] is not None else None
+    if gather is None or flat is None or flat.op_type != "Reshape" or flat.outputs[0].shape is None:
+        raise CaptureError(
+            "the traced graph does not choose rows of logits by a Gather over flattened hidden states",
+            where="logit_rows",
+            got=gather.op_type if gather is not None and flat is None else flat.op_type if flat is not None else "no Gather",
+            expected="Gather(Reshape(hidden), logit_rows)",
+            fix="Install the versions of torch and onnxscript that constraints.txt names.",
+        )
+    width = flat.outputs[0].shape[1]
+    tensor = ir.tensor([-1, width if isinstance(width, int) else -1], dtype=ir.DataType.INT64, name="row_shape")
+    shape = ir.Value(name=tensor.name, shape=ir.Shape([2]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(shape)
+    flat.replace_input_with(1, shape)
+    gather.replace_input_with(1, rows)
+    RemoveUnusedNodesPass()(model)
+
+
+def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:
+    while value is not None and value is not origin:
+        node = value.producer()
+        value = node.inputs[0] if node is not None and node.inputs else None
+    return value is origin
+
+
 def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
-    return {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
+    return next(ir.DataType[kind.onnx] for kind in PLAIN if DTYPES[kind.short] == dtype)
 
 
 def _name_dims(graph: ir.Graph, signature: Signature) -> None:
@@ -177,10 +213,14 @@ def _name_dims(graph: ir.Graph, signature: Signature) -> None:
         for dim, name in zip(value.shape, names, strict=False):
             if isinstance(dim, ir.SymbolicDim) and dim.value:
                 known[dim.value] = name
+
+    def named(dim: ir.SymbolicDim) -> str | None:
+        return _SYMBOL.sub(lambda symbol: known.get(symbol[0], symbol[0]), dim.value) if dim.value else None
+
     seen = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in seen:
         if value.shape is not None:
-            value.shape = ir.Shape([known.get(d.value or "", d.value) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
+            value.shape = ir.Shape([named(d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
 
 
 @contextmanager

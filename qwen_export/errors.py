@@ -16,6 +16,10 @@ from typing import Any
 _PARAMETER = re.compile(r"\{([a-z_][a-z0-9_]*)\}")
 
 
+REPORT = "This is a fault of qwen-export: report it, with config.json and the files of {dump_ir}."
+"""The fix of errors that no input of a user should cause."""
+
+
 class QwenExportError(Exception):
     """Base of all errors raised on purpose.
 

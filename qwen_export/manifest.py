@@ -12,14 +12,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 from qwen_export import manifest_checks, manifest_parsing
 from qwen_export.errors import BundleError
 from qwen_export.manifest_types import (
     DIMS,
-    FIRST_SCHEMA_WITH_DIGEST,
     MODEL_SIZES,
+    OLDEST_SCHEMA,
     READ_AGAIN,
     ROPE_SCALING,
     SCHEMA_VERSION,
@@ -43,6 +42,7 @@ __all__ = (
     "GENERATION_CONFIG",
     "MANIFEST",
     "MODEL_SIZES",
+    "OLDEST_SCHEMA",
     "READ_AGAIN",
     "ROPE_SCALING",
     "SCHEMA_VERSION",
@@ -50,7 +50,6 @@ __all__ = (
     "TOKENIZER",
     "TOKENIZER_CONFIG",
     "WEIGHTS",
-    "Digest",
     "EngineSpec",
     "FileEntry",
     "GraphSpec",
@@ -87,13 +86,6 @@ TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
 )
 
 
-class Digest(NamedTuple):
-    """SHA-256 of a manifest, and whether the bundle has it stored."""
-
-    sha256: str
-    stored: bool
-
-
 def write_manifest(bundle: Path, manifest: Manifest) -> str:
     """Write manifest.json and its digest; returns the digest. A bundle that is interrupted meanwhile stays whole: until the new manifest
     is there, the digest file accepts the old and the new one. A signature of the old manifest is removed."""
@@ -114,10 +106,9 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
-def manifest_digest(bundle: Path) -> Digest:
-    """The digest of manifest.json as it is."""
-    data = _read(bundle / MANIFEST, _LARGEST)
-    return Digest(hashlib.sha256(data).hexdigest(), bool(_stored_digests(bundle)))
+def manifest_digest(bundle: Path) -> str:
+    """SHA-256 (hex) of manifest.json."""
+    return hashlib.sha256(_read(bundle / MANIFEST, _LARGEST)).hexdigest()
 
 
 def _stored_digests(bundle: Path) -> list[str]:
@@ -159,7 +150,15 @@ def load_manifest(bundle: str | Path) -> Manifest:
             expected=f"at most {SCHEMA_VERSION}",
             fix="Update qwen-export on this machine.",
         )
-    _check_digest(path, hashlib.sha256(data).hexdigest(), digests, required=schema >= FIRST_SCHEMA_WITH_DIGEST)
+    if schema < OLDEST_SCHEMA:
+        raise BundleError(
+            "the bundle was made by an older qwen-export, whose graphs have other inputs",
+            where=str(bundle),
+            got=f"schema {schema}",
+            expected=f"at least {OLDEST_SCHEMA}",
+            fix="Build it again from its checkpoint.",
+        )
+    _check_digest(path, hashlib.sha256(data).hexdigest(), digests)
     try:
         manifest = manifest_parsing.parse(raw)
         manifest_checks.check(manifest)
@@ -170,14 +169,14 @@ def load_manifest(bundle: str | Path) -> Manifest:
     return manifest
 
 
-def _check_digest(path: Path, sha256: str, stored: list[str], *, required: bool) -> None:
-    if not stored and required:
+def _check_digest(path: Path, sha256: str, stored: list[str]) -> None:
+    if not stored:
         raise BundleError(
             "the digest of the manifest is missing",
             where=str(path.with_name(DIGEST)),
             fix="Copy the bundle again, with all its files.",
         )
-    if stored and sha256 not in stored:
+    if sha256 not in stored:
         raise BundleError(
             "the manifest was changed or damaged",
             where=str(path),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from qwen_export.element_types import BITS, stored_bytes
+from qwen_export.element_types import BY_MANIFEST, stored_bytes
 from qwen_export.engine_options import ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, TILING, EngineOptions
 from qwen_export.manifest_graph_checks import check_graphs
 from qwen_export.manifest_types import MODEL_SIZES, Manifest, WeightSpec
@@ -123,7 +123,7 @@ def _check_weights(manifest: Manifest) -> None:
 def _bytes(manifest: Manifest, weight: WeightSpec, where: str) -> int:
     if weight.file not in manifest.files:
         raise ValueError(f"{where}: its file is not listed: {weight.file}")
-    if weight.dtype not in BITS:
+    if weight.dtype not in BY_MANIFEST:
         raise ValueError(f"{where}: the element type {weight.dtype} is not known")
     if not all(weight.shape):
         raise ValueError(f"{where}: a dim is 0")
@@ -134,7 +134,7 @@ def _bytes(manifest: Manifest, weight: WeightSpec, where: str) -> int:
     nbytes = stored_bytes(weight.dtype, weight.shape)
     if weight.offset + nbytes > size:
         raise ValueError(f"{where}: it ends behind {weight.file}")
-    if weight.offset % (max(1, BITS[weight.dtype] // 8) if referred else _PAGE):
+    if weight.offset % (max(1, BY_MANIFEST[weight.dtype].bits // 8) if referred else _PAGE):
         raise ValueError(f"{where}: its offset is not aligned")
     return nbytes
 

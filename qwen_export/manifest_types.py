@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SCHEMA_VERSION = 3
-FIRST_SCHEMA_WITH_DIGEST = 3
+OLDEST_SCHEMA = 3
+"""Before it a graph had logits [B,N,V], `logit_rows` counted within a sequence, and manifests had no digest."""
 DIMS = ("B", "T", "S", "N", "P")
 """Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
 MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")

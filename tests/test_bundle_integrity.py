@@ -261,6 +261,11 @@ def test_a_newer_schema(bundle_copy: Path, is_refused: Refused) -> None:
     is_refused(bundle_copy, "newer qwen-export", f"schema {SCHEMA_VERSION + 1}", "Update")
 
 
+def test_an_older_schema(bundle_copy: Path, is_refused: Refused) -> None:
+    edit_manifest(bundle_copy, lambda m: put(m, "schema", 2))
+    is_refused(bundle_copy, "older qwen-export", "schema 2", "Build it again")
+
+
 @pytest.mark.parametrize("schema", [..., 0, -1, "1", 1.0, True, None, [1]])
 def test_a_schema_that_is_none(bundle_copy: Path, is_refused: Refused, schema: object) -> None:
     edit_manifest(bundle_copy, lambda m: put(m, "schema", schema))

@@ -279,7 +279,7 @@ class Sequence:
             self.states[name] = made[f"{name}.next"]
         self.length += commit
         self.accepted = 0
-        return np.asarray(made["logits"][0])
+        return np.asarray(made["logits"])
 
     def accept(self, count: int) -> None:
         """After a call that committed nothing: keep `count` of its tokens. What is left open becomes garbage."""

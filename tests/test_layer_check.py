@@ -275,7 +275,7 @@ def test_a_bundle_without_names_is_told(bundle: Path, checkpoint: Path, tmp_path
                 values[i] = name.replace(".output", ".add")
     onnx.save(model, old / "decoder.onnx")
     rehash(old, "decoder.onnx")
-    with pytest.raises(VerifyError, match="do not say where their layers end"):
+    with pytest.raises(VerifyError, match="do not name where their layers end"):
         verify_layers(old, checkpoint)
 
 

@@ -272,7 +272,7 @@ def call(sequence: EagerSequence, ids: list[int], length: int, state: Any, accep
     rows = torch.arange(len(ids))
     counts = (torch.tensor([length]), torch.tensor([accepted]), torch.tensor([commit]))
     logits, hidden, after = sequence.model(torch.tensor([ids]), sequence._cos, sequence._sin, *counts, rows, state)
-    return logits[0].numpy(), hidden, after
+    return logits.numpy(), hidden, after
 
 
 def test_only_wanted_logits_are_computed(subject: Subject) -> None:
@@ -282,7 +282,7 @@ def test_only_wanted_logits_are_computed(subject: Subject) -> None:
     zero, rows = torch.tensor([0]), torch.tensor([5, 1])
     with torch.no_grad():
         logits, _, _ = subject.eager(torch.tensor([ids]), sequence._cos, sequence._sin, zero, zero, torch.tensor([6]), rows, state)
-    assert error(logits[0].numpy(), subject.expected(ids)[[5, 1]]) <= TOLERANCE
+    assert error(logits.numpy(), subject.expected(ids)[[5, 1]]) <= TOLERANCE
 
 
 def test_every_ratio_and_layout_is_among_the_shapes() -> None:

@@ -4,7 +4,7 @@
     out_i  = norm(layer(x)_i)         logits of token i+2 = lm_head(out_i)
 
 (Qwen3.5 release, tensors `mtp.*`; embedding and LM head are the decoder's.) Row i lives in slot i of the head's own cache, and turns by
-the angles of slot i. To draft further the head reads its own draft and its own `out` in the place of the decoder's hidden state.
+the angles of slot i. To draft further the head reads its own draft and its own `out` instead of the decoder's hidden state.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ class MtpHead(nn.Module):
         self, input_ids: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, length: Tensor, logit_rows: Tensor, state: State
     ) -> tuple[Tensor, Tensor, State]:
         """input_ids i64[B,T], the token after each row's; hidden [B,T,H]; cos, sin f32[S,R/2]; length i64[B], rows read before;
-        logit_rows i64[N] -> logits [B,N,draft_vocab], hidden [B,T,H], next state."""
+        logit_rows i64[N], as in the decoder -> logits [N,draft_vocab], hidden [B,T,H], next state."""
         mtp = self.mtp
         x = torch.cat([mtp.pre_fc_norm_embedding(self.embed_tokens(input_ids)), mtp.pre_fc_norm_hidden(hidden)], dim=-1)
         x, after = mtp.layers[0](mtp.fc(x), state[0], cos, sin, length)
         out = mtp.norm(x)
-        return self.draft_head(out.index_select(1, logit_rows)), out, [after]
+        return self.draft_head(out.flatten(0, 1).index_select(0, logit_rows)), out, [after]
 
 
 def mtp_config(config: TextConfig) -> TextConfig:

@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), after
 
 
-class Decoder(nn.Module):
+class TextModel(nn.Module):
     """One call reads T new tokens per sequence: a prefill chunk, a decode step or a speculative verify."""
 
     def __init__(self, config: TextConfig) -> None:
@@ -71,14 +71,14 @@ class Decoder(nn.Module):
         logit_rows: Tensor,
         state: State,
     ) -> tuple[Tensor, Tensor, State]:
-        """input_ids i64[B,T]; cos, sin f32[S,R/2], a row per cache slot; length, accepted, commit i64[B]; logit_rows i64[N], the positions
-        of 0..T-1 whose logits are wanted -> logits [B,N,V], hidden [B,T,H] after the final norm, next state."""
+        """input_ids i64[B,T]; cos, sin f32[S,R/2], a row per cache slot; length, accepted, commit i64[B]; logit_rows i64[N], which
+        of the B*T rows need logits: row t of sequence b is b*T + t -> logits [N,V], hidden [B,T,H] after the final norm, next state."""
         x = self.embed_tokens(input_ids)
         after: State = []
         for layer, before in zip(self.layers, state, strict=True):
             x, now = layer(x, before, cos, sin, length, accepted, commit)
             after.append(now)
         hidden = self.norm(x)
-        wanted = hidden.index_select(1, logit_rows)
+        wanted = hidden.flatten(0, 1).index_select(0, logit_rows)
         logits = F.linear(wanted, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(wanted)
         return logits, hidden, after

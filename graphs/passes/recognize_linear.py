@@ -13,19 +13,34 @@ LINEAR = "linear"
 
 def recognize_linear(model: ir.Model, context: PassContext) -> int:
     """Given  y = MatMul(x, Transpose(w, perm=[1, 0]))      w an initializer [N,K]
+           or  y = Gemm(x, w, transB=1)                     what a trace makes of x [rows, K]
     Result y = qwen::linear(x, w)                          x [..., K] -> y [..., N]"""
     graph, changed = model.graph, 0
     for node in graph:
-        if node.op_type != "MatMul" or node.domain:
+        weight = _turned_weight(node)
+        if weight is None:
             continue
-        turned = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if turned is None or turned.op_type != "Transpose" or weight_of(turned.inputs[0]) is None:
-            continue
-        linear = new_node(DOMAIN, LINEAR, [node.inputs[0], turned.inputs[0]], like=node.outputs[0])
+        linear = new_node(DOMAIN, LINEAR, [node.inputs[0], weight], like=node.outputs[0])
         linear.outputs[0].shape = node.outputs[0].shape
         replace_node(graph, node, [linear], linear.outputs)
         changed += 1
     return changed
+
+
+def _turned_weight(node: ir.Node) -> ir.Value | None:
+    """The weight [N,K] of a product x w^T, None where the node is none."""
+    value = node.inputs[1] if not node.domain and node.op_type in ("MatMul", "Gemm") else None
+    if value is not None and node.op_type == "MatMul":
+        turned = value.producer()
+        value = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
+    elif value is not None and not (len(node.inputs) == 2 and _plain_gemm(node)):
+        return None
+    return value if weight_of(value) is not None else None
+
+
+def _plain_gemm(node: ir.Node) -> bool:
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return attributes.get("transB", 0) == 1 and not attributes.get("transA", 0) and attributes.get("alpha", 1.0) == 1.0
 
 
 def is_linear(node: ir.Node | None) -> bool:

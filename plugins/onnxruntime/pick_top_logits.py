@@ -12,8 +12,8 @@ COUNT = 64
 
 
 def pick_top_logits(model: ir.Model, context: PassContext) -> int:
-    """Given  output logits f32[B,N,V]
-    Result outputs logits; top_logits f32[B,N,K], top_ids i32[B,N,K] = qwen.native::TopLogits(logits), K = min(64, V)"""
+    """Given  output logits f32[N,V]
+    Result outputs logits; top_logits f32[N,K], top_ids i32[N,K] = qwen.native::TopLogits(logits), K = min(64, V)"""
     logits = model.graph.outputs[0]
     if "top_logits" not in context.choices or logits.name != "logits" or logits.shape is None:
         return 0

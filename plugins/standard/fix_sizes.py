@@ -24,7 +24,7 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
            are gone; where calls are never padded, `commit` too. Where the logits are those of all tokens, in order, or there are none,
            `logit_rows` is gone. Hidden states are an output where they are wanted."""
     sizes, graph = context.static, model.graph
-    known = {"B": 1, "T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
+    known = {"B": 1, "T": sizes.T, "B*T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None:
             value.shape = ir.Shape([known.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
@@ -61,17 +61,8 @@ def _forget(graph: ir.Graph, gone: Sequence[str]) -> None:
 
 
 def _choose_logits(graph: ir.Graph, *, every: bool) -> None:
-    """The LM head reads rows of the hidden states by their numbers, without the detours of a trace; all of them without a Gather."""
+    """The LM head reads all rows of the hidden states without a Gather."""
     rows = next(value for value in graph.inputs if value.name == "logit_rows")
-    gather = next(node for node in graph if node.op_type == "Gather" and _comes_from(node.inputs[1], rows))
-    if not every:
-        gather.replace_input_with(1, rows)
-    elif gather.inputs[0] is not None:
+    gather = next(node for node in graph if node.op_type == "Gather" and node.inputs[1] is rows)
+    if every and gather.inputs[0] is not None:
         gather.outputs[0].replace_all_uses_with(gather.inputs[0])
-
-
-def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:
-    while value is not None and value is not origin:
-        node = value.producer()
-        value = node.inputs[0] if node is not None and node.inputs else None
-    return value is origin

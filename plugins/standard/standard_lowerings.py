@@ -126,8 +126,8 @@ def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Sha
     product = _quantized_product(emit, x, value, weight, context, nbits_product)
     if product is not None:
         return emit.nodes, [product]
-    (product,) = emit("", "Gemm", [emit.reshape(x, -1, K), value], like=x, transB=1)
-    return emit.nodes, [emit.reshape(product, 1, -1, N)]
+    (product,) = emit("", "Gemm", [x if is_matrix(x) else emit.reshape(x, -1, K), value], like=x, transB=1)
+    return emit.nodes, [product if is_matrix(x) else emit.reshape(product, 1, -1, N)]
 
 
 def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
@@ -139,11 +139,12 @@ def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, s
     product = _quantized_product(emit, x, value, weight, context, dequantized_product)
     if product is not None:
         return emit.nodes, [product]
-    rows = x.shape[1] if x.shape is not None else 0
+    rows = x.shape[-2] if x.shape is not None else 0
     if not isinstance(rows, int) or not _FEW_ROWS[0] <= rows <= _FEW_ROWS[1]:
         return lower_gemm(graph, node, context, shared)
-    turned = emit.shared(f"{x.name}.turned", lambda: emit.transpose(x, 0, 2, 1))
-    return emit.nodes, [emit.transpose(emit.matmul(value, turned), 0, 2, 1)]
+    perm = (1, 0) if is_matrix(x) else (0, 2, 1)
+    turned = emit.shared(f"{x.name}.turned", lambda: emit.transpose(x, *perm))
+    return emit.nodes, [emit.transpose(emit.matmul(value, turned), *perm)]
 
 
 def _quantized_product(
@@ -161,6 +162,11 @@ def linear_parts(graph: ir.Graph, node: ir.Node, shared: Shared) -> tuple[Emitte
     if x is None or value is None or weight is None:
         raise TypeError("a linear has no stored weight")
     return Emitter(graph, (value.name or "linear").removesuffix(".weight"), shared), x, value, weight
+
+
+def is_matrix(x: ir.Value) -> bool:
+    """Whether the rows of a product are [rows, K], as those of the LM head, and not [1, T, K]."""
+    return x.shape is not None and len(x.shape) == 2
 
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {

@@ -15,25 +15,25 @@ _GROUP = 4096
 
 
 def add_top_logits(model: ir.Model, context: PassContext) -> int:
-    """Given  output logits f32[1,N,V]
-    Result also outputs top_logits f32[1,N,K] and top_ids i32[1,N,K], the K = min(64, V) largest in falling order"""
+    """Given  output logits f32[N,V]
+    Result also outputs top_logits f32[N,K] and top_ids i32[N,K], the K = min(64, V) largest in falling order"""
     graph = model.graph
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     if logits is None or logits.shape is None:
         return 0
-    _, N, V = static_shape(logits)
+    N, V = static_shape(logits)
     emit, K = Emitter(graph, "top"), min(TOP, V)
     groups = _groups(V, K)
-    values, ids = _top(emit, emit.reshape(logits, 1, N, groups, V // groups) if groups > 1 else logits, K)
+    values, ids = _top(emit, emit.reshape(logits, N, groups, V // groups) if groups > 1 else logits, K)
     if groups > 1:
         base = emit.array("top_base", (np.arange(groups, dtype=np.int64) * (V // groups))[:, None])
-        ids = emit.reshape(emit.add(ids, base), 1, N, groups * K)
-        values, chosen = _top(emit, emit.reshape(values, 1, N, groups * K), K)
-        (ids,) = emit("", "GatherElements", [ids, chosen], like=ids, axis=2)
+        ids = emit.reshape(emit.add(ids, base), N, groups * K)
+        values, chosen = _top(emit, emit.reshape(values, N, groups * K), K)
+        (ids,) = emit("", "GatherElements", [ids, chosen], like=ids, axis=1)
     ids = emit.cast(ids, ir.DataType.INT32)
     graph.extend(emit.nodes)
     for value, name in ((values, TOP_LOGITS), (ids, TOP_IDS)):
-        value.name, value.shape = name, ir.Shape([1, N, K])
+        value.name, value.shape = name, ir.Shape([N, K])
         graph.outputs.append(value)
     return 1
 

@@ -21,6 +21,7 @@ from qwen_export.plugins.emitter import Emitter, Shared, static_shape
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, regroup_pending
 from qwen_export.plugins.standard.standard_lowerings import (
     attention_parts,
+    is_matrix,
     linear_parts,
     lower_rms_normalization,
 )
@@ -131,8 +132,8 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     matrix with at least 8 rows."""
     emit, x, value, weight = linear_parts(graph, node, shared)
     N, K = weight.shape
-    tokens = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
-    flat, format = emit.reshape(x, -1, K), context.format_of(weight)
+    tokens = _rows(x)
+    flat, format = x if is_matrix(x) else emit.reshape(x, -1, K), context.format_of(weight)
     if format.format == INT4:
         missing = _INT4_ROWS - tokens
         if missing > 0:
@@ -144,7 +145,7 @@ def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     else:
         matrix = value if format.format == STORED else _dequantized(emit, value, weight, format, context)
         (product,) = emit("", "Gemm", [flat, matrix], like=x, transB=1)
-    return emit.nodes, [emit.reshape(product, 1, tokens, N)]
+    return emit.nodes, [product if is_matrix(x) else emit.reshape(product, 1, tokens, N)]
 
 
 def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
@@ -152,15 +153,21 @@ def lower_split_product(graph: ir.Graph, node: ir.Node, context: PassContext, sh
     in 16 bits, and is split likewise where it is not."""
     emit, x, value, weight = linear_parts(graph, node, shared)
     N, K = weight.shape
-    flat = emit.reshape(x, -1, K)
+    flat = x if is_matrix(x) else emit.reshape(x, -1, K)
     rows = emit.concat([*split(emit, flat)], axis=0)
     narrow = all(context.stored.get(name, "F32") in ("BF16", "F16") for name in weight.stored())
     matrices = [value] if narrow else [*split(emit, value)]
     products = [emit("", "Gemm", [rows, matrix], like=x, transB=1)[0] for matrix in matrices]
     product = products[0] if narrow else emit.add(*products)
     high, low = emit("", "Split", [product], 2, like=x, axis=0, num_outputs=2)
-    count = x.shape[1] if x.shape is not None and isinstance(x.shape[1], int) else -1
-    return emit.nodes, [emit.reshape(emit.add(high, low), 1, count, N)]
+    product = emit.add(high, low)
+    return emit.nodes, [product if is_matrix(x) else emit.reshape(product, 1, _rows(x), N)]
+
+
+def _rows(x: ir.Value) -> int:
+    """Rows of x [1, T, K] or [rows, K], -1 where their number is not known."""
+    size = x.shape[-2] if x.shape is not None else None
+    return size if isinstance(size, int) else -1
 
 
 def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFormat, context: PassContext) -> ir.Value:

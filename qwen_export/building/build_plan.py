@@ -13,11 +13,19 @@ from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
-from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors, has_mtp, mtp_tensors, stored_dtypes, stored_tensors
+from qwen_export.graphs.checkpoint.tensor_names import (
+    StoredLayout,
+    check_tensors,
+    mtp_tensors,
+    no_draft_head,
+    stored_dtypes,
+    stored_tensors,
+)
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.packing import part_bytes
+from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
 from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.native_library import NATIVE, find_library, with_native
@@ -62,6 +70,8 @@ class BuildPlan:
     """The version of the ONNX standard."""
     engine: EngineOptions | None = None
     """How the graphs are compiled, None where the target's runtime does that."""
+    checkpoint_notes: tuple[str, ...] = ()
+    """What was ignored or decided when the checkpoint was read, in one line each."""
 
     @property
     def activations(self) -> str:
@@ -70,9 +80,9 @@ class BuildPlan:
 
     @property
     def notes(self) -> list[str]:
-        """For people: the precision plan where something is quantized, and why there is no draft head."""
+        """For people: notes on the checkpoint, the precision plan where something is quantized, and why there is no draft head."""
         table = as_table(self.quantization, self.group_sizes) if self.quantization else []
-        return [*table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
+        return [*self.checkpoint_notes, *table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -109,6 +119,7 @@ def plan_build(
         )
     chosen, config = TARGETS[target], checkpoint.config.text
     reasons = _checkpoint_reasons(checkpoint)
+    stored = StoredLayout.of(checkpoint)
     if device not in chosen.devices:
         reasons.append(f"target {target} has no device {device!r}, only {', '.join(chosen.devices)}")
     if precision not in chosen.precisions:
@@ -137,6 +148,11 @@ def plan_build(
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
+    tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored))]
+    if quantization is not None:
+        check_one_format(quantization, (name for name, _ in tensors))
+        if chosen.static:
+            reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides the precisions {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
@@ -148,8 +164,6 @@ def plan_build(
         )
     head = not form.no_head
     check_tensors(checkpoint, mtp=head)
-    stored = StoredLayout.of(checkpoint)
-    tensors = [*stored_tensors(config, stored), *(mtp_tensors(config, stored) if head else ())]
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
@@ -172,6 +186,7 @@ def plan_build(
         graphs=form.graphs,
         opset=form.opset,
         engine=compiled if chosen.engines else None,
+        checkpoint_notes=checkpoint.notes,
     )
 
 
@@ -272,12 +287,7 @@ def _static_form(
 
 def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
     """Why a build has no draft head, "" when it has one."""
-    if not mtp:
-        return "built without it on request (mtp)"
-    if not has_mtp(checkpoint):
-        return "the checkpoint has no draft head (mtp.*)"
-    layers = checkpoint.config.text.mtp_num_hidden_layers
-    return f"its draft head has {layers} layers, and only one is implemented" if layers > 1 else ""
+    return no_draft_head(checkpoint) if mtp else "built without it on request (mtp)"
 
 
 def kernels_for(device: str) -> Kernels:
@@ -292,6 +302,8 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
         _ = checkpoint.weights
     except UnsupportedError as error:
         reasons.append(str(error).removesuffix("."))
+    if checkpoint.vocabulary_reason:
+        reasons.append(checkpoint.vocabulary_reason)
     return reasons
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
+from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 
@@ -83,6 +85,9 @@ def build(
         options=options,
         engine=engine,
     )
+    search = find_search()
+    if plan.quantization is not None and search is not None:
+        plan = replace(plan, quantization=replace(plan.quantization, search=search))
     check_text_assets(source.path)
     with TemporaryDirectory(prefix="qwen-export-text-") as folder:  # as the bundle will have them
         check_text(Path(folder), copy_text_assets(source.path, Path(folder)))

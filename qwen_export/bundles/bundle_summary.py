@@ -44,8 +44,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "graphs": {name: _graph(manifest, graph) for name, graph in manifest.graphs.items()},
         "manifest": {
             "schema": manifest.schema,
-            "sha256": manifest_digest(directory).sha256,
-            "stored": manifest_digest(directory).stored,
+            "sha256": manifest_digest(directory),
             "signed": (directory / SIGNATURE).is_file(),
         },
         "native_libraries": list(manifest.plugins),

@@ -34,10 +34,8 @@ def check_bundle(
     yield Finding("files", f"{len(manifest.files)} files, {size(total)}, all hashes match", {"count": len(manifest.files), "bytes": total})
     digest = manifest_digest(bundle)
     signed = check_signature(bundle, key)
-    stored = "sha256 " + digest.sha256 if digest.stored else f"sha256 {digest.sha256}, not stored: an older version has built the bundle"
-    yield Finding(
-        "manifest", f"{stored}{', ' + signed if signed else ''}", {"sha256": digest.sha256, "stored": digest.stored, "signature": signed}
-    )
+    text = f"sha256 {digest}{', ' + signed if signed else ''}"
+    yield Finding("manifest", text, {"sha256": digest, "signature": signed})
     if manifest.references:
         outside = sum(reference.size for reference in manifest.references.values())
         text = f"{len(manifest.references)} checkpoint files, {size(outside)}, unchanged since the build"

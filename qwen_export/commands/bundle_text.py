@@ -53,7 +53,11 @@ def bundle_text(report: dict[str, Any]) -> str:
 
 def _where() -> str:
     """Where `verify` can run, if not here."""
-    return "" if importlib.util.find_spec("torch") else "\n                               (where the extra `export` is installed)"
+    try:
+        found = importlib.util.find_spec("torch") is not None
+    except ImportError:
+        found = False
+    return "" if found else "\n                               (where the extra `export` is installed)"
 
 
 def _line(name: str, text: str) -> str:
@@ -61,8 +65,7 @@ def _line(name: str, text: str) -> str:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    stored = "" if manifest["stored"] else ", not stored: an older version has built the bundle"
-    return f"sha256 {manifest['sha256']}{stored}" + (", signed (see check --key)" if manifest["signed"] else "")
+    return f"sha256 {manifest['sha256']}" + (", signed (see check --key)" if manifest["signed"] else "")
 
 
 def _needs(report: dict[str, Any]) -> str:

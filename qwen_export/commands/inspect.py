@@ -50,6 +50,7 @@ def _text(report: dict[str, Any]) -> str:
         f"{'tied' if model['tied_head'] else 'separate'} head, quantization {report['quantization']}",
         f"{report['files']} file(s), {size(report['bytes'])}: "
         + ", ".join(f"{name} {count(part['parameters'])}" for name, part in report["parts"].items()),
+        *(f"note: {note}" for note in report["notes"]),
         "",
     ]
     for entry in report["targets"]:

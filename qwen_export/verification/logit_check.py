@@ -29,6 +29,7 @@ from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_tens
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED, PrecisionPlan
 from qwen_export.manifest import ROPE_SCALING, Manifest, load_manifest, write_manifest
+from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.backends.compatibility import psutil_memory
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.model import Model, load
@@ -255,7 +256,9 @@ def _no_transformers(source: Checkpoint) -> str:
 
 def reference_plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
     """The precision plan of a bundle that was built from `source`."""
-    plan = PrecisionPlan.from_json(entries)
+    plan, search = PrecisionPlan.from_json(entries), find_search()
+    if search is not None:
+        plan = dataclasses.replace(plan, search=search)
     if not PrecisionPlan.keeps(entries):
         return plan
     return keep_stored(plan, source, [name for name, _ in stored_tensors(source.config.text, StoredLayout.of(source))])

@@ -17,7 +17,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
 from qwen_export.graphs.models.load_model import parameter_values
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import 
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
@@ -30,17 +30,17 @@ _EMBEDDING_ROWS = 64
 """Rows of the embedding that are read together: formats pack some rows into one panel."""
 
 
-def streamed_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None, report: Report | None = None) -> Decoder:
+def streamed_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None, report: Report | None = None) -> :
     """As `load_model.load_decoder`, with the same values. `report` gets the layer that is read, from 1, and how many there are."""
     check_tensors(checkpoint, mtp=False)
     with torch.device("meta"):
-        model = Decoder(checkpoint.config.text)
+        model = (checkpoint.config.text)
     values = _Values(checkpoint, quantization)
     model.eval().requires_grad_(False)
     head = "embed_tokens.weight" if model.lm_head is None else "lm_head.weight"
     shape = (checkpoint.config.text.vocab_size, checkpoint.config.text.hidden_size)
-    model.embed_tokens = _StreamedEmbedding(values, "embed_tokens.weight", shape)  # type: ignore[assignment]
-    model.lm_head = _StreamedHead(values, head, shape)  # type: ignore[assignment]
+    model.embed_tokens = _StreamedEmbedding(values, "embed_tokens.weight", shape)
+    model.lm_head = _StreamedHead(values, head, shape)
     count = len(model.layers)
     for i, layer in enumerate(model.layers):
         _stream(layer, f"layers.{i}.", values, partial(report, i + 1, count) if report else lambda: None)

@@ -63,7 +63,7 @@ class BoundCall:
         repeated: bool,
     ) -> None:
         self._call = session.call(repeated=repeated)
-        self._T, self._cache_rows = dims["T"], dims["S"]
+        B, self._T, self._cache_rows = dims["B"], dims["T"], dims["S"]
         self.recorded = repeated and session.records
         changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
         self._controls = Controls(session.device, changing, HOST_INPUTS)
@@ -76,7 +76,9 @@ class BoundCall:
                 self.results[spec.name] = session.buffer(spec.dtype, sizes(spec, dims))
             self._call.bind_output(spec.name, outputs[spec.name] if spec.name in outputs else self.results[spec.name])
         if dims["N"]:
-            self._controls.set("logit_rows", range(self._T - dims["N"], self._T))
+            # The last rows of each sequence, of the B*T rows of the call.
+            ends = range(self._T, B * self._T + 1, self._T)
+            self._controls.set("logit_rows", [row for end in ends for row in range(end - dims["N"] // B, end)])
 
     def run(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> Rows:
         """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `controls` are written where the graph has

@@ -283,7 +283,7 @@ class DynamicDecoder(Decoder):
                 buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
-        dims = {"B": shape.b, "T": shape.T, "N": shape.rows, "S": self.cache_rows, "P": self._transaction.width}
+        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self.cache_rows, "P": self._transaction.width}
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}

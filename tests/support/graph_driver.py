@@ -52,6 +52,6 @@ class GraphDriver:
             self._call(PROMPT, prompt[start : min(start + chunk, len(prompt) - 1)])
         tokens = [prompt[-1]]
         for _ in range(count):
-            logits = self._call(STEP, tokens[-1:])["logits"][0, 0]
+            logits = self._call(STEP, tokens[-1:])["logits"][0]
             tokens.append(int(logits.argmax()))
         return tokens[1:]
