@@ -17,7 +17,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
 from qwen_export.graphs.models.load_model import parameter_values
-from qwen_export.graphs.models.text_model import 
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
@@ -30,11 +30,11 @@ _EMBEDDING_ROWS = 64
 """Rows of the embedding that are read together: formats pack some rows into one panel."""
 
 
-def streamed_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None, report: Report | None = None) -> :
+def streamed_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None, report: Report | None = None) -> TextModel:
     """As `load_model.load_decoder`, with the same values. `report` gets the layer that is read, from 1, and how many there are."""
     check_tensors(checkpoint, mtp=False)
     with torch.device("meta"):
-        model = (checkpoint.config.text)
+        model = TextModel(checkpoint.config.text)
     values = _Values(checkpoint, quantization)
     model.eval().requires_grad_(False)
     head = "embed_tokens.weight" if model.lm_head is None else "lm_head.weight"
