@@ -132,14 +132,14 @@ def test_verify_knows_the_scaling(bundle: Path, checkpoint: Path) -> None:
 def test_tables_of_the_runtime_equal_those_of_transformers(bundle: Path, checkpoint: Path) -> None:
     """Every row of the whole context, to the last bits of cos and sin. Angles are fp32 products on both sides."""
     decoder = load(bundle, max_context=STRETCHED).decoder()
-    decoder._fill_tables(STRETCHED)
+    decoder.require_room(0, STRETCHED)
     settings = Qwen3_5TextConfig.from_pretrained(str(checkpoint))
     settings.rope_parameters = {**settings.rope_parameters, **CARD}
     theirs = Qwen3_5TextRotaryEmbedding(settings)
     np.testing.assert_array_equal(np.asarray(decoder.manifest.rotary.inv_freq, np.float32), theirs.inv_freq.numpy())
     positions = torch.arange(STRETCHED)[None, None].expand(3, 1, -1)
     for name, expected in zip(("cos", "sin"), theirs(torch.zeros(1), positions), strict=True):
-        got = decoder.tables[name].array()
+        got = decoder.tables.of(0)[name].array()
         assert got.shape == (STRETCHED, 8)
         np.testing.assert_allclose(got, expected[0, :, :8].numpy(), rtol=0, atol=2e-7)
 
