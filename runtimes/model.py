@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 from qwen_export.errors import BundleError, ParameterError, QwenExportError
-from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG, Manifest, load_manifest
-from qwen_export.runtimes.backends.compatibility import check_runnable
+from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
+from qwen_export.runtimes.answer import Generation as Generation
+from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
@@ -23,15 +24,19 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
+from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.speculation.rounds import Speculator
-from qwen_export.runtimes.text.chat_template import ChatTemplate, Message, shield_messages, thinking_prefix
+from qwen_export.runtimes.text.chat_messages import Message
+from qwen_export.runtimes.text.chat_prompt import chat_prompt
+from qwen_export.runtimes.text.chat_template import ChatTemplate
 from qwen_export.runtimes.text.detokenizer import Detokenizer
-from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter
+from qwen_export.runtimes.text.reasoning import ReasoningSplitter
 from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 Speculate = str | int
@@ -47,6 +52,7 @@ def load(
     device: str | None = None,
     device_id: int = 0,
     weight_budget: int | None = None,
+    native: str | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
@@ -62,14 +68,18 @@ def load(
     `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with weight streaming; what does not fit waits in host
     memory and is copied in every call. None keeps all weights on the GPU.
 
+    `native`: "refuse" loads no bundle that has a native library of its own, which is code that runs in this process; "allow" loads it
+    silently; None loads it, with a logged warning where no build of this user made it.
+
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
-    if device is not None:
-        manifest = replace(manifest, target=replace(manifest.target, device=device))
+    manifest = for_device(manifest, device)
     ensure_whole(directory, manifest)
     check_runnable(manifest, device_id)
+    check_limits(manifest, max_context, threads)
+    check_native(directory, manifest, native)
     _check_speculate(speculate, manifest)
     _check_weight_budget(weight_budget, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
@@ -188,28 +198,33 @@ class Model:
             raise QwenExportError("the model is closed", where=str(self.directory), fix="Load the bundle again.")
 
     @cached_property
+    def text_files(self) -> TextFiles:
+        """Tokenizer, chat templates and special tokens of the bundle."""
+        return TextFiles(self.directory, self.manifest.files)
+
+    @property
     def tokenizer(self) -> TextTokenizer:
-        if TOKENIZER not in self.manifest.files:
-            raise BundleError(
-                "the bundle has no tokenizer", where=str(self.directory), fix="Build from a checkpoint that has tokenizer.json."
-            )
-        return TextTokenizer.from_file(self.directory / TOKENIZER)
+        return self.text_files.tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        return self.text_files.template
 
     @cached_property
-    def template(self) -> ChatTemplate:
-        if CHAT_TEMPLATE not in self.manifest.files:
-            raise BundleError("the bundle has no chat template", where=str(self.directory), fix="Give a plain prompt, without --chat.")
-        special = {k: v for k, v in self._json(TOKENIZER_CONFIG).items() if k.endswith("_token") and isinstance(v, str)}
-        return ChatTemplate((self.directory / CHAT_TEMPLATE).read_text(encoding="utf-8"), special)
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the checkpoint's generation_config.json sets."""
+        return read_generation_config(self.text_files.json(GENERATION_CONFIG), BundleError, str(self.directory / GENERATION_CONFIG))
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
-        return stop_ids(self.tokenizer, self._json(GENERATION_CONFIG)) | frozenset(self.manifest.stop_ids)
+        """Tokens that end an answer."""
+        own = stop_ids(self.tokenizer, self.text_files.special_tokens.get("eos_token"))
+        return own | frozenset(self.generation_defaults.stop_ids) | frozenset(self.manifest.stop_ids)
 
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""
-        facts = ModelFacts.from_template(self.template) if CHAT_TEMPLATE in self.manifest.files else ModelFacts(None, False)
-        return recommended(facts, thinking, self._json(GENERATION_CONFIG))
+        facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
+        return recommended(facts, thinking, self.generation_defaults)
 
     def stream(
         self,
@@ -218,26 +233,39 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         enable_thinking: bool | None = None,
         preserve_thinking: bool | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+        continue_final_message: bool | str | None = None,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generation:
         """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
 
-        A prompt that continues the last one is not read again. `enable_thinking` and `preserve_thinking` None leave the choice to the
-        checkpoint's template; `sampling` None takes the model card's values for the mode. `progress` is called while the prompt is read,
-        with the tokens read so far and all of them."""
-        safe = shield_messages(messages, self.tokenizer)
-        options: dict[str, Any] = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
-        prompt = self.template.render(safe, tools, **options)
-        history = self.template.render(safe, tools, add_generation_prompt=False, **options)
-        thinking = thinking_prefix(prompt)
-        ids = self.tokenizer.encode(prompt)
-        past = self.tokenizer.encode(history) if prompt.startswith(history) else []
-        mark_at = len(past) if past and ids[: len(past)] == past else None
-        splitter = ReasoningSplitter(thinking)
-        return self._generation(ids, sampling or self.recommended(thinking), max_new_tokens, stop, splitter, mark_at, progress)
+        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each, text only (see `chat_messages.py`).
+        `tools`: JSON schemas of functions. A prompt that continues the last one is not read again.
+
+        `enable_thinking` and `preserve_thinking` None leave the choice to the checkpoint's template; `template_kwargs` are its other
+        variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that is
+        named; None does so where the last message is the assistant's and has no tool calls.
+
+        `sampling`, `max_new_tokens`, `stop` None take what generation_config.json sets, and for `sampling` the model card's values for
+        the mode (`recommended`). `progress` is called while the prompt is read, with the tokens read so far and all of them.
+
+        Raises ParameterError for values that cannot be used and TemplateError where the template refuses."""
+        prompt = chat_prompt(
+            messages,
+            self.template,
+            self.tokenizer,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            preserve_thinking=preserve_thinking,
+            continue_final_message=continue_final_message,
+            template_kwargs=template_kwargs,
+        )
+        splitter = ReasoningSplitter(prompt.thinking, tool_calls=bool(tools))
+        params = sampling or self.recommended(prompt.thinking)
+        return self._generation(prompt.ids, params, max_new_tokens, stop, splitter, prompt.mark_at, progress)
 
     def complete(
         self,
@@ -245,10 +273,18 @@ class Model:
         *,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generation:
         """Continue a text as it stands, without a template. Control tokens in it count as such."""
+        if not isinstance(prompt, str):
+            raise ParameterError(
+                "the prompt is not a text",
+                parameter="prompt",
+                got=type(prompt).__name__,
+                expected="str",
+                fix="Answer a chat with `stream`.",
+            )
         ids = self.tokenizer.encode(prompt)
         return self._generation(ids, sampling or self.recommended(False), max_new_tokens, stop, None, None, progress)
 
@@ -257,26 +293,20 @@ class Model:
         ids: list[int],
         sampling: SamplingParams,
         max_new_tokens: int | None,
-        stop: Sequence[str],
+        stop: Sequence[str] | None,
         splitter: ReasoningSplitter | None,
         mark_at: int | None,
         progress: Callable[[int, int], None] | None,
     ) -> Generation:
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise ParameterError(
-                "the number of new tokens is out of range",
-                parameter="max_new_tokens",
-                got=max_new_tokens,
-                expected="at least 1",
-                fix="Raise {max_new_tokens}, or leave it out.",
-            )
         if not ids:
-            raise QwenExportError("the prompt is empty", fix="Give some text.")
-        sampler = Sampler(sampling, self.tokenizer.vocab_size)
-        request = Request(ids, sampler, self.stop_ids, max_new_tokens, mark_at, progress=progress)
+            raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
+        limit = self.generation_defaults.new_tokens(len(ids), max_new_tokens)
+        stops = StopStrings(self.generation_defaults.stop_strings if stop is None else stop)
+        sampler = Sampler(sampling, self.tokenizer.vocab_size, self.stop_ids)
+        request = Request(ids, sampler, self.stop_ids, limit, mark_at, progress=progress)
         statistics = Statistics()
         detokenizer = Detokenizer(self.tokenizer.tokenizer)
-        return Generation(self.generate(request, statistics), statistics, request, detokenizer, StopStrings(stop), splitter)
+        return Generation(self.generate(request, statistics), statistics, request, detokenizer, stops, splitter)
 
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is being made; what the
@@ -284,6 +314,8 @@ class Model:
         self._require_open()
         self._end_running("superseded")
         with self._turn:
+            self._end_running("superseded")  # that of another thread which was faster
+            self._require_open()
             reuse = self._conversation
             if self._policy is None:
                 tokens = generate(reuse, request, statistics)
@@ -350,63 +382,3 @@ class Model:
     @cached_property
     def _conversation(self) -> PrefixReuse:
         return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
-
-    def _json(self, name: str) -> dict[str, Any]:
-        if name not in self.manifest.files:
-            return {}
-        value = json.loads((self.directory / name).read_text(encoding="utf-8"))
-        return value if isinstance(value, dict) else {}
-
-
-class Generation:
-    """One answer in the making: an iterator over its text. `tokens`, `content`, `reasoning` and `statistics` grow as it goes on."""
-
-    def __init__(
-        self,
-        tokens: Generator[int, None, None],
-        statistics: Statistics,
-        request: Request,
-        detokenizer: Detokenizer,
-        stops: StopStrings,
-        splitter: ReasoningSplitter | None,
-    ) -> None:
-        self.statistics = statistics
-        self.tokens: list[int] = []
-        self.content, self.reasoning = "", ""
-        self._request, self._stops, self._splitter, self._detokenizer = request, stops, splitter, detokenizer
-        self._tokens = tokens
-        self._events = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return (event.text for event in self._events if isinstance(event, Content))
-
-    def events(self) -> Iterator[Event]:
-        """Pieces of reasoning and answer, in order."""
-        return self._events
-
-    def cancel(self) -> None:
-        """End after the token in progress; may be called from another thread."""
-        self._request.cancelled.set()
-
-    def _run(self) -> Iterator[Event]:
-        for token in self._tokens:
-            self.tokens.append(token)
-            yield from self._emit(self._stops.push(self._detokenizer.push(token)))
-            if self._stops.stopped:
-                self.statistics.finish = "stop"
-                self._tokens.close()
-                break
-        yield from self._emit(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
-        yield from self._record(self._splitter.flush() if self._splitter else [])
-
-    def _emit(self, text: str) -> Iterator[Event]:
-        if text:
-            yield from self._record(self._splitter.push(text) if self._splitter else [Content(text)])
-
-    def _record(self, events: Sequence[Event]) -> Iterator[Event]:
-        for event in events:
-            if isinstance(event, Reasoning):
-                self.reasoning += event.text
-            else:
-                self.content += event.text
-            yield event

@@ -1,4 +1,4 @@
-"""Rendering equals transformers' rendering; what cannot be rendered is one clear sentence."""
+"""Rendering equals transformers' rendering; what cannot be rendered is one clear message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qwen_export.errors import TemplateError
+from qwen_export.errors import ParameterError, TemplateError
 from qwen_export.runtimes.text.chat_template import ChatTemplate, thinking_prefix
 from tests.support.templates import OTHER_TEMPLATE, family_template
 
@@ -138,26 +138,25 @@ USER = {"role": "user", "content": "x"}
 
 
 @pytest.mark.parametrize(
-    ("messages", "sentence"),
+    ("messages", "message"),
     [
         ([{"role": "system", "content": "x"}], "refused the messages: got There is no user query in the messages."),
         ([USER, {"role": "system", "content": "x"}], "A system message must be the first"),
         ([USER, {"role": "critic", "content": "x"}], "Unknown role critic"),
-        ([USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}]}], "refused the messages: got"),
-        ([], "messages cannot be rendered: got an empty list"),
-        ("Hello", "messages cannot be rendered: got str"),
-        ([USER, "Hello"], r"message cannot be rendered \(messages\[1\]\): got str"),
-        ([{"content": "x"}], r"role cannot be rendered \(messages\[0\]\): got None"),
-        ([{"role": "user"}], "content cannot be rendered"),
-        ([{"role": "user", "content": 3}], "content cannot be rendered .*: got int"),
-        ([{"role": "user", "content": ["x"]}], "content cannot be rendered .*: got list"),
-        ([{**USER, "reasoning_content": 3}], "reasoning_content cannot be rendered"),
-        ([{**USER, "tool_calls": {}}], "tool_calls cannot be rendered"),
-        ([{**USER, "tool_calls": [{"function": {}}]}], r"tool call cannot be rendered \(messages\[0\].tool_calls\[0\]\)"),
+        ([], "no messages: got an empty list"),
+        ("Hello", "a list of messages, not a text: got str"),
+        ([USER, "Hello"], r"message cannot be read \(messages\[1\]\): got str"),
+        ([{"content": "x"}], r"role cannot be read \(messages\[0\]\): got None"),
+        ([{"role": "user"}], "content is missing"),
+        ([{"role": "user", "content": 3}], "content cannot be read .*: got int"),
+        ([{"role": "user", "content": ["x"]}], "content cannot be read .*: got list"),
+        ([{**USER, "reasoning_content": 3}], "reasoning_content cannot be read"),
+        ([{**USER, "tool_calls": {}}], "tool_calls cannot be read"),
+        ([{**USER, "tool_calls": [{"function": {}}]}], r"tool call cannot be read \(messages\[0\].tool_calls\[0\]\)"),
     ],
 )
-def test_refusals_are_one_sentence(messages: Any, sentence: str) -> None:
-    with pytest.raises(TemplateError, match=sentence) as caught:
+def test_refusals_are_one_message(messages: Any, message: str) -> None:
+    with pytest.raises((TemplateError, ParameterError), match=message) as caught:
         ChatTemplate(family_template("3.5")).render(messages)
     assert "\n" not in str(caught.value)
 
@@ -179,6 +178,6 @@ def test_broken_template_names_the_line() -> None:
 )
 def test_template_cannot_leave_the_sandbox(source: str) -> None:
     messages = [dict(USER)]
-    with pytest.raises(TemplateError, match="refused"):
+    with pytest.raises(TemplateError, match=r"refused|too much"):
         ChatTemplate(source).render(messages)
     assert messages == [USER]

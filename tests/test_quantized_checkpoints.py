@@ -22,7 +22,7 @@ from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import CheckpointError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes
+from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.checkpoint.tensor_names import check_tensors, decoder_tensors, stored_name
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
@@ -174,7 +174,7 @@ def test_codes_are_the_checkpoints_own(quantized: Make, form: str) -> None:
         for start, stop in ((0, rows), (5, 19)):
             codes = reader.codes(name, start, stop)
             grid = reader.grid(name)
-            assert isinstance(codes, Codes) and grid is not None
+            assert isinstance(codes, GridRows) and grid is not None
             assert (codes.bits, codes.group, codes.zeros is None) == (grid.bits, grid.group, grid.symmetric)
             assert grid.scales == ("BF16" if "packed" in form else "F16")
             assert codes.codes.dtype == np.uint8 and codes.codes.max() <= 15
@@ -225,7 +225,8 @@ def test_experts_in_one_tensor(quantized: Make, tmp_path: Path) -> None:
     codes = (matrices / each).to(FP8)
     path = Path(shutil.copytree(quantized("fp8").path, tmp_path / "checkpoint"))
     name = "model.language_model.experts.gate_up_proj"
-    save_file({name: codes, name + "_scale_inv": scale}, path / "more.safetensors")
+    stored = load_file(path / "model.safetensors")
+    save_file(stored | {name: codes, name + "_scale_inv": scale}, path / "model.safetensors")
     checkpoint = open_checkpoint(path)
     with CheckpointReader(checkpoint) as reader:
         np.testing.assert_array_equal(reader.rows("experts.gate_up_proj", 1, 3), (codes.float() * each)[1:].numpy())
@@ -309,7 +310,7 @@ def assert_reads(made: QuantizedCheckpoint, rtol: float = 0.0) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scales_that_no_model_can_use(quantized: Make, damaged: Callable[..., Path], form: str, scale: str, value: float) -> None:
     stored = quantized(form).stored[f"{MODULE}.{scale}"]
     values = stored.float().contiguous().clone()
@@ -366,19 +367,16 @@ def test_a_part_of_the_wrong_shape(quantized: Make, damaged: Callable[..., Path]
     ("form", "change", "mention"),
     [
         ("fp8", {"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
-        ("fp8", {"weight_block_size": None}, "weight_block_size"),
         ("fp8", {"fmt": "e5m2"}, "'e5m2'"),
-        ("gptq", {"bits": 3}, "'bits'"),
         ("gptq", {"checkpoint_format": "marlin"}, "'marlin'"),
         ("awq", {"version": "gemv"}, "'gemv'"),
-        ("awq", {"bits": 8}, "'bits'"),
         ("packed", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ("packed", {"format": "marlin-24"}, "'marlin-24'"),
         ("nvfp4-modelopt", {"quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
     ],
 )
 def test_variants_that_are_not_read(damaged: Callable[..., Path], form: str, change: dict[str, Any], mention: str) -> None:
-    """Refused by `build` with a sentence; `inspect` shows the checkpoint all the same."""
+    """Refused by `build` with one message; `inspect` shows the checkpoint all the same."""
     path = damaged(form, config=change)
     with pytest.raises(UnsupportedError, match=re.escape(mention)) as raised:
         plan_build(open_checkpoint(path))

@@ -27,6 +27,13 @@ CASES = [
     (False, "<thinking>", "", "<thinking>"),
     (True, "x\n\n</thi", "x\n\n</thi", ""),
     (True, "", "", ""),
+    (True, "I call it.\n<tool_call>\n<function=f>\n</function>", "I call it.", "<tool_call>\n<function=f>\n</function>"),
+    (True, "<tool_call><function=f>", "", "<tool_call><function=f>"),
+    (True, "I could use <tool_call> here.\n</think>\n\nNo.", "I could use <tool_call> here.", "No."),
+    (True, "<tool_call>\n<func", "<tool_call>\n<func", ""),
+    (True, "a\n</think>\n\n</think>\n\nb </think>", "a", "b </think>"),
+    (True, "a</think></think></think>b", "a", "</think>b"),
+    (True, "a</think>\n</th", "a", "</th"),
 ]
 
 
@@ -46,7 +53,13 @@ def test_split(starts: bool, text: str, reasoning: str, content: str) -> None:
     assert run(list(text), starts) == (reasoning, content)
 
 
-@given(st.booleans(), st.lists(st.sampled_from(["<think>", "</think>", "\n", "<", "</th", "ink>", "think", "a "]), max_size=9), st.data())
+@given(
+    st.booleans(),
+    st.lists(
+        st.sampled_from(["<think>", "</think>", "\n", "<", "</th", "ink>", "think", "a ", "<tool_call>", "<function=", "<tool"]), max_size=9
+    ),
+    st.data(),
+)
 def test_result_does_not_depend_on_the_cuts(starts: bool, parts: list[str], data: st.DataObject) -> None:
     text = "".join(parts)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
@@ -64,3 +77,8 @@ def test_text_is_given_out_at_once_unless_it_may_be_a_tag() -> None:
     assert not splitter.in_reasoning
     assert splitter.push("\n\n") == []
     assert splitter.push("Yes </") == [Content("Yes </")]
+
+
+def test_without_tools_a_call_is_text_of_the_reasoning() -> None:
+    text = "I would write\n<tool_call>\n<function=f>\n</think>\n\nNo."
+    assert split_reasoning(text, True, tool_calls=False) == ("I would write\n<tool_call>\n<function=f>", "No.")

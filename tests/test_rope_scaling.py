@@ -22,7 +22,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedd
 from qwen_export import build
 from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.commands.inspect import command as inspect_command
-from qwen_export.errors import ConfigError, QwenExportError
+from qwen_export.errors import ConfigError, ParameterError, QwenExportError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import parse_config
 from qwen_export.graphs.models.eager_sequence import EagerSequence
@@ -108,7 +108,7 @@ def test_a_longer_context_in_the_file_stays() -> None:
 
 @pytest.mark.parametrize("text", ["yarn", "yarn:", "yarn:x", "yarn:1", "yarn:-4", "yarn:nan", "yarn:inf", "linear:4", "4", ""])
 def test_scalings_that_are_not_known(text: str) -> None:
-    with pytest.raises(ConfigError, match="yarn:4"):
+    with pytest.raises(ParameterError, match="yarn:4"):
         yarn_factor(text)
 
 
@@ -132,14 +132,14 @@ def test_verify_knows_the_scaling(bundle: Path, checkpoint: Path) -> None:
 def test_tables_of_the_runtime_equal_those_of_transformers(bundle: Path, checkpoint: Path) -> None:
     """Every row of the whole context, to the last bits of cos and sin. Angles are fp32 products on both sides."""
     decoder = load(bundle, max_context=STRETCHED).decoder()
-    decoder._fill_tables(STRETCHED)
+    decoder.require_room(0, STRETCHED)
     settings = Qwen3_5TextConfig.from_pretrained(str(checkpoint))
     settings.rope_parameters = {**settings.rope_parameters, **CARD}
     theirs = Qwen3_5TextRotaryEmbedding(settings)
     np.testing.assert_array_equal(np.asarray(decoder.manifest.rotary.inv_freq, np.float32), theirs.inv_freq.numpy())
     positions = torch.arange(STRETCHED)[None, None].expand(3, 1, -1)
     for name, expected in zip(("cos", "sin"), theirs(torch.zeros(1), positions), strict=True):
-        got = decoder.tables[name].array()
+        got = decoder.tables.of(0)[name].array()
         assert got.shape == (STRETCHED, 8)
         np.testing.assert_allclose(got, expected[0, :, :8].numpy(), rtol=0, atol=2e-7)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows, Top
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.largest import nucleus, top_ids
@@ -171,25 +170,35 @@ def test_masked_logits_are_fine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "name", "value"),
+    ("name", "value"),
     [
-        ("--temperature", "temperature", -0.1),
-        ("--temperature", "temperature", float("nan")),
-        ("--temperature", "temperature", float("inf")),
-        ("--top-p", "top_p", 0.0),
-        ("--top-p", "top_p", 1.1),
-        ("--top-k", "top_k", -1),
-        ("--top-k", "top_k", 2.5),
-        ("--min-p", "min_p", 1.5),
-        ("--presence-penalty", "presence_penalty", 3.0),
-        ("--frequency-penalty", "frequency_penalty", -3.0),
-        ("--repetition-penalty", "repetition_penalty", 0.0),
-        ("--seed", "seed", -1),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "0.7"),
+        ("temperature", True),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("top_k", 2.5),
+        ("min_p", 1.5),
+        ("presence_penalty", 3.0),
+        ("frequency_penalty", -3.0),
+        ("repetition_penalty", 0.0),
+        ("seed", -1),
+        ("no_repeat_ngram_size", -1),
+        ("min_new_tokens", 1.5),
+        ("suppress_tokens", [-1]),
+        ("suppress_tokens", 3),
+        ("begin_suppress_tokens", "12"),
+        ("bad_words_ids", [[]]),
+        ("bad_words_ids", [3]),
     ],
 )
-def test_value_out_of_range_names_the_flag(flag: str, name: str, value: float) -> None:
-    with pytest.raises(QwenExportError, match=f"The value of {flag} is out of range: got"):
+def test_value_out_of_range_names_the_parameter(name: str, value: Any) -> None:
+    with pytest.raises(ParameterError, match=f"the value of {name} is .*: got") as caught:
         SamplingParams(**{name: value})
+    assert caught.value.parameter == name
 
 
 @pytest.mark.parametrize(
@@ -213,31 +222,8 @@ def test_precedence_of_generation_config() -> None:
     assert recommended(unknown, True, shipped) == SamplingParams(temperature=1.0, top_p=0.95, top_k=20)
     assert recommended(unknown, True, {"eos_token_id": 1}) == recommended(unknown, False) == FALLBACK
     assert recommended(known, True, {"do_sample": False}).is_greedy
-    with pytest.raises(QwenExportError, match=r"generation_config.json.*--top-p"):
+    with pytest.raises(QwenExportError, match=r"generation_config.json, top_p"):
         recommended(known, True, {"top_p": 7})
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"greedy": True}, {"top_k": 20, "top_p": 0.95}, {"top_k": 20, "top_p": 0.95, "presence_penalty": 1.5}, {"top_p": 0.95}, {}],
-    ids=str,
-)
-def test_cost_per_token(options: dict[str, Any]) -> None:
-    rng = np.random.default_rng(0)
-    logits = rng.standard_normal(V).astype(np.float32)
-    logits[rng.integers(0, V, 100)] += rng.random(100).astype(np.float32) * 20
-    history = TokenHistory(range(2000))
-    for token in rng.integers(0, V, 2000).tolist():
-        history.push(token)
-    sampler = Sampler(SamplingParams(seed=0, **options), vocab_limit=248_077)
-    times = []
-    for _ in range(30):
-        start = time.perf_counter()
-        sampler.sample(logits, history)
-        times.append(time.perf_counter() - start)
-    microseconds = np.median(times) * 1e6
-    print(f"\n{options}: {microseconds:.0f} us")
-    assert microseconds < (2_000 if options.get("greedy") or options.get("top_k") else 40_000)
 
 
 def row_with_top(logits: np.ndarray, count: int) -> Row:

@@ -19,13 +19,11 @@ def tokenizer_with(*tokens: str) -> TextTokenizer:
     return TextTokenizer(tokenizer)
 
 
-def test_stop_ids_are_the_union_of_all_sources() -> None:
+def test_stop_ids_are_those_of_the_family_and_of_the_tokenizer() -> None:
     tokenizer = tokenizer_with("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-    assert stop_ids(tokenizer, None, {"text_config": {"eos_token_id": 0}}) == {0, 2}
-    assert stop_ids(tokenizer, {"eos_token_id": [2, 7]}, {"eos_token_id": 8, "text_config": {"eos_token_id": 9}}) == {0, 2, 7, 8, 9}
-    assert stop_ids(tokenizer_with("a"), {"eos_token_id": None}) == frozenset()
-    with pytest.raises(QwenExportError, match="not a token id"):
-        stop_ids(tokenizer, {"eos_token_id": "<|im_end|>"})
+    assert stop_ids(tokenizer) == {0, 2}
+    assert stop_ids(tokenizer, "<|im_start|>") == {0, 1, 2}
+    assert stop_ids(tokenizer_with("a"), None) == stop_ids(tokenizer_with("a"), "<|end|>") == frozenset()
 
 
 def run(stops: list[str], pieces: list[str]) -> tuple[str, str | None]:

@@ -34,6 +34,7 @@ from qwen_export.verification.layer_check import verify_layers
 from tests.support.fake_driver import FakeDriver
 from tests.support.fake_tensorrt import FakeTensorRT, TensorLocation, engine_bundle
 from tests.support.greedy import greedy
+from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 from tests.test_parity import tiny
 
@@ -193,9 +194,9 @@ def test_the_budget_for_weights_is_shared_by_the_engines(
 
 def test_a_budget_needs_engines_that_stream(bundle: Path, machine: Machine) -> None:
     machine()
-    with pytest.raises(QwenExportError, match=r"cannot wait in host memory: got --weight-budget\. .*--weight-streaming"):
+    with pytest.raises(QwenExportError, match=r"cannot wait in host memory.*weight_streaming"):
         load(bundle, weight_budget=1 << 30)
-    with pytest.raises(QwenExportError, match="out of range"):
+    with pytest.raises(QwenExportError, match="negative"):
         load(bundle, weight_budget=-1)
 
 
@@ -350,24 +351,22 @@ def test_kernels_belong_to_one_engine_and_machine(tmp_path: Path, monkeypatch: p
 
 def test_prepared_calls_leave_no_trace(portable: Path, bundle: Path, machine: Machine) -> None:
     """Whatever the controls and states hold when a call is prepared, the run that follows leaves the same."""
-    machine()
-    decoders = [load(bundle).decoder() for _ in range(2)]
-    for decoder in decoders:
+    driver, _ = machine()
+    plain, prepared = (load(bundle).decoder() for _ in range(2))
+    for decoder in (plain, prepared):
         decoder.prefill(PROMPT)
-    subject: Any = decoders[1]
-    states, graph = subject._states[0], subject._graphs["decoder"]
     for token in (5, 6, 7, 8):
-        graph.set(input_ids=[9], length=[subject.lengths[0]])
-        key = ("decoder", tuple(states._current[state.name] for state in graph.spec.states))
-        states._calls.setdefault(key, states._bind(graph)).prepare()
-        assert states._calls[key].recorded
-        np.testing.assert_array_equal(decoders[0].step([token]), decoders[1].step([token]))
+        expected = plain.step([token])
+        prepared.prepare(1)
+        launched = driver.launches
+        np.testing.assert_array_equal(expected, prepared.step([token]))
+        assert driver.launches == launched + 1, "it is recorded"
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_preparing_changes_nothing(bundle: Path, machine: Machine, steps: int) -> None:
     """Between any two calls, with drafts open and without; and afterwards both calls of the graph are recorded."""
-    machine()
+    driver, _ = machine()
     plain, prepared = (load(bundle).decoder() for _ in range(2))
     widest = prepared.widest_verify
     for decoder in (plain, prepared):
@@ -376,14 +375,14 @@ def test_preparing_changes_nothing(bundle: Path, machine: Machine, steps: int) -
             decoder.step([token])
         decoder.verify([7, 8, 9][:widest])
         decoder.accept(2)
-    subject: Any = prepared
     prepared.prepare(widest)
     prepared.prepare(1)
-    assert [call.recorded for (name, _), call in subject._states[0]._calls.items() if name == "verify"] == [True, True]
     for token in (5, 6, 7):
         np.testing.assert_array_equal(plain.step([token]), prepared.step([token]))
         prepared.warm()
-        np.testing.assert_array_equal(plain.verify([token, 4]), prepared.verify([token, 4]))
+        expected, launched = plain.verify([token, 4]), driver.launches
+        np.testing.assert_array_equal(expected, prepared.verify([token, 4]))
+        assert driver.launches == launched + 1, "it is recorded"
         for decoder in (plain, prepared):
             decoder.accept(1)
 
@@ -525,9 +524,8 @@ def test_a_gpu_that_is_not_there(bundle: Path, machine: Machine) -> None:
 
 def test_an_engine_that_is_not_the_manifests(bundle: Path, machine: Machine) -> None:
     machine()
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace('"name": "commit"', '"name": "committed"'))
-    with pytest.raises(BundleError, match="not what the manifest describes: got commit, committed"):
+    write_raw(bundle, (bundle / "manifest.json").read_text().replace('"name": "commit"', '"name": "last_slot"'))
+    with pytest.raises(BundleError, match="not what the manifest describes: got commit, last_slot"):
         load(bundle)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.runtimes.text.chat_template import ChatTemplate, shield_messages
+from qwen_export.runtimes.text.chat_template import ChatTemplate
+from qwen_export.runtimes.text.shielding import shield_messages
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 from tests.support.real_tokenizer import real_tokenizer, tokenizer_file
@@ -50,7 +51,7 @@ def test_special_tokens_have_the_ids_of_the_family(tokenizer: TextTokenizer) -> 
 def test_unknown_token_and_unreadable_file_are_clear_errors(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     with pytest.raises(QwenExportError, match="no such token: got '<nope>'"):
         tokenizer.id_of("<nope>")
-    with pytest.raises(BundleError, match="There is no tokenizer"):
+    with pytest.raises(BundleError, match="there is no tokenizer"):
         TextTokenizer.from_file(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="cannot be read"):

@@ -10,8 +10,8 @@ from qwen_export.bundle_contract import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, PRO
 from qwen_export.graphs.call_sizes import DECODER, HEAD, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
-from qwen_export.plugins.standard.standard_choices import DECOMPOSABLE, choose_standard
-from qwen_export.targets import Target
+from qwen_export.plugins.standard.standard_choices import choose_standard
+from qwen_export.targets import DECOMPOSABLE, Target
 
 DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""
@@ -56,7 +56,7 @@ def plan_static(
     quantized: bool = False,
     choices: dict[str, Choice] | None = None,
 ) -> tuple[StaticPlan, list[str]]:
-    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a sentence for each reason against it.
+    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a message for each reason against it.
     `choices`: the lowering of each op, for targets with engines."""
     possible = [opset for opset in target.opsets if opset >= _BLOCKS_SINCE or not quantized]
     opset = possible[0] if options.opset is None else options.opset
@@ -69,7 +69,7 @@ def plan_static(
         reasons.append(f"quantized blocks are standard since opset {_BLOCKS_SINCE}, not in {opset}")
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
-        reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
+        reasons.append(f"there is no op to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
     limit = min(target.longest_call, context)
     T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, verified
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):

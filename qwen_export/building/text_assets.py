@@ -1,61 +1,64 @@
-"""The text half of a bundle: tokenizer, chat template, generation settings, copied from the checkpoint."""
+"""The text half of a bundle: tokenizer, chat templates, generation settings, copied from the checkpoint."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from qwen_export.errors import CheckpointError
+from qwen_export.errors import CheckpointError, TemplateError
 from qwen_export.manifest import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER, TOKENIZER_CONFIG
+from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
+from qwen_export.runtimes.text.chat_template import DEFAULT
+from qwen_export.runtimes.text.text_files import SPECIAL_TOKENS_MAP, TEMPLATE_SET, TextFiles
 
 
-def check_text_assets(checkpoint: Path) -> None:
-    """Raise CheckpointError, before any work, for what `copy_text_assets` and `stop_ids` could not use."""
-    stop_ids(checkpoint, ())
-    _read_json(checkpoint / TOKENIZER_CONFIG)
-    if not (checkpoint / TOKENIZER).exists() and (checkpoint / "vocab.json").exists():
+def check_text_assets(checkpoint: Path) -> list[str]:
+    """Raise CheckpointError, before any work, for what a run could not use: a tokenizer that cannot be read, a template that is not valid,
+    settings that are out of range or not implemented. Returns notes about what is left out."""
+    files = TextFiles(checkpoint, error=CheckpointError)
+    generation = _generation(checkpoint)
+    if files.has(TOKENIZER):
+        _ = files.tokenizer
+    elif (checkpoint / "vocab.json").exists():
         raise CheckpointError(
             "the checkpoint has no tokenizer.json",
             where=str(checkpoint),
-            fix="Save it once with transformers: AutoTokenizer(...).save_pretrained.",
+            fix="Save it once with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...).",
         )
+    if files.templates:
+        try:
+            _ = files.template
+        except TemplateError as error:
+            raise CheckpointError(
+                error.what, where=f"{checkpoint}, {error.where}".rstrip(", "), got=error.got, expected=error.expected, fix=error.fix
+            ) from error
+    return [f"generation_config.json: {name} is not a key of transformers, and has no influence" for name in generation.unknown]
 
 
 def copy_text_assets(checkpoint: Path, bundle: Path) -> list[str]:
-    """Copy what is there; returns the names written. A chat template inside tokenizer_config.json becomes a file of its own."""
+    """Copy what is there; returns the names written. Templates in other places become chat_template.jinja and chat_templates.json."""
     written = []
-    for name in (TOKENIZER, TOKENIZER_CONFIG, GENERATION_CONFIG, CHAT_TEMPLATE):
+    for name in (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, CHAT_TEMPLATE):
         if (checkpoint / name).exists():
             shutil.copyfile(checkpoint / name, bundle / name)
             written.append(name)
-    if CHAT_TEMPLATE not in written:
-        template = _read_json(checkpoint / TOKENIZER_CONFIG).get("chat_template")
-        if isinstance(template, str):
-            (bundle / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-            written.append(CHAT_TEMPLATE)
+    templates = TextFiles(checkpoint, error=CheckpointError).templates
+    if CHAT_TEMPLATE not in written and DEFAULT in templates:
+        (bundle / CHAT_TEMPLATE).write_text(templates[DEFAULT], encoding="utf-8", newline="")
+        written.append(CHAT_TEMPLATE)
+    others = {name: source for name, source in templates.items() if name != DEFAULT}
+    if others:
+        (bundle / TEMPLATE_SET).write_text(json.dumps(others, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        written.append(TEMPLATE_SET)
     return written
 
 
 def stop_ids(checkpoint: Path, config_ids: tuple[int, ...]) -> tuple[int, ...]:
     """End-of-sequence ids of config.json and generation_config.json together: either alone is wrong for some releases."""
-    given = _read_json(checkpoint / GENERATION_CONFIG).get("eos_token_id")
-    more = given if isinstance(given, list) else [given] if given is not None else []
-    if not all(type(i) is int and i >= 0 for i in more):
-        raise CheckpointError(
-            "eos_token_id is not a token id or a list of them", where=str(checkpoint / GENERATION_CONFIG), got=repr(given)
-        )
-    return tuple(sorted({*config_ids, *more}))
+    return tuple(sorted({*config_ids, *_generation(checkpoint).stop_ids}))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("a file of the checkpoint is not valid JSON", where=str(path), got=error) from error
-    if not isinstance(value, dict):
-        raise CheckpointError("a file of the checkpoint is not a JSON object", where=str(path), got=type(value).__name__)
-    return value
+def _generation(checkpoint: Path) -> GenerationDefaults:
+    values = TextFiles(checkpoint, error=CheckpointError).json(GENERATION_CONFIG)
+    return read_generation_config(values, CheckpointError, str(checkpoint / GENERATION_CONFIG))

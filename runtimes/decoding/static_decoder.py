@@ -110,7 +110,7 @@ class StaticDecoder(Decoder):
         """The graph that reads the next of `count` tokens."""
         if count == 1 and not self._accepted[slot]:
             return STEP
-        if committed_prompt and count > self.widest_verify and not self._accepted[slot]:
+        if committed_prompt and not self._accepted[slot]:
             return PROMPT
         return VERIFY if self.widest_verify else PROMPT
 

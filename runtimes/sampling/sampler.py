@@ -1,7 +1,8 @@
-"""Logits to the next token: penalties, temperature, top-k, top-p, min-p, in that order (the order of transformers' processors).
+"""Logits to the next token: forbidden tokens, penalties, temperature, top-k, top-p, min-p (as transformers' processors do).
 
 For one row of logits x, with peak = max x and T the temperature:
 
+    rules        x_i = -inf                                         for every forbidden token i (`token_rules.py`)
     repetition   x_i = x_i / r  if x_i >= 0  else x_i * r          for every token i of prompt and answer
     presence     x_i = x_i - a - f * count_i                        for every generated token i (f: the frequency penalty)
     top-k        keep x_i >= the k-th largest (ties of the k-th stay)
@@ -11,14 +12,15 @@ For one row of logits x, with peak = max x and T the temperature:
     p_i = w_i / sum w
 
 The vocabulary has 248,077 entries, so what is done once per token and entry decides the cost: with top-k one pass over the logits, and
-everything else on k candidates. Medians of `pytest tests/test_sampling.py -k cost -s` on one core of an AMD EPYC: greedy 17 us, top-k 20
-with top-p 60 us, the same with a presence penalty 110 us, top-p without top-k 0.4 ms, no filter 1.3 ms.
+everything else on k candidates. Medians of `benchmarks/sampling_cost.py` on one core of an AMD EPYC: greedy 17 us, top-k 20 with top-p
+60 us, the same with a presence penalty 110 us, top-p without top-k 0.4 ms, no filter 1.3 ms.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from struct import Struct
@@ -27,21 +29,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.runtimes.decoding.logit_rows import Row, Top
+from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.largest import nucleus, top_ids
 from qwen_export.runtimes.sampling.token_history import TokenHistory
+from qwen_export.runtimes.sampling.token_rules import NOTHING, Forbidden, TokenRules
 
 Logits = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose a token. The defaults switch every filter and penalty off.
+    """How to choose a token. The defaults switch every filter, penalty and rule off.
 
     `greedy` and a `temperature` of 0 (below 1e-5) both mean: the largest logit after penalties, the lowest id on a tie. `top_k` 0,
-    `top_p` 1 and `min_p` 0 are off. `seed` None draws a fresh one. Raises QwenExportError, naming the flag, for a value out of range.
+    `top_p` 1 and `min_p` 0 are off. `seed` None draws a fresh one. The last five are the rules of `TokenRules`. Raises ParameterError for
+    a value out of range.
     """
 
     temperature: float = 1.0
@@ -53,27 +58,72 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     greedy: bool = False
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check("--temperature", self.temperature, self.temperature >= 0, "a number >= 0")
-        _check("--top-p", self.top_p, 0 < self.top_p <= 1, "a number in (0, 1]")
-        _check("--top-k", self.top_k, self.top_k >= 0 and isinstance(self.top_k, int), "an integer >= 0 (0 is off)")
-        _check("--min-p", self.min_p, 0 <= self.min_p <= 1, "a number in [0, 1]")
-        _check("--presence-penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "a number in [-2, 2]")
-        _check("--frequency-penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "a number in [-2, 2]")
-        _check("--repetition-penalty", self.repetition_penalty, self.repetition_penalty > 0, "a number > 0 (1 is off)")
+        _check("temperature", self.temperature, lambda x: x >= 0, "a number >= 0")
+        _check("top_p", self.top_p, lambda x: 0 < x <= 1, "a number in (0, 1]")
+        _check_count("top_k", self.top_k)
+        _check("min_p", self.min_p, lambda x: 0 <= x <= 1, "a number in [0, 1]")
+        _check("presence_penalty", self.presence_penalty, lambda x: abs(x) <= 2, "a number in [-2, 2]")
+        _check("frequency_penalty", self.frequency_penalty, lambda x: abs(x) <= 2, "a number in [-2, 2]")
+        _check("repetition_penalty", self.repetition_penalty, lambda x: x > 0, "a number > 0 (1 is off)")
         if self.seed is not None:
-            _check("--seed", self.seed, self.seed >= 0 and isinstance(self.seed, int), "an integer >= 0")
+            _check_count("seed", self.seed, "an integer >= 0")
+        _check_count("no_repeat_ngram_size", self.no_repeat_ngram_size)
+        _check_count("min_new_tokens", self.min_new_tokens)
+        _check_ids("suppress_tokens", self.suppress_tokens)
+        _check_ids("begin_suppress_tokens", self.begin_suppress_tokens)
+        for word in _sequence("bad_words_ids", self.bad_words_ids):
+            _check_ids("bad_words_ids", word, "sequences of one or more token ids", least=1)
 
     @property
     def is_greedy(self) -> bool:
         """Whether the choice is not random."""
         return self.greedy or self.temperature < 1e-5
 
+    def rules(self, stop_ids: Collection[int] = ()) -> TokenRules:
+        """Its rules, for an answer that ends at `stop_ids`."""
+        return TokenRules(
+            self.suppress_tokens,
+            self.begin_suppress_tokens,
+            tuple(tuple(word) for word in self.bad_words_ids),
+            self.no_repeat_ngram_size,
+            self.min_new_tokens,
+            stop_ids,
+        )
 
-def _check(flag: str, value: float, in_range: bool, expected: str) -> None:
-    if not in_range or not math.isfinite(value):
-        raise QwenExportError(f"The value of {flag} is out of range", got=value, expected=expected)
+
+def _check(name: str, value: Any, in_range: Callable[[float], bool], expected: str) -> None:
+    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not in_range(value):
+        raise ParameterError(
+            f"the value of {{{name}}} is out of range", parameter=name, got=repr(value), expected=expected, fix=f"Give {expected}."
+        )
+
+
+def _check_count(name: str, value: Any, expected: str = "an integer >= 0 (0 is off)") -> None:
+    _check(name, value, lambda x: x >= 0 and isinstance(x, (int, np.integer)), expected)
+
+
+def _check_ids(name: str, value: Any, expected: str = "a sequence of token ids", least: int = 0) -> None:
+    ids = _sequence(name, value, expected)
+    if len(ids) < least or not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) and i >= 0 for i in ids):
+        raise ParameterError(
+            f"the value of {{{name}}} is not usable", parameter=name, got=repr(value), expected=expected, fix=f"Give {expected}."
+        )
+
+
+def _sequence(name: str, value: Any, expected: str = "a sequence") -> Sequence[Any]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise ParameterError(
+            f"the value of {{{name}}} is not usable", parameter=name, got=repr(value), expected=expected, fix=f"Give {expected}."
+        )
+    return value
 
 
 _FP32 = Struct("f")
@@ -85,11 +135,19 @@ class Sampler:
     """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens. A token costs one
     number of it, whether there is a choice or not, so that number i chooses token i.
 
-    `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen.
+    `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen. `stop_ids`: tokens that end
+    the answer, for the rules about them. `constraint`: what the answer must obey; it needs a `history` in every call.
     """
 
-    def __init__(self, params: SamplingParams, vocab_limit: int | None = None) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_limit: int | None = None,
+        stop_ids: Collection[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.params, self._constraint = params, constraint
+        self._rules = params.rules(stop_ids)
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
         self._penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
@@ -100,29 +158,37 @@ class Sampler:
 
         Raises QwenExportError when the logits hold NaN or +inf, or nothing finite.
         """
+        forbidden = self._rules.forbidden(history) if self._rules else NOTHING
+        allowed = self._constraint.allowed(history.answer()) if self._constraint is not None and history is not None else None
         if isinstance(logits, Row):
-            found = self._among_largest(logits.top, history)
+            found = self._among_largest(logits.top, history, forbidden, allowed)
             if found is not None:
                 return found
             logits = logits.array
-        return self._among_all(logits, history)
+        return self._among_all(logits, history, forbidden, allowed)
 
     def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
         """The next token of one row of logits."""
         return self.distribution(logits, history).draw(self.rng.random())
 
-    def _among_largest(self, top: Top | None, history: TokenHistory | None) -> Distribution | None:
-        """From the largest entries alone; None when it takes all. Penalties that only lower leave the others where they are: at most at
-        the last entry, `floor`. What is above it after penalties is above all others."""
+    def _among_largest(
+        self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
+    ) -> Distribution | None:
+        """From the largest entries alone; None when all are needed. Rules, constraints, and penalties that only lower, leave the others at
+        most at the last entry, `floor`. What is above it after penalties is above all others."""
         params = self.params
         if top is None or not (params.is_greedy or params.top_k):
             return None
         _check_peak(top.logits[0])
         floor, limit = top.logits[-1], self.vocab_limit
-        if params.is_greedy and not self._penalizes and (limit is None or top.ids[0] < limit):
+        if params.is_greedy and not self._penalizes and not forbidden and allowed is None and (limit is None or top.ids[0] < limit):
             return Distribution.certain(top.ids[0])
         largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
         found = [pair for pair in largest if limit is None or pair[0] < limit]
+        if forbidden:
+            found = [pair for pair in found if pair[0] not in forbidden]
+        if allowed is not None:
+            found = [pair for pair in found if allowed[pair[0]]]
         if history is not None and self._penalizes:
             if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
                 return None
@@ -150,11 +216,17 @@ class Sampler:
         total = sum(weights[i] for i in kept)
         return Distribution([found[i][0] for i in kept], [weights[i] / total for i in kept])
 
-    def _among_all(self, logits: Logits, history: TokenHistory | None) -> Distribution:
+    def _among_all(
+        self, logits: Logits, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
+    ) -> Distribution:
         params = self.params
         x = logits[: self.vocab_limit]
         if history is not None and self._penalizes:
             x = self._penalized(x.copy(), history)
+        if forbidden:
+            x = self._without(x if x.base is None else x.copy(), forbidden)
+        if allowed is not None:
+            x = self._only(x, allowed)
         if params.is_greedy:
             best = int(x.argmax())  # the first NaN, if there is one
             _check_peak(x[best])
@@ -173,6 +245,32 @@ class Sampler:
             ids, weights = ids[inside], weights[inside]
         probs = weights.astype(np.float64)
         return Distribution(ids, probs / probs.sum())
+
+    @staticmethod
+    def _without(x: Logits, forbidden: Forbidden) -> Logits:
+        """Minus infinity for the forbidden tokens, in place. NaN stays, and is an error."""
+        for ids in forbidden:
+            at = np.fromiter((i for i in ids if i < len(x)), np.int64)
+            x[at] = np.where(np.isnan(x[at]), x[at], -np.inf)
+        if len(x) and x.max() == -np.inf:
+            raise QwenExportError(
+                "every token is forbidden by the rules of the sampling parameters",
+                got=f"{sum(map(len, forbidden))} forbidden tokens",
+                fix="Take tokens out of {suppress_tokens} and {bad_words_ids}, or lower {no_repeat_ngram_size}.",
+            )
+        return x
+
+    @staticmethod
+    def _only(x: Logits, allowed: NDArray[np.bool_]) -> Logits:
+        """Minus infinity for what the constraint does not allow. NaN stays, and is an error."""
+        x = np.where(allowed[: len(x)] | np.isnan(x), x, x.dtype.type(-np.inf))
+        if len(x) and x.max() == -np.inf:
+            raise QwenExportError(
+                "the constraint of the answer allows no token",
+                got=f"{int(allowed.sum())} allowed tokens of the vocabulary, none of them usable here",
+                fix="Loosen the grammar or the rules of the sampling parameters; one excludes what the other asks for.",
+            )
+        return x
 
     def _penalized(self, x: Logits, history: TokenHistory) -> Logits:
         """Penalties on all logits, in place."""
@@ -206,8 +304,8 @@ def _fp32(x: float) -> float:
 def _check_peak(peak: float | np.floating[Any]) -> None:
     if not math.isfinite(peak):
         raise QwenExportError(
-            "The model's output holds no usable logits",
+            "the model's output holds no usable logits",
             got=f"a maximum of {peak}",
             expected="a finite number",
-            fix="Run `qwen-export verify` on this bundle; at reduced precision an activation may have overflowed",
+            fix="Run `qwen-export verify` on this bundle; at reduced precision an activation may have overflowed.",
         )

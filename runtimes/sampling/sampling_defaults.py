@@ -1,23 +1,25 @@
-"""Which sampling parameters are used when the user names none.
+"""Which sampling parameters are used when the caller names none.
 
-Precedence, first match wins; flags given by the user replace single values of the result (`dataclasses.replace`):
+Temperature, top_p and top_k, first match wins; values that the caller gives replace single ones of the result (`dataclasses.replace`):
 
-1. generation_config.json, if its temperature, top_p and top_k are not those the family ships: whoever tuned this checkpoint chose them.
+1. generation_config.json, if its temperature, top_p and top_k are not those the family ships: they were chosen for this checkpoint.
    They hold for both modes. `do_sample: false` means greedy.
 2. `RECOMMENDED`, the model cards' table. The cards give two settings, with and without thinking, and the shipped file can hold but one:
    it is the thinking one, so for a model of the family the table is the better source in both modes. The file is also absent from the
    4B and 9B repositories.
 3. generation_config.json as it is, for a model that the table does not know.
 4. `FALLBACK`.
+
+All other values of generation_config.json (min_p, penalties, rules) hold in any case: the family's file has none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen_export.errors import QwenExportError
+from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
 from qwen_export.runtimes.sampling.sampler import SamplingParams
 from qwen_export.runtimes.text.chat_template import ChatTemplate
 
@@ -60,31 +62,17 @@ FALLBACK = SamplingParams(temperature=0.7, top_p=0.8, top_k=20)
 _SHIPPED = ((1.0, 0.95, 20), (0.6, 0.95, 20))
 
 
-def recommended(facts: ModelFacts, thinking: bool, generation_config: Mapping[str, Any] | None = None) -> SamplingParams:
-    """The parameters for one mode of a model. Raises QwenExportError for a value of generation_config.json that is out of range."""
+def recommended(facts: ModelFacts, thinking: bool, defaults: GenerationDefaults | Mapping[str, Any] | None = None) -> SamplingParams:
+    """The parameters for one mode of a model; `defaults` is generation_config.json, read or as it is. Raises QwenExportError for a value
+    of it that is out of range."""
+    given = defaults if isinstance(defaults, GenerationDefaults) else read_generation_config(defaults or {})
     table = RECOMMENDED.get((facts.generation or "", facts.small, thinking))
-    config = _from_generation_config(generation_config or {})
-    if config is None:
-        return table or FALLBACK
-    if table is not None and (config.temperature, config.top_p, config.top_k) in _SHIPPED:
-        return table
-    return config
-
-
-def _from_generation_config(config: Mapping[str, Any]) -> SamplingParams | None:
-    """The sampling values of the file; None when it has none (many hold nothing but token ids)."""
-    if config.get("do_sample") is False:
-        return SamplingParams(greedy=True)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    given = {name: config[name] for name in names if config.get(name) is not None}
-    if not given:
-        return None
-    try:
-        return SamplingParams(**given)
-    except (QwenExportError, TypeError) as error:
-        raise QwenExportError(
-            "A sampling value of the checkpoint is not usable",
-            where="generation_config.json",
-            got=error.what + f", {error.got}" if isinstance(error, QwenExportError) else error,
-            fix="Correct the file or pass the flag",
-        ) from error
+    if given.greedy:
+        return SamplingParams(greedy=True, **given.others)
+    if given.choice is None:
+        base = table or FALLBACK
+    elif table is not None and tuple(given.choice[name] for name in ("temperature", "top_p", "top_k")) in _SHIPPED:
+        base = table
+    else:
+        base = SamplingParams(**given.choice)
+    return replace(base, **given.others)

@@ -9,15 +9,17 @@ from numpy.typing import NDArray
 
 
 class TokenHistory:
-    """Counts of generated tokens and the set of prompt tokens.
+    """Counts of generated tokens, the set of prompt tokens, and all tokens in order.
 
     Presence and frequency penalties look at generated tokens only, the repetition penalty at prompt and generated tokens (the OpenAI API's
     and vLLM's definitions, which the recommended settings assume). `push` and `pop` are O(1); a speculative round pushes its drafts
-    and pops the rejected ones.
+    and pops the rejected ones, last first.
     """
 
     def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
-        ids = np.unique(np.fromiter(prompt_ids, np.int64))
+        self._text = np.fromiter(prompt_ids, np.int64)
+        self._length = self._prompt_length = len(self._text)
+        ids = np.unique(self._text)
         self._slot = {int(token): slot for slot, token in enumerate(ids)}
         self._ids = ids
         self._counts = np.zeros(len(ids), np.int64)
@@ -33,12 +35,30 @@ class TokenHistory:
             self._in_prompt = np.concatenate([self._in_prompt, np.zeros(spare, bool)])
         self._ids[slot] = token_id
         self._counts[slot] += 1
+        if self._length == len(self._text):
+            self._text = np.concatenate([self._text, np.zeros(max(64, self._length // 4), np.int64)])
+        self._text[self._length] = token_id
+        self._length += 1
 
     def pop(self, token_id: int) -> None:
-        """Take back one `push` of the same token."""
-        slot = self._slot[token_id]
-        assert self._counts[slot] > 0, f"token {token_id} was not generated"
-        self._counts[slot] -= 1
+        """Take back the last `push`, which was of this token."""
+        last = int(self._text[self._length - 1]) if self.new_tokens else None
+        assert last == token_id, f"token {token_id} was not generated last"
+        self._length -= 1
+        self._counts[self._slot[token_id]] -= 1
+
+    @property
+    def new_tokens(self) -> int:
+        """Number of generated tokens."""
+        return self._length - self._prompt_length
+
+    def text(self) -> NDArray[np.int64]:
+        """All tokens of prompt and answer, i64[T], in order; valid until the next `push`."""
+        return self._text[: self._length]
+
+    def answer(self) -> NDArray[np.int64]:
+        """The generated tokens, i64[n], in order; valid until the next `push`."""
+        return self._text[self._prompt_length : self._length]
 
     def of(self, token_id: int) -> tuple[bool, int]:
         """Whether the sequence holds the token, and how often it was generated."""

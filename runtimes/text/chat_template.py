@@ -2,13 +2,13 @@
 
 The environment is the one that `transformers` renders chat templates in: `trim_blocks`, `lstrip_blocks`, loop controls, the `generation`
 tag, `raise_exception`, `strftime_now`, and a `tojson` that does not escape HTML. It is sandboxed: a template can neither reach Python
-internals nor change the messages.
+internals nor change the messages, and has limits of time and memory (`template_limits.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -18,12 +18,16 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen_export.errors import TemplateError
-from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
+from qwen_export.runtimes.text.chat_messages import Message, check_messages, parse_arguments
+from qwen_export.runtimes.text.template_limits import MAX_CHARS, LimitedEnvironment, LimitReached, limited_render
 
-Message = Mapping[str, Any]
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names in a set of templates: the one that is used, and the one that is used instead when tools are given."""
+
+MAX_SOURCE = 1 << 20
+"""Characters of a template's source; those of the family have 8,000."""
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -41,37 +45,77 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None:
+        return json.dumps(value, ensure_ascii=ensure_ascii, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    pieces, length = [], 0
+    for piece in encoder.iterencode(value):
+        length += len(piece)
+        if length > MAX_CHARS:
+            raise LimitReached("JSON that is too large")
+        pieces.append(piece)
+    return "".join(pieces)
 
 
 def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
-class ChatTemplate:
-    """A compiled chat template.
+def _environment() -> LimitedEnvironment:
+    environment = LimitedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+    environment.add_filter("tojson", _tojson)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
 
-    `source` is the Jinja text; `special_tokens` are variables of it, as tokenizer_config.json names them (`eos_token`, `pad_token`, ...).
-    Raises TemplateError when `source` is not valid Jinja.
-    """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
-        self.source = source
-        self.special_tokens = dict(special_tokens or {})
+class _Compiled:
+    """One template. Raises TemplateError when `source` is not valid Jinja."""
+
+    def __init__(self, environment: LimitedEnvironment, source: str, name: str) -> None:
+        where = "" if name == DEFAULT else f"template {name}"
+        if len(source) > MAX_SOURCE:
+            raise TemplateError(
+                "the chat template is too long",
+                where=where,
+                got=f"{len(source)} characters",
+                expected=f"at most {MAX_SOURCE}",
+                fix="Use the checkpoint's own chat template.",
+            )
         try:
-            self._template = environment.from_string(source)
+            self.jinja = environment.from_string(source)
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-        except jinja2.TemplateError as error:
+        except Exception as error:  # besides jinja2's own errors those of Python's compiler, which gets what Jinja made
             line = getattr(error, "lineno", None)
             raise TemplateError(
-                "The chat template is not valid Jinja", where=f"line {line}" if line else "", got=error, fix="Use the checkpoint's own"
+                "the chat template is not valid Jinja",
+                where=", ".join(filter(None, (where, f"line {line}" if line else ""))),
+                got=_reason(error),
+                fix="Use the checkpoint's own chat template.",
             ) from error
+        self.source = source
+        # Templates of other families write arguments that are text as they are.
+        self.takes_argument_text = re.search(r"arguments\s+is\s+(not\s+)?string", source) is not None
+
+
+class ChatTemplate:
+    """A compiled chat template, or a set of named ones.
+
+    `source`: the Jinja text, or texts by name; of a set `default` is used, and `tool_use`, if there is one, where tools are given.
+    `special_tokens` are variables, as tokenizer_config.json names them (`eos_token`, `pad_token`, ...).
+    Raises TemplateError when a template is not valid Jinja.
+    """
+
+    def __init__(self, source: str | Mapping[str, str], special_tokens: Mapping[str, str] | None = None) -> None:
+        environment = _environment()
+        sources = {DEFAULT: source} if isinstance(source, str) else dict(source)
+        self._compiled = {name: _Compiled(environment, text, name) for name, text in sources.items()}
+        self.special_tokens = dict(special_tokens or {})
+        self.source = "\n".join(sources.values())
+        """The text of all templates."""
+        main = self._compiled.get(DEFAULT)
+        self.variables = main.variables if main is not None else frozenset[str]().union(*(c.variables for c in self._compiled.values()))
+        """Names that the template reads and does not define: what can be given to `render`."""
 
     def render(
         self,
@@ -79,6 +123,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
         enable_thinking: bool | None = None,
         preserve_thinking: bool | None = None,
         **variables: Any,
@@ -87,33 +132,62 @@ class ChatTemplate:
 
         `messages`: `{"role", "content"[, "reasoning_content", "tool_calls"]}` each; `content` is a string, a list of parts
         (`{"type": "text", "text": …}`, images, videos) or None. `tools`: JSON schemas of functions.
+        `continue_final_message`: the prompt ends inside the last message, behind its content or behind the field that is named.
         `enable_thinking`, `preserve_thinking`: None leaves the variable undefined, so that the template's own default rules (thinking is
         on by default from 4B upwards, off for 0.8B and 2B). `variables` are passed on, for what only some templates know
         (`reasoning_effort`, `add_vision_id`).
 
-        Raises TemplateError, with the template's own sentence when it refuses the messages.
+        Raises ParameterError for messages that are none, and TemplateError, with the template's own message, when it refuses them.
         """
         check_messages(messages)
+        template = self._named(TOOL_USE if tools is not None and TOOL_USE in self._compiled else DEFAULT)
+        if not template.takes_argument_text:
+            messages = parse_arguments(messages)
         optional = {"enable_thinking": enable_thinking, "preserve_thinking": preserve_thinking}
-        given = {name: value for name, value in optional.items() if value is not None}
-        try:
-            return self._template.render(
-                **self.special_tokens | given | variables,
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+        given = {name: value for name, value in optional.items() if value is not None} | variables
+        if not continue_final_message:
+            return self._render(template, messages, tools, add_generation_prompt, given)
+        field = continue_final_message if isinstance(continue_final_message, str) else "content"
+        marked = [*messages[:-1], _marked(messages[-1], field)]
+        return _cut_at_mark(self._render(template, marked, tools, False, given))
+
+    def _named(self, name: str) -> _Compiled:
+        if name not in self._compiled:
+            raise TemplateError(
+                "none of the chat templates is the one to use",
+                got=", ".join(sorted(self._compiled)),
+                expected=DEFAULT,
+                fix="Name one of the checkpoint's templates `default`, and build again.",
             )
+        return self._compiled[name]
+
+    def _render(
+        self, template: _Compiled, messages: Sequence[Message], tools: Any, add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str:
+        context = {"documents": None} | self.special_tokens | dict(variables)
+        context |= {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            with limited_render():
+                return template.jinja.render(context)
+        except (LimitReached, RecursionError, MemoryError, OverflowError) as error:
+            raise TemplateError(
+                "the chat template takes too much time or memory",
+                got=_reason(error),
+                fix="Use the checkpoint's own chat template; it loops or makes something large.",
+            ) from error
         except Exception as error:  # foreign code: besides jinja2's own errors any Python error of an expression
-            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-            raise TemplateError("The chat template refused the messages", got=reason, fix=_FIX) from error
+            raise TemplateError("the chat template refused the messages", got=_reason(error), fix=_FIX) from error
 
     def thinks_by_default(self) -> bool:
         """Whether an answer starts inside a `<think>` block when `enable_thinking` is not given."""
         return thinking_prefix(self.render([{"role": "user", "content": "?"}]))
 
 
-_FIX = "Change the messages so that they follow the template (one system message first, at least one user message)"
+_FIX = "Change the messages so that they follow the template (one system message first, at least one user message)."
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def thinking_prefix(rendered_prompt: str) -> bool:
@@ -125,67 +199,32 @@ def thinking_prefix(rendered_prompt: str) -> bool:
     return "<|im_end|>" not in turn and turn.rfind("<think>") > turn.rfind("</think>")
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raise TemplateError for what is not a list of messages; whether roles and their order fit is the template's to say."""
-    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise _bad_message("", "messages", type(messages).__name__, "a list of messages")
-    if not messages:
-        raise _bad_message("", "messages", "an empty list", "at least one message")
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, Mapping):
-            raise _bad_message(where, "message", type(message).__name__, "a mapping with 'role' and 'content'")
-        if not isinstance(message.get("role"), str):
-            raise _bad_message(where, "role", repr(message.get("role")), "a string such as 'user'")
-        _check_content(where, message)
-        reasoning = message.get("reasoning_content")
-        if reasoning is not None and not isinstance(reasoning, str):
-            raise _bad_message(where, "reasoning_content", type(reasoning).__name__, "a string")
-        _check_tool_calls(where, message.get("tool_calls"))
+# Noncharacters, and a space that shows whether the template trims the end of a text.
+_END_MARK = "\ufdd1\ufdd2"
+_SPACED_MARK = _END_MARK + " "
 
 
-def _check_content(where: str, message: Message) -> None:
-    content = message.get("content")
-    if "content" not in message and not message.get("tool_calls"):
-        raise _bad_message(where, "content", "nothing", "a string")
-    if content is None or isinstance(content, str):
-        return
-    if not isinstance(content, list) or not all(isinstance(part, Mapping) for part in content):
-        raise _bad_message(where, "content", type(content).__name__, 'a string or a list of parts like {"type": "text", "text": …}')
+def _marked(message: Message, field: str) -> dict[str, Any]:
+    """The message with a mark at the end of one text of it."""
+    value = message.get(field)
+    if isinstance(value, str):
+        return {**message, field: value + _SPACED_MARK}
+    parts = list(value) if isinstance(value, (list, tuple)) else []
+    for i in range(len(parts) - 1, -1, -1):
+        if isinstance(parts[i].get("text"), str):
+            parts[i] = {**parts[i], "text": parts[i]["text"] + _SPACED_MARK}
+            return {**message, field: parts}
+    raise TemplateError(
+        "the last message has no text to continue", where=field, got=type(value).__name__, fix="Give it a text, or end with a user message."
+    )
 
 
-def _check_tool_calls(where: str, calls: object) -> None:
-    if calls is None:
-        return
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise _bad_message(where, "tool_calls", type(calls).__name__, "a list of mappings")
-    for i, call in enumerate(calls):
-        function = call.get("function", call)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise _bad_message(f"{where}.tool_calls[{i}]", "tool call", repr(call), "a function with a name")
-
-
-def _bad_message(where: str, field: str, got: str, expected: str) -> TemplateError:
-    return TemplateError(f"The {field} cannot be rendered", where=where, got=got, expected=expected)
-
-
-def shield_messages(
-    messages: Sequence[Message], tokenizer: TextTokenizer, roles: frozenset[str] = frozenset({"user", "tool"})
-) -> list[dict[str, Any]]:
-    """A copy of the messages in which control tokens inside the text of `roles` are plain text to `tokenizer.encode`.
-
-    System and assistant messages are left alone: the first is the operator's, the second holds what the model itself wrote.
-    """
-    shielded: list[dict[str, Any]] = []
-    for message in messages:
-        safe = copy.deepcopy(dict(message))
-        if safe.get("role") in roles:
-            content = safe.get("content")
-            if isinstance(content, str):
-                safe["content"] = tokenizer.shield(content)
-            elif isinstance(content, list):
-                for part in content:
-                    if isinstance(part.get("text"), str):
-                        part["text"] = tokenizer.shield(part["text"])
-        shielded.append(safe)
-    return shielded
+def _cut_at_mark(rendered: str) -> str:
+    """What stands before the mark; without the space before it where the template trims texts, as transformers does."""
+    at = rendered.rfind(_END_MARK)
+    if at < 0:
+        raise TemplateError(
+            "the chat template drops the message that is to be continued",
+            fix="End with a user message; this template cannot continue an answer.",
+        )
+    return rendered[:at] if rendered.startswith(_SPACED_MARK, at) else rendered[:at].rstrip()

@@ -39,11 +39,11 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, *, show_special: bool = True) -> None:
         if not isinstance(tokenizer.decoder, decoders.ByteLevel):
             raise QwenExportError(
-                "This tokenizer cannot be streamed",
+                "the tokenizer's text cannot be streamed",
                 where="tokenizer.json, decoder",
                 got=type(tokenizer.decoder).__name__,
                 expected="ByteLevel",
-                fix="Use the tokenizer.json of the checkpoint's own family",
+                fix="Use the tokenizer.json of the checkpoint's own family.",
             )
         self._tokenizer = tokenizer
         self._hidden = frozenset() if show_special else frozenset(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special)

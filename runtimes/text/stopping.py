@@ -1,39 +1,25 @@
-"""When an answer ends: at a stop token, or at a text that the caller named."""
+"""When an answer ends: at a stop token, or at a text that the caller named. For the values of `finish` see `decoding/generation.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import ParameterError
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 # A chat turn ends with the first; a plain text, and some chat answers, with the second.
 STOP_TOKENS = ("<|im_end|>", "<|endoftext|>")
 
 
-def stop_ids(
-    tokenizer: TextTokenizer, generation_config: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None
-) -> frozenset[int]:
-    """All ids that end an answer.
+def stop_ids(tokenizer: TextTokenizer, eos_token: str | None = None) -> frozenset[int]:
+    """Ids of the tokenizer that end an answer: those of `STOP_TOKENS` and of the tokenizer's own `eos_token`.
 
-    The union of `eos_token_id` in generation_config.json and in config.json (also in its text_config; an int or a list each), and of
-    `STOP_TOKENS`. No single source is enough: generation_config.json is absent from several repositories of the family, config.json names
-    only `<|endoftext|>`, and an answer that runs past `<|im_end|>` goes on to invent the user's next turn.
+    The ids in config.json and generation_config.json come on top. No single source is enough: generation_config.json is absent from
+    several repositories of the family, config.json names only `<|endoftext|>`, and an answer that runs past `<|im_end|>` goes on to
+    invent the user's next turn.
     """
-    sources = [generation_config or {}, config or {}]
-    text_config = sources[1].get("text_config")
-    if isinstance(text_config, Mapping):
-        sources.append(text_config)
-    ids = {token_id for token in STOP_TOKENS if (token_id := tokenizer.find(token)) is not None}
-    for source in sources:
-        value = source.get("eos_token_id")
-        values = [] if value is None else value if isinstance(value, list) else [value]
-        for token_id in values:
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise QwenExportError("A stop token is not a token id", where="eos_token_id", got=repr(token_id), expected="an integer")
-            ids.add(token_id)
-    return frozenset(ids)
+    tokens = (*STOP_TOKENS, *((eos_token,) if eos_token else ()))
+    return frozenset(token_id for token in tokens if (token_id := tokenizer.find(token)) is not None)
 
 
 class StopStrings:
@@ -44,8 +30,14 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if isinstance(stops, str) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise QwenExportError("The stop strings are not usable", where="stop", got=repr(stops), expected="a list of non-empty strings")
+        if isinstance(stops, str) or not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise ParameterError(
+                "the stop strings are not usable",
+                parameter="stop",
+                got=repr(stops),
+                expected="a list of non-empty strings",
+                fix='Give a list such as ["\\nUser:"].',
+            )
         self._stops = tuple(stops)
         self._held = ""
         self.matched: str | None = None

@@ -4,23 +4,31 @@ Three ways to encode:
 
 `encode(text)`        parses added tokens (`<|im_start|>`, `<think>`, ...) wherever they stand. For rendered chats and raw prompts.
 `encode_plain(text)`  parses none: `<|im_end|>` in the text becomes the letters `<`, `|`, `im`, ... For a text that is data as a whole.
-`shield(text)`        marks every added token in a text as plain, and `encode` later honors the marks. For the parts of a chat that come
-                      from outside (what a user typed, what a tool returned), *before* the template puts control tokens around them: a
-                      message can then not end its own turn and open another. `chat_template.shield_messages` does this.
+`shield(text)`        marks every control token in a text as plain, and `encode` later honors the marks. For the parts of a chat that
+                      come from outside, *before* the template puts control tokens around them (`shielding.py`): a message can then
+                      not end its own turn and open another.
+
+Control tokens are the special tokens, the added tokens that the template's source holds, and the family's tags. Other added tokens are
+words that a fine-tune gave the vocabulary (`tokenizer.add_tokens`): they stay tokens in every text, as the model was trained on them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError, ParameterError, QwenExportError
 
-# A Unicode noncharacter (never assigned, not for interchange) behind the first character of a shielded token.
-_MARK = "\ufdd0"
+# A Unicode noncharacter (never assigned, not for interchange) behind the first character of a shielded token; a template that escapes
+# its JSON to ASCII writes the second form.
+_MARK, _ESCAPED_MARK = "\ufdd0", "\\ufdd0"
+
+# Not marked special by the family's tokenizers, so that answers show them.
+_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 
 
 class TextTokenizer:
@@ -30,7 +38,8 @@ class TextTokenizer:
     `vocab_size` as its limit. No token is added in front of or behind a text: the family has no BOS.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str = "", special: Iterable[str] = ()) -> None:
+        """`template`: source of the chat template. `special`: special tokens that only tokenizer_config.json marks as such."""
         self.tokenizer = tokenizer
         # Shares the model's memory; only the added tokens are left behind.
         self._plain = Tokenizer(tokenizer.model)
@@ -38,22 +47,28 @@ class TextTokenizer:
             self._plain.normalizer = tokenizer.normalizer
         if tokenizer.pre_tokenizer is not None:
             self._plain.pre_tokenizer = tokenizer.pre_tokenizer
-        self.added: dict[str, int] = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._added_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        marked = [re.escape(token[:1] + _MARK + token[1:]) for token in longest_first]
+        added = tokenizer.get_added_tokens_decoder()
+        self.added: dict[str, int] = {token.content: i for i, token in added.items()}
+        self._added_ids = frozenset(added)
+        marked_special = {token.content for token in added.values() if token.special} | set(special)
+        self.control = frozenset(t for t in self.added if t and (t in marked_special or t in _TAGS or t in template))
+        """Added tokens that only the template may write."""
+        longest_first = sorted(self.control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        mark = f"(?:{_MARK}|{re.escape(_ESCAPED_MARK)})"
+        marked = [f"{re.escape(t[:1])}{mark}{re.escape(t[1:])}" for t in longest_first]
         self._marked_pattern = re.compile("|".join(marked) or "(?!)")
 
     @classmethod
-    def from_file(cls, path: str | Path) -> TextTokenizer:
+    def from_file(cls, path: str | Path, template: str = "", special: Iterable[str] = ()) -> TextTokenizer:
         """Read a tokenizer.json (about 0.9 s for the family's). Raises BundleError when it is missing or is not one."""
         if not Path(path).is_file():
-            raise BundleError("There is no tokenizer", where=str(path), fix="Copy tokenizer.json from the checkpoint")
+            raise BundleError("there is no tokenizer", where=str(path), fix="Copy tokenizer.json from the checkpoint.")
         try:
-            return cls(Tokenizer.from_file(str(path)))
+            return cls(Tokenizer.from_file(str(path)), template, special)
         except Exception as error:  # tokenizers raises bare Exception
             raise BundleError(
-                "The tokenizer cannot be read", where=str(path), got=error, fix="Copy tokenizer.json from the checkpoint again"
+                "the tokenizer cannot be read", where=str(path), got=error, fix="Copy tokenizer.json from the checkpoint again."
             ) from error
 
     @property
@@ -61,29 +76,33 @@ class TextTokenizer:
         """One more than the highest token id."""
         return max([self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *self.added.values()]) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text whose added tokens count as such, except the shielded ones."""
-        if _MARK not in text:
-            return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, parameter: str = "prompt") -> list[int]:
+        """Ids of a text whose added tokens count as such, except the shielded ones. Raises ParameterError, with the name of the caller's
+        parameter, for a text that is not Unicode: half of a surrogate pair, or bytes of a command line that are not UTF-8."""
+        found = _encoding(self.tokenizer, text, parameter)
+        if self._marked_pattern.search(text) is None:
+            return found.ids
+        # The tokenizer itself finds the added tokens between the marks (with the rules of each: whole words, stripped spaces).
         ids: list[int] = []
         start = 0
-        for match in self._added_pattern.finditer(text):
-            ids += self._encode_unmarked(text[start : match.start()])
-            ids.append(self.added[match.group()])
-            start = match.end()
+        for token_id, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            if token_id in self._added_ids:
+                ids += self._encode_unmarked(text[start:begin])
+                ids.append(token_id)
+                start = end
         return ids + self._encode_unmarked(text[start:])
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is an added token."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return _encoding(self._plain, text, "prompt").ids
 
     def shield(self, text: str) -> str:
-        """The text with a mark in every added token, for `encode`. A text without added tokens is returned as it is."""
-        return self._added_pattern.sub(lambda match: match.group()[:1] + _MARK + match.group()[1:], text)
+        """The text with a mark in every control token, for `encode`. A text without them is returned as it is."""
+        return self._control_pattern.sub(lambda match: match.group()[:1] + _MARK + match.group()[1:], text)
 
     def unshield(self, text: str) -> str:
         """The text without the marks, to show it."""
-        return self._marked_pattern.sub(lambda match: match.group().replace(_MARK, "", 1), text)
+        return self._marked_pattern.sub(_without_mark, text)
 
     def decode(self, ids: Sequence[int], *, show_special: bool = True) -> str:
         """The text of whole ids; for one token at a time see `Detokenizer`."""
@@ -94,7 +113,7 @@ class TextTokenizer:
         token_id = self.find(token)
         if token_id is None:
             raise QwenExportError(
-                "The tokenizer has no such token", got=repr(token), fix="Use the tokenizer.json that belongs to this checkpoint"
+                "the tokenizer has no such token", got=repr(token), fix="Use the tokenizer.json that belongs to this checkpoint."
             )
         return token_id
 
@@ -105,3 +124,22 @@ class TextTokenizer:
 
     def _encode_unmarked(self, text: str) -> list[int]:
         return self.encode_plain(self.unshield(text)) if text else []
+
+
+def _encoding(tokenizer: Tokenizer, text: str, parameter: str) -> Any:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError as error:
+        at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), None) if isinstance(text, str) else None
+        raise ParameterError(
+            "the text is not Unicode" if at is not None else "the text cannot be read",
+            parameter=parameter,
+            got=type(text).__name__ if at is None else f"{text[at]!r} at character {at}",
+            fix="Give a text in UTF-8.",
+        ) from error
+
+
+def _without_mark(match: re.Match[str]) -> str:
+    text = match.group()
+    mark = _MARK if text[1] == _MARK else _ESCAPED_MARK
+    return text[0] + text[1 + len(mark) :]
