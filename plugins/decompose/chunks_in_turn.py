@@ -11,7 +11,7 @@ order first, here once for both), and as few passes over anything of a chunk's s
 in sequence and twice the flops; it is for GPUs.
 
 Tokens that are not kept are identity transitions here, with outputs that mean nothing: for prompts whose tail is padding, not for a
-verify, which wants the outputs of tokens that it does not commit.
+verify, which needs the outputs of tokens that it does not commit.
 """
 
 from __future__ import annotations

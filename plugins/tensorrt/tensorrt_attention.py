@@ -18,7 +18,7 @@ from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, Keys, attend
 
 
 def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """y [1,T,Hq*D] and the caches, which lie where the given ones do; `fused`: with the attention layer where it can be."""
+    """y [1,T,Hq*D] and the caches, in the memory of the given ones; `fused`: with the attention layer where it can be."""
     given, sizes, activation = layer.given, layer.sizes, layer.activation
     T, Hq, Hkv, D = sizes.T, sizes.Hq, sizes.Hkv, sizes.D
 

@@ -88,9 +88,9 @@ def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Valu
     at = emit.cast(emit.sub(emit.add(emit.gather(first, expert, axis=0), rank), one), _I32)
 
     token = emit.array(f"token_of_pair_{sizes.T}_{sizes.K}", np.repeat(np.arange(sizes.T, dtype=np.int32), sizes.K))
-    nobody = emit.array(f"nobody_{J}_{b}", np.zeros(J * b, np.int32))
+    empty = emit.array(f"empty_{J}_{b}", np.zeros(J * b, np.int32))
     where = emit("", "Reshape", [emit.cast(at, _I64), emit.ints(sizes.pairs, 1)], dtype=_I64)[0]
-    (source,) = emit("", "ScatterND", [nobody, where, token], like=nobody)
+    (source,) = emit("", "ScatterND", [empty, where, token], like=empty)
     number = emit.array(f"block_{J}", np.arange(J, dtype=np.float32)[:, None])
     (passed,) = emit("", "LessOrEqual", [last, number], dtype=ir.DataType.BOOL)
     (owner,) = emit("", "ReduceSum", [emit.wide(passed), emit.ints(-1)], like=mine, keepdims=0)

@@ -106,7 +106,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def lower_decomposed_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """The same with products and a softmax in the place of Attention."""
+    """The same with products and a softmax instead of Attention."""
     return _attention(graph, node, context, shared, fused=False)
 
 
