@@ -2,7 +2,7 @@
 
 In the notation of `delta_rule`, for each chunk of C tokens, with T = (I + A)^-1 and K_e = K * d_L:
 
-    [W | U] = T [beta c K | beta V]          X | R = K_e^T [W | U]          (chunks do not matter to each other)
+    [W | U] = T [beta c K | beta V]          X | R = K_e^T [W | U]          (chunks are independent)
     S_{n+1} = c_L S_n - X_n S_n + R_n                                        (the only sequence)
     O_n     = (c Q - M W)_n S_n + (M U)_n          M = d * Q K^T  (j <= i)   (all chunks at once, when all S_n are known)
 

@@ -33,7 +33,7 @@ _NEVER = -1e4
 
 def in_chunks(size: int) -> DeltaRule:
     """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
-    tokens in a call. Of a shorter last chunk `delta_rule` takes care."""
+    tokens in a call. A shorter last chunk goes through `delta_rule`."""
 
     def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
         length, state, outputs = given.length, given.state, []

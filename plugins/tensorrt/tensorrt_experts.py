@@ -1,6 +1,6 @@
 """Routed experts as native layers: the matrices of the chosen experts are gathered, and blocks of rows are multiplied by one each.
 
-Few pairs of token and expert: each pair is a block of one row. Many: pairs are brought together by expert in blocks of b rows, the last
+Few pairs of token and expert: each pair is a block of one row. Many: pairs are grouped by expert in blocks of b rows, the last
 block of an expert filled up; pairs / b + E blocks are always enough, so the sizes are static, every pair is computed and no other expert
 is read. Where a pair goes is counted, not sorted: TensorRT's TopK ends at 3840 elements, its cumulative sum does not end.
 
