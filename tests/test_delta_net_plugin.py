@@ -234,7 +234,7 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets addresses of inputs, numbers, addresses of outputs; its PTX is loaded once."""
     driver = FakeDriver()
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
-    for name, arguments in cuda_driver._FUNCTIONS.items():
+    for name, arguments in cuda_driver.FUNCTIONS.items():
         getattr(driver, name).argtypes = arguments
     given, stream, seen = StepFields("a_launch", pack_ptx(PTX), 4, 3, 16, 32, 128, 7), Stream(), []
     kinds = [ctypes.c_uint64] * 10 + [ctypes.c_int] * 5 + [ctypes.c_uint64] * 3
@@ -254,7 +254,7 @@ def test_each_gpu_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     """Several bundles in a process may be on several GPUs."""
     driver = FakeDriver(devices=2)
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
-    for name, arguments in cuda_driver._FUNCTIONS.items():
+    for name, arguments in cuda_driver.FUNCTIONS.items():
         getattr(driver, name).argtypes = arguments
     given = StepFields("on_two_gpus", pack_ptx(PTX), 1, 0, 1, 1, 64, 7)
     for device in (0, 1, 0):

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qwen_export import __version__
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.hashed_file import Prefix
+from qwen_export.version import __version__
 
 Identity = Callable[[str], str]
 """What tells the contents of a stored tensor without reading them."""

@@ -21,7 +21,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapsho
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes

@@ -10,7 +10,7 @@ from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 

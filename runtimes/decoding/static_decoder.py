@@ -17,7 +17,7 @@ from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.static_draft_head import StaticDraftHead
 from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, HEAD_GRAPHS, PROMPT, STEP, VERIFY, StaticGraph, StaticStates

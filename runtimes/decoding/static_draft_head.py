@@ -8,7 +8,7 @@ from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.static_graphs import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, StaticGraph, StaticStates
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
-from qwen_export.runtimes.decoding.rotary import TABLES
+from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
 
 STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"

@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 
-_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
+LIBRARY_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 OUT_OF_MEMORY = 2
 _NO_DEVICE = 100
 _MAJOR, _MINOR = 75, 76  # attributes of a device: compute capability
@@ -39,7 +39,7 @@ class Copy2D(Structure):
 
 
 # Arguments by function. Addresses on the device are 64 bits wide, streams, contexts and graphs are pointers.
-_FUNCTIONS: dict[str, list[Any]] = {
+FUNCTIONS: dict[str, list[Any]] = {
     "cuInit": [c_uint],
     "cuDriverGetVersion": [POINTER(c_int)],
     "cuGetErrorString": [c_int, POINTER(c_char_p)],
@@ -81,9 +81,9 @@ _thread = threading.local()
 @cache
 def driver() -> Any:
     """The driver's library. Raises BundleError where there is no driver, an old one, or no GPU."""
-    library = _load()
+    library = load_driver()
     try:
-        for name, arguments in _FUNCTIONS.items():
+        for name, arguments in FUNCTIONS.items():
             getattr(library, name).argtypes = arguments
     except AttributeError as error:
         raise BundleError("the NVIDIA driver is too old", got=error, expected="one for CUDA 12 or newer", fix="Update it.") from error
@@ -96,17 +96,25 @@ def driver() -> Any:
     return library
 
 
-def _load() -> Any:
-    for name in _NAMES:
+def load_driver() -> Any:
+    """The shared library, without a look at its functions."""
+    for name in LIBRARY_NAMES:
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
     raise BundleError(
         "this machine has no NVIDIA driver",
-        got=f"{' or '.join(_NAMES)} cannot be loaded",
+        got=f"{' or '.join(LIBRARY_NAMES)} cannot be loaded",
         fix="Install the driver, or build the checkpoint with --device cpu.",
     )
+
+
+def forget_driver() -> None:
+    """Load the driver again at its next use. The calling thread has no device until then."""
+    driver.cache_clear()
+    _primary_context.cache_clear()
+    _thread.ready = False
 
 
 def call(name: str, *arguments: object, fix: str = "") -> None:

@@ -277,6 +277,7 @@ class Context:
 
 
 @atexit.register
-def _release() -> None:
+def release_engines() -> None:
+    """Close every engine of this process. The library has to outlive them."""
     for engine in list(_loaded):
         engine.close()
