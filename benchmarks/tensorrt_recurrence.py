@@ -1,6 +1,6 @@
 """Device time of the pieces that TensorRT engines are made of: the gated delta rule, attention over a cache, products, top-k.
 
-    python benchmarks/tensorrt_recurrence.py [--only prefill,decode,...] [--flavour tensorrt-rtx] [--kernels] [--json FILE]
+    python -m benchmarks.tensorrt_recurrence [--only prefill,decode,...] [--flavour tensorrt-rtx] [--kernels] [--json FILE]
 
 Builds one small engine per variant for the GPU that is there, replays it as a CUDA graph and prints milliseconds per call: the median of
 several runs. Shapes are those of the 35B-A3B: 16 key and 32 value heads of 128 for the recurrence. `--kernels` lists what a call

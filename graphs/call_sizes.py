@@ -11,8 +11,8 @@ DECODER, HEAD = "decoder", "mtp"
 @dataclass(frozen=True)
 class CallSizes:
     """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits:
-    all T, none, or 1 that `logit_rows` chooses. `padded`: a call may have fewer than T real tokens, and says so in `commit`. `hidden`:
-    somebody reads the hidden states. `chunk`: tokens that the delta rule takes at a time."""
+    all T, none, or 1 that `logit_rows` chooses. `padded`: a call may have fewer than T real tokens; `commit` is their number. `hidden`:
+    a graph reads the hidden states. `chunk`: tokens that the delta rule takes at a time."""
 
     T: int
     P: int

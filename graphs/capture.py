@@ -18,11 +18,12 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from qwen_export.errors import CaptureError
+from qwen_export.element_types import PLAIN
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.model_state import State, empty_state
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.ops.onnx_form import translation_table
 from qwen_export.graphs.tensor_roles import state_names
 from qwen_export.graphs.unroll import unroll
@@ -31,7 +32,7 @@ from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weigh
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 OPSET = 21
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {kind.short: getattr(torch, kind.numpy) for kind in PLAIN}
 ALWAYS_FP32 = ("A_log", "dt_bias")
 
 _SYMBOL = re.compile(r"\bs\d+\b")
@@ -48,10 +49,10 @@ _STATE_DIMS = {
 }
 
 
-def meta_decoder(config: TextConfig, precision: str) -> Decoder:
+def meta_decoder(config: TextConfig, precision: str) -> TextModel:
     """The decoder without storage: parameters have shape and dtype only."""
     with torch.device("meta"):
-        model = Decoder(config)
+        model = TextModel(config)
     return _in_precision(model, precision)
 
 
@@ -137,7 +138,7 @@ def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str
             verbose=False,
         )
     if exported is None:
-        raise CaptureError("torch.onnx returned no program")
+        raise CaptureError("torch.onnx returned no program", fix=REPORT)
     return _named(exported.model, module, signature, derived or {})
 
 
@@ -149,7 +150,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     outputs = [*signature.output_names, *state_names(keys, after=True)]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(names):
-            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names))
+            raise CaptureError("the traced graph has another signature than the module", got=len(values), expected=len(names), fix=REPORT)
     # An output that is also an input of another op keeps one value: rename values, not uses.
     for value, name in zip([*graph.inputs, *graph.outputs], [*inputs, *outputs], strict=True):
         value.name = name
@@ -157,7 +158,7 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
     parameters = dict(module.named_parameters())
     for name, value in list(graph.initializers.items()):
         if name not in parameters:
-            raise CaptureError("the traced graph has a constant that is not a parameter", where=name)
+            raise CaptureError("the traced graph has a constant that is not a parameter", where=name, fix=REPORT)
         tensor = parameters[name]
         value.const_value = WeightTensor(derived.get(name) or StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype)), name)
     _simplify_row_choice(model)
@@ -196,7 +197,7 @@ def _comes_from(value: ir.Value | None, origin: ir.Value) -> bool:
 
 
 def _ir_dtype(dtype: torch.dtype) -> ir.DataType:
-    return {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}[dtype]
+    return next(ir.DataType[kind.onnx] for kind in PLAIN if DTYPES[kind.short] == dtype)
 
 
 def _name_dims(graph: ir.Graph, signature: Signature) -> None:

@@ -1,20 +1,22 @@
 """The typed model configuration, read from config.json and validated before anything else happens.
 
-Only fields that change the computation are kept. A value that this code does not implement is an error, never ignored: a rope key that
-is silently dropped gives a model that is wrong only at long context.
+Only fields that change the computation are kept. A value that this code does not implement is an error, never ignored, and so is a key
+that it does not know (`config_keys.py`).
 """
 
 from __future__ import annotations
 
 import json
-import math
-import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwen_export.errors import ConfigError, UnsupportedError
+from qwen_export.graphs.config_fields import Fields, shown
+from qwen_export.graphs.config_keys import DRAFT_LAYERS, check_keys
+from qwen_export.graphs.json_file import read_json_object
+from qwen_export.graphs.rope_config import RopeConfig, longest_context, parse_rope
 from qwen_export.graphs.rope_scaling import with_rope_scaling
 from qwen_export.manifest import MANIFEST
 
@@ -23,25 +25,9 @@ MOE_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
 NEXT_TYPES = ("qwen3_next",)
 FULL, LINEAR = "full_attention", "linear_attention"
 
-_ROPE_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved"}
-_LONGEST_DOCUMENTED = 1_010_000
-_YARN_KEYS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "truncate"}
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary embedding of the attention layers; `kind` is "default" or "yarn"."""
-
-    theta: float
-    partial_rotary_factor: float
-    mrope_section: tuple[int, ...] = ()
-    kind: str = "default"
-    factor: float = 1.0
-    original_max_position_embeddings: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float = 1.0
-    truncate: bool = True
+# Far above the family's largest (92 layers, 512 experts), so that a hostile number costs neither time nor memory.
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_LAYER_EXPERTS = 1024, 8192, 1 << 18
+_LARGEST_CONFIG = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -106,12 +92,16 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What config.json says: the text model and what lies beside it."""
+    """The contents of config.json: the text model and the parts beside it."""
 
     text: TextConfig
     architecture: str
     text_prefix: str
     """Prefix of the decoder's tensors: "model.language_model." beside a vision tower, else "model."."""
+    tied_flags: tuple[bool, ...] = ()
+    """The different values of tie_word_embeddings, which both levels of a nested configuration may have."""
+    draft_layers: int | None = None
+    """Layers of the draft head that config.json announces, None where it has no such key."""
     vision: Mapping[str, Any] | None = None
     quantization: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -126,65 +116,23 @@ _ARCHITECTURES = {
 }
 
 
-class _Fields:
-    """Typed access to one JSON object; every complaint names the file and the key."""
-
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data, self.where = data, where
-
-    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
-        value = self.data.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise self.wrong(key, value, f"an integer >= {minimum}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.data.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
-            raise self.wrong(key, value, "a positive number")
-        return float(value)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self.data.get(key, default)
-        if not isinstance(value, bool):
-            raise self.wrong(key, value, "true or false")
-        return value
-
-    def must_be(self, key: str, *allowed: Any) -> None:
-        """The only values implemented; a missing key means the first one."""
-        value = self.data.get(key, allowed[0])
-        if value not in allowed:
-            raise self.wrong(key, value, " or ".join(map(repr, allowed)))
-
-    def wrong(self, key: str, got: Any, expected: str) -> ConfigError:
-        shown = "nothing" if got is None else repr(got)
-        return ConfigError(f"config value {key!r} cannot be used", where=self.where, got=shown, expected=expected)
-
-
 def load_config(directory: Path, rope_scaling: str | None = None) -> CheckpointConfig:
-    """Read and validate `directory`/config.json. `rope_scaling`, like "yarn:4", takes the place of the file's. Raises ConfigError with the
-    key that is wrong."""
+    """Read and validate `directory`/config.json. `rope_scaling`, such as "yarn:4", replaces the scaling in the file. Raises ConfigError
+    with the key that is wrong."""
     path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         if (directory / MANIFEST).is_file():
             raise ConfigError(
                 "this is a bundle, not a checkpoint",
                 where=str(directory),
                 fix="See what is in it with `qwen-export inspect`, and whether it runs here with `qwen-export check`.",
-            ) from None
+            )
         raise ConfigError(
             "no config.json in the checkpoint directory",
             where=str(directory),
             fix="Give the directory that a Qwen3.5 / Qwen3.6 release unpacks to.",
-        ) from None
-    except OSError as error:
-        raise ConfigError("config.json cannot be read", where=str(path), got=error.strerror) from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError("config.json is not valid JSON", where=str(path), got=error) from error
-    if not isinstance(raw, dict):
-        raise ConfigError("config.json is not a JSON object", where=str(path), got=type(raw).__name__)
+        )
+    raw = read_json_object(path, "config.json", ConfigError, _LARGEST_CONFIG)
     return parse_config(raw if rope_scaling is None else with_rope_scaling(raw, rope_scaling), where=str(path))
 
 
@@ -196,44 +144,62 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> Checkpoi
         raise UnsupportedError(
             "this checkpoint's architecture is not one of the Qwen3.5 / Qwen3.6 / Qwen3-Next family",
             where=where,
-            got=name,
+            got=name if isinstance(name, str) and len(name) < 100 else shown(name),
             expected=", ".join(_ARCHITECTURES),
+            fix="Give a text model of the family, saved with its LM head.",
         )
     types, prefix = _ARCHITECTURES[name]
     nested = raw.get("text_config")
     text = nested if isinstance(nested, dict) else raw
+    f, outer = Fields(text, where), Fields(raw, where)
     model_type = text.get("model_type", raw.get("model_type"))
     if model_type not in types:
-        raise ConfigError("config value 'model_type' cannot be used", where=where, got=repr(model_type), expected=" or ".join(types))
-    vision = raw.get("vision_config") if "ConditionalGeneration" in name else None
-    tied = text.get("tie_word_embeddings", raw.get("tie_word_embeddings", False))
-    if not isinstance(tied, bool):
-        raise ConfigError("config value 'tie_word_embeddings' cannot be used", where=where, got=repr(tied), expected="true or false")
+        raise f.wrong("model_type", model_type, " or ".join(types))
+    check_keys(raw, text, where)
     quantization = raw.get("quantization_config") or text.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise ConfigError(
-            "config value 'quantization_config' cannot be used", where=where, got=repr(quantization), expected="a JSON object"
-        )
+        raise f.wrong("quantization_config", quantization, "a JSON object")
+    tied, draft = _tied(f, outer), _draft_layers(f, outer)
     return CheckpointConfig(
-        text=_parse_text(_Fields(text, where), model_type, tied),
+        # transformers reads the outer flag of a nested configuration, and the inner one where that is missing is what remains.
+        text=_parse_text(f, model_type, tied=tied[0] if tied else False, draft_layers=draft, eos=_eos_ids(f, outer)),
         architecture=name,
         text_prefix=prefix,
-        vision=vision,
+        tied_flags=tuple(dict.fromkeys(tied)),
+        draft_layers=draft,
+        vision=raw.get("vision_config") if "ConditionalGeneration" in name else None,
         quantization=quantization,
         raw=raw,
     )
 
 
-def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
+def _tied(f: Fields, outer: Fields) -> list[bool]:
+    """The values of tie_word_embeddings, the outer one first."""
+    return [level.boolean("tie_word_embeddings", False) for level in (outer, f) if level.data.get("tie_word_embeddings") is not None]
+
+
+def _draft_layers(f: Fields, outer: Fields) -> int | None:
+    found = {level.integer(key, minimum=0) for level in (f, outer) for key in DRAFT_LAYERS if level.data.get(key) is not None}
+    if len(found) > 1:
+        raise f.wrong(" and ".join(DRAFT_LAYERS), sorted(found), "one number of layers of the draft head")
+    return found.pop() if found else None
+
+
+def _eos_ids(f: Fields, outer: Fields) -> tuple[int, ...]:
+    return tuple(dict.fromkeys((*_ids(f, "eos_token_id"), *_ids(outer, "eos_token_id"))))
+
+
+def _parse_text(f: Fields, model_type: str, *, tied: bool, draft_layers: int | None, eos: tuple[int, ...]) -> TextConfig:
     f.must_be("hidden_act", "silu")
-    f.must_be("attention_bias", False)
+    f.must_be("attention_bias", False, None)
     f.must_be("attn_output_gate", True)
     f.must_be("output_gate_type", "silu", "swish", None)
-    f.must_be("mtp_use_dedicated_embeddings", False)
+    f.must_be("mtp_use_dedicated_embeddings", False, None)
     f.must_be("mlp_only_layers", [], None)
     f.must_be("decoder_sparse_step", 1)
     f.must_be("norm_topk_prob", True)
-    moe, rope = model_type in MOE_TYPES + NEXT_TYPES, _rope(f)
+    f.must_be("use_sliding_window", False, None)
+    moe, rope = model_type in MOE_TYPES + NEXT_TYPES, parse_rope(f)
     config = TextConfig(
         model_type=model_type,
         vocab_size=f.integer("vocab_size"),
@@ -252,14 +218,20 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
         rope=rope,
         max_position_embeddings=longest_context(f.integer("max_position_embeddings"), rope),
         tie_word_embeddings=tied,
-        eos_token_ids=_ids(f, "eos_token_id"),
+        eos_token_ids=eos,
         # Qwen3-Next releases have a draft head that their configuration does not mention.
-        mtp_num_hidden_layers=f.integer("mtp_num_hidden_layers", 1 if model_type in NEXT_TYPES else 0, minimum=0),
-        num_experts=f.integer("num_experts") if moe else 0,
+        mtp_num_hidden_layers=draft_layers if draft_layers is not None else int(model_type in NEXT_TYPES),
+        num_experts=f.integer("num_experts", maximum=_MOST_EXPERTS) if moe else 0,
         num_experts_per_tok=f.integer("num_experts_per_tok") if moe else 0,
         moe_intermediate_size=f.integer("moe_intermediate_size") if moe else 0,
         shared_expert_intermediate_size=f.integer("shared_expert_intermediate_size") if moe else 0,
     )
+    _check_sizes(f, config)
+    return config
+
+
+def _check_sizes(f: Fields, config: TextConfig) -> None:
+    """Raise ConfigError for sizes that do not fit each other."""
     for what, many, few in (
         ("num_attention_heads", config.num_attention_heads, config.num_key_value_heads),
         ("linear_num_value_heads", config.linear_num_value_heads, config.linear_num_key_heads),
@@ -268,15 +240,17 @@ def _parse_text(f: _Fields, model_type: str, tied: bool) -> TextConfig:
             raise f.wrong(what, many, f"a multiple of {few}")
     if config.num_experts_per_tok > config.num_experts:
         raise f.wrong("num_experts_per_tok", config.num_experts_per_tok, f"at most num_experts, {config.num_experts}")
-    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
-        raise f.wrong("partial_rotary_factor", config.rope.partial_rotary_factor, "a factor that rotates an even number of dimensions")
+    if config.num_layers * config.num_experts > _MOST_LAYER_EXPERTS:
+        raise f.wrong("num_experts", config.num_experts, f"at most {_MOST_LAYER_EXPERTS} experts in all layers")
+    factor = config.rope.partial_rotary_factor
+    if not 0 < factor <= 1 or config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+        raise f.wrong("partial_rotary_factor", factor, "a factor up to 1 that rotates an even number of dimensions")
     if config.rope.mrope_section and sum(config.rope.mrope_section) != config.rotary_dim // 2:
         raise f.wrong("mrope_section", list(config.rope.mrope_section), f"numbers that sum to {config.rotary_dim // 2}")
-    return config
 
 
-def _layer_types(f: _Fields) -> tuple[str, ...]:
-    count = f.integer("num_hidden_layers")
+def _layer_types(f: Fields) -> tuple[str, ...]:
+    count = f.integer("num_hidden_layers", maximum=_MOST_LAYERS)
     given = f.data.get("layer_types")
     if given is None:
         every = f.integer("full_attention_interval", 4)
@@ -286,70 +260,11 @@ def _layer_types(f: _Fields) -> tuple[str, ...]:
     return tuple(given)
 
 
-def _rope(f: _Fields) -> RopeConfig:
-    """`rope_parameters`, or the older spread-out form (rope_theta, partial_rotary_factor, rope_scaling)."""
-    given = f.data.get("rope_parameters")
-    scaling = f.data.get("rope_scaling")
-    for key, value in (("rope_parameters", given), ("rope_scaling", scaling)):
-        if value is not None and not isinstance(value, dict):
-            raise f.wrong(key, value, "a JSON object")
-    if given is not None and scaling is not None and given != scaling:
-        raise f.wrong("rope_scaling", scaling, "nothing beside rope_parameters")
-    source = dict(given if given is not None else scaling or {})
-    if "type" in source:
-        source.setdefault("rope_type", source.pop("type"))
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if key in f.data:
-            source.setdefault(key, f.data[key])
-    kind = source.get("rope_type", "default")
-    if kind not in ("default", "yarn"):
-        raise f.wrong("rope_type", kind, "'default' or 'yarn'")
-    if kind == "yarn":
-        source = {key: value for key, value in source.items() if value is not None or key not in _YARN_KEYS}
-    unknown = set(source) - _ROPE_KEYS - (_YARN_KEYS if kind == "yarn" else set())
-    if unknown:
-        raise ConfigError(
-            "unknown rope parameters would change the model and are not implemented",
-            where=f.where,
-            got=", ".join(sorted(unknown)),
-            expected=", ".join(sorted(_ROPE_KEYS | (_YARN_KEYS if kind == "yarn" else set()))),
-        )
-    r = _Fields(source, f.where)
-    section = source.get("mrope_section") or []
-    if not isinstance(section, list) or not all(type(n) is int and n > 0 for n in section):
-        raise r.wrong("mrope_section", section, "a list of positive integers")
-    if section:
-        r.must_be("mrope_interleaved", True)
-    base = RopeConfig(
-        theta=r.number("rope_theta"), partial_rotary_factor=r.number("partial_rotary_factor", 0.25), mrope_section=tuple(section)
-    )
-    if kind == "default":
-        return base
-    factor = r.number("factor")
-    return replace(
-        base,
-        kind="yarn",
-        factor=factor,
-        original_max_position_embeddings=r.integer("original_max_position_embeddings", f.integer("max_position_embeddings")),
-        beta_fast=r.number("beta_fast", 32.0),
-        beta_slow=r.number("beta_slow", 1.0),
-        attention_factor=r.number("attention_factor", 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0),
-        truncate=r.boolean("truncate", True),
-    )
-
-
-def longest_context(stored: int, rope: RopeConfig) -> int:
-    """Tokens that the model can read: config.json's number, or what YaRN stretches the original context to. Releases leave their number at
-    the original context and name the longer one in the model card: 1010000 for a factor of 4, a little less than four times 262144."""
-    stretched = int(rope.factor * rope.original_max_position_embeddings)
-    return max(stored, min(stretched, _LONGEST_DOCUMENTED))
-
-
-def _ids(f: _Fields, key: str) -> tuple[int, ...]:
+def _ids(f: Fields, key: str) -> tuple[int, ...]:
     value = f.data.get(key)
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+    if not all(type(v) is int and 0 <= v < 2**31 for v in values):
         raise f.wrong(key, value, "a token id or a list of them")
     return tuple(values)

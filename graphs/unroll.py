@@ -1,6 +1,6 @@
 """All layers of a decoder from one traced layer of each kind.
 
-Layers of a kind differ in nothing but their parameters and states, so tracing each of 60 layers teaches nothing new and takes most of a
+Layers of a kind differ in nothing but their parameters and states, so tracing each of 60 layers gives nothing new and takes most of a
 build's time. The decoder is traced with one layer per kind; here the nodes of that layer are copied for every layer of its kind.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY, point_name
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight, weight_of
 
@@ -60,7 +60,7 @@ class _Template:
         scope = f"'layers.{index}'"
         self.nodes = [node for node in graph if scope in node.metadata_props.get(_SCOPES, "")]
         if not self.nodes:
-            raise CaptureError("the trace does not say which nodes belong to a layer", where=f"layer {index}")
+            raise CaptureError("the trace has no nodes of a layer", where=f"layer {index}", fix=REPORT)
         self._inside = {value for node in self.nodes for value in node.outputs}
         self.inputs = [value for value in graph.inputs if (value.name or "").startswith(self._prefix)]
         self.outputs = [value for value in graph.outputs if (value.name or "").startswith(self._prefix)]
@@ -94,7 +94,10 @@ class _Template:
     def _only(self, values: set[ir.Value]) -> ir.Value:
         if len(values) != 1:
             raise CaptureError(
-                "a traced layer is not connected by one residual stream", where=self._prefix, got=[value.name for value in values]
+                "a traced layer is not connected by one residual stream",
+                where=self._prefix,
+                got=[value.name for value in values],
+                fix=REPORT,
             )
         return next(iter(values))
 
@@ -126,5 +129,5 @@ class _Template:
         """The parameter of that layer; a new initializer of the graph."""
         name, weight = self._renamed(value, prefix), weight_of(value)
         if not isinstance(weight, StoredWeight):
-            raise CaptureError("a parameter of a traced layer is not a stored tensor", where=name)
+            raise CaptureError("a parameter of a traced layer is not a stored tensor", where=name, fix=REPORT)
         return add_weight(self._graph, name, StoredWeight(name, weight.shape, weight.dtype))

@@ -1,4 +1,4 @@
-"""The targets: what each can do, and the ordered list of passes that lowers a captured graph to it."""
+"""The targets: what each has, and the ordered list of passes that lowers a captured graph to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
+DECOMPOSABLE = ("rmsnorm",)
+"""Values of --decompose: ops that have a node of their own in the standard, and that several simple nodes can replace."""
 _WITHOUT_FP8 = PRECISIONS[:-1]
 
 

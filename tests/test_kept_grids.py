@@ -281,7 +281,7 @@ def test_a_stack_is_cut_where_the_grid_changes(made: Make) -> None:
     ("precision", "text", "what"),
     [
         ("int8", "", "kept: gptq int4 group 128"),
-        ("int4", "[mlp]\nkeep = false", "gptq int4 group 128, dequantized to int4 block 32 search anew (the plan says keep = false)"),
+        ("int4", "[mlp]\nkeep = false", "gptq int4 group 128, dequantized to int4 block 32 search again (the plan has keep = false)"),
         ("int4", '[mlp]\nformat = "stored"', "gptq int4 group 128, dequantized (the plan quantizes nothing here)"),
     ],
 )

@@ -18,7 +18,7 @@ from qwen_export.errors import ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize
 from qwen_export.graphs.quantization.scale_search import quantize
-from qwen_export.graphs.quantization.standard_blocks import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
+from qwen_export.graphs.quantization.standard_blocks import BlockCodes, BlockScales, BlockZeros, NBitsCodes, NBitsZeros
 from qwen_export.graphs.weights.expression import StoredWeight, Weight
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
@@ -45,8 +45,8 @@ def test_codes_scales_and_zeros_apart_are_the_quantized_matrix(bits: int, zeros:
     matrix = np.random.default_rng(bits).standard_normal((N, K)).astype(np.float32)
     source, of, format = Weights({"w": matrix}), StoredWeight("w", (N, K), ir.DataType.FLOAT), QuantFormat(bits, 32, zeros)
     expected = dequantize(format, *quantize(format, matrix, "search"))
-    codes, scales = (unpacked(part(of, format, "search", turned), source) for part in (Codes, Scales))
-    zero = unpacked(Zeros(of, format, "search", turned), source) if zeros else np.zeros((1, 1))
+    codes, scales = (unpacked(part(of, format, "search", turned), source) for part in (BlockCodes, BlockScales))
+    zero = unpacked(BlockZeros(of, format, "search", turned), source) if zeros else np.zeros((1, 1))
     if turned:
         codes, scales, zero = codes.T, scales.T, zero.T
     got = np.repeat(scales, 32, axis=1) * (codes - (np.repeat(zero, 32, axis=1) if zeros else 0))

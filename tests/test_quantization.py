@@ -22,14 +22,14 @@ from qwen_export.building.build_plan import plan_build
 from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import CheckpointError, ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
-from qwen_export.graphs.quantization import scale_search as methods
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack, unpack
 from qwen_export.graphs.quantization.precision_plan import GROUPS, PrecisionPlan, default_plan, group_of, load_plan
 from qwen_export.graphs.quantization.quantized_weights import Quantized
-from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch, quantize
 from qwen_export.graphs.weights.expression import HeadRows, Stacked, StoredWeight
 from qwen_export.manifest import WEIGHTS, load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
+from qwen_export.plugins.native.native_search import find_search
 from qwen_export.verification.logit_check import verify
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
@@ -115,23 +115,23 @@ def test_search_is_never_worse_than_rounding(bits: int, zeros: bool) -> None:
 @needs_plugin
 @pytest.mark.parametrize("block", [32, 64, 128])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int) -> None:
     """Sums of another order may choose another range where two leave the same error."""
     format = QuantFormat(bits, block)
     w = np.random.default_rng(block).standard_t(4, (64, 4 * block)).astype(np.float32)
     w[3, :block] = 0
     w[5] = -np.abs(w[5])
 
-    def errors() -> npt.NDArray[np.float64]:
-        codes, scales, _ = quantize(format, w, "search")
+    def errors(search: ScaleSearch) -> npt.NDArray[np.float64]:
+        codes, scales, _ = quantize(format, w, "search", search)
         return ((dequantize(format, codes, scales) - w).astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
 
-    assert methods.native_search() is not None
-    native = errors()
-    monkeypatch.setattr(methods, "native_search", lambda: None)
+    plugin = find_search()
+    assert plugin is not None
+    native = errors(plugin)
     # What tells ranges apart is a difference of numbers as large as the block's squares, in fp32.
     slack = 4e-6 * (w.astype(np.float64) ** 2).reshape(-1, block).sum(axis=1)
-    assert (np.abs(native - errors()) <= slack).all()
+    assert (np.abs(native - errors(NUMPY_SEARCH)) <= slack).all()
     assert native[3 * 4] == 0
 
 
@@ -305,7 +305,7 @@ def test_without_the_library_quantized_builds_are_refused(tiny_checkpoint: Path,
 @pytest.mark.usefixtures("with_library")
 def test_other_builds_refuse_a_plan(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     source = open_checkpoint(tiny_checkpoint)
-    with pytest.raises(UnsupportedError, match="overrides --precision int8, int4 or fp8, not fp32"):
+    with pytest.raises(UnsupportedError, match="overrides the precisions int8, int4 or fp8, not fp32"):
         plan_build(source, plan_file=plan_file("[mlp]\nblock = 64"))
 
 

@@ -22,73 +22,18 @@ from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import CheckpointError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes
+from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.checkpoint.tensor_names import check_tensors, decoder_tensors, stored_name
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
 from tests.support import quantizers
 from tests.support.family import tiny_config
+from tests.support.quantization_forms import FORMS, ON_A_GRID
 from tests.support.quantizers import QuantizedCheckpoint, quantize_checkpoint
 from tests.support.synthesize import synthesize
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 MODULE = "model.language_model.layers.0.mlp.up_proj"
-
-
-def compressed(layout: str, **weights: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": weights, "format": layout}
-    return {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
-
-
-def int4(**more: Any) -> dict[str, Any]:
-    return {"bits": 4, "group_size": 128, **more}
-
-
-# Name: how to quantize, quantization_config, how a quantized weight is called.
-FORMS: dict[str, tuple[quantizers.Quantizer, dict[str, Any], str]] = {
-    "fp8": (quantizers.block_fp8(), {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}, "fp8 128x128"),
-    "fp8-f32-scales": (quantizers.block_fp8(torch.float32), {"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8 128x128"),
-    "fp8-small-blocks": (quantizers.block_fp8(block=48), {"quant_method": "fp8", "weight_block_size": [48, 48]}, "fp8 48x48"),
-    "gptq": (quantizers.gptq(128), int4(quant_method="gptq", sym=True, desc_act=False), "gptq int4 g128"),
-    "gptq-asymmetric": (quantizers.gptq(128, symmetric=False), int4(quant_method="gptq", sym=False), "gptq int4 g128"),
-    "gptq-v2": (quantizers.gptq(128, v2=True, g_idx=False), int4(quant_method="gptq", checkpoint_format="gptq_v2"), "gptq int4 g128"),
-    "gptq-act-order": (quantizers.gptq(32, act_order=True), int4(quant_method="gptq", desc_act=True, group_size=32), "gptq int4 g32"),
-    "awq": (quantizers.awq(128), int4(quant_method="awq", zero_point=True, version="gemm"), "awq int4 g128"),
-    "awq-symmetric": (quantizers.awq(128, symmetric=True, with_zeros=False), int4(quant_method="awq", zero_point=False), "awq int4 g128"),
-    "packed": (
-        quantizers.pack_quantized(128),
-        compressed("pack-quantized", num_bits=4, type="int", symmetric=True, strategy="group", group_size=128),
-        "compressed-tensors int4 g128",
-    ),
-    "packed-asymmetric": (
-        quantizers.pack_quantized(64, symmetric=False),
-        compressed("pack-quantized", num_bits=4, type="int", symmetric=False, strategy="group", group_size=64),
-        "compressed-tensors int4 g64",
-    ),
-    "nvfp4": (
-        quantizers.nvfp4(modelopt=False),
-        compressed("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
-        "nvfp4",
-    ),
-    "nvfp4-modelopt": (quantizers.nvfp4(modelopt=True), {"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
-    "fp8-modelopt": (quantizers.scaled(FP8, "scalar"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8 per tensor"),
-    "fp8-channel": (
-        quantizers.scaled(FP8, "channel"),
-        compressed("float-quantized", num_bits=8, type="float", strategy="channel"),
-        "fp8 per channel",
-    ),
-    "fp8-block": (
-        quantizers.scaled(FP8, "block"),
-        compressed("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[128, 128]),
-        "fp8 128x128",
-    ),
-    "int8-channel": (
-        quantizers.scaled(INT8, "channel"),
-        compressed("int-quantized", num_bits=8, type="int", strategy="channel"),
-        "int8 per channel",
-    ),
-}
-ON_A_GRID = ("gptq", "gptq-asymmetric", "gptq-v2", "awq", "awq-symmetric", "packed", "packed-asymmetric")
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +119,7 @@ def test_codes_are_the_checkpoints_own(quantized: Make, form: str) -> None:
         for start, stop in ((0, rows), (5, 19)):
             codes = reader.codes(name, start, stop)
             grid = reader.grid(name)
-            assert isinstance(codes, Codes) and grid is not None
+            assert isinstance(codes, GridRows) and grid is not None
             assert (codes.bits, codes.group, codes.zeros is None) == (grid.bits, grid.group, grid.symmetric)
             assert grid.scales == ("BF16" if "packed" in form else "F16")
             assert codes.codes.dtype == np.uint8 and codes.codes.max() <= 15
@@ -225,7 +170,8 @@ def test_experts_in_one_tensor(quantized: Make, tmp_path: Path) -> None:
     codes = (matrices / each).to(FP8)
     path = Path(shutil.copytree(quantized("fp8").path, tmp_path / "checkpoint"))
     name = "model.language_model.experts.gate_up_proj"
-    save_file({name: codes, name + "_scale_inv": scale}, path / "more.safetensors")
+    stored = load_file(path / "model.safetensors")
+    save_file(stored | {name: codes, name + "_scale_inv": scale}, path / "model.safetensors")
     checkpoint = open_checkpoint(path)
     with CheckpointReader(checkpoint) as reader:
         np.testing.assert_array_equal(reader.rows("experts.gate_up_proj", 1, 3), (codes.float() * each)[1:].numpy())
@@ -309,7 +255,7 @@ def assert_reads(made: QuantizedCheckpoint, rtol: float = 0.0) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scales_that_no_model_can_use(quantized: Make, damaged: Callable[..., Path], form: str, scale: str, value: float) -> None:
     stored = quantized(form).stored[f"{MODULE}.{scale}"]
     values = stored.float().contiguous().clone()
@@ -366,19 +312,16 @@ def test_a_part_of_the_wrong_shape(quantized: Make, damaged: Callable[..., Path]
     ("form", "change", "mention"),
     [
         ("fp8", {"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
-        ("fp8", {"weight_block_size": None}, "weight_block_size"),
         ("fp8", {"fmt": "e5m2"}, "'e5m2'"),
-        ("gptq", {"bits": 3}, "'bits'"),
         ("gptq", {"checkpoint_format": "marlin"}, "'marlin'"),
         ("awq", {"version": "gemv"}, "'gemv'"),
-        ("awq", {"bits": 8}, "'bits'"),
         ("packed", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
         ("packed", {"format": "marlin-24"}, "'marlin-24'"),
         ("nvfp4-modelopt", {"quant_algo": "W4A8_AWQ"}, "W4A8_AWQ"),
     ],
 )
 def test_variants_that_are_not_read(damaged: Callable[..., Path], form: str, change: dict[str, Any], mention: str) -> None:
-    """Refused by `build` with a sentence; `inspect` shows the checkpoint all the same."""
+    """Refused by `build` with one message; `inspect` shows the checkpoint all the same."""
     path = damaged(form, config=change)
     with pytest.raises(UnsupportedError, match=re.escape(mention)) as raised:
         plan_build(open_checkpoint(path))

@@ -22,7 +22,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedd
 from qwen_export import build
 from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.commands.inspect import command as inspect_command
-from qwen_export.errors import ConfigError, QwenExportError
+from qwen_export.errors import ConfigError, ParameterError, QwenExportError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import parse_config
 from qwen_export.graphs.models.eager_sequence import EagerSequence
@@ -108,7 +108,7 @@ def test_a_longer_context_in_the_file_stays() -> None:
 
 @pytest.mark.parametrize("text", ["yarn", "yarn:", "yarn:x", "yarn:1", "yarn:-4", "yarn:nan", "yarn:inf", "linear:4", "4", ""])
 def test_scalings_that_are_not_known(text: str) -> None:
-    with pytest.raises(ConfigError, match="yarn:4"):
+    with pytest.raises(ParameterError, match="yarn:4"):
         yarn_factor(text)
 
 

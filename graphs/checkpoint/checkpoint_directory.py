@@ -1,38 +1,49 @@
-"""A checkpoint directory: which tensor lies in which file, whatever the shards are called."""
+"""A checkpoint directory: its configuration, and which tensor is stored where.
+
+What config.json and the files disagree on is decided here, by what is stored: the head, the draft head, the names of tensors.
+"""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.format_table import logical_weights
 from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor
-from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo, read_header
+from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
+from qwen_export.graphs.checkpoint.stored_heads import decide_draft_head, decide_head
+from qwen_export.graphs.checkpoint.stored_prefixes import released_names
+from qwen_export.graphs.checkpoint.vocabulary import vocabulary_reason
+from qwen_export.graphs.checkpoint.weight_files import read_tensors, refuse_adapter
 from qwen_export.graphs.config import CheckpointConfig, load_config
+from qwen_export.graphs.json_file import read_json_object
 
-INDEX = "model.safetensors.index.json"
-# Where ModelOpt says how it quantized, in checkpoints whose config.json does not.
-MODELOPT = "hf_quant_config.json"
+# The settings of ModelOpt, in checkpoints whose config.json does not have them.
+_MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Configuration and tensor table; no weight has been read. `tensors` are those of the files; `rope_scaling` is what the configuration
-    was told in the place of its own."""
+    """Configuration and tensor table; no weight has been read. `tensors` are those of the files, by their names in the releases;
+    `rope_scaling` replaced the scaling of config.json; `notes` are for people: what was ignored or decided, in one line each."""
 
     path: Path
     config: CheckpointConfig
     tensors: dict[str, TensorInfo]
     rope_scaling: str | None = None
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def weights(self) -> dict[str, LogicalTensor]:
         """The weights under their plain names, however they are stored. Raises QwenExportError for a quantization that cannot be read."""
         return logical_weights(self.tensors, self.config.quantization)
+
+    @cached_property
+    def vocabulary_reason(self) -> str:
+        """Why the tokenizer does not fit the embedding, "" where it does or there is none. Raises CheckpointError for a damaged file."""
+        return vocabulary_reason(self.path, self.config.text.vocab_size)
 
     @property
     def nbytes(self) -> int:
@@ -40,52 +51,21 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, rope_scaling: str | None = None) -> Checkpoint:
-    """Read config.json and the headers of all weight files. `rope_scaling`, like "yarn:4", takes the place of the one in config.json."""
+    """Read config.json and the headers of all weight files. `rope_scaling`, such as "yarn:4", replaces the scaling of config.json.
+
+    Raises QwenExportError. The values of the head are read where config.json ties it to the embedding and the files have both."""
     directory = Path(path)
     if not directory.is_dir():
         raise CheckpointError("the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json.")
+    if not (directory / "config.json").exists():
+        refuse_adapter(directory)
     config = load_config(directory, rope_scaling)
-    if not config.quantization and (directory / MODELOPT).exists():
-        config = replace(config, quantization={"quant_method": "modelopt"} | _json_object(directory / MODELOPT, "quantization settings"))
-    return Checkpoint(directory, config, _tensors(directory), rope_scaling)
-
-
-def _json_object(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"the {what} cannot be read", where=str(path), got=error.strerror) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the {what} is not valid JSON", where=str(path), got=error) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _tensors(directory: Path) -> dict[str, TensorInfo]:
-    index = directory / INDEX
-    if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError("the directory has no safetensors files", where=str(directory))
-        return _merge(files)
-    weight_map = _json_object(index, "weight index").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError("the weight index has no weight_map from tensors to files", where=str(index))
-    names = sorted(set(weight_map.values()))
-    escaped = [name for name in names if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name]
-    if escaped:
-        raise CheckpointError("the weight index names a file outside the directory", where=str(index), got=escaped[0])
-    tensors = _merge([directory / name for name in names])
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].file.name != file:
-            raise CheckpointError("a tensor of the weight index is not in its file", where=str(index), got=f"{name} in {file}")
-    return tensors
-
-
-def _merge(files: list[Path]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for file in files:
-        for name, tensor in read_header(file).items():
-            if name in tensors:
-                raise CheckpointError("a tensor is stored twice", where=name, got=f"{tensors[name].file.name} and {file.name}")
-            tensors[name] = tensor
-    return tensors
+    if not config.quantization and (directory / _MODELOPT).exists():
+        settings = {"quant_method": "modelopt"} | read_json_object(directory / _MODELOPT, "quantization settings")
+        config = replace(config, quantization=settings)
+    stored, notes = read_tensors(directory)
+    tensors, renamed = released_names(stored, config.text_prefix)
+    tied, head_notes = decide_head(config, tensors)
+    draft_layers, draft_notes = decide_draft_head(config, tensors)
+    config = replace(config, text=replace(config.text, tie_word_embeddings=tied, mtp_num_hidden_layers=draft_layers))
+    return Checkpoint(directory, config, tensors, rope_scaling, (*notes, *renamed, *head_notes, *draft_notes))

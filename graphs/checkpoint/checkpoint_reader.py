@@ -1,4 +1,4 @@
-"""Reading weights: a few rows at a time, checked as they pass.
+"""Reading weights: a few rows at a time, each checked when it is read.
 
 Rows are read into fresh arrays and dropped after use, so a build's memory does not grow with the checkpoint, as it would with mapped files.
 All methods may be called from several threads.
@@ -19,12 +19,11 @@ import numpy.typing as npt
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.file_access import SharedFile
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, Grid, LogicalTensor, numpy_type
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid, GridRows, LogicalTensor, numpy_type
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
+from qwen_export.graphs.json_file import AGAIN
 
-# Unused vocabulary rows are legitimately zero; any other all-zero output row is a damaged projection.
-_MAY_HAVE_ZERO_ROWS = ("embed_tokens.weight", "lm_head.weight")
 _KEPT_BYTES = 64 << 20
 
 
@@ -48,20 +47,17 @@ class CheckpointReader:
         self._kept.clear()
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Rows start..stop-1 of the parameter `name`, as fp32. Raises CheckpointError for values that no model can use."""
+        """Rows start..stop-1 of the parameter `name`, as fp32. Raises CheckpointError for values that are not finite.
+
+        Rows of zeros are read as any others: models have them (unused vocabulary rows, layers that block expansion added)."""
         weight = self._weight(name)
         values = weight.rows(self, start, stop)
         flat = values.reshape(len(values), -1)
-        largest, smallest = flat.max(axis=1), flat.min(axis=1)
-        if not (np.isfinite(largest) & np.isfinite(smallest)).all():
-            raise CheckpointError("a weight has values that are not finite", where=weight.name, fix="The checkpoint is damaged.")
-        zero = (largest == 0) & (smallest == 0)
-        if zero.any() and len(weight.shape) == 2 and not name.endswith(_MAY_HAVE_ZERO_ROWS):
+        if flat.size and not (np.isfinite(flat.max(axis=1)) & np.isfinite(flat.min(axis=1))).all():
             raise CheckpointError(
-                "a projection has rows that are all zero",
+                "a weight has values that are not finite",
                 where=weight.name,
-                got=f"{int(zero.sum())} of rows {start}..{stop - 1}, first {start + int(zero.argmax())}",
-                fix="The checkpoint is damaged: a converter dropped part of it.",
+                fix="The checkpoint is damaged, or was trained to NaN. Copy or download it again.",
             )
         return values
 
@@ -69,12 +65,12 @@ class CheckpointReader:
         """The integer grid that the parameter is stored on; None for one that is not."""
         return self._weight(name).grid
 
-    def codes(self, name: str, start: int, stop: int) -> Codes | None:
-        """The same rows as `rows` on that grid, bit for bit what the checkpoint stores."""
+    def codes(self, name: str, start: int, stop: int) -> GridRows | None:
+        """The same rows as `rows` on that grid, with the bits that the checkpoint stores."""
         return self._weight(name).codes(self, start, stop)
 
     def identity(self, name: str) -> str:
-        """What tells the contents of a stored weight without reading them: its parts, with size and time of their files."""
+        """A text that changes with the contents of a stored weight, made from its parts, with size and time of their files."""
         parts = []
         for info in self._weight(name).parts:
             stat = info.file.stat()
@@ -108,9 +104,11 @@ class CheckpointReader:
         try:
             complete = self._fill(buffer, info.file, offset)
         except OSError as error:
-            raise CheckpointError("a weight file cannot be read", where=f"{info.file}, tensor {info.name}", got=error.strerror) from error
+            raise CheckpointError(
+                "a weight file cannot be read", where=f"{info.file}, tensor {info.name}", got=error.strerror, fix=AGAIN
+            ) from error
         if not complete:
-            raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}")
+            raise CheckpointError("the weight file ends inside a tensor", where=f"{info.file}, tensor {info.name}", fix=AGAIN)
 
     def _fill(self, buffer: npt.NDArray[Any], path: Path, offset: int) -> bool:
         """Read the bytes at `offset` into `buffer`; False when the file ends before that."""

@@ -53,7 +53,7 @@ class SharedFile:
     def _from_cache(self, view: memoryview, offset: int) -> int:
         try:
             return os.preadv(self._file, [view], offset, _NOWAIT)
-        except OSError:  # nothing of it is cached, or the file system cannot tell
+        except OSError:  # nothing of it is cached, or the file system does not support it
             return 0
 
     def _past_cache(self, direct: int, view: memoryview, offset: int) -> int:

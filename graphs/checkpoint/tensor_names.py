@@ -1,4 +1,4 @@
-"""Which tensors a text decoder is made of, and what else may lie in its checkpoint."""
+"""Which tensors a text decoder is made of, and what else its checkpoint may hold."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any, Self
 
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.formats.logical_tensor import PLAIN_TYPES
+from qwen_export.graphs.checkpoint.stored_heads import why_no_draft_head
+from qwen_export.graphs.checkpoint.stored_prefixes import MTP_PREFIX, VISION_PREFIX, unknown_prefixes
 from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
 from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
 
-MTP_PREFIX, VISION_PREFIX = "mtp.", "model.visual."
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 _FIRST_EXPERT, _GROUPED_INPUTS = "mlp.experts.0.", "linear_attn.in_proj_qkvz."
 _SHOWN = 4
@@ -81,13 +83,18 @@ def _keys(config: TextConfig) -> dict[str, Any]:
     """The configuration by the keys of a config.json."""
     values = asdict(config)
     if not config.is_moe:
-        del values["num_experts"]  # its presence is what tells a mixture of experts from a dense layer
+        del values["num_experts"]  # its presence makes a layer a mixture of experts
     return values
 
 
 def has_mtp(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint comes with a draft head: its configuration may name one that a converter dropped."""
-    return checkpoint.config.text.mtp_num_hidden_layers > 0 and any(name.startswith(MTP_PREFIX) for name in checkpoint.tensors)
+    """Whether the checkpoint has a draft head that can be read."""
+    return not no_draft_head(checkpoint)
+
+
+def no_draft_head(checkpoint: Checkpoint) -> str:
+    """Why the checkpoint has no draft head that can be read; "" where it has one."""
+    return why_no_draft_head(checkpoint.config, checkpoint.tensors)
 
 
 def stored_name(config: CheckpointConfig, name: str) -> str:
@@ -103,31 +110,67 @@ def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
-    """Every tensor of the decoder and, with `mtp`, of its draft head is there in its shape; nothing lies beside it that nobody reads."""
+    """Raise CheckpointError unless every tensor of the decoder and, with `mtp`, of its draft head is stored in its shape, and no tensor is
+    stored that has no use."""
     config = checkpoint.config
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
     wanted = {stored_name(config, name): shape for name, shape in tensors}
     have = checkpoint.weights
     missing = [name for name in wanted if name not in have]
+    unused = [name for name in have if name not in wanted and not _allowed(config, name)]
     if missing:
-        raise CheckpointError(
-            f"{len(missing)} tensors of the model are missing from the checkpoint",
-            where=str(checkpoint.path),
-            got=_some(missing),
-            fix="Is a shard missing, or is config.json from another model?"
-            + (" To build without the draft head, use --no-mtp." if all(n.startswith(MTP_PREFIX) for n in missing) else ""),
-        )
+        raise _missing(checkpoint, missing, len(wanted), unused)
     for name, shape in wanted.items():
         if have[name].shape != shape:
-            raise CheckpointError("a tensor has another shape than config.json says", where=name, got=have[name].shape, expected=shape)
-        if have[name].dtype not in ("BF16", "F16", "F32"):
-            raise CheckpointError("a tensor has an element type that cannot be read as a plain weight", where=name, got=have[name].dtype)
-    unused = [name for name in have if name not in wanted and not _allowed(config, name)]
+            raise _misshaped(name, have[name].shape, shape)
+        if have[name].dtype not in PLAIN_TYPES:
+            raise CheckpointError(
+                "a tensor has an element type that cannot be read as a plain weight",
+                where=name,
+                got=have[name].dtype,
+                expected=", ".join(PLAIN_TYPES),
+                fix="If it is quantized, config.json must have its quantization_config. Else give the BF16 release.",
+            )
     if unused:
         raise CheckpointError(
-            f"{len(unused)} tensors of the checkpoint belong to nothing that is exported", where=str(checkpoint.path), got=_some(unused)
+            f"{len(unused)} tensors of the checkpoint belong to no part of the model that config.json describes",
+            where=str(checkpoint.path),
+            got=_some(unused),
+            expected="tensors of the decoder, the draft head (mtp.*) and the vision tower (visual.*)",
+            fix="Use the config.json of the model that the tensors are from.",
         )
+
+
+def _missing(checkpoint: Checkpoint, missing: list[str], wanted: int, unused: list[str]) -> CheckpointError:
+    config = checkpoint.config
+    what, where = f"{len(missing)} of {wanted} tensors of the model are not in the checkpoint", str(checkpoint.path)
+    if len(missing) == wanted and unused:
+        return CheckpointError(
+            "the checkpoint's tensors have names of another model",
+            where=where,
+            got=f"the prefix {', '.join(unknown_prefixes(unused)[:_SHOWN])}",
+            expected=f"the prefix {config.text_prefix}",
+            fix="Save the model with transformers (save_pretrained), or rename its tensors.",
+        )
+    if missing == ["lm_head.weight"]:
+        return CheckpointError(
+            "config.json does not tie the LM head to the embedding, and no head is stored",
+            where=where,
+            expected="lm_head.weight",
+            fix="Is a shard missing? If the model has no head of its own, set tie_word_embeddings to true in config.json.",
+        )
+    fix = "Is a shard missing, or is config.json from another model?"
+    if all(name.startswith(MTP_PREFIX) for name in missing):
+        fix += " To build without the draft head, give {mtp}."
+    return CheckpointError(what, where=where, got=f"without {_some(missing)}", fix=fix)
+
+
+def _misshaped(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    fix = "Use the config.json of the model that the tensors are from."
+    if name.endswith(".conv1d.weight") and len(got) == 3 and got == (expected[0], expected[2], expected[1]):
+        fix = "The tensor is stored as MLX stores it. Give the release that the MLX model was converted from."
+    return CheckpointError("a tensor has another shape than in config.json", where=name, got=got, expected=expected, fix=fix)
 
 
 def _allowed(config: CheckpointConfig, name: str) -> bool:

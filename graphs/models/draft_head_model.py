@@ -4,7 +4,7 @@
     out_i  = norm(layer(x)_i)         logits of token i+2 = lm_head(out_i)
 
 (Qwen3.5 release, tensors `mtp.*`; embedding and LM head are the decoder's.) Row i lives in slot i of the head's own cache, and turns by
-the angles of slot i. To draft further the head reads its own draft and its own `out` in the place of the decoder's hidden state.
+the angles of slot i. To draft further the head reads its own draft and its own `out` instead of the decoder's hidden state.
 """
 
 from __future__ import annotations

@@ -9,14 +9,14 @@ import numpy.typing as npt
 import torch
 
 from qwen_export.graphs.models.model_state import State, empty_state
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.rotary import rotary_frequencies
 
 
 class EagerSequence:
     """One sequence of at most `capacity` tokens; `dtype` is that of weights and activations."""
 
-    def __init__(self, model: Decoder, capacity: int) -> None:
+    def __init__(self, model: TextModel, capacity: int) -> None:
         self.model = model
         frequencies, scaling = rotary_frequencies(model.config)
         angles = torch.arange(capacity, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)

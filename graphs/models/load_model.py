@@ -13,24 +13,25 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
 from qwen_export.graphs.models.draft_head_model import MtpHead
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.quantization.fp8 import rounded
 from qwen_export.graphs.quantization.packing import Floats, dequantize
 from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.weights.expression import TensorSource, Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
 
 
-def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> Decoder:
+def load_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> TextModel:
     """Memory: four bytes per parameter. Every weight passes the reader's checks. With a precision plan, matrices have the values that their
     codes stand for."""
     check_tensors(checkpoint, mtp=False)
     with torch.device("meta"):
-        model = Decoder(checkpoint.config.text)
+        model = TextModel(checkpoint.config.text)
     return _filled(model, checkpoint, quantization=quantization)
 
 
-def load_mtp(checkpoint: Checkpoint, decoder: Decoder, draft_vocab: int, quantization: PrecisionPlan | None = None) -> MtpHead:
+def load_mtp(checkpoint: Checkpoint, decoder: TextModel, draft_vocab: int, quantization: PrecisionPlan | None = None) -> MtpHead:
     """The draft head beside a loaded decoder, with which it shares embedding and LM head."""
     check_tensors(checkpoint)
     with torch.device("meta"):
@@ -51,11 +52,18 @@ def _filled(
         for name, parameter in model.named_parameters():
             if name not in weights:
                 weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
-                chosen = quantization.of(*weight.stored()) if quantization else GroupFormat()
-                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), chosen)
-                weights[name] = torch.from_numpy(np.ascontiguousarray(values))
+                weights[name] = torch.from_numpy(parameter_values(weight, reader, quantization))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def parameter_values(
+    weight: Weight, source: TensorSource, quantization: PrecisionPlan | None, start: int | None = None, stop: int | None = None
+) -> Floats:
+    """The values of a weight in fp32, or of its rows `start` to `stop`; with a precision plan those that its codes stand for."""
+    chosen = quantization.of_weight(weight) if quantization else GroupFormat()
+    values = weight.evaluate(source) if start is None or stop is None else weight.rows(source, start, stop)
+    return np.ascontiguousarray(_rounded(values.astype(np.float32, copy=False), chosen))
 
 
 def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
@@ -64,4 +72,4 @@ def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
         return rounded(matrix).reshape(values.shape)
     if chosen.quant is None or chosen.kept:
         return values
-    return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method)).reshape(values.shape)
+    return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method, chosen.search)).reshape(values.shape)

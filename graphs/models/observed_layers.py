@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY, point_name
 from qwen_export.graphs.models.eager_sequence import EagerSequence
-from qwen_export.graphs.models.text_model import Decoder
+from qwen_export.graphs.models.text_model import TextModel
 
 Floats = npt.NDArray[np.float32]
 
@@ -28,9 +28,9 @@ class Observation:
     routing_gap: dict[int, Floats] = field(default_factory=dict)
 
 
-def observe(model: Decoder, ids: Sequence[int], streams: Mapping[str, Floats] | None = None) -> Observation:
+def observe(model: TextModel, ids: Sequence[int], streams: Mapping[str, Floats] | None = None) -> Observation:
     """Read `ids` in one call. `streams` are residual streams of another model, by their points f32[T,hidden], rows without a value NaN:
-    whatever reads a stream gets theirs in the place of its own, so each layer starts from the same values as theirs, and differences
+    whatever reads a stream gets theirs instead of its own, so each layer starts from the same values as theirs, and differences
     between the models do not add up from layer to layer."""
     seen, given = Observation(), streams or {}
     with _Hooks() as hooks:

@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), after
 
 
-class Decoder(nn.Module):
+class TextModel(nn.Module):
     """One call reads T new tokens per sequence: a prefill chunk, a decode step or a speculative verify."""
 
     def __init__(self, config: TextConfig) -> None:

@@ -17,7 +17,7 @@ _ATTRIBUTES = {"int": (int, onnx.defs.OpSchema.AttrType.INT), "float": (float, o
 
 
 def onnx_schema(op: Op) -> onnx.defs.OpSchema:
-    """One type variable per tensor: the op, not the schema, says which dtypes go together."""
+    """One type variable per tensor: the op, not the schema, checks which dtypes fit together."""
     parameter, attribute = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.Attribute
     inputs = [parameter(name, f"T_{name}") for name in op.inputs]
     outputs = [parameter(name, f"T_{name}") for name in op.outputs]
@@ -40,7 +40,7 @@ def _translation(op: Op) -> Callable[..., Any]:
         bound = signature.bind(*args, **kwargs).arguments
         return node(*(bound[name] for name in op.inputs), **{name: bound[name] for name in op.attributes})
 
-    # torch.onnx tells inputs from attributes by the annotations of the signature.
+    # torch.onnx takes parameters for inputs or attributes by their annotations.
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in op.inputs]
     scalars = {name: _ATTRIBUTES[kind][0] for name, kind in op.attributes.items()}
     parameters += [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind) for name, kind in scalars.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.ops.op_schema import DOMAIN
 
@@ -32,23 +32,23 @@ def verify_graph(model: ir.Model, after: str) -> None:
         where = f"after {after}, {node.domain or 'ai.onnx'}.{node.op_type} {node.name or ''}"
         for value in node.inputs:
             if value is not None and value not in known:
-                raise CaptureError("a node reads a value that is not made before it", where=where, got=value.name)
+                raise CaptureError("a node reads a value that is not made before it", where=where, got=value.name, fix=REPORT)
         if node.op_type.endswith(_MUTATING):
-            raise CaptureError("a node writes to its input", where=where)
+            raise CaptureError("a node writes to its input", where=where, fix=REPORT)
         for index in _FP32_INPUTS.get((node.domain, node.op_type), []):
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is not None and value.dtype != ir.DataType.FLOAT:
-                raise CaptureError("an input that must be fp32 is not", where=where, got=f"{value.name}: {value.dtype}")
+                raise CaptureError("an input that must be fp32 is not", where=where, got=f"{value.name}: {value.dtype}", fix=REPORT)
         known.update(node.outputs)
     for name, initializer in graph.initializers.items():
         if initializer.dtype in _INTEGERS and any(part in f".{name}" for part in _NEVER_QUANTIZED):
-            raise CaptureError("a router or the gate of a shared expert is quantized", where=f"after {after}", got=name)
+            raise CaptureError("a router or the gate of a shared expert is quantized", where=f"after {after}", got=name, fix=REPORT)
     for value in graph.outputs:
         if value not in known:
-            raise CaptureError("a graph output is not made by any node", where=f"after {after}", got=value.name)
+            raise CaptureError("a graph output is not made by any node", where=f"after {after}", got=value.name, fix=REPORT)
     for value in [*graph.inputs, *graph.outputs]:
         if not value.name or value.name in names:
-            raise CaptureError("graph inputs and outputs have the same name or none", where=f"after {after}", got=value.name)
+            raise CaptureError("graph inputs and outputs have the same name or none", where=f"after {after}", got=value.name, fix=REPORT)
         names.add(value.name)
         if value.dtype is None or value.shape is None:
-            raise CaptureError("a graph input or output has no type", where=f"after {after}", got=value.name)
+            raise CaptureError("a graph input or output has no type", where=f"after {after}", got=value.name, fix=REPORT)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from qwen_export.element_types import PLAIN
 from qwen_export.graphs.config import TextConfig
 
-ELEMENT = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+ELEMENT = {kind.short: kind.manifest for kind in PLAIN}
 """Element types as ONNX Runtime's registries name them, by precision."""
 
 
@@ -47,7 +48,7 @@ class Choice:
     name: str
     kernels: tuple[Kernel, ...]
     limit: Callable[[TextConfig], str] = lambda config: ""
-    """What the kernels cannot do with this model, "" when nothing: a limit that no registry tells."""
+    """What the kernels cannot do with this model, "" when nothing: a limit that no registry has."""
     transaction: bool = True
     """Whether a state may have tokens pending, as speculation needs it."""
     columns: int = 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from qwen_export.element_types import BY_SHORT
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
@@ -20,7 +21,7 @@ MICROSOFT = "com.microsoft"
 class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
     checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
-    `quantization` says which matrices are quantized, None: none. With `speculation` calls may leave tokens pending. `sizes` are those of a
+    `quantization` is the precision plan, None without one. With `speculation` calls may leave tokens pending. `sizes` are those of a
     graph with static shapes, `opset` its version."""
 
     config: TextConfig
@@ -40,12 +41,13 @@ class PassContext:
         return self.sizes
 
     def format_of(self, weight: Weight) -> GroupFormat:
-        """The format that the precision plan gives to all parts of a matrix; "stored" where they differ, or where there is no plan."""
-        return GroupFormat() if self.quantization is None else self.quantization.of(*weight.stored())
+        """The format that the precision plan gives to a matrix; "stored" where there is no plan. Raises ConfigError where the plan gives
+        its parts different ones."""
+        return GroupFormat() if self.quantization is None else self.quantization.of_weight(weight)
 
     @property
     def activation(self) -> ir.DataType:
-        return {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[self.precision]
+        return ir.DataType[BY_SHORT[self.precision].onnx]
 
 
 Pass = Callable[[ir.Model, PassContext], int]
@@ -77,7 +79,7 @@ def new_node(
 
 
 def replace_node(graph: ir.Graph, old: ir.Node, new: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> None:
-    """Put `new` in the place of `old`; `outputs` take over the uses and names of the old outputs."""
+    """Replace `old` by `new`; `outputs` take over the uses and names of the old outputs."""
     ir.convenience.replace_nodes_and_values(graph, old, [old], list(new), list(old.outputs), list(outputs))
 
 

@@ -1,21 +1,20 @@
-"""FP8 matrices: codes in E4M3, and a scale per row beside them, as DequantizeLinear wants them."""
+"""FP8 matrices: codes in E4M3, and a scale per row beside them, in the form of DequantizeLinear."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qwen_export.graphs.weights.expression import Array, TensorSource, Weight
+from qwen_export.graphs.weights.expression import Array, DerivedWeight, TensorSource, Weight
 
 _FP8_LARGEST = 448.0
 
 
 @dataclass(frozen=True)
-class Fp8Codes(Weight):
+class Fp8Codes(DerivedWeight):
     """FP8 E4M3 [N,K]: w = code * scale of its row."""
 
     of: Weight
@@ -29,12 +28,9 @@ class Fp8Codes(Weight):
         scaled: Array = (values / _row_scales(values)[:, None]).astype(self.dtype.numpy())
         return scaled
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class Fp8Scales(Weight):
+class Fp8Scales(DerivedWeight):
     """The scales [N] of `Fp8Codes`."""
 
     of: Weight
@@ -52,9 +48,6 @@ class Fp8Scales(Weight):
 
     def spans(self) -> list[tuple[int, int]]:
         return self.of.spans()
-
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
 
 
 def rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

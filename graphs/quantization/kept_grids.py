@@ -1,4 +1,4 @@
-"""What a checkpoint stores as integers and the kernels can read as they are: the same codes, zeros and scales, packed without loss.
+"""Weights that a checkpoint stores as integers and the kernels can read unchanged: the same codes, zeros and scales, packed without loss.
 
 A matrix is kept where the plan quantizes it to as many bits or more, its inputs are in order, and its groups are whole blocks: groups of
 32, 64, 128 or a multiple, whose scale then stands for several blocks. Gate and up of a feed-forward block, and the experts of a layer, are
@@ -36,7 +36,7 @@ def keep_stored(plan: PrecisionPlan, checkpoint: Checkpoint, names: Sequence[str
             found |= {name: "beside others of another grid" for name in members if isinstance(found.get(name), GroupFormat)}
     outcome: dict[str, dict[str, int]] = {}
     for name, chosen in found.items():
-        counts, line = outcome.setdefault(group_of(name), {}), _sentence(plan.of(name), weights[name], chosen)
+        counts, line = outcome.setdefault(group_of(name), {}), _outcome_line(plan.of(name), weights[name], chosen)
         counts[line] = counts.get(line, 0) + 1
     return replace(plan, kept={name: chosen for name, chosen in found.items() if isinstance(chosen, GroupFormat)}, outcome=outcome)
 
@@ -47,7 +47,7 @@ def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
     if planned.quant is None:
         return "the plan quantizes nothing here"
     if not planned.keep:
-        return "the plan says keep = false"
+        return "the plan has keep = false"
     if grid is None:
         return "no integers in order along its rows"
     if grid.bits > planned.quant.bits:
@@ -59,7 +59,7 @@ def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
 
 
 def block_of(grid: Grid, columns: int) -> int | None:
-    """The largest block of the kernels that lies in one group wherever it begins; None where there is none."""
+    """The largest block of the kernels that is inside one group wherever it begins; None where there is none."""
     whole_row = grid.group >= columns
     return next((block for block in reversed(BLOCKS) if whole_row or grid.group % block == 0), None)
 
@@ -69,7 +69,7 @@ def _matrix(name: str) -> str:
     return _HALVES.sub(".gate_up_proj.weight", parameter_of(name))
 
 
-def _sentence(planned: GroupFormat, weight: LogicalTensor, chosen: GroupFormat | str) -> str:
+def _outcome_line(planned: GroupFormat, weight: LogicalTensor, chosen: GroupFormat | str) -> str:
     stored = re.sub(r" g(\d+)$", r" group \1", weight.storage)
     if isinstance(chosen, GroupFormat):
         return f"{KEPT}: {stored}{' zeros' if chosen.zeros else ''}"

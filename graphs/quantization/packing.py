@@ -1,6 +1,6 @@
-"""The layout of quantized matrices, as plugins/native/cpu/quant.h describes it: panels of 16 rows that the kernels read where they lie.
+"""The layout of quantized matrices, as plugins/native/cpu/quant.h describes it: panels of 16 rows that the kernels read in place.
 
-Anything that has codes, scales and zeros on a block grid, also what a checkpoint brings along, packs into it without loss.
+Anything that has codes, scales and zeros on a block grid, also that of a checkpoint, packs into it without loss.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float32]
 
 PANEL_ROWS = 16
 BITS, BLOCKS = (4, 8), (32, 64, 128)
-_GROUP = 4  # blocks whose scales lie together
+_GROUP = 4  # blocks whose scales are stored together
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class QuantFormat:
 
 
 def part_bytes(format: QuantFormat, N: int, K: int, scale_bytes: int) -> int:
-    """Codes, scales and zeros of a matrix [N,K] that lie apart (graphs.quantization.standard)."""
+    """Codes, scales and zeros of a matrix [N,K] in separate tensors (standard_blocks.py)."""
     blocks = N * format.blocks(K)
     return N * K * format.bits // 8 + blocks * scale_bytes + (blocks * format.bits // 8 if format.zeros else 0)
 

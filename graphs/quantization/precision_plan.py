@@ -1,13 +1,13 @@
 """The precision plan: in which format each group of matrices is stored.
 
-`--precision int8`, `int4` and `fp8` name a plan; a TOML file overrides it per group, or per matrix:
+`precision` "int8", "int4" and "fp8" name a plan; a TOML file overrides it per group, or per matrix:
 
     [mlp]
     format = "int4"         # int4, int8, fp8 (a scale per row; TensorRT only), or stored: as the checkpoint has it
     block = 64              # values of a row that share a scale: 32, 64, 128
     method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block
     zeros = true            # a zero per block beside the scale
-    keep = false            # also quantize anew what the checkpoint stores as integers that could be kept (graphs.quantization.kept)
+    keep = false            # also quantize again what the checkpoint stores as integers that could be kept (kept_grids.py)
 
     [matrices]
     "layers.0.mlp.*" = { format = "int8" }      # names of the modules, with * and ?
@@ -25,18 +25,22 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen_export.errors import ConfigError
+from qwen_export.graphs.config_fields import shown
 from qwen_export.graphs.quantization.packing import BLOCKS, QuantFormat
-from qwen_export.graphs.quantization.scale_search import METHODS
+from qwen_export.graphs.quantization.scale_search import METHODS, NUMPY_SEARCH, ScaleSearch
+
+if TYPE_CHECKING:
+    from qwen_export.graphs.weights.expression import Weight
 
 STORED, INT8, INT4, FP8 = "stored", "int8", "int4", "fp8"
 FORMATS = {STORED: 0, INT8: 8, INT4: 4, FP8: 8}
 """Bits of each format; 0: what the checkpoint stores."""
 
 QUANTIZED = (INT8, INT4, FP8)
-"""The values of --precision that name a plan."""
+"""The values of `precision` that name a plan."""
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "in_proj_ab": ("*.linear_attn.in_proj_a.weight", "*.linear_attn.in_proj_b.weight", "*.linear_attn.in_proj_ba.weight"),
@@ -56,13 +60,14 @@ _MATRICES, _SET, KEPT = "matrices", "set ", "kept"
 _EXPERT, _HALVES = re.compile(r"\.experts\.\d+\."), re.compile(r"\.(gate|up)_proj\.weight$")
 _STORED_QUANTIZED = "stored quantized"
 _HIGH = ("in_proj_ab", "router")
+_SEE = "Correct the file that {plan_file} names; docs/quantization.md has an example."
 _NEVER = {"router": "a changed choice of experts costs more than its bytes save"}
 
 
 @dataclass(frozen=True)
 class GroupFormat:
-    """The format of a group. Everything else says nothing where it is "stored". `keep`: what the checkpoint stores as integers of no more
-    bits stays as it is. The method "kept" is that of such a matrix; `wide_scales` are fp32, as only they have them."""
+    """The format of a group. The other fields have no meaning where it is "stored". `keep`: matrices that the checkpoint stores as integers
+    of no more bits stay as they are. The method "kept" is that of such a matrix; only these have `wide_scales`, which are fp32."""
 
     format: str = STORED
     block: int = 32
@@ -70,11 +75,18 @@ class GroupFormat:
     zeros: bool = False
     keep: bool = True
     wide_scales: bool = False
+    search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
+    """Who searches the scales, with the method "search"."""
 
     @property
     def quant(self) -> QuantFormat | None:
         """Codes and scales of blocks, None for matrices that have none: they stay as they are, or are fp8."""
         return QuantFormat(FORMATS[self.format], self.block, self.zeros, self.wide_scales) if self.format in (INT8, INT4) else None
+
+    @property
+    def searcher(self) -> ScaleSearch:
+        """Who searches, for the weight's expression: one name for all where nothing is searched."""
+        return self.search if self.method == "search" else NUMPY_SEARCH
 
     @property
     def kept(self) -> bool:
@@ -91,7 +103,7 @@ class GroupFormat:
     def __str__(self) -> str:
         if self.quant is None:
             return self.format
-        return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{'' if self.keep else ' anew'}"
+        return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{'' if self.keep else ' again'}"
 
     @staticmethod
     def parse(text: str) -> GroupFormat:
@@ -99,7 +111,7 @@ class GroupFormat:
         words = text.split()
         if len(words) == 1:
             return GroupFormat(words[0])
-        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words, "anew" not in words)
+        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words, not {"again", "anew"} & set(words))
 
 
 @dataclass(frozen=True)
@@ -110,14 +122,30 @@ class PrecisionPlan:
     matrices: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """What differs from the group, per pattern."""
     kept: Mapping[str, GroupFormat] = field(default_factory=dict)
-    """Stored matrices that stay on the checkpoint's own grid (graphs.quantization.kept)."""
+    """Stored matrices that stay on the checkpoint's own grid (kept_grids.py)."""
     outcome: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """For people: per group what becomes of the matrices that the checkpoint stores quantized, and of how many."""
+    search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
+    """Who searches the scales of the method "search"."""
 
-    def of(self, *names: str) -> GroupFormat:
-        """The format of a matrix that is made of these stored ones; "stored" where they differ."""
-        formats = {self.kept.get(name) or self._planned(name) for name in names}
-        return formats.pop() if len(formats) == 1 else GroupFormat()
+    def of(self, name: str) -> GroupFormat:
+        """The format of one stored matrix."""
+        chosen = self.kept.get(name) or self._planned(name)
+        return chosen if chosen.search is self.search else replace(chosen, search=self.search)
+
+    def of_weight(self, weight: Weight) -> GroupFormat:
+        """The format of a matrix of the graph, which is made of one or more stored ones.
+
+        Raises ConfigError where these have different formats: a kernel reads the matrix in one."""
+        formats = {self.of(name): name for name in weight.stored()}
+        if len(formats) > 1:
+            raise ConfigError(
+                "a precision plan must give all parts of one matrix the same format",
+                where=weight.parameter or ", ".join(sorted(set(formats.values()))[:4]),
+                got="; ".join(f"{name}: {chosen}" for chosen, name in formats.items()),
+                fix="Widen the pattern in [matrices] of {plan_file}, so that it names all of them.",
+            )
+        return next(iter(formats), GroupFormat())
 
     def _planned(self, name: str) -> GroupFormat:
         """The format of the parameter `name`; of several patterns that match, the last one counts."""
@@ -181,7 +209,7 @@ def default_plan(precision: str) -> PrecisionPlan:
 
 def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collection[str] = ()) -> PrecisionPlan:
     """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format. `stored`: groups that stay
-    as they are unless the file says otherwise.
+    as they are unless the file has them.
 
     Raises ConfigError with the key that is wrong."""
     plan = default_plan(precision)
@@ -205,9 +233,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError("the precision plan cannot be read", where=str(file), got=error.strerror) from error
+        raise ConfigError("the precision plan cannot be read", where=str(file), got=error.strerror, fix="Correct {plan_file}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError("the precision plan is not TOML", where=str(file), got=error) from error
+        raise ConfigError("the precision plan is not TOML", where=str(file), got=str(error)[:200], fix=_SEE) from error
 
 
 def _overridden(plan: PrecisionPlan, given: dict[str, Any], where: str) -> PrecisionPlan:
@@ -219,16 +247,24 @@ def _overridden(plan: PrecisionPlan, given: dict[str, Any], where: str) -> Preci
         elif name in GROUPS:
             groups[name] = groups[name].with_keys(_checked(_table(keys, name, where), name, where))
         else:
-            raise ConfigError("the precision plan names no such group", where=where, got=name, expected=", ".join([*GROUPS, _MATRICES]))
+            raise ConfigError(
+                "the precision plan names no such group", where=where, got=shown(name), expected=", ".join([*GROUPS, _MATRICES]), fix=_SEE
+            )
     for name, reason in _NEVER.items():
         if groups[name].format != STORED:
-            raise ConfigError(f"[{name}] is never quantized: {reason}", where=where, got=groups[name].format, expected=STORED)
+            raise ConfigError(
+                f"[{name}] is never quantized: {reason}",
+                where=where,
+                got=groups[name].format,
+                expected=STORED,
+                fix=f"Remove [{name}] from {{plan_file}}.",
+            )
     return PrecisionPlan(groups, matrices)
 
 
 def _table(value: Any, name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"[{name}] of the precision plan is not a table", where=where, got=repr(value))
+        raise ConfigError(f"[{name}] of the precision plan is not a table", where=where, got=shown(value), fix=_SEE)
     return value
 
 
@@ -243,7 +279,9 @@ def _checked(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     for key, value in keys.items():
         if key not in allowed or not any(type(value) is type(option) and value == option for option in allowed[key]):
             expected = ", ".join(map(str, allowed.get(key, allowed)))
-            raise ConfigError(f"[{name}] {key} of the precision plan cannot be used", where=where, got=repr(value), expected=expected)
+            raise ConfigError(
+                f"[{name}] {key} of the precision plan cannot be used", where=where, got=shown(value), expected=expected, fix=_SEE
+            )
     return keys
 
 

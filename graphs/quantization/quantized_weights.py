@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import numpy as np
 import onnx_ir as ir
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes
+from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, Bytes, Floats, QuantFormat, pack
 from qwen_export.graphs.quantization.precision_plan import KEPT, GroupFormat
-from qwen_export.graphs.quantization.scale_search import quantize
-from qwen_export.graphs.weights.expression import BLOCK_BYTES, StackedMatrices, TensorSource, Weight, retyped
+from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch, quantize
+from qwen_export.graphs.weights.expression import BLOCK_BYTES, DerivedWeight, StackedMatrices, TensorSource, Weight, retyped
 
 
 class GridSource(TensorSource, Protocol):
     """Stored tensors, some of them on integer grids."""
 
-    def codes(self, name: str, start: int, stop: int) -> Codes | None:
+    def codes(self, name: str, start: int, stop: int) -> GridRows | None:
         """Rows start..stop-1 on the tensor's own grid; None where it has none."""
 
 
@@ -30,25 +29,20 @@ def packed_weight(of: Weight, chosen: GroupFormat) -> Weight:
         raise TypeError("the weight is not quantized")
     if chosen.kept:  # integers of 8 bits and all scales are exact in fp32, and not in every other type
         of = cast(Weight, retyped(of, ir.DataType.FLOAT))
-    return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method)
-
-
-def _pack(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str) -> Bytes:
-    """Rows start..stop-1 of a matrix, packed."""
-    return pack(format, *grid_rows(of, source, start, stop, format, method))
+    return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method, search=chosen.searcher)
 
 
 def grid_rows(
-    of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str
+    of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str, search: ScaleSearch
 ) -> tuple[Bytes, Array, Bytes | None]:
-    """Codes, scales and zeros of rows start..stop-1 of a matrix, as `quantize` gives them: made, or the checkpoint's."""
+    """Codes, scales and zeros of rows start..stop-1 of a matrix, as `quantize` gives them: computed, or those of the checkpoint."""
     if method == KEPT:
         return _stored_grid(of, source, start, stop, format)
-    return quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method)
+    return quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method, search)
 
 
 def _stored_grid(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat) -> tuple[Bytes, Array, Bytes | None]:
-    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression says which rows of which tensors: it is evaluated
+    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression has which rows of which tensors: it is evaluated
     over rows of codes, scales and zeros side by side."""
     K = of.shape[-1]
     blocks = format.blocks(K)
@@ -68,9 +62,9 @@ class _Grids:
         codes = self.source.codes(name, start, stop)
         if codes is None:
             raise CheckpointError(
-                "a weight has no grid along its rows, though its settings say so",
+                "a weight has no grid along its rows, although its settings have one",
                 where=name,
-                fix="Set keep = false for its group in a precision plan.",
+                fix="Set keep = false for its group in {plan_file}.",
             )
         K = codes.codes.shape[1]
         group = np.arange(self.format.blocks(K)) * self.format.block // codes.group
@@ -82,13 +76,14 @@ class _Grids:
 
 
 @dataclass(frozen=True)
-class Quantized(Weight):
+class Quantized(DerivedWeight):
     """A matrix [N,K] quantized and packed: u8[panels, bytes of a panel], whose rows are panels of 16 rows of the matrix. With the `method`
     "kept" codes, scales and zeros are those that the checkpoint stores."""
 
     of: Weight
     format: QuantFormat
     method: str
+    search: ScaleSearch = field(default=NUMPY_SEARCH, kw_only=True)
 
     def __post_init__(self) -> None:
         N, K = self.of.shape
@@ -96,27 +91,26 @@ class Quantized(Weight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        return _pack(self.of, source, start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS), self.format, self.method)
+        first, last = start * PANEL_ROWS, min(self.of.shape[0], stop * PANEL_ROWS)
+        return pack(self.format, *grid_rows(self.of, source, first, last, self.format, self.method, self.search))
 
     def elements(self, start: int, stop: int) -> int:
-        """Of the matrix: they are what takes memory while the block is made."""
+        """Those of the matrix, which take the memory while the block is made."""
         return (stop - start) * PANEL_ROWS * self.of.shape[1]
 
     def spans(self) -> list[tuple[int, int]]:
         step = max(1, BLOCK_BYTES // (4 * self.elements(0, 1)))
         return [(start, min(self.shape[0], start + step)) for start in range(0, self.shape[0], step)]
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class QuantizedMatrices(Weight):
+class QuantizedMatrices(DerivedWeight):
     """The matrices of all experts [E,N,K], each quantized and packed: u8[E, panels, bytes of a panel]. Memory: one expert at a time."""
 
     of: Weight
     format: QuantFormat
     method: str
+    search: ScaleSearch = field(default=NUMPY_SEARCH, kw_only=True)
 
     def __post_init__(self) -> None:
         E, N, K = self.of.shape
@@ -126,16 +120,13 @@ class QuantizedMatrices(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         if self.method == KEPT:
             parts = cast(StackedMatrices, self.of).parts[start:stop]
-            return np.stack([_pack(part, source, 0, part.shape[0], self.format, self.method) for part in parts])
+            return np.stack([pack(self.format, *_stored_grid(part, source, 0, part.shape[0], self.format)) for part in parts])
         experts = self.of.rows(source, start, stop).astype(np.float32, copy=False)
-        return np.stack([pack(self.format, *quantize(self.format, expert, self.method)) for expert in experts])
+        return np.stack([pack(self.format, *quantize(self.format, expert, self.method, self.search)) for expert in experts])
 
     def elements(self, start: int, stop: int) -> int:
-        """Of the experts: they are what takes memory while the block is made."""
+        """Those of the experts, which take the memory while the block is made."""
         return self.of.elements(start, stop)
 
     def spans(self) -> list[tuple[int, int]]:
         return [(e, e + 1) for e in range(self.shape[0])]
-
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()

@@ -1,18 +1,20 @@
 """How codes, scales and zeros are found for a block of weights, from the weights alone.
 
-For given codes q the scale that minimizes sum (w - s q)^2 is s = <w,q> / <q,q>, and the error it leaves is sum w^2 - <w,q>^2 / <q,q>. The
-method "search" tries several ranges per block, takes the codes that each gives, and keeps those whose best scale leaves the least error.
+For given codes q the scale that minimizes sum (w - s q)^2 is s = <w,q> / <q,q>, and the error that remains is sum w^2 - <w,q>^2 / <q,q>.
+The method "search" tries several ranges per block, takes the codes of each, and keeps those whose best scale leaves the least error. The
+caller chooses who searches: numpy, or a compiled library.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.quantization.native_search import native_search
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat
 
 METHODS = ("rtn", "search")
@@ -23,7 +25,33 @@ _SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
 _CHUNK = 1 << 16
 
 
-def quantize(format: QuantFormat, values: Floats, method: str) -> tuple[Bytes, Array, Bytes | None]:
+class ScaleSearch(Protocol):
+    """Who searches. Two searches with one `name` give the same bits on one machine."""
+
+    @property
+    def name(self) -> str: ...
+
+    def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
+        """w f32[n,block] -> scales f32[n] of symmetric codes from -top to top - 1. `shares` are the ranges to try."""
+
+
+@dataclass(frozen=True)
+class NumpySearch:
+    """The search in numpy, on every machine."""
+
+    name: str = f"numpy {np.__version__}"
+
+    def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
+        high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
+        last = np.float32(top)
+        widest = (-np.where(high > -low, high, low) / last).astype(np.float32, copy=False)
+        return _best_scale(w, widest, shares, -last, last - 1)
+
+
+NUMPY_SEARCH = NumpySearch()
+
+
+def quantize(format: QuantFormat, values: Floats, method: str, search: ScaleSearch = NUMPY_SEARCH) -> tuple[Bytes, Array, Bytes | None]:
     """values f32[N,K] -> codes u8[N,K], scales [N,blocks] in the format's dtype, zeros u8[N,blocks] where the format has them.
 
     Raises CheckpointError for a block whose scale is too large for fp16."""
@@ -39,30 +67,29 @@ def quantize(format: QuantFormat, values: Floats, method: str) -> tuple[Bytes, A
         if width != K:
             rows = np.pad(rows, ((0, 0), (0, width - K)))
         w = np.ascontiguousarray(rows, np.float32).reshape(-1, format.block)
-        q, scale, zero = (_with_zeros if format.zeros else _symmetric)(format, w, method)
+        q, scale, zero = _with_zeros(format, w, method) if format.zeros else _symmetric(format, w, method, search)
         codes[start : start + step] = q.reshape(-1, width)
         scales[start : start + step] = scale.reshape(-1, blocks)
         if zeros is not None and zero is not None:
             zeros[start : start + step] = zero.reshape(-1, blocks)
     if not np.isfinite(scales).all():
-        raise CheckpointError("weights are too large to be quantized with fp16 scales", got=f"up to {np.abs(values).max():.3g}")
+        raise CheckpointError(
+            "weights are too large to be quantized with fp16 scales",
+            got=f"up to {np.abs(values).max():.3g}",
+            fix='Set format = "stored" for the matrix in {plan_file}.',
+        )
     return codes[:, :K], scales, zeros
 
 
-def _symmetric(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Array, None]:
+def _symmetric(format: QuantFormat, w: Floats, method: str, search: ScaleSearch) -> tuple[Bytes, Array, None]:
     """One zero for all blocks. A scale may be negative: the codes reach one further below zero than above, and the largest value gets that
     end."""
     top = np.float32(format.offset)
-    search = native_search() if method == "search" else None
-    if search is not None:
-        scale = search(w, (float(top / (top - 1)), *_SHARES), float(top))
-    else:
+    if method == "rtn":
         high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
-        if method == "rtn":
-            scale = (np.maximum(high, -low) / (top - 1)).astype(np.float32, copy=False)
-        else:
-            widest = (-np.where(high > -low, high, low) / top).astype(np.float32, copy=False)
-            scale = _best_scale(w, widest, -top, top - 1)
+        scale = (np.maximum(high, -low) / (top - 1)).astype(np.float32, copy=False)
+    else:
+        scale = search.scales(w, (float(top / (top - 1)), *_SHARES), float(top))
     rounded, inverse = _stored(scale, format)
     q = w * inverse[:, None]
     np.rint(q, out=q)
@@ -71,11 +98,11 @@ def _symmetric(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Arra
     return q.astype(np.uint8), rounded, None
 
 
-def _best_scale(w: Floats, widest: Floats, low: np.float32, high: np.float32) -> Floats:
+def _best_scale(w: Floats, widest: Floats, shares: Sequence[float], low: np.float32, high: np.float32) -> Floats:
     best, gain = np.zeros_like(widest), np.full_like(widest, -1)
     q = np.empty_like(w)
     inverse = _inverse(widest)
-    for share in (-low / high, *_SHARES):
+    for share in shares:
         np.multiply(w, (inverse / np.float32(share))[:, None], out=q)
         np.rint(q, out=q)
         np.clip(q, low, high, out=q)

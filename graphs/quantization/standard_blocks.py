@@ -1,33 +1,34 @@
-"""Quantized matrices as operators of the ONNX standard, and com.microsoft.MatMulNBits, want them: codes, scales and zeros apart.
+"""Quantized matrices for operators of the ONNX standard and com.microsoft.MatMulNBits: codes, scales and zeros are separate tensors.
 
-    Codes, Scales, Zeros     [N,K], [N,K/block], [N,K/block]; turned: [K,N], [K/block,N], [K/block,N]       (DequantizeLinear)
-    NBitsCodes, NBitsZeros   u8[N, K/block, block * bits / 8], u8[N, K/block * bits / 8]                    (MatMulNBits)
+    BlockCodes, BlockScales, BlockZeros   [N,K], [N,K/block], [N,K/block]; turned: [K,N], [K/block,N], [K/block,N]   (DequantizeLinear)
+    NBitsCodes, NBitsZeros                u8[N, K/block, block * bits / 8], u8[N, K/block * bits / 8]                (MatMulNBits)
 
-Without zeros codes are signed. Elements of 4 bits lie two to a byte, the first one in the low half.
+Without zeros codes are signed. Elements of 4 bits are stored two in a byte, the first one in the low half.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.quantization.packing import Array, QuantFormat
 from qwen_export.graphs.quantization.quantized_weights import grid_rows
-from qwen_export.graphs.weights.expression import BLOCK_BYTES, TensorSource, Weight
+from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch
+from qwen_export.graphs.weights.expression import BLOCK_BYTES, DerivedWeight, TensorSource, Weight
 
 
 @dataclass(frozen=True)
-class _Part(Weight):
-    """`of` [N,K], quantized. A `turned` part is made whole: its memory is the part and a few rows of the matrix."""
+class _Part(DerivedWeight):
+    """`of` [N,K], quantized. A `turned` part is computed whole: its memory is the part and a few rows of the matrix."""
 
     of: Weight
     format: QuantFormat
     method: str
     turned: bool = False
+    search: ScaleSearch = field(default=NUMPY_SEARCH, kw_only=True)
 
     def __post_init__(self) -> None:
         N, K = self.of.shape
@@ -48,36 +49,43 @@ class _Part(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         if not self.turned:
             return self._packed(self._some(source, start, stop))
-        N, per_byte = self.of.shape[0], 2 if self.dtype.bitwidth == 4 else 1
-        made = np.empty((stop - start, N // per_byte), np.uint8 if per_byte > 1 else self.dtype.numpy())
+        N, pairs = self.of.shape[0], self.dtype.bitwidth == 4 and self.of.shape[0] % 2 == 0
+        made = np.empty((stop - start, N // 2 if pairs else N), np.uint8 if self.dtype.bitwidth == 4 else self.dtype.numpy())
         step = max(2, BLOCK_BYTES // (4 * self.of.shape[1]) // 2 * 2)
         for first in range(0, N, step):
             last = min(N, first + step)
-            made[:, first // per_byte : last // per_byte] = self._packed(self._some(source, first, last).T[start:stop])
-        return made
+            values = self._some(source, first, last).T[start:stop]
+            if pairs:
+                made[:, first // 2 : last // 2] = self._packed(values)
+            else:
+                made[:, first:last] = values.astype(made.dtype, copy=False)
+        return made if pairs or self.dtype.bitwidth != 4 else self._packed(made)
 
     def _some(self, source: TensorSource, start: int, stop: int) -> Array:
-        return self._values(*grid_rows(self.of, source, start, stop, self.format, self.method))
+        return self._values(*grid_rows(self.of, source, start, stop, self.format, self.method, self.search))
 
     def _packed(self, values: Array) -> Array:
+        """Elements as they are stored. Those of 4 bits fill bytes across the ends of rows, as ONNX packs them."""
         if self.dtype.bitwidth != 4:
             return np.ascontiguousarray(values.astype(self.dtype.numpy(), copy=False))
-        pairs = np.ascontiguousarray(values).astype(np.uint8).reshape(len(values), -1, 2) & 15
-        return np.asarray(pairs[..., 0] | np.left_shift(pairs[..., 1], 4))
+        flat = np.ascontiguousarray(values).astype(np.uint8).reshape(-1) & 15
+        if len(flat) % 2:
+            flat = np.append(flat, np.uint8(0))
+        packed = flat[::2] | np.left_shift(flat[1::2], 4)
+        return np.asarray(packed.reshape(len(values), -1) if values.shape[1] % 2 == 0 else packed)
 
     def elements(self, start: int, stop: int) -> int:
-        """Of the matrix: they are what takes memory while the block is made."""
+        """Those of the matrix, which take the memory while the block is made."""
         return (stop - start) * (self.of.shape[0] if self.turned else self.of.shape[1])
 
     def spans(self) -> list[tuple[int, int]]:
-        return [(0, self.shape[0])] if self.turned else self.of.spans()
-
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
+        """One span where a part of the rows would not fill whole bytes."""
+        odd = self.dtype.bitwidth == 4 and self.shape[-1] % 2
+        return [(0, self.shape[0])] if self.turned or odd else self.of.spans()
 
 
 @dataclass(frozen=True)
-class Codes(_Part):
+class BlockCodes(_Part):
     """w = scale * (code - zero)."""
 
     def _width(self, K: int) -> int:
@@ -91,7 +99,7 @@ class Codes(_Part):
 
 
 @dataclass(frozen=True)
-class Scales(_Part):
+class BlockScales(_Part):
     kind: ir.DataType = ir.DataType.FLOAT
 
     def _width(self, K: int) -> int:
@@ -105,7 +113,7 @@ class Scales(_Part):
 
 
 @dataclass(frozen=True)
-class Zeros(_Part):
+class BlockZeros(_Part):
     def _width(self, K: int) -> int:
         return self.format.blocks(K)
 

@@ -16,7 +16,7 @@ _AROUND_BYTES = 192 << 20
 
 
 def block_budget(models: Sequence[ir.Model], max_memory: int | None) -> int:
-    """What blocks may hold, so that the process stays below `max_memory` bytes.
+    """The bytes that blocks may hold, so that the process stays below `max_memory` bytes.
 
     Raises BuildError when the largest block of the graphs does not fit."""
     if max_memory is None:
@@ -25,15 +25,16 @@ def block_budget(models: Sequence[ir.Model], max_memory: int | None) -> int:
     budget = max_memory - _resident() - _AROUND_BYTES
     if budget < largest:
         raise BuildError(
-            "the build needs more memory than it may use",
-            got=f"--max-memory {max_memory / 1e9:g}",
-            expected=f"at least {(max_memory - budget + largest) / 1e9:.2f}",
+            "the build needs more memory than {max_memory} allows",
+            got=f"{max_memory / 1e9:g} GB",
+            expected=f"at least {(max_memory - budget + largest) / 1e9:.2f} GB",
+            fix="Raise {max_memory}.",
         )
     return min(budget, BUDGET_BYTES)
 
 
 def _resident() -> int:
-    """Bytes of memory of this process, 0 where the system does not tell."""
+    """Bytes of memory of this process, 0 where the system does not report it."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmRSS:"):

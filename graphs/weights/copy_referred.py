@@ -54,7 +54,11 @@ def _copy(source: Path, offset: int, size: int, out: HashedFile, progress: Calla
         for done in range(0, size, _CHUNK):
             part = buffer[: min(_CHUNK, size - done)]
             if not file.read_into(part, offset + done):
-                raise BundleError("a checkpoint file that the bundle refers to ends too early", where=str(source))
+                raise BundleError(
+                    "a checkpoint file that the bundle refers to ends too early",
+                    where=str(source),
+                    fix="Copy or download the checkpoint again, and build the bundle again.",
+                )
             out.write(part)
             progress(len(part))
     finally:

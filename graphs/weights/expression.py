@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol
 
@@ -40,7 +40,12 @@ class Weight(ABC):
 
     @abstractmethod
     def stored(self) -> Iterator[str]:
-        """Names of the checkpoint tensors that go into it."""
+        """Names of the checkpoint tensors that are read for it."""
+
+    @property
+    @abstractmethod
+    def parameter(self) -> str:
+        """The parameter of the model that it is, or is a part or form of; "" for constants and for stacks of several parameters."""
 
     @property
     def nbytes(self) -> int:
@@ -65,13 +70,46 @@ class Weight(ABC):
         return np.concatenate(list(self.blocks(source)))
 
 
+class DerivedWeight(Weight):
+    """A weight that is made of one other, `of`."""
+
+    of: Weight
+
+    @property
+    def parameter(self) -> str:
+        return self.of.parameter
+
+    def stored(self) -> Iterator[str]:
+        return self.of.stored()
+
+
+class StackOfWeights(Weight):
+    """A weight that is made of several others, `parts`."""
+
+    parts: tuple[Weight, ...]
+
+    @property
+    def parameter(self) -> str:
+        names = {part.parameter for part in self.parts}
+        return names.pop() if len(names) == 1 else ""
+
+    def stored(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from part.stored()
+
+
 @dataclass(frozen=True)
 class StoredWeight(Weight):
-    """A tensor of the checkpoint, converted to `dtype`."""
+    """A tensor of the checkpoint, converted to `dtype`. `part_of` is the parameter that it is stored for, where that has another name."""
 
     name: str
     shape: tuple[int, ...]
     dtype: ir.DataType
+    part_of: str = field(default="", compare=False, repr=False)
+
+    @property
+    def parameter(self) -> str:
+        return self.part_of or self.name
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return source.rows(self.name, start, stop).astype(self.dtype.numpy(), copy=False)
@@ -81,7 +119,7 @@ class StoredWeight(Weight):
 
 
 @dataclass(frozen=True)
-class Offset(Weight):
+class Offset(DerivedWeight):
     """(w + offset) * factor, in fp32: the 1 of a zero-centered norm, and a scale that follows it."""
 
     of: StoredWeight
@@ -95,12 +133,9 @@ class Offset(Weight):
         wide = (source.rows(self.of.name, start, stop) + np.float32(self.offset)) * np.float32(self.factor)
         return wide.astype(self.dtype.numpy(), copy=False)
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class NegativeExp(Weight):
+class NegativeExp(DerivedWeight):
     """-exp(w) in fp32: the decay scale of a DeltaNet layer from its A_log."""
 
     of: StoredWeight
@@ -111,12 +146,9 @@ class NegativeExp(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return -np.exp(source.rows(self.of.name, start, stop))
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class Reshaped(Weight):
+class Reshaped(DerivedWeight):
     """The same elements in another shape. The first axis keeps its length."""
 
     of: Weight
@@ -130,13 +162,10 @@ class Reshaped(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return self.of.rows(source, start, stop).reshape(stop - start, *self.shape[1:])
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class Transposed(Weight):
-    """A matrix turned over. Evaluated whole: the one transform whose memory is the whole tensor."""
+class Transposed(DerivedWeight):
+    """A transposed matrix. Evaluated whole: the one transform whose memory is the whole tensor."""
 
     of: Weight
 
@@ -149,12 +178,9 @@ class Transposed(Weight):
     def spans(self) -> list[tuple[int, int]]:
         return [(0, self.shape[0])]
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class Column(Weight):
+class Column(DerivedWeight):
     """One column of a matrix, as a vector."""
 
     of: Weight
@@ -166,12 +192,9 @@ class Column(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return np.ascontiguousarray(self.of.rows(source, start, stop)[:, self.index])
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class HeadRows(Weight):
+class HeadRows(DerivedWeight):
     """Rows first..first+take-1 of every group of `group` rows: the query or the gate half of each head of q_proj."""
 
     of: Weight
@@ -193,13 +216,10 @@ class HeadRows(Weight):
             row += count
         return np.concatenate(parts)
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class FirstRows(Weight):
-    """The first `count` rows. Shares the memory of the whole where that is written, too."""
+class FirstRows(DerivedWeight):
+    """The first `count` rows. Shares the bytes of the whole where that is written too."""
 
     of: Weight
     count: int
@@ -210,12 +230,9 @@ class FirstRows(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return self.of.rows(source, start, stop)
 
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
-
 
 @dataclass(frozen=True)
-class Stacked(Weight):
+class Stacked(StackOfWeights):
     """Several weights of equal row shape on top of each other: one matrix product instead of several."""
 
     parts: tuple[Weight, ...]
@@ -235,13 +252,9 @@ class Stacked(Weight):
             base += part.shape[0]
         return np.concatenate(taken)
 
-    def stored(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part.stored()
-
 
 @dataclass(frozen=True)
-class StackedMatrices(Weight):
+class StackedMatrices(StackOfWeights):
     """Several weights of one shape along a new first axis: the matrices of all experts as one tensor."""
 
     parts: tuple[Weight, ...]
@@ -255,14 +268,10 @@ class StackedMatrices(Weight):
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
         return np.stack([part.evaluate(source) for part in self.parts[start:stop]])
 
-    def stored(self) -> Iterator[str]:
-        for part in self.parts:
-            yield from part.stored()
-
 
 @dataclass(frozen=True)
-class Interleaved(Weight):
-    """The rows of the two halves of every matrix by turns, [E,2I,H]: gate and up of each expert as a kernel that wants them together."""
+class Interleaved(DerivedWeight):
+    """The rows of the two halves of every matrix, interleaved, [E,2I,H]: gate and up of each expert for kernels that read both."""
 
     of: Weight
 
@@ -275,9 +284,6 @@ class Interleaved(Weight):
         E, rows, columns = stop - start, *self.shape[1:]
         halves = self.of.rows(source, start, stop).reshape(E, 2, rows // 2, columns)
         return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(E, rows, columns)
-
-    def stored(self) -> Iterator[str]:
-        return self.of.stored()
 
 
 @dataclass(frozen=True)
@@ -296,6 +302,10 @@ class Constant(Weight):
     def stored(self) -> Iterator[str]:
         return iter(())
 
+    @property
+    def parameter(self) -> str:
+        return ""
+
 
 def _set(weight: Weight, **values: object) -> None:
     for name, value in values.items():
@@ -303,7 +313,7 @@ def _set(weight: Weight, **values: object) -> None:
 
 
 class WeightTensor(ir.LazyTensor):
-    """A `Weight` in the place where onnx_ir keeps an initializer's value."""
+    """A `Weight` as the value of an initializer of onnx_ir."""
 
     def __init__(self, weight: Weight, name: str) -> None:
         super().__init__(self._unwritten, weight.dtype, ir.Shape(weight.shape), name=name)
@@ -345,12 +355,14 @@ def add_weight(graph: ir.Graph, name: str, weight: Weight) -> ir.Value:
 __all__: Sequence[str] = (
     "Column",
     "Constant",
+    "DerivedWeight",
     "FirstRows",
     "HeadRows",
     "Interleaved",
     "NegativeExp",
     "Offset",
     "Reshaped",
+    "StackOfWeights",
     "Stacked",
     "StackedMatrices",
     "StoredWeight",

@@ -1,7 +1,7 @@
 """A large file written once, front to back, and hashed on the way.
 
 Where the system can, the page cache is left out (O_DIRECT): on a machine that has the memory for little else, filling the cache with
-gigabytes that nobody reads back soon costs several times what the disk costs. Writing and hashing run beside the caller.
+gigabytes that are not read again soon costs several times what the disk costs. Writing and hashing run beside the caller.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _STAGE_BYTES = 4 << 20
 _STAGES = 4
 _PAGE = 4096
 
-Mark = Callable[[int, str], None]
+Written = Callable[[int, str], None]
 """Called with a size and the SHA-256 of that many bytes, once they are written."""
 
 
@@ -44,10 +44,10 @@ class HashedFile:
 
     def __init__(self, path: Path, prefix: Prefix | None = None) -> None:
         self._path = path
-        # Anonymous maps are page-aligned, as direct writes want their memory.
+        # Anonymous maps are page-aligned, which direct writes require.
         self._free = deque(mmap.mmap(-1, _STAGE_BYTES) for _ in range(_STAGES))
         self._busy: deque[tuple[mmap.mmap, Future[None], Future[None], int]] = deque()
-        self._marks: deque[tuple[int, Future[str], Mark]] = deque()
+        self._marks: deque[tuple[int, Future[str], Written]] = deque()
         self._stage, self._filled, self._hashed = self._free.popleft(), 0, 0
         self._digest = hashlib.sha256()
         self.size = 0
@@ -85,7 +85,7 @@ class HashedFile:
             if self._filled == _STAGE_BYTES:
                 self._send(_STAGE_BYTES)
 
-    def mark(self, call: Mark) -> None:
+    def mark(self, call: Written) -> None:
         """Call back once all bytes up to here are written."""
         self._hash()
         self._marks.append((self.size, self._hasher.submit(lambda: self._digest.copy().hexdigest()), call))

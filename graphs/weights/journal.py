@@ -1,32 +1,38 @@
-"""What an interrupted build had finished, so that the next one goes on from there.
+"""What an interrupted build had finished, so that the next one continues from there.
 
 One line of JSON per finished tensor: the key of its contents, where it ends in the file, and the SHA-256 of the file up to there. The key
-is a hash of all that determines the bytes: the expression, the stored tensors that go into it with size and time of their files, and the
-version of this program. A line counts if its tensor is the one that the new build would write there, and if the file still has that hash
-up to its end. So hashing the front of the file once verifies every tensor in it and yields the hash's state to go on with.
+is a hash of all that determines the bytes: the expression, with who searched its scales; the stored tensors that are read for it, with
+size and time of their files; the version of this program; and numpy with the instructions that it uses here, whose sums and exponentials
+may differ in the last bit. A line counts if its tensor is the one that the new build would write there, and if the file still has that
+hash up to its end. So hashing the front of the file once verifies every tensor in it and gives the hash's state to continue with.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+
+import numpy as np
 
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.hashed_file import Prefix
 from qwen_export.version import __version__
 
 Identity = Callable[[str], str]
-"""What tells the contents of a stored tensor without reading them."""
+"""A text that changes with the contents of a stored tensor, made without reading them."""
 
 _CHUNK = 4 << 20
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A tensor that lies in the file: its key, the size of the file with it, the SHA-256 of that much of the file."""
+    """A tensor in the file: its key, the size of the file with it, the SHA-256 of that much of the file."""
 
     key: str
     end: int
@@ -44,7 +50,7 @@ class Journal:
             file.write(json.dumps(asdict(finished)) + "\n")
 
     def resume(self, weights: Path, expected: Iterable[tuple[str, int]], progress: Callable[[int], None]) -> tuple[int, Prefix | None]:
-        """How many tensors of the build, given as keys and ends in order, lie finished in `weights`, and the front of the file that they
+        """How many tensors of the build, given as keys and ends in order, are finished in `weights`, and the front of the file that they
         fill. Lines that do not count are dropped. `progress` gets the bytes that were read."""
         usable = []
         for line, (key, end) in zip(self._lines(), expected, strict=False):
@@ -86,8 +92,18 @@ def _verified(weights: Path, lines: list[Finished], progress: Callable[[int], No
 
 
 def key_of(weight: Weight, identity: Identity) -> str:
-    """The key of a tensor's contents. An expression's repr names everything that it does."""
-    digest = hashlib.sha256(f"{__version__}\n{weight!r}\n".encode())
+    """The key of a tensor's contents. The repr of an expression has everything that it does."""
+    digest = hashlib.sha256(f"{__version__}\n{_arithmetic()}\n{weight!r}\n".encode())
     for name in sorted(set(weight.stored())):
         digest.update(f"{name} {identity(name)}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _arithmetic() -> str:
+    """The version of numpy and the instruction sets that it uses on this machine."""
+    try:
+        features = import_module("numpy._core._multiarray_umath").__cpu_features__
+    except (ImportError, AttributeError):  # numpy 1
+        features = {platform.processor(): True}
+    return f"numpy {np.__version__} {platform.machine()} {' '.join(sorted(name for name, used in features.items() if used))}"

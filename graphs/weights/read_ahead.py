@@ -1,4 +1,4 @@
-"""Making the blocks of weights ahead of the one who writes them, in several threads and bounded memory.
+"""Computes the blocks of weights ahead of the writer, in several threads and bounded memory.
 
 Reading releases the interpreter, and so do numpy's loops over a block, so threads are enough to use all cores.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from qwen_export.graphs.weights.expression import Array, TensorSource, Weight
 
 BUDGET_BYTES = 192 << 20
-"""What blocks that wait to be written may hold, made or in the making."""
+"""Bytes that blocks may hold which wait to be written, finished or not."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Block:
     last: bool
 
 
-class Pipeline:
+class ReadAhead:
     """Blocks of weights, made by `jobs` threads."""
 
     def __init__(self, source: TensorSource, jobs: int, budget: int = BUDGET_BYTES) -> None:
@@ -43,7 +43,7 @@ class Pipeline:
         self._pool.shutdown(cancel_futures=True)
 
     def blocks(self, weights: Iterable[Weight]) -> Iterator[Block]:
-        """All blocks of all weights, one weight after the other. A block is valid until the next is asked for."""
+        """All blocks of all weights, one weight after the other. A block is valid until the next one is taken."""
         waiting: deque[tuple[Future[memoryview], int, bool]] = deque()
         held = 0
         for weight in weights:
@@ -62,7 +62,7 @@ class Pipeline:
 
 
 def block_bytes(weight: Weight, start: int, stop: int) -> int:
-    """What a block may need while it is made: itself in fp32, what it was read as, and the result."""
+    """Bytes that a block may need while it is computed: itself in fp32, the stored values, and the result."""
     return 3 * 4 * weight.elements(start, stop)
 
 

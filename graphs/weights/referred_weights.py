@@ -1,7 +1,7 @@
 """Weights that stay in the checkpoint: the graph points into its files instead of a copy.
 
-That needs a weight whose bytes lie there as the graph wants them: no fold, no dequantization, the same element type. The others go to the
-bundle's own file. In the place of each file that is referred to the bundle has a note of a line, since ONNX Runtime insists on a file that
+That needs a weight whose stored bytes are those of the graph: no fold, no dequantization, the same element type. The others go to the
+bundle's own file. Instead of each file that is referred to the bundle has a note of one line, since ONNX Runtime requires a file that
 exists and never reads one outside the graph's directory; the runtime maps the file and hands over its memory. What is referred to is not
 read during the build, so its values are not checked.
 """
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qwen_export.element_types import BY_SAFETENSORS
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
+from qwen_export.graphs.checkpoint.formats.logical_tensor import PLAIN_TYPES
 from qwen_export.graphs.checkpoint.formats.plain_tensor import PlainTensor
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
 from qwen_export.graphs.weights.expression import FirstRows, Reshaped, StoredWeight, Weight
 from qwen_export.graphs.weights.weight_writer import external, lazy_weights
 from qwen_export.manifest import Reference
-
-_DTYPES = {"BF16": ir.DataType.BFLOAT16, "F16": ir.DataType.FLOAT16, "F32": ir.DataType.FLOAT}
 
 
 def refer_to_checkpoint(models: Sequence[ir.Model], checkpoint: Checkpoint, bundle: Path) -> dict[str, Reference]:
@@ -48,6 +48,10 @@ def _as_stored(weight: Weight, checkpoint: Checkpoint) -> TensorInfo | None:
     if not isinstance(weight, StoredWeight):
         return None
     stored = checkpoint.weights[stored_name(checkpoint.config, weight.name)]
-    if not isinstance(stored, PlainTensor) or _DTYPES.get(stored.dtype) != weight.dtype:
+    if (
+        not isinstance(stored, PlainTensor)
+        or stored.dtype not in PLAIN_TYPES
+        or ir.DataType[BY_SAFETENSORS[stored.dtype].onnx] != weight.dtype
+    ):
         return None
     return stored.info if stored.info.offset % weight.dtype.itemsize == 0 else None

@@ -22,16 +22,16 @@ _EXPERTS, _INPUTS = "mlp.experts.", "linear_attn.in_proj_"
 
 
 def parameter_weight(config: TextConfig, stored: StoredLayout, name: str, shape: tuple[int, ...], dtype: ir.DataType) -> Weight:
-    """The weight of the parameter `name`, over the tensors that the checkpoint has. All names are those of the modules; the parameter may
+    """The weight of the parameter `name`, over the tensors that the checkpoint has. All names are those of the modules. The parameter may
     be of any layer, also of `mtp.layers.0.`."""
     if _EXPERTS in name:
         prefix, part = name.split(_EXPERTS)
         if not stored.layer(prefix).fused_experts:
-            return _experts(config, prefix + _EXPERTS, part, dtype)
+            return _experts(config, prefix + _EXPERTS, part, dtype, name)
     elif _INPUTS in name:
         prefix, part = name.split(_INPUTS)
         if stored.layer(prefix).grouped_inputs:
-            return _input_projection(config, prefix + _INPUTS, part.removesuffix(".weight"), dtype)
+            return _input_projection(config, prefix + _INPUTS, part.removesuffix(".weight"), dtype, name)
     return StoredWeight(name, shape, dtype)
 
 
@@ -52,11 +52,11 @@ def resolve_layout(model: ir.Model, config: TextConfig, stored: StoredLayout) ->
     return changed
 
 
-def _experts(config: TextConfig, prefix: str, part: str, dtype: ir.DataType) -> Weight:
+def _experts(config: TextConfig, prefix: str, part: str, dtype: ir.DataType, parameter: str) -> Weight:
     H, inner = config.hidden_size, config.moe_intermediate_size
 
     def matrix(expert: int, name: str, shape: tuple[int, int]) -> Weight:
-        return StoredWeight(f"{prefix}{expert}.{name}.weight", shape, dtype)
+        return StoredWeight(f"{prefix}{expert}.{name}.weight", shape, dtype, parameter)
 
     def gate_up(expert: int) -> Weight:
         return Stacked((matrix(expert, "gate_proj", (inner, H)), matrix(expert, "up_proj", (inner, H))))
@@ -68,13 +68,13 @@ def _experts(config: TextConfig, prefix: str, part: str, dtype: ir.DataType) -> 
     return StackedMatrices(tuple(parts[part](expert) for expert in range(config.num_experts)))
 
 
-def _input_projection(config: TextConfig, prefix: str, part: str, dtype: ir.DataType) -> Weight:
+def _input_projection(config: TextConfig, prefix: str, part: str, dtype: ir.DataType, parameter: str) -> Weight:
     H, Hk, Hv = config.hidden_size, config.linear_num_key_heads, config.linear_num_value_heads
     Dk, values, ratio = config.linear_key_head_dim, Hv // Hk * config.linear_value_head_dim, Hv // Hk
     qkvz, ba = 2 * Dk + 2 * values, 2 * ratio
 
     def rows(name: str, group: int, first: int, take: int) -> Weight:
-        return HeadRows(StoredWeight(f"{prefix}{name}.weight", (Hk * group, H), dtype), group, first, take)
+        return HeadRows(StoredWeight(f"{prefix}{name}.weight", (Hk * group, H), dtype, parameter), group, first, take)
 
     if part == "qkv":
         return Stacked((rows("qkvz", qkvz, 0, Dk), rows("qkvz", qkvz, Dk, Dk), rows("qkvz", qkvz, 2 * Dk, values)))

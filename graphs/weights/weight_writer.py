@@ -12,7 +12,7 @@ import onnx_ir as ir
 from qwen_export.graphs.weights.expression import FirstRows, TensorSource, Weight, weight_of
 from qwen_export.graphs.weights.hashed_file import HashedFile, Prefix
 from qwen_export.graphs.weights.journal import Finished, Identity, Journal, key_of
-from qwen_export.graphs.weights.read_ahead import BUDGET_BYTES, Pipeline
+from qwen_export.graphs.weights.read_ahead import BUDGET_BYTES, ReadAhead
 from qwen_export.manifest import FileEntry
 
 # Page alignment lets a runtime map each tensor straight from the file.
@@ -24,7 +24,7 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Resume:
-    """Where finished tensors are noted, and what tells the contents of stored ones."""
+    """Where finished tensors are noted, and a text that changes with the contents of stored ones."""
 
     journal: Journal
     identity: Identity
@@ -50,10 +50,10 @@ def write_weights(
 
     `jobs` threads make blocks ahead of the writer, by default one per core; those blocks hold at most `budget` bytes, or one that is
     larger. With `resume`, tensors that an earlier run finished in `path` stay."""
-    say = progress or (lambda name, count: None)
+    report = progress or (lambda name, count: None)
     places = _places(models)
-    done, prefix = _finished(places, path, resume, lambda count: say("checking what is there", count))
-    with HashedFile(path, prefix) as file, Pipeline(source, jobs or os.cpu_count() or 1, budget) as pipeline:
+    done, prefix = _finished(places, path, resume, lambda count: report("checking finished tensors", count))
+    with HashedFile(path, prefix) as file, ReadAhead(source, jobs or os.cpu_count() or 1, budget) as pipeline:
         pending = iter(places[done:])
         place: _Place | None = None
         for block in pipeline.blocks(place.weight for place in places[done:]):
@@ -61,7 +61,7 @@ def write_weights(
                 place = next(pending)
                 file.write(memoryview(bytes(place.begin - file.size)))
             file.write(block.data)
-            say(place.name, block.data.nbytes)
+            report(place.name, block.data.nbytes)
             if block.last:
                 if file.size != place.end:
                     raise AssertionError(f"weight {place.name} wrote {file.size - place.begin} bytes of {place.weight.nbytes}")
@@ -94,13 +94,13 @@ def distinct_weights(models: Sequence[ir.Model]) -> dict[Weight, str]:
 
 
 def _whole(weight: Weight) -> Weight:
-    """What is stored for a weight: rows at the front of another are read where that one lies."""
+    """What is stored for a weight: rows at the front of another are read from its bytes."""
     return weight.of if isinstance(weight, FirstRows) else weight
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a weight lies in the file, in bytes."""
+    """Where a weight is stored in the file, in bytes."""
 
     name: str
     weight: Weight

@@ -29,7 +29,7 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
         return 0
     for node in [node for node in model.graph if is_native(node, MOE)]:
         weights = [node.inputs[i] for i in WEIGHT_INPUTS]
-        formats = [plan.of(*_stored(value)) for value in weights]
+        formats = [plan.of_weight(weight) if (weight := weight_of(value)) is not None else GroupFormat() for value in weights]
         quantized = [chosen.quant is not None for chosen in formats]
         where, inner = str(node.name), context.config.moe_intermediate_size
         if not any(quantized):
@@ -65,9 +65,3 @@ def _packed(graph: ir.Graph, value: ir.Value | None, chosen: GroupFormat) -> ir.
     if value is None or weight is None or chosen.quant is None:
         raise TypeError("the experts have no stored weight")
     return add_weight(graph, f"{value.name}.{chosen.format}", packed_weight(weight, chosen))
-
-
-def _stored(value: ir.Value | None) -> set[str]:
-    """The stored matrices that the experts' weight is made of."""
-    weight = weight_of(value)
-    return set(weight.stored()) if weight is not None else set()

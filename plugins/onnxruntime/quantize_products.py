@@ -123,7 +123,7 @@ def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, W
     """The weight cut where the format changes."""
     parts: list[tuple[GroupFormat, list[Weight]]] = []
     for part in weight.parts if isinstance(weight, Stacked) else (weight,):
-        format = plan.of(*part.stored())
+        format = plan.of_weight(part)
         if parts and parts[-1][0] == format:
             parts[-1][1].append(part)
         else:

@@ -16,7 +16,7 @@ from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, replace_node
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
-from qwen_export.graphs.quantization.standard_blocks import Codes, NBitsCodes, NBitsZeros, Scales, Zeros
+from qwen_export.graphs.quantization.standard_blocks import BlockCodes, BlockScales, BlockZeros, NBitsCodes, NBitsZeros
 from qwen_export.graphs.weights.expression import FirstRows, Weight, add_weight, retyped, weight_of
 from qwen_export.plugins.emitter import Emitter
 
@@ -34,20 +34,21 @@ def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
     (chosen,) = formats
     if chosen.quant is None:
         return None
-    ensure_whole_blocks(weight, chosen, names[0])
+    ensure_whole_blocks(weight, chosen, names[0], even_rows=False)
     return chosen
 
 
-def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str) -> None:
-    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks and whole bytes that DequantizeLinear reads."""
+def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str, *, even_rows: bool = True) -> None:
+    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks, and with `even_rows` of the whole bytes, that
+    DequantizeLinear reads."""
     N, K = weight.shape
-    if K % chosen.block or N % 2:
+    if K % chosen.block or (even_rows and N % 2):
         raise ConfigError(
             "a quantized matrix is not made of whole blocks",
             where=where,
             got=f"{N} rows of {K} values in blocks of {chosen.block}",
-            expected="rows of whole blocks, and an even number of them",
-            fix='Give it another block in a --plan file, or format = "stored".',
+            expected="rows of whole blocks" + (", and an even number of them" if even_rows else ""),
+            fix='Give it another block in {plan_file}, or format = "stored".',
         )
 
 
@@ -65,10 +66,10 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     format, graph = _quant(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(_exact(whole, chosen), format, chosen.method, *more)  # type: ignore[call-arg]
+        made = kind(_exact(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
 
-    inputs = [x, part("codes", NBitsCodes), part("scales", Scales, False, context.activation)]
+    inputs = [x, part("codes", NBitsCodes), part("scales", BlockScales, False, context.activation)]
     if format.zeros:
         inputs.append(part("zeros", NBitsZeros))
     (y,) = emit(MICROSOFT, "MatMulNBits", inputs, like=x, K=K, N=N, bits=format.bits, block_size=format.block)
@@ -100,11 +101,11 @@ def quantized_parts(
     """Codes, scales and, where the format has them, zeros, as DequantizeLinear wants them; turned: of the matrix [K,N]."""
     of, format = _exact(weight, chosen), _quant(chosen)
     parts: dict[str, Weight] = {
-        "codes": Codes(of, format, chosen.method, turned),
-        "scales": Scales(of, format, chosen.method, turned, activation),
+        "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.searcher),
+        "scales": BlockScales(of, format, chosen.method, turned, activation, search=chosen.searcher),
     }
     if format.zeros:
-        parts["zeros"] = Zeros(of, format, chosen.method, turned)
+        parts["zeros"] = BlockZeros(of, format, chosen.method, turned, search=chosen.searcher)
     return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
 
 

@@ -9,13 +9,15 @@ from typing import Any
 
 from qwen_export.building.build_plan import BuildPlan, plan_build
 from qwen_export.engine_options import EngineOptions
-from qwen_export.errors import QwenExportError
+from qwen_export.errors import QwenExportError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.formats.format_table import storage_summary
 from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor
 from qwen_export.graphs.checkpoint.formats.plain_tensor import plain
-from qwen_export.graphs.checkpoint.tensor_names import MTP_PREFIX, VISION_PREFIX, decoder_tensors
-from qwen_export.graphs.config import FULL, RopeConfig, TextConfig
+from qwen_export.graphs.checkpoint.stored_prefixes import MTP_PREFIX, VISION_PREFIX
+from qwen_export.graphs.checkpoint.tensor_names import decoder_tensors
+from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.rope_config import RopeConfig
 from qwen_export.targets import TARGETS, Target
 
 
@@ -49,6 +51,7 @@ def inspect_checkpoint(
         },
         "parts": _parts(checkpoint),
         "quantization": _quantization(checkpoint),
+        "notes": list(checkpoint.notes),
         "bytes": checkpoint.nbytes,
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
         "targets": list(_targets(checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms))),
@@ -101,6 +104,11 @@ def _becomes(plan: BuildPlan) -> dict[str, int]:
     return total
 
 
+def why_not(error: QwenExportError) -> str:
+    """The reasons of a plan that was refused, which are in `got`; the whole message of any other error."""
+    return error.got if isinstance(error, UnsupportedError) and error.got else str(error)
+
+
 def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions) -> Iterator[dict[str, Any]]:
     for target in targets:
         for device in target.devices:
@@ -109,7 +117,7 @@ def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOp
                 try:
                     plan = plan_build(checkpoint, target.name, device, precision, engine=engine)
                 except QwenExportError as error:
-                    yield entry | {"supported": False, "why": error.got or str(error)}
+                    yield entry | {"supported": False, "why": why_not(error)}
                 else:
                     lowerings = {op: choice.name for op, choice in plan.choices.items()}
                     yield entry | {

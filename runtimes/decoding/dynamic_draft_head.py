@@ -124,7 +124,7 @@ class DynamicDraftHead(DraftHead):
             inputs = caches | self._tables.of(first) | {"hidden": hidden.part(hidden.dtype, (b, T, width))}
             outputs = {state.after: caches[state.name] for state in self.session.spec.states}
             outputs["hidden_out"] = out.part(out.dtype, (b, T, width))
-            dims = {"B": b, "T": T, "N": rows, "S": self._cache_rows}
+            dims = {"B": b, "T": T, "N": b * rows, "S": self._cache_rows}
             comes_back = rows > 0 or T in self._blocks
             call = BoundCall(self.session, dims, first, inputs, outputs, self._logits, repeated=comes_back)
             if call.recorded:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.runtimes.decoding.logit_rows import Row, Top
+from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.largest import nucleus, top_ids
 from qwen_export.runtimes.sampling.token_history import TokenHistory
@@ -135,11 +136,17 @@ class Sampler:
     number of it, whether there is a choice or not, so that number i chooses token i.
 
     `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen. `stop_ids`: tokens that end
-    the answer, for the rules about them.
+    the answer, for the rules about them. `constraint`: what the answer must obey; it needs a `history` in every call.
     """
 
-    def __init__(self, params: SamplingParams, vocab_limit: int | None = None, stop_ids: Collection[int] = ()) -> None:
-        self.params = params
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_limit: int | None = None,
+        stop_ids: Collection[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.params, self._constraint = params, constraint
         self._rules = params.rules(stop_ids)
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
@@ -152,31 +159,36 @@ class Sampler:
         Raises QwenExportError when the logits hold NaN or +inf, or nothing finite.
         """
         forbidden = self._rules.forbidden(history) if self._rules else NOTHING
+        allowed = self._constraint.allowed(history.answer()) if self._constraint is not None and history is not None else None
         if isinstance(logits, Row):
-            found = self._among_largest(logits.top, history, forbidden)
+            found = self._among_largest(logits.top, history, forbidden, allowed)
             if found is not None:
                 return found
             logits = logits.array
-        return self._among_all(logits, history, forbidden)
+        return self._among_all(logits, history, forbidden, allowed)
 
     def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
         """The next token of one row of logits."""
         return self.distribution(logits, history).draw(self.rng.random())
 
-    def _among_largest(self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden) -> Distribution | None:
-        """From the largest entries alone; None when all are needed. Rules, and penalties that only lower, leave the others at most at the
-        last entry, `floor`. What is above it after penalties is above all others."""
+    def _among_largest(
+        self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
+    ) -> Distribution | None:
+        """From the largest entries alone; None when all are needed. Rules, constraints, and penalties that only lower, leave the others at
+        most at the last entry, `floor`. What is above it after penalties is above all others."""
         params = self.params
         if top is None or not (params.is_greedy or params.top_k):
             return None
         _check_peak(top.logits[0])
         floor, limit = top.logits[-1], self.vocab_limit
-        if params.is_greedy and not self._penalizes and not forbidden and (limit is None or top.ids[0] < limit):
+        if params.is_greedy and not self._penalizes and not forbidden and allowed is None and (limit is None or top.ids[0] < limit):
             return Distribution.certain(top.ids[0])
         largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
         found = [pair for pair in largest if limit is None or pair[0] < limit]
         if forbidden:
             found = [pair for pair in found if pair[0] not in forbidden]
+        if allowed is not None:
+            found = [pair for pair in found if allowed[pair[0]]]
         if history is not None and self._penalizes:
             if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
                 return None
@@ -204,13 +216,17 @@ class Sampler:
         total = sum(weights[i] for i in kept)
         return Distribution([found[i][0] for i in kept], [weights[i] / total for i in kept])
 
-    def _among_all(self, logits: Logits, history: TokenHistory | None, forbidden: Forbidden) -> Distribution:
+    def _among_all(
+        self, logits: Logits, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
+    ) -> Distribution:
         params = self.params
         x = logits[: self.vocab_limit]
         if history is not None and self._penalizes:
             x = self._penalized(x.copy(), history)
         if forbidden:
             x = self._without(x if x.base is None else x.copy(), forbidden)
+        if allowed is not None:
+            x = self._only(x, allowed)
         if params.is_greedy:
             best = int(x.argmax())  # the first NaN, if there is one
             _check_peak(x[best])
@@ -241,6 +257,18 @@ class Sampler:
                 "every token is forbidden by the rules of the sampling parameters",
                 got=f"{sum(map(len, forbidden))} forbidden tokens",
                 fix="Take tokens out of {suppress_tokens} and {bad_words_ids}, or lower {no_repeat_ngram_size}.",
+            )
+        return x
+
+    @staticmethod
+    def _only(x: Logits, allowed: NDArray[np.bool_]) -> Logits:
+        """Minus infinity for what the constraint does not allow. NaN stays, and is an error."""
+        x = np.where(allowed[: len(x)] | np.isnan(x), x, x.dtype.type(-np.inf))
+        if len(x) and x.max() == -np.inf:
+            raise QwenExportError(
+                "the constraint of the answer allows no token",
+                got=f"{int(allowed.sum())} allowed tokens of the vocabulary, none of them usable here",
+                fix="Loosen the grammar or the rules of the sampling parameters; one excludes what the other asks for.",
             )
         return x
 

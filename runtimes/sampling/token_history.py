@@ -56,6 +56,10 @@ class TokenHistory:
         """All tokens of prompt and answer, i64[T], in order; valid until the next `push`."""
         return self._text[: self._length]
 
+    def answer(self) -> NDArray[np.int64]:
+        """The generated tokens, i64[n], in order; valid until the next `push`."""
+        return self._text[self._prompt_length : self._length]
+
     def of(self, token_id: int) -> tuple[bool, int]:
         """Whether the sequence holds the token, and how often it was generated."""
         slot = self._slot.get(token_id)

@@ -43,6 +43,8 @@ class FakeDriver:
         self.streams: set[int] = set()
         self.recordings: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
+        self.owners: dict[int, int | None] = {}
+        """The context that each piece of device memory was allocated in."""
         self.modules: dict[int, bytes] = {}
         self.functions: dict[int, tuple[int, bytes]] = {}
         self.kernels: list[tuple[bytes, tuple[int, ...], Any]] = []
@@ -53,6 +55,11 @@ class FakeDriver:
         self._next = 1000
         for name in cuda_driver.FUNCTIONS:
             setattr(self, name, _Function(getattr(self, "_" + name.removesuffix("_v2"))))
+
+    @staticmethod
+    def context_of(device: int) -> int:
+        """The primary context of a device."""
+        return 77 + device
 
     def queue(self, stream: int, work: Callable[[], None]) -> None:
         """Carry out now, or record."""
@@ -97,7 +104,7 @@ class FakeDriver:
         value.value = self.sm[attribute - 75]
 
     def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
-        context.value = 77 + device
+        context.value = self.context_of(device)
 
     def _cuCtxGetCurrent(self, context: Any) -> None:
         context.value = self.context
@@ -116,11 +123,12 @@ class FakeDriver:
         address.value = self._memory(nbytes)
         ctypes.memset(address.value, 0xCD, nbytes)  # nobody may count on zeros
         self.allocated[address.value] = nbytes
+        self.owners[address.value] = self.context
         self.peak = max(self.peak, sum(self.allocated.values()))
         return 0
 
     def _cuMemFree(self, address: int) -> None:
-        del self.allocated[address], self._keep[address]
+        del self.allocated[address], self._keep[address], self.owners[address]
 
     def _memory(self, nbytes: int) -> int:
         raw = ctypes.create_string_buffer(nbytes + _ALIGNMENT)

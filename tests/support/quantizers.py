@@ -100,18 +100,19 @@ def scaled(element: torch.dtype, per: str) -> Quantizer:
     return quantize
 
 
-def integer_grid(matrix: Tensor, group: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """int4 codes [O, I], scales [O, G] and zero points [O, G] by rounding to nearest."""
-    grouped = matrix.reshape(matrix.shape[0], -1, group)
+def integer_grid(matrix: Tensor, group: int, symmetric: bool, dtype: torch.dtype, bits: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [O, I] of 4 or 8 bits, scales [O, G] and zero points [O, G] by rounding to nearest. Group -1: a whole row."""
+    last, middle = (1 << bits) - 1, 1 << (bits - 1)
+    grouped = matrix.reshape(matrix.shape[0], -1, matrix.shape[1] if group == -1 else group)
     if symmetric:
-        scale = (grouped.abs().amax(-1) / 7).to(dtype)
-        zero = torch.full_like(scale, 8, dtype=torch.int64)
+        scale = (grouped.abs().amax(-1) / (middle - 1)).to(dtype)
+        zero = torch.full_like(scale, middle, dtype=torch.int64)
     else:
         low, high = grouped.amin(-1).clamp(max=-1e-6), grouped.amax(-1).clamp(min=1e-6)
-        scale = ((high - low) / 15).to(dtype)
-        zero = (-low / scale.float()).round().clamp(1, 15).to(torch.int64)
+        scale = ((high - low) / last).to(dtype)
+        zero = (-low / scale.float()).round().clamp(1, last).to(torch.int64)
     codes = (grouped / scale.float()[..., None]).round() + zero[..., None]
-    return codes.clamp(0, 15).to(torch.int64).reshape(matrix.shape), scale, zero
+    return codes.clamp(0, last).to(torch.int64).reshape(matrix.shape), scale, zero
 
 
 def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor) -> Tensor:
@@ -119,24 +120,26 @@ def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor) -> Te
     return (codes - zero[:, order]).float() * scale.float()[:, order]
 
 
-def packed_words(codes: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
-    """Eight neighbors of the last axis to one i32; `order[j]` is the neighbor in nibble j."""
-    words = torch.zeros(*codes.shape[:-1], codes.shape[-1] // 8, dtype=torch.int64)
-    for nibble, neighbor in enumerate(order):
-        words |= codes[..., neighbor::8] << (4 * nibble)
+def packed_words(codes: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7), bits: int = 4) -> Tensor:
+    """Neighbors of the last axis to one i32; `order[j]` is the neighbor in place j. The last word of a row may have unused places."""
+    count = 32 // bits
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % count))
+    words = torch.zeros(*padded.shape[:-1], padded.shape[-1] // count, dtype=torch.int64)
+    for place, neighbor in enumerate(order[:count]):
+        words |= padded[..., neighbor::count] << (bits * place)
     return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
-def gptq(group: int, *, symmetric: bool = True, v2: bool = False, act_order: bool = False, g_idx: bool = True) -> Quantizer:
+def gptq(group: int, *, symmetric: bool = True, v2: bool = False, act_order: bool = False, g_idx: bool = True, bits: int = 4) -> Quantizer:
     def quantize(module: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         I = matrix.shape[1]  # noqa: E741
         place = torch.randperm(I, generator=torch.Generator().manual_seed(I)) if act_order else torch.arange(I)
-        in_groups, scale, zero = integer_grid(matrix[:, place], group, symmetric, torch.float16)
+        in_groups, scale, zero = integer_grid(matrix[:, place], group, symmetric, torch.float16, bits)
         codes, order = torch.empty_like(in_groups), torch.empty(I, dtype=torch.int64)
-        codes[:, place], order[place] = in_groups, torch.arange(I) // group
+        codes[:, place], order[place] = in_groups, torch.arange(I) // (I if group == -1 else group)
         parts = {
-            f"{module}.qweight": packed_words(codes).T,
-            f"{module}.qzeros": packed_words((zero if v2 else (zero - 1) & 15).T),
+            f"{module}.qweight": packed_words(codes, bits=bits).T,
+            f"{module}.qzeros": packed_words((zero if v2 else (zero - 1) & ((1 << bits) - 1)).T, bits=bits),
             f"{module}.scales": scale.T,
         }
         if g_idx:
@@ -158,19 +161,20 @@ def awq(group: int, *, symmetric: bool = False, with_zeros: bool = True) -> Quan
     return quantize
 
 
-def pack_quantized(group: int, *, symmetric: bool = True) -> Quantizer:
-    """compressed-tensors int4."""
+def pack_quantized(group: int, *, symmetric: bool = True, bits: int = 4, with_shape: bool = True) -> Quantizer:
+    """compressed-tensors integers. Group -1: a scale per row."""
 
     def quantize(module: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        codes, scale, zero = integer_grid(matrix, group, symmetric, torch.bfloat16)
+        codes, scale, zero = integer_grid(matrix, group, symmetric, torch.bfloat16, bits)
         parts = {
-            f"{module}.weight_packed": packed_words(codes),
+            f"{module}.weight_packed": packed_words(codes, bits=bits),
             f"{module}.weight_scale": scale,
-            f"{module}.weight_shape": torch.tensor(matrix.shape),
         }
+        if with_shape:
+            parts[f"{module}.weight_shape"] = torch.tensor(matrix.shape)
         if not symmetric:
-            parts[f"{module}.weight_zero_point"] = packed_words(zero.T).T
-        return parts, dequantized(codes, scale, zero, torch.arange(matrix.shape[1]) // group)
+            parts[f"{module}.weight_zero_point"] = packed_words(zero.T, bits=bits).T
+        return parts, dequantized(codes, scale, zero, torch.arange(matrix.shape[1]) // (matrix.shape[1] if group == -1 else group))
 
     return quantize
 
@@ -195,5 +199,42 @@ def nvfp4(*, modelopt: bool) -> Quantizer:
         parts[f"{module}.weight_scale"] = scale
         parts[f"{module}.input_scale" if modelopt else f"{module}.input_global_scale"] = torch.ones(1)
         return parts, (E2M1[nearest] * ratio.sign() * each[..., None]).reshape(matrix.shape)
+
+    return quantize
+
+
+def flat_fp8(per: str) -> Quantizer:
+    """AutoRound's FP8: the scales of a tensor, of rows or of groups of 32 inputs as one flat tensor."""
+
+    def quantize(module: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        O, I = matrix.shape  # noqa: E741
+        rows, columns = {"tensor": (O, I), "channel": (1, I), "group": (1, 32)}[per]
+        scale = (blocks_of(matrix, rows, columns) / 448).to(torch.bfloat16)
+        each = spread(scale.float(), rows, columns, matrix.shape)
+        codes = (matrix / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return {f"{module}.weight": codes, f"{module}.weight_scale": scale.reshape(-1)}, codes.float() * each
+
+    return quantize
+
+
+def mxfp4(module: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Powers of two per 32 inputs, stored as u8 with a bias of 127."""
+    grouped = matrix.reshape(matrix.shape[0], -1, 32)
+    exponent = torch.floor(torch.log2(grouped.abs().amax(-1).clamp(min=1e-30))) - 2
+    ratio = grouped / torch.exp2(exponent)[..., None]
+    nearest = (ratio.abs()[..., None] - E2M1).abs().argmin(-1)
+    codes = (nearest + 8 * (ratio < 0)).reshape(matrix.shape)
+    parts = {
+        f"{module}.weight_packed": (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8),
+        f"{module}.weight_scale": (exponent + 127).to(torch.uint8),
+    }
+    return parts, (E2M1[nearest] * ratio.sign() * torch.exp2(exponent)[..., None]).reshape(matrix.shape)
+
+
+def by_module(*rules: tuple[str, Quantizer]) -> Quantizer:
+    """The first quantizer whose pattern is found in the name of the module."""
+
+    def quantize(module: str, matrix: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return next(chosen for pattern, chosen in rules if re.search(pattern, module))(module, matrix)
 
     return quantize

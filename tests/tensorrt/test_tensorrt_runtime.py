@@ -26,6 +26,7 @@ from tests.support.engine_machine import CHUNK, PROMPT, WIDTH, Machine
 from tests.support.fake_driver import FakeDriver
 from tests.support.fake_tensorrt import FakeTensorRT, TensorLocation, engine_bundle
 from tests.support.greedy import greedy
+from tests.support.manifests import write_raw
 
 # Engines read and write what the graphs do
 
@@ -288,9 +289,8 @@ def test_a_gpu_that_is_not_there(bundle: Path, machine: Machine) -> None:
 
 def test_an_engine_that_is_not_the_manifests(bundle: Path, machine: Machine) -> None:
     machine()
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace('"name": "commit"', '"name": "committed"'))
-    with pytest.raises(BundleError, match="not what the manifest describes: got commit, committed"):
+    write_raw(bundle, (bundle / "manifest.json").read_text().replace('"name": "commit"', '"name": "last_slot"'))
+    with pytest.raises(BundleError, match="not what the manifest describes: got commit, last_slot"):
         load(bundle)
 
 
@@ -319,5 +319,5 @@ def test_layers_of_engines_are_compared_with_the_eager_model(
 
 def test_layers_of_engines_need_the_graphs(portable: Path, bundle: Path, machine: Machine) -> None:
     machine()
-    with pytest.raises(VerifyError, match=r"does not carry its graphs.*--carry-onnx"):
+    with pytest.raises(VerifyError, match=r"does not carry its graphs.*carry_onnx"):
         verify_layers(bundle, portable.parent / "checkpoint")

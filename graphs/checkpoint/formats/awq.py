@@ -12,14 +12,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.integer_codes import Bytes, IntegerTensor, unpack, zeros_of
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, LogicalTensor, Parts, Tensors, checked_scales, part
-from qwen_export.graphs.checkpoint.formats.storage_format import Format, unpacked_sizes
+from qwen_export.graphs.checkpoint.formats.logical_tensor import (
+    FLOAT_SCALES,
+    GridRows,
+    LogicalTensor,
+    Parts,
+    Tensors,
+    checked_scales,
+    part,
+    scales_of,
+)
+from qwen_export.graphs.checkpoint.formats.storage_format import Format, group_of_parts, refuse_module, unpacked_sizes
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 _PER_WORD = 8
-# Where output 0, 1, ... 7 of a word lies.
+# The nibble of output 0, 1, ... 7 of a word.
 _NIBBLE = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
@@ -32,12 +40,12 @@ class AwqTensor(IntegerTensor):
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.qweight, self.scales, *((self.qzeros,) if self.qzeros else ()))
 
-    def codes(self, parts: Parts, start: int, stop: int) -> Codes:
+    def codes(self, parts: Parts, start: int, stop: int) -> GridRows:
         scales = checked_scales(self.scales, np.ascontiguousarray(parts.whole(self.scales)[:, start:stop].T))
         zeros = None
         if self.qzeros is not None:
             zeros = zeros_of(self, _outputs(parts.whole(self.qzeros), start, stop))
-        return Codes(_outputs(parts.whole(self.qweight), start, stop), scales, zeros, self.group, self.bits)
+        return GridRows(_outputs(parts.whole(self.qweight), start, stop), scales, zeros, self.group, self.bits)
 
 
 def _outputs(words: npt.NDArray[Any], start: int, stop: int) -> Bytes:
@@ -54,31 +62,28 @@ class Awq(Format):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__(settings)
-        self.only("bits", 4)
         version = settings.get("version") or settings.get("format") or "gemm"
         if str(version).lower() != "gemm":
             raise self.refuse("version", "'gemm'")
 
     def weight(self, info: TensorInfo, tensors: Tensors) -> LogicalTensor | None:
-        if not info.name.endswith(".qweight"):
-            return None
-        module = info.name.removesuffix(".qweight")
-        name = module + ".weight"
-        if info.dtype != "I32":
-            raise CheckpointError(
-                "a part of a quantized weight has the wrong element type", where=info.name, got=info.dtype, expected="I32"
-            )
-        inputs, words = unpacked_sizes(info.name, info.shape)
-        configured = self.settings.get("group_size", 128)
-        group = inputs if configured == -1 else configured
-        if type(group) is not int or group < 1:
-            raise self.refuse("group_size", "-1 or a number of inputs")
-        if inputs % group:
-            raise CheckpointError(
-                "a quantized weight does not divide into groups", where=name, got=inputs, expected=f"a multiple of {group}"
-            )
-        scales = part(tensors, name, module + ".scales", (inputs // group, words * _PER_WORD), ("F16", "BF16", "F32"))
-        qzeros = None
-        if self.settings.get("zero_point", True) or module + ".qzeros" in tensors:
-            qzeros = part(tensors, name, module + ".qzeros", (inputs // group, words), ("I32",))
-        return AwqTensor(name, (words * _PER_WORD, inputs), "awq", 4, group, qzeros is None, True, scales, info, qzeros)
+        return awq_tensor(self.method, info, tensors, self.settings) if info.name.endswith(".qweight") else None
+
+
+def awq_tensor(method: str, info: TensorInfo, tensors: Tensors, settings: Mapping[str, Any]) -> AwqTensor:
+    """The weight whose codes are `info`, an `X.qweight`. Bits and group follow from the shapes; `zero_point` is of the settings."""
+    module = info.name.removesuffix(".qweight")
+    name = module + ".weight"
+    inputs, words = unpacked_sizes(info.name, info.shape)
+    part(tensors, name, info.name, info.shape, ("I32",))
+    stored = scales_of(tensors, name, module + ".scales")
+    groups, outputs = stored.shape if len(stored.shape) == 2 else (0, 0)
+    if outputs != words * _PER_WORD:
+        found = f"{words * 32 // outputs} bits" if outputs and words * 32 % outputs == 0 else f"scales {stored.shape} for {info.shape}"
+        raise refuse_module(method, name, found, "4 bits")
+    group = group_of_parts(method, name, inputs, groups, settings.get("group_size", settings.get("q_group_size")))
+    scales = part(tensors, name, module + ".scales", (groups, outputs), FLOAT_SCALES)
+    qzeros = None
+    if settings.get("zero_point", True) or module + ".qzeros" in tensors:
+        qzeros = part(tensors, name, module + ".qzeros", (groups, words), ("I32",))
+    return AwqTensor(name, (outputs, inputs), method, 4, group, qzeros is None, True, scales, info, qzeros)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_export.errors import CheckpointError, UnsupportedError
+from qwen_export.graphs.checkpoint.formats.auto_round import AutoRound
 from qwen_export.graphs.checkpoint.formats.awq import Awq
 from qwen_export.graphs.checkpoint.formats.block_fp8 import BlockFp8
 from qwen_export.graphs.checkpoint.formats.compressed_tensors import CompressedTensors
@@ -13,23 +14,27 @@ from qwen_export.graphs.checkpoint.formats.gptq import Gptq
 from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor, Tensors
 from qwen_export.graphs.checkpoint.formats.modelopt import ModelOpt
 from qwen_export.graphs.checkpoint.formats.plain_tensor import plain
-from qwen_export.graphs.checkpoint.formats.storage_format import Format
+from qwen_export.graphs.checkpoint.formats.storage_format import OTHER_RELEASE, Format
+from qwen_export.graphs.config_fields import shown
 
-FORMATS: dict[str, type[Format]] = {form.method: form for form in (BlockFp8, Gptq, Awq, CompressedTensors, ModelOpt)}
+FORMATS: dict[str, type[Format]] = {form.method: form for form in (BlockFp8, Gptq, Awq, AutoRound, CompressedTensors, ModelOpt)}
+# Older names of methods.
+_ALIASES = {"auto_round": "auto-round", "intel/auto-round": "auto-round", "autoround": "auto-round", "fbgemm_fp8": "fp8"}
 
 
 def format_of(quantization: Mapping[str, Any]) -> Format:
     """The method that quantization_config names. Raises UnsupportedError for one that is not implemented."""
     method = quantization.get("quant_method", "nothing")
-    if not isinstance(method, str) or method not in FORMATS:
+    name = _ALIASES.get(method, method) if isinstance(method, str) else ""
+    if name not in FORMATS:
         raise UnsupportedError(
             "this quantization method is not supported",
             where="quantization_config 'quant_method'",
-            got=repr(method),
+            got=shown(method),
             expected=", ".join(FORMATS),
-            fix="Give the BF16 release of the same model.",
+            fix=OTHER_RELEASE,
         )
-    return FORMATS[method](quantization)
+    return FORMATS[name](quantization)
 
 
 def logical_weights(tensors: Tensors, quantization: Mapping[str, Any] | None) -> dict[str, LogicalTensor]:
@@ -43,7 +48,9 @@ def logical_weights(tensors: Tensors, quantization: Mapping[str, Any] | None) ->
         weight = form.weight(info, tensors)
         if weight is not None:
             if weight.name in weights or (weight.name in tensors and weight.name != info.name):
-                raise CheckpointError("a tensor is stored twice", where=weight.name, got="plain and quantized")
+                raise CheckpointError(
+                    "a tensor is stored twice", where=weight.name, got="plain and quantized", fix="Keep one copy of the weight."
+                )
             weights[weight.name] = weight
             used.update(part.name for part in weight.parts)
     for name, info in tensors.items():
@@ -51,8 +58,8 @@ def logical_weights(tensors: Tensors, quantization: Mapping[str, Any] | None) ->
             continue
         if name.endswith(form.part_suffixes):
             if name.endswith(".weight_shape"):
-                continue  # said by the packed tensor too
-            raise CheckpointError("a part of a quantized weight lies there alone", where=name, fix="Is a shard missing?")
+                continue  # read by the packed weight
+            raise CheckpointError("a part of a quantized weight is stored without its other parts", where=name, fix="Is a shard missing?")
         weights[name] = plain(info)
     return weights
 

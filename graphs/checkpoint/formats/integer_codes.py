@@ -1,6 +1,6 @@
 """Integer weights on a grid per group: w[o, i] = scale[o, g] * (code[o, i] - zero[o, g]), g = i // group.
 
-The formats differ in how codes, scales and zero points lie in the file; each is a subclass that says how to read some rows of them.
+The formats differ in how codes, scales and zero points are stored. Each is a subclass that reads some rows of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, Floats, Grid, LogicalTensor, Parts
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Floats, Grid, GridRows, LogicalTensor, Parts
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
@@ -43,7 +43,7 @@ class IntegerTensor(LogicalTensor):
         return f"{self.method} int{self.bits} g{self.group}"
 
     @abstractmethod
-    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None: ...
+    def codes(self, parts: Parts, start: int, stop: int) -> GridRows | None: ...
 
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
         codes = self.codes(parts, start, stop)
@@ -61,14 +61,18 @@ def unpack(words: npt.NDArray[Any], bits: int) -> Bytes:
 
 
 def zeros_of(weight: IntegerTensor, zeros: Bytes) -> Bytes | None:
-    """Zero points that were stored; None for a symmetric weight. Raises CheckpointError where such a one has others than the middle of
-    the range: then the file is of another variant than its settings say, and every value would be off."""
+    """Zero points that were stored; None for a symmetric weight. Raises CheckpointError where a symmetric weight has zero points that are
+    not the middle of the range: the file is then of another variant than its settings, and every value would be wrong."""
     if not weight.symmetric:
         return np.ascontiguousarray(zeros)
     middle = 1 << (weight.bits - 1)
     if (zeros != middle).any():
         other = int(zeros[zeros != middle][0])
         raise CheckpointError(
-            "a symmetric weight has zero points that are not in the middle", where=weight.name, got=other, expected=middle
+            "a symmetric weight has zero points that are not in the middle",
+            where=weight.name,
+            got=other,
+            expected=middle,
+            fix="Set sym and the format in quantization_config of config.json as the checkpoint was written.",
         )
     return None

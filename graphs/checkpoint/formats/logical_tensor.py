@@ -1,4 +1,4 @@
-"""A weight as the model means it, whatever tensors of the file it is stored in.
+"""A weight as the model uses it, whatever tensors of the file it is stored in.
 
 A quantized weight is several stored tensors: codes, scales, perhaps zero points. A `LogicalTensor` has the name and shape of the plain
 weight, knows its parts and makes plain rows of them. Everything but `rows` and `codes` is known from the headers.
@@ -11,30 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.element_types import BY_SAFETENSORS, PLAIN
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 Floats = npt.NDArray[np.float32]
 Tensors = Mapping[str, TensorInfo]
 
-PLAIN_TYPES = ("BF16", "F16", "F32")
-# Element types that hold a number of their own; narrower ones are packed by the formats.
-_NUMPY: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
+PLAIN_TYPES = tuple(kind.safetensors for kind in PLAIN)
+FLOAT_SCALES = PLAIN_TYPES
 
 
 class Parts(Protocol):
@@ -59,7 +47,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class Codes:
+class GridRows:
     """Rows of an integer-quantized weight on its own grid: weight[r, i] = scales[r, i // group] * (codes[r, i] - zeros[r, i // group]).
 
     codes: u8[R, I], each below 2^bits; scales: f32[R, I // group]; zeros: u8[R, I // group], None for a symmetric weight, whose zero points
@@ -116,38 +104,53 @@ class LogicalTensor(ABC):
         """The integer grid along its rows that the checkpoint stores; None for a weight that has none."""
         return None
 
-    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
+    def codes(self, parts: Parts, start: int, stop: int) -> GridRows | None:
         """The same rows on that grid."""
         return None
 
 
 def numpy_type(info: TensorInfo) -> np.dtype[Any]:
-    if info.dtype not in _NUMPY:
-        raise CheckpointError(
-            "a tensor has an element type that cannot be read", where=info.name, got=info.dtype, expected=", ".join(_NUMPY)
-        )
-    return _NUMPY[info.dtype]
+    return BY_SAFETENSORS[info.dtype].dtype()
+
+
+def scales_of(tensors: Tensors, weight: str, name: str) -> TensorInfo:
+    """A part that must be stored, in any shape."""
+    info = tensors.get(name)
+    if info is None:
+        raise CheckpointError("a part of a quantized weight is missing", where=weight, expected=name, fix="Is a shard missing?")
+    return info
 
 
 def part(tensors: Tensors, weight: str, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> TensorInfo:
     """A part that the weight needs, in its shape and one of its types."""
-    info = tensors.get(name)
-    if info is None:
-        raise CheckpointError("a part of a quantized weight is missing", where=weight, expected=name, fix="Is a shard missing?")
+    info = scales_of(tensors, weight, name)
     if info.shape != shape:
-        raise CheckpointError("a part of a quantized weight has the wrong shape", where=name, got=info.shape, expected=shape)
+        raise CheckpointError(
+            "a part of a quantized weight has the wrong shape",
+            where=name,
+            got=info.shape,
+            expected=shape,
+            fix="Is quantization_config in config.json from another checkpoint?",
+        )
     if info.dtype not in dtypes:
         raise CheckpointError(
-            "a part of a quantized weight has the wrong element type", where=name, got=info.dtype, expected=" or ".join(dtypes)
+            "a part of a quantized weight has the wrong element type",
+            where=name,
+            got=info.dtype,
+            expected=" or ".join(dtypes),
+            fix="Is quantization_config in config.json from another checkpoint?",
         )
     return info
 
 
-def checked_scales(info: TensorInfo, raw: npt.NDArray[Any]) -> Floats:
-    """Scales as fp32, none of them zero or not finite."""
+def checked_scales(info: TensorInfo, raw: npt.NDArray[Any], *, divides: bool = False) -> Floats:
+    """Scales as fp32, all finite. A scale of zero is the scale of a block of zeros, and is an error where the scale `divides`."""
+    if info.dtype == "U8":  # powers of two, as tools of microscaling formats store them
+        raw = raw.view(BY_SAFETENSORS["F8_E8M0"].dtype())
     scales = raw.astype(np.float32)
-    if not np.isfinite(scales).all():
-        raise CheckpointError("a quantized weight has scales that are not finite", where=info.name, fix="The checkpoint is damaged.")
-    if not scales.all():
-        raise CheckpointError("a quantized weight has scales that are zero", where=info.name, fix="The checkpoint is damaged.")
+    wrong = "not finite" if not np.isfinite(scales).all() else "zero" if divides and not scales.all() else ""
+    if wrong:
+        raise CheckpointError(
+            f"a quantized weight has scales that are {wrong}", where=info.name, fix="The checkpoint is damaged: copy or download it again."
+        )
     return scales

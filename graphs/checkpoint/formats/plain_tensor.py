@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Floats, LogicalTensor, Parts
+from qwen_export.element_types import BY_SAFETENSORS
+from qwen_export.graphs.checkpoint.formats.logical_tensor import PLAIN_TYPES, Floats, LogicalTensor, Parts
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
 
@@ -20,7 +21,7 @@ class PlainTensor(LogicalTensor):
 
     @property
     def storage(self) -> str:
-        return {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}.get(self.info.dtype, self.info.dtype)
+        return BY_SAFETENSORS[self.info.dtype].short if self.info.dtype in PLAIN_TYPES else self.info.dtype
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:

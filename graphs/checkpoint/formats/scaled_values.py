@@ -1,7 +1,7 @@
 """FP8 and INT8 weights whose scales cover rectangles: w[o, i] = element[o, i] * scale[o // block_o, i // block_i].
 
-One rectangle may be the whole matrix (per tensor), a row (per channel), or a block, usually 128x128. A third axis in front counts
-experts, each with scales of its own.
+One rectangle may be the whole matrix (per tensor), a row (per channel), a part of a row (per group), or a block, usually 128x128. A third
+axis in front counts experts, each with scales of its own.
 """
 
 from __future__ import annotations
@@ -10,18 +10,29 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.element_types import BY_SAFETENSORS
 from qwen_export.errors import CheckpointError
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Codes, Floats, Grid, LogicalTensor, Parts, Tensors, checked_scales, part
+from qwen_export.graphs.checkpoint.formats.logical_tensor import (
+    Floats,
+    Grid,
+    GridRows,
+    LogicalTensor,
+    Parts,
+    Tensors,
+    checked_scales,
+    part,
+    scales_of,
+)
+from qwen_export.graphs.checkpoint.formats.storage_format import OTHER_RELEASE, refuse_module
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 
-SCALE_TYPES = ("BF16", "F16", "F32", "F8_E8M0")
+SCALE_TYPES = ("BF16", "F16", "F32", "F8_E8M0", "U8")
 ELEMENT_TYPES = ("F8_E4M3", "I8")
 # All 256 values: a table lookup is four times as fast as a conversion.
-_E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+_E4M3 = np.arange(256, dtype=np.uint8).view(BY_SAFETENSORS["F8_E4M3"].dtype()).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -55,13 +66,13 @@ class ScaledTensor(LogicalTensor):
             return None
         return Grid(8, self.shape[1], True, self.scale.dtype)
 
-    def codes(self, parts: Parts, start: int, stop: int) -> Codes | None:
+    def codes(self, parts: Parts, start: int, stop: int) -> GridRows | None:
         if self.grid is None:
             return None
         codes = parts.stored(self.elements, start, stop).view(np.uint8) ^ np.uint8(128)
         scales = checked_scales(self.scale, parts.whole(self.scale)).reshape(-1)
         rows = scales[start:stop] if len(scales) == self.shape[0] else np.full(stop - start, scales[0], np.float32)
-        return Codes(codes, rows[:, None], None, self.shape[1], 8)
+        return GridRows(codes, rows[:, None], None, self.shape[1], 8)
 
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
         raw = parts.stored(self.elements, start, stop)
@@ -86,27 +97,34 @@ def _scale(values: Floats, grid: npt.NDArray[Any], block: tuple[int, int], start
 
 
 def scaled_tensor(tensors: Tensors, elements: TensorInfo, scale: str, block: tuple[int, int] | None = None) -> ScaledTensor:
-    """The weight made of `elements` and the scales called `scale`. Without `block`, the scales' shape says what each of them covers:
-    [] or [1] the tensor, [O] or [O, 1] a row."""
+    """The weight made of `elements` and the scales called `scale`. The scales' shape decides what each of them covers: [] or [1] the
+    tensor, [O] or [O, 1] a row, [O, G] or [O*G] a group of a row; any other shape must be that of the blocks `block`."""
     name, shape = elements.name, elements.shape
     if elements.dtype not in ELEMENT_TYPES:
-        raise CheckpointError("a weight with scales has an element type that needs none", where=name, got=elements.dtype)
-    if len(shape) not in (2, 3):
-        raise CheckpointError("a quantized weight is not a matrix", where=name, got=shape)
-    if scale not in tensors:
-        raise CheckpointError("a quantized weight has no scales", where=name, expected=scale, fix="Is a shard missing?")
-    rows, columns = shape[-2:]
+        raise refuse_module("fp8 or int8", name, elements.dtype, " or ".join(ELEMENT_TYPES))
+    if len(shape) not in (2, 3) or 0 in shape:
+        raise CheckpointError("a quantized weight is not a matrix", where=name, got=shape, fix=OTHER_RELEASE)
+    given, (rows, columns) = scales_of(tensors, name, scale).shape, shape[-2:]
     if block is not None:
         grid = (-(-rows // block[0]), -(-columns // block[1]))
-        found = part(tensors, name, scale, (*shape[:-2], *grid), SCALE_TYPES)
-        return ScaledTensor(name, shape, elements, found, block, grid)
-    given = tensors[scale].shape
-    if len(shape) == 2 and given in ((rows,), (rows, 1)) and rows > 1:
-        block, grid = (1, columns), (rows, 1)
-    elif len(shape) == 2 and prod(given) == 1:
-        block, grid = (rows, columns), (1, 1)
+        if given == (*shape[:-2], *grid) or len(shape) == 3:
+            found = part(tensors, name, scale, (*shape[:-2], *grid), SCALE_TYPES)
+            return ScaledTensor(name, shape, elements, found, block, grid)
+    count = prod(given)
+    if len(shape) == 2 and count == 1:
+        covered, grid = (rows, columns), (1, 1)
+    elif len(shape) == 2 and given in ((rows,), (rows, 1)):
+        covered, grid = (1, columns), (rows, 1)
+    elif len(shape) == 2 and count % rows == 0 and columns % (count // rows) == 0 and given in ((count,), (rows, count // rows)):
+        grid = (rows, count // rows)
+        covered = (1, columns // grid[1])
     else:
+        wanted = f"one scale, one per row or one per group of a row of {shape}"
         raise CheckpointError(
-            "a part of a quantized weight has the wrong shape", where=scale, got=given, expected=f"one scale, or one per row of {shape}"
+            "a part of a quantized weight has the wrong shape",
+            where=scale,
+            got=given,
+            expected=wanted + (f", or blocks of {block[0]}x{block[1]}" if block else ""),
+            fix="Blocks must be given by weight_block_size in quantization_config of config.json.",
         )
-    return ScaledTensor(name, shape, elements, part(tensors, name, scale, given, SCALE_TYPES), block, grid)
+    return ScaledTensor(name, shape, elements, part(tensors, name, scale, given, SCALE_TYPES), covered, grid)

@@ -1,0 +1,124 @@
+"""Which of several devices: `load(device_id=1)` reaches the execution provider, every binding and every buffer.
+
+The driver is a fake whose memory is that of the host, so the CPU's kernels can run a bundle as if it were on a GPU.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from qwen_export.errors import BundleError, ParameterError
+from qwen_export.runtimes import load
+from qwen_export.runtimes.memory import cuda_driver
+from qwen_export.runtimes.memory.device import Device
+from tests.support.fake_driver import FakeDriver
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    fake = FakeDriver(devices=2)
+    forget_driver()
+    monkeypatch.setattr(cuda_driver, "_load", lambda: fake)
+    yield fake
+    gc.collect()
+    forget_driver()
+
+
+def forget_driver() -> None:
+    cuda_driver.driver.cache_clear()
+    cuda_driver._primary_context.cache_clear()
+    cuda_driver._thread.__dict__.clear()
+
+
+class Binding:
+    """Bindings of ONNX Runtime that take the memory of a GPU for that of the host, and note which one it was."""
+
+    def __init__(self, native: Any, seen: set[tuple[str, int]]) -> None:
+        self._native, self._seen = native, seen
+
+    def bind_input(self, name: str, kind: str, index: int, *more: Any) -> None:
+        self._seen.add((kind, index))
+        self._native.bind_input(name, "cpu", 0, *more)
+
+    def bind_output(self, name: str, kind: str, index: int, *more: Any) -> None:
+        self._seen.add((kind, index))
+        self._native.bind_output(name, "cpu", 0, *more)
+
+
+class Session:
+    """A session that was asked for a GPU and runs on the CPU."""
+
+    bound: set[tuple[str, int]]
+    providers: list[Any]
+
+    def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
+        Session.providers = providers
+        self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
+    def io_binding(self) -> Binding:
+        return Binding(self._native.io_binding(), Session.bound)
+
+    def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        self._native.run_with_iobinding(binding._native)
+
+
+real_session = ort.InferenceSession
+
+
+def test_a_model_on_the_second_gpu_touches_no_other(demo_bundle: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    Session.bound = set()
+    model = load(demo_bundle, device="cuda", device_id=1, threads=1, max_context=64)
+    decoder = model.decoder(2, drafts=True)
+    logits = decoder.prefill([5, 6, 7]).copy()
+    decoder.step([8, 9])
+    decoder.verify([1, 2, 3])
+    decoder.accept(2)
+    decoder.restore(decoder.snapshot(), 1)
+    assert Session.providers[0][1]["device_id"] == "1"
+    assert Session.bound == {("cuda", 1), ("cpu", 0)}, "total_length is read on the host"
+    assert set(driver.owners.values()) == {driver.context_of(1)}
+    monkeypatch.undo()
+    np.testing.assert_allclose(logits, load(demo_bundle, threads=1).decoder().prefill([5, 6, 7]), atol=1e-4)
+
+
+def test_buffers_stay_on_their_device(driver: FakeDriver) -> None:
+    """Whatever device a thread, or a library in it, has used in between."""
+    first, second = (Device("cuda", index).buffer("float", (4, 8)) for index in (0, 1))
+    assert [driver.owners[buffer.address] for buffer in (first, second)] == [driver.context_of(0), driver.context_of(1)]
+    values = np.arange(128, dtype=np.uint8)
+
+    def work() -> None:
+        cuda_driver.use_device(0)
+        second.write(values)
+        assert driver.context == driver.context_of(1)
+        cuda_driver.use_device(0)
+        np.testing.assert_array_equal(second.contents(), values)
+        assert driver.context == driver.context_of(1)
+        cuda_driver.use_device(0)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    grown = second.grown(0, 9, 4)  # type: ignore[attr-defined]
+    assert driver.owners[grown.address] == driver.context_of(1)
+    np.testing.assert_array_equal(grown.read(0, 128), values)
+
+
+def test_a_device_that_is_not_there_is_named(driver: FakeDriver) -> None:
+    with pytest.raises(BundleError, match=r"no such GPU.*device 2.*0 to 1"):
+        Device("cuda", 2).buffer("float", (1,))
+    with pytest.raises(ParameterError, match="device_id"):
+        Device("cuda", -1)
