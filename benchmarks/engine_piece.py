@@ -75,7 +75,7 @@ class Engine:
             self.runtime = api.Runtime(library.log)
             self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
         if self.engine is None:
-            raise SystemExit(f"{case.name}: {library.said()}")
+            raise SystemExit(f"{case.name}: {library.take_messages()}")
         self.context = self.engine.create_execution_context()
         self.buffers: dict[str, torch.Tensor] = {}
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ class Engine:
             self.buffers[name] = self.buffers[source]
         for name, tensor in self.buffers.items():
             if not self.context.set_tensor_address(name, tensor.data_ptr()):
-                raise SystemExit(f"{case.name}: {library.said()}")
+                raise SystemExit(f"{case.name}: {library.take_messages()}")
         self.outputs = [self.buffers[f"out{i}"] for i in range(sum(name.startswith("out") for name in self.buffers))]
 
     def run(self) -> None:

@@ -53,11 +53,11 @@ def test_inspect_explains_a_refusal(run: Any, tiny_checkpoint: Path, tmp_path: P
 def test_inspect_and_build_say_why_there_is_no_draft_head(run: Any, make_checkpoint: Any, tmp_path: Path) -> None:
     bare = make_checkpoint(with_mtp=False)
     _, out, _ = run("inspect", bare)
-    assert "the checkpoint has no draft head (mtp.*)" in out
+    assert "no tensor mtp.* is stored" in out
     _, out, _ = run("inspect", bare, "--json")
     assert not any(entry["draft_head"] for entry in json.loads(out)["targets"] if entry["supported"])
     code, _, err = run("build", bare, "-o", tmp_path / "bundle")
-    assert code == 0 and "no draft head: the checkpoint has no draft head (mtp.*)" in err
+    assert code == 0 and "no draft head: config.json sets mtp_num_hidden_layers to 1, but no tensor mtp.* is stored" in err
 
 
 def test_inspect_counts_the_parameters_that_a_token_uses(run: Any, demo_moe_checkpoint: Path) -> None:

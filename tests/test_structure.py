@@ -53,7 +53,7 @@ def ground() -> set[str]:
 
 def passes() -> set[str]:
     """The modules of passes, which are imported by their names in the lists of targets."""
-    return {f"qwen_export.{path.partition(':')[0]}" for target in TARGETS.values() for path in target.passes}
+    return {f"qwen_export.{step.function.partition(':')[0]}" for target in TARGETS.values() for step in target.passes}
 
 
 def arrows() -> dict[str, set[str]]:

@@ -55,7 +55,7 @@ def build_engine(
     """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name; `where` is what errors and
     the layer dump call the graph. Raises BuildError with what TensorRT said."""
     api = library.api
-    library.said()
+    library.take_messages()
     builder = api.Builder(library.log)
     flags = api.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
@@ -63,7 +63,7 @@ def build_engine(
     if not _parse(parser, model, weights or {}):
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
         fix = "Take TensorRT-RTX 1.7 or newer, or build without --plugin." if options.plugins and not library.has(AOT_PLUGINS) else ""
-        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said(), fix=fix)
+        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.take_messages(), fix=fix)
     _let_decompose(api, network)
     summary = _summary(network)
     if options.layer_dump is not None:
@@ -75,7 +75,7 @@ def build_engine(
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        said = library.said()
+        said = library.take_messages()
         raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
     if cache is not None and options.timing_cache is not None:
         write_whole(options.timing_cache, bytes(memoryview(cache.serialize())))

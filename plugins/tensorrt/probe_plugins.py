@@ -32,5 +32,5 @@ def _parses(library: Library) -> bool:
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "probe", inputs, outputs), opset_imports=opsets)
     network = library.api.Builder(library.log).create_network(0)
     taken = bool(library.api.OnnxParser(network, library.log).parse(model.SerializeToString()))
-    library.said()
+    library.take_messages()
     return taken

@@ -68,7 +68,7 @@ class DynamicDraftHead(DraftHead):
         self._calls.clear()
 
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
-        """As promised; neighboring slots share a call."""
+        """See DraftHead; neighboring slots share a call."""
         made: dict[int, Row] = {}
         slots = sorted(tokens)
         while slots:

@@ -49,7 +49,7 @@ class StaticDraftHead(DraftHead):
                 self.states[0].prepare(name, self._tables.of(0))
 
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
-        """As promised; slots take turns, so the rows of several are copied."""
+        """See DraftHead; slots take turns, so the rows of several are copied."""
         made = {}
         for slot, token in tokens.items():
             if self._drafts is not None:

@@ -1,4 +1,4 @@
-"""The NVIDIA driver, by ctypes: it comes with every GPU, so nothing has to be installed to allocate memory or record a CUDA graph.
+"""The NVIDIA driver, by ctypes. Every machine with a GPU has it, so memory and CUDA graphs need no other library.
 
 Every use of a device in a process shares the device's primary context, as ONNX Runtime and TensorRT do; memory of one is memory of all.
 """
@@ -76,6 +76,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
 }
 _thread = threading.local()
+_several: set[int] = set()  # devices other than the first that were used
 
 
 @cache
@@ -91,7 +92,7 @@ def driver() -> Any:
     if code:
         what = "the NVIDIA driver sees no GPU" if code == _NO_DEVICE else "the NVIDIA driver cannot be used"
         raise BundleError(
-            what, got=_text(library, code), fix="See whether `nvidia-smi` lists a GPU; in a container, start it with --gpus all."
+            what, got=_text(library, code), fix="See whether `nvidia-smi` lists a GPU; a container must be started with GPUs."
         )
     return library
 
@@ -106,7 +107,7 @@ def load_driver() -> Any:
     raise BundleError(
         "this machine has no NVIDIA driver",
         got=f"{' or '.join(LIBRARY_NAMES)} cannot be loaded",
-        fix="Install the driver, or build the checkpoint with --device cpu.",
+        fix="Install the driver, or build the checkpoint for {device} cpu.",
     )
 
 
@@ -118,7 +119,7 @@ def forget_driver() -> None:
 
 
 def call(name: str, *arguments: object, fix: str = "") -> None:
-    """Call a function of the driver. Raises BundleError with what the driver says."""
+    """Call a function of the driver. Raises BundleError with the driver's message."""
     code = getattr(driver(), name)(*arguments)
     if code:
         raise BundleError(f"CUDA could not carry out {name}", got=_text(driver(), code), fix=fix)
@@ -131,7 +132,7 @@ def ensure_context() -> None:
     current = c_void_p()
     call("cuCtxGetCurrent", ctypes.byref(current))
     if not current.value:
-        use_device(0)
+        call("cuCtxSetCurrent", _primary_context(0))
     _thread.ready = True
 
 
@@ -144,7 +145,14 @@ def current_context() -> int:
 
 
 def use_device(device_id: int) -> None:
-    """Make a device the one that the calling thread works on."""
+    """Make a device the one that the calling thread works on.
+
+    As long as a process uses the first device only, its threads have that one since their first call, and a step need not name it some ten
+    times. Once another one is used, every operation does: a backend may have changed the thread's device in between."""
+    if not device_id and not _several:
+        ensure_context()
+        return
+    _several.add(device_id)
     call("cuCtxSetCurrent", _primary_context(device_id))
     _thread.ready = True
 
@@ -161,7 +169,7 @@ def _device(device_id: int) -> int:
     count, device = c_int(), c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
     if not 0 <= device_id < count.value:
-        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}")
+        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}", fix="Change {device_id}.")
     call("cuDeviceGet", ctypes.byref(device), device_id)
     return device.value
 

@@ -19,7 +19,7 @@ KINDS = {name for name, kind in vars(errors).items() if isinstance(kind, type) a
 
 @dataclass(frozen=True)
 class Made:
-    """A call that makes an error. `parts` has what is written in the source for each part: texts in full, with "…" for what is filled in."""
+    """A call that makes an error. `parts`: the texts that the source has for each part, with "…" for what is filled in."""
 
     path: Path
     line: int
@@ -35,7 +35,8 @@ def errors_made(path: Path) -> Iterator[Made]:
     for node in ast.walk(parsed(path)):
         if not isinstance(node, ast.Call):
             continue
-        kind = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+        # By its plain name: jinja2.TemplateError is another one.
+        kind = node.func.id if isinstance(node.func, ast.Name) else ""
         if kind in KINDS:
             given = {"what": node.args[0]} if node.args else {}
             given |= {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}

@@ -90,7 +90,7 @@ def _loaded(packed_ptx: str, kernel: str, context: int) -> int:
         "cuModuleLoadData",
         ctypes.byref(module),
         unpack_ptx(packed_ptx) + b"\0",
-        fix="Does the driver serve the CUDA that the manifest names? `qwen-export check` says.",
+        fix="Run `qwen-export check`: the driver must serve the CUDA that the manifest names.",
     )
     cuda_driver.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
     return int(function.value or 0)
@@ -112,7 +112,11 @@ def register(library: Library) -> None:
             continue
         creator = _creator(library.api, name)
         if not registry.register_creator(creator, NAMESPACE):
-            raise BundleError(f"{library.flavour.name} does not take our plugin {name}", got=library.said() or "no reason")
+            raise BundleError(
+                f"{library.flavour.name} does not take our plugin {name}",
+                got=library.take_messages() or "no reason",
+                fix="Install the version of the library that the bundle was built with, as `qwen-export inspect` shows it.",
+            )
         _creators.append(creator)
 
 
