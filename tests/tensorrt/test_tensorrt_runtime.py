@@ -277,7 +277,7 @@ def test_a_device_that_is_no_gpu(bundle: Path, machine: Machine) -> None:
 
 def test_memory_that_runs_out(machine: Machine) -> None:
     machine(memory=1 << 20)
-    with pytest.raises(BundleError, match=r"too little free memory: got 1\.0 MiB free of 1\.0 MiB, expected 4\.0 MiB .*--max-context"):
+    with pytest.raises(BundleError, match=r"too little free memory: got 1\.0 MiB free of 1\.0 MiB, expected 4\.0 MiB .*max_context"):
         cuda_memory.allocate(4 << 20)
 
 
