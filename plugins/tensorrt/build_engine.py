@@ -69,7 +69,7 @@ def build_engine(
     if options.layer_dump is not None:
         _dump_layers(network, options.layer_dump / f"{where}.layers.txt")
     config = _config(library, builder, options)
-    cache = _timing_cache(config, options)
+    cache = open_timing_cache(config, options)
     writer = _file_writer(api, output)
     with writer:
         built = builder.build_serialized_network_to_stream(network, config, writer)
@@ -191,7 +191,7 @@ def check_options(library: Library, options: EngineOptions, current: str | None)
         raise UnsupportedError("the timing cache is a file", got=f"the directory {options.timing_cache}", fix="Name a file in it.")
 
 
-def _timing_cache(config: Any, options: EngineOptions) -> Any:
+def open_timing_cache(config: Any, options: EngineOptions) -> Any:
     """What earlier builds measured, None without a file for it. Measurements of another GPU or version are an error: the builder would
     leave them aside, and the file would be lost at the end."""
     path = options.timing_cache

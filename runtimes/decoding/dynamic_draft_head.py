@@ -16,7 +16,7 @@ from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 _ROW_AXIS = 2
 # Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
-_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
+CATCH_UP_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
 _Shape = tuple[int, int, int, int, bool]
 """First slot, sequences, tokens of each, rows of logits of each, own rotary tables."""
@@ -39,7 +39,7 @@ class DynamicDraftHead(DraftHead):
         }
         self._logits = LogitsMemory(session, slots, 1)
         self._calls: dict[_Shape, BoundCall] = {}
-        self._blocks = _BLOCKS.get(session.device.kind, ())
+        self._blocks = CATCH_UP_BLOCKS.get(session.device.kind, ())
 
     @property
     def busy_s(self) -> float:

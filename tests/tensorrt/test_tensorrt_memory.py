@@ -189,9 +189,8 @@ def test_preparing_changes_nothing(bundle: Path, machine: Machine, steps: int) -
 
 def test_a_warm_decoder_prepares_nothing_more(bundle: Path, machine: Machine) -> None:
     machine()
-    model = load(bundle, speculate="off")
-    model.warm()
-    decoder = model._conversation.decoder
+    decoder = load(bundle, speculate="off").decoder()
+    decoder.warm()
     before = decoder.binding_s
     decoder.prefill(PROMPT)
     for token in (4, 5, 6):

@@ -131,7 +131,7 @@ def _creator(api: Any, name: str) -> Any:
             self.field_names, self.data = _collection(api, StepFields("", "", 0, 0, 0, 0, 0, 0))
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
-            return step_plugin(api, self.name, _read(collection))
+            return step_plugin(api, self.name, read_fields(collection))
 
     return Creator()
 
@@ -202,7 +202,7 @@ def _collection(api: Any, given: StepFields) -> tuple[Any, list[Any]]:
     return api.PluginFieldCollection(made), [made, data]
 
 
-def _read(collection: Any) -> StepFields:
+def read_fields(collection: Any) -> StepFields:
     values: dict[str, Any] = {}
     for field in collection:
         data = np.asarray(field.data)
