@@ -21,7 +21,7 @@ from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
-from qwen_export.runtimes.decoding.rotary import TABLES
+from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
 
 
@@ -91,8 +91,8 @@ class StaticStates:
 
     def prepare(self, name: str, tables: Mapping[str, Buffer], *, every: bool = False) -> None:
         """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
-        also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
-        caches have nothing yet; then what is current stays."""
+        also those after other graphs have changed some of the buffers. The graph's controls must commit nothing, and place cache rows
+        after those in use; then what is current stays."""
         graph = self._graphs[name]
         turning = [state for state in graph.spec.states if not state.in_place]
         pending = [state.name for state in turning if state.pending]
@@ -105,7 +105,7 @@ class StaticStates:
         return any(key[:2] == self._key(self._graphs[name], name, {})[:2] for key in self._prepared)
 
     def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str], tables: Mapping[str, Buffer]) -> None:
-        """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
+        """One call, with these states in their other buffers. New states go to their buffers; theirs are in the others."""
         pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
         self._turn(turned)
         key = self._key(graph, name, tables)
