@@ -17,7 +17,7 @@ from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.call_plan import plan_calls
-from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
+from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
@@ -173,6 +173,11 @@ class DynamicDecoder(Decoder):
     def busy_s(self) -> float:
         return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
+    def sequence_bytes(self, length: int) -> int:
+        states = sum(self.states[name].row_bytes for name in self._fixed())
+        rows = sum(heads * width for heads, _, width in map(self._layout, self._caches().values()))
+        return states + self._transaction.slot_bytes + rows * length
+
     # ---- states ----
 
     def _mark(self, slot: int, waiting: Bytes) -> Mark:
@@ -194,15 +199,24 @@ class DynamicDecoder(Decoder):
         self._transaction.load(slot, mark.accepted, mark.pending)
         self.tables.restore(slot, mark.positions)
 
-    def _save_caches(self, slot: int) -> dict[str, Bytes]:
-        used = self.sequences[slot].length
-        return {name: np.ascontiguousarray(self._rows_of(b, b.read_row(slot))[:, :used]) for name, b in self._caches().items()}
-
-    def _load_caches(self, snapshot: Snapshot, slot: int) -> None:
+    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]:
+        """Only the rows that are used are touched: a capacity that no text has reached costs nothing."""
+        count = self.sequences[slot].length - start
+        made: dict[str, Bytes] = {}
         for name, buffer in self._caches().items():
-            row = buffer.read_row(slot)
-            self._rows_of(buffer, row)[:, : len(snapshot.mark.tokens)] = snapshot.caches[name]
-            buffer.write_row(slot, row)
+            heads, run, width = self._layout(buffer)
+            made[name] = np.empty((heads, count, width), np.uint8)
+            for head in range(heads):
+                at = slot * buffer.row_bytes + head * run + start * width
+                made[name][head] = buffer.read(at, count * width).reshape(count, width)
+        return made
+
+    def _load_caches(self, piece: CachePiece, slot: int) -> None:
+        for name, buffer in self._caches().items():
+            heads, run, width = self._layout(buffer)
+            for head in range(heads):
+                at = slot * buffer.row_bytes + head * run + piece.start * width
+                buffer.write(piece.rows[name][head].reshape(-1), at)
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -218,9 +232,11 @@ class DynamicDecoder(Decoder):
         heads = {f"mtp.{name}": buffer for name, buffer in self.head.caches.items()} if self.head is not None else {}
         return {name: self.states[name] for name in self._growing()} | heads
 
-    def _rows_of(self, buffer: Buffer, row: Bytes) -> Bytes:
-        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
-        return row.reshape(buffer.shape[1], self.cache_rows, -1)
+    def _layout(self, buffer: Buffer) -> tuple[int, int, int]:
+        """Of a cache [B,Hkv,S,D]: heads, bytes of one head of a sequence, and bytes of one of its rows."""
+        heads = buffer.shape[1]
+        run = buffer.row_bytes // heads
+        return heads, run, run // self.cache_rows
 
     def _make_room(self, length: int) -> None:
         """Have rotary tables for `length` tokens, and cache rows: those are doubled until they fit, which happens on CUDA only, a few times

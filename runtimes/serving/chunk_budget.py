@@ -1,7 +1,7 @@
 """How many tokens of prompts a step may read while others wait for their next token.
 
-A step in which a prompt is read takes at most `STALL` times what it takes without. Both times are measured in every step: what the rows took,
-and what a part of a text took, by its size.
+A step in which a prompt is read takes at most `STALL` times what it takes without. Both times are measured in every step: what the rows
+took, and what a part of a text took, by its size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SMALLEST = 8
 _FOLLOW = 0.25
 # How fast a mean follows: one slow step of a busy machine moves it by a quarter.
 _FORGET = 0.995
-# What the time of a size still counts after a step that read a smaller one: it was measured on a slower machine perhaps, and is tried again.
+# What the time of a size still counts after a step that read a smaller one: the machine may have been slow, so it is tried again.
 _TRY = 1.25
 # Of the first size measured, the next takes so much more: most of a small part's time is that of the weights.
 _PARTS = 4

@@ -1,7 +1,7 @@
 """What each step reads: a pure planner. It knows counts of tokens, not what they are, and runs no model.
 
-A job is a sequence with `known` tokens, of which `read` are in a slot. A step reads the last token of all jobs that have one left, and parts
-of the others' texts under a budget of tokens. A prompt, an answer, and a text that is read again after an error are all the same thing.
+A job is a sequence with `known` tokens, of which `read` are in a slot. A step reads the last token of all jobs that have one left, and
+parts of the others' texts under a budget of tokens. A prompt, an answer, and a text that is read again after an error are the same thing.
 
 Order is by arrival. The oldest job present is admitted first and never preempted, so every job ends.
 """
