@@ -352,6 +352,11 @@ class Model:
             self._conversation.decoder.warm()
 
     @property
+    def drafts(self) -> Speculate:
+        """How answers are drafted, as chosen at `load`: "off" where the bundle cannot."""
+        return self._speculate if self.speculates else "off"
+
+    @property
     def speculates(self) -> bool:
         """Whether answers are made with drafts."""
         return self._policy is not None

@@ -107,6 +107,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    idle_rows: int = 0
+    """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int | None, longest: int) -> None:
         self.manifest, self.batch, self.longest = manifest, batch, longest

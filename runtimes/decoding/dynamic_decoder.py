@@ -36,6 +36,8 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 _FIRST_ROWS = 2048
 _ROW_AXIS = 2
 _LONG_TEXT = 8192
+# A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
+_CPU_IDLE_ROWS = 3
 
 
 class CallShape(NamedTuple):
@@ -62,6 +64,7 @@ class DynamicDecoder(Decoder):
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session, device = session, session.device
         self.chunk = _chunk(device.kind, manifest)
+        self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
         self.cache_rows = min(self.capacity, _FIRST_ROWS) if device.kind == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         dims = {"B": batch, "S": self.cache_rows}
@@ -261,7 +264,7 @@ class DynamicDecoder(Decoder):
     # ---- calls ----
 
     def _bind(self, shape: CallShape) -> BoundCall:
-        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
+        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are dropped."""
         started = time.perf_counter()
         for old in [s for s in self._calls if not self._comes_back(s)]:
             del self._calls[old]
@@ -274,11 +277,12 @@ class DynamicDecoder(Decoder):
         return call
 
     def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T in (1, self.chunk)
+        return not shape.commit or shape.T == self.chunk or _is_power(shape.T)
 
     def _repeats(self, shape: CallShape) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences."""
-        return not shape.commit or (shape.T == 1 and shape.b == self.batch and shape.rows == 1)
+        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
+        step = shape.T == 1 and shape.rows == 1 and shape.first == 0
+        return not shape.commit or (step and (shape.b == self.batch or _is_power(shape.b)))
 
     def _record(self, call: BoundCall, shape: CallShape) -> None:
         """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
@@ -307,6 +311,11 @@ class DynamicDecoder(Decoder):
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
         return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=self._repeats(shape))
+
+
+def _is_power(count: int) -> bool:
+    """Whether it is a power of two."""
+    return count & (count - 1) == 0
 
 
 def _chunk(device: str, manifest: Manifest) -> int:

@@ -110,16 +110,14 @@ class PrefixCache:
         *before, last = (node.piece for node in found.line())
         return Snapshot(found.mark, last.rows, last.start, tuple(before))
 
-    def parting(self, prompt: Prompt, others: Iterable[Prompt] = ()) -> int:
-        """Tokens that a prompt shares with the stored text, or that of `others`, from which it parts last."""
+    def parting(self, prompt: Prompt, others: Iterable[tuple[Ids, Prompt]] = ()) -> int:
+        """Tokens that a prompt shares with the stored text, or that of `others` (ids i32[n] and prompt), from which it parts last."""
         ids = np.asarray(prompt.ids, np.int32)
         longest = 0
-        texts = [(node.ids, node.prompt) for node in self._nodes.values() if not node.children]
-        texts += [(np.asarray(other.ids, np.int32), other) for other in others]
-        for text, whose in texts:
-            shared = _shared(ids, text)
-            if shared > longest:
-                longest = max(longest, _with_media(shared, prompt, whose))
+        for text, whose in ((node.ids, node.prompt) for node in self._nodes.values() if not node.children):
+            longest = max(longest, _shared(ids, text, prompt, whose, longest))
+        for text, whose in others:
+            longest = max(longest, _shared(ids, text, prompt, whose, longest))
         return longest
 
     # ---- keeping ----
@@ -238,10 +236,14 @@ def _digests(prompt: Prompt, lengths: Iterable[int], longest: int) -> list[tuple
     return made
 
 
-def _shared(left: Ids, right: Ids) -> int:
+def _shared(left: Ids, right: Ids, mine: Prompt, theirs: Prompt, known: int) -> int:
+    """Tokens at the beginning of both; 0 where they are not more than `known`."""
     count = min(len(left), len(right))
+    if count <= known or left[known] != right[known]:
+        return 0
     differing = left[:count] != right[:count]
-    return int(differing.argmax()) if differing.any() else count
+    shared = int(differing.argmax()) if differing.any() else count
+    return _with_media(shared, mine, theirs) if mine.media or theirs.media else shared
 
 
 def _with_media(shared: int, left: Prompt, right: Prompt) -> int:
