@@ -45,7 +45,9 @@ def test_the_longest_beginning_is_found_within_memory(actions: list[tuple[tuple[
         prompt = Prompt(ids)
         if stores:
             assert store(cache, prompt, keep=keep) == cache.has(prompt)
-        best = max((len(text) for text in texts if len(text) < len(ids) and ids[: len(text)] == text and cache.has(Prompt(text))), default=0)
+        best = max(
+            (len(text) for text in texts if len(text) < len(ids) and ids[: len(text)] == text and cache.has(Prompt(text))), default=0
+        )
         found = cache.find(prompt)
         assert (len(found.mark.tokens) if found else 0) == best
         if found:

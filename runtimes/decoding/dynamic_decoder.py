@@ -264,7 +264,8 @@ class DynamicDecoder(Decoder):
     # ---- calls ----
 
     def _bind(self, shape: CallShape) -> BoundCall:
-        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are dropped."""
+        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are
+        dropped."""
         started = time.perf_counter()
         for old in [s for s in self._calls if not self._comes_back(s)]:
             del self._calls[old]
@@ -277,7 +278,7 @@ class DynamicDecoder(Decoder):
         return call
 
     def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T == self.chunk or _is_power(shape.T)
+        return not shape.commit or shape.T in (1, self.chunk) or _is_power(shape.T)
 
     def _repeats(self, shape: CallShape) -> bool:
         """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qwen_export.errors import ContextOverflow, OverloadedError, ParameterError, QwenExportError
+from qwen_export.runtimes.answer import AsyncGeneration, Generation, Prepared
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts
@@ -33,8 +34,8 @@ from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
 
-_RESERVE = 64
-"""Tokens of an answer that must fit beside the prompt when a request enters: fewer would have it leave again at once."""
+RESERVE = 64
+"""Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Engine:
 
     `cache_memory`: bytes for the sequences that run, None for what all slots hold; at least one whole context. `prefix_memory`: bytes for
     beginnings of prompts, 0 for none. `drafts`: "auto" as many as pay, a number, or "off". `max_waiting`: requests that may wait before
-    `submit` raises OverloadedError."""
+    `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request enters."""
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Engine:
         prefix_memory: int = 1 << 30,
         drafts: int | str = "auto",
         max_waiting: int | None = None,
+        reserve: int = RESERVE,
     ) -> None:
         if prefix_memory < 0:
             raise ParameterError(
@@ -80,7 +82,7 @@ class Engine:
                 fix="Raise {prefix_memory}.",
             )
         self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
-        self._keys, self._max_waiting = count(), max_waiting
+        self._keys, self._max_waiting, self._reserve = count(), max_waiting, reserve
         self._lock = threading.RLock()
         self._unfinished = 0
         self._closing: Finish | None = None
@@ -106,6 +108,7 @@ class Engine:
         cache_memory: int | None = None,
         prefix_memory: int = 1 << 30,
         max_waiting: int | None = None,
+        reserve: int = RESERVE,
     ) -> Engine:
         """An engine on a loaded bundle, with drafts as chosen at `load`."""
         drafts = model.drafts
@@ -115,6 +118,7 @@ class Engine:
             prefix_memory=prefix_memory,
             drafts=drafts,
             max_waiting=max_waiting,
+            reserve=reserve,
         )
 
     def __enter__(self) -> Engine:
@@ -160,6 +164,16 @@ class Engine:
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """As `Model.generate`: the tokens that follow a prompt. The request is queued at once."""
         return _tokens(self.submit(request, statistics))
+
+    def answer(self, prepared: Prepared) -> Generation:
+        """Queue an answer (`Model.prepare_chat`, `prepare_text`): an iterator over its text."""
+        statistics = Statistics()
+        return Generation(self.generate(prepared.request, statistics), statistics, prepared)
+
+    def answer_async(self, prepared: Prepared) -> AsyncGeneration:
+        """As `answer`, for a coroutine of the running event loop."""
+        stream = self.submit(prepared.request, loop=asyncio.get_running_loop())
+        return AsyncGeneration(stream, stream.statistics, prepared)
 
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests and end the thread. Those that run are ended ("abandoned"), or with `drain` finished first."""
@@ -249,7 +263,7 @@ class Engine:
             self._calls[call.key] = call
             try:
                 room = call.room
-                self._scheduler.add(call.key, len(call.text), min(_RESERVE, room) if room is not None else _RESERVE)
+                self._scheduler.add(call.key, len(call.text), min(self._reserve, room) if room is not None else self._reserve)
             except QwenExportError as error:
                 del self._calls[call.key]
                 self._end(call, "overflow", error, queued=False)

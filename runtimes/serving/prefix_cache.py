@@ -1,8 +1,8 @@
 """What was read of earlier prompts, for later ones that begin alike.
 
-A recurrent state cannot be cut back, so a prompt can go on only from a point whose state was kept: a *node*. Nodes form a tree. Each has the
-rows of the attention caches from its parent's end on, which a turn adds, and a state of constant size. A node whose state was evicted may
-stay for the rows that its children need.
+A recurrent state cannot be cut back, so a prompt can go on only from a point whose state was kept: a *node*. Nodes form a tree. Each has
+the rows of the attention caches from its parent's end on, which a turn adds, and a state of constant size. A node whose state was evicted
+may stay for the rows that its children need.
 
 What is evicted first: states and rows used longest ago; the point before a conversation's last user turn only when nothing else is left.
 Templates drop the reasoning of earlier turns when a new user turn comes, so the next prompt often goes back exactly to that point.

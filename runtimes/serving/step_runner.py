@@ -93,9 +93,7 @@ class StepRunner:
             counts[call.slot] = max(0, min(length, limit))
         return counts
 
-    def _drafted(
-        self, calls: Sequence[ServedCall], counts: Mapping[int, int]
-    ) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
+    def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
         """Calls that go on, and their drafts."""
         busy = self.decoder.busy_s
         try:
@@ -121,7 +119,7 @@ class StepRunner:
             gap = range(last + 1, slot)
             fillers: list[ServedCall | int] = []
             if groups and len(gap) <= self.decoder.idle_rows:
-                fillers = [reading[other] if other in reading else other for other in gap if other in reading or other in free]
+                fillers = [reading.get(other, other) for other in gap if other in reading or other in free]
             if groups and len(fillers) == len(gap):
                 groups[-1] += [*fillers, taken[slot]]
             else:
