@@ -102,8 +102,9 @@ def test_where_prompts_parted() -> None:
     cache = PrefixCache(10**6)
     store(cache, Prompt((1, 2, 3, 4)))
     assert cache.parting(Prompt((1, 2, 9, 9, 9))) == 2
-    assert cache.parting(Prompt((1, 2, 9, 9, 9)), [(np.array([1, 2, 9, 8], np.int32), Prompt((1, 2, 9, 8)))]) == 3
+    assert PrefixCache(0).parting(Prompt((1, 2, 9, 9, 9)), [(np.array([1, 2, 9, 8], np.int32), Prompt((1, 2, 9, 8)))]) == 3
     assert cache.parting(Prompt((5,))) == 0
+    assert cache.parting(Prompt((5, 6))) == 1, "of a prompt that was not stored"
 
 
 def test_statistics_tell_what_more_memory_would_save() -> None:

@@ -65,11 +65,11 @@ class Machine:
         keys = [*step.rows, *(part.key for part in step.parts)]
         assert len(set(keys)) == len(keys)
         assert {key for key, job in self.scheduler.running.items() if job.left == 1} == set(step.rows), "no row waits"
-        assert sum(part.count for part in step.parts) <= max(1, budget)
-        assert all(1 <= part.count <= CHUNK for part in step.parts)
+        assert sum(part.tokens for part in step.parts) <= max(1, budget)
+        assert all(1 <= part.tokens <= CHUNK for part in step.parts)
         assert keys or not self.scheduler.running
         for part in step.parts:
-            self.read[part.key] += part.count
+            self.read[part.key] += part.tokens
             assert self.read[part.key] <= self.known[part.key]
         for key in step.rows:
             self.read[key] += 1
@@ -115,7 +115,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     read = [0, 0]
     for _ in range(5):
         for part in scheduler.plan(CHUNK).parts:
-            read[part.key] += part.count
+            read[part.key] += part.tokens
             scheduler.has(part.key, read[part.key], (3200, 20)[part.key])
     assert read[1] >= 19
     assert read[0] >= 2 * CHUNK, "and the long one goes on"
@@ -131,7 +131,7 @@ def test_reads_end_at_cuts() -> None:
         [part] = scheduler.plan(CHUNK).parts or [None]
         if part is None:
             break
-        read += part.count
+        read += part.tokens
         scheduler.has(0, read, 40)
         ends.append(read)
         if read == 39:

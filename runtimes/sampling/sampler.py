@@ -154,8 +154,13 @@ class Sampler:
 
     @property
     def plain(self) -> bool:
-        """Whether a choice depends on nothing but its row of logits."""
-        return self._constraint is None and not self._rules and not self._penalizes
+        """Whether a choice depends on nothing but its row of logits, and penalties."""
+        return self._constraint is None and not self._rules
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that occurred count less, or more."""
+        return self._penalizes
 
     def distribution(self, logits: Logits | Row, history: TokenHistory | None = None) -> Distribution:
         """What `sample` draws from. `logits`: float[V], left unchanged, or a row that has its largest entries: the result is the same.

@@ -1,8 +1,7 @@
 """Choosing the next token of many sequences at once, from the largest logits of each row.
 
 The same choices as `Sampler.distribution` and `draw`, in operations over all rows instead of a loop over the entries of each: 32 rows cost
-what some four cost one by one. Rows with penalties, rules or a constraint, and rows whose largest logits are not enough, are chosen one by
-one.
+what some four cost one by one. Rows with rules or a constraint, and rows whose largest logits are not enough, are chosen one by one.
 """
 
 from __future__ import annotations
@@ -32,10 +31,12 @@ def choose(rows: Sequence[Row], calls: Sequence[ServedCall]) -> list[int | Excep
         if top is None:
             continue
         if params.is_greedy:
+            if sampler.penalizes:
+                continue
             token = top.ids[0]
             if (limit is None or token < limit) and abs(top.logits[0]) < float("inf"):
                 chosen[place] = token
-        elif 0 < params.top_k < len(top.ids):
+        elif 0 < params.top_k < len(top.ids) and (not sampler.penalizes or _lowers(params)):
             many.append(place)
     if len(many) >= _FEW:
         for place, found in zip(many, _sampled([rows[place] for place in many], [calls[place] for place in many]), strict=True):
@@ -56,22 +57,50 @@ def _one(row: Row, call: ServedCall) -> int | Exception:
     return token
 
 
+def _lowers(params: SamplingParams) -> bool:
+    """Whether penalties lower logits only: what is not among the largest stays below them."""
+    return params.repetition_penalty >= 1 and params.presence_penalty >= 0 and params.frequency_penalty >= 0
+
+
 def _sampled(rows: Sequence[Row], calls: Sequence[ServedCall]) -> list[int | None]:
     """Tokens of plain rows with top-k; None where the largest logits are not enough."""
-    tops = [row.top for row in rows]
-    x = np.stack([np.frombuffer(top.logits, np.float32) for top in tops if top is not None]).astype(np.float64)
-    ids = np.stack([np.frombuffer(top.ids, np.int32) for top in tops if top is not None])
+    tops = [top for row in rows if (top := row.top) is not None]
+    x = np.array([top.logits for top in tops], np.float32).astype(np.float64)
+    ids = np.array([top.ids for top in tops], np.int32)
+    floor = x[:, -1].copy()
     params = [call.request.sampler.params for call in calls]
+    usable = np.isfinite(x[:, 0])
+    limits = np.array([call.request.sampler.vocab_limit or np.iinfo(np.int32).max for call in calls])
+    usable &= (ids < limits[:, None]).all(axis=1)
+    if any(call.request.sampler.penalizes for call in calls):
+        x, ids = _penalized(x, ids, calls)
     k = np.array([p.top_k for p in params])
     temperature = np.array([p.temperature for p in params])[:, None]
-    limits = np.array([call.request.sampler.vocab_limit or np.iinfo(np.int32).max for call in calls])
     bound = x[np.arange(len(k)), k - 1][:, None]
-    usable = (bound[:, 0] > x[:, -1]) & np.isfinite(x[:, 0]) & (ids < limits[:, None]).all(axis=1)
+    usable &= bound[:, 0] > floor
     # Rows that are not usable may hold anything; what comes out of them is not looked at.
     with np.errstate(all="ignore"):
         weights = np.where(x >= bound, np.exp((x - x[:, :1]) / temperature), 0.0)
     tokens = _draw(ids, weights, params, calls, usable)
     return [int(token) if good else None for token, good in zip(tokens, usable, strict=True)]
+
+
+def _penalized(
+    x: npt.NDArray[np.float64], ids: npt.NDArray[np.int32], calls: Sequence[ServedCall]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    """Logits [n,K] after penalties, in fp32 as the sampler has them, and their ids: larger first, of equal ones the lower id first."""
+    for place, call in enumerate(calls):
+        if not call.request.sampler.penalizes:
+            continue
+        params, (seen, counts) = call.request.sampler.params, call.history.of_each(ids[place])
+        row = x[place]
+        if params.repetition_penalty != 1:
+            factor = float(np.float32(params.repetition_penalty))
+            row = np.where(seen, np.where(row < 0, row * factor, row / factor).astype(np.float32), row)
+        lowered = (row - (params.presence_penalty + params.frequency_penalty * counts)).astype(np.float32)
+        x[place] = np.where(counts > 0, lowered, row)
+    order = np.lexsort((ids, -x), axis=1)
+    return np.take_along_axis(x, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def _draw(

@@ -241,7 +241,9 @@ class Engine:
                 fix="Raise {cache_memory}, or lower {max_context}.",
             )
         self._longest = decoder.capacity
-        self._scheduler = Scheduler(decoder.batch, limit, decoder.sequence_bytes, decoder.chunk, ahead)
+        fixed = decoder.sequence_bytes(0)
+        token = decoder.sequence_bytes(1) - fixed
+        self._scheduler = Scheduler(decoder.batch, limit, lambda length: fixed + token * length, decoder.chunk, ahead)
         cache = PrefixCache(prefix_memory) if prefix_memory else None
         self._table = SlotTable(decoder, cache)
         counts = None

@@ -10,7 +10,7 @@ Templates drop the reasoning of earlier turns when a new user turn comes, so the
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -23,6 +23,8 @@ from qwen_export.runtimes.decoding.sequence import Prompt
 
 _REMEMBERED = 4096
 """Evicted points that are remembered, to count what they would have saved."""
+_SEEN = 64
+"""Prompts that are remembered without their states: where a later one parts from them, a point is worth keeping."""
 _LONG_AGO = 64
 """Prompts after which a conversation that did not go on counts as left."""
 
@@ -82,6 +84,7 @@ class PrefixCache:
         self._nodes: dict[tuple[int, bytes], _Node] = {}
         self._lengths: dict[int, int] = {}
         self._recent: OrderedDict[int, _Node] = OrderedDict()
+        self._seen: deque[tuple[Ids, Prompt]] = deque(maxlen=_SEEN)
         self._evicted: OrderedDict[tuple[int, bytes], None] = OrderedDict()
 
     # ---- finding ----
@@ -111,13 +114,15 @@ class PrefixCache:
         return Snapshot(found.mark, last.rows, last.start, tuple(before))
 
     def parting(self, prompt: Prompt, others: Iterable[tuple[Ids, Prompt]] = ()) -> int:
-        """Tokens that a prompt shares with the stored text, or that of `others` (ids i32[n] and prompt), from which it parts last."""
+        """Tokens that a prompt shares with the stored text, an earlier prompt, or one of `others` (ids i32[n] and prompt), from which it
+        parts last."""
         ids = np.asarray(prompt.ids, np.int32)
         longest = 0
         for text, whose in ((node.ids, node.prompt) for node in self._nodes.values() if not node.children):
             longest = max(longest, _shared(ids, text, prompt, whose, longest))
-        for text, whose in others:
+        for text, whose in (*self._seen, *others):
             longest = max(longest, _shared(ids, text, prompt, whose, longest))
+        self._seen.append((ids, prompt))
         return longest
 
     # ---- keeping ----

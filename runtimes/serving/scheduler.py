@@ -17,10 +17,10 @@ from qwen_export.errors import ParameterError
 
 
 class Part(NamedTuple):
-    """`count` tokens of a job's text, to be read in one call."""
+    """`tokens` of a job's text, to be read in one call."""
 
     key: int
-    count: int
+    tokens: int
 
 
 class Step(NamedTuple):

@@ -47,7 +47,9 @@ class SlotTable:
         mark = call.request.mark_at
         points = [mark] if mark is not None else []
         parted = self.cache.parting(call.prompt, ((other.ids, other.prompt) for other in others))
-        if parted - read >= _SHORTEST and (mark is None or abs(parted - mark) >= _SHORTEST):
+        parted = min(parted, len(call.ids) - 1)
+        # A mark behind the parting is of no use to others, one just before it is as good.
+        if parted - max(read, mark if mark is not None and mark <= parted else 0) >= _SHORTEST:
             points.append(parted)
         return points
 
