@@ -10,6 +10,7 @@ from qwen_export.errors import CaptureError
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.passes.pass_context import PassContext, replace_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
 from qwen_export.graphs.weights.expression import Weight, weight_of
 from qwen_export.plugins.emitter import Shared
@@ -21,15 +22,15 @@ Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], Replacement]
 """Makes the replacement of one op of domain qwen. It adds weights to the graph, and regroups its states; it leaves the nodes alone."""
 
 
-def lower_ops(model: ir.Model, context: PassContext, ops: Collection[str], table: Mapping[tuple[str, str], Lowering]) -> int:
-    """Replace every node of these ops by what the table's lowering for the choice makes; returns how many there were."""
+def lower_ops(model: ir.Model, context: PassContext, ops: Collection[str], table: Mapping[tuple[str, str], Lowering]) -> Outcome:
+    """Replace every node of these ops by what the table's lowering for the choice makes."""
     graph, shared = model.graph, Shared()
     return replace_ops(graph, ops, lambda node: table[node.op_type, context.choices[node.op_type].name](graph, node, context, shared))
 
 
-def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node], Replacement]) -> int:
-    """Replace every node of these ops of domain qwen; returns how many there were."""
-    changed = 0
+def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node], Replacement]) -> Outcome:
+    """Replace every node of these ops of domain qwen."""
+    outcome = Outcome()
     for node in list(graph):
         if node.domain == DOMAIN and node.op_type in ops:
             nodes, outputs = make(node)
@@ -37,8 +38,8 @@ def replace_ops(graph: ir.Graph, ops: Collection[str], make: Callable[[ir.Node],
                 if new.shape is None:
                     new.shape = old.shape
             replace_node(graph, node, nodes, outputs)
-            changed += 1
-    return changed
+            outcome.changed += 1
+    return outcome
 
 
 def producing_linear(value: ir.Value | None) -> tuple[ir.Value, Weight]:

@@ -31,7 +31,10 @@ if not (_root / "qwen_export" / "graphs").is_dir() and (_root / "graphs" / "__in
 def __getattr__(name: str) -> Any:
     # No module of this package may be called like a function here: importing it would put the module in the function's place.
     if name == "build":
-        from qwen_export.building.compiler import build
+        from qwen_export.extras import needed_for
+
+        with needed_for("qwen_export.build"):
+            from qwen_export.building.compiler import build
 
         return build
     raise AttributeError(f"module 'qwen_export' has no attribute {name!r}")

@@ -8,7 +8,9 @@ numpy        in memory; types that numpy has not are those of ml_dtypes: float32
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ ELEMENT_TYPES = (
     ElementType("bool", "BOOL", "BOOL", "bool_", 8),
     ElementType("int4", "", "INT4", "int4", 4),
     ElementType("uint4", "", "UINT4", "uint4", 4),
+    ElementType("fp4 e2m1", "", "FLOAT4E2M1", "float4_e2m1fn", 4),
 )
 
 PLAIN = (FP32, FP16, BF16)
@@ -73,3 +76,8 @@ PLAIN = (FP32, FP16, BF16)
 BY_SHORT = {kind.short: kind for kind in ELEMENT_TYPES}
 BY_SAFETENSORS = {kind.safetensors: kind for kind in ELEMENT_TYPES if kind.safetensors}
 BY_MANIFEST = {kind.manifest: kind for kind in ELEMENT_TYPES}
+
+
+def stored_bytes(name: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor in a file of a bundle; `name` is its type in manifests. Elements of four bits are packed. Raises KeyError."""
+    return -(-prod(shape) * BY_MANIFEST[name].bits // 8)

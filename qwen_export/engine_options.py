@@ -1,4 +1,4 @@
-"""What engines of TensorRT can be told. Imports nothing of it: plans and the command line use this."""
+"""How engines of TensorRT are compiled. Imports nothing of it: plans and the command line use this."""
 
 from __future__ import annotations
 

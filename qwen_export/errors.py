@@ -58,6 +58,14 @@ def _restored(kind: type[QwenExportError], arguments: tuple[Any, ...], parts: di
     return error
 
 
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that left something behind. `message` is what, and how to go on or to remove it."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+        super().__init__(message)
+
+
 class ParameterError(QwenExportError, ValueError):
     """A parameter of a call has a value that it cannot have. `parameter` is its name in the Python API."""
 
@@ -80,7 +88,7 @@ class ConfigError(CheckpointError):
 
 
 class UnsupportedError(QwenExportError):
-    """The target cannot do what was asked; raised before any weight is read."""
+    """The target does not have what a build requires; raised before any weight is read."""
 
 
 class BundleError(QwenExportError):

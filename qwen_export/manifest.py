@@ -1,34 +1,81 @@
-"""The bundle's manifest: everything a machine must know to run the bundle, and the proof that its files are whole.
+"""A bundle's manifest: everything that a machine must know to run the bundle, and the proof that its files are whole.
 
-A bundle is a directory. `manifest.json` describes it; the other files are listed there with size and SHA-256. Only the standard library
-is used, so that the check runs wherever Python does.
+A bundle is a directory. `manifest.json` describes it; the other files, graphs and weights among them, are listed there with size and
+SHA-256. `manifest.sha256` has the SHA-256 of manifest.json itself, in the form of sha256sum, and `manifest.sig` may have a signature.
+Only the standard library is used, so that the check runs wherever Python does.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
+import stat
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path, PurePosixPath
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
 
+from qwen_export import manifest_checks, manifest_parsing
 from qwen_export.errors import BundleError
+from qwen_export.manifest_types import (
+    DIMS,
+    MODEL_SIZES,
+    OLDEST_SCHEMA,
+    READ_AGAIN,
+    ROPE_SCALING,
+    SCHEMA_VERSION,
+    EngineSpec,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    Reference,
+    RotarySpec,
+    SpeculationSpec,
+    StateSpec,
+    TargetSpec,
+    TensorSpec,
+    WeightSpec,
+)
 
-SCHEMA_VERSION = 3
-OLDEST_SCHEMA = 3
-"""Before it a graph had logits [B,N,V], and `logit_rows` counted within a sequence."""
-MANIFEST = "manifest.json"
-DIMS = ("B", "T", "S", "N", "P")
-"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
-MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
-"""Values of the model configuration that runtimes read."""
-ROPE_SCALING = "rope_scaling"
-"""Key of `source`: the scaling that the build was told, where that is not the one of config.json."""
+__all__ = (
+    "CHAT_TEMPLATE",
+    "DIGEST",
+    "DIMS",
+    "GENERATION_CONFIG",
+    "MANIFEST",
+    "MODEL_SIZES",
+    "OLDEST_SCHEMA",
+    "READ_AGAIN",
+    "ROPE_SCALING",
+    "SCHEMA_VERSION",
+    "SIGNATURE",
+    "TOKENIZER",
+    "TOKENIZER_CONFIG",
+    "WEIGHTS",
+    "EngineSpec",
+    "FileEntry",
+    "GraphSpec",
+    "Manifest",
+    "Reference",
+    "RotarySpec",
+    "SpeculationSpec",
+    "StateSpec",
+    "TargetSpec",
+    "TensorSpec",
+    "WeightSpec",
+    "check_hash",
+    "check_references",
+    "check_sizes",
+    "file_path",
+    "hash_file",
+    "load_manifest",
+    "manifest_digest",
+    "weights_path",
+    "write_manifest",
+)
+
+MANIFEST, DIGEST, SIGNATURE = "manifest.json", "manifest.sha256", "manifest.sig"
 _CHUNK = 8 << 20
+_LARGEST = 64 << 20
+"""Bytes of a manifest. That of a model of 400 billion parameters has some megabytes."""
 
 WEIGHTS = "model.weights"
 TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
@@ -39,166 +86,57 @@ TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
 )
 
 
-@dataclass(frozen=True)
-class FileEntry:
-    """Size in bytes and SHA-256 (hex) of one file."""
-
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output of a graph: `shape` has ints and the dynamic dims of DIMS."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+def write_manifest(bundle: Path, manifest: Manifest) -> str:
+    """Write manifest.json and its digest; returns the digest. A bundle that is interrupted meanwhile stays whole: until the new manifest
+    is there, the digest file accepts the old and the new one. A signature of the old manifest is removed."""
+    data = manifest.to_json().encode("utf-8")
+    line = f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n"
+    old = [f"{found}  {MANIFEST}\n" for found in _stored_digests(bundle)[:1]]
+    _replace(bundle / DIGEST, "".join([*old, line]).encode("ascii"))
+    _replace(bundle / MANIFEST, data)
+    if old:
+        _replace(bundle / DIGEST, line.encode("ascii"))
+    (bundle / SIGNATURE).unlink(missing_ok=True)
+    return line.split()[0]
 
 
-READ_AGAIN = ".read"
-"""What the name of an input has behind that of a state whose memory it is, too: for what a call reads of it and does not write."""
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
-@dataclass(frozen=True)
-class StateSpec:
-    """A tensor that one call leaves for the next: output `after` of a call is input `name` of the next. Zero at the start.
-
-    `grows` is true for attention caches, whose dim S is the capacity and which are written in place. `pending` ones, with a dim P, are
-    raw inputs of a speculative call: the next call takes the first `accepted` of them into the recurrent states. `in_place`: output and
-    input may be one buffer."""
-
-    name: str
-    after: str
-    dtype: str
-    shape: tuple[int | str, ...]
-    grows: bool
-    in_place: bool = True
-
-    @property
-    def pending(self) -> bool:
-        return "P" in self.shape or ".pending_" in self.name
+def manifest_digest(bundle: Path) -> str:
+    """SHA-256 (hex) of manifest.json."""
+    return hashlib.sha256(_read(bundle / MANIFEST, _LARGEST)).hexdigest()
 
 
-@dataclass(frozen=True)
-class WeightSpec:
-    """Where a weight of a graph lies: bytes from `offset` of `file`, row-major. Graphs may share weights."""
-
-    name: str
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+def _stored_digests(bundle: Path) -> list[str]:
+    path = bundle / DIGEST
+    if not path.is_file():
+        return []
+    lines = _read(path, 4096).decode("ascii", "replace").splitlines()
+    return [line.split()[0] for line in lines if line.strip()] or [""]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A file outside the bundle that has weights of it: where it is on this machine, its size in bytes, and when it was last changed, in
-    nanoseconds."""
-
-    path: str
-    size: int
-    modified_ns: int
-
-
-@dataclass(frozen=True)
-class GraphSpec:
-    """One compiled graph: its file, its inputs and outputs in order, and its states."""
-
-    file: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    states: tuple[StateSpec, ...]
-    weights: tuple[WeightSpec, ...] = ()
-
-
-@dataclass(frozen=True)
-class SpeculationSpec:
-    """At most `max_draft` tokens per call may stay pending. `draft_vocab`: the draft head, graph `mtp`, drafts among the lowest that many
-    ids; 0 where there is no head."""
-
-    max_draft: int
-    draft_vocab: int
-
-
-@dataclass(frozen=True)
-class RotarySpec:
-    """Angle of frequency i at position p is p * inv_freq[i]; cos and sin are multiplied by `scaling`."""
-
-    inv_freq: tuple[float, ...]
-    scaling: float
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """What the bundle was compiled for. `operators` are the non-standard ones that the backend must have, as "domain.Op"; `platform` is the
-    system and processor that its plugins are machine code for, "" where there are none."""
-
-    name: str
-    device: str
-    precision: str
-    backend: str
-    minimum_backend: str
-    operators: tuple[str, ...]
-    platform: str = ""
-
-
-@dataclass(frozen=True)
-class EngineSpec:
-    """What TensorRT compiled the graphs for: its version, the compute capabilities ("89"), how far beyond these the engines run ("none",
-    "ampere+" or "same-sm"), whether later versions of the library run them, and the oldest CUDA that the driver must serve ("13.0").
-
-    `weights`: "bound", the weights of each graph are inputs of its engine, under their names; "embedded", engines have theirs; "stripped",
-    they are given to the engine when it is loaded. `onnx`: graphs that the bundle also has as ONNX, in NAME.onnx, for compiling them again
-    with `options`. `plugins`: ops that are a plugin of ours in the engines."""
-
-    version: str
-    sms: tuple[str, ...]
-    hardware_compatibility: str = "none"
-    version_compatible: bool = False
-    minimum_cuda: str = ""
-    weights: str = "bound"
-    onnx: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
-    plugins: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of manifest.json."""
-
-    schema: int
-    producer: str
-    model: dict[str, Any]
-    target: TargetSpec
-    max_context: int
-    rotary: RotarySpec
-    graphs: dict[str, GraphSpec]
-    files: dict[str, FileEntry]
-    references: dict[str, Reference] = field(default_factory=dict)
-    """Files outside the bundle, by the name of the note that lies in the bundle in the place of each."""
-    plugins: tuple[str, ...] = ()
-    """Libraries among the files, with kernels that the graphs use: the runtime loads them into the process."""
-    stop_ids: tuple[int, ...] = ()
-    precision_plan: dict[str, str] = field(default_factory=dict)
-    speculation: SpeculationSpec | None = None
-    engine: EngineSpec | None = None
-    """Where the graphs are engines of TensorRT."""
-    verification: dict[str, Any] = field(default_factory=dict)
-    source: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+def _read(path: Path, most: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it has more than {most} bytes")
+    return data
 
 
 def load_manifest(bundle: str | Path) -> Manifest:
-    """Read and validate a bundle's manifest. File contents are not hashed: see `damaged_files`."""
+    """Read a bundle's manifest and check it against its digest, and every field against the others. The other files are not hashed: see
+    `runtimes.backends.integrity`. Raises BundleError."""
     directory = Path(bundle)
     path = directory / MANIFEST
     if not path.is_file():
         raise BundleError("this is not a bundle: it has no manifest.json", where=str(bundle), fix="Make one with `qwen-export build`.")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        data, digests = _read(path, _LARGEST), _stored_digests(directory)
+        raw = manifest_parsing.decode(data)
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError("the manifest is not readable", where=str(path), got=error, fix="Copy the bundle again.") from error
     schema = raw.get("schema") if isinstance(raw, dict) else None
@@ -220,24 +158,49 @@ def load_manifest(bundle: str | Path) -> Manifest:
             expected=f"at least {OLDEST_SCHEMA}",
             fix="Build it again from its checkpoint.",
         )
+    _check_digest(path, hashlib.sha256(data).hexdigest(), digests)
     try:
-        manifest: Manifest = _parse(Manifest, raw)
-        _check(manifest)
-    except ValueError as error:
+        manifest = manifest_parsing.parse(raw)
+        manifest_checks.check(manifest)
+    except (ValueError, RecursionError) as error:
         raise BundleError("the manifest has missing or wrong fields", where=str(path), got=error, fix="Copy the bundle again.") from error
     for name in manifest.files:
         file_path(directory, name)
     return manifest
 
 
+def _check_digest(path: Path, sha256: str, stored: list[str]) -> None:
+    if not stored:
+        raise BundleError(
+            "the digest of the manifest is missing",
+            where=str(path.with_name(DIGEST)),
+            fix="Copy the bundle again, with all its files.",
+        )
+    if sha256 not in stored:
+        raise BundleError(
+            "the manifest was changed or damaged",
+            where=str(path),
+            got=f"SHA-256 {sha256[:16]}...",
+            expected=f"{stored[-1][:16]}..., as in {DIGEST}",
+            fix="Copy the bundle again.",
+        )
+
+
 def file_path(bundle: Path, name: str) -> Path:
-    """The path of a listed file. Raises BundleError when it would lie outside the bundle."""
+    """The path of a listed file. Raises BundleError when it would be outside the bundle."""
     pure = PurePosixPath(name)
     path = bundle / pure
     if pure.is_absolute() or ".." in pure.parts or any(c in name for c in "\\:\0") or not name:
-        raise BundleError("the manifest names a file outside the bundle", where=str(bundle), got=repr(name))
+        raise BundleError(
+            "the manifest names a file outside the bundle",
+            where=str(bundle),
+            got=repr(name),
+            fix="Do not use the bundle: its maker has made it so.",
+        )
     if os.path.exists(path) and not path.resolve().is_relative_to(bundle.resolve()):
-        raise BundleError("a file of the bundle is a link to outside", where=str(bundle), got=name)
+        raise BundleError(
+            "a file of the bundle is a link to outside", where=str(bundle), got=name, fix="Copy the file that it links to into the bundle."
+        )
     return path
 
 
@@ -250,15 +213,15 @@ def check_references(bundle: Path, manifest: Manifest) -> None:
     """Every file that the bundle refers to is there as it was when the bundle was built."""
     for reference in manifest.references.values():
         try:
-            stat = Path(reference.path).stat()
-        except OSError as error:
+            found = Path(reference.path).stat()
+        except (OSError, ValueError) as error:
             raise BundleError(
                 "a checkpoint file that the bundle refers to cannot be found",
                 where=str(bundle),
-                got=f"{reference.path}: {error.strerror}",
+                got=f"{reference.path}: {getattr(error, 'strerror', None) or error}",
                 fix="Put it back, or build again; `qwen-export package` makes a bundle that needs no other files.",
             ) from error
-        if (stat.st_size, stat.st_mtime_ns) != (reference.size, reference.modified_ns):
+        if not stat.S_ISREG(found.st_mode) or (found.st_size, found.st_mtime_ns) != (reference.size, reference.modified_ns):
             raise BundleError(
                 "a checkpoint file that the bundle refers to was changed since the build",
                 where=str(bundle),
@@ -294,7 +257,12 @@ def check_hash(bundle: Path, name: str, entry: FileEntry, progress: Callable[[in
             if progress:
                 progress(len(chunk))
     except OSError as error:
-        raise BundleError("a file of the bundle cannot be read", where=str(path), got=error.strerror) from error
+        raise BundleError(
+            "a file of the bundle cannot be read",
+            where=str(path),
+            got=error.strerror,
+            fix="Check the disk and the permissions of the file.",
+        ) from error
     if digest.hexdigest() != entry.sha256:
         raise BundleError(
             "a file of the bundle was changed or damaged",
@@ -316,70 +284,3 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _parse(kind: Any, value: Any, where: str = "") -> Any:
-    """`value`, parsed JSON, as the type `kind`: a dataclass, tuple, dict, union or plain type. Raises ValueError with the place that is
-    wrong. Unknown fields are left out: a newer minor version may add some."""
-    if kind is Any:
-        return value
-    if isinstance(kind, type) and is_dataclass(kind):
-        given, hints = _expect(dict, value, where), get_type_hints(kind)
-        missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
-        if missing:
-            raise ValueError(f"{where or 'the manifest'} has no {missing[0]}")
-        return kind(
-            **{f.name: _parse(hints[f.name], given[f.name], f"{where}.{f.name}".lstrip(".")) for f in fields(kind) if f.name in given}
-        )
-    container, arguments = get_origin(kind), get_args(kind)
-    if container is tuple:
-        return tuple(_parse(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(_expect(list, value, where)))
-    if container is dict:
-        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in _expect(dict, value, where).items()}
-    if container is UnionType:
-        if value is None and NoneType in arguments:
-            return None
-        return _parse(next((option for option in arguments if type(value) is option), arguments[0]), value, where)
-    if kind is float:
-        if type(value) not in (int, float) or not math.isfinite(value):
-            raise ValueError(f"{where} is not a number")
-        return float(value)
-    if type(_expect(kind, value, where)) is int and value < 0:
-        raise ValueError(f"{where} is negative")
-    return value
-
-
-def _expect(kind: type, value: Any, where: str) -> Any:
-    if type(value) is not kind:
-        raise ValueError(f"{where or 'the manifest'} is a {type(value).__name__}, not a {kind.__name__}")
-    return value
-
-
-def _check(manifest: Manifest) -> None:
-    """What the types do not say but a runtime relies on. Raises ValueError."""
-    if "decoder" not in manifest.graphs:
-        raise ValueError("graphs has no decoder")
-    for name in MODEL_SIZES:
-        if type(manifest.model.get(name)) is not int or manifest.model[name] < 1:
-            raise ValueError(f"model.{name} is not a positive number")
-    for name in manifest.plugins:
-        if name not in manifest.files:
-            raise ValueError(f"the plugin is not listed: {name}")
-    for name in manifest.engine.onnx if manifest.engine is not None else ():
-        if name not in manifest.graphs or f"{name}.onnx" not in manifest.files:
-            raise ValueError(f"the ONNX of graph {name} is not listed")
-    for name, graph in manifest.graphs.items():
-        if graph.file not in manifest.files:
-            raise ValueError(f"the file of graph {name} is not listed: {graph.file}")
-        inputs, outputs = {t.name for t in graph.inputs}, {t.name for t in graph.outputs}
-        shapes = {t.name: t.shape for t in (*graph.inputs, *graph.outputs)} | {s.name: s.shape for s in graph.states}
-        for tensor, shape in shapes.items():
-            unknown = [dim for dim in shape if isinstance(dim, str) and dim not in DIMS]
-            if unknown:
-                raise ValueError(f"graph {name}, tensor {tensor}: unknown dim {unknown[0]}")
-        for state in graph.states:
-            if state.name not in inputs or state.after not in outputs:
-                raise ValueError(f"graph {name}: state {state.name} is not an input with an output {state.after}")
-        for weight in graph.weights:
-            if weight.file not in manifest.files:
-                raise ValueError(f"graph {name}: the file of weight {weight.name} is not listed: {weight.file}")

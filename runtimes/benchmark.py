@@ -33,6 +33,9 @@ def benchmark(
     speculate: Speculate = "auto",
     weight_budget: int | None = None,
     text: str | None = None,
+    device: str | None = None,
+    device_id: int = 0,
+    native: str | None = None,
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
@@ -40,15 +43,27 @@ def benchmark(
     `text`, or random tokens, greedily, with and without drafts. `first_calls_s` is a short prompt and a step, with all that happens once;
     `device_memory_mb` what a GPU has less of after prompts and steps."""
     say = report or (lambda text: None)
-    free = _free_device_memory(load_manifest(bundle).target.device)
+    free = _free_device_memory(device or load_manifest(bundle).target.device)
     say("loading")
     started = time.perf_counter()
-    model = load(bundle, threads=threads, repack=repack, speculate=speculate, weight_budget=weight_budget)
+    model = load(
+        bundle,
+        threads=threads,
+        repack=repack,
+        speculate=speculate,
+        weight_budget=weight_budget,
+        device=device,
+        device_id=device_id,
+        native=native,
+    )
     load_s = time.perf_counter() - started
     need = max(prompt_tokens) + new_tokens + 1
     if need > model.manifest.max_context:
         raise QwenExportError(
-            "the benchmark does not fit the bundle's context", got=f"{need} tokens", expected=f"at most {model.manifest.max_context}"
+            "the benchmark does not fit the bundle's context",
+            got=f"{need} tokens",
+            expected=f"at most {model.manifest.max_context}",
+            fix="Give a smaller {prompt_tokens} or {new_tokens}.",
         )
     decoder = model.decoder()
     capacity = decoder.capacity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,8 +14,9 @@ from qwen_export.errors import BundleError, ParameterError, QwenExportError
 from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
-from qwen_export.runtimes.backends.compatibility import check_runnable
+from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
@@ -54,6 +55,7 @@ def load(
     device: str | None = None,
     device_id: int = 0,
     weight_budget: int | None = None,
+    native: str | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
@@ -69,14 +71,18 @@ def load(
     `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with weight streaming; what does not fit waits in host
     memory and is copied in every call. None keeps all weights on the GPU.
 
+    `native`: "refuse" loads no bundle that has a native library of its own, which is code that runs in this process; "allow" loads it
+    silently; None loads it, with a logged warning where no build of this user made it.
+
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
     directory = Path(bundle)
     manifest = load_manifest(directory)
-    if device is not None:
-        manifest = replace(manifest, target=replace(manifest.target, device=device))
+    manifest = for_device(manifest, device)
     ensure_whole(directory, manifest)
     check_runnable(manifest, device_id)
+    check_limits(manifest, max_context, threads)
+    check_native(directory, manifest, native)
     check_speculate(speculate, manifest)
     check_weight_budget(weight_budget, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.

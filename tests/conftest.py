@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,15 +20,13 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Notes about verified bundles stay out of the user's cache, and tests beside each other do not fight for cores."""
+    """Notes of the runtime stay out of the user's directories, and tests beside each other do not fight for cores."""
     torch.set_num_threads(2)
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["XDG_CACHE_HOME"]
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
+    folders = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data"}
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, name in folders.items():
+            patch.setenv(variable, str(tmp_path_factory.mktemp(name)))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,7 @@ def lowered(config: TextConfig, *, plugin: bool, pending: bool) -> ir.Model:
     assert not refused
     assert choices["gated_delta_net"].name == ("native_transaction" if plugin else "linear_attention")
     model = capture_decoder(config, "fp32")
-    passes = tuple(name for name in ONNXRUNTIME.passes if not (pending and "fold_transaction" in name))
+    passes = tuple(step for step in ONNXRUNTIME.passes if not (pending and step.name == "fold_transaction"))
     run_passes(model, dataclasses.replace(ONNXRUNTIME, passes=passes), PassContext(config, "fp32", choices), None)
     return model
 

@@ -32,6 +32,7 @@ from qwen_export.runtimes.backends.compatibility import check_runnable, this_pla
 from qwen_export.verification.logit_check import verify
 from tests.support import cpu_plugin_ops as ops
 from tests.support.family import tiny_config
+from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 
 CPU = library.LIBRARIES["cpu"]
@@ -184,7 +185,7 @@ def test_a_bundle_for_another_machine_is_refused(plugin: Path, bundle_copy: Path
     path = bundle_copy / MANIFEST
     manifest = json.loads(path.read_text())
     manifest["target"]["platform"] = "linux riscv64"
-    path.write_text(json.dumps(manifest))
+    write_raw(bundle_copy, json.dumps(manifest))
     with pytest.raises(BundleError, match="another kind of machine") as refused:
         check_runnable(load_manifest(bundle_copy))
     assert "linux riscv64" in str(refused.value) and this_platform() in str(refused.value)
@@ -196,7 +197,7 @@ def test_a_library_that_does_not_load_is_one_sentence(plugin: Path, bundle_copy:
     path = bundle_copy / MANIFEST
     manifest = json.loads(path.read_text())
     manifest["files"][CPU.file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    path.write_text(json.dumps(manifest))
+    write_raw(bundle_copy, json.dumps(manifest))
     with pytest.raises(BundleError, match="cannot be loaded on this machine"):
         load(bundle_copy)
 

@@ -63,6 +63,9 @@ class Session:
         Session.providers = providers
         self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._native, name)
+
     def io_binding(self) -> Binding:
         return Binding(self._native.io_binding(), Session.bound)
 

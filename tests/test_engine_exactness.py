@@ -71,3 +71,12 @@ def test_preempted_and_back(models: Callable[[str, str | int], Model], speculate
         got = together(engine, model, schedule)
         assert engine.statistics.preemptions > 0
     assert differences([alone(single, visit) for visit in schedule], got) == []
+
+
+@pytest.mark.parametrize("speculate", [3, "lookup"])
+def test_prompts_of_one_token(models: Callable[[str, str | int], Model], speculate: str | int) -> None:
+    """Nothing is read before the first step, so there is nothing to draft after."""
+    single, model = models("dense", "off"), models("dense", speculate)
+    schedule = [Visit([token], SamplingParams(greedy=True), 12, None, 0, None) for token in (5, 6, 7)]
+    with Engine.of(model, SLOTS) as engine:
+        assert differences([alone(single, visit) for visit in schedule], together(engine, model, schedule)) == []

@@ -23,7 +23,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, POINTS, point_name
 from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.models.observed_layers import observe
-from qwen_export.manifest import MANIFEST, hash_file, load_manifest
+from qwen_export.manifest import hash_file, load_manifest, write_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES
 from qwen_export.runtimes.decoding.static_graphs import PROMPT, STEP
 from qwen_export.verification.layer_check import verify_layers
@@ -80,7 +80,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, float], Path]:
 def rehash(bundle: Path, *files: str) -> None:
     manifest = load_manifest(bundle)
     changed = dataclasses.replace(manifest, files={**manifest.files, **{name: hash_file(bundle / name) for name in files}})
-    (bundle / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
+    write_manifest(bundle, changed)
 
 
 def as_float(data: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -239,7 +239,7 @@ def test_the_command_names_it_and_exits_with_1(
         main(["verify", str(damaged("layers.2.mlp.down_proj", 1.01)), "--reference", str(checkpoint), "--per-layer"])
     output = capsys.readouterr()
     assert stop.value.code == 1
-    assert "the bundle parts from its checkpoint (layer 2, output): got an error of" in output.err
+    assert "the bundle differs from its checkpoint (layer 2, output): got an error of" in output.err
     (line,) = (line for line in output.out.splitlines() if line.startswith("layer 2"))
     assert "linear" in line and "FAIL, from output on" in line
 
@@ -275,7 +275,7 @@ def test_a_bundle_without_names_is_told(bundle: Path, checkpoint: Path, tmp_path
                 values[i] = name.replace(".output", ".add")
     onnx.save(model, old / "decoder.onnx")
     rehash(old, "decoder.onnx")
-    with pytest.raises(VerifyError, match="do not say where their layers end"):
+    with pytest.raises(VerifyError, match="do not name where their layers end"):
         verify_layers(old, checkpoint)
 
 

@@ -55,7 +55,7 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
     """Without the pass that folds the transaction away: the packed projection leaves the graph and comes back in."""
     source = open_checkpoint(wide_heads)
     plan = plan_build(source, "onnxruntime", "cuda", "bf16")
-    passes = tuple(name for name in plan.target.passes if "fold_transaction" not in name)
+    passes = tuple(step for step in plan.target.passes if step.name != "fold_transaction")
     model = lower(source, replace(plan, target=replace(plan.target, passes=passes)))["decoder"]
     inputs, outputs = ({value.name: value for value in values} for values in (model.graph.inputs, model.graph.outputs))
     nodes = [node for node in model.graph if node.op_type == "DeltaNet"]

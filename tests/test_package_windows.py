@@ -17,7 +17,7 @@ from qwen_export.bundles import packaging_windows
 from qwen_export.bundles.packaging_windows import package_windows, requirements
 from qwen_export.commands.cli import main
 from qwen_export.errors import QwenExportError
-from qwen_export.manifest import MANIFEST, load_manifest
+from qwen_export.manifest import load_manifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_names_in_the_package_fit_windows(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["aux.txt", "a:b.txt", "dot.", "x" * 120])
 def test_a_name_that_windows_refuses_is_an_error(bundle: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packaging_windows, "_files", lambda *_: iter([(f"bundle/{name}", "text")]))
+    monkeypatch.setattr(packaging_windows, "package_files", lambda *_: iter([(f"bundle/{name}", "text")]))
     with pytest.raises(QwenExportError, match="Windows does not take"):
         package_windows(bundle, tmp_path / "a.zip")
     assert not list(tmp_path.iterdir())
@@ -110,8 +110,8 @@ def test_a_bundle_with_a_native_library_is_refused(bundle: Path, tmp_path: Path)
     copy.mkdir()
     for name in manifest.files:
         (copy / name).write_bytes((bundle / name).read_bytes())
-    changed = dataclasses.replace(manifest, plugins=("decoder.onnx",))
-    (copy / MANIFEST).write_text(changed.to_json(), encoding="utf-8")
+    changed = dataclasses.replace(manifest, plugins=("decoder.onnx",), target=dataclasses.replace(manifest.target, platform="linux x86_64"))
+    write_manifest(copy, changed)
     with pytest.raises(QwenExportError, match="native library"):
         package_windows(copy, tmp_path / "a.zip")
 

@@ -305,7 +305,7 @@ def test_without_the_library_quantized_builds_are_refused(tiny_checkpoint: Path,
 @pytest.mark.usefixtures("with_library")
 def test_other_builds_refuse_a_plan(tiny_checkpoint: Path, plan_file: PlanFile) -> None:
     source = open_checkpoint(tiny_checkpoint)
-    with pytest.raises(UnsupportedError, match="overrides --precision int8, int4 or fp8, not fp32"):
+    with pytest.raises(UnsupportedError, match="overrides the precisions int8, int4 or fp8, not fp32"):
         plan_build(source, plan_file=plan_file("[mlp]\nblock = 64"))
 
 

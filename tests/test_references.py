@@ -105,7 +105,7 @@ def test_package_makes_it_whole(fp32_checkpoint: Path, copied: Path, tmp_path: P
     shutil.rmtree(checkpoint)
     shutil.rmtree(bundle)
     manifest = load_manifest(packaged)
-    assert not manifest.references and sorted(os.listdir(packaged)) == sorted([*manifest.files, "manifest.json"])
+    assert not manifest.references and sorted(os.listdir(packaged)) == sorted([*manifest.files, "manifest.json", "manifest.sha256"])
     ensure_whole(packaged, manifest, again=True)
     for value in ir.load(packaged / "decoder.onnx").graph.initializers.values():
         assert not isinstance(value.const_value, ir.ExternalTensor) or Path(value.const_value.path).parent == packaged

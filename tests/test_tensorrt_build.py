@@ -24,6 +24,7 @@ from qwen_export.manifest import check_sizes, load_manifest
 from qwen_export.plugins.tensorrt.build_engine import Built
 from tests.support.engine_program import EVENTS, read_program
 from tests.support.family import FAMILY, tiny_config
+from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX is not installed")
@@ -185,7 +186,7 @@ def test_rebuild_refuses_and_changes_nothing(bundle: Path, tmp_path: Path) -> No
     shutil.copytree(bundle, copy)
     raw = json.loads(manifest)
     raw["engine"]["onnx"] = []
-    (copy / "manifest.json").write_text(json.dumps(raw))
+    write_raw(copy, json.dumps(raw))
     with pytest.raises(BundleError, match="does not carry its graphs"):
         rebuild(copy, EngineOptions(sms=("89",)))
 

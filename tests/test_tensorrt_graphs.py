@@ -194,7 +194,7 @@ def test_refusals(tiny_checkpoint: Path, tmp_path: Path) -> None:
         plan_build(source, "onnxruntime", "cpu", "fp8")
     with pytest.raises(UnsupportedError, match="not a multiple of 64"):
         plan_build(source, "tensorrt", "cuda", "fp16", options=StaticOptions(chunk=100))
-    moe = open_checkpoint(synthesize(tiny_config(moe=True), tmp_path / "moe"))
+    moe = open_checkpoint(synthesize(tiny_config(moe=True, shared_expert_intermediate_size=64), tmp_path / "moe"))
     plan = tmp_path / "plan.toml"
     plan.write_text('[experts]\nformat = "int4"\n')
     with pytest.raises(UnsupportedError, match="must leave \\[experts\\] stored"):

@@ -34,6 +34,7 @@ from qwen_export.verification.layer_check import verify_layers
 from tests.support.fake_driver import FakeDriver
 from tests.support.fake_tensorrt import FakeTensorRT, TensorLocation, engine_bundle
 from tests.support.greedy import greedy
+from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 from tests.test_parity import tiny
 
@@ -523,9 +524,8 @@ def test_a_gpu_that_is_not_there(bundle: Path, machine: Machine) -> None:
 
 def test_an_engine_that_is_not_the_manifests(bundle: Path, machine: Machine) -> None:
     machine()
-    path = bundle / "manifest.json"
-    path.write_text(path.read_text().replace('"name": "commit"', '"name": "committed"'))
-    with pytest.raises(BundleError, match="not what the manifest describes: got commit, committed"):
+    write_raw(bundle, (bundle / "manifest.json").read_text().replace('"name": "commit"', '"name": "last_slot"'))
+    with pytest.raises(BundleError, match="not what the manifest describes: got commit, last_slot"):
         load(bundle)
 
 

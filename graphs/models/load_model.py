@@ -18,6 +18,7 @@ from qwen_export.graphs.quantization.fp8 import rounded
 from qwen_export.graphs.quantization.packing import Floats, dequantize
 from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.weights.expression import TensorSource, Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
 
 
@@ -51,11 +52,18 @@ def _filled(
         for name, parameter in model.named_parameters():
             if name not in weights:
                 weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
-                chosen = quantization.of_weight(weight) if quantization else GroupFormat()
-                values = _rounded(weight.evaluate(reader).astype(np.float32, copy=False), chosen)
-                weights[name] = torch.from_numpy(np.ascontiguousarray(values))
+                weights[name] = torch.from_numpy(parameter_values(weight, reader, quantization))
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def parameter_values(
+    weight: Weight, source: TensorSource, quantization: PrecisionPlan | None, start: int | None = None, stop: int | None = None
+) -> Floats:
+    """The values of a weight in fp32, or of its rows `start` to `stop`; with a precision plan those that its codes stand for."""
+    chosen = quantization.of_weight(weight) if quantization else GroupFormat()
+    values = weight.evaluate(source) if start is None or stop is None else weight.rows(source, start, stop)
+    return np.ascontiguousarray(_rounded(values.astype(np.float32, copy=False), chosen))
 
 
 def _rounded(values: Floats, chosen: GroupFormat) -> Floats:

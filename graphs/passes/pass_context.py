@@ -11,6 +11,7 @@ from qwen_export.element_types import BY_SHORT
 from qwen_export.graphs.call_sizes import CallSizes
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan
 from qwen_export.graphs.weights.expression import Weight
 
@@ -50,8 +51,8 @@ class PassContext:
         return ir.DataType[BY_SHORT[self.precision].onnx]
 
 
-Pass = Callable[[ir.Model, PassContext], int]
-"""A rewrite in place; returns how many places it changed. Its docstring gives the IR before and after."""
+Pass = Callable[[ir.Model, PassContext], Outcome]
+"""A rewrite in place. Its docstring gives the IR before and after."""
 
 
 def new_node(

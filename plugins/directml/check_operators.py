@@ -8,13 +8,14 @@ import onnx_ir as ir
 
 from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.directml_limits import limit
 from qwen_export.plugins.directml.directml_operators import Kernel, operator_table
 
 _SHOWN = 5
 
 
-def check_operators(model: ir.Model, context: PassContext) -> int:
+def check_operators(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a lowered graph
     Result the same. Raises UnsupportedError with node and reason where DirectML would leave a node to the CPU, or a shape is dynamic."""
     reasons = [f"{node.op_type} {node.name or ''}: {reason}" for node in model.graph if (reason := refusal(node, context.opset))]
@@ -28,7 +29,7 @@ def check_operators(model: ir.Model, context: PassContext) -> int:
             expected=f"operators of {operator_table().source.split(',')[0]} as of {operator_table().date}",
             fix="Build with another --opset, or for another target.",
         )
-    return 0
+    return Outcome.nothing("it only checks")
 
 
 def refusal(node: ir.Node, opset: int) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext, sole_user
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
 from qwen_export.plugins.onnxruntime.native_linear import LINEAR, is_native, put, with_residual
 
 
-def absorb_residual(model: ir.Model, context: PassContext) -> int:
+def absorb_residual(model: ir.Model, context: PassContext) -> Outcome:
     """Given  s = Add(a, linear(x, W))                      nothing else reads the product
     Result s = qwen.native::Linear(x, W, residual=a)"""
     if context.choices["linear"].name != "native_linear":
-        return 0
-    graph, changed = model.graph, 0
+        return Outcome.nothing(f"products are lowered to {context.choices['linear'].name}, which adds no residual")
+    graph, outcome = model.graph, Outcome()
     for node in list(graph):
         if node.op_type != "Add" or node.domain:
             continue
@@ -25,6 +26,8 @@ def absorb_residual(model: ir.Model, context: PassContext) -> int:
             if is_linear(product) or (is_native(product, LINEAR) and (len(product.inputs) < 3 or product.inputs[2] is None)):
                 put(graph, node, with_residual(product, other))
                 graph.remove(product, safe=True)
-                changed += 1
+                outcome.changed += 1
                 break
-    return changed
+        else:
+            outcome.skip(node, "neither operand is a product that nothing else reads")
+    return outcome

@@ -7,18 +7,20 @@ import onnx_ir as ir
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.ops.rms_norm_op import rms_norm
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.weights.expression import Offset, StoredWeight, add_weight, weight_of
 
 
-def fuse_residual_norm(model: ir.Model, context: PassContext) -> int:
+def fuse_residual_norm(model: ir.Model, context: PassContext) -> Outcome:
     """Given  s = Add(a, b);  y = qwen::rms_norm(s, w, eps, offset)
     Result y, _, _, s = com.microsoft::SkipSimplifiedLayerNormalization(a, b, w + offset, epsilon)"""
-    graph, changed = model.graph, 0
+    graph, outcome = model.graph, Outcome()
     for node in list(graph):
         if node.domain != DOMAIN or node.op_type != rms_norm.name or node.inputs[0] is None:
             continue
         add = node.inputs[0].producer()
         if add is None or add.op_type != "Add" or add.domain:
+            outcome.skip(node, f"its input is made by {add.op_type if add is not None else 'no node'}, not by an addition")
             continue
         weight = offset_weight(graph, node)
         fused = new_node(
@@ -36,8 +38,8 @@ def fuse_residual_norm(model: ir.Model, context: PassContext) -> int:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             new.shape, new.name = old.shape, old.name
         graph.remove([node, add], safe=True)
-        changed += 1
-    return changed
+        outcome.changed += 1
+    return outcome
 
 
 def offset_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR
 from qwen_export.plugins.onnxruntime.attention_cpu import lower_group_query_attention
 from qwen_export.plugins.onnxruntime.attention_cuda import lower_packed_attention
@@ -33,14 +34,14 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 }
 
 
-def lower_mixers(model: ir.Model, context: PassContext) -> int:
+def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
     """Lower the two stateful ops. They may regroup the projections that feed them, so linears are lowered after them."""
-    changed = lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
+    outcome = lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
     for value in [v for v in model.graph.inputs if v.name == "length" and not v.uses()]:
         model.graph.inputs.remove(value)
-    return changed
+    return outcome
 
 
-def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
+def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
     return lower_ops(model, context, ("rms_norm", "moe", LINEAR), LOWERINGS)

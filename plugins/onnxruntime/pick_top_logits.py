@@ -5,18 +5,21 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext, new_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.native.native_library import NATIVE
 
 # Twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once.
 COUNT = 64
 
 
-def pick_top_logits(model: ir.Model, context: PassContext) -> int:
+def pick_top_logits(model: ir.Model, context: PassContext) -> Outcome:
     """Given  output logits f32[N,V]
     Result outputs logits; top_logits f32[N,K], top_ids i32[N,K] = qwen.native::TopLogits(logits), K = min(64, V)"""
     logits = model.graph.outputs[0]
-    if "top_logits" not in context.choices or logits.name != "logits" or logits.shape is None:
-        return 0
+    if "top_logits" not in context.choices:
+        return Outcome.nothing("the backend has no kernel of TopLogits")
+    if logits.name != "logits" or logits.shape is None:
+        return Outcome.nothing("the graph has no logits")
     *rows, V = logits.shape
     if not isinstance(V, int):
         raise TypeError("the vocabulary has no fixed size")
@@ -27,4 +30,4 @@ def pick_top_logits(model: ir.Model, context: PassContext) -> int:
     ids.type = ir.TensorType(ir.DataType.INT32)
     model.graph.append(node)
     model.graph.outputs.extend(node.outputs)
-    return 1
+    return Outcome(1)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import add_weight, weight_of
@@ -21,12 +22,14 @@ _WIDTH_UNIT = 16
 _FORMAT = ("bits", "block", "zeros", "wide_scales")
 
 
-def quantize_experts(model: ir.Model, context: PassContext) -> int:
+def quantize_experts(model: ir.Model, context: PassContext) -> Outcome:
     """Given  qwen.native::Moe(x, logits, gate_up, down)                     weights that the plan quantizes
     Result qwen.native::QuantMoe(x, logits, packed, packed)"""
-    plan, changed = context.quantization, 0
+    plan, outcome = context.quantization, Outcome()
     if plan is None:
-        return 0
+        return Outcome.nothing("nothing is quantized")
+    if not context.config.is_moe:
+        return Outcome.nothing("the model has no experts")
     for node in [node for node in model.graph if is_native(node, MOE)]:
         weights = [node.inputs[i] for i in WEIGHT_INPUTS]
         formats = [plan.of_weight(weight) if (weight := weight_of(value)) is not None else GroupFormat() for value in weights]
@@ -37,6 +40,7 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
                 raise ConfigError(
                     "on this device a plan must quantize the experts of every layer, those of the draft head too, or of none", where=where
                 )
+            outcome.skip(node, "the precision plan keeps these experts as they are stored")
             continue
         if not all(quantized):
             raise ConfigError("a plan must quantize both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
@@ -56,8 +60,8 @@ def quantize_experts(model: ir.Model, context: PassContext) -> int:
         made = new_node(NATIVE, QUANT_MOE, [*node.inputs[:2], *packed], like=node.outputs[0], **attributes)
         made.outputs[0].shape, made.name = node.outputs[0].shape, f"{node.name}.{formats[0].format}"
         replace_node(model.graph, node, [made], made.outputs)
-        changed += 1
-    return changed
+        outcome.changed += 1
+    return outcome
 
 
 def _packed(graph: ir.Graph, value: ir.Value | None, chosen: GroupFormat) -> ir.Value:

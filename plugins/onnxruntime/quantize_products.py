@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR as LINEAR_OP
 from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
@@ -18,36 +19,42 @@ QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantG
 _TAIL_INPUT = 4
 
 
-def quantize_products(model: ir.Model, context: PassContext) -> int:
+def quantize_products(model: ir.Model, context: PassContext) -> Outcome:
     """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantizes
     Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed)
            for a stack of matrices of which some are quantized: a product each, and Concat; on kernels that take a tail, one product
            QuantLinear(x, packed, residual, norm, tail) where those that are not quantized are the last
 
     A matrix that is read twice, as a tied embedding is, is packed once."""
-    plan, changed = context.quantization, 0
+    plan, outcome = context.quantization, Outcome()
     if plan is None:
-        return 0
+        return Outcome.nothing("nothing is quantized")
     for node in list(model.graph):
         if is_native(node, LINEAR, SWIGLU):
-            changed += _product(model.graph, node, plan, tail=context.choices[LINEAR_OP].tail)
-        elif node.op_type == "Gather" and not node.domain:
-            changed += _gather(model.graph, node, plan)
-    return changed
+            changed = _product(model.graph, node, plan, tail=context.choices[LINEAR_OP].tail)
+        elif node.op_type == "Gather" and not node.domain and weight_of(node.inputs[0]) is not None:
+            changed = _gather(model.graph, node, plan)
+        else:
+            continue
+        if changed:
+            outcome.changed += 1
+        else:
+            outcome.skip(node, "the precision plan keeps its matrix as it is stored")
+    return outcome
 
 
-def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool) -> int:
+def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool) -> bool:
     value = node.inputs[1]
     weight = weight_of(value)
     if value is None or value.name is None or weight is None:
-        return 0
+        return False
     parts = _by_format(weight, plan)
     if len(parts) == 1:
         if parts[0][0].quant is None:
-            return 0
+            return False
         made = _quantized(graph, node, value.name, *parts[0])
         replace_node(graph, node, [made], made.outputs)
-        return 1
+        return True
     if node.op_type == SWIGLU:
         raise ConfigError(
             "a plan must give gate_proj and up_proj of a layer one format", where=value.name, got=", ".join(str(f) for f, _ in parts)
@@ -57,7 +64,7 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
     if tail and [format.quant is not None for format, _ in parts] == [True, False]:
         made = _quantized(graph, node, value.name, *parts[0], tail=add_weight(graph, f"{value.name}.tail", parts[1][1]))
         replace_node(graph, node, [made], made.outputs)
-        return 1
+        return True
     nodes = []
     for index, (format, part) in enumerate(parts):
         name = f"{value.name}.{index}"
@@ -69,7 +76,7 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
     whole = new_node("", "Concat", [made.outputs[0] for made in nodes], like=node.outputs[0], axis=-1)
     whole.outputs[0].shape = node.outputs[0].shape
     replace_node(graph, node, [*nodes, whole], whole.outputs)
-    return 1
+    return True
 
 
 def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight, tail: ir.Value | None = None) -> ir.Node:
@@ -90,20 +97,20 @@ def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, w
     return made
 
 
-def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> int:
+def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> bool:
     value = node.inputs[0]
     weight = weight_of(value)
     columns = "axis" in node.attributes and node.attributes.get_int("axis") != 0
     if value is None or value.name is None or weight is None or len(weight.shape) != 2 or columns:
-        return 0
+        return False
     ((chosen, _),) = _by_format(weight, plan)
     if chosen.quant is None:
-        return 0
+        return False
     packed, attributes = _packed(graph, value.name, chosen, weight)
     made = new_node(NATIVE, QUANT_GATHER, [node.inputs[1], packed], like=node.outputs[0], **attributes)  # type: ignore[arg-type]
     made.outputs[0].shape = node.outputs[0].shape
     replace_node(graph, node, [made], made.outputs)
-    return 1
+    return True
 
 
 def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> tuple[ir.Value, dict[str, int]]:

@@ -7,12 +7,13 @@ import onnx_ir as ir
 
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import OWN
 
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 
-def check_standard(model: ir.Model, context: PassContext) -> int:
+def check_standard(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a lowered graph
     Result the same. Raises CaptureError for a node that the standard does not have at the graph's opset, and for control flow."""
     plugged = context.choices["gated_delta_net"].name == "plugin"
@@ -25,4 +26,4 @@ def check_standard(model: ir.Model, context: PassContext) -> int:
                 got=f"{node.domain or 'ai.onnx'}.{node.op_type}",
                 expected=f"operators of opset {context.opset}, without control flow",
             )
-    return 0
+    return Outcome.nothing("it only checks")

@@ -10,6 +10,7 @@ from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.remove_dead import remove_dead
 
 _COUNTS = ("length", "accepted", "commit", "logit_rows")
@@ -18,15 +19,17 @@ _HIDDEN = ("hidden", "hidden_out")
 _SAME_TYPE = ("Sigmoid",)
 
 
-def fix_sizes(model: ir.Model, context: PassContext) -> int:
+def fix_sizes(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a captured graph with dims B T S N P
     Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
            are gone; where calls are never padded, `commit` too. Where the logits are those of all tokens, in order, or there are none,
            `logit_rows` is gone. Hidden states are an output where they are wanted."""
     sizes, graph = context.static, model.graph
+    outcome = Outcome()
     known = {"B": 1, "T": sizes.T, "B*T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
-        if value.shape is not None:
+        if value.shape is not None and not value.shape.is_static():
+            outcome.changed += 1
             value.shape = ir.Shape([known.get(d.value or "", d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape])
         if value.name in _COUNTS:
             value.type = ir.TensorType(ir.DataType.INT32)
@@ -43,7 +46,7 @@ def fix_sizes(model: ir.Model, context: PassContext) -> int:
         for value in node.outputs:
             if value.dtype is None and node.op_type in _SAME_TYPE and node.inputs[0] is not None and node.inputs[0].dtype is not None:
                 value.type = ir.TensorType(node.inputs[0].dtype)
-    return len(known)
+    return outcome
 
 
 def _forget(graph: ir.Graph, gone: Sequence[str]) -> None:

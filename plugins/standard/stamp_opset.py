@@ -6,12 +6,13 @@ import onnx
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 
 
-def stamp_opset(model: ir.Model, context: PassContext) -> int:
+def stamp_opset(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a lowered graph
     Result the same, of the opset that was asked for, in the oldest file format that has it"""
     model.opset_imports[""] = context.opset
     opsets = [onnx.helper.make_opsetid("", context.opset)]
     model.ir_version = onnx.helper.find_min_ir_version_for(opsets)
-    return 1
+    return Outcome(1)

@@ -7,9 +7,6 @@ from collections.abc import Collection
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 
-DECOMPOSABLE = ("rmsnorm",)
-"""Values of --decompose: ops that have a node of their own and can be had as several simple ones."""
-
 _RMS_NORMALIZATION_SINCE = 23
 _LINEAR = {"onnx": "turned_product", "directml": "gemm"}
 _ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.weights.expression import Weight, weight_of
@@ -181,11 +182,11 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
 }
 
 
-def lower_mixers(model: ir.Model, context: PassContext) -> int:
+def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
     """Lower the two stateful ops. They regroup the projections that feed them, so linears are lowered after them."""
     return lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
 
 
-def lower_simple_ops(model: ir.Model, context: PassContext) -> int:
+def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
     return lower_ops(model, context, ("rms_norm", LINEAR), LOWERINGS)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qwen_export.errors import ConfigError
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, replace_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.quantization.standard_blocks import BlockCodes, BlockScales, BlockZeros, NBitsCodes, NBitsZeros
@@ -76,14 +77,19 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     return y
 
 
-def quantize_embedding(model: ir.Model, context: PassContext) -> int:
+def quantize_embedding(model: ir.Model, context: PassContext) -> Outcome:
     """Given  Gather(W, ids)        W a matrix that the plan quantizes
     Result DequantizeLinear(Gather(codes, ids), Gather(scales, ids))"""
-    changed = 0
+    if context.quantization is None:
+        return Outcome.nothing("nothing is quantized")
+    outcome = Outcome()
     for node in list(model.graph):
         weight = weight_of(node.inputs[0]) if node.op_type == "Gather" and not node.domain else None
-        chosen = chosen_format(weight, context) if weight is not None else None
-        if weight is None or chosen is None or node.inputs[0] is None:
+        if weight is None or node.inputs[0] is None:
+            continue
+        chosen = chosen_format(weight, context)
+        if chosen is None:
+            outcome.skip(node, "the precision plan keeps the embedding as it is stored")
             continue
         emit = Emitter(model.graph, (node.inputs[0].name or "embedding").removesuffix(".weight"))
         parts = quantized_parts(model.graph, node.inputs[0].name or "embedding", weight, chosen, context.activation)
@@ -91,8 +97,8 @@ def quantize_embedding(model: ir.Model, context: PassContext) -> int:
         (x,) = emit("", "DequantizeLinear", rows, like=node.outputs[0], axis=-1, block_size=chosen.block)
         x.shape = node.outputs[0].shape
         replace_node(model.graph, node, emit.nodes, [x])
-        changed += 1
-    return changed
+        outcome.changed += 1
+    return outcome
 
 
 def quantized_parts(

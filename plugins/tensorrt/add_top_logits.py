@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.emitter import Emitter, static_shape
 
 TOP = 64
@@ -14,13 +15,13 @@ TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
 _GROUP = 4096
 
 
-def add_top_logits(model: ir.Model, context: PassContext) -> int:
+def add_top_logits(model: ir.Model, context: PassContext) -> Outcome:
     """Given  output logits f32[N,V]
     Result also outputs top_logits f32[N,K] and top_ids i32[N,K], the K = min(64, V) largest in falling order"""
     graph = model.graph
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
     if logits is None or logits.shape is None:
-        return 0
+        return Outcome.nothing("the graph has no logits")
     N, V = static_shape(logits)
     emit, K = Emitter(graph, "top"), min(TOP, V)
     groups = _groups(V, K)
@@ -35,7 +36,7 @@ def add_top_logits(model: ir.Model, context: PassContext) -> int:
     for value, name in ((values, TOP_LOGITS), (ids, TOP_IDS)):
         value.name, value.shape = name, ir.Shape([N, K])
         graph.outputs.append(value)
-    return 1
+    return Outcome(1)
 
 
 def _top(emit: Emitter, x: ir.Value, K: int) -> tuple[ir.Value, ir.Value]:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
+from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR, is_linear
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, weight_of
@@ -17,12 +18,12 @@ from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, w
 _HEAD = ".head"
 
 
-def merge_products(model: ir.Model, context: PassContext) -> int:
+def merge_products(model: ir.Model, context: PassContext) -> Outcome:
     """Given  y1 = qwen::linear(x, W1), y2 = qwen::linear(x, W2), ...       weights of one format and type
     Result y1, y2, ... = Split(qwen::linear(x, [W1; W2; ...]), axis=-1)
 
     Parts are stacked in the order of their names, so that all graphs of a bundle share one stored matrix."""
-    graph, merged = model.graph, 0
+    graph, outcome = model.graph, Outcome()
     for products in _groups(graph, context):
         weights = {node: _weight(node) for node in products}
         name = _joined([node.inputs[1].name or "" for node in products if node.inputs[1] is not None])
@@ -41,25 +42,25 @@ def merge_products(model: ir.Model, context: PassContext) -> int:
         graph.insert_before(first, [product, constant, split])
         for node, part in zip(products, split.outputs, strict=True):
             replace_node(graph, node, [], [part])
-        merged += len(products)
-    return merged
+        outcome.changed += len(products)
+    return outcome
 
 
-def own_head(model: ir.Model, context: PassContext) -> int:
+def own_head(model: ir.Model, context: PassContext) -> Outcome:
     """Given  Gather(W, ids), qwen::linear(x, W)                  embedding and head are one tensor
     Result Gather(W, ids), qwen::linear(x, W')                 W' is W, by another name
 
     TensorRT lets a product read a matrix [out, in] where it lies, but copies one that a gather reads, too: a transposed copy of the
     whole embedding in every call. Equal weights are stored once, and uploaded once, so the second name costs nothing."""
-    graph, changed = model.graph, 0
+    graph, outcome = model.graph, Outcome()
     gathered = {node.inputs[0] for node in graph if node.op_type == "Gather" and not node.domain}
     for node in graph:
         value = node.inputs[1] if is_linear(node) else None
         weight = weight_of(value)
         if value is not None and weight is not None and value in gathered:
             node.replace_input_with(1, add_weight(graph, f"{(value.name or '').removesuffix('.weight')}{_HEAD}", weight))
-            changed += 1
-    return changed
+            outcome.changed += 1
+    return outcome if outcome.changed else Outcome.nothing("embedding and head are two tensors")
 
 
 def _groups(graph: ir.Graph, context: PassContext) -> list[list[ir.Node]]:

@@ -1,4 +1,4 @@
-"""What a build will do, decided before any weight is read and without torch: `inspect` prints it, `build` carries it out."""
+"""What a build will do, decided before any weight is read and without torch: `inspect` prints it, `build` does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
 from qwen_export.engine_options import EngineOptions
-from qwen_export.errors import UnsupportedError
+from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import (
@@ -114,7 +114,9 @@ def plan_build(
     """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as
     in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
-        raise UnsupportedError("there is no such target", got=target, expected=", ".join(TARGETS))
+        raise ParameterError(
+            "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
+        )
     chosen, config = TARGETS[target], checkpoint.config.text
     reasons = _checkpoint_reasons(checkpoint)
     stored = StoredLayout.of(checkpoint)
@@ -152,9 +154,14 @@ def plan_build(
         if chosen.static:
             reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
-        reasons.append(f"a precision plan overrides --precision {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
+        reasons.append(f"a precision plan overrides the precisions {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
     if reasons:
-        raise UnsupportedError("this checkpoint cannot be built for this target", where=str(checkpoint.path), got="; ".join(reasons))
+        raise UnsupportedError(
+            "this checkpoint cannot be built for this target",
+            where=str(checkpoint.path),
+            got="; ".join(reasons),
+            fix="Change what is named, or choose another {target}, {device} or {precision}; `qwen-export inspect` lists what can be built.",
+        )
     head = not form.no_head
     check_tensors(checkpoint, mtp=head)
     size = BYTES[activations]
@@ -184,8 +191,8 @@ def plan_build(
 
 
 def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
-    """The precision of a build that is told none: that of the codes that the checkpoint stores, where the target's kernels take them as
-    they are; else fp32 on the CPU and fp16 elsewhere."""
+    """The precision of a build for which none is given: that of the codes that the checkpoint stores, where the target's kernels take them
+    unchanged; else fp32 on the CPU and fp16 elsewhere."""
     usual = "fp32" if device == "cpu" else "fp16"
     if not checkpoint.config.quantization or not {INT4, INT8} <= set(TARGETS[target].precisions) or TARGETS[target].engines:
         return usual
@@ -215,22 +222,23 @@ class _Wishes:
     draft_vocab: int | None
 
     def speculation(self, config: TextConfig, longest: int, *, head: bool) -> SpeculationSpec | None:
-        """How calls may leave up to `longest` drafts pending; None where nobody drafts."""
+        """How calls may leave up to `longest` drafts pending; None where there are no drafts."""
         if not head:
             return SpeculationSpec(longest, 0) if self.lookup else None
         if self.draft_vocab is not None and self.draft_vocab < _SMALLEST_DRAFT_VOCAB:
-            raise UnsupportedError(
+            raise ParameterError(
                 "the draft vocabulary is too small",
+                parameter="draft_vocab",
                 got=self.draft_vocab,
                 expected=f"at least {_SMALLEST_DRAFT_VOCAB}",
-                fix="Raise --draft-vocab.",
+                fix="Raise {draft_vocab}.",
             )
         return SpeculationSpec(longest, min(self.draft_vocab or _DRAFT_VOCAB, config.vocab_size))
 
 
 @dataclass(frozen=True)
 class _Form:
-    """The graphs that a target can make, how ops are lowered in them, and a sentence for each reason against it."""
+    """The graphs that a target can make, how ops are lowered in them, and a message for each reason against it."""
 
     graphs: Mapping[str, GraphPlan]
     choices: dict[str, Choice]
@@ -252,7 +260,7 @@ def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes,
     if quantization is not None:
         refused += _quantization_reasons(device, precision, config, choices, quantization)
     if refused and device == "cpu" and precision != "fp32":
-        refused = [*refused, "build for this device with --precision fp32"]
+        refused = [*refused, "for this device build in fp32"]
     graphs = {DECODER: GraphPlan(DECODER)} | ({} if no_head else {HEAD: GraphPlan(HEAD)})
     return _Form(graphs, choices, speculation, no_head, refused=refused)
 
@@ -270,7 +278,7 @@ def _static_form(
 ) -> _Form:
     """A graph per size of call; a verify of more than one token is what speculation needs."""
     verified = options.verified_tokens(speculates=wishes.lookup or not wishes.no_head)
-    no_head = wishes.no_head or ("built with --step-tokens 1" if verified == 1 else "")
+    no_head = wishes.no_head or ("built with one token per verify (step_tokens)" if verified == 1 else "")
     choices = choose_tensorrt(target.name, activations, config, engine.sms, engine.plugins) if target.engines else None
     static, refused = plan_static(target, config, context, options, verified, head=not no_head, quantized=quantized, choices=choices)
     speculation = replace(wishes, lookup=verified > 1).speculation(config, verified - 1, head=not no_head)
@@ -279,7 +287,7 @@ def _static_form(
 
 def _no_head(checkpoint: Checkpoint, mtp: bool) -> str:
     """Why a build has no draft head, "" when it has one."""
-    return no_draft_head(checkpoint) if mtp else "built with --no-mtp"
+    return no_draft_head(checkpoint) if mtp else "built without it on request (mtp)"
 
 
 def kernels_for(device: str) -> Kernels:

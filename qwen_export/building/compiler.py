@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from qwen_export.building.build_plan import BuildPlan, plan_build
 from qwen_export.building.engines import for_this_machine, ready_library
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
-from qwen_export.building.text_assets import check_text_assets
+from qwen_export.building.text_assets import check_text_assets, copy_text_assets
 from qwen_export.engine_options import EngineOptions
-from qwen_export.errors import UnsupportedError
+from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plugins.native.native_search import find_search
+from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
     from qwen_export.building.emission import Report
+
+_MOST_JOBS = 1024
 
 
 def build(
@@ -49,18 +53,20 @@ def build(
     """Compile the checkpoint directory into a bundle at `output` and return its path.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
-    which the TOML file `plan_file` overrides (graphs.quantization.plan). `max_context` is the capacity of the caches in tokens.
-    `rope_scaling` stretches the context the model can read, for short texts, too: "yarn:4" in the place of what config.json says.
+    which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
+    `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
-    phase. With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
+    phase.
+
+    With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are what targets with static shapes can be told, `engine` how those with
-    engines compile them. `planned` is called with the plan before
-    the work begins, `report` while it goes on.
+    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `planned` is
+    called with the plan before the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
+    _check_arguments(weights, jobs, max_memory)
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
     source = open_checkpoint(checkpoint, rope_scaling)
@@ -83,9 +89,15 @@ def build(
     if plan.quantization is not None and search is not None:
         plan = replace(plan, quantization=replace(plan.quantization, search=search))
     check_text_assets(source.path)
+    with TemporaryDirectory(prefix="qwen-export-text-") as folder:  # as the bundle will have them
+        check_text(Path(folder), copy_text_assets(source.path, Path(folder)))
     if plan.engine is not None:
         if weights == "reference":
-            raise UnsupportedError("bundles with engines have their own weights", got="--weights reference")
+            raise UnsupportedError(
+                "bundles with engines have their own weights",
+                got="reference",
+                fix="Leave out {weights}, or build for another {target}.",
+            )
         library = ready_library(plan.target.backend, plan.engine)
         if plan.engine.plugins:
             from qwen_export.plugins.tensorrt.probe_plugins import ensure_taken
@@ -105,3 +117,26 @@ def build(
         files |= {name: hash_file(staging / name) for name in references}
         write_manifest(source, plan, models, files, references, staging)
     return Path(output)
+
+
+def _check_arguments(weights: str, jobs: int | None, max_memory: int | None) -> None:
+    if weights not in ("copy", "reference"):
+        raise ParameterError(
+            "the treatment of weights is not known",
+            parameter="weights",
+            got=repr(weights),
+            expected="'copy' or 'reference'",
+            fix="Choose one of these for {weights}.",
+        )
+    if jobs is not None and not (type(jobs) is int and 1 <= jobs <= _MOST_JOBS):
+        raise ParameterError(
+            "the number of threads is out of range", parameter="jobs", got=jobs, expected=f"1 to {_MOST_JOBS}", fix="Change {jobs}."
+        )
+    if max_memory is not None and not (type(max_memory) is int and max_memory > 0):
+        raise ParameterError(
+            "the memory is not a number of bytes",
+            parameter="max_memory",
+            got=max_memory,
+            expected="a positive integer",
+            fix="Change {max_memory}, or leave it out.",
+        )

@@ -24,7 +24,6 @@ from qwen_export.graphs.weights.block_budget import block_budget
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.weight_writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
-    MANIFEST,
     ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -40,8 +39,10 @@ from qwen_export.manifest import (
     WeightSpec,
     hash_file,
 )
+from qwen_export.manifest import write_manifest as store_manifest
 from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.runtimes.backends.compatibility import this_platform
+from qwen_export.runtimes.backends.native_libraries import remember
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 from qwen_export.runtimes.memory.mapped_weights import weight_bytes as bytes_in_file
 
@@ -115,7 +116,7 @@ def _write_engines(plan: BuildPlan, models: dict[str, ir.Model], staging: Path, 
 
 
 def _weights_inside(plan: BuildPlan) -> bool:
-    """Whether the bundle needs no file of weights: its engines have them, and nobody will compile them again."""
+    """Whether the bundle needs no file of weights: its engines have them, and they will not be compiled again."""
     return plan.engine is not None and plan.engine.weights == EMBEDDED and not plan.engine.carry_onnx
 
 
@@ -165,7 +166,8 @@ def write_manifest(
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
         | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
     )
-    (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    store_manifest(staging, manifest)
+    remember(files[name].sha256 for name in manifest.plugins)
 
 
 def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:
@@ -200,7 +202,7 @@ def _engine_spec(plan: BuildPlan, models: dict[str, ir.Model]) -> EngineSpec | N
 def _graph_spec(plan: BuildPlan, name: str, model: ir.Model) -> GraphSpec:
     def spec(value: ir.Value) -> TensorSpec:
         if value.shape is None or value.dtype is None or value.name is None:
-            raise AssertionError("the verifier lets no untyped signature through")
+            raise AssertionError("the verifier refuses untyped signatures")
         shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
         return TensorSpec(value.name, value.dtype.name.lower(), shape)
 

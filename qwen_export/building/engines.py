@@ -18,7 +18,17 @@ import numpy as np
 
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
 from qwen_export.errors import BundleError
-from qwen_export.manifest import MANIFEST, EngineSpec, GraphSpec, Manifest, WeightSpec, file_path, hash_file, load_manifest, weights_path
+from qwen_export.manifest import (
+    EngineSpec,
+    GraphSpec,
+    Manifest,
+    WeightSpec,
+    file_path,
+    hash_file,
+    load_manifest,
+    weights_path,
+    write_manifest,
+)
 from qwen_export.plugins.tensorrt.build_engine import BorrowedWeight, Built, build_engine, check_options
 from qwen_export.plugins.tensorrt.plugin_registry import make_known
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library, minimum_cuda, numbers
@@ -49,7 +59,7 @@ def onnx_file(graph: str) -> str:
 
 
 def ready_library(flavour: str, options: EngineOptions) -> Library:
-    """The flavour, if it can do here what the options ask; otherwise an error."""
+    """The flavour, if it can do here what the options require; otherwise an error."""
     library = load_library(flavour)
     check_options(library, options, current_sm())
     if options.plugins:
@@ -96,7 +106,7 @@ def engine_spec(library: Library, options: EngineOptions, onnx: tuple[str, ...],
 
 @contextmanager
 def mapped(places: Mapping[str, tuple[Path, int, int]]) -> Iterator[dict[str, memoryview]]:
-    """Weights where they lie: per name a file, an offset and a length in bytes."""
+    """Weights in place: per name a file, an offset and a length in bytes."""
     maps: dict[Path, mmap.mmap] = {}
     views: dict[str, memoryview] = {}
     try:
@@ -112,7 +122,7 @@ def mapped(places: Mapping[str, tuple[Path, int, int]]) -> Iterator[dict[str, me
 
 
 def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) -> Manifest:
-    """Compile the engines of a bundle anew from the ONNX that it carries: for another GPU, or another version of the library. What
+    """Compile the engines of a bundle again from the ONNX that it carries: for another GPU, or another version of the library. What
     `options` leave at their defaults is as the bundle was built, and how weights reach the engines in any case. Returns the new manifest.
 
     Raises BundleError where the bundle has no ONNX; on any failure the bundle stays as it is."""
@@ -122,7 +132,7 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         raise BundleError(
             "the bundle cannot be compiled again: it does not carry its graphs",
             where=str(bundle),
-            fix="Build it with --carry-onnx where the checkpoint is.",
+            fix="Build it with {carry_onnx} where the checkpoint is.",
         )
     usual = EngineOptions()
     kept = {name: value for name, value in spec.options.items() if name in _KEPT and getattr(options, name) == getattr(usual, name)}
@@ -141,16 +151,14 @@ def rebuild(bundle: Path, options: EngineOptions, say: Say = lambda line: None) 
         # The kernels of our plugins are the same, in the ONNX.
         engine = engine_spec(library, options, spec.onnx, spec.minimum_cuda if spec.plugins else "")
         changed = replace(manifest, files=files, engine=engine, verification={})
-        text = Path(directory) / MANIFEST
-        text.write_text(changed.to_json(), encoding="utf-8")
         for name in spec.onnx:
             os.replace(Path(directory) / manifest.graphs[name].file, bundle / manifest.graphs[name].file)
-        os.replace(text, bundle / MANIFEST)
+        write_manifest(bundle, changed)
     return changed
 
 
 def weight_places(bundle: Path, manifest: Manifest, graph: GraphSpec) -> dict[str, tuple[Path, int, int]]:
-    """Where the weights of a graph lie, for `mapped`."""
+    """Where the weights of a graph are stored, for `mapped`."""
 
     def place(weight: WeightSpec) -> tuple[Path, int, int]:
         return weights_path(bundle, manifest, weight.file), weight.offset, weight_bytes(weight)

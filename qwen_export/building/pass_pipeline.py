@@ -1,4 +1,4 @@
-"""Running a target's passes: in order, verified after each, dumped on request."""
+"""Running a target's passes: in order, the graph verified after each, what must match required, everything dumped on request."""
 
 from __future__ import annotations
 
@@ -7,25 +7,71 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qwen_export.errors import CaptureError
+from qwen_export.graphs.ops.op_schema import DOMAIN
+from qwen_export.graphs.ops.op_table import OPS
 from qwen_export.graphs.passes.check_invariants import verify_graph
 from qwen_export.graphs.passes.pass_context import Pass, PassContext
-from qwen_export.targets import Target, pass_names
+from qwen_export.graphs.passes.pass_outcome import Outcome
+from qwen_export.graphs.passes.recognize_linear import LINEAR
+from qwen_export.targets import PassStep, Target
+
+REPORT = "passes.txt"
+_REPORT_FIX = "Report this with the files that {dump_ir} writes for the build."
 
 
 def run_passes(model: ir.Model, target: Target, context: PassContext, dump: Path | None = None) -> None:
-    """Lower `model` in place. `dump` gets one text file per phase, NN_name.txt."""
+    """Lower `model` in place. Raises CaptureError for a pass that must match and did not, and for a graph that it left broken.
+
+    `dump` gets the graph after each phase, NN_name.txt, and passes.txt: of each pass why it stands where it does, how many places it
+    changed, and the candidates that it left, with the reason. It is there for the pass that fails, too."""
+    report: list[str] = []
+    _dump(model, dump, 0, "captured", report)
+    verify_graph(model, "captured")
+    for number, step in enumerate(target.passes, 1):
+        outcome = _function(step)(model, context)
+        report += [f"{number:02d} {step.name}: {step.why}", *(f"     {line}" for line in outcome.lines())]
+        _dump(model, dump, number, step.name, report)
+        _require(step, outcome)
+        verify_graph(model, step.name)
+    _require_lowered(model, target)
+
+
+def _function(step: PassStep) -> Pass:
+    module, _, name = step.function.partition(":")
+    function: Pass = getattr(importlib.import_module(f"qwen_export.{module}"), name)
+    return function
+
+
+def _require(step: PassStep, outcome: Outcome) -> None:
+    left = "; ".join(f"{node}: {reason}" for node, reason in outcome.skipped[:3])
+    if step.finds and not outcome.changed and not outcome.idle:
+        raise CaptureError(
+            "a pass that must match changed nothing", where=step.name, got=left or "no candidate", expected=step.finds, fix=_REPORT_FIX
+        )
+    if step.every and outcome.skipped:
+        raise CaptureError("a pass left a candidate that it must match", where=step.name, got=left, expected=step.finds, fix=_REPORT_FIX)
+
+
+def _require_lowered(model: ir.Model, target: Target) -> None:
+    """Raise CaptureError where an op of the family is left that the target's backend does not have."""
+    ops = {LINEAR, *OPS}
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type in ops:
+            raise CaptureError(
+                "an op was lowered by no pass",
+                where=f"{target.name}, {node.name or node.outputs[0].name}",
+                got=f"{node.domain}.{node.op_type}",
+                expected="operators of the target",
+                fix=_REPORT_FIX,
+            )
+
+
+def _dump(model: ir.Model, dump: Path | None, number: int, name: str, report: list[str]) -> None:
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
-    phases: list[tuple[str, Pass | None]] = [("captured", None)]
-    for path, name in zip(target.passes, pass_names(target), strict=True):
-        module = importlib.import_module(f"qwen_export.{path.removesuffix(f':{name}')}")
-        phases.append((name, getattr(module, name)))
-    for number, (name, rewrite) in enumerate(phases):
-        if rewrite is not None:
-            rewrite(model, context)
-        verify_graph(model, name)
-        if dump is not None:
-            (dump / f"{number:02d}_{name}.txt").write_text(print_graph(model.graph), encoding="utf-8")
+        (dump / f"{number:02d}_{name}.txt").write_text(print_graph(model.graph), encoding="utf-8")
+        (dump / REPORT).write_text("".join(f"{line}\n" for line in report), encoding="utf-8")
 
 
 def print_graph(graph: ir.Graph) -> str:

@@ -1,7 +1,7 @@
 """A directory that appears whole or not at all.
 
 It is filled in `.NAME.partial/bundle` beside its destination and renamed at the end. A failure removes it. What an interrupted or killed
-build had finished stays there, for the next build to the same destination to go on with; a bundle it is not, since its manifest is written
+build had finished stays there, and the next build to the same destination goes on with it. It is no bundle, since its manifest is written
 last.
 """
 
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen_export.errors import BuildError
+from qwen_export.errors import BuildError, Interrupted
 from qwen_export.manifest import MANIFEST
 
 JOURNAL = "journal"
@@ -43,14 +43,19 @@ def staged_directory(destination: Path, *, replace: bool = False, keep: tuple[st
                 if left.name not in keep:
                     left.unlink()
             yield staging
-            _check_replaceable(destination, replace)  # somebody else may have been faster
+            _check_replaceable(destination, replace)  # another process may have been faster
             _swap(staging, destination)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BuildError(
-                "the disk is full; no bundle was written", where=str(destination), fix="Free space, or give an -o on another disk."
+                "the disk is full; no bundle was written", where=str(destination), fix="Free space, or give an {output} on another disk."
             ) from error
-        raise BuildError("no bundle was written", where=str(error.filename or destination), got=error.strerror or error) from error
+        raise BuildError(
+            "no bundle was written",
+            where=str(error.filename or destination),
+            got=error.strerror or error,
+            fix="Check the path and its permissions.",
+        ) from error
 
 
 @contextlib.contextmanager
@@ -66,10 +71,15 @@ def _work_directory(destination: Path) -> Iterator[Path]:
         stack.callback(os.close, lock)
         try:
             yield work
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             if not (work / JOURNAL).exists() or not (work / JOURNAL).stat().st_size:
                 shutil.rmtree(work, ignore_errors=True)
-            raise
+                raise
+            kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+            raise Interrupted(
+                f"{kept / 2**20:.1f} MiB of finished weights are kept in {work}. The same command goes on from there; to give the space "
+                f"back, remove that directory."
+            ) from interrupt
         except BaseException:
             shutil.rmtree(work, ignore_errors=True)
             raise
@@ -97,10 +107,10 @@ def _check_replaceable(destination: Path, replace: bool) -> None:
         return
     if not replace:
         raise BuildError(
-            "the output directory exists already", where=str(destination), fix="Give another -o, or --force to replace the bundle."
+            "the output directory exists already", where=str(destination), fix="Give another {output}, or {force} to replace the bundle."
         )
     if not destination.is_dir() or (not (destination / MANIFEST).exists() and any(destination.iterdir())):
-        raise BuildError("the output path holds something that is not a bundle", where=str(destination), fix="Give another -o.")
+        raise BuildError("the output path holds something that is not a bundle", where=str(destination), fix="Give another {output}.")
 
 
 @contextlib.contextmanager
@@ -130,7 +140,7 @@ def _swap(staging: Path, destination: Path) -> None:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Interrupts wait until the block is over: native libraries interrupted while they load end the process without a word."""
+    """Interrupts wait until the block is over: native libraries interrupted while they load end the process without a message."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

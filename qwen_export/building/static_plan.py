@@ -1,10 +1,10 @@
 """What a build for a target with static shapes will make: a graph per size of call, over one file of weights.
 
     decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
-    verify       W tokens whose fate may be open, all logits       mtp_verify    up to W rows, the logits of one
+    verify       W tokens that may stay pending, all logits       mtp_verify    up to W rows, the logits of one
     prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
 
-`verify` is there with speculation, the right column with a draft head. Imports neither torch nor onnx."""
+`verify` exists with speculation, the right column with a draft head. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from qwen_export.graphs.call_sizes import DECODER, HEAD, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
-from qwen_export.plugins.standard.standard_choices import DECOMPOSABLE, choose_standard
+from qwen_export.plugins.standard.standard_choices import choose_standard
 from qwen_export.runtimes.decoding.static_graphs import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, PROMPT, STEP, VERIFY
-from qwen_export.targets import Target
+from qwen_export.targets import DECOMPOSABLE, Target
 
 DEFAULT_CONTEXT = 4096
 """Attention reads every slot of a static cache in every step, so capacity costs time, not only memory."""
@@ -61,7 +61,7 @@ def plan_static(
     quantized: bool = False,
     choices: dict[str, Choice] | None = None,
 ) -> tuple[StaticPlan, list[str]]:
-    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a sentence for each reason against it.
+    """The plan for verifies of `verified` tokens (1: none), with or without a draft head, and a message for each reason against it.
     `choices`: the lowering of each op, for targets with engines."""
     possible = [opset for opset in target.opsets if opset >= _BLOCKS_SINCE or not quantized]
     opset = possible[0] if options.opset is None else options.opset
@@ -74,7 +74,7 @@ def plan_static(
         reasons.append(f"quantized blocks are standard since opset {_BLOCKS_SINCE}, not in {opset}")
     unknown = sorted(set(options.decompose) - set(DECOMPOSABLE))
     if unknown:
-        reasons.append(f"there is nothing to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
+        reasons.append(f"there is no op to decompose called {unknown[0]!r}, only {', '.join(DECOMPOSABLE)}")
     limit = min(target.longest_call, context)
     T, W = min(target.prompt_tokens, limit) if options.chunk is None else options.chunk, verified
     for name, value, least in (("chunk", T, 2), ("step", W, 1)):

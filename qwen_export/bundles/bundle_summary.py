@@ -1,11 +1,11 @@
-"""What a bundle is, from its manifest alone: nothing is hashed, and no backend is asked. Imports neither torch nor onnx."""
+"""What a bundle is, from its manifest alone: nothing is hashed, and no backend is loaded. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from qwen_export.manifest import MANIFEST, ROPE_SCALING, GraphSpec, Manifest, load_manifest
+from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
 
 _FORMATS = ("weights", "activations", "recurrent state", "attention cache")
 
@@ -42,6 +42,12 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "formats": {name: manifest.precision_plan[name] for name in _FORMATS if name in manifest.precision_plan},
         "max_context": manifest.max_context,
         "graphs": {name: _graph(manifest, graph) for name, graph in manifest.graphs.items()},
+        "manifest": {
+            "schema": manifest.schema,
+            "sha256": manifest_digest(directory),
+            "signed": (directory / SIGNATURE).is_file(),
+        },
+        "native_libraries": list(manifest.plugins),
         "files": len(manifest.files),
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "outside": {"files": len(manifest.references), "bytes": sum(entry.size for entry in manifest.references.values())},

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qwen_export.building.staging import staged_directory
-from qwen_export.errors import QwenExportError
-from qwen_export.manifest import MANIFEST, GraphSpec, Manifest, file_path, hash_file, load_manifest
+from qwen_export.bundles.signatures import check_key, sign_bundle
+from qwen_export.extras import needed_for
+from qwen_export.manifest import GraphSpec, Manifest, file_path, hash_file, load_manifest, write_manifest
 from qwen_export.runtimes.backends.integrity import ensure_whole
 
 REFERRED = "referred.weights"
@@ -19,12 +20,17 @@ Progress = Callable[[str, int], None]
 """Called with a file's name and the bytes just copied or hashed."""
 
 
-def package(bundle: str | Path, output: str | Path, *, force: bool = False, progress: Progress | None = None) -> Path:
-    """Copy `bundle` to `output`, with the weights it refers to in a file of its own, and return that path.
+def package(
+    bundle: str | Path, output: str | Path, *, force: bool = False, sign: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Copy `bundle` to `output`, with the weights it refers to in a file of its own, and return that path. `sign`: a private
+    ed25519 key (PEM) that signs the new manifest.
 
     The bundle is hashed first. Raises QwenExportError; on any failure nothing is left at `output`."""
     say = progress or (lambda name, count: None)
     directory = Path(bundle)
+    if sign is not None:
+        check_key(sign)
     manifest = load_manifest(directory)
     ensure_whole(directory, manifest, say, again=True)
     with staged_directory(Path(output), replace=force) as staging:
@@ -35,20 +41,18 @@ def package(bundle: str | Path, output: str | Path, *, force: bool = False, prog
                 say(name, entry.size)
         if manifest.references:
             manifest = _absorb(directory, manifest, staging, say)
-        (staging / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        write_manifest(staging, manifest)
+        if sign is not None:
+            sign_bundle(staging, sign)
     return Path(output)
 
 
 def _absorb(directory: Path, manifest: Manifest, staging: Path, say: Progress) -> Manifest:
     """Write the weights that are outside and the graphs that use them; returns the manifest of the result."""
-    try:
+    with needed_for("package of a bundle that refers to its checkpoint"):
         import onnx_ir as ir
 
         from qwen_export.graphs.weights.copy_referred import copy_referred
-    except ImportError as error:
-        raise QwenExportError(
-            "a bundle that refers to its checkpoint is packaged where it was built", fix="pip install 'qwen-export[export]'."
-        ) from error
     paths = {note: Path(reference.path) for note, reference in manifest.references.items()}
     models = {name: ir.load(file_path(directory, graph.file)) for name, graph in manifest.graphs.items()}
     files = {name: entry for name, entry in manifest.files.items() if name not in manifest.references}

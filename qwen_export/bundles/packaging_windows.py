@@ -13,21 +13,17 @@ import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
-import qwen_export
-import qwen_export.commands
-import qwen_export.runtimes
+from qwen_export.bundles.shipped_modules import shipped_modules
 from qwen_export.errors import QwenExportError
-from qwen_export.manifest import MANIFEST, Manifest, load_manifest
+from qwen_export.manifest import DIGEST, MANIFEST, SIGNATURE, Manifest, load_manifest
 from qwen_export.runtimes.backends.integrity import ensure_whole
 
 PYTHON = "3.12"
 """The Python that the wheels are for, and that run.ps1 asks for."""
 PINNED = {"dml": "onnxruntime-directml==1.24.4", "cpu": "onnxruntime"}
-_SHARED = ("numpy", "tokenizers", "jinja2", "click", "rich")
+_SHARED = ("numpy", "tokenizers", "jinja2", "click", "rich", "psutil", "platformdirs")
 _WINDOWS_ONLY = ("colorama==0.4.6",)
 """What packages need on Windows alone: pip takes the conditions for those of the machine that downloads."""
-_SHIPPED = ((qwen_export, "*.py"), (qwen_export.commands, "*.py"), (qwen_export.runtimes, "**/*.py"))
-"""Packages that go with the bundle, and which of their files."""
 _LONGEST_NAME = 120
 """Path within the zip. Windows allows 260 characters in all where long paths are not enabled, and the folder needs some of them."""
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f]|[ .](/|$)')
@@ -45,16 +41,16 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
     say = progress or (lambda name, count: None)
     directory, destination = Path(bundle), Path(output)
     if destination.suffix.lower() != ".zip":
-        raise QwenExportError("the package for Windows is a zip file", got=str(output), fix="Give -o a name that ends in .zip.")
+        raise QwenExportError("the package for Windows is a zip file", got=str(output), fix="Give {output} a name that ends in .zip.")
     if destination.exists():
-        raise QwenExportError("the output exists already", where=str(output), fix="Give another -o.")
+        raise QwenExportError("the output exists already", where=str(output), fix="Give another {output}.")
     manifest = load_manifest(directory)
     if manifest.target.device not in PINNED:
         raise QwenExportError(
             "the bundle is for a device that packages for Windows do not have",
             got=manifest.target.device,
             expected="dml or cpu",
-            fix="Build with --target directml.",
+            fix="Build with {target} directml.",
         )
     if manifest.references:
         raise QwenExportError(
@@ -66,7 +62,7 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
         raise QwenExportError(
             "the bundle has a native library, which was not compiled for Windows",
             got=", ".join(manifest.plugins),
-            fix="Build with --target directml or --target onnx.",
+            fix="Build with {target} directml or onnx.",
         )
     ensure_whole(directory, manifest)
     folder = _safe_folder(destination.stem)
@@ -74,11 +70,16 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
     os.close(descriptor)
     try:
         with zipfile.ZipFile(name, "w", allowZip64=True) as archive, tempfile.TemporaryDirectory() as fetched:
-            for inside, source in _files(directory, manifest, Path(fetched) if wheels else None):
+            for inside, source in package_files(directory, manifest, Path(fetched) if wheels else None):
                 _add(archive, f"{folder}/{inside}", source, say)
         os.replace(name, destination)
     except OSError as error:
-        raise QwenExportError("the package could not be written", where=str(output), got=error.strerror or error) from error
+        raise QwenExportError(
+            "the package could not be written",
+            where=str(output),
+            got=error.strerror or error,
+            fix="Check the path, its permissions and the space on the disk.",
+        ) from error
     finally:
         Path(name).unlink(missing_ok=True)
     return destination
@@ -91,18 +92,18 @@ def requirements(device: str) -> str:
     return "\n".join([backend if "==" in backend else f"{backend}=={importlib.metadata.version(backend)}", *lines, *_WINDOWS_ONLY]) + "\n"
 
 
-def _files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
+def package_files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
     """Names inside the package with their file, or text."""
-    for name in (MANIFEST, *manifest.files):
-        yield f"bundle/{name}", directory / name
+    for name in (MANIFEST, DIGEST, SIGNATURE, *manifest.files):
+        if (directory / name).exists():
+            yield f"bundle/{name}", directory / name
     wanted = requirements(manifest.target.device)
     yield "requirements.txt", wanted
     yield "run.ps1", _RUN
     yield "README.txt", _README
-    for package, pattern in _SHIPPED:
-        root = Path(str(package.__file__)).parent
-        for path in sorted(root.glob(pattern)):
-            yield f"app/{package.__name__.replace('.', '/')}/{path.relative_to(root).as_posix()}", path
+    for module, path in shipped_modules().items():
+        inside = module.replace(".", "/")
+        yield f"app/{inside}/__init__.py" if path.name == "__init__.py" else f"app/{inside}.py", path
     if fetched is not None:
         _download(wanted, fetched)
         for path in sorted(fetched.glob("*.whl")):
@@ -117,7 +118,7 @@ def _download(wanted: str, directory: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), done.stderr.strip()[-200:])
-        raise QwenExportError("pip could not fetch the wheels for Windows", got=reason, fix="Leave out --wheels, or check the network.")
+        raise QwenExportError("pip could not fetch the wheels for Windows", got=reason, fix="Leave out {wheels}, or check the network.")
 
 
 def _safe_folder(stem: str) -> str:

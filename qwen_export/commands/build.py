@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from qwen_export.building.build_plan import BuildPlan, default_precision
-from qwen_export.building.compiler import build
-from qwen_export.building.static_plan import StaticOptions
+from qwen_export.bundles.signatures import check_key, sign_bundle
 from qwen_export.commands.engine_flags import engine_options
-from qwen_export.commands.output import progress_bar, size
+from qwen_export.commands.output import notice, size, verbosity_options
+from qwen_export.commands.param_types import Gigabytes
+from qwen_export.commands.progress import progress
 from qwen_export.engine_options import EngineOptions
-from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
-from qwen_export.manifest import load_manifest
-from qwen_export.plugins.standard.standard_choices import DECOMPOSABLE
-from qwen_export.targets import PRECISIONS, TARGETS
+from qwen_export.errors import QwenExportError
+from qwen_export.extras import needed_for
+from qwen_export.manifest import Manifest, load_manifest
+from qwen_export.targets import DECOMPOSABLE, PRECISIONS, TARGETS
+
+if TYPE_CHECKING:
+    from qwen_export.building.build_plan import BuildPlan
 
 
 @click.command("build")
@@ -39,14 +43,16 @@ from qwen_export.targets import PRECISIONS, TARGETS
     help="TOML file that overrides which matrices int8 or int4 quantizes, and how.",
 )
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
-@click.option("--max-context", type=int, metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit.")
+@click.option(
+    "--max-context", type=click.IntRange(1), metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit."
+)
 @click.option(
     "--rope-scaling",
     metavar="yarn:FACTOR",
     help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
 )
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
-@click.option("--draft-vocab", type=int, metavar="N", help="Draft among the lowest N token ids only; default 65536.")
+@click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
 @click.option("--opset", type=int, metavar="N", help="Version of the ONNX standard; targets onnx and directml.")
@@ -64,10 +70,12 @@ from qwen_export.targets import PRECISIONS, TARGETS
     type=click.Choice(["copy", "reference"]),
     help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Threads that make weights; default one per core.")
-@click.option("--max-memory", type=float, metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
+@click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
+@click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this private ed25519 key (PEM).")
 @engine_options()
+@verbosity_options
 def command(
     checkpoint: Path,
     output: Path,
@@ -87,36 +95,37 @@ def command(
     decompose: tuple[str, ...],
     weights: str,
     jobs: int | None,
-    max_memory: float | None,
+    max_memory: int | None,
     force: bool,
+    sign: Path | None,
     engine: EngineOptions,
 ) -> None:
     """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
     started = time.monotonic()
+    with needed_for("build"):
+        from qwen_export.building.build_plan import default_precision
+        from qwen_export.building.compiler import build
+        from qwen_export.building.static_plan import StaticOptions
+        from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+
     device = device or TARGETS[target].devices[0]
     options = StaticOptions(chunk, step_tokens, opset, decompose)
     if not TARGETS[target].static and options != StaticOptions():
         raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for targets with graphs of fixed sizes")
     if not TARGETS[target].engines and engine != EngineOptions():
         raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
-    columns = (
-        TextColumn("{task.description}", table_column=None),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    if sign is not None:
+        check_key(sign)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
-    with progress_bar(*columns) as bar:
-        task = bar.add_task("", total=None)
+    left = output.absolute().parent / f".{output.name}.partial" / "journal"
+    if left.is_file() and left.stat().st_size:
+        notice(f"going on with the finished weights that an interrupted build has left in {left.parent}")
+    with progress() as report:
 
         def planned(plan: BuildPlan) -> None:
             for line in plan.notes:
-                bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-        def report(name: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{name:.52}", completed=done, total=total or None)
+                notice(line)
 
         build(
             checkpoint,
@@ -133,13 +142,27 @@ def command(
             dump_ir=dump_ir,
             weights=weights,
             jobs=jobs,
-            max_memory=int(max_memory * 1e9) if max_memory is not None else None,
+            max_memory=max_memory,
             force=force,
             options=options,
             engine=engine,
             planned=planned,
             report=report,
         )
-    total = sum(entry.size for entry in load_manifest(output).files.values())
-    click.echo(f"{output}: {size(total)} in {time.monotonic() - started:.1f} s", err=True)
-    click.echo(f"next: qwen-export verify {output} --reference {checkpoint}", err=True)
+    if sign is not None:
+        sign_bundle(output, sign)
+    manifest = load_manifest(output)
+    notice(f"{output}: {size(sum(entry.size for entry in manifest.files.values()))} in {time.monotonic() - started:.1f} s")
+    notice(_next(output, checkpoint, manifest))
+
+
+def _next(output: Path, checkpoint: Path, manifest: Manifest) -> str:
+    """What to do next, where this machine can do it."""
+    from qwen_export.runtimes.backends.compatibility import check_runnable
+
+    command = f"qwen-export verify {shlex.quote(str(output))} --reference {shlex.quote(str(checkpoint))}"
+    try:
+        check_runnable(manifest)
+    except QwenExportError as error:
+        return f"next, on a machine that can run the bundle: {command}\n(here: {error.what})"
+    return f"next: {command}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from qwen_export.commands.output import mixers, size
@@ -36,16 +37,35 @@ def bundle_text(report: dict[str, Any]) -> str:
             f"{report['files']}, {size(report['bytes'])}"
             + (f", and {outside['files']} checkpoint files outside, {size(outside['bytes'])}" if outside["files"] else ""),
         ),
+        _line("manifest", _digest(report["manifest"])),
+        *(
+            [_line("native", f"{', '.join(report['native_libraries'])}: code that runs in the process")]
+            if report["native_libraries"]
+            else []
+        ),
         _line("verified", _verified(report["verification"])),
         "",
         f"Does it run here?              qwen-export check {report['path']}",
-        f"Is it the checkpoint's model?  qwen-export verify {report['path']} --reference CHECKPOINT",
+        f"Is it the checkpoint's model?  qwen-export verify {report['path']} --reference CHECKPOINT" + _where(),
     ]
     return "\n".join(lines)
 
 
+def _where() -> str:
+    """Where `verify` can run, if not here."""
+    try:
+        found = importlib.util.find_spec("torch") is not None
+    except ImportError:
+        found = False
+    return "" if found else "\n                               (where the extra `export` is installed)"
+
+
 def _line(name: str, text: str) -> str:
     return f"{name:10} {text}"
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return f"sha256 {manifest['sha256']}" + (", signed (see check --key)" if manifest["signed"] else "")
 
 
 def _needs(report: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from qwen_export.commands.param_types import Gigabytes
 from qwen_export.engine_options import BOUND, ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, PLUGINS, TILING, EngineOptions
 
 _OPTIONS = (
@@ -22,7 +23,7 @@ _OPTIONS = (
     ),
     click.option("--version-compat", is_flag=True, help="Engines that later versions of TensorRT run, too (not RTX)."),
     click.option("--opt-level", type=click.IntRange(0, 5), metavar="0..5", help="How long TensorRT looks for faster kernels; default 3."),
-    click.option("--workspace", type=float, metavar="GB", help="Scratch memory that kernels may use, in 10^9 bytes; default: all."),
+    click.option("--workspace", type=Gigabytes(), metavar="GB", help="Scratch memory that kernels may use, in 10^9 bytes; default: all."),
     click.option("--aux-streams", type=click.IntRange(min=0), metavar="N", help="Streams of a call besides the first one."),
     click.option(
         "--tiling-level",
@@ -60,13 +61,12 @@ def engine_options(*, rebuilding: bool = False) -> Callable[[Callable[..., Any]]
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
         def called(*arguments: Any, **values: Any) -> Any:
-            workspace = values.pop("workspace")
             engine = EngineOptions(
                 sms=compute_capabilities(values.pop("sm")),
                 hardware_compatibility=values.pop("hardware_compat"),
                 version_compatible=values.pop("version_compat"),
                 opt_level=values.pop("opt_level"),
-                workspace=int(workspace * 1e9) if workspace is not None else None,
+                workspace=values.pop("workspace"),
                 aux_streams=values.pop("aux_streams"),
                 tiling=values.pop("tiling_level"),
                 timing_cache=values.pop("timing_cache"),

@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 # Parameters whose flag is not their name with dashes.
-_OTHER = {"mtp": "--no-mtp", "enable_thinking": "--thinking/--no-thinking", "max_new_tokens": "--max-new-tokens"}
+_OTHER = {
+    "mtp": "--no-mtp",
+    "enable_thinking": "--thinking/--no-thinking",
+    "template_kwargs": "--template-kwarg",
+    "plan_file": "--plan",
+    "hardware_compatibility": "--hardware-compat",
+    "version_compatible": "--version-compat",
+    "sms": "--sm",
+    "tiling": "--tiling-level",
+    "plugins": "--plugin",
+    "native": "--native",
+    "output": "-o",
+    "prompt": "PROMPT",
+    "messages": "PROMPT",
+    "bundle": "BUNDLE",
+    "checkpoint": "CHECKPOINT",
+}
 
 
 def flag(parameter: str) -> str:

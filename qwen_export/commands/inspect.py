@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from qwen_export.bundles.bundle_summary import inspect_bundle, is_bundle
-from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.engine_flags import compute_capabilities
-from qwen_export.commands.output import count, mixers, size
+from qwen_export.commands.output import count, mixers, size, verbosity_options
+from qwen_export.extras import needed_for
 from qwen_export.targets import TARGETS
 
 
@@ -22,12 +22,19 @@ from qwen_export.targets import TARGETS
 @click.option("--sm", metavar="LIST", help="As if engines were built for these compute capabilities, like 86,120.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@verbosity_options
 def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: str | None, as_json: bool) -> None:
     """Say what CHECKPOINT is and what each target can do with it, or what BUNDLE was built for. Reads headers only."""
     bundle = is_bundle(path)
     if bundle and (target or sm or rope_scaling):
         raise click.UsageError("--target, --sm and --rope-scaling are for checkpoints, and this is a bundle")
-    report = inspect_bundle(path) if bundle else inspect_checkpoint(path, rope_scaling, target, compute_capabilities(sm))
+    if bundle:
+        report = inspect_bundle(path)
+    else:
+        with needed_for("inspect of a checkpoint"):
+            from qwen_export.bundles.inspection import inspect_checkpoint
+
+        report = inspect_checkpoint(path, rope_scaling, target, compute_capabilities(sm))
     click.echo(json.dumps(report, indent=1) if as_json else (bundle_text if bundle else _text)(report))
 
 

@@ -1,21 +1,49 @@
-"""How the commands print numbers."""
+"""How the commands print: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress, ProgressColumn
+import click
+
+_QUIET, _NORMAL, _VERBOSE = range(3)
 
 
-def progress_bar(*columns: ProgressColumn) -> Progress:
-    """A bar on stderr that leaves nothing behind, and nothing at all where stderr is not a terminal."""
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
+def _set_level(context: click.Context, option: click.Parameter, value: bool) -> None:
+    if value:
+        context.meta["qwen_export.level"] = _QUIET if option.name == "quiet" else _VERBOSE
+
+
+def verbosity_options(command: Any) -> Any:
+    """The options --quiet and --verbose, which `notice`, `detail` and the progress of the command follow."""
+    quiet = click.option("-q", "--quiet", is_flag=True, expose_value=False, callback=_set_level, help="Print the result and errors only.")
+    verbose = click.option("-v", "--verbose", is_flag=True, expose_value=False, callback=_set_level, help="Print more on stderr.")
+    return quiet(verbose(command))
+
+
+def _level() -> int:
+    context = click.get_current_context(silent=True)
+    return context.meta.get("qwen_export.level", _NORMAL) if context is not None else _NORMAL
+
+
+def is_quiet() -> bool:
+    return _level() == _QUIET
+
+
+def notice(text: str) -> None:
+    """A line on stderr, not with --quiet."""
+    if _level() >= _NORMAL:
+        click.echo(text, err=True)
+
+
+def detail(text: str) -> None:
+    """A line on stderr with --verbose."""
+    if _level() >= _VERBOSE:
+        click.echo(text, err=True)
 
 
 def size(count: int) -> str:
-    """Bytes for people: `1.6 GiB`, `23 MiB`."""
+    """Bytes for people: `1.60 GiB`, `23.0 MiB`."""
     if count >= 1 << 30:
         return f"{count / (1 << 30):.2f} GiB"
     return f"{count / (1 << 20):.1f} MiB"
@@ -28,5 +56,5 @@ def mixers(model: dict[str, Any]) -> str:
 
 
 def count(number: int) -> str:
-    """A number of parameters: `752 M`, `26.9 B`."""
+    """A number of parameters: `752.4 M`, `26.90 B`."""
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"

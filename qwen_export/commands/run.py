@@ -3,71 +3,92 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_export.commands.output import progress_bar
-from qwen_export.commands.speculate import speculate_option
-from qwen_export.commands.weight_budget import weight_budget_option
-from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.backends.integrity import ensure_whole
-from qwen_export.runtimes.decoding.generation import SpeculationStatistics, Statistics
-from qwen_export.runtimes.model import Generation, Model, Speculate, load
-from qwen_export.runtimes.text.reasoning import Reasoning
+from qwen_export.commands.answer import print_answer, print_json, prompt_progress, read_prompt_first
+from qwen_export.commands.hashing import hash_with_progress
+from qwen_export.commands.load_options import load_options
+from qwen_export.commands.output import verbosity_options
+from qwen_export.commands.param_types import Finite, KeyValue
+from qwen_export.commands.prompt_source import read_prompt
+from qwen_export.extras import needed_for
+
+if TYPE_CHECKING:
+    from qwen_export.runtimes.model import Generation, Model
 
 
 @click.command("run")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("prompt")
-@click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it stands.")
+@click.argument("prompt", required=False)
+@click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a UTF-8 file instead.")
+@click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it is.")
 @click.option("--system", help="System message (implies --chat).")
 @click.option("--thinking/--no-thinking", "thinking", default=None, help="Overrides the template's default (implies --chat).")
 @click.option(
     "--preserve-thinking", is_flag=True, default=None, help="Keep past reasoning in the prompt, where the template can (implies --chat)."
 )
-@click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full.")
-@click.option("--temperature", type=float)
-@click.option("--top-p", type=float)
+@click.option(
+    "--template-kwarg",
+    "template_kwarg",
+    type=KeyValue(),
+    multiple=True,
+    help="A variable of the chat template (implies --chat); repeatable.",
+)
+@click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
+@click.option("--temperature", type=Finite())
+@click.option("--top-p", type=Finite())
 @click.option("--top-k", type=int)
-@click.option("--min-p", type=float)
-@click.option("--presence-penalty", type=float)
+@click.option("--min-p", type=Finite())
+@click.option("--presence-penalty", type=Finite())
 @click.option("--seed", type=int)
 @click.option("--greedy", is_flag=True, default=None, help="Always the likeliest token.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
-@click.option("--threads", type=int, metavar="N", help="CPU threads; default one per core.")
-@click.option("--repack", is_flag=True, help="CPU: copy the weights into the kernels' order: slower load, faster steps.")
-@weight_budget_option
-@speculate_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, reasoning, token ids and statistics at the end.")
+@load_options()
+@verbosity_options
 def command(
     bundle: Path,
-    prompt: str,
+    prompt: str | None,
+    prompt_file: Path | None,
     chat: bool,
     system: str | None,
     thinking: bool | None,
     preserve_thinking: bool | None,
+    template_kwarg: tuple[tuple[str, Any], ...],
     max_new_tokens: int | None,
     max_context: int | None,
-    threads: int | None,
-    repack: bool,
-    weight_budget: int | None,
-    speculate: Speculate,
+    as_json: bool,
+    loading: dict[str, Any],
     **sampling: Any,
 ) -> None:
-    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat."""
+    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-` is stdin, `@FILE` a file."""
+    text = read_prompt(prompt, prompt_file)
+    with needed_for("run"):
+        from qwen_export.runtimes.model import load
     hash_with_progress(bundle)
-    model = load(bundle, max_context=max_context, threads=threads, repack=repack, speculate=speculate, weight_budget=weight_budget)
+    model = load(bundle, max_context=max_context, **loading)
     given = {name: value for name, value in sampling.items() if value is not None}
-    if chat or any(option is not None for option in (system, thinking, preserve_thinking)):
-        generation = _answer(model, prompt, system, thinking, preserve_thinking, given, max_new_tokens)
-    else:
-        params = dataclasses.replace(model.recommended(False), **given)
-        generation = model.complete(prompt, sampling=params, max_new_tokens=max_new_tokens)
-    try:
-        _print(generation)
-    finally:
-        click.echo(_summary(generation.statistics), err=True)
+    chats = chat or bool(template_kwarg) or any(option is not None for option in (system, thinking, preserve_thinking))
+    with ExitStack() as stack:
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": stack.enter_context(prompt_progress())}
+        if template_kwarg:
+            options["template_kwargs"] = dict(template_kwarg)
+        if chats:
+            generation = _answer(model, text, system, thinking, preserve_thinking, given, options)
+        else:
+            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **given), **options)
+
+        def events() -> Iterator[Any]:
+            with stack:  # the progress of the prompt ends before the first token is printed
+                started = read_prompt_first(generation)
+            return started
+
+        (print_json if as_json else print_answer)(generation, events)
 
 
 def _answer(
@@ -77,7 +98,7 @@ def _answer(
     thinking: bool | None,
     preserve_thinking: bool | None,
     given: dict[str, Any],
-    max_new_tokens: int | None,
+    options: dict[str, Any],
 ) -> Generation:
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
@@ -87,43 +108,5 @@ def _answer(
         enable_thinking=thinking,
         preserve_thinking=preserve_thinking,
         sampling=dataclasses.replace(model.recommended(thinks), **given),
-        max_new_tokens=max_new_tokens,
+        **options,
     )
-
-
-def _print(generation: Generation) -> None:
-    """Reasoning dim, the answer plain."""
-    reasoning = False
-    for event in generation.events():
-        if isinstance(event, Reasoning) != reasoning:
-            reasoning = not reasoning
-            if not reasoning:
-                click.echo("\n")
-        click.echo(click.style(event.text, dim=True) if reasoning else event.text, nl=False)
-    click.echo()
-
-
-def _summary(s: Statistics) -> str:
-    read = f"{s.prompt_tokens} prompt tokens" + (f" ({s.reused_tokens} reused)" if s.reused_tokens else "")
-    return (
-        f"{read}, first token after {s.first_token_s:.3f} s ({s.prefill_tok_per_s:.0f} tok/s), "
-        f"{s.new_tokens} new tokens at {s.decode_tok_per_s:.1f} tok/s, {s.finish or 'context full'}{_drafts(s.speculation)}"
-    )
-
-
-def _drafts(s: SpeculationStatistics) -> str:
-    if not sum(s.drafted):
-        return ""
-    shares = " / ".join(f"{share:.0%}" for share in s.acceptance)
-    return (
-        f"\n{s.rounds} rounds of {s.tokens_per_round:.2f} tokens, drafts kept {shares}; "
-        f"draft {s.draft_s:.2f} s, verify {s.verify_s:.2f} s, host {s.host_s:.2f} s"
-    )
-
-
-def hash_with_progress(bundle: Path) -> None:
-    """The first look at a bundle hashes it; show how far that is."""
-    manifest = load_manifest(bundle)
-    with progress_bar() as bar:
-        task = bar.add_task("checking files", total=sum(entry.size for entry in manifest.files.values()))
-        ensure_whole(bundle, manifest, lambda name, n: bar.update(task, advance=n))

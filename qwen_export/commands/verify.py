@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.console import Console
 
-from qwen_export.commands.layer_table import print_layers
+from qwen_export.commands.load_options import load_options
+from qwen_export.commands.output import verbosity_options
+from qwen_export.commands.progress import progress
 from qwen_export.errors import VerifyError
-from qwen_export.verification.logit_check import as_lines, dump, verify
+from qwen_export.extras import needed_for
 
 _REPORT = "Please report this with the output above."
 
@@ -19,26 +21,33 @@ _REPORT = "Please report this with the output above."
 @click.option("--reference", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was built from.")
 @click.option("--per-layer", is_flag=True, help="Compare layer by layer instead, to see where they part and how large values become.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool) -> None:
+@load_options(speed=False)
+@verbosity_options
+def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool, loading: dict[str, Any]) -> None:
     """Compare BUNDLE with its checkpoint: eager modules, and transformers where installed."""
     if per_layer:
-        _layers(bundle, reference, as_json)
+        _layers(bundle, reference, as_json, loading)
         return
-    with Console(stderr=True).status("loading") as status:
-        result = verify(bundle, reference, report=lambda text: status.update(text))
+    with needed_for("verify"):
+        from qwen_export.verification.logit_check import as_lines, dump, verify
+    with progress("") as report:
+        result = verify(bundle, reference, report=report, **loading)
     click.echo(dump(result) if as_json else "\n".join(as_lines(result)))
     if not result["passed"]:
         failed = [check["name"] for check in result["checks"] if not check["passed"]]
         raise VerifyError(
-            "the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="See where with --per-layer. " + _REPORT
+            "the bundle is not the same model as its checkpoint", got=", ".join(failed), fix="See where with {per_layer}. " + _REPORT
         )
 
 
-def _layers(bundle: Path, reference: Path, as_json: bool) -> None:
-    from qwen_export.verification.layer_check import verify_layers
+def _layers(bundle: Path, reference: Path, as_json: bool, loading: dict[str, Any]) -> None:
+    with needed_for("verify --per-layer"):
+        from qwen_export.commands.layer_table import print_layers
+        from qwen_export.verification.layer_check import verify_layers
+        from qwen_export.verification.logit_check import dump
 
-    with Console(stderr=True).status("loading") as status:
-        result = verify_layers(bundle, reference, report=lambda text: status.update(text))
+    with progress("") as report:
+        result = verify_layers(bundle, reference, report=report, **loading)
     if as_json:
         click.echo(dump(result))
     else:
@@ -46,9 +55,9 @@ def _layers(bundle: Path, reference: Path, as_json: bool) -> None:
     if not result["passed"]:
         first = next(row for row in result["layers"] if row["passed"] is False)
         raise VerifyError(
-            "the bundle parts from its checkpoint",
+            "the bundle differs from its checkpoint",
             where=first["name"] + (f", {first['origin']}" if first["origin"] else ""),
             got=first["note"] if first["error"] is None else f"an error of {first['error']:.1e}",
             expected="" if first["error"] is None else f"at most {result['tolerance']:.1e}",
-            fix="Build in fp32 or bf16: fp16 ends at 65504." if first["error"] is None and result["warnings"] else _REPORT,
+            fix="Build in fp32 or bf16: the largest value of fp16 is 65504." if first["error"] is None and result["warnings"] else _REPORT,
         )

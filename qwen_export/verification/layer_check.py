@@ -1,9 +1,9 @@
-"""Where a bundle leaves its checkpoint: compiled graph and eager model, layer by layer.
+"""Where a bundle differs from its checkpoint: compiled graph and eager model, layer by layer.
 
 The bundle reads a text through its own runtime, as a prompt, in steps and as drafts, with graphs that also give out what passes between
 their layers. The eager model reads the same text in fp32, each layer starting from the stream that the bundle's layer started from: the
 error of a layer is then its own, and one tolerance serves the first and the last. How far the streams have drifted apart, and how large
-values become, is told besides: fp16 ends at 65504.
+values become, is reported, too: the largest value of fp16 is 65504.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PR
 from qwen_export.graphs.models.observed_layers import Floats, Observation, observe
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.backends.compatibility import check_runnable
+from qwen_export.runtimes.backends.compatibility import check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
+from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.memory.buffers import Buffer
@@ -45,7 +46,7 @@ WARN_SHARE = 0.25
 PROMPT_TOKENS, STEPS, DRAFTS = 72, 4, 4
 _HEAD = "norm and head"
 
-Report = Callable[[str], None]
+Report = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +71,39 @@ class LayerResult:
     note: str = ""
 
 
-def verify_layers(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
+def verify_layers(
+    bundle: str | Path,
+    reference: str | Path,
+    report: Report | None = None,
+    *,
+    device: str | None = None,
+    device_id: int = 0,
+    native: str | None = None,
+) -> dict[str, Any]:
     """Compare layer by layer; the result has `passed`, `first` (the name of the first row over its tolerance, or ""), `tolerance`, `layers`
     and `warnings`. Nothing is written to the bundle.
 
-    Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model, and where the
-    bundle cannot show its layers."""
-    from qwen_export.graphs.models.load_model import load_decoder
+    Needs memory for the bundle and for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model, and
+    where the bundle cannot show its layers."""
+    from qwen_export.verification.streamed_decoder import streamed_decoder
 
-    say = report or (lambda name: None)
+    tell = report or (lambda text, done, total: None)
+
+    def say(text: str) -> None:
+        tell(text, 0, 0)
+
     comparators()
     directory = Path(bundle)
     manifest = load_manifest(directory)
     source = reference_checkpoint(manifest, reference)
     ensure_whole(directory, manifest)
-    check_runnable(manifest)
+    manifest = for_device(manifest, device)
+    check_runnable(manifest, device_id)
+    check_native(directory, manifest, native)
     text = source.config.text
     say("graphs with their layers as outputs")
     with layer_graphs(directory, manifest, text) as (graphs, changed):
-        session = open_backend(directory, changed, OpenOptions(graphs=graphs))
+        session = open_backend(directory, changed, OpenOptions(graphs=graphs, device_id=device_id))
         count = min(PROMPT_TOKENS + STEPS + DRAFTS + 1, manifest.max_context)
         decoder = Model(directory, changed, {name: session(name) for name in changed.graphs}, count).decoder()
         ids = np.random.default_rng(0).integers(0, text.vocab_size, count).tolist()
@@ -98,7 +113,8 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
         del decoder, session
     say("eager model")
     quantized = manifest.target.precision in QUANTIZED
-    model = load_decoder(source, reference_plan(source, manifest.precision_plan) if quantized else None)
+    plan = reference_plan(source, manifest.precision_plan) if quantized else None
+    model = streamed_decoder(source, plan, lambda layer, count: tell("eager model, layers", layer, count))
     alone = observe(model, ids)
     beside = observe(model, ids, seen.streams())
     activations = manifest.precision_plan["activations"]
@@ -117,7 +133,7 @@ def verify_layers(bundle: str | Path, reference: str | Path, report: Report | No
 
 
 class _Seen:
-    """What a bundle's graphs said of a text of `count` tokens. Not every graph has every point: a prompt without logits needs no last
+    """What a bundle's graphs gave out for a text of `count` tokens. Not every graph has every point: a prompt without logits needs no last
     layer."""
 
     def __init__(self, widths: Mapping[str, int], count: int) -> None:
@@ -235,11 +251,15 @@ def _short(point: str) -> str:
 
 
 def _warnings(rows: list[LayerResult]) -> list[str]:
-    """A sentence per layer whose values come near the end of fp16, or pass it."""
+    """A message per layer whose values come near the largest of fp16, or pass it."""
     names = {MIXER: "the result of its mixer", PRODUCT: "the product in its MLP"}
     return [
         f"{row.name}: {names.get(row.at, 'the residual stream')} reaches {row.reach:.4g} in fp32, "
-        + (f"{row.fp16_share:.0%} of what fp16 can hold" if row.fp16_share <= 1 else f"and fp16 ends at {FP16_MAX:.0f}: it overflows")
+        + (
+            f"{row.fp16_share:.0%} of what fp16 can hold"
+            if row.fp16_share <= 1
+            else f"and the largest value of fp16 is {FP16_MAX:.0f}: it overflows"
+        )
         for row in rows
         if row.fp16_share is not None and row.reach is not None and row.fp16_share > WARN_SHARE
     ]

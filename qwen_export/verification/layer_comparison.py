@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.errors import VerifyError
+from qwen_export.extras import needed_for
 
 Floats = npt.NDArray[np.float32]
 
@@ -52,9 +52,7 @@ def _run(comparator: Any, got: Mapping[str, Floats], expected: Mapping[str, Floa
 
 
 def comparators() -> Any:
-    """polygraphy.comparator. Raises VerifyError where it is not installed."""
-    try:
+    """polygraphy.comparator. Raises MissingExtra where it is not installed."""
+    with needed_for("verify --per-layer"):
         from polygraphy import comparator
-    except ImportError as error:
-        raise VerifyError("the comparison of layers needs polygraphy", fix="pip install 'polygraphy>=0.53'.") from error
     return comparator

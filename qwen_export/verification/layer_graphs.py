@@ -1,6 +1,6 @@
-"""The graphs of a bundle that also say what passes between and inside their layers: the same nodes and weights, more outputs.
+"""The graphs of a bundle that also give out what passes between and inside their layers: the same nodes and weights, more outputs.
 
-They are written to a temporary directory; the weights stay where they lie. For a target that compiles its graphs while the bundle is built
+They are written to a temporary directory; the weights stay in place. For a target that compiles its graphs while the bundle is built
 they are compiled once more, from the ONNX that the bundle carries.
 """
 
@@ -26,7 +26,7 @@ _INPUT = "input_ids"
 
 @contextmanager
 def layer_graphs(bundle: Path, manifest: Manifest, config: TextConfig) -> Iterator[tuple[Path, Manifest]]:
-    """The directory of those graphs, and the bundle's manifest with them in the place of its own; both end with the context. There is no
+    """The directory of those graphs, and the bundle's manifest with them instead of its own; both end with the context. There is no
     draft head among them.
 
     Raises VerifyError for a bundle whose graphs do not name their layers, or that has no graphs to compile."""
@@ -45,9 +45,9 @@ def _with_points(bundle: Path, manifest: Manifest, name: str, config: TextConfig
     # The last layer's output is left out of a graph without logits.
     if point_name(0, OUTPUT) not in values:
         raise VerifyError(
-            "the graphs of this bundle do not say where their layers end: an older version has built it",
+            "the graphs of this bundle do not name where their layers end: an older version has built it",
             where=spec.file,
-            fix="Build it again, or verify it without --per-layer.",
+            fix="Build it again, or verify it without {per_layer}.",
         )
     tokens = next(tensor.shape for tensor in spec.inputs if tensor.name == _INPUT)
     outputs = []
@@ -74,7 +74,7 @@ def _onnx(bundle: Path, manifest: Manifest, name: str) -> Path:
         raise VerifyError(
             "the layers of an engine show only if it is compiled again, and the bundle does not carry its graphs",
             where=str(bundle),
-            fix="Build it with --carry-onnx.",
+            fix="Build it with {carry_onnx}.",
         )
     from qwen_export.building.engines import onnx_file
 

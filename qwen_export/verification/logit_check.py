@@ -16,6 +16,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +28,28 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_tensors
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import MANIFEST, ROPE_SCALING, Manifest, load_manifest
+from qwen_export.manifest import ROPE_SCALING, Manifest, load_manifest, write_manifest
 from qwen_export.plugins.native.native_search import find_search
+from qwen_export.runtimes.backends.compatibility import psutil_memory
 from qwen_export.runtimes.decoding.decoder import Decoder
-from qwen_export.runtimes.model import load
+from qwen_export.runtimes.model import Model, load
+from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 
 # Largest allowed |error| of a logit, in standard deviations of the reference's logits. transformers itself, in fp16 and bf16, is off by
 # 0.05 and 0.34 on the 0.8B shape.
 TOLERANCE = {"fp32": 1.5e-4, "tf32": 0.01, "fp16": 0.08, "bf16": 0.5, "int8": 0.5, "int4": 0.5, "fp8": 0.5}
-# Quantized: the largest error is a matter of luck, so the root mean square decides, in the same unit. "activations": against the same
+# Quantized: the largest error varies from text to text, so the root mean square decides, in the same unit. "activations": against the same
 # rounded weights; else against those of the checkpoint.
 RMS_TOLERANCE = {"activations": 0.1, "int8": 0.15, "int4": 0.85, "fp8": 0.5}
 PROMPT_TOKENS, GREEDY_TOKENS = 48, 24
 _CAPACITY = 128
 
 Logits = npt.NDArray[np.float32]
-Report = Callable[[str], None]
+Report = Callable[[str, int, int], None]
+"""Progress: what is done now and what is counted, how many are done, how many there are; 0 where nothing is counted."""
+
+Count = Callable[[int], object]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,58 +64,89 @@ class Check:
     note: str = ""
 
 
-def verify(bundle: str | Path, reference: str | Path, report: Report | None = None) -> dict[str, Any]:
-    """Run every check; the result has `passed`, `logit_std` and `checks`, and is written to the bundle's manifest.
+def verify(
+    bundle: str | Path,
+    reference: str | Path,
+    report: Report | None = None,
+    *,
+    device: str | None = None,
+    device_id: int = 0,
+    native: str | None = None,
+) -> dict[str, Any]:
+    """Run every check; the result has `passed`, `logit_std`, `checks` and `skipped`, and is written to the bundle's manifest. `device`,
+    `device_id` and `native` as in `runtimes.load`.
 
-    Needs memory for the bundle and for the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
-    say = report or (lambda name: None)
+    Needs memory for the bundle, then for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
+    say = report or (lambda text, done, total: None)
     directory = Path(bundle)
     manifest = load_manifest(directory)
+    check_text(directory, manifest.files)
     source = reference_checkpoint(manifest, reference)
-    say("loading the bundle")
-    model = load(directory, max_context=min(_CAPACITY, manifest.max_context))
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
-    say("eager reference")
-    eager = _eager(source)
-    expected = eager(ids)
-    scale = float(expected.std())
-    limit = TOLERANCE[arithmetic(manifest, manifest.target.precision)] * scale
-    decoder = model.decoder()
+    say("loading the bundle", 0, 0)
+    capacity = min(_CAPACITY, manifest.max_context)
+    run = _run_bundle(load(directory, max_context=capacity, device=device, device_id=device_id, native=native), ids, say)
     quantized = manifest.target.precision in QUANTIZED
+    text = [*ids, *run.chosen]
+    # One call, since a call reads the whole checkpoint: a later token changes nothing before it.
+    exact = _eager(source, None, text, say, "eager")
+    plain = exact[: len(ids)]
+    scale = float(plain.std())
+    limit = TOLERANCE[arithmetic(manifest, manifest.target.precision)] * scale
 
     def compared(name: str, against: str, got: Logits, wanted: Logits, rounding: str) -> Check:
         return _rms(name, against, got, wanted, RMS_TOLERANCE[rounding]) if quantized else _logits(name, against, got, wanted, limit)
 
     checks: list[Check] = []
-    against = "eager"
+    against, rows = "eager", exact
     if quantized:
-        checks.append(compared("quantization", against, _one_call(decoder, ids), expected, manifest.target.precision))
-        del eager
-        say("eager reference with the quantized weights")
-        eager, against = _eager(source, reference_plan(source, manifest.precision_plan)), "eager, quant."
-        expected = eager(ids)
-    checks += [compared(name, against, run(decoder, ids), expected, "activations") for name, run in _announced(say)]
-    checks.append(_rewind(decoder, ids))
-    say("greedy continuation")
-    checks.append(_greedy(decoder, eager, ids, limit))
-    del eager  # transformers wants the memory
-    # transformers may take the codes of a quantized checkpoint for weights without a word.
-    if importlib.util.find_spec("transformers") and not source.config.quantization:
-        say("transformers")
+        checks.append(compared("quantization", against, run.logits["prefill"], plain, manifest.target.precision))
+        against = "eager, quant."
+        rows = _eager(source, reference_plan(source, manifest.precision_plan), text, say, "eager, quantized weights")
+    checks += [compared(name, against, got, rows[: len(ids)], "activations") for name, got in run.logits.items()]
+    checks.append(run.rewind)
+    checks.append(_greedy(run.chosen, rows[len(ids) - 1 : -1], limit))
+    skipped = _no_transformers(source)
+    if not skipped:
+        say("transformers", 0, 0)
         theirs = _transformers(source, ids, ROPE_SCALING in manifest.source)
-        checks.append(compared("prefill", "transformers", _one_call(decoder, ids), theirs, manifest.target.precision))
+        checks.append(compared("prefill", "transformers", run.logits["prefill"], theirs, manifest.target.precision))
     result = {
         "passed": all(check.passed for check in checks),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "precision": manifest.target.precision,
         "logit_std": scale,
         "checks": [dataclasses.asdict(check) for check in checks],
+        "skipped": {"transformers": skipped} if skipped else {},
     }
-    updated = dataclasses.replace(manifest, verification=result)
-    temporary = directory / f".{MANIFEST}.{os.getpid()}"
-    temporary.write_text(updated.to_json(), encoding="utf-8")
-    temporary.replace(directory / MANIFEST)
+    write_manifest(directory, dataclasses.replace(manifest, verification=result))
     return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _BundleRun:
+    """What the bundle made of a text: logits [T,V] by the way it was read, the check of going back, and the tokens that follow."""
+
+    logits: dict[str, Logits]
+    rewind: Check
+    chosen: list[int]
+
+
+def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
+    decoder = model.decoder()
+
+    def counted(name: str) -> Count:
+        return lambda done: say(f"{name}, tokens", done, len(ids))
+
+    logits = {name: run(decoder, ids, counted(name)) for name, run in _RUNS}
+    rewind = _rewind(decoder, ids)
+    decoder.reset()
+    row, chosen = decoder.prefill(ids), list[int]()
+    for _ in range(GREEDY_TOKENS):
+        say("greedy continuation, tokens", len(chosen), GREEDY_TOKENS)
+        chosen.append(int(row.argmax()))
+        row = decoder.step([chosen[-1]])[0]
+    return _BundleRun(logits, rewind, chosen)
 
 
 def reference_checkpoint(manifest: Manifest, reference: str | Path) -> Checkpoint:
@@ -117,42 +154,44 @@ def reference_checkpoint(manifest: Manifest, reference: str | Path) -> Checkpoin
     source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
     if source.config.text.to_json() != manifest.model:
         raise VerifyError(
-            "the reference is not the checkpoint that the bundle was built from", where=str(reference), fix="Give that checkpoint."
+            "the reference is not the checkpoint that the bundle was built from",
+            where=str(reference),
+            fix="Give that checkpoint as {reference}.",
         )
     return source
 
 
-def _one_call(decoder: Decoder, ids: list[int]) -> Logits:
+def _one_call(decoder: Decoder, ids: list[int], read: Count) -> Logits:
     decoder.reset()
+    read(0)
     return decoder.read(ids).copy()
 
 
-def _chunked(decoder: Decoder, ids: list[int]) -> Logits:
-    """Chunks of 1, 2, 3, ... tokens: every split falls somewhere else in the convolution's window."""
+def _chunked(decoder: Decoder, ids: list[int], read: Count) -> Logits:
+    """Chunks of 1, 2, 3, ... tokens: every split is at another place in the convolution's window."""
     decoder.reset()
     parts, start, size = [], 0, 1
     while start < len(ids):
         parts.append(decoder.read(ids[start : start + size]).copy())
         start, size = start + size, size + 1
+        read(min(start, len(ids)))
     return np.concatenate(parts)
 
 
-def _token_by_token(decoder: Decoder, ids: list[int]) -> Logits:
+def _token_by_token(decoder: Decoder, ids: list[int], read: Count) -> Logits:
     decoder.reset()
-    return np.concatenate([decoder.step([token]).copy() for token in ids])
+    rows = []
+    for token in ids:
+        rows.append(decoder.step([token]).copy())
+        read(len(rows))
+    return np.concatenate(rows)
 
 
-_RUNS: tuple[tuple[str, Callable[[Decoder, list[int]], Logits]], ...] = (
+_RUNS: tuple[tuple[str, Callable[[Decoder, list[int], Count], Logits]], ...] = (
     ("prefill", _one_call),
     ("chunked prefill", _chunked),
     ("decode", _token_by_token),
 )
-
-
-def _announced(say: Report) -> Any:
-    for name, run in _RUNS:
-        say(name)
-        yield name, run
 
 
 def arithmetic(manifest: Manifest, activations: str) -> str:
@@ -188,26 +227,31 @@ def _rewind(decoder: Decoder, ids: list[int]) -> Check:
     return Check("snapshot, restore, rewind", "itself", error, 0.0, error == 0.0)
 
 
-def _greedy(decoder: Decoder, eager: Callable[[list[int]], Logits], ids: list[int], limit: float) -> Check:
-    """Greedy tokens of the bundle against the eager model on the same text; a difference counts only beyond the tolerance."""
-    decoder.reset()
-    logits, chosen = decoder.prefill(ids), []
-    for _ in range(GREEDY_TOKENS):
-        chosen.append(int(logits.argmax()))
-        logits = decoder.step([chosen[-1]])[0]
-    rows = eager([*ids, *chosen])[len(ids) - 1 : -1]
+def _greedy(chosen: list[int], rows: Logits, limit: float) -> Check:
+    """Greedy tokens of the bundle against the logits of the eager model on the same text; a difference counts only beyond the tolerance."""
     gaps = rows.max(axis=1) - rows[np.arange(len(chosen)), chosen]
     ties, wrong = int(((gaps > 0) & (gaps <= 2 * limit)).sum()), int((gaps > 2 * limit).sum())
     return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
 
 
-def _eager(source: Checkpoint, quantization: PrecisionPlan | None = None) -> Callable[[list[int]], Logits]:
-    """The eager modules in fp32 with the checkpoint's weights, or what a plan makes of them: a function from token ids to logits [T,V]."""
+def _eager(source: Checkpoint, quantization: PrecisionPlan | None, ids: list[int], say: Report, name: str) -> Logits:
+    """Logits [T,V] of the eager modules in fp32 with the checkpoint's weights, or what a plan makes of them."""
     from qwen_export.graphs.models.eager_sequence import EagerSequence
-    from qwen_export.graphs.models.load_model import load_decoder
+    from qwen_export.verification.streamed_decoder import streamed_decoder
 
-    model = load_decoder(source, quantization)
-    return lambda ids: EagerSequence(model, _CAPACITY).read(ids)
+    model = streamed_decoder(source, quantization, lambda layer, count: say(f"{name}, layers", layer, count))
+    return EagerSequence(model, len(ids)).read(ids)
+
+
+def _no_transformers(source: Checkpoint) -> str:
+    """Why there is no comparison with transformers; "" when there is one."""
+    if not importlib.util.find_spec("transformers"):
+        return "not installed"
+    if source.config.quantization:
+        return "it may take the codes of a quantized checkpoint for weights"
+    need = 4 * sum(prod(shape) for _, shape in stored_tensors(source.config.text, StoredLayout.of(source)))
+    have = int(psutil_memory().available)
+    return f"it needs {need / 2**30:.1f} GiB of memory, and {have / 2**30:.1f} GiB are free" if need > have else ""
 
 
 def reference_plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
@@ -221,7 +265,7 @@ def reference_plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan
 
 
 def _transformers(source: Checkpoint, ids: list[int], scaled: bool) -> Logits:
-    """Its logits; `scaled`: with the bundle's scaling of the rotary embedding in the place of that of config.json."""
+    """Its logits; `scaled`: with the bundle's scaling of the rotary embedding instead of that of config.json."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
     import transformers
@@ -255,6 +299,7 @@ def as_lines(result: dict[str, Any]) -> list[str]:
             else f"max |error| {check['max_abs_error']:.2e} (limit {check['tolerance']:.1e})"
         )
         lines.append(f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']:26} against {check['against']:12} {error}")
+    lines += [f"  --   {name}: not run, {why}" for name, why in result.get("skipped", {}).items()]
     return lines
 
 

@@ -76,6 +76,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
     "cuLaunchKernel": [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p],
 }
 _thread = threading.local()
+_several: set[int] = set()  # devices other than the first that were used
 
 
 @cache
@@ -123,7 +124,7 @@ def ensure_context() -> None:
     current = c_void_p()
     call("cuCtxGetCurrent", ctypes.byref(current))
     if not current.value:
-        use_device(0)
+        call("cuCtxSetCurrent", _primary_context(0))
     _thread.ready = True
 
 
@@ -136,7 +137,14 @@ def current_context() -> int:
 
 
 def use_device(device_id: int) -> None:
-    """Make a device the one that the calling thread works on."""
+    """Make a device the one that the calling thread works on.
+
+    As long as a process uses the first device only, its threads have that one since their first call, and a step need not name it some ten
+    times. Once another one is used, every operation does: a backend may have changed the thread's device in between."""
+    if not device_id and not _several:
+        ensure_context()
+        return
+    _several.add(device_id)
     call("cuCtxSetCurrent", _primary_context(device_id))
     _thread.ready = True
 

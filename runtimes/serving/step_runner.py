@@ -90,7 +90,8 @@ class StepRunner:
             limit = self.decoder.capacity - len(call.text)
             if call.room is not None:
                 limit = min(limit, call.room - 1)
-            counts[call.slot] = max(0, min(length, limit))
+            begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
+            counts[call.slot] = max(0, min(length, limit)) if begun else 0
         return counts
 
     def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:

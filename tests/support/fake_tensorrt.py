@@ -20,6 +20,7 @@ import onnxruntime as ort
 from qwen_export.manifest import MANIFEST, hash_file, load_manifest
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import FLAVOURS, Library
 from tests.support.fake_driver import FakeDriver
+from tests.support.manifests import write_raw
 
 VERSION = "1.5.0.114"
 _TYPES = {1: "FLOAT", 10: "HALF", 6: "INT32", 7: "INT64"}
@@ -59,7 +60,7 @@ def engine_bundle(bundle: Path, output: Path, weights: str = "inputs", **engine:
         manifest["files"][graph] = {"size": entry.size, "sha256": entry.sha256}
     manifest["target"] |= {"backend": "tensorrt-rtx", "device": "cuda", "minimum_backend": VERSION}
     manifest["engine"] = {"version": VERSION, "sms": ["89"], "minimum_cuda": "12.0", **engine}
-    (output / MANIFEST).write_text(json.dumps(manifest))
+    write_raw(output, json.dumps(manifest))
     load_manifest(output)
     return output
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
+from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
 from qwen_export.runtimes.memory.device import Device
@@ -55,6 +56,7 @@ class OnnxRuntimeSession:
 
         if device.kind == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()  # CUDA and cuDNN from their Python packages, where the system has none
+        ort.disable_telemetry_events()  # nothing leaves the machine
         options = ort.SessionOptions()
         options.log_severity_level = 4  # failures arrive as exceptions
         options.intra_op_num_threads = threads or 0  # 0: one per physical core
@@ -116,7 +118,11 @@ class OnnxRuntimeSession:
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
             graph: str | bytes = str(path) if folder is None else path.read_bytes()
-            return ort.InferenceSession(graph, options, providers=providers)
+            native = ort.InferenceSession(graph, options, providers=providers)
+            check_signature(native, self.spec, path)
+            return native
+        except BundleError:
+            raise
         except Exception as error:  # ONNX Runtime raises several unrelated types
             raise BundleError(
                 "ONNX Runtime could not load the graph",
