@@ -34,6 +34,8 @@ from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
 
+PREFIX_MEMORY = 1 << 30
+"""Bytes for beginnings of prompts, when the caller names none."""
 RESERVE = 64
 """Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
 
@@ -68,7 +70,7 @@ class Engine:
         make_decoder: Callable[[], Decoder],
         *,
         cache_memory: int | None = None,
-        prefix_memory: int = 1 << 30,
+        prefix_memory: int = PREFIX_MEMORY,
         drafts: int | str = "auto",
         max_waiting: int | None = None,
         reserve: int = RESERVE,
@@ -106,7 +108,7 @@ class Engine:
         slots: int = 8,
         *,
         cache_memory: int | None = None,
-        prefix_memory: int = 1 << 30,
+        prefix_memory: int = PREFIX_MEMORY,
         max_waiting: int | None = None,
         reserve: int = RESERVE,
     ) -> Engine:
