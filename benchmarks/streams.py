@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
     counts = [int(part) for part in given.streams.split(",")]
-    context = max(given.prompt_tokens, 2 * given.long_prompt) + given.new_tokens + 1
+    context = max(given.prompt_tokens, 4 * given.long_prompt) + 8 * given.new_tokens
     model = load(given.bundle, threads=given.threads, speculate=given.speculate, max_context=context)
     rows = measure_streams(model, counts, given.prompt_tokens, given.new_tokens, given.rounds, lambda line: None)
     print(streams_text(rows))

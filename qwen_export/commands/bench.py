@@ -71,7 +71,7 @@ def _bench_streams(
 
         check_plot(plot)
     hash_with_progress(bundle)
-    model = load(bundle, max_context=prompt_tokens + new_tokens + 1, **loading)
+    model = load(bundle, max_context=prompt_tokens + 8 * new_tokens, **loading)
     with progress("streams") as report:
         rows = measure_streams(model, streams, prompt_tokens, new_tokens, 3, lambda line: report(line, 0, 0))
     click.echo(json.dumps(rows, indent=1) if as_json else streams_text(rows))

@@ -12,6 +12,8 @@ SMALLEST = 8
 """Tokens of the smallest part. A smaller one would save little: the weights are read for one token as for eight."""
 _FOLLOW = 0.25
 # How fast a mean follows: one slow step of a busy machine moves it by a quarter.
+_AIM = 0.9
+# The share of the longest time that is planned for: what is measured varies.
 _FORGET = 0.995
 # What the time of a size still counts after a step that read a smaller one: the machine may have been slow, so it is tried again.
 _TRY = 1.25
@@ -25,13 +27,17 @@ class ChunkBudget:
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
-        self._own = 0.0
+        self._alone: dict[int, float] = {}
+        self._beside: dict[int, float] = {}
         self._parts: dict[int, float] = {}
 
-    def observe(self, rows_s: float, parts: dict[int, float]) -> None:
-        """A step: seconds of its rows, 0 where it had none, and seconds of its parts by their tokens."""
-        if rows_s:
-            self._own += (rows_s - self._own) * (_FOLLOW if self._own else 1.0)
+    def observe(self, rows: int, rows_s: float, parts: dict[int, float]) -> None:
+        """A step of so many rows: their seconds, and seconds of its parts by their tokens."""
+        if rows:
+            # Rows are slower beside a prompt, which takes the caches of the processor from them.
+            table, size = (self._beside if parts else self._alone), _power(rows)
+            known = table.get(size)
+            table[size] = rows_s if known is None else known + (rows_s - known) * _FOLLOW
         for count, seconds in parts.items():
             size = _power(count)
             seconds *= size / count if count > size // 2 else 1.0
@@ -40,11 +46,13 @@ class ChunkBudget:
             for larger in [other for other in self._parts if other > size]:
                 self._parts[larger] *= _FORGET
 
-    def tokens(self, *, rows: bool) -> tuple[int, int]:
-        """Tokens of texts that the next step may read, and what each part counts at least. `rows`: whether others wait for a token."""
+    def tokens(self, rows: int) -> tuple[int, int]:
+        """Tokens of texts that the next step may read beside so many rows, and what each part counts at least."""
         budget = self._longest
         if rows:
-            allowed, size = (STALL - 1) * self._own, SMALLEST
+            beside = self._beside.get(_power(rows))
+            alone = self._alone.get(_power(rows), beside or 0.0)
+            allowed, size = _AIM * STALL * alone - max(alone, beside or 0.0), SMALLEST
             while 2 * size <= self._longest and self._seconds(2 * size) <= allowed:
                 size *= 2
             budget = min(size, self._longest)

@@ -281,8 +281,8 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            waits = any(job.left == 1 for job in running.values())
-            step = scheduler.plan(*self._runner.budget.tokens(rows=waits))
+            waiting = sum(job.left == 1 for job in running.values())
+            step = scheduler.plan(*self._runner.budget.tokens(waiting))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)

@@ -57,7 +57,7 @@ class StepRunner:
             read = self._run_part(call, stop)
             if read:
                 spent[read] = time.perf_counter() - began - (decoder.binding_s - bound)
-        self.budget.observe(rows_s if rows else 0.0, spent)
+        self.budget.observe(len(rows), rows_s, spent)
 
     # ---- rows ----
 

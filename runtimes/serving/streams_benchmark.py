@@ -16,7 +16,7 @@ from qwen_export.runtimes.serving.engine import Engine
 from qwen_export.runtimes.serving.token_stream import TokenStream
 
 Say = Callable[[str], None]
-_POLL_S = 0.0005
+_POLL_S = 0.002
 
 
 def measure_streams(
@@ -68,16 +68,19 @@ def _bare(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> fl
 def _through(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float]]:
     """Tokens per second while all streams answer, and seconds to the first token of each."""
     greedy = SamplingParams(greedy=True)
-    streams = [engine.submit(Request(ids, Sampler(greedy), (), new_tokens)) for ids in prompts]
+    # Without a limit: streams that began first must not end before all have begun.
+    streams = [engine.submit(Request(ids, Sampler(greedy), ())) for ids in prompts]
     while not all(stream.statistics.new_tokens for stream in streams):
         time.sleep(_POLL_S)
     began, before = time.perf_counter(), _made(streams)
     ended, after = began, before
-    while not any(stream.statistics.finish for stream in streams):
+    while after - before < len(streams) * new_tokens and not any(stream.statistics.finish for stream in streams):
         time.sleep(_POLL_S)
         made = _made(streams)
         if made != after:
             ended, after = time.perf_counter(), made
+    for stream in streams:
+        stream.cancel()
     for stream in streams:
         for _ in stream:
             pass
