@@ -182,6 +182,27 @@ def test_closing(model: Model) -> None:
     assert [len(list(stream)) for stream in streams] == [12, 12]
 
 
+def test_memory_of_ended_sequences_is_given_back(demo_bundle: Path) -> None:
+    """With a bound, what a sequence used is free when it has left: otherwise each slot would keep what its longest text took."""
+    psutil = pytest.importorskip("psutil")
+    model = load(demo_bundle, threads=1, max_context=8192, speculate="off")
+    process = psutil.Process()
+    decoder = model.decoder()
+    whole = decoder.sequence_bytes(decoder.capacity + decoder.widest_verify)
+    assert whole > 10 << 20
+    decoder.prefill([5] * 256)
+    before = process.memory_info().rss
+    for buffer in decoder.states.values():  # type: ignore[attr-defined]
+        buffer.write(buffer.read())  # every page in use
+    full = process.memory_info().rss
+    decoder.release()
+    after = process.memory_info().rss
+    assert full - before > whole // 2
+    assert after - before < (full - before) // 4
+    assert decoder.lengths == [0]
+    decoder.prefill([5, 6, 7])
+
+
 def test_memory_for_no_sequence_is_refused(model: Model) -> None:
     with pytest.raises(ParameterError, match="cache_memory"):
         Engine.of(model, cache_memory=1000)

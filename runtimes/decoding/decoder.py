@@ -280,6 +280,10 @@ class Decoder(ABC):
         sequence.replace(snapshot.mark.prompt)
         self.rewind(snapshot.mark, slot)
 
+    def release(self, slot: int = 0) -> None:
+        """Forget the text, and give back the memory of its cache rows where the device can."""
+        self.reset(slot)
+
     # ---- what it cost ----
 
     @property

@@ -176,6 +176,11 @@ class DynamicDecoder(Decoder):
     def busy_s(self) -> float:
         return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
+    def release(self, slot: int = 0) -> None:
+        self.reset(slot)
+        for buffer in self._caches().values():
+            buffer.release(slot * buffer.row_bytes, buffer.row_bytes)
+
     def sequence_bytes(self, length: int) -> int:
         states = sum(self.states[name].row_bytes for name in self._fixed())
         rows = sum(heads * width for heads, _, width in map(self._layout, self._caches().values()))

@@ -222,11 +222,11 @@ class Engine:
             with self._lock:
                 self._error = error
         for call in list(self._calls.values()):
-            self._end(call, self._closing or "error", self._error)
+            self._end(call, self._closing or "error", self._error and ended_by(self._error))
         with self._lock:  # what arrived meanwhile
             while not self._arrivals.empty():
                 if (call_left := self._arrivals.get()) is not None:
-                    self._end(call_left, self._closing or "error", self._error)
+                    self._end(call_left, self._closing or "error", self._error and ended_by(self._error))
         self._deliveries.send()
 
     def _set_up(self, decoder: Decoder, cache_memory: int | None, prefix_memory: int, drafts: int | str) -> None:
@@ -247,7 +247,7 @@ class Engine:
         token = decoder.sequence_bytes(1) - fixed
         self._scheduler = Scheduler(decoder.batch, limit, lambda length: fixed + token * length, decoder.chunk, ahead)
         cache = PrefixCache(prefix_memory) if prefix_memory else None
-        self._table = SlotTable(decoder, cache)
+        self._table = SlotTable(decoder, cache, releases=cache_memory is not None)
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
@@ -326,8 +326,11 @@ class Engine:
     def _change_slots(self) -> None:
         changes = self._scheduler.admit()
         for key in changes.leave:
-            self._table.save(self._calls[key])
             self.statistics.preemptions += 1
+            try:
+                self._table.save(self._calls[key])
+            except Exception as error:
+                self._end(self._calls[key], "error", ended_by(error))
         for key, slot in changes.enter:
             call = self._calls[key]
             others = [other for other in self._table.calls.values() if other is not call]

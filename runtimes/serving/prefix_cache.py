@@ -42,6 +42,8 @@ class PrefixStatistics:
     reused_tokens: int = 0
     evicted_tokens: int = 0
     evictions: int = 0
+    failures: int = 0
+    """Points that could not be copied."""
     points: int = 0
     bytes: int = 0
     limit: int = 0

@@ -17,8 +17,9 @@ _SHORTEST = 64
 class SlotTable:
     """The slots of a decoder and the calls in them. `cache` None keeps nothing."""
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache | None) -> None:
-        self.decoder, self.cache = decoder, cache
+    def __init__(self, decoder: Decoder, cache: PrefixCache | None, *, releases: bool = False) -> None:
+        """`releases`: the memory of a slot is given back when it is left."""
+        self.decoder, self.cache, self._releases = decoder, cache, releases
         self.calls: dict[int, ServedCall] = {}
         """By slot."""
 
@@ -76,12 +77,19 @@ class SlotTable:
 
     def _leave(self, call: ServedCall) -> None:
         del self.calls[call.slot]
+        if self._releases:
+            self.decoder.release(call.slot)
         call.slot = -1
 
     def _store(self, slot: int, *, keep: bool) -> None:
         assert self.cache is not None
         earlier, start = self._base(slot)
-        self.cache.add(self.decoder.snapshot(slot, earlier, start), keep=keep)
+        try:
+            snapshot = self.decoder.snapshot(slot, earlier, start)
+        except Exception:  # out of memory perhaps: later prompts are read in full, and no answer changes
+            self.cache.statistics.failures += 1
+        else:
+            self.cache.add(snapshot, keep=keep)
 
     def _base(self, slot: int) -> tuple[tuple[CachePiece, ...], int]:
         return self.cache.base(self.decoder.sequences[slot].prompt()) if self.cache is not None else ((), 0)
