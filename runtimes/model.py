@@ -25,7 +25,7 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.load_options import check_speculate, check_weight_budget
+from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams

@@ -75,6 +75,13 @@ def test_every_line_in_order(batch: Any, demo_bundle: Path) -> None:
     assert (error["type"], error["param"]) == ("invalid_request_error", "temperature")
 
 
+def test_streams_beside_the_bare_loop(demo_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main(["bench", str(demo_bundle), "--streams", "1,3", "--prompt-tokens", "8", "--new-tokens", "4", "--threads", "1", "--json"])
+    rows = json.loads(capfd.readouterr().out)
+    assert [row["streams"] for row in rows] == [1, 3]
+    assert all(row["engine_tok_per_s"] > 0 and row["bare_tok_per_s"] > 0 and row["first_token_s"] > 0 for row in rows)
+
+
 def test_an_interrupted_run_goes_on(batch: Any) -> None:
     _, whole, _ = batch()
     lines = batch.answers.read_text().splitlines(keepends=True)

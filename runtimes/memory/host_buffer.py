@@ -20,6 +20,7 @@ class HostBuffer(Buffer):
         super().__init__(dtype, shape)
         self._map: mmap.mmap | None
         self._bytes: Bytes
+        self._map_address: int
         if whole is not None:
             self._map, self._bytes, self._map_address = whole._map, whole._bytes[offset : offset + self.nbytes], whole._map_address
         elif self.nbytes < _MAPPED_FROM or sys.platform == "win32":

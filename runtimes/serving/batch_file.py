@@ -135,7 +135,8 @@ def error_line(line: Line, error: QwenExportError, status: int = 400) -> dict[st
 
 
 def _message(answer: Generation, tools: Any, *, complete: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    content, calls = answer.content, []
+    content = answer.content
+    calls: list[dict[str, Any]] = []
     if tools:
         parser = ToolCallParser(tools)
         content = ""
