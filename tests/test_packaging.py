@@ -123,11 +123,16 @@ def test_the_runtime_imports_nothing_of_the_compiler(path: Path) -> None:
 
 
 def test_ground_modules_need_the_standard_library_only() -> None:
-    ground = {path.stem for path in (ROOT / "qwen_export").glob("*.py")}
-    for name in ground - {"__main__", "__init__"}:
+    """They import each other, and nothing else of the project; loading them loads no package."""
+    ground = {path.stem for path in (ROOT / "qwen_export").glob("*.py")} - {"__main__", "__init__"}
+    for name in ground:
         for imported in imports(ROOT / "qwen_export" / f"{name}.py"):
             top, _, rest = imported.partition(".")
-            assert top in sys.stdlib_module_names or (top == "qwen_export" and (not rest or rest in ground)), (name, imported)
+            assert top != "qwen_export" or not rest or rest in ground, (name, imported)
+    names = sorted(f"qwen_export.{name}" for name in ground)
+    loaded = in_fresh_python(f"import importlib, json, sys\nfor name in {names!r}: importlib.import_module(name)\n{_LOADED}")
+    bare = in_fresh_python(f"import json, sys; {_LOADED}")
+    assert set(loaded) - set(bare) - {"qwen_export"} <= set(sys.stdlib_module_names)
 
 
 def test_only_the_session_modules_know_onnxruntime() -> None:

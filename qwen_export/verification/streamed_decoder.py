@@ -39,8 +39,8 @@ def streamed_decoder(checkpoint: Checkpoint, quantization: PrecisionPlan | None 
     model.eval().requires_grad_(False)
     head = "embed_tokens.weight" if model.lm_head is None else "lm_head.weight"
     shape = (checkpoint.config.text.vocab_size, checkpoint.config.text.hidden_size)
-    model.embed_tokens = _StreamedEmbedding(values, "embed_tokens.weight", shape)
-    model.lm_head = _StreamedHead(values, head, shape)
+    model.embed_tokens = _StreamedEmbedding(values, "embed_tokens.weight", shape)  # type: ignore[assignment]
+    model.lm_head = _StreamedHead(values, head, shape)  # type: ignore[assignment]
     count = len(model.layers)
     for i, layer in enumerate(model.layers):
         _stream(layer, f"layers.{i}.", values, partial(report, i + 1, count) if report else lambda: None)
