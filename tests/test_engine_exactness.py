@@ -80,3 +80,11 @@ def test_prompts_of_one_token(models: Callable[[str, str | int], Model], specula
     schedule = [Visit([token], SamplingParams(greedy=True), 12, None, 0, None) for token in (5, 6, 7)]
     with Engine.of(model, SLOTS) as engine:
         assert differences([alone(single, visit) for visit in schedule], together(engine, model, schedule)) == []
+
+
+def test_prompts_as_long_that_arrive_together(models: Callable[[str, str | int], Model]) -> None:
+    """Their beginnings are read in one call, as far as they are as long."""
+    single, model = models("dense", "off"), models("dense", 3)
+    schedule = [Visit(list(range(50 * i, 50 * i + 24 + i // 3)), SamplingParams(greedy=True), 8, None, 0, None) for i in range(6)]
+    with Engine.of(model, 6) as engine:
+        assert differences([alone(single, visit) for visit in schedule], together(engine, model, schedule)) == []

@@ -91,7 +91,7 @@ class DynamicDecoder(Decoder):
         return rows.array
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
-        calls = plan_calls(reads, self.tables.own)
+        calls = plan_calls(reads, self.tables.own, lambda slot: not self.sequences[slot].tokens, self.chunk)
         if len(calls) == 1:
             rows = self._execute([reads[index] for index in calls[0]])
             return [rows] if len(reads) == 1 else self._parts(calls[0], reads, rows)
@@ -109,7 +109,7 @@ class DynamicDecoder(Decoder):
         return parts
 
     def _execute(self, reads: Sequence[Read]) -> Rows:
-        """One call: a read, or reads of one token in neighboring slots."""
+        """One call: a read, or reads of neighboring slots that are as long."""
         one, b, T = reads[0], len(reads), len(reads[0].ids)
         first, slots = one.slot, range(one.slot, one.slot + b)
         sequences = self.sequences[first : first + b]

@@ -19,7 +19,9 @@ _FORGET = 0.995
 _TRY = 1.25
 # Of the first size measured, the next takes so much more: most of a small part's time is that of the weights.
 _PARTS = 4
-"""Parts that share a step at most; each has a cost of its own beside its tokens."""
+"""Parts that share a step at most while others wait; each has a cost of its own beside its tokens."""
+_IDLE_PARTS = 32
+"""The same while none waits."""
 
 
 class ChunkBudget:
@@ -48,7 +50,7 @@ class ChunkBudget:
 
     def tokens(self, rows: int) -> tuple[int, int]:
         """Tokens of texts that the next step may read beside so many rows, and what each part counts at least."""
-        budget = self._longest
+        budget, parts = self._longest, _PARTS if rows else _IDLE_PARTS
         if rows:
             beside = self._beside.get(_power(rows))
             alone = self._alone.get(_power(rows), beside or 0.0)
@@ -56,7 +58,7 @@ class ChunkBudget:
             while 2 * size <= self._longest and self._seconds(2 * size) <= allowed:
                 size *= 2
             budget = min(size, self._longest)
-        return budget, max(1, budget // _PARTS)
+        return budget, max(1, budget // parts)
 
     def _seconds(self, size: int) -> float:
         """What a part takes: measured, or on the line through the two sizes below."""

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PREFIX_MEMORY = 1 << 30
 """Bytes for beginnings of prompts, when the caller names none."""
+_LOOK_EVERY = 8
+"""Steps between two looks at requests that wait."""
 RESERVE = 64
 """Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
 
@@ -306,7 +308,9 @@ class Engine:
     def _drop_unwanted(self) -> None:
         """End what was cancelled, is late, or has no room for its next token."""
         now = time.monotonic()
-        for call in list(self._calls.values()):
+        # A long queue is looked through now and then only.
+        every = self.statistics.steps % _LOOK_EVERY == 0 or not self._table.calls
+        for call in list((self._calls if every else self._table.calls).values()):
             request = call.request
             if request.cancelled.is_set():
                 self._end(call, request.reason)

@@ -50,11 +50,9 @@ class StepRunner:
             self._run_rows(rows, {call.slot: call for call, _ in parts})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
         spent: dict[int, float] = {}
-        for call, stop in stops:
-            if call.statistics.finish:
-                continue
+        for group in self._alike(stops):
             began, bound = time.perf_counter(), decoder.binding_s
-            read = self._run_part(call, stop)
+            read = self._run_part(*group[0]) if len(group) == 1 else self._run_alike(group)
             if read:
                 spent[read] = time.perf_counter() - began - (decoder.binding_s - bound)
         self.budget.observe(len(rows), rows_s, spent)
@@ -218,6 +216,33 @@ class StepRunner:
         return len(tokens) - 1
 
     # ---- parts of prompts ----
+
+    def _alike(self, stops: Sequence[tuple[ServedCall, int]]) -> list[list[tuple[ServedCall, int]]]:
+        """Parts, those in one list that may share a call: beginnings of texts of which as many tokens are read."""
+        groups: dict[tuple[int, ...], list[tuple[ServedCall, int]]] = {}
+        for call, stop in stops:
+            if call.statistics.finish:
+                continue
+            begins = self.decoder.idle_rows > 0 and not self.decoder.sequences[call.slot].length
+            key = (stop, stop == len(call.text)) if begins else (-1, call.slot)
+            groups.setdefault(key, []).append((call, stop))
+        return list(groups.values())
+
+    def _run_alike(self, group: Sequence[tuple[ServedCall, int]]) -> int:
+        """Beginnings of texts, of which as many tokens are read; returns the tokens of all."""
+        calls, stop = [call for call, _ in group], group[0][1]
+        last = stop == len(calls[0].text)
+        try:
+            rows = self.decoder.run([Read(call.slot, call.text[:stop], logits=int(last), media=call.media(0, stop)) for call in calls])
+        except Exception as error:
+            for call in calls:
+                self._failed(call, error)
+            return 0
+        for call in calls:
+            self._moved(call)
+        if last:
+            self._choose(calls, rows)
+        return stop * len(calls)
 
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
         """Read a text up to a position; returns the number of tokens read."""
