@@ -87,6 +87,12 @@ class Follower(Protocol):
     def load(self, slot: int, waiting: Bytes) -> None:
         """The sequence went back to where `save` was called."""
 
+    def behind(self, slot: int) -> int:
+        """Rows that a draft would have to read."""
+
+    def catch_up(self, slot: int) -> None:
+        """Read them now, as far as their tokens are known."""
+
     def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
         """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
 

@@ -20,6 +20,8 @@ from qwen_export.runtimes.serving.chunk_budget import ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
 
+_BEHIND = 64
+"""Rows that the draft head may be behind while nothing is drafted."""
 _FILLER_TOKENS = 64
 """Tokens that a free slot reads before it is cleared: a short text costs attention next to nothing."""
 
@@ -74,9 +76,24 @@ class StepRunner:
         for call in calls:
             if drafts.get(call.slot):
                 kept.append((len(drafts[call.slot]), self._verify(call, drafts[call.slot])))
+        if not longest and self.decoder.head is not None:
+            self._keep_head_near(calls)
         if self._drafts is not None and kept:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
+
+    def _keep_head_near(self, calls: Sequence[ServedCall]) -> None:
+        """While there are no drafts the head falls behind. One sequence a step catches up: all at once would be a long step."""
+        head = self.decoder.head
+        going = [call for call in calls if not call.statistics.finish and self.decoder.sequences[call.slot].settled]
+        if head is None or not going:
+            return
+        call = max(going, key=lambda call: head.behind(call.slot))
+        if head.behind(call.slot) >= _BEHIND:
+            try:
+                head.catch_up(call.slot)
+            except Exception as error:
+                self._failed(call, error)
 
     def _counts(self, calls: Sequence[ServedCall]) -> dict[int, int]:
         """Drafts of each slot."""
