@@ -146,20 +146,33 @@ class StaticStates:
                 call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
         return call
 
-    def used_rows(self, name: str, count: int) -> npt.NDArray[np.uint8]:
-        """A copy of the first `count` slots of a cache [1,Hkv,S,D], as bytes [Hkv,count,D * element size]."""
-        return np.ascontiguousarray(self._rows(name)[:, :count])
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the states, whatever the length of the text."""
+        return sum(self.now(name).nbytes for name in self.fixed)
 
-    def set_rows(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
-        """What `used_rows` gave, back into the first slots."""
-        whole = self._rows(name)
-        whole[:, : rows.shape[1]] = rows
-        self.now(name).write(whole.reshape(-1))
+    def row_bytes(self, name: str) -> int:
+        """Bytes that one token has in a cache."""
+        heads, _, width = self._layout(name)
+        return heads * width
 
-    def _rows(self, name: str) -> npt.NDArray[np.uint8]:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy of slots `start` .. `stop - 1` of a cache [1,Hkv,S,D], as bytes [Hkv,slots,D * element size]."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        parts = [buffer.read((head * slots + start) * width, (stop - start) * width) for head in range(heads)]
+        return np.stack(parts).reshape(heads, stop - start, width)
+
+    def set_rows(self, name: str, start: int, rows: npt.NDArray[np.uint8]) -> None:
+        """What `rows` gave, back into slots from `start` on."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        for head in range(heads):
+            buffer.write(rows[head].reshape(-1), (head * slots + start) * width)
+
+    def _layout(self, name: str) -> tuple[int, int, int]:
+        """Heads and slots of a cache, and bytes of one slot of a head."""
         buffer = self.now(name)
         heads, slots = buffer.shape[1:3]
-        return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
+        return heads, slots, buffer.nbytes // prod((heads, slots))
 
 
 def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:
