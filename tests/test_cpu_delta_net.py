@@ -324,7 +324,7 @@ def eager(tiny_checkpoint: Path) -> Any:
 def test_reading_with_transactions_is_reading(decoder: ort.InferenceSession, eager: Any, data: st.DataObject) -> None:
     """Prompts, verifies with any number accepted, and steps between them: the logits are those of the tokens that were kept."""
     plain = EagerSequence(eager, _CAPACITY)
-    sequence = Sequence(decoder, {"cos": plain._cos.numpy(), "sin": plain._sin.numpy()})
+    sequence = Sequence(decoder, {"cos": plain.cos.numpy(), "sin": plain.sin.numpy()})
     rng = np.random.default_rng(data.draw(st.integers(0, 100)))
     kept: list[int] = []
     shown: list[np.ndarray] = []
@@ -346,7 +346,7 @@ def test_reading_with_transactions_is_reading(decoder: ort.InferenceSession, eag
 def test_a_commit_in_the_middle_of_a_call(decoder: ort.InferenceSession, eager: Any) -> None:
     """The states are those after the committed tokens, whatever follows them in the call."""
     plain = EagerSequence(eager, _CAPACITY)
-    tables = {"cos": plain._cos.numpy(), "sin": plain._sin.numpy()}
+    tables = {"cos": plain.cos.numpy(), "sin": plain.sin.numpy()}
     for commit in range(1, 7):
         whole, short = Sequence(decoder, tables), Sequence(decoder, tables)
         whole.call([5, 6, 7, 8, 9, 10], commit)

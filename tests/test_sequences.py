@@ -194,3 +194,24 @@ def test_positions_belong_to_the_sequence(make_model: Callable[[str], Model], ba
         other.restore(snapshots[slot], 2 - slot)
     moved = [rows.array[0].copy() for rows in other.run([Read(2 - slot, [3]) for slot in range(3)])]
     assert all(differ(a, b) <= TOLERANCE[backend] for a, b in zip(following, moved, strict=True))
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_prompts_as_long_share_a_call(make_model: Callable[[str], Model], backend: str, drafts: bool) -> None:
+    """Beginnings of several texts in one call, with gaps between slots and other lengths beside: as each alone, and what follows too."""
+    model = make_model(backend)
+    together, alone = model.decoder(6, drafts=drafts), model.decoder(drafts=drafts)
+    texts = {0: 7, 1: 7, 2: 5, 4: 7, 5: 7}
+    ids = {slot: [(slot + 3 * i) % VOCABULARY for i in range(count)] for slot, count in texts.items()}
+    logits = 0 if backend == "onnx" else 1
+    first = together.run([Read(slot, ids[slot], logits=logits) for slot in texts])
+    got = {slot: rows.array[:logits].copy() for slot, rows in zip(texts, first, strict=True)}
+    then = together.run([Read(slot, (slot,)) for slot in texts])
+    after = {slot: rows.array[0].copy() for slot, rows in zip(texts, then, strict=True)}
+    for slot in texts:
+        alone.reset()
+        [rows] = alone.run([Read(0, ids[slot], logits=logits)])
+        assert differ(rows.array[:logits], got[slot]) <= TOLERANCE[backend]
+        [rows] = alone.run([Read(0, (slot,))])
+        assert differ(rows.array[0], after[slot]) <= 2 * TOLERANCE[backend]

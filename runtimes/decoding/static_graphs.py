@@ -21,7 +21,7 @@ from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
-from qwen_export.runtimes.decoding.rotary import TABLES
+from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
 
 
@@ -91,8 +91,8 @@ class StaticStates:
 
     def prepare(self, name: str, tables: Mapping[str, Buffer], *, every: bool = False) -> None:
         """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
-        also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
-        caches have nothing yet; then what is current stays."""
+        also those after other graphs have changed some of the buffers. The graph's controls must commit nothing, and place cache rows
+        after those in use; then what is current stays."""
         graph = self._graphs[name]
         turning = [state for state in graph.spec.states if not state.in_place]
         pending = [state.name for state in turning if state.pending]
@@ -105,7 +105,7 @@ class StaticStates:
         return any(key[:2] == self._key(self._graphs[name], name, {})[:2] for key in self._prepared)
 
     def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str], tables: Mapping[str, Buffer]) -> None:
-        """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
+        """One call, with these states in their other buffers. New states go to their buffers; theirs are in the others."""
         pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
         self._turn(turned)
         key = self._key(graph, name, tables)
@@ -146,20 +146,33 @@ class StaticStates:
                 call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
         return call
 
-    def used_rows(self, name: str, count: int) -> npt.NDArray[np.uint8]:
-        """A copy of the first `count` slots of a cache [1,Hkv,S,D], as bytes [Hkv,count,D * element size]."""
-        return np.ascontiguousarray(self._rows(name)[:, :count])
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the states, whatever the length of the text."""
+        return sum(self.now(name).nbytes for name in self.fixed)
 
-    def set_rows(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
-        """What `used_rows` gave, back into the first slots."""
-        whole = self._rows(name)
-        whole[:, : rows.shape[1]] = rows
-        self.now(name).write(whole.reshape(-1))
+    def row_bytes(self, name: str) -> int:
+        """Bytes that one token has in a cache."""
+        heads, _, width = self._layout(name)
+        return heads * width
 
-    def _rows(self, name: str) -> npt.NDArray[np.uint8]:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy of slots `start` .. `stop - 1` of a cache [1,Hkv,S,D], as bytes [Hkv,slots,D * element size]."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        parts = [buffer.read((head * slots + start) * width, (stop - start) * width) for head in range(heads)]
+        return np.stack(parts).reshape(heads, stop - start, width)
+
+    def set_rows(self, name: str, start: int, rows: npt.NDArray[np.uint8]) -> None:
+        """What `rows` gave, back into slots from `start` on."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        for head in range(heads):
+            buffer.write(rows[head].reshape(-1), (head * slots + start) * width)
+
+    def _layout(self, name: str) -> tuple[int, int, int]:
+        """Heads and slots of a cache, and bytes of one slot of a head."""
         buffer = self.now(name)
         heads, slots = buffer.shape[1:3]
-        return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
+        return heads, slots, buffer.nbytes // prod((heads, slots))
 
 
 def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:
