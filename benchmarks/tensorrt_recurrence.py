@@ -1,6 +1,6 @@
 """Device time of the pieces that TensorRT engines are made of: the gated delta rule, attention over a cache, products, top-k.
 
-    python benchmarks/tensorrt_recurrence.py [--only prefill,decode,...] [--flavour tensorrt-rtx] [--kernels] [--json FILE]
+    python -m benchmarks.tensorrt_recurrence [--only prefill,decode,...] [--flavour tensorrt-rtx] [--kernels] [--json FILE]
 
 Builds one small engine per variant for the GPU that is there, replays it as a CUDA graph and prints milliseconds per call: the median of
 several runs. Shapes are those of the 35B-A3B: 16 key and 32 value heads of 128 for the recurrence. `--kernels` lists what a call
@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,238 +21,25 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from benchmarks.engine_piece import BF16, FLOAT, HALF, I32, I64, Case, Engine, Inputs, model_of
+from benchmarks.recurrence_case import one_after_the_other, recurrence
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.decompose_attention import Sizes as AttentionSizes
-from qwen_export.plugins.decompose.decompose_attention import attend, causal_bias
-from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
+from qwen_export.plugins.decompose.decompose_attention import AttentionSizes, attend, causal_bias
+from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.emitter import Emitter
 from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
 from qwen_export.plugins.tensorrt.build_engine import build_engine
-from qwen_export.plugins.tensorrt.tensorrt_experts import Sizes as ExpertSizes
-from qwen_export.plugins.tensorrt.tensorrt_experts import emit_experts
+from qwen_export.plugins.tensorrt.tensorrt_experts import ExpertSizes, emit_experts
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library
 
-HK, HV, D = 16, 32, 128
 QUANTIZED = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-FLOAT, HALF, BF16, I32, I64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.INT32, ir.DataType.INT64
-TORCH = {
-    FLOAT: torch.float32,
-    HALF: torch.float16,
-    BF16: torch.bfloat16,
-    I32: torch.int32,
-    I64: torch.int64,
-    ir.DataType.BOOL: torch.bool,
-    ir.DataType.INT4: torch.uint8,
-    ir.DataType.FLOAT8E4M3FN: torch.uint8,
-    ir.DataType.INT8: torch.int8,
-}
-Inputs = Mapping[str, tuple[tuple[int, ...], ir.DataType]]
-Body = Callable[[Emitter, dict[str, ir.Value]], Sequence[ir.Value]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One engine: `body` emits it from `inputs`. `aliased` maps outputs to the inputs that they are written over, and
-    inputs to others whose memory they read."""
-
-    name: str
-    inputs: Inputs
-    body: Body
-    tf32: bool = False
-    aliased: Mapping[str, str] = field(default_factory=dict)
-    check: Callable[[dict[str, torch.Tensor], list[torch.Tensor]], str] | None = None
-    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    emitter: type[Emitter] = Emitter
-
-
-def model_of(case: Case) -> bytes:
-    values = {name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype)) for name, (shape, dtype) in case.inputs.items()}
-    graph = ir.Graph(list(values.values()), [], nodes=[], name="piece", opset_imports={"": 24})
-    emit = case.emitter(graph, "n")
-    for i, value in enumerate(case.body(emit, values)):
-        value.name = f"out{i}"
-        graph.outputs.append(value)
-    graph.extend(emit.nodes)
-    proto = ir.to_proto(ir.Model(graph, ir_version=11))
-    return bytes(proto.SerializeToString())
-
-
-class Engine:
-    """A built engine with its buffers, replayed as a CUDA graph."""
-
-    def __init__(self, library: Library, case: Case, options: EngineOptions) -> None:
-        api = library.api
-        with tempfile.TemporaryDirectory() as directory:
-            path = Path(directory) / "engine"
-            started = time.monotonic()
-            self.layers = build_engine(library, model_of(case), path, options, where=case.name).layers
-            self.build_s = time.monotonic() - started
-            self.runtime = api.Runtime(library.log)
-            self.engine = self.runtime.deserialize_cuda_engine(path.read_bytes())
-        if self.engine is None:
-            raise SystemExit(f"{case.name}: {library.said()}")
-        self.context = self.engine.create_execution_context()
-        self.buffers: dict[str, torch.Tensor] = {}
-        torch.manual_seed(0)
-        for i in range(self.engine.num_io_tensors):
-            name = self.engine.get_tensor_name(i)
-            dtype = ir.DataType[
-                {"FLOAT": "FLOAT", "HALF": "FLOAT16", "BF16": "BFLOAT16", "FP8": "FLOAT8E4M3FN"}.get(
-                    self.engine.get_tensor_dtype(name).name, self.engine.get_tensor_dtype(name).name
-                )
-            ]
-            shape = tuple(self.engine.get_tensor_shape(name))
-            if name in case.aliased:
-                if name in case.inputs:
-                    continue
-                alias = self.engine.get_aliased_input_tensor(name) if hasattr(self.engine, "get_aliased_input_tensor") else None
-                print(f"    {name} is the memory of {alias!r}, says the engine")
-                continue
-            self.buffers[name] = case.values[name].cuda() if name in case.values else _random(shape, dtype)
-        for name, source in case.aliased.items():
-            self.buffers[name] = self.buffers[source]
-        for name, tensor in self.buffers.items():
-            if not self.context.set_tensor_address(name, tensor.data_ptr()):
-                raise SystemExit(f"{case.name}: {library.said()}")
-        self.outputs = [self.buffers[f"out{i}"] for i in range(sum(name.startswith("out") for name in self.buffers))]
-
-    def run(self) -> None:
-        if not self.context.execute_async_v3(torch.cuda.current_stream().cuda_stream):
-            raise SystemExit("the engine did not run")
-
-    def measure(self, repeats: int = 20, inner: int = 10) -> tuple[float, float]:
-        """Milliseconds per call: as a CUDA graph, and launched layer by layer."""
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.run()
-            stream.synchronize()
-            eager = self._time(self.run, repeats, 1)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, stream=stream):
-                    for _ in range(inner):
-                        self.run()
-            except RuntimeError as error:
-                warnings.warn(f"no CUDA graph: {error}", stacklevel=1)
-                return float("nan"), eager
-            return self._time(graph.replay, repeats, inner), eager
-
-    def _time(self, call: Callable[[], None], repeats: int, inner: int) -> float:
-        times = []
-        for _ in range(repeats):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / inner)
-        return statistics.median(times)
-
-    def kernels(self) -> list[str]:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as traced:
-            self.run()
-            torch.cuda.synchronize()
-        return [f"{event.device_time_total:8.1f} us {event.count:4d} x {event.key[:110]}" for event in traced.key_averages()]
-
-
-def _random(shape: tuple[int, ...], dtype: ir.DataType) -> torch.Tensor:
-    if dtype in (I32, I64):
-        return torch.zeros(shape, dtype=TORCH[dtype], device="cuda")
-    if dtype == ir.DataType.BOOL:
-        return torch.ones(shape, dtype=torch.bool, device="cuda")
-    if dtype == ir.DataType.INT4:
-        return torch.randint(0, 255, (int(np.prod(shape)) // 2,), dtype=torch.uint8, device="cuda")
-    if dtype == ir.DataType.FLOAT8E4M3FN:
-        return torch.randint(0, 64, shape, dtype=torch.uint8, device="cuda")
-    if dtype == ir.DataType.INT8:
-        return torch.randint(-127, 127, shape, dtype=torch.int8, device="cuda")
-    return (torch.randn(shape, device="cuda") * 0.05).to(TORCH[dtype])
 
 
 # The recurrence
-
-
-def recurrence_inputs(T: int) -> dict[str, tuple[tuple[int, ...], ir.DataType]]:
-    """As they come from the convolution: token after token."""
-    return {
-        "q": ((1, T, HK * D), FLOAT),
-        "k": ((1, T, HK * D), FLOAT),
-        "v": ((1, T, HV * D), FLOAT),
-        "g": ((1, T, HV), FLOAT),
-        "beta": ((1, T, HV), FLOAT),
-        "state": ((1, HV, D, D), FLOAT),
-    }
-
-
-def recurrence_values(T: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(T)
-    common = torch.randn(1, 1, HK, D, generator=generator)
-
-    def unit(x: torch.Tensor) -> torch.Tensor:
-        return x / x.norm(dim=-1, keepdim=True)
-
-    k = unit(unit(common) * 0.7 + unit(torch.randn(1, T, HK, D, generator=generator)) * 0.7)
-    q = unit(torch.randn(1, T, HK, D, generator=generator)) * D**-0.5
-    return {
-        "q": q.reshape(1, T, HK * D),
-        "k": k.reshape(1, T, HK * D),
-        "v": torch.randn(1, T, HV * D, generator=generator),
-        "g": -torch.empty(1, T, HV).exponential_(10.0, generator=generator),
-        "beta": torch.rand(1, T, HV, generator=generator) * 0.5 + 0.5,
-        "state": torch.zeros(1, HV, D, D),
-    }
-
-
-def heads_first(emit: Emitter, x: dict[str, ir.Value], T: int) -> Recurrence:
-    index = emit.array("key_head", np.repeat(np.arange(HK, dtype=np.int32), HV // HK))
-    q, k = (emit.gather(emit.transpose(emit.reshape(x[n], 1, T, HK, D), 0, 2, 1, 3), index, axis=1) for n in ("q", "k"))
-    v = emit.transpose(emit.reshape(x["v"], 1, T, HV, D), 0, 2, 1, 3)
-    g, beta = (emit.reshape(emit.transpose(x[n], 0, 2, 1), 1, HV, T, 1) for n in ("g", "beta"))
-    return Recurrence(q, k, v, g, beta, x["state"], T)
-
-
-def against_float64(given: dict[str, torch.Tensor], outputs: list[torch.Tensor]) -> str:
-    """Largest error of outputs and state, relative to the largest entry."""
-    T = given["v"].shape[1]
-    x = {name: tensor.double() for name, tensor in given.items()}
-    q, k = (x[n].reshape(T, HK, D).repeat_interleave(HV // HK, 1) for n in ("q", "k"))
-    v, g, beta, S = x["v"].reshape(T, HV, D), x["g"][0].exp(), x["beta"][0], x["state"][0].clone()
-    o = torch.empty_like(v)
-    for t in range(T):
-        S = S * g[t, :, None, None]
-        u = beta[t, :, None] * (v[t] - torch.einsum("hkv,hk->hv", S, k[t]))
-        S = S + k[t][:, :, None] * u[:, None]
-        o[t] = torch.einsum("hkv,hk->hv", S, q[t])
-    got = outputs[0].double().reshape(HV, T, D).transpose(0, 1)
-    errors = (got - o).abs().max() / o.abs().max(), (outputs[1][0].double() - S).abs().max() / S.abs().max()
-    return f"error of o {errors[0]:.1e}, of the state {errors[1]:.1e}"
-
-
-def recurrence(name: str, rule: DeltaRule, T: int, tf32: bool = False, emitter: type[Emitter] = Emitter) -> Case:
-    def body(emit: Emitter, x: dict[str, ir.Value]) -> Sequence[ir.Value]:
-        return rule(emit, heads_first(emit, x, T))
-
-    return Case(name, recurrence_inputs(T), body, tf32, check=against_float64, values=recurrence_values(T), emitter=emitter)
-
-
-def one_after_the_other(size: int) -> DeltaRule:
-    """`delta_rule` over `size` tokens at a time, nothing of one chunk together with another's."""
-
-    def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
-        state, outputs = given.state, []
-        for start in range(0, given.length, size):
-            o, state = delta_rule(emit, given.part(emit, start, min(start + size, given.length), state))
-            outputs.append(o)
-        return emit.concat(outputs, axis=2), state
-
-    return rule
 
 
 def prefill(T: int) -> Iterator[Case]:

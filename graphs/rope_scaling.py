@@ -26,7 +26,7 @@ def yarn_factor(scaling: str) -> float:
             parameter="rope_scaling",
             got=scaling,
             expected="yarn:FACTOR, with a factor above 1 and at most 64",
-            fix="yarn:4 is what the model cards document, for 1010000 tokens; yarn:2 for half of that.",
+            fix="Give yarn:4, which the model cards document for 1010000 tokens, or yarn:2 for half of that.",
         )
     return factor
 

@@ -6,13 +6,14 @@ from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import NEXT
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.passes.pass_context import PassContext, replace_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
-from qwen_export.graphs.weights.expression import Weight, weight_of
+from qwen_export.graphs.weights.expression import HeadRows, Offset, StoredWeight, Weight, add_weight, weight_of
 from qwen_export.plugins.emitter import Shared
 
 Replacement = tuple[list[ir.Node], list[ir.Value]]
@@ -70,7 +71,7 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
     `layer` is layers.i. Returns the new inputs, in the order of `projections`, whose shapes must be known."""
     old = {f"{layer}.{key}" for key in PENDING}
     inputs = [value for value in graph.inputs if value.name in old]
-    outputs = [value for value in graph.outputs if (value.name or "").removesuffix(".next") in old]
+    outputs = [value for value in graph.outputs if (value.name or "").removesuffix(NEXT) in old]
     if len(inputs) != len(old) or len(outputs) != len(old):
         raise CaptureError("a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs))
     at, after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
@@ -79,14 +80,29 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
         graph.inputs.remove(value)
     for value in outputs:
         graph.outputs.remove(value)
-        value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
+        value.name = (value.name or "").removesuffix(NEXT).replace(".pending_", ".")
     made = []
     for i, (key, projection) in enumerate(projections.items()):
         if projection.shape is None:
             raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}")
         pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape([*rows, *projection.shape[2:]]), type=projection.type)
-        projection.name = f"{layer}.{key}.next"
+        projection.name = f"{layer}.{key}{NEXT}"
         graph.inputs.insert(at + i, pending)
         graph.outputs.insert(after + i, projection)
         made.append(pending)
     return made
+
+
+def offset_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """The weight of a qwen::rms_norm with its offset folded in, as an initializer."""
+    source = node.inputs[1]
+    weight, offset = weight_of(source), node.attributes.get_float("offset")
+    if source is None or source.name is None or not isinstance(weight, StoredWeight):
+        raise TypeError(f"the weight of {node.name} is not a stored tensor")
+    return add_weight(graph, f"{source.name}.scale", Offset(weight, offset)) if offset else source
+
+
+def query_and_gate(packed: Weight, context: PassContext) -> tuple[Weight, Weight]:
+    """q_proj's rows [Hq, (query D | gate D), K] as two weights [Hq*D, K]."""
+    D = context.config.head_dim
+    return HeadRows(packed, 2 * D, 0, D), HeadRows(packed, 2 * D, D, D)

@@ -16,10 +16,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen_export.version import __version__
+
 if TYPE_CHECKING:
     from qwen_export.building.compiler import build as build
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "build"]
 
 # A checkout without symbolic links (git on Windows): the links beside this file are text files there, and the folders are found here.

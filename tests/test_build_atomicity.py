@@ -77,7 +77,7 @@ def test_a_failure_keeps_the_bundle_that_was_there(checkpoint_copy: Path, tiny_b
 @pytest.mark.usefixtures("capture_skipped")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_while_weights_are_written(tiny_checkpoint: Path, out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-    real, written = hashed_file._write_all, 0
+    real, written = hashed_file.write_all, 0
 
     def filling(write: Callable[[memoryview], int | None], data: memoryview) -> None:
         nonlocal written
@@ -86,7 +86,7 @@ def test_a_full_disk_while_weights_are_written(tiny_checkpoint: Path, out: Path,
             raise OSError(code, os.strerror(code))
         real(write, data)
 
-    monkeypatch.setattr(hashed_file, "_write_all", filling)
+    monkeypatch.setattr(hashed_file, "write_all", filling)
     with pytest.raises(BuildError, match=r"disk is full.*Free space"):
         build(tiny_checkpoint, out / "bundle")
     assert contents(out) == []

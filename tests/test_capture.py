@@ -1,11 +1,10 @@
-"""Capture and lowering without weights: every size of the family, the graphs as text, and what the verifier refuses."""
+"""Capture and lowering without weights: every size of the family, the graphs as text, and what is refused."""
 
 from __future__ import annotations
 
 import re
 import resource
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5TextRotaryEmbedd
 
 from qwen_export.building.build_plan import plan_build
 from qwen_export.building.pass_pipeline import print_graph, run_passes
-from qwen_export.errors import CaptureError, UnsupportedError
+from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.capture import capture_decoder
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.config import FULL, LINEAR, parse_config
-from qwen_export.graphs.passes.check_invariants import verify_graph
-from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
+from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.graphs.weights.expression import weight_of
 from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, OPTIONAL, choose
@@ -83,6 +81,20 @@ def producer(value: ir.Value | None) -> ir.Node:
     return node
 
 
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many layers were traced, for each call of torch.export."""
+    real = torch.export.export
+    counts: list[int] = []
+
+    def export(module: torch.nn.Module, *arguments: Any, **options: Any) -> Any:
+        counts.append(sum(name.count(".") == 1 and name.startswith("layers.") for name, _ in module.named_modules()))
+        return real(module, *arguments, **options)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    return counts
+
+
 # ---- every size
 
 # Nodes of one layer, MLP and norms included, and of what stands around the layers.
@@ -92,19 +104,19 @@ LIMIT = {LINEAR: 27, FULL: 26}
 
 
 @pytest.mark.parametrize(
-    ("size", "device", "precision", "seconds"),
+    ("size", "device", "precision"),
     [
-        ("0.8B", "cpu", "fp32", 30),
-        ("2B", "cuda", "fp16", 30),
-        ("4B", "cuda", "bf16", 30),
-        ("9B", "cpu", "fp32", 30),
-        pytest.param("27B", "cuda", "fp16", 60, marks=pytest.mark.slow),
+        ("0.8B", "cpu", "fp32"),
+        ("2B", "cuda", "fp16"),
+        ("4B", "cuda", "bf16"),
+        ("9B", "cpu", "fp32"),
+        pytest.param("27B", "cuda", "fp16", marks=pytest.mark.slow),
     ],
 )
-def test_every_dense_size_lowers_without_weights(size: str, device: str, precision: str, seconds: int) -> None:
-    before, start = peak_bytes(), time.process_time()
+def test_every_dense_size_lowers_without_weights(size: str, device: str, precision: str, traced: list[int]) -> None:
+    before = peak_bytes()
     model = lower(FAMILY[size], device, precision)
-    assert time.process_time() - start < seconds
+    assert traced == [2], "one layer of each kind, whatever the size"
     assert peak_bytes() - before < 600 << 20
     weights = [weight_of(value) for value in model.graph.initializers.values()]
     assert sum(weight.nbytes for weight in weights if weight is not None) > 1e9
@@ -184,7 +196,7 @@ def test_nodes_of_a_layer(device: str, precision: str, lowered: Lowered) -> None
 
 
 def test_the_kernels_of_each_choice_are_what_the_graph_is_made_of(lowered: Lowered) -> None:
-    """With the kernels that ONNX Runtime itself brings; tests/test_native_plugin.py has those of this project, test_moe.py experts."""
+    """With ONNX Runtime's own kernels. test_native_plugin_build.py has those of this project, test_moe.py experts."""
     for device, precision, options in GOLDENS.values():
         choices, _ = choose(recorded(device), precision, parse_config(tiny_config(**options)).text)
         assert choices.keys() == CHOICES[device].keys() - {"moe", *OPTIONAL}
@@ -379,78 +391,3 @@ def test_all_reasons_come_at_once(make_checkpoint: Checkpoints) -> None:
         plan_build(open_checkpoint(checkpoint), precision="fp16", max_context=10**9)
     for reason in ("kernel of", "moe:", "outside 1..4096"):
         assert reason in str(refusal.value)
-
-
-# ---- the verifier
-
-
-def value(name: str, dtype: ir.DataType | None = ir.DataType.FLOAT, *shape: int) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape or (2, 2)), type=None if dtype is None else ir.TensorType(dtype))
-
-
-def graph_of(inputs: list[ir.Value], nodes: list[ir.Node], outputs: list[ir.Value]) -> ir.Model:
-    return ir.Model(ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 21, MICROSOFT: 1, "qwen": 1}), ir_version=10)
-
-
-def passing_through(domain: str, op: str, inputs: list[ir.Value | None]) -> ir.Model:
-    node = new_node(domain, op, inputs, [value("y")])
-    return graph_of([v for v in inputs if v is not None], [node], list(node.outputs))
-
-
-def test_the_verifier_accepts_a_sound_graph() -> None:
-    verify_graph(passing_through("", "Identity", [value("x")]), "a test")
-
-
-@pytest.mark.parametrize(
-    ("domain", "op", "index"),
-    [
-        ("qwen", "gated_delta_net", 5),
-        ("qwen", "gated_delta_net", 6),
-        ("qwen", "gated_delta_net", 9),
-        (MICROSOFT, "LinearAttention", 3),
-        (MICROSOFT, "LinearAttentionGate", 1),
-        (MICROSOFT, "LinearAttentionGate", 2),
-        (MICROSOFT, "GatedDeltaNet", 6),
-        (MICROSOFT, "GatedDeltaNet", 7),
-    ],
-)
-@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=["fp16", "bf16"])
-def test_the_verifier_wants_state_and_decay_in_fp32(domain: str, op: str, index: int, dtype: ir.DataType) -> None:
-    inputs: list[ir.Value | None] = [value(f"x{i}") for i in range(10)]
-    verify_graph(passing_through(domain, op, inputs), "a test")
-    inputs = [value(f"x{i}", dtype if i == index else ir.DataType.FLOAT) for i in range(10)]
-    with pytest.raises(CaptureError, match=rf"must be fp32 is not \(after a test, {domain}\.{op} .*got x{index}"):
-        verify_graph(passing_through(domain, op, inputs), "a test")
-
-
-def test_the_verifier_refuses_a_value_used_before_it_is_made() -> None:
-    def two_nodes(order: int) -> ir.Model:
-        x, middle, y = value("x"), value("middle"), value("y")
-        nodes = [new_node("", "Identity", [x], [middle]), new_node("", "Identity", [middle], [y])]
-        return graph_of([x], nodes[::order], [y])
-
-    verify_graph(two_nodes(1), "a test")
-    with pytest.raises(CaptureError, match=r"reads a value that is not made before it .*got middle"):
-        verify_graph(two_nodes(-1), "a test")
-
-
-def test_the_verifier_refuses_an_untyped_output() -> None:
-    x, y = value("x"), value("y", None)
-    with pytest.raises(CaptureError, match=r"input or output has no type .*got y"):
-        verify_graph(graph_of([x], [new_node("", "Identity", [x], [y])], [y]), "a test")
-
-
-def test_the_verifier_refuses_an_output_that_nothing_makes() -> None:
-    with pytest.raises(CaptureError, match="a graph output is not made by any node"):
-        verify_graph(graph_of([value("x")], [], [value("y")]), "a test")
-
-
-def test_the_verifier_refuses_two_of_one_name() -> None:
-    x, y = value("x"), value("x")
-    with pytest.raises(CaptureError, match="the same name or none"):
-        verify_graph(graph_of([x], [new_node("", "Identity", [x], [y])], [y]), "a test")
-
-
-def test_the_verifier_refuses_a_node_that_writes_to_its_input() -> None:
-    with pytest.raises(CaptureError, match="a node writes to its input"):
-        verify_graph(passing_through("", "index_put_", [value("x")]), "a test")

@@ -32,7 +32,7 @@ from qwen_export.manifest import load_manifest
 from qwen_export.plugins.tensorrt import probe_plugins, step_plugin
 from qwen_export.plugins.tensorrt import tensorrt_lowerings as lowerings
 from qwen_export.plugins.tensorrt.build_engine import build_engine
-from qwen_export.plugins.tensorrt.library_name import _MACHINES, alias, ensure_plain_name
+from qwen_export.plugins.tensorrt.library_name import MACHINES, alias, ensure_plain_name
 from qwen_export.plugins.tensorrt.step_plugin import LONGEST
 from qwen_export.runtimes.backends.tensorrt import delta_net_plugin
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import NAMESPACE, STEP, THREADS, VERIFY, StepFields, pack_ptx, unpack_ptx
@@ -165,7 +165,7 @@ def test_refusals(checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path, monke
     monkeypatch.setattr(step_plugin, "find_ptx", lambda element: None)
     with pytest.raises(UnsupportedError, match=r"has not been compiled.*build_ptx\.sh"):
         build(checkpoint, tmp_path / "b", **made, engine=PLUGIN)
-    monkeypatch.setattr(probe_plugins, "_parses", lambda library: False)
+    monkeypatch.setattr(probe_plugins, "parses", lambda library: False)
     with pytest.raises(UnsupportedError, match=r"takes plugins of others since 1\.7"):
         build(checkpoint, tmp_path / "b", **made, engine=PLUGIN)
     assert not (tmp_path / "b").exists()
@@ -174,7 +174,7 @@ def test_refusals(checkpoint: Path, tiny_checkpoint: Path, tmp_path: Path, monke
 @pytest.mark.skipif(sys.platform != "linux", reason="an ELF file")
 def test_an_alias_finds_what_the_real_library_has(tmp_path: Path) -> None:
     path = tmp_path / "libqwen_alias.so"
-    path.write_bytes(alias(path.name, "libc.so.6", _MACHINES[os.uname().machine]))
+    path.write_bytes(alias(path.name, "libc.so.6", MACHINES[os.uname().machine]))
     library = ctypes.CDLL(str(path))
     assert library.getpid() == os.getpid()
     assert ctypes.CDLL(path.name)._handle == library._handle, "it is known by its name from then on"
@@ -226,7 +226,7 @@ def test_a_plugin_of_rtx_is_made_from_its_fields() -> None:
     again = creator.create_plugin("layer", made.get_fields_to_serialize(), api.TensorRTPhase.RUNTIME)
     del made
     gc.collect()
-    assert delta_net_plugin._read(again.get_fields_to_serialize()) == given
+    assert delta_net_plugin.read_fields(again.get_fields_to_serialize()) == given
     assert (again.plugin_name, again.num_outputs) == (VERIFY, 3)
 
 
@@ -234,7 +234,7 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel gets addresses of inputs, numbers, addresses of outputs; its PTX is loaded once."""
     driver = FakeDriver()
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
-    for name, arguments in cuda_driver._FUNCTIONS.items():
+    for name, arguments in cuda_driver.FUNCTIONS.items():
         getattr(driver, name).argtypes = arguments
     given, stream, seen = StepFields("a_launch", pack_ptx(PTX), 4, 3, 16, 32, 128, 7), Stream(), []
     kinds = [ctypes.c_uint64] * 10 + [ctypes.c_int] * 5 + [ctypes.c_uint64] * 3
@@ -252,9 +252,10 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_gpu_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several bundles in a process may be on several GPUs."""
+    cuda_driver.forget_driver()
     driver = FakeDriver(devices=2)
     monkeypatch.setattr(cuda_driver, "driver", lambda: driver)
-    for name, arguments in cuda_driver._FUNCTIONS.items():
+    for name, arguments in cuda_driver.FUNCTIONS.items():
         getattr(driver, name).argtypes = arguments
     given = StepFields("on_two_gpus", pack_ptx(PTX), 1, 0, 1, 1, 64, 7)
     for device in (0, 1, 0):

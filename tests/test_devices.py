@@ -25,32 +25,26 @@ from tests.support.fake_driver import FakeDriver
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     fake = FakeDriver(devices=2)
-    forget_driver()
-    monkeypatch.setattr(cuda_driver, "_load", lambda: fake)
+    cuda_driver.forget_driver()
+    monkeypatch.setattr(cuda_driver, "load_driver", lambda: fake)
     yield fake
     gc.collect()
-    forget_driver()
-
-
-def forget_driver() -> None:
-    cuda_driver.driver.cache_clear()
-    cuda_driver._primary_context.cache_clear()
-    cuda_driver._thread.__dict__.clear()
+    cuda_driver.forget_driver()
 
 
 class Binding:
     """Bindings of ONNX Runtime that take the memory of a GPU for that of the host, and note which one it was."""
 
     def __init__(self, native: Any, seen: set[tuple[str, int]]) -> None:
-        self._native, self._seen = native, seen
+        self.native, self.seen = native, seen
 
     def bind_input(self, name: str, kind: str, index: int, *more: Any) -> None:
-        self._seen.add((kind, index))
-        self._native.bind_input(name, "cpu", 0, *more)
+        self.seen.add((kind, index))
+        self.native.bind_input(name, "cpu", 0, *more)
 
     def bind_output(self, name: str, kind: str, index: int, *more: Any) -> None:
-        self._seen.add((kind, index))
-        self._native.bind_output(name, "cpu", 0, *more)
+        self.seen.add((kind, index))
+        self.native.bind_output(name, "cpu", 0, *more)
 
 
 class Session:
@@ -70,7 +64,7 @@ class Session:
         return Binding(self._native.io_binding(), Session.bound)
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
-        self._native.run_with_iobinding(binding._native)
+        self._native.run_with_iobinding(binding.native)
 
 
 real_session = ort.InferenceSession

@@ -12,7 +12,7 @@ import pytest
 from qwen_export.commands.cli import main
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import BuildError, UnsupportedError
-from qwen_export.plugins.tensorrt.build_engine import _timing_cache, check_options
+from qwen_export.plugins.tensorrt.build_engine import check_options, open_timing_cache
 from qwen_export.runtimes.backends.tensorrt.kernel_cache import write_whole
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import FLAVOURS, Library, minimum_cuda
 
@@ -88,17 +88,17 @@ class _Config:
 def test_a_timing_cache_grows_from_build_to_build(tmp_path: Path) -> None:
     options, config = EngineOptions(timing_cache=tmp_path / "new" / "cache"), _Config()
     for expected in (b"", b" and more"):
-        cache = _timing_cache(config, options)
+        cache = open_timing_cache(config, options)
         assert config.given == expected
         write_whole(tmp_path / "new" / "cache", cache.serialize())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["cache"]
-    assert _timing_cache(config, EngineOptions()) is None
+    assert open_timing_cache(config, EngineOptions()) is None
 
 
 def test_the_timing_cache_of_another_gpu_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "cache").write_bytes(b"of another")
     with pytest.raises(BuildError, match=r"not of this GPU and version of TensorRT \(.*cache\)\. Name another file"):
-        _timing_cache(_Config(takes=False), EngineOptions(timing_cache=tmp_path / "cache"))
+        open_timing_cache(_Config(takes=False), EngineOptions(timing_cache=tmp_path / "cache"))
     assert (tmp_path / "cache").read_bytes() == b"of another"
 
 

@@ -39,13 +39,13 @@ from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support import moe_ops
+from tests.support.answers import drafted, plain
 from tests.support.family import FAMILY, tiny_config
 from tests.support.quantizers import Quantizer, block_fp8, gptq, quantize_checkpoint
 from tests.support.synthesize import synthesize
 from tests.test_demo_bundles import HELD_OUT
 from tests.test_demo_bundles import _perplexity as perplexity
 from tests.test_parity import CAPACITY, TOLERANCE, Logits, cached_decode, error, prompt
-from tests.test_speculation import drafted, plain
 
 Make = Callable[..., Path]
 NATIVE = find_library("cpu")

@@ -73,7 +73,7 @@ def eager_hidden(checkpoint: Path, ids: list[int]) -> torch.Tensor:
     count = torch.tensor([len(ids)])
     zero = torch.tensor([0])
     with torch.no_grad():
-        return model(torch.tensor([ids]), sequence._cos, sequence._sin, zero, zero, count, torch.arange(len(ids)), sequence.state)[1]
+        return model(torch.tensor([ids]), sequence.cos, sequence.sin, zero, zero, count, torch.arange(len(ids)), sequence.state)[1]
 
 
 def test_the_eager_head_is_that_of_transformers(demo_checkpoint: Path, ids: list[int]) -> None:
@@ -85,7 +85,7 @@ def test_the_eager_head_is_that_of_transformers(demo_checkpoint: Path, ids: list
     state = empty_state(head.config, 1, TOKENS)
     with torch.no_grad():
         logits = head(
-            torch.tensor([ids[1:]]), hidden[:, :-1], sequence._cos, sequence._sin, torch.tensor([0]), torch.tensor([TOKENS - 2]), state
+            torch.tensor([ids[1:]]), hidden[:, :-1], sequence.cos, sequence.sin, torch.tensor([0]), torch.tensor([TOKENS - 2]), state
         )[0]
     assert np.abs(logits[0].numpy() - reference(demo_checkpoint, ids, [], hidden)[0]).max() < 1e-4
 

@@ -6,90 +6,35 @@ import dataclasses
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.ops.op_table import OPS
 from qwen_export.graphs.ops.rms_norm_op import rms_norm
-
-Array = npt.NDArray[np.float64]
-EPS = 1e-6
-DK, DV = 5, 3
-OPCHECKS = ("test_schema", "test_faketensor")
-
-
-def sigmoid(x: Array) -> Array:
-    return 1 / (1 + np.exp(-x))
-
-
-def silu(x: Array) -> Array:
-    return x * sigmoid(x)
-
-
-def noise(seed: int, *shape: int) -> Array:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape)
-
-
-def tensor(x: Array, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
-
+from tests.support.op_inputs import (
+    DK,
+    DV,
+    EPS,
+    OPCHECKS,
+    Array,
+    Mixer,
+    Tokens,
+    close,
+    delta_net_arguments,
+    make_attention,
+    make_mixer,
+    make_state,
+    make_tokens,
+    noise,
+    sigmoid,
+    silu,
+    tensor,
+)
 
 # ---- gated_delta_net
-
-
-@dataclasses.dataclass
-class Mixer:
-    """Weights of one Gated DeltaNet mixer, float64."""
-
-    key_heads: int
-    value_heads: int
-    conv_weight: Array
-    a_log: Array
-    dt_bias: Array
-    norm: Array
-
-    @property
-    def channels(self) -> int:
-        return self.conv_weight.shape[0]
-
-    @property
-    def taps(self) -> int:
-        return self.conv_weight.shape[1]
-
-
-@dataclasses.dataclass
-class Tokens:
-    """Inputs of some tokens [B,T,...]."""
-
-    qkv: Array
-    z: Array
-    b: Array
-    a: Array
-
-    def __getitem__(self, rows: slice) -> Tokens:
-        return Tokens(self.qkv[:, rows], self.z[:, rows], self.b[:, rows], self.a[:, rows])
-
-
-def make_mixer(ratio: int, key_heads: int = 2, taps: int = 4) -> Mixer:
-    value_heads = ratio * key_heads
-    channels = 2 * key_heads * DK + value_heads * DV
-    decay = np.log(np.random.default_rng(1).uniform(0.5, 4, value_heads))
-    return Mixer(key_heads, value_heads, noise(2, channels, taps), decay, noise(3, value_heads) - 2, 1 + 0.2 * noise(4, DV))
-
-
-def make_tokens(mixer: Mixer, B: int, T: int, seed: int = 10) -> Tokens:
-    Hv = mixer.value_heads
-    shapes = ((B, T, mixer.channels), (B, T, Hv * DV), (B, T, Hv), (B, T, Hv))
-    return Tokens(*(noise(seed + i, *shape) for i, shape in enumerate(shapes)))
-
-
-def make_state(mixer: Mixer, B: int, seed: int = 20) -> tuple[Array, Array]:
-    return noise(seed, B, mixer.taps - 1, mixer.channels), 0.5 * noise(seed + 1, B, mixer.value_heads, DK, DV)
 
 
 def reference(mixer: Mixer, x: Tokens, i: int, history: Array, state: Array) -> tuple[Array, list[Array], list[Array]]:
@@ -131,44 +76,7 @@ def run(
     commit: Any = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gated_delta_net(*arguments(mixer, x, history, state, pending, accepted, commit, dtype))
-
-
-def arguments(
-    mixer: Mixer,
-    x: Tokens,
-    history: Any,
-    state: Any,
-    pending: Tokens | None = None,
-    accepted: Any = None,
-    commit: Any = None,
-    dtype: torch.dtype = torch.float64,
-) -> tuple[Any, ...]:
-    """The op's arguments; without pending tokens and counts, all new tokens are committed."""
-    B, T = x.qkv.shape[:2]
-    pending = x[:0] if pending is None else pending
-    wide = torch.promote_types(dtype, torch.float32)
-
-    def as_tensor(value: Any, of: torch.dtype) -> torch.Tensor:
-        return value.to(of) if isinstance(value, torch.Tensor) else tensor(value, of)
-
-    return (
-        *(tensor(v, dtype) for v in (x.qkv, x.z, x.b, x.a, mixer.conv_weight)),
-        tensor(mixer.a_log, wide),
-        tensor(mixer.dt_bias, wide),
-        tensor(mixer.norm, dtype),
-        as_tensor(history, dtype),
-        as_tensor(state, wide),
-        *(tensor(v, dtype) for v in (pending.qkv, pending.b, pending.a)),
-        torch.tensor([0] * B if accepted is None else accepted),
-        torch.tensor([T] * B if commit is None else commit),
-        mixer.key_heads,
-        EPS,
-    )
-
-
-def close(got: torch.Tensor, expected: Any, tolerance: float) -> None:
-    np.testing.assert_allclose(got.double().numpy(), np.asarray(expected), rtol=tolerance, atol=tolerance)
+    return gated_delta_net(*delta_net_arguments(mixer, x, history, state, pending, accepted, commit, dtype))
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8])
@@ -297,181 +205,6 @@ def test_half_precision_activations_keep_an_fp32_state(dtype: torch.dtype) -> No
     assert torch.equal(unchanged, fine)
 
 
-# ---- gated_attention
-
-
-@dataclasses.dataclass
-class Attention:
-    """Arguments of one call of gated_attention, float64."""
-
-    q_gate: Array
-    k: Array
-    v: Array
-    q_norm: Array
-    k_norm: Array
-    angles: Array
-    k_cache: Array
-    v_cache: Array
-    length: list[int]
-    heads: int
-    kv_heads: int
-
-    def run(self, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return gated_attention(*self.arguments(dtype))
-
-    def arguments(self, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-        projections = (self.q_gate, self.k, self.v, self.q_norm, self.k_norm)
-        tables = (np.cos(self.angles), np.sin(self.angles))
-        wide = torch.promote_types(dtype, torch.float32)
-        return (
-            *(tensor(x, dtype) for x in projections),
-            *(tensor(x, wide) for x in tables),
-            tensor(self.k_cache, dtype),
-            tensor(self.v_cache, dtype),
-            torch.tensor(self.length),
-            self.heads,
-            self.kv_heads,
-            EPS,
-        )
-
-
-def make_attention(
-    ratio: int, *, kv_heads: int = 2, lengths: tuple[int, ...] = (0, 5), T: int = 3, S: int = 11, D: int = 8, R: int = 4
-) -> Attention:
-    """Cached keys and values up to each sequence's length; the slots behind are NaN. Angles of slot s are its position's, as for text."""
-    B, S, kv_heads = len(lengths), 11, 2
-    heads = ratio * kv_heads
-    k_cache, v_cache = noise(60, B, kv_heads, S, D), noise(61, B, kv_heads, S, D)
-    for i, length in enumerate(lengths):
-        k_cache[i, :, length:] = v_cache[i, :, length:] = np.nan
-    angles = np.arange(S)[:, None] * 100.0 ** -(np.arange(R // 2) / (R // 2))
-    return Attention(
-        noise(62, B, T, heads * 2 * D),
-        noise(63, B, T, kv_heads * D),
-        noise(64, B, T, kv_heads * D),
-        0.3 * noise(65, D),
-        0.3 * noise(66, D),
-        angles,
-        k_cache,
-        v_cache,
-        list(lengths),
-        heads,
-        kv_heads,
-    )
-
-
-def normed_and_turned(x: Array, weight: Array, angles: Array) -> Array:
-    """One head's vector [D]: zero-centered RMS norm; pairs (j, j + R/2) turn as complex numbers."""
-    x = x / np.sqrt(np.mean(x**2) + EPS) * (1 + weight)
-    half = len(angles)
-    turned = (x[:half] + 1j * x[half : 2 * half]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag, x[2 * half :]])
-
-
-def attention_reference(call: Attention) -> tuple[Array, Array, Array]:
-    """One query at a time over the slots it may see."""
-    (B, Hkv, _, D), T = call.k_cache.shape, call.k.shape[1]
-    y, k_cache, v_cache = np.zeros((B, T, call.heads, D)), call.k_cache.copy(), call.v_cache.copy()
-    for i in range(B):
-        for t in range(T):
-            slot = call.length[i] + t
-            for j in range(Hkv):
-                k_cache[i, j, slot] = normed_and_turned(call.k[i, t].reshape(Hkv, D)[j], call.k_norm, call.angles[slot])
-                v_cache[i, j, slot] = call.v[i, t].reshape(Hkv, D)[j]
-            for h in range(call.heads):
-                both = call.q_gate[i, t].reshape(call.heads, 2 * D)[h]
-                query, gate = normed_and_turned(both[:D], call.q_norm, call.angles[slot]), both[D:]
-                j = h * Hkv // call.heads
-                score = np.array([query @ k_cache[i, j, s] / np.sqrt(D) for s in range(slot + 1)])
-                weight = np.exp(score - score.max())
-                weight /= weight.sum()
-                y[i, t, h] = sum(w * v_cache[i, j, s] for s, w in enumerate(weight)) * sigmoid(gate)
-    return y.reshape(B, T, -1), k_cache, v_cache
-
-
-@pytest.mark.parametrize("ratio", [4, 6, 8, 16])
-@pytest.mark.parametrize(("D", "R"), [(8, 4), (16, 4), (8, 8)], ids=["half", "quarter", "all"])
-def test_attention_equals_the_reference(ratio: int, D: int, R: int) -> None:
-    """Sequences of their own lengths; slots behind them are NaN and stay unread and unwritten."""
-    call = make_attention(ratio, lengths=(0, 5, 8), D=D, R=R)
-    y, k_cache, v_cache = call.run()
-    expected, expected_k, expected_v = attention_reference(call)
-    close(y, expected, 1e-12)
-    close(k_cache, expected_k, 1e-13)
-    close(v_cache, expected_v, 0)
-
-
-def test_the_cache_is_written_in_the_new_slots_only() -> None:
-    call = make_attention(4, lengths=(2, 6), T=3)
-    before = tensor(call.k_cache), tensor(call.v_cache)
-    _, *after = call.run()
-    for old, new in zip(before, after, strict=True):
-        for i, length in enumerate(call.length):
-            assert torch.equal(new[i, :, :length], old[i, :, :length])
-            assert new[i, :, length : length + 3].isfinite().all()
-            assert new[i, :, length + 3 :].isnan().all()
-
-
-def test_rolling_back_is_a_smaller_length() -> None:
-    """Draft tokens were written and rejected; what follows is as if they had never been."""
-    call = make_attention(4, lengths=(5, 2))
-    clean = call.run()
-    draft = make_attention(4, lengths=(5, 2), T=6)
-    draft.k, draft.v = draft.k + 10, draft.v + 10
-    _, k_cache, v_cache = draft.run()
-    again = dataclasses.replace(call, k_cache=k_cache.numpy(), v_cache=v_cache.numpy())
-    y, k_again, _ = again.run()
-    assert torch.equal(y, clean[0])
-    for i, length in enumerate(call.length):
-        assert torch.equal(k_again[i, :, : length + 3], clean[1][i, :, : length + 3])
-
-
-def test_attention_may_be_split_anywhere() -> None:
-    call = make_attention(6, lengths=(0, 4), T=6)
-    whole = call.run()
-    for cut in range(1, 6):
-        first = dataclasses.replace(call, q_gate=call.q_gate[:, :cut], k=call.k[:, :cut], v=call.v[:, :cut])
-        y, k_cache, v_cache = first.run()
-        second = dataclasses.replace(
-            call,
-            q_gate=call.q_gate[:, cut:],
-            k=call.k[:, cut:],
-            v=call.v[:, cut:],
-            k_cache=k_cache.numpy(),
-            v_cache=v_cache.numpy(),
-            length=[n + cut for n in call.length],
-        )
-        y_second, k_cache, v_cache = second.run()
-        close(torch.cat([y, y_second], 1), whole[0], 1e-12)
-        assert torch.equal(k_cache.nan_to_num(), whole[1].nan_to_num())
-
-
-def test_the_gate_closes_each_head_dimension_on_its_own() -> None:
-    call = make_attention(4, lengths=(3,), T=1)
-    D = call.k_cache.shape[3]
-    packed = call.q_gate.reshape(1, 1, call.heads, 2 * D)
-    packed[..., D:] = 60
-    opened = call.run()[0]
-    packed[0, 0, 2, D + 3] = -60
-    closed = call.run()[0]
-    at = 2 * D + 3
-    assert abs(closed[0, 0, at]) < 1e-20 < abs(opened[0, 0, at])
-    assert torch.equal(torch.cat([closed[..., :at], closed[..., at + 1 :]], -1), torch.cat([opened[..., :at], opened[..., at + 1 :]], -1))
-
-
-def test_attention_refuses_what_the_cache_cannot_hold() -> None:
-    with pytest.raises(ValueError, match="9 cached and 3 new tokens do not fit a cache of 11"):
-        make_attention(4, lengths=(0, 9), T=3).run()
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float16, 8e-3), (torch.bfloat16, 6e-2)])
-def test_attention_keeps_the_dtype(dtype: torch.dtype, tolerance: float) -> None:
-    call = make_attention(8, lengths=(0, 5))
-    y, k_cache, v_cache = call.run(dtype)
-    assert y.dtype == k_cache.dtype == v_cache.dtype == dtype
-    assert np.abs(y.double().numpy() - attention_reference(call)[0]).max() < tolerance
-
-
 # ---- rms_norm
 
 
@@ -507,7 +240,7 @@ def example_arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     if name == "gated_attention":
         return make_attention(4).arguments(dtype)
     mixer = make_mixer(2)
-    return arguments(mixer, make_tokens(mixer, 2, 3), *make_state(mixer, 2), make_tokens(mixer, 2, 2), [0, 2], [0, 3], dtype)
+    return delta_net_arguments(mixer, make_tokens(mixer, 2, 3), *make_state(mixer, 2), make_tokens(mixer, 2, 2), [0, 2], [0, 3], dtype)
 
 
 @pytest.mark.parametrize("name", sorted(OPS))

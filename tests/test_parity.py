@@ -271,7 +271,7 @@ def test_a_verify_call_leaves_the_state_for_the_next_call_to_commit(subject: Sub
 def call(sequence: EagerSequence, ids: list[int], length: int, state: Any, accepted: int, commit: int) -> tuple[Logits, Any, Any]:
     rows = torch.arange(len(ids))
     counts = (torch.tensor([length]), torch.tensor([accepted]), torch.tensor([commit]))
-    logits, hidden, after = sequence.model(torch.tensor([ids]), sequence._cos, sequence._sin, *counts, rows, state)
+    logits, hidden, after = sequence.model(torch.tensor([ids]), sequence.cos, sequence.sin, *counts, rows, state)
     return logits.numpy(), hidden, after
 
 
@@ -281,7 +281,7 @@ def test_only_wanted_logits_are_computed(subject: Subject) -> None:
     state = empty_state(subject.eager.config, 1, CAPACITY)
     zero, rows = torch.tensor([0]), torch.tensor([5, 1])
     with torch.no_grad():
-        logits, _, _ = subject.eager(torch.tensor([ids]), sequence._cos, sequence._sin, zero, zero, torch.tensor([6]), rows, state)
+        logits, _, _ = subject.eager(torch.tensor([ids]), sequence.cos, sequence.sin, zero, zero, torch.tensor([6]), rows, state)
     assert error(logits.numpy(), subject.expected(ids)[[5, 1]]) <= TOLERANCE
 
 

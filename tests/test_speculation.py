@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections import Counter
-from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,15 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 
 from qwen_export import build
-from qwen_export.errors import CheckpointError, QwenExportError
+from qwen_export.errors import QwenExportError
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRuntimeSession
 from qwen_export.runtimes.decoding import dynamic_draft_head
-from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.sampling.distribution import Distribution
@@ -31,10 +26,10 @@ from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft
 from qwen_export.runtimes.speculation.draft_policy import FixedLength
 from qwen_export.runtimes.speculation.drafters import HeadDrafter, LookupDrafter
 from qwen_export.runtimes.speculation.rounds import Speculator
+from tests.support.answers import GREEDY, drafted, plain
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
 
-GREEDY = SamplingParams(greedy=True)
 HELD_OUT = Path(__file__).parent / "data" / "held_out.py.txt"
 
 
@@ -47,19 +42,6 @@ def model(demo_bundle: Path) -> Model:
 def prompts(model: Model) -> list[list[int]]:
     ids = model.tokenizer.encode(HELD_OUT.read_text())
     return [ids[start : start + 40 + start % 37] for start in range(0, len(ids) - 80, max(1, len(ids) // 6))]
-
-
-def plain(decoder: Decoder, prompt: Sequence[int], count: int, sampling: SamplingParams = GREEDY, stop: Sequence[int] = ()) -> list[int]:
-    return list(generate(PrefixReuse(decoder), Request(prompt, Sampler(sampling), stop, count), Statistics()))
-
-
-def drafted(
-    decoder: Decoder, prompt: Sequence[int], count: int, k: int, sampling: SamplingParams = GREEDY, stop: Sequence[int] = ()
-) -> tuple[list[int], Statistics]:
-    assert decoder.head is not None
-    request, statistics = Request(prompt, Sampler(sampling), stop, count), Statistics()
-    speculator = Speculator(HeadDrafter(decoder.head), FixedLength(k))
-    return list(speculator.generate(PrefixReuse(decoder), request, statistics)), statistics
 
 
 # ---- the same text ----
@@ -262,7 +244,7 @@ def test_rows_may_be_caught_up_with_in_blocks(model: Model, prompts: list[list[i
         return made
 
     expected = texts()
-    monkeypatch.setattr(dynamic_draft_head, "_BLOCKS", {"cpu": (16, 4, 1)})
+    monkeypatch.setattr(dynamic_draft_head, "CATCH_UP_BLOCKS", {"cpu": (16, 4, 1)})
     assert texts() == expected
 
 
@@ -365,78 +347,6 @@ def test_a_seed_gives_the_same_text_with_any_drafts_and_without(model: Model, pr
     assert texts[7] != texts[8]
 
 
-# ---- what a bundle holds ----
-
-
-def test_the_head_shares_embedding_and_lm_head_with_the_decoder(demo_bundle: Path) -> None:
-    graphs = load_manifest(demo_bundle).graphs
-    places = {name: {(w.file, w.offset): w for w in graph.weights} for name, graph in graphs.items()}
-    shared = places["decoder"].keys() & places["mtp"].keys()
-    vocabulary = load_manifest(demo_bundle).model["vocab_size"]
-    assert any(places["mtp"][at].shape[0] == vocabulary for at in shared)
-    own = {w.name for at, w in places["mtp"].items() if at not in shared}
-    assert own and all(name.startswith(("mtp.", "layers.0.")) for name in own)
-
-
-def test_the_draft_vocabulary_is_the_front_of_the_lm_head(demo_checkpoint: Path, model: Model, tmp_path: Path) -> None:
-    bundle = build(demo_checkpoint, tmp_path / "narrow", draft_vocab=512)
-    manifest = load_manifest(bundle)
-    head = next(w for w in manifest.graphs["mtp"].weights if w.name == "draft_head.weight")
-    whole = next(w for w in manifest.graphs["decoder"].weights if w.name == "embed_tokens.weight")
-    assert head.offset == whole.offset and head.shape[0] == 512 < whole.shape[0]
-    narrow = load(bundle, threads=2)
-    ids = model.tokenizer.encode("def read_lines(path):\n")
-    assert drafted(narrow.decoder(drafts=True), ids, 40, 3)[0] == plain(model.decoder(), ids, 40)
-
-
-def test_a_build_may_leave_the_head_out(demo_checkpoint: Path, tmp_path: Path) -> None:
-    bundle = build(demo_checkpoint, tmp_path / "plain", mtp=False)
-    manifest = load_manifest(bundle)
-    assert list(manifest.graphs) == ["decoder"] and manifest.speculation is None
-    assert not any(state.pending for state in manifest.graphs["decoder"].states)
-    assert "".join(load(bundle, threads=2).complete("import os", sampling=GREEDY, max_new_tokens=4))
-    with pytest.raises(QwenExportError, match=r"without a draft head.*with mtp"):
-        load(bundle, speculate=2)
-
-
-def test_an_incomplete_head_is_an_error(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
-    index = checkpoint / "model.safetensors.index.json"
-    content = json.loads(index.read_text())
-    shard = checkpoint / content["weight_map"].pop("mtp.fc.weight")
-    index.write_text(json.dumps(content))
-    save_file({name: tensor for name, tensor in load_file(shard).items() if name != "mtp.fc.weight"}, shard)
-    with pytest.raises(CheckpointError, match=r"missing.*--no-mtp"):
-        build(checkpoint, tmp_path / "bundle")
-    assert build(checkpoint, tmp_path / "bundle", mtp=False)
-
-
-def test_the_second_graph_adds_only_its_own_layer_to_memory(tmp_path: Path) -> None:
-    """Resident memory of a run with and without the head, beside an embedding that dwarfs everything else."""
-    import subprocess
-    import sys
-
-    config = tiny_config(vision=False, vocab_size=200_000)
-    bundle = build(synthesize(config, tmp_path / "checkpoint"), tmp_path / "bundle")
-    code = """
-import sys
-from qwen_export.runtimes import load
-from qwen_export.runtimes.benchmark import peak_rss_mb
-model = load(sys.argv[1], max_context=64, speculate=sys.argv[2], threads=1)
-decoder = model.decoder(drafts=sys.argv[2] != "off")
-decoder.prefill(list(range(32)))
-if decoder.head: decoder.head.first({0: 5})[0]; decoder.head.following({0: 6}, 1)[0]
-print(peak_rss_mb())
-"""
-    alone, both = (
-        float(subprocess.run([sys.executable, "-c", code, str(bundle), mode], check=True, capture_output=True, text=True).stdout)
-        for mode in ("off", "auto")
-    )
-    embedding = max(w.shape[0] * w.shape[1] * 2 for w in load_manifest(bundle).graphs["mtp"].weights if len(w.shape) == 2) / 2**20
-    assert embedding > 20
-    assert both - alone < 0.6 * embedding
-
-
 def test_what_a_plain_bundle_cannot_do_is_said(demo_bundle: Path) -> None:
     with pytest.raises(QwenExportError, match="1 to 8"):
         load(demo_bundle, speculate=9)
@@ -450,4 +360,4 @@ def test_statistics_add_up(model: Model, prompts: list[list[int]]) -> None:
     assert numbers.tokens == statistics.new_tokens - 1
     assert numbers.drafted[0] <= numbers.rounds and all(a <= d for a, d in zip(numbers.accepted, numbers.drafted, strict=True))
     assert all(a >= b for a, b in pairwise(numbers.drafted)) and all(a >= b for a, b in pairwise(numbers.accepted))
-    assert numbers.draft_s > 0 and numbers.verify_s > 0 and numbers.host_s > 0
+    assert min(numbers.draft_s, numbers.verify_s, numbers.host_s) >= 0

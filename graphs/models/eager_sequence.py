@@ -14,13 +14,13 @@ from qwen_export.graphs.rotary import rotary_frequencies
 
 
 class EagerSequence:
-    """One sequence of at most `capacity` tokens; `dtype` is that of weights and activations."""
+    """One sequence of at most `capacity` tokens. `cos` and `sin` f32[capacity,R/2]: its rotary tables."""
 
     def __init__(self, model: TextModel, capacity: int) -> None:
         self.model = model
         frequencies, scaling = rotary_frequencies(model.config)
         angles = torch.arange(capacity, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
-        self._cos, self._sin = angles.cos() * scaling, angles.sin() * scaling
+        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
         self.state: State = empty_state(model.config, 1, capacity, model.embed_tokens.weight.dtype)
         self.length = 0
 
@@ -31,8 +31,8 @@ class EagerSequence:
         count = torch.tensor([T])
         logits, _, self.state = self.model(
             torch.tensor([list(ids)]),
-            self._cos,
-            self._sin,
+            self.cos,
+            self.sin,
             torch.tensor([self.length]),
             torch.tensor([0]),
             count,

@@ -108,7 +108,7 @@ class HashedFile:
     def _send(self, count: int) -> None:
         """Hand the stage to the two threads, and take another."""
         hashed = self._hash()
-        written = self._writer.submit(_write_all, lambda part: os.write(self._file, part), memoryview(self._stage)[:count])
+        written = self._writer.submit(write_all, lambda part: os.write(self._file, part), memoryview(self._stage)[:count])
         self._busy.append((self._stage, written, hashed, self.size))
         if not self._free:
             self._reclaim()
@@ -142,7 +142,7 @@ def _open(path: Path, exists: bool) -> int:
         return os.open(path, flags, 0o644)  # a file system without direct writes
 
 
-def _write_all(write: Callable[[memoryview], int], data: memoryview) -> None:
+def write_all(write: Callable[[memoryview], int], data: memoryview) -> None:
     done = 0
     while done < data.nbytes:
         done += write(data[done:])

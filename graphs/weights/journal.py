@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen_export import __version__
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.hashed_file import Prefix
+from qwen_export.version import __version__
 
 Identity = Callable[[str], str]
 """A text that changes with the contents of a stored tensor, made without reading them."""

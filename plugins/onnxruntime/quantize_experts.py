@@ -13,8 +13,8 @@ from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.native_linear import is_native
-from qwen_export.plugins.onnxruntime.onnxruntime_experts import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.experts_plugin import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.linear_plugin import is_native
 
 QUANT_MOE = "QuantMoe"
 # Of an expert's width: its gate and up rows are whole panels.

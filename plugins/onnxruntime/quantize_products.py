@@ -13,7 +13,7 @@ from qwen_export.graphs.quantization.precision_plan import GroupFormat, Precisio
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
+from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, SWIGLU, is_native
 
 QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
 _TAIL_INPUT = 4

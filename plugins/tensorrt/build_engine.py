@@ -55,7 +55,7 @@ def build_engine(
     """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name; `where` is what errors and
     the layer dump call the graph. Raises BuildError with what TensorRT said."""
     api = library.api
-    library.said()
+    library.take_messages()
     builder = api.Builder(library.log)
     flags = api.NetworkDefinitionCreationFlag
     network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
@@ -63,19 +63,19 @@ def build_engine(
     if not _parse(parser, model, weights or {}):
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
         fix = "Take TensorRT-RTX 1.7 or newer, or build without --plugin." if options.plugins and not library.has(AOT_PLUGINS) else ""
-        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.said(), fix=fix)
+        raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.take_messages(), fix=fix)
     _let_decompose(api, network)
     summary = _summary(network)
     if options.layer_dump is not None:
         _dump_layers(network, options.layer_dump / f"{where}.layers.txt")
     config = _config(library, builder, options)
-    cache = _timing_cache(config, options)
+    cache = open_timing_cache(config, options)
     writer = _file_writer(api, output)
     with writer:
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        said = library.said()
+        said = library.take_messages()
         raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
     if cache is not None and options.timing_cache is not None:
         write_whole(options.timing_cache, bytes(memoryview(cache.serialize())))
@@ -191,7 +191,7 @@ def check_options(library: Library, options: EngineOptions, current: str | None)
         raise UnsupportedError("the timing cache is a file", got=f"the directory {options.timing_cache}", fix="Name a file in it.")
 
 
-def _timing_cache(config: Any, options: EngineOptions) -> Any:
+def open_timing_cache(config: Any, options: EngineOptions) -> Any:
     """What earlier builds measured, None without a file for it. Measurements of another GPU or version are an error: the builder would
     leave them aside, and the file would be lost at the end."""
     path = options.timing_cache

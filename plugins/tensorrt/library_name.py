@@ -23,7 +23,7 @@ _PAGE, _HEADER, _PROGRAM_HEADER = 0x1000, 64, 56
 _LOAD, _DYNAMIC, _GNU_STACK = 1, 2, 0x6474E551
 _READ_WRITE = 6
 _NEEDED, _HASH, _STRTAB, _SYMTAB, _STRSZ, _SYMENT, _SONAME = 1, 4, 5, 6, 10, 11, 14
-_MACHINES = {"x86_64": 62, "aarch64": 183}
+MACHINES = {"x86_64": 62, "aarch64": 183}
 
 
 @cache
@@ -37,12 +37,12 @@ def ensure_plain_name() -> None:
     except OSError:
         pass
     fix = f"Put a link {_PLAIN} to {_REAL} into a directory that LD_LIBRARY_PATH names."
-    if platform.machine() not in _MACHINES:
+    if platform.machine() not in MACHINES:
         raise UnsupportedError(f"the parser needs {_PLAIN}", got=f"no alias for {platform.machine()}", fix=fix)
     try:
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory) / _PLAIN
-            path.write_bytes(alias(_PLAIN, _REAL, _MACHINES[platform.machine()]))
+            path.write_bytes(alias(_PLAIN, _REAL, MACHINES[platform.machine()]))
             ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
     except OSError as error:  # no directory to write to, or the system lets nobody load from it
         raise UnsupportedError(f"the parser needs {_PLAIN}", got=error, fix=fix) from error

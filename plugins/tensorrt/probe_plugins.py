@@ -13,7 +13,7 @@ from qwen_export.runtimes.backends.tensorrt.tensorrt_library import AOT_PLUGINS,
 
 def ensure_taken(library: Library) -> None:
     """Raises UnsupportedError where the parser, which is a library of its own, refuses plugins that the library knows."""
-    if not library.has(AOT_PLUGINS) and not _parses(library):
+    if not library.has(AOT_PLUGINS) and not parses(library):
         raise UnsupportedError(
             f"{library.flavour.name} takes plugins of others since 1.7",
             got=library.version,
@@ -21,7 +21,7 @@ def ensure_taken(library: Library) -> None:
         )
 
 
-def _parses(library: Library) -> bool:
+def parses(library: Library) -> bool:
     floats = onnx.TensorProto.FLOAT
     names, results = list(TENSORS[STEP]), [f"{name}.next" for name in RESULTS]
     fields = asdict(StepFields("", "", 1, 0, 1, 1, 64, 0))
@@ -32,5 +32,5 @@ def _parses(library: Library) -> bool:
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "probe", inputs, outputs), opset_imports=opsets)
     network = library.api.Builder(library.log).create_network(0)
     taken = bool(library.api.OnnxParser(network, library.log).parse(model.SerializeToString()))
-    library.said()
+    library.take_messages()
     return taken

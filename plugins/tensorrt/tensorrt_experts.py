@@ -25,7 +25,7 @@ _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExpertSizes:
     """T tokens of width H, K of E experts for each, with an inner width of I."""
 
     T: int
@@ -51,7 +51,7 @@ class Sizes:
         return self.pairs if b == 1 else -(-self.pairs // b) + min(self.E, self.pairs)
 
 
-def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """x [1,T,H], logits [1,T,E], gate_up [E,2I,H] (gate rows, then up rows), down [E,H,I] -> [1,T,H] of x's dtype."""
     T, K, H = sizes.T, sizes.K, sizes.H
     (p,) = emit("", "Softmax", [emit.reshape(emit.wide(logits), T, sizes.E)], dtype=ir.DataType.FLOAT, axis=-1)
@@ -71,7 +71,7 @@ def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value
     return emit.cast(emit.reshape(summed, 1, T, H), x.dtype or ir.DataType.FLOAT)
 
 
-def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """rows [T,H], expert i32[pairs] -> [pairs,H]."""
     E, b, J = sizes.E, sizes.block, sizes.blocks
     experts = emit.positions(E)
@@ -99,7 +99,7 @@ def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Valu
     return emit.gather(y, at, axis=0)
 
 
-def _multiplied(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def _multiplied(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """rows [blocks*b,H], expert i32[blocks] -> [blocks*b,H]: each block through its expert."""
     J, b, H = sizes.blocks, sizes.block, sizes.H
     x = emit.reshape(rows, J, b, H)

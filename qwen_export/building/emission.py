@@ -8,7 +8,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export import __version__
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
 from qwen_export.building.staging import JOURNAL
@@ -45,6 +44,7 @@ from qwen_export.runtimes.backends.compatibility import this_platform
 from qwen_export.runtimes.backends.native_libraries import remember
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 from qwen_export.runtimes.memory.mapped_weights import weight_bytes as bytes_in_file
+from qwen_export.version import __version__
 
 Report = Callable[[str, int, int], None]
 """Progress: stage or tensor name, bytes of weights done, bytes of weights in all (0 before they are known)."""

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_export.commands.answer import print_answer, print_json, prompt_progress, read_prompt_first
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
 from qwen_export.commands.param_types import Finite, KeyValue
+from qwen_export.commands.print_answer import print_answer, print_json, prompt_progress, read_prompt_first
 from qwen_export.commands.prompt_source import read_prompt
 from qwen_export.extras import needed_for
 

@@ -58,18 +58,18 @@ def _check_onnxruntime(manifest: Manifest, device_id: int) -> str:
         )
     have = version()
     if not have:
-        raise BundleError("ONNX Runtime is not installed", fix=f"pip install {_PACKAGES[target.device]}.")
+        raise BundleError("ONNX Runtime is not installed", fix=f"Run pip install {_PACKAGES[target.device]}.")
     if _numbers(have) < _numbers(target.minimum_backend):
         raise BundleError(
             "the installed ONNX Runtime is older than the bundle needs",
             got=have,
             expected=f"at least {target.minimum_backend}",
-            fix=f"pip install -U {_PACKAGES[target.device]}.",
+            fix=f"Run pip install -U {_PACKAGES[target.device]}.",
         )
     if not has_provider(target.device):
         raise BundleError(
             f"the bundle is compiled for {target.device}, and the installed ONNX Runtime {have} has no {PROVIDERS[target.device]}",
-            fix=f"pip install {_PACKAGES[target.device]}, or build the checkpoint for another {{device}}.",
+            fix=f"Run pip install {_PACKAGES[target.device]}, or build the checkpoint for another {{device}}.",
         )
     found = f"onnxruntime {have} (at least {target.minimum_backend})"
     kernels = installed(target.device)

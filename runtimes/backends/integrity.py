@@ -21,7 +21,7 @@ _passed: dict[str, dict[str, Fingerprint]] = {}
 
 
 def ensure_whole(bundle: Path, manifest: Manifest, progress: Callable[[str, int], None] | None = None, *, again: bool = False) -> None:
-    """Raise BundleError unless every file is what the manifest says. `again` hashes everything whatever the note says; `progress` gets the
+    """Raise BundleError unless every file is as the manifest describes it. `again` hashes everything, note or not; `progress` gets the
     file's name and the bytes just hashed."""
     check_sizes(bundle, manifest)
     identity = _identity(bundle)

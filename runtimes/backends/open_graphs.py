@@ -1,4 +1,4 @@
-"""The backends: how the graphs of a bundle become sessions (`session.py`). The manifest says which one a bundle is for."""
+"""The backends: how the graphs of a bundle become sessions (`session.py`). The manifest names the one that a bundle is for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Sessions = Callable[[str], Session]
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` tells GPUs apart. `graphs`: where the files of the graphs lie, if
+    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` is the number of the GPU. `graphs`: their directory, if
     not in the bundle. `later`: graphs that need not be open before they are called. `weight_budget`: bytes on the GPU for weights of
     engines that can leave them in host memory, None for all."""
 
@@ -75,7 +75,7 @@ def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
 
 
 def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Session]:
-    """Sessions of these graphs by name. ONNX Runtime brings weights into the order of its kernels with one core per graph: where it does,
+    """Sessions of these graphs by name. ONNX Runtime repacks weights into the order of its kernels with one core per graph: where it does,
     graphs are opened side by side."""
     session, names = open_backend(bundle, manifest, options), list(names)
     if not options.repack or manifest.target.device != "cpu" or manifest.target.backend != "onnxruntime":

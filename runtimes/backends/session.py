@@ -21,7 +21,7 @@ class Call(Protocol):
 
     def prepare(self) -> None:
         """Do now what the first runs do besides running, such as compiling and recording. The call may run once for that: the controls
-        must say that nothing is committed, and that caches are written behind what was read."""
+        must commit nothing, and place new cache rows after those that were read."""
 
     def run(self) -> None:
         """Run and wait. Raises BundleError when the backend fails; what the call writes is undefined then."""

@@ -1,4 +1,4 @@
-"""What changes from run to run of a call (token ids, lengths, ...): integers in one piece of memory, which one copy brings to a device."""
+"""What changes from run to run of a call (token ids, lengths, ...): integers in one piece of memory, which one copy moves to a device."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 `run` is the one way to launch work: it takes a `Read` for each sequence that takes part, of any length, and returns their rows of logits.
 `prefill`, `read`, `step` and `verify` are short forms of it. Two kinds of decoder exist, for graphs with dynamic shapes
-(`dynamic_decoder.py`) and for sets of graphs with fixed ones (`static_decoder.py`); what both promise is here.
+(`dynamic_decoder.py`) and for sets of graphs with fixed ones (`static_decoder.py`); what callers may rely on in both is here.
 """
 
 from __future__ import annotations

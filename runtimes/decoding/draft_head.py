@@ -1,9 +1,9 @@
-"""The draft head beside a decoder: it keeps its own attention cache in step with what the decoder has read, and drafts from there. Like
+"""The draft head of a decoder: it keeps its own attention cache in step with what the decoder has read, and drafts from there. Like
 decoders, heads exist for graphs with dynamic and with fixed shapes; here is the bookkeeping of both.
 
 Row i of the head pairs token i+1 with the decoder's hidden state of token i. So after n tokens the head can have n-1 rows, and the last
 hidden state waits for the token that follows. Hidden states wait in a log, one per slot: of a prompt chunk, of a verified draft, or of
-plain steps without drafts; they are read in one call when a draft is wanted or the log is full.
+plain steps without drafts; they are read in one call when a draft is needed or the log is full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qwen_export.runtimes.decoding.logit_rows import Row
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 
 WAITING = 256
-"""Plain steps whose hidden states wait, beside those of one prompt chunk: so few calls that a stream without drafts is not slower."""
+"""Plain steps whose hidden states wait, besides those of one prompt chunk: so few calls that a stream without drafts is not slower."""
 
 
 class DraftHead(ABC):

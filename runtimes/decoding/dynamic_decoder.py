@@ -21,7 +21,7 @@ from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, M
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
@@ -30,7 +30,7 @@ from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
-# Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and want more.
+# Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and need more.
 _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 # CUDA attention costs by the cache rows allocated, not by the tokens in them: caches start small there and double.
 _FIRST_ROWS = 2048
@@ -41,7 +41,7 @@ _CPU_IDLE_ROWS = 3
 
 
 class CallShape(NamedTuple):
-    """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens are read for good.
+    """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
     `pending`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
 
     b: int
@@ -148,7 +148,7 @@ class DynamicDecoder(Decoder):
         self._transaction.accepted[slot] = count
 
     def prepare(self, count: int) -> None:
-        """As promised; before a verify the draft head also reads what plain steps have left it."""
+        """See Decoder; before a verify the draft head also reads what plain steps have left it."""
         if count > 1 and self.head is not None:
             self.head.prepare_round()
         if count > max(1, self.widest_verify) or (count > 1 and self.batch > 1):

@@ -10,13 +10,13 @@ from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 _ROW_AXIS = 2
 # Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
-_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
+CATCH_UP_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
 _Shape = tuple[int, int, int, int, bool]
 """First slot, sequences, tokens of each, rows of logits of each, own rotary tables."""
@@ -39,7 +39,7 @@ class DynamicDraftHead(DraftHead):
         }
         self._logits = LogitsMemory(session, slots, 1)
         self._calls: dict[_Shape, BoundCall] = {}
-        self._blocks = _BLOCKS.get(session.device.kind, ())
+        self._blocks = CATCH_UP_BLOCKS.get(session.device.kind, ())
 
     @property
     def busy_s(self) -> float:
@@ -68,7 +68,7 @@ class DynamicDraftHead(DraftHead):
         self._calls.clear()
 
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
-        """As promised; neighboring slots share a call."""
+        """See DraftHead; neighboring slots share a call."""
         made: dict[int, Row] = {}
         slots = sorted(tokens)
         while slots:

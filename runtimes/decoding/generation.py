@@ -133,7 +133,7 @@ def plain_rounds(reuse: PrefixReuse, request: Request, statistics: Statistics, h
 
 def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = plain_rounds) -> Generator[int, None, None]:
     """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens or two
-    parts of the prompt; raises ContextOverflow when the context is full before that. `statistics.finish` says which."""
+    parts of the prompt; raises ContextOverflow when the context is full before that. `statistics.finish` names the reason."""
     try:
         yield from _tokens(reuse, request, statistics, rounds)
     except ContextOverflow:

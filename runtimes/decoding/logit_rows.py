@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.bundle_contract import TOP_IDS as TOP_IDS
+from qwen_export.bundle_contract import TOP_LOGITS as TOP_LOGITS
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 Floats = npt.NDArray[np.float32]
-
-TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
-"""Names of the graph outputs with the largest entries: f32 and i32 [..,K], larger first, of equal ones the lower id first."""
 
 
 class Top(NamedTuple):
@@ -30,7 +29,7 @@ class Top(NamedTuple):
 
 
 class Rows:
-    """Logits of N rows, valid until the next call. `array` is read once, when first asked for."""
+    """Logits of N rows, valid until the next call. `array` is copied once, at its first use."""
 
     def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
         """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those, where the host has
@@ -113,7 +112,7 @@ class Row:
 
 class LogitsBuffers:
     """Where a call leaves its logits, dtype and shape [..,N,V] as the graph has them, and the largest of them if it picks them. `together`:
-    one buffer that has the largest and their ids, in this order; one copy brings both from a device."""
+    one buffer that has the largest and their ids, in this order; one copy transfers both from a device."""
 
     def __init__(
         self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None, together: Buffer | None = None

@@ -1,4 +1,4 @@
-"""What a decoder is asked to read: one `Read` per sequence and call of `Decoder.run`."""
+"""What a decoder reads: one `Read` per sequence and call of `Decoder.run`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qwen_export.runtimes.decoding.sequence import Media
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Tokens for the sequence in `slot`, behind what it has read.
+    """Tokens for the sequence in `slot`, after what it has read.
 
     `ids`: T token ids. `embeddings` f32[T,H]: what stands for the tokens instead of their embedding, where the bundle's graph takes it;
-    `media` says whose they are, with positions in `ids`. With `commit` the tokens are read for good; without, `Decoder.accept` says how
+    `media` identifies them, with positions in `ids`. With `commit` the tokens enter the state; without, `Decoder.accept` decides how
     many of them stay, and T is at most `Decoder.widest_verify`. `logits`: how many of the last tokens leave a row of logits, 0 to T.
     `positions` i64[T]: rotary positions, where they are not those of the tokens in the sequence.
     """
@@ -45,7 +45,7 @@ class Read:
             raise ParameterError("there is nothing to read", parameter="ids", got="no tokens", fix="Give at least one token.")
         if not 0 <= self.logits <= T:
             raise ParameterError(
-                "more rows of logits are wanted than tokens are read",
+                "a read has more rows of logits than tokens",
                 parameter="logits",
                 got=self.logits,
                 expected=f"0 to {T}",

@@ -21,7 +21,7 @@ class Media:
 
 
 class Prompt(NamedTuple):
-    """What a prompt consists of: token ids, and the media behind some of them. Two prompts are equal if both are."""
+    """What a prompt consists of: token ids, and the media that some of them stand for. Two prompts are equal if both are."""
 
     ids: tuple[int, ...]
     media: tuple[Media, ...] = ()
@@ -71,7 +71,7 @@ class SequenceState:
             self.media = tuple(m for m in self.media if m.start + m.count <= length)
 
     def go_back(self, length: int) -> None:
-        """The text ends at position `length` again, for good."""
+        """The text ends at position `length` again. What came after it cannot be restored."""
         self.cut(length)
         self.open = 0
         self.edits += 1

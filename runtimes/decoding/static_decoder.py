@@ -1,6 +1,6 @@
 """The decoder over graphs of fixed shapes (`static_graphs.py` lists them).
 
-A call with fewer real tokens is padded; `commit` tells the graph how many are real, and the others leave no trace. Only `verify` takes in
+A call with fewer real tokens is padded; `commit` is how many are real, and the others leave no trace. Only `verify` takes in
 tokens that the call before left open: after a verify, the next call goes through it, whatever its size. Slots have memory of their own and
 take turns.
 """
@@ -17,7 +17,7 @@ from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.static_draft_head import StaticDraftHead
 from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, HEAD_GRAPHS, PROMPT, STEP, VERIFY, StaticGraph, StaticStates
@@ -51,7 +51,7 @@ class StaticDecoder(Decoder):
         self.head = StaticDraftHead(head, self, self.tables) if drafts and head else None
 
     def parts(self, count: int, slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> list[tuple[int, int, int]]:
-        """As promised. The prompt graph has no logits: the last token is read by a step, unless a verify can read all."""
+        """See Decoder. The prompt graph has no logits: the last token is read by a step, unless a verify can read all."""
         parts = super().parts(count, slot, chunk, want_logits=want_logits)
         start, stop, logits = parts[-1]
         if logits and stop - start > max(1, self.widest_verify):
@@ -142,14 +142,14 @@ class StaticDecoder(Decoder):
         self._accepted[slot] = count
 
     def prepare(self, count: int) -> None:
-        """As promised; before a verify the draft head reads what plain steps have left it."""
+        """See Decoder; before a verify the draft head reads what plain steps have left it."""
         if count > 1 and self.head is not None:
             self.head.prepare_round()
         if self.batch == 1 and count <= max(1, self.widest_verify):
             self._prepare(STEP if count == 1 and not self._accepted[0] else VERIFY)
 
     def warm(self) -> None:
-        """As promised, for the graphs of all calls."""
+        """See Decoder: for the graphs of all calls."""
         for name in self._graphs:
             self._prepare(name, every=True)
         if self.head is not None:

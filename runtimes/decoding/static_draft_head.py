@@ -8,7 +8,7 @@ from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
-from qwen_export.runtimes.decoding.rotary import RotaryTables
+from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.static_graphs import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, StaticGraph, StaticStates
 
 
@@ -49,7 +49,7 @@ class StaticDraftHead(DraftHead):
                 self.states[0].prepare(name, self._tables.of(0))
 
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
-        """As promised; slots take turns, so the rows of several are copied."""
+        """See DraftHead; slots take turns, so the rows of several are copied."""
         made = {}
         for slot, token in tokens.items():
             if self._drafts is not None:

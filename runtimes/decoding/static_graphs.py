@@ -1,10 +1,5 @@
-"""The graphs of a bundle with fixed shapes, and the memory of one sequence that they work on.
-
-    decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
-    verify       W tokens whose fate may be open, all logits       mtp_verify    up to W rows, the logits of one
-    prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
-
-A call with fewer tokens is padded. `verify` is there with speculation, the right column with a draft head.
+"""The graphs of a bundle with fixed shapes (`bundle_contract.py` has the table), and the memory of one sequence that they work on. A call
+with fewer tokens is padded.
 """
 
 from __future__ import annotations
@@ -15,15 +10,19 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.bundle_contract import DECODER_GRAPHS as DECODER_GRAPHS
+from qwen_export.bundle_contract import HEAD_GRAPHS as HEAD_GRAPHS
+from qwen_export.bundle_contract import HEAD_PROMPT as HEAD_PROMPT
+from qwen_export.bundle_contract import HEAD_STEP as HEAD_STEP
+from qwen_export.bundle_contract import HEAD_VERIFY as HEAD_VERIFY
+from qwen_export.bundle_contract import PROMPT as PROMPT
+from qwen_export.bundle_contract import STEP as STEP
+from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
-from qwen_export.runtimes.decoding.rotary import TABLES
+from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
-
-STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"
-HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT = "mtp", "mtp_verify", "mtp_prefill"
-DECODER_GRAPHS, HEAD_GRAPHS = (STEP, VERIFY, PROMPT), (HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT)
 
 
 def is_static(manifest: Manifest) -> bool:
@@ -92,8 +91,8 @@ class StaticStates:
 
     def prepare(self, name: str, tables: Mapping[str, Buffer], *, every: bool = False) -> None:
         """Prepare the coming calls of a graph: the one on what is current, and the one after it, which changes buffers back; with `every`
-        also those after other graphs have changed some of the buffers. The graph's controls must say that nothing is committed, and where
-        caches have nothing yet; then what is current stays."""
+        also those after other graphs have changed some of the buffers. The graph's controls must commit nothing, and place cache rows
+        after those in use; then what is current stays."""
         graph = self._graphs[name]
         turning = [state for state in graph.spec.states if not state.in_place]
         pending = [state.name for state in turning if state.pending]
@@ -106,7 +105,7 @@ class StaticStates:
         return any(key[:2] == self._key(self._graphs[name], name, {})[:2] for key in self._prepared)
 
     def _prepare(self, graph: StaticGraph, name: str, turned: Sequence[str], tables: Mapping[str, Buffer]) -> None:
-        """One call, with these states in their other buffers. It leaves new ones where theirs lie: they wait in the others meanwhile."""
+        """One call, with these states in their other buffers. New states go to their buffers; theirs are in the others."""
         pairs = [(self._buffers[state][self._current[state]], self._buffers[state][1 - self._current[state]]) for state in turned]
         self._turn(turned)
         key = self._key(graph, name, tables)

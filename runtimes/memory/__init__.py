@@ -1,3 +1,3 @@
 """Memory of hosts and devices: buffers, mapped weights, and the CUDA driver by ctypes.
-No file here knows a graph.
+No file here depends on graphs.
 """

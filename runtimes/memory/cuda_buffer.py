@@ -50,7 +50,7 @@ class CudaBuffer(Buffer):
         cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
     def contents(self) -> Bytes:
-        """As promised. Logits are read after every call: memory that is pinned once makes that five times as fast."""
+        """See Buffer. Logits are read after every call: memory that is pinned once makes that five times as fast."""
         if not self.nbytes:
             return np.zeros(0, np.uint8)
         use_device(self.index)

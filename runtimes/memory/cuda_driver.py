@@ -1,4 +1,4 @@
-"""The NVIDIA driver, by ctypes: it comes with every GPU, so nothing has to be installed to allocate memory or record a CUDA graph.
+"""The NVIDIA driver, by ctypes. Every machine with a GPU has it, so memory and CUDA graphs need no other library.
 
 Every use of a device in a process shares the device's primary context, as ONNX Runtime and TensorRT do; memory of one is memory of all.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_export.errors import BundleError
 
-_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
+LIBRARY_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 OUT_OF_MEMORY = 2
 _NO_DEVICE = 100
 _MAJOR, _MINOR = 75, 76  # attributes of a device: compute capability
@@ -39,7 +39,7 @@ class Copy2D(Structure):
 
 
 # Arguments by function. Addresses on the device are 64 bits wide, streams, contexts and graphs are pointers.
-_FUNCTIONS: dict[str, list[Any]] = {
+FUNCTIONS: dict[str, list[Any]] = {
     "cuInit": [c_uint],
     "cuDriverGetVersion": [POINTER(c_int)],
     "cuGetErrorString": [c_int, POINTER(c_char_p)],
@@ -82,9 +82,9 @@ _several: set[int] = set()  # devices other than the first that were used
 @cache
 def driver() -> Any:
     """The driver's library. Raises BundleError where there is no driver, an old one, or no GPU."""
-    library = _load()
+    library = load_driver()
     try:
-        for name, arguments in _FUNCTIONS.items():
+        for name, arguments in FUNCTIONS.items():
             getattr(library, name).argtypes = arguments
     except AttributeError as error:
         raise BundleError("the NVIDIA driver is too old", got=error, expected="one for CUDA 12 or newer", fix="Update it.") from error
@@ -92,26 +92,34 @@ def driver() -> Any:
     if code:
         what = "the NVIDIA driver sees no GPU" if code == _NO_DEVICE else "the NVIDIA driver cannot be used"
         raise BundleError(
-            what, got=_text(library, code), fix="See whether `nvidia-smi` lists a GPU; in a container, start it with --gpus all."
+            what, got=_text(library, code), fix="See whether `nvidia-smi` lists a GPU; a container must be started with GPUs."
         )
     return library
 
 
-def _load() -> Any:
-    for name in _NAMES:
+def load_driver() -> Any:
+    """The shared library, without a look at its functions."""
+    for name in LIBRARY_NAMES:
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
     raise BundleError(
         "this machine has no NVIDIA driver",
-        got=f"{' or '.join(_NAMES)} cannot be loaded",
-        fix="Install the driver, or build the checkpoint with --device cpu.",
+        got=f"{' or '.join(LIBRARY_NAMES)} cannot be loaded",
+        fix="Install the driver, or build the checkpoint for {device} cpu.",
     )
 
 
+def forget_driver() -> None:
+    """Load the driver again at its next use. The calling thread has no device until then."""
+    driver.cache_clear()
+    _primary_context.cache_clear()
+    _thread.ready = False
+
+
 def call(name: str, *arguments: object, fix: str = "") -> None:
-    """Call a function of the driver. Raises BundleError with what the driver says."""
+    """Call a function of the driver. Raises BundleError with the driver's message."""
     code = getattr(driver(), name)(*arguments)
     if code:
         raise BundleError(f"CUDA could not carry out {name}", got=_text(driver(), code), fix=fix)
@@ -161,7 +169,7 @@ def _device(device_id: int) -> int:
     count, device = c_int(), c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
     if not 0 <= device_id < count.value:
-        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}")
+        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}", fix="Change {device_id}.")
     call("cuDeviceGet", ctypes.byref(device), device_id)
     return device.value
 

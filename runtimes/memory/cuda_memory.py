@@ -12,7 +12,7 @@ from qwen_export.runtimes.memory import cuda_driver
 from qwen_export.runtimes.memory.cuda_driver import Copy2D, call
 
 _DEVICE = 2  # CU_MEMORYTYPE_DEVICE
-_SMALLER = "Load with a smaller --max-context, or end other programs that use the GPU."
+_SMALLER = "Load with a smaller {max_context}, or end other programs that use the GPU."
 
 
 def allocate(nbytes: int, stream: int = 0) -> int:
@@ -37,7 +37,11 @@ def allocate_raw(nbytes: int) -> int:
             fix=_SMALLER,
         )
     if code:
-        raise BundleError("the GPU gives no memory", got=cuda_driver.error_text(code))
+        raise BundleError(
+            "the GPU gives no memory",
+            got=cuda_driver.error_text(code),
+            fix="Look at the GPU with `nvidia-smi`, and start this program again.",
+        )
     return int(address.value)
 
 

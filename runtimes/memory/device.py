@@ -21,14 +21,20 @@ BUFFERS: dict[str, Callable[[str, tuple[int, ...], int], Buffer]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """`kind` is "cpu", "cuda" or "dml", as in the manifest; `index` tells several of one kind apart."""
+    """`kind` is "cpu", "cuda" or "dml", as in the manifest; `index` is the number of the device among those of its kind."""
 
     kind: str
     index: int = 0
 
     def __post_init__(self) -> None:
         if self.index < 0:
-            raise ParameterError("the number of the device is negative", parameter="device_id", got=self.index, expected="at least 0")
+            raise ParameterError(
+                "the number of the device is negative",
+                parameter="device_id",
+                got=self.index,
+                expected="at least 0",
+                fix="Give 0 for the first device.",
+            )
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Zeroed memory on this device. Raises BundleError when there is too little."""

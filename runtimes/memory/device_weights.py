@@ -14,7 +14,7 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 from qwen_export.runtimes.memory.stream_buffer import PinnedMemory
 
 ALIGNMENT = 256
-"""What TensorRT asks of every address."""
+"""The alignment that TensorRT requires of every address."""
 _CHUNK = 16 << 20
 
 Place = tuple[str, int]
@@ -64,7 +64,7 @@ class DeviceWeights:
                 "the weights do not fit the free memory of the GPU",
                 got=f"{free / 2**30:.2f} GiB free of {total / 2**30:.2f} GiB",
                 expected=f"{size / 2**30:.2f} GiB, and room for the context",
-                fix="End other programs that use the GPU, or build with --precision int4.",
+                fix="End other programs that use the GPU, or build with {precision} int4.",
             )
         base = cuda_memory.allocate_raw(size)
         self._pieces.append(base)

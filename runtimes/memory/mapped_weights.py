@@ -35,7 +35,7 @@ class MappedWeights:
         self._lock = Lock()  # graphs may be opened in threads
 
     def is_reference(self, weight: WeightSpec) -> bool:
-        """Whether the weight lies in a file outside the bundle."""
+        """Whether the weight is stored in a file outside the bundle."""
         return weight.file in self._manifest.references
 
     def bytes(self, weight: WeightSpec) -> npt.NDArray[np.uint8]:
@@ -47,12 +47,17 @@ class MappedWeights:
             mapped = self._maps[weight.file]
         nbytes = weight_bytes(weight)
         if weight.offset + nbytes > len(mapped):
-            raise BundleError("a weight lies outside its file", where=str(self._bundle), got=f"{weight.name} in {weight.file}")
+            raise BundleError(
+                "a weight is stored outside its file",
+                where=str(self._bundle),
+                got=f"{weight.name} in {weight.file}",
+                fix="Copy the bundle again, or build it again.",
+            )
         return np.frombuffer(mapped, np.uint8, nbytes, weight.offset)
 
     def release(self, weights: Iterable[WeightSpec]) -> None:
         """Take the pages of these weights out of the process, where the system can: they were read, and will not be read again soon. They
-        stay in the system's cache, and whoever looks at them finds them."""
+        stay in the system's cache, and can be read again."""
         if not hasattr(mmap, "MADV_DONTNEED"):
             return
         for weight in weights:

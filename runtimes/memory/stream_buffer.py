@@ -1,7 +1,7 @@
-"""Device memory whose copies take their turn on a stream, so that nobody waits for them before the end of a call.
+"""Device memory whose copies take their turn on a stream, so that no caller waits for them before the end of a call.
 
 Small buffers (controls) are written through a mirror in locked host memory, and all are read through one. A write is queued in front
-of the call that reads it; a call queues the copies of its results behind itself, and when the call is waited for they are on the host.
+of the call that reads it; a call queues the copies of its results after itself, and when the call is waited for they are on the host.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft
 
 
 class Drafter(Protocol):
-    """Guesses how the text of one slot goes on."""
+    """Guesses the next tokens of one slot."""
 
     def begin(self) -> None:
         """An answer begins: do what need not be done in its rounds."""

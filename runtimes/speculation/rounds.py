@@ -1,10 +1,10 @@
-"""Generation with drafts: guess a few tokens, read them all in one call, keep what the model would have said itself.
+"""Generation with drafts: guess a few tokens, read them all in one call, keep what the model itself would have chosen.
 
 One round, with x the token sampled last, not yet read:
 
     d_1 .. d_k  ~ q_1 .. q_k                    the drafter's guesses after x
     p_1 .. p_k+1                                from one verify call over x, d_1 .. d_k
-    keep d_1, d_2, ... as `acceptance` says, up to the first that is another token; after all k: one more token ~ p_k+1
+    keep d_1, d_2, ... as `acceptance` decides, up to the first that is another token; after all k: one more token ~ p_k+1
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class FakeDriver:
         self._recording: dict[int, list[Callable[[], None]]] = {}
         self._keep: dict[int, Any] = {}
         self._next = 1000
-        for name in cuda_driver._FUNCTIONS:
+        for name in cuda_driver.FUNCTIONS:
             setattr(self, name, _Function(getattr(self, "_" + name.removesuffix("_v2"))))
 
     @staticmethod

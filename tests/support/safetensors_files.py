@@ -64,3 +64,7 @@ def add_tensor(directory: Path, name: str, dtype: str, shape: list[int], data: b
     header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(content), len(content) + len(data)]}
     join_file(path, header, content + data)
     edit_json(directory / "model.safetensors.index.json", lambda index: index["weight_map"].__setitem__(name, path.name))
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.safetensors"))

@@ -39,7 +39,7 @@ def version() -> str:
 
 @cache
 def installed(device: str) -> Kernels | None:
-    """Kernels of the installed ONNX Runtime for "cpu" or "cuda"; None where this build of it lacks the provider or does not tell."""
+    """Kernels of the installed ONNX Runtime for "cpu" or "cuda"; None where this build of it lacks the provider or does not list them."""
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as native
     except ImportError as error:

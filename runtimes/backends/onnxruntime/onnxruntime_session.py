@@ -53,7 +53,7 @@ class OnnxRuntimeSession:
         later: bool = False,
     ) -> None:
         """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses
-        `weights` where they lie, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
+        `weights` in place, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
         too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
         than the graph's. With `later` the graph is loaded before its first call, which most runs may never make."""
         import onnxruntime as ort
@@ -197,7 +197,11 @@ class OnnxRuntimeCall:
         try:
             self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            raise BundleError("ONNX Runtime failed while running the graph", got=_first_line(error)) from error
+            raise BundleError(
+                "ONNX Runtime failed while running the graph",
+                got=_first_line(error),
+                fix="If memory ran out, load with a smaller {max_context}; otherwise run `qwen-export check` on the bundle.",
+            ) from error
         finally:
             self._session.busy_s += time.perf_counter() - started
 
@@ -215,7 +219,7 @@ def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> di
 
 @cache
 def _share_arena() -> None:
-    """One arena for the activations of all sessions of this process, since the graphs of a bundle take turns. It grows by what is asked
+    """One arena for the activations of all sessions of this process, since the graphs of a bundle take turns. It grows by what is requested
     for (strategy 1), a session's own arena by the next power of two."""
     import onnxruntime as ort
 

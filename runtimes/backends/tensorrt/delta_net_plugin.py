@@ -90,7 +90,7 @@ def _loaded(packed_ptx: str, kernel: str, context: int) -> int:
         "cuModuleLoadData",
         ctypes.byref(module),
         unpack_ptx(packed_ptx) + b"\0",
-        fix="Does the driver serve the CUDA that the manifest names? `qwen-export check` says.",
+        fix="Run `qwen-export check`: the driver must serve the CUDA that the manifest names.",
     )
     cuda_driver.call("cuModuleGetFunction", ctypes.byref(function), module, kernel.encode())
     return int(function.value or 0)
@@ -112,7 +112,11 @@ def register(library: Library) -> None:
             continue
         creator = _creator(library.api, name)
         if not registry.register_creator(creator, NAMESPACE):
-            raise BundleError(f"{library.flavour.name} does not take our plugin {name}", got=library.said() or "no reason")
+            raise BundleError(
+                f"{library.flavour.name} does not take our plugin {name}",
+                got=library.take_messages() or "no reason",
+                fix="Install the version of the library that the bundle was built with, as `qwen-export inspect` shows it.",
+            )
         _creators.append(creator)
 
 
@@ -127,7 +131,7 @@ def _creator(api: Any, name: str) -> Any:
             self.field_names, self.data = _collection(api, StepFields("", "", 0, 0, 0, 0, 0, 0))
 
         def create_plugin(self, name: str, collection: Any, phase: Any) -> Any:
-            return step_plugin(api, self.name, _read(collection))
+            return step_plugin(api, self.name, read_fields(collection))
 
     return Creator()
 
@@ -198,7 +202,7 @@ def _collection(api: Any, given: StepFields) -> tuple[Any, list[Any]]:
     return api.PluginFieldCollection(made), [made, data]
 
 
-def _read(collection: Any) -> StepFields:
+def read_fields(collection: Any) -> StepFields:
     values: dict[str, Any] = {}
     for field in collection:
         data = np.asarray(field.data)

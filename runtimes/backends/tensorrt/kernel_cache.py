@@ -1,6 +1,6 @@
 """Kernels that TensorRT-RTX compiles on the machine that runs an engine, kept between processes: a second start compiles nothing.
 
-The file belongs to one engine, GPU, driver and library, and lies in the user's cache. $QWEN_EXPORT_KERNEL_CACHE names another directory;
+The file belongs to one engine, GPU, driver and library, and is in the user's cache. $QWEN_EXPORT_KERNEL_CACHE names another directory;
 empty, nothing is kept.
 """
 

@@ -15,7 +15,7 @@ def check_tensorrt(manifest: Manifest, device_id: int = 0) -> str:
     """Raise an error with the exact mismatch; returns what was found."""
     spec = manifest.engine
     if spec is None:
-        raise BundleError("the bundle does not say what its engines were compiled for", fix="Build it again.")
+        raise BundleError("the bundle does not record what its engines were compiled for", fix="Build it again.")
     if manifest.target.device != "cuda":
         raise BundleError("engines of TensorRT run on an NVIDIA GPU", got=manifest.target.device, fix="Load the bundle without a device.")
     library = load_library(manifest.target.backend)

@@ -27,6 +27,8 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights, weight_byt
 _loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 # Reasons to refuse an engine, by their names in EngineInvalidityDiagnostics: what is wrong, and what to do.
+_BUILD_AGAIN = "Build the bundle again; if that does not help, report it with the version of the library."
+_RELOAD = "Load the bundle again; if memory ran out, with a smaller {max_context}."
 _REASONS = {
     "MALFORMED_ENGINE": ("it is not an engine of this library", "Build the bundle again."),
     "VERSION_MISMATCH": ("it was compiled by another version of the library", "Install the version that `qwen-export check` names."),
@@ -46,7 +48,7 @@ class Scratch:
         self._pieces: list[tuple[int, int]] = []
 
     def take(self, nbytes: int) -> int:
-        """An address with room for `nbytes`. Pieces given out before stay where they are: recorded calls know their addresses."""
+        """An address with room for `nbytes`. Pieces given out before stay where they are: recorded calls contain their addresses."""
         for size, address in self._pieces:
             if size >= nbytes:
                 return address
@@ -61,7 +63,7 @@ class Scratch:
 
 
 class Engines:
-    """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is where the engines lie, if not in the bundle.
+    """Opens the engines of one bundle. `weights` are the bundle's, on the host; `graphs` is their directory, if not the bundle.
     `weight_budget`: bytes on the GPU for weights that engines can leave in host memory, None for all of them."""
 
     def __init__(
@@ -91,7 +93,7 @@ class Engines:
         spec = self._manifest.graphs[name]
         cuda_driver.use_device(self.stream.device_id)
         path = file_path(self._graphs, spec.file)
-        self.library.said()
+        self.library.take_messages()
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             native = self._runtime.deserialize_cuda_engine(data)
             if native is None:
@@ -100,11 +102,8 @@ class Engines:
         return Engine(self, native, name, spec, kernels)
 
     def _refused(self, path: Path, data: mmap.mmap) -> BundleError:
-        said = self.library.said()
-        reason, fix = (
-            said or "it gives no reason",
-            "Run `qwen-export check` on the bundle; `qwen-export rebuild` compiles it for this machine.",
-        )
+        reason = self.library.take_messages() or "it gives no reason"
+        fix = "Run `qwen-export check` on the bundle; `qwen-export rebuild` compiles it for this machine."
         flags = getattr(self.library.api, "EngineInvalidityDiagnostics", None)  # TensorRT-RTX only
         if flags is not None:
             _, found = self._runtime.get_engine_validity(data)
@@ -118,7 +117,7 @@ class Engines:
         )
 
     def stream_weights(self, native: Any, spec: GraphSpec) -> None:
-        """Say how much of an engine's own weights lies on the GPU: of a budget, each engine has the share that it has of their files."""
+        """Set how much of an engine's own weights is kept on the GPU: of a budget, each engine has the share that it has of their files."""
         streamable = int(native.streamable_weights_size)
         if not streamable:
             return
@@ -131,8 +130,8 @@ class Engines:
             raise BundleError(
                 "TensorRT does not take the budget for weights",
                 where=spec.file,
-                got=f"{wanted} bytes of {streamable}: {self.library.said() or 'no reason'}",
-                fix="Load the bundle without --weight-budget.",
+                got=f"{wanted} bytes of {streamable}: {self.library.take_messages() or 'no reason'}",
+                fix="Load the bundle without {weight_budget}.",
             )
 
     @staticmethod
@@ -143,8 +142,8 @@ class Engines:
     def refit(self, native: Any, spec: GraphSpec) -> None:
         """Give a stripped engine its weights from the bundle.
 
-        The refitter wants all of them at a time. They come from the GPU, where they were copied part by part, if there is room for them
-        beside the engine's own; a process then never has more than a few megabytes of them. Else they are read where their file is
+        The refitter takes all of them at a time. They come from the GPU, where they were copied part by part, if there is room for them
+        together with the engine's own; a process then never has more than a few megabytes of them. Else they are read where their file is
         mapped."""
         api, known = self.library.api, {weight.name: weight for weight in spec.weights}
         refitter = api.Refitter(native, self.library.log)
@@ -153,7 +152,9 @@ class Engines:
             return
         unknown = [name for name in missing if name not in known]
         if unknown:
-            raise BundleError("the engine wants a weight that the bundle does not have", where=str(self._bundle), got=unknown[0])
+            raise BundleError(
+                "the engine needs a weight that the bundle does not have", where=str(self._bundle), got=unknown[0], fix=_BUILD_AGAIN
+            )
         wanted = [known[name] for name in missing]
         copies = DeviceWeights(self._mapped, self.stream)
         on_device = self.fits_beside(sum(weight_bytes(weight) for weight in wanted))
@@ -165,10 +166,15 @@ class Engines:
             place = api.TensorLocation.DEVICE if on_device else api.TensorLocation.HOST
             if not refitter.set_named_weights(weight.name, values, place):
                 raise BundleError(
-                    "the engine does not take a weight of the bundle", where=str(self._bundle), got=f"{weight.name}: {self.library.said()}"
+                    "the engine does not take a weight of the bundle",
+                    where=str(self._bundle),
+                    got=f"{weight.name}: {self.library.take_messages()}",
+                    fix=_BUILD_AGAIN,
                 )
         if not refitter.refit_cuda_engine():
-            raise BundleError("the engine could not be given its weights", where=str(self._bundle), got=self.library.said())
+            raise BundleError(
+                "the engine could not be given its weights", where=str(self._bundle), got=self.library.take_messages(), fix=_BUILD_AGAIN
+            )
         self._mapped.release(wanted)
 
 
@@ -194,7 +200,7 @@ class Engine:
         if self._cache is not None:
             kept = kernels.read()
             if kept and not self._cache.deserialize(kept):
-                engines.library.said()  # written by another version: compiled anew
+                engines.library.take_messages()  # written by another version: compiled again
             self._config.set_runtime_cache(self._cache)
         _loaded.add(self)
 
@@ -219,7 +225,7 @@ class Engine:
         self.close()
 
     def _check(self, inputs: set[str], outputs: set[str]) -> None:
-        """The engine has the tensors that the manifest says, in their types and shapes."""
+        """The engine has the tensors of the manifest, in their types and shapes."""
         spec, native, library = self.spec, self.native, self.engines.library
         weights = {weight.name for weight in spec.weights}
         wrong = sorted(
@@ -246,12 +252,12 @@ class Context:
         if native is None:
             raise BundleError(
                 "TensorRT could not prepare the engine for calls",
-                got=engine.engines.library.said() or "no reason",
-                fix="Is the GPU out of memory? Try a smaller --max-context, or end other programs that use it.",
+                got=engine.engines.library.take_messages() or "no reason",
+                fix="Load with a smaller {max_context}, or end other programs that use the GPU.",
             )
         self._engine, self.native = engine, native
         self.recording: Recording | None = None
-        """A run as a CUDA graph, once somebody has recorded it."""
+        """A run as a CUDA graph, from the first call that records it."""
         size = engine.native.device_memory_size_v2
         if size:
             native.set_device_memory(engine.engines.scratch.take(size), size)
@@ -260,13 +266,20 @@ class Context:
 
     def bind(self, name: str, address: int) -> None:
         if not self.native.set_tensor_address(name, address):
-            raise BundleError("TensorRT does not take an address", got=f"{name}: {self._engine.engines.library.said()}")
+            raise BundleError(
+                "TensorRT does not take an address", got=f"{name}: {self._engine.engines.library.take_messages()}", fix=_BUILD_AGAIN
+            )
 
     def queue(self) -> None:
         """Put one run on the bundle's stream."""
         engines = self._engine.engines
         if not self.native.execute_async_v3(engines.stream.handle):
-            raise BundleError("TensorRT could not run the engine", where=self._engine.name, got=engines.library.said() or "no reason")
+            raise BundleError(
+                "TensorRT could not run the engine",
+                where=self._engine.name,
+                got=engines.library.take_messages() or "no reason",
+                fix=_RELOAD,
+            )
 
     def close(self) -> None:
         self.recording = None
@@ -277,6 +290,7 @@ class Context:
 
 
 @atexit.register
-def _release() -> None:
+def release_engines() -> None:
+    """Close every engine of this process. The library has to outlive them."""
     for engine in list(_loaded):
         engine.close()

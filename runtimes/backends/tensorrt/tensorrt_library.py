@@ -1,6 +1,6 @@
 """The one place that imports TensorRT: the full library or TensorRT-RTX, for the builder and for the runtime.
 
-Both flavours have the same API, short of what `lacks` lists. Code that needs one of those asks `has`, never for the flavour's name.
+Both flavours have the same API, short of what `lacks` lists. Code that needs one of those calls `has`, never by the flavour's name.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Library:
         """The manifest's name of a tensorrt.DataType."""
         return next(name for name, member in DATA_TYPES.items() if member == data_type.name)
 
-    def said(self) -> str:
-        """Errors reported since this was asked last, one line; the last ones are nearest to the cause."""
+    def take_messages(self) -> str:
+        """Errors reported since the last call of this, in one line; the last ones are nearest to the cause."""
         messages = list(dict.fromkeys(self.log.errors))
         self.log.errors.clear()
         return "; ".join(" ".join(message.split())[:400] for message in messages[-3:])

@@ -15,7 +15,7 @@ from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.stream_buffer import StreamBuffer
 
-# What a token is chosen from: a call copies it to the host without being asked. All logits stay where they are until somebody asks.
+# What a token is chosen from: every call copies it to the host. All logits stay on the device until they are read.
 _FETCHED = (TOP_LOGITS, TOP_IDS)
 
 
@@ -39,7 +39,7 @@ class TensorRTSession:
         return StreamBuffer(dtype, shape, self.engine.engines.stream)
 
     def call(self, *, repeated: bool) -> TensorRTCall:
-        """Bindings for one set of buffers. `repeated` says nothing here: shapes are fixed, so every call that comes back is recorded."""
+        """Bindings for one set of buffers. `repeated` has no effect here: shapes are fixed, so every call that comes back is recorded."""
         return TensorRTCall(self)
 
     @contextmanager
@@ -56,7 +56,7 @@ class TensorRTSession:
 
 class TensorRTCall:
     """A set of bindings that is run again and again. The first run is queued kernel by kernel, which lets the library finish what it does
-    once; the second is recorded as a CUDA graph, which runs from then on. Nothing runs more often than it is asked to."""
+    once; the second is recorded as a CUDA graph, which runs from then on. No call runs more often than requested."""
 
     def __init__(self, session: TensorRTSession) -> None:
         self._session = session
@@ -79,7 +79,7 @@ class TensorRTCall:
             self._fetched.append(buffer)
 
     def prepare(self) -> None:
-        """Do now what the first runs would do besides running: compile, and record. The call runs once, so the controls must say that
+        """Do now what the first runs would do besides running: compile, and record. The call runs once, so the controls must be such that
         nothing is committed and caches are written behind what was read; then the run that follows leaves the same."""
         started = time.perf_counter()
         if self._context is None:
@@ -132,14 +132,14 @@ class TensorRTCall:
 
     def _record(self) -> None:
         """Shapes are fixed and nothing branches, so a run is the same kernels every time. What the driver does not let into a recording
-        ends it with an error; is_stream_capturable of TensorRT-RTX says no of every engine that may allocate memory, and is not asked."""
+        ends it with an error; is_stream_capturable of TensorRT-RTX denies it for every engine that may allocate memory, and is not used."""
         context, self._recordable = self._context, False  # once is enough
         if context is None:
             return
         try:
             context.recording = self._stream.record(lambda: self._queue(context))
         except BundleError:  # such an engine runs all the same
-            self._session.engine.engines.library.said()
+            self._session.engine.engines.library.take_messages()
 
     def _count(self, started: float, *, once: bool) -> None:
         seconds = time.perf_counter() - started

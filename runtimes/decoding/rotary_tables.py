@@ -51,7 +51,7 @@ class RotaryTables:
         return slot in self._own
 
     def fill(self, length: int) -> None:
-        """Make the rows of the first `length` tokens of a text, and some that the next calls will want."""
+        """Make the rows of the first `length` tokens of a text, and some that the next calls will need."""
         if length <= self._rows:
             return
         rows = min(self._capacity, length + _TABLE_ROWS)
@@ -61,7 +61,7 @@ class RotaryTables:
         self._rows = rows
 
     def place(self, slot: int, start: int, positions: Sequence[int] | None, count: int) -> None:
-        """Tokens `start` .. `start + count - 1` of a sequence are about to be read at these positions; None: as text goes on, one behind
+        """Tokens `start` .. `start + count - 1` of a sequence are about to be read at these positions; None: as in text, one after
         the other."""
         own = self._own.get(slot)
         if own is None:
