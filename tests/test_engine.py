@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -90,10 +89,10 @@ def test_a_forgotten_stream_gives_its_slot_back(model: Model) -> None:
 
 
 def test_a_deadline_ends_an_answer(engine: Engine) -> None:
-    late = engine.submit(request(deadline=time.monotonic() - 1))
+    late = engine.submit(request(deadline=0.0))
     assert list(late) == []
     assert late.statistics.finish == "deadline"
-    assert len(list(engine.submit(request(deadline=time.monotonic() + 600)))) == 12
+    assert len(list(engine.submit(request(deadline=float("inf"))))) == 12
 
 
 def test_the_context_is_full(model: Model, engine: Engine) -> None:

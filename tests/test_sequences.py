@@ -26,7 +26,7 @@ Array = npt.NDArray[np.float32]
 CONTEXT, VOCABULARY = 96, 64
 BACKENDS = ("plugin", "builtin", "onnx")
 # The kernels of the plugin give a row the same bits in every call; others sum in an order that depends on the shape of the call.
-TOLERANCE = {"plugin": 0.0, "builtin": 1e-5, "onnx": 1e-5}
+TOLERANCE = {"plugin": 0.0, "builtin": 5e-5, "onnx": 5e-5}
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +215,17 @@ def test_first_prompts_as_long_share_a_call(make_model: Callable[[str], Model], 
         assert differ(rows.array[:logits], got[slot]) <= TOLERANCE[backend]
         [rows] = alone.run([Read(0, (slot,))])
         assert differ(rows.array[0], after[slot]) <= 2 * TOLERANCE[backend]
+
+
+def test_a_token_with_positions_shares_no_call(make_model: Callable[[str], Model]) -> None:
+    """The positions of one sequence are not those of its neighbors."""
+    model = make_model("plugin")
+    decoder, plain = model.decoder(3), model.decoder()
+    for slot in range(3):
+        decoder.prefill([5, 6, 7], slot, want_logits=False)
+    rows = decoder.run([Read(0, (8,), positions=[40]), Read(1, (8,)), Read(2, (8,))])
+    got = [row.array[0].copy() for row in rows]
+    plain.prefill([5, 6, 7], want_logits=False)
+    expected = plain.step([8])[0]
+    assert differ(got[0], expected) > 1e-4
+    assert differ(got[1], expected) == differ(got[2], expected) == 0

@@ -12,8 +12,8 @@ def plan_calls(reads: Sequence[Read], alone: Callable[[int], bool], empty: Calla
 
     Committed reads in neighboring slots share a call where each has one token, or where all are as long and none has a past: their memory
     is one piece, and every kernel takes these. Others have a call of their own, since attention over a past takes one sequence with
-    several tokens. `alone(slot)`: the sequence shares no call, whatever it reads. `empty(slot)`: it has no past. A call has at most `most`
-    tokens, those of one each aside."""
+    several tokens; so does a read with positions of its own. `alone(slot)`: the sequence shares no call, whatever it reads. `empty(slot)`:
+    it has no past. A call has at most `most` tokens, those of one each aside."""
     if len(reads) == 1:
         return [[0]]
 
@@ -25,6 +25,8 @@ def plan_calls(reads: Sequence[Read], alone: Callable[[int], bool], empty: Calla
             and read.commit
             and last.commit
             and read.logits == last.logits
+            and read.positions is None
+            and last.positions is None
             and not alone(read.slot)
             and not alone(last.slot)
         )

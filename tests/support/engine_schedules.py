@@ -70,9 +70,8 @@ def together(engine: Engine, model: Model, schedule: list[Visit]) -> list[tuple[
     """What each visit gets, read by one thread."""
     streams: list[TokenStream] = []
     for visit in schedule:
-        deadline = time.monotonic() + 60
-        while streams and sum(stream.statistics.new_tokens for stream in streams) < visit.after and time.monotonic() < deadline:
-            if all(stream.statistics.finish for stream in streams):
+        while not all(stream.statistics.finish for stream in streams):
+            if sum(stream.statistics.new_tokens for stream in streams) >= visit.after:
                 break
             time.sleep(0.001)
         streams.append(engine.submit(visit.request(model)))
