@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import onnx_ir as ir
 
 from qwen_export.bundle_contract import NEXT
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.passes.pass_context import PassContext, replace_node
@@ -21,6 +21,10 @@ Replacement = tuple[list[ir.Node], list[ir.Value]]
 
 Lowering = Callable[[ir.Graph, ir.Node, PassContext, Shared], Replacement]
 """Makes the replacement of one op of domain qwen. It adds weights to the graph, and regroups its states; it leaves the nodes alone."""
+
+
+ONE_FORMAT = "Widen the pattern in [matrices] of {plan_file}, so that it names all of them."
+"""The fix of a precision plan that gives different formats to matrices which one kernel reads together."""
 
 
 def lower_ops(model: ir.Model, context: PassContext, ops: Collection[str], table: Mapping[tuple[str, str], Lowering]) -> Outcome:
@@ -47,10 +51,10 @@ def producing_linear(value: ir.Value | None) -> tuple[ir.Value, Weight]:
     """The input and the weight of the qwen::linear that makes `value`."""
     node = value.producer() if value is not None else None
     if node is None or not is_linear(node) or node.inputs[0] is None:
-        raise CaptureError("an op of domain qwen is fed by something else than a projection", where=str(value and value.name))
+        raise CaptureError("an op of domain qwen has an input that no projection makes", where=str(value and value.name), fix=REPORT)
     weight = weight_of(node.inputs[1])
     if weight is None:
-        raise CaptureError("a projection has no weight", where=str(node.name))
+        raise CaptureError("a projection has no weight", where=str(node.name), fix=REPORT)
     return node.inputs[0], weight
 
 
@@ -59,7 +63,7 @@ def layer_prefix(node: ir.Node) -> str:
     for value in node.inputs:
         if value is not None and value.is_graph_input() and (value.name or "").startswith("layers."):
             return ".".join((value.name or "").split(".")[:2])
-    raise CaptureError("an op with state has no state input", where=str(node.name))
+    raise CaptureError("an op with state has no state input", where=str(node.name), fix=REPORT)
 
 
 def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Value]) -> list[ir.Value]:
@@ -73,7 +77,9 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
     inputs = [value for value in graph.inputs if value.name in old]
     outputs = [value for value in graph.outputs if (value.name or "").removesuffix(NEXT) in old]
     if len(inputs) != len(old) or len(outputs) != len(old):
-        raise CaptureError("a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs))
+        raise CaptureError(
+            "a DeltaNet layer has not all of its pending inputs and outputs", where=layer, got=len(inputs) + len(outputs), fix=REPORT
+        )
     at, after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
     rows = inputs[0].shape[:2] if inputs[0].shape is not None else ("B", "P")
     for value in inputs:
@@ -84,7 +90,7 @@ def regroup_pending(graph: ir.Graph, layer: str, projections: Mapping[str, ir.Va
     made = []
     for i, (key, projection) in enumerate(projections.items()):
         if projection.shape is None:
-            raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}")
+            raise CaptureError("a projection that stays pending has no shape", where=f"{layer}.{key}", fix=REPORT)
         pending = ir.Value(name=f"{layer}.{key}", shape=ir.Shape([*rows, *projection.shape[2:]]), type=projection.type)
         projection.name = f"{layer}.{key}{NEXT}"
         graph.inputs.insert(at + i, pending)

@@ -27,7 +27,7 @@ def check_operators(model: ir.Model, context: PassContext) -> Outcome:
             "DirectML cannot run this graph",
             got="; ".join(reasons[:_SHOWN]) + more,
             expected=f"operators of {operator_table().source.split(',')[0]} as of {operator_table().date}",
-            fix="Build with another --opset, or for another target.",
+            fix="Build with another {opset}, or for another {target}.",
         )
     return Outcome.nothing("it only checks")
 

@@ -3,7 +3,7 @@
 #   NVCC    the compiler
 #   ARCHS   the compute capabilities to build machine code for; newer devices compile the embedded PTX
 #   JOBS    capabilities compiled at a time; default one per core
-# cuBLAS is not linked: the library asks the process for the one that ONNX Runtime has loaded.
+# cuBLAS is not linked: the library finds the one that ONNX Runtime has loaded into the process.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 : "${NVCC:=nvcc}" "${ARCHS:=80 89 90 120}" "${JOBS:=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)}"

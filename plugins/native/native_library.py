@@ -81,6 +81,7 @@ PTX_SCRIPT = Path(__file__).parent / "build_ptx.sh"
 
 
 def ptx_cuda(ptx: bytes) -> str:
-    """The CUDA that a driver must serve to take a PTX: that of the nvcc that wrote it, which says so at the top. "" where it does not."""
+    """The CUDA that a driver must serve to take a PTX: that of the nvcc that wrote it, by the comment at its top. "" without such a
+    comment."""
     found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", ptx[:1000])
     return found[1].decode() if found else ""

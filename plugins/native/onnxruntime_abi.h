@@ -32,7 +32,7 @@ struct OrtAllocator {
   // More functions follow; the plugins get allocators from ONNX Runtime and make none.
 };
 
-// The interface's version that the plugins ask for: that of ONNX Runtime 1.18, which has all of the functions below.
+// The interface's version that the plugins request: that of ONNX Runtime 1.18, which has all of the functions below.
 inline constexpr uint32_t kOrtApiVersion = 18;
 
 struct OrtApi {
@@ -85,7 +85,7 @@ struct OrtApiBase {
   const char* (*GetVersionString)();
 };
 
-// What an op tells about itself. Functions from GetMayInplace on may be null.
+// The description of an op. Functions from GetMayInplace on may be null.
 struct OrtCustomOp {
   uint32_t version;
   void* (*CreateKernel)(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo*);

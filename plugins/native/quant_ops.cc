@@ -47,7 +47,7 @@ QuantMatrix matrix_of(const Attributes& info) {
 
 QuantMatrix with_data(const Call& call, size_t input, QuantMatrix w) {
   const auto shape = call.shape(input);
-  expect(shape.size() == 2 && shape[1] == w.panel_bytes() && shape[0] >= w.panels(), "the packed matrix has another size than its format says");
+  expect(shape.size() == 2 && shape[1] == w.panel_bytes() && shape[0] >= w.panels(), "the packed matrix does not have the size of its format");
   w.packed = call.input<uint8_t>(input);
   return w;
 }
@@ -198,7 +198,7 @@ class QuantMoeKernel {
 
  private:
   static const uint8_t* packed(const Call& call, size_t input, const QuantMatrix& w, int E) {
-    expect(call.shape(input) == std::vector<int64_t>({E, w.panels(), w.panel_bytes()}), "QuantMoe: the packed experts have another size than their format says");
+    expect(call.shape(input) == std::vector<int64_t>({E, w.panels(), w.panel_bytes()}), "QuantMoe: the packed experts do not have the size of their format");
     return call.input<uint8_t>(input);
   }
 
@@ -220,7 +220,7 @@ void add(Domain& domain) {
 void add_quantized(Domain& domain) {
   add<__half>(domain);
   add<__nv_bfloat16>(domain);
-  // None of its inputs tells the type of its result, so there is one.
+  // The types of its inputs do not determine that of its result, so there is one.
   static const Operator<__half, QuantGatherKernel<__half>> gather({"QuantGather", "lb", "T"});
   domain.add(gather);
 }

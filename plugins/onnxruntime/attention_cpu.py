@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qwen_export.bundle_contract import LAST_SLOT, LENGTH, TABLES, TOTAL_LENGTH
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext
 from qwen_export.graphs.weights.expression import Offset, StoredWeight, add_weight, weight_of
@@ -83,7 +83,7 @@ def _head_norm(emit: Emitter, x: ir.Value | None, weight: ir.Value, context: Pas
 
 
 def slot_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """The graph inputs that the kernel wants in the place of `length`: last_slot i32[B] = length + T - 1 and total_length i32 = their
+    """The graph inputs that the kernel takes instead of `length`: last_slot i32[B] = length + T - 1 and total_length i32 = their
     maximum + 1. They replace `length` in the signature."""
     named = {value.name: value for value in graph.inputs}
     if LAST_SLOT not in named:
@@ -97,9 +97,9 @@ def slot_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
 
 
 def rotary_input(graph: ir.Graph, name: str, dtype: ir.DataType) -> ir.Value:
-    """The cos or sin table, which the kernel wants in the activation dtype."""
+    """The cos or sin table, which the kernel takes in the activation dtype."""
     for value in graph.inputs:
         if value.name == name:
             value.type = ir.TensorType(dtype)
             return value
-    raise CaptureError("the graph has no rotary table", where=name)
+    raise CaptureError("the graph has no rotary table", where=name, fix=REPORT)

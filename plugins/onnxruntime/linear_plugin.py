@@ -49,6 +49,6 @@ def with_residual(node: ir.Node, residual: ir.Value) -> ir.Node:
 
 
 def put(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """`new` in the place of `old`, with the shape of its result."""
+    """Replace `old` by `new`, which gets the shape of its result."""
     new.outputs[0].shape = old.outputs[0].shape
     replace_node(graph, old, [new], new.outputs)

@@ -1,6 +1,6 @@
 """Which lowering each op gets on ONNX Runtime: per device an ordered list, the first whose kernels are registered wins.
 
-This module imports neither torch nor onnx: `inspect` asks it before anything is loaded.
+This module imports neither torch nor onnx: `inspect` uses it before anything is loaded.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ OPTIONAL = ("top_logits",)
 def choose(
     kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False, quantized_experts: bool = False
 ) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
+    """The lowering of each op that the model has, and a message for each op that has none. With `transaction` only lowerings that
     speculation can use."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():

@@ -34,7 +34,7 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     sizes = delta_net.DeltaNetSizes.of(context.config, context.static.T, context.static.P)
-    # A verify has outputs for tokens that it does not commit: these must not be cut off from each other by a chunk's end.
+    # A verify has outputs for tokens that it does not commit: a chunk's end must not separate these from each other.
     rule = delta_rule if sizes.P else in_chunks(context.static.chunk)
     results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
     return emit.nodes, list(results)
@@ -103,7 +103,7 @@ def lower_rms_normalization(graph: ir.Graph, node: ir.Node, context: PassContext
 
 
 def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML wants."""
+    """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML requires."""
     return _one_node(graph, node, "SimplifiedLayerNormalization")
 
 
@@ -133,7 +133,7 @@ def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, s
     """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantized: MatMul with DequantizeLinear.
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
-    left-hand one they read where it lies. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
+    left-hand one they read in place. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
     emit, x, value, weight = linear_parts(graph, node, shared)
     product = _quantized_product(emit, x, value, weight, context, dequantized_product)
     if product is not None:

@@ -38,7 +38,7 @@ def attend_in_parts(emit: Emitter, q: ir.Value, keys: Keys, sizes: AttentionSize
     T, S, Hq, Hkv, D = sizes.T, sizes.S, sizes.Hq, sizes.Hkv, sizes.D
     rows, parts = Hq // Hkv * T, S // slots_of_a_part(S)
     grouped = emit.reshape(q, 1, Hkv, rows, D)
-    # K comes first: a product reads its left matrix where it lies, and turns the right one.
+    # K comes first: a product reads its left matrix in place, and transposes the right one.
     score = emit.wide(emit.transpose(emit.matmul(keys.k, emit.transpose(grouped, 0, 1, 3, 2)), 0, 1, 3, 2))
     old = emit.shared("old_slots", lambda: _old_slots(emit, keys.length, S))
     both = emit.concat([emit.add(score, old), _own_scores(emit, grouped, keys.k_new, sizes)], axis=3)

@@ -83,7 +83,7 @@ def emit_plugin(
         head_size=D,
         eps=struct.unpack("<i", struct.pack("<f", eps))[0],
     )
-    # `aot` asks the full TensorRT for the kernel in the engine; RTX has no other form of quick-deployable plugins and ignores it.
+    # `aot` makes the full TensorRT store the kernel in the engine; RTX has no other form of quick-deployable plugins and ignores it.
     attributes = asdict(fields) | {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
     inputs = [packed, *(given[name] for name in _TENSORS), *transaction]
     y, history, state = emit(NAMESPACE, kind, inputs, len(RESULTS), like=packed, **attributes)
@@ -106,6 +106,6 @@ def _ptx(activation: ir.DataType) -> str:
     if path is None:
         raise UnsupportedError(
             "the plugin's kernel has not been compiled",
-            fix=f"Run `sh {PTX_SCRIPT}`, which needs nvcc, or leave out {{plugin}}.",
+            fix=f"Run `sh {PTX_SCRIPT}`, which needs nvcc, or leave out {{plugins}}.",
         )
     return pack_ptx(path.read_bytes())

@@ -18,7 +18,7 @@ from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, Keys, attend
 
 
 def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """y [1,T,Hq*D] and the caches, which lie where the given ones do; `fused`: with the attention layer where it can be."""
+    """y [1,T,Hq*D] and the caches, in the memory of the given ones; `fused`: with the attention layer where it can be."""
     given, sizes, activation = layer.given, layer.sizes, layer.activation
     T, Hq, Hkv, D = sizes.T, sizes.Hq, sizes.Hkv, sizes.D
 
@@ -44,7 +44,7 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
 
 
 def _write(emit: Emitter, given: dict[str, ir.Value | None], key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The caches with the new rows in them, where they lie."""
+    """The caches with the new rows written in place."""
     start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
 
     def write(cache: ir.Value | None, new: ir.Value) -> ir.Value:
@@ -65,7 +65,7 @@ def read_again(emit: Emitter, cache: ir.Value | None) -> ir.Value:
 
 def _heads(emit: Emitter, layer: Layer, *, together: bool) -> tuple[ir.Value, ir.Value]:
     """Normalized and rotated queries [1,Hq,T,D] and keys [1,Hkv,T,D]. `together`: in one kernel instead of two, for calls that read both:
-    of a prompt's last layer only the keys are wanted."""
+    of a prompt's last layer only the keys are needed."""
     given, sizes = layer.given, layer.sizes
 
     def normed(x: ir.Value | None, count: int) -> ir.Value:

@@ -1,6 +1,6 @@
 """Routed experts as native layers: the matrices of the chosen experts are gathered, and blocks of rows are multiplied by one each.
 
-Few pairs of token and expert: each pair is a block of one row. Many: pairs are brought together by expert in blocks of b rows, the last
+Few pairs of token and expert: each pair is a block of one row. Many: pairs are grouped by expert in blocks of b rows, the last
 block of an expert filled up; pairs / b + E blocks are always enough, so the sizes are static, every pair is computed and no other expert
 is read. Where a pair goes is counted, not sorted: TensorRT's TopK ends at 3840 elements, its cumulative sum does not end.
 
@@ -88,9 +88,9 @@ def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Valu
     at = emit.cast(emit.sub(emit.add(emit.gather(first, expert, axis=0), rank), one), _I32)
 
     token = emit.array(f"token_of_pair_{sizes.T}_{sizes.K}", np.repeat(np.arange(sizes.T, dtype=np.int32), sizes.K))
-    nobody = emit.array(f"nobody_{J}_{b}", np.zeros(J * b, np.int32))
+    empty = emit.array(f"empty_{J}_{b}", np.zeros(J * b, np.int32))
     where = emit("", "Reshape", [emit.cast(at, _I64), emit.ints(sizes.pairs, 1)], dtype=_I64)[0]
-    (source,) = emit("", "ScatterND", [nobody, where, token], like=nobody)
+    (source,) = emit("", "ScatterND", [empty, where, token], like=empty)
     number = emit.array(f"block_{J}", np.arange(J, dtype=np.float32)[:, None])
     (passed,) = emit("", "LessOrEqual", [last, number], dtype=ir.DataType.BOOL)
     (owner,) = emit("", "ReduceSum", [emit.wide(passed), emit.ints(-1)], like=mine, keepdims=0)

@@ -62,7 +62,7 @@ def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext,
 def packed_native_layers(
     emit: Emitter, packed: ir.Value, pending: list[ir.Value], given: dict[str, ir.Value | None], eps: float, context: PassContext
 ) -> list[ir.Value]:
-    """What `emit_plugin` computes, in native layers: they take the product apart and turn the state at both ends."""
+    """What `emit_plugin` computes, in native layers: they split the product and transpose the state at both ends."""
     for rows in pending:
         parts = split_projection(emit, rows, context)
         given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
@@ -106,7 +106,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def lower_decomposed_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """The same with products and a softmax in the place of Attention."""
+    """The same with products and a softmax instead of Attention."""
     return _attention(graph, node, context, shared, fused=False)
 
 

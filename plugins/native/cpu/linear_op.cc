@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTaskWeights = 64 << 10, kTasks = 512;
 // With many rows a task is longer anyway, and reads all of x.
 constexpr int64_t kManyRows = 16;
-// Rows that are packed before the threads are asked to help.
+// Values that one thread packs; more are packed by all threads.
 constexpr int64_t kFewValues = 32 << 10;
 
 // The rows of x in the order of the kernels, in memory that the thread keeps.

@@ -7,7 +7,7 @@
 //           prefixes gate_up_ and down_, bits, block, zeros and wide_scales
 // Attribute of both: top_k.
 //
-// Tokens are brought together by expert, so that each selected expert's weights are read once per call (once per kWorkspace of activations).
+// Tokens are grouped by expert, so that each selected expert's weights are read once per call (once per kWorkspace of activations).
 // A token's result has the same bits whatever other tokens are in the call: products of rows are independent of each other (product.h,
 // quant.h), and a token's experts are summed in their order.
 
@@ -219,7 +219,7 @@ class QuantMoeKernel {
   }
 
   static const uint8_t* packed(const Call& call, size_t input, const QuantFormat& format, size_t E) {
-    expect(call.shape(input) == Shape({int64_t(E), format.panels(), int64_t(format.panel_bytes())}), "QuantMoe: the packed experts have another size than their format says");
+    expect(call.shape(input) == Shape({int64_t(E), format.panels(), int64_t(format.panel_bytes())}), "QuantMoe: the packed experts do not have the size of their format");
     return call.input<uint8_t>(input);
   }
 

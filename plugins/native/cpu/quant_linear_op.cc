@@ -37,7 +37,7 @@ QuantFormat format_of(const Attributes& info) {
 
 const uint8_t* packed_input(const Call& call, size_t index, const QuantFormat& format) {
   const Shape shape = call.shape(index);
-  expect(shape.size() == 2 && shape[1] == int64_t(format.panel_bytes()) && shape[0] >= format.panels(), "the packed matrix has another size than its format says");
+  expect(shape.size() == 2 && shape[1] == int64_t(format.panel_bytes()) && shape[0] >= format.panels(), "the packed matrix does not have the size of its format");
   return call.input<uint8_t>(index);
 }
 
