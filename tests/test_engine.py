@@ -203,6 +203,8 @@ def test_memory_of_ended_sequences_is_given_back(demo_bundle: Path) -> None:
 
 
 def test_memory_for_no_sequence_is_refused(model: Model) -> None:
+    with pytest.raises(ParameterError, match="stall"):
+        Engine.of(model, stall=1.0)
     with pytest.raises(ParameterError, match="cache_memory"):
         Engine.of(model, cache_memory=1000)
 

@@ -161,3 +161,10 @@ def test_parts_are_as_large_as_the_others_can_bear(fixed_s: float, slower: float
     assert longest <= STALL * 0.02
     assert longest + 0.0002 * sizes[-1] > 0.8 * STALL * 0.02, "not smaller than needed"
     assert budget.tokens(0)[0] == 512
+
+
+def test_parts_are_whole_where_no_answer_waits_for_its_next_token() -> None:
+    budget = ChunkBudget(512, float("inf"))
+    for _ in range(3):
+        assert budget.tokens(4)[0] == 512
+        budget.observe(4, 0.02, {512: 1.0})

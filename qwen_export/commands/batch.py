@@ -51,7 +51,9 @@ def command(
         total = sum(1 for line in file if line.strip())
     lines = failed = tokens = 0
     memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
-    with progress("requests") as report, Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=memory) as engine:
+    # No reader waits for a token: prompts are read as fast as it goes.
+    engine = Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=memory, stall=float("inf"))
+    with progress("requests") as report, engine:
 
         def done(line: dict[str, Any]) -> None:
             nonlocal lines, failed, tokens

@@ -1,15 +1,15 @@
 """How many tokens of prompts a step may read while others wait for their next token.
 
-A step in which a prompt is read takes at most `STALL` times what it takes without. Both times are measured in every step: what the rows
+A step in which a prompt is read takes at most `stall` times what it takes without. Both times are measured in every step: what the rows
 took, and what a part of a text took, by its size.
 """
 
 from __future__ import annotations
 
 STALL = 2.5
-"""The longest time between two tokens while a prompt is read, in times without one."""
-SMALLEST = 8
-"""Tokens of the smallest part. A smaller one would save little: the weights are read for one token as for eight."""
+"""The longest time between two tokens while a prompt is read, in times without one, when the caller gives none."""
+SMALLEST = 2
+"""Tokens of the smallest part, which is read whatever it takes: a prompt always goes on."""
 _FOLLOW = 0.25
 # How fast a mean follows: one slow step of a busy machine moves it by a quarter.
 _AIM = 0.9
@@ -25,10 +25,10 @@ _IDLE_PARTS = 32
 
 
 class ChunkBudget:
-    """`longest`: tokens of one read at most. Sizes are powers of two, so that few shapes of calls exist."""
+    """`longest`: tokens of one read at most; `stall` inf: always so many. Sizes are powers of two, so that few shapes of calls exist."""
 
-    def __init__(self, longest: int) -> None:
-        self._longest = longest
+    def __init__(self, longest: int, stall: float = STALL) -> None:
+        self._longest, self._stall = longest, stall
         self._alone: dict[int, float] = {}
         self._beside: dict[int, float] = {}
         self._parts: dict[int, float] = {}
@@ -51,10 +51,10 @@ class ChunkBudget:
     def tokens(self, rows: int) -> tuple[int, int]:
         """Tokens of texts that the next step may read beside so many rows, and what each part counts at least."""
         budget, parts = self._longest, _PARTS if rows else _IDLE_PARTS
-        if rows:
+        if rows and self._stall != float("inf"):
             beside = self._beside.get(_power(rows))
             alone = self._alone.get(_power(rows), beside or 0.0)
-            allowed, size = _AIM * STALL * alone - max(alone, beside or 0.0), SMALLEST
+            allowed, size = _AIM * self._stall * alone - max(alone, beside or 0.0), SMALLEST
             while 2 * size <= self._longest and self._seconds(2 * size) <= allowed:
                 size *= 2
             budget = min(size, self._longest)

@@ -13,7 +13,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
 from itertools import count
 from queue import SimpleQueue
 from types import TracebackType
@@ -24,7 +23,9 @@ from qwen_export.runtimes.answer import AsyncGeneration, Generation, Prepared
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts
-from qwen_export.runtimes.serving.prefix_cache import PrefixCache, PrefixStatistics
+from qwen_export.runtimes.serving.chunk_budget import STALL
+from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
+from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.scheduler import Scheduler
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.serving.slot_table import SlotTable
@@ -42,30 +43,14 @@ RESERVE = 64
 """Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
 
 
-@dataclass
-class EngineStatistics:
-    """`steps` and seconds since the engine began; `host_s` is what steps took outside the backend and its bindings."""
-
-    running: int = 0
-    waiting: int = 0
-    steps: int = 0
-    rows: int = 0
-    """Rows of all steps that gave a token."""
-    step_s: float = 0.0
-    host_s: float = 0.0
-    preemptions: int = 0
-    cache_bytes: int = 0
-    """Memory that the running sequences use."""
-    cache_limit: int = 0
-    prefix: PrefixStatistics = field(default_factory=PrefixStatistics)
-
-
 class Engine:
     """Owns the decoder that `make_decoder` returns, which is made and used in the engine's thread alone.
 
     `cache_memory`: bytes for the sequences that run, None for what all slots hold; at least one whole context. `prefix_memory`: bytes for
     beginnings of prompts, 0 for none. `drafts`: "auto" as many as pay, a number, or "off". `max_waiting`: requests that may wait before
-    `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request enters."""
+    `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request enters.
+    `stall`: the longest time between two tokens of an answer while prompts are read, in times without one; inf reads prompts as fast as
+    it goes."""
 
     def __init__(
         self,
@@ -76,6 +61,7 @@ class Engine:
         drafts: int | str = "auto",
         max_waiting: int | None = None,
         reserve: int = RESERVE,
+        stall: float = STALL,
     ) -> None:
         if prefix_memory < 0:
             raise ParameterError(
@@ -86,7 +72,15 @@ class Engine:
                 fix="Raise {prefix_memory}.",
             )
         self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
-        self._keys, self._max_waiting, self._reserve = count(), max_waiting, reserve
+        if not stall > 1:
+            raise ParameterError(
+                "no prompt can be read in no time",
+                parameter="stall",
+                got=stall,
+                expected="a number above 1",
+                fix="Give the longest time between two tokens while a prompt is read, in times without one.",
+            )
+        self._keys, self._max_waiting, self._reserve, self._stall = count(), max_waiting, reserve, stall
         self._lock = threading.RLock()
         self._unfinished = 0
         self._closing: Finish | None = None
@@ -113,6 +107,7 @@ class Engine:
         prefix_memory: int = PREFIX_MEMORY,
         max_waiting: int | None = None,
         reserve: int = RESERVE,
+        stall: float = STALL,
     ) -> Engine:
         """An engine on a loaded bundle, with drafts as chosen at `load`."""
         drafts = model.drafts
@@ -123,6 +118,7 @@ class Engine:
             drafts=drafts,
             max_waiting=max_waiting,
             reserve=reserve,
+            stall=stall,
         )
 
     def __enter__(self) -> Engine:
@@ -253,7 +249,7 @@ class Engine:
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
-        self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved)
+        self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
         self.statistics.cache_limit = limit
         if cache is not None:
             self.statistics.prefix = cache.statistics

@@ -16,7 +16,7 @@ from qwen_export.runtimes.decoding.logit_rows import Row, Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts, draft
 from qwen_export.runtimes.serving.choosing import choose
-from qwen_export.runtimes.serving.chunk_budget import ChunkBudget
+from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
 
@@ -37,8 +37,9 @@ class StepRunner:
         chosen: Callable[[ServedCall, list[int]], None],
         failed: Callable[[ServedCall, Exception], None],
         moved: Callable[[ServedCall], None],
+        stall: float = STALL,
     ) -> None:
-        self.decoder, self.budget = decoder, ChunkBudget(decoder.chunk)
+        self.decoder, self.budget = decoder, ChunkBudget(decoder.chunk, stall)
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
