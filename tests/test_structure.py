@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from qwen_export.targets import TARGETS
+from tests.support.fast_tests import FAST
 from tests.support.source_tree import ROOT, TREES, imported_modules, modules, parsed, sources, tracked_files
 
 LONGEST = 400
@@ -169,6 +170,14 @@ def test_no_file_holds_marks_of_a_merge() -> None:
 
 
 # Tests
+
+
+def test_the_fast_tests_look_at_every_package() -> None:
+    """`make test-fast`: each package that holds modules is imported by one of them."""
+    paths = [ROOT / "tests" / name for name in FAST]
+    names = {node.module or "" for path in paths for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)}
+    packages = {name.rpartition(".")[0] for name, path in modules().items() if path.stem not in ("__init__", "__main__")}
+    assert not [package for package in sorted(packages) if not any(within(name, package) for name in names)]
 
 
 @pytest.mark.parametrize("path", sources("tests"), ids=lambda path: path.stem)
