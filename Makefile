@@ -3,15 +3,18 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-# PyPI's torch for Linux brings gigabytes of CUDA libraries; this index has the build for CPUs. Asked where it can be reached.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-REACHABLE = $(BIN)/python -c 'import urllib.request; urllib.request.urlopen("$(TORCH_INDEX)/", timeout=5)' 2>/dev/null
 TORCH := $(shell grep '^torch==' constraints.txt)
+# On Linux the default torch of pip brings about 3 GB of CUDA libraries. TORCH_INDEX=ADDRESS names an index with builds for CPUs, which
+# pytorch.org lists under "Get started".
+TORCH_INDEX ?=
 PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 
 # Kernels for the CPU (plugins/native/cpu), compiled on this machine. Optional: without them bundles use ONNX Runtime's.
 LIBRARY := plugins/native/libqwen_export_cpu.so
-SOURCES := $(wildcard plugins/native/cpu/*.* plugins/native/cpu/kernels/*)
+SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* plugins/native/cpu/kernels/*)
+
+# The kernels are compiled while pip downloads.
+MAKEFLAGS += --jobs=2
 
 .PHONY: help demo test test-fast test-builtin native lint clean
 
@@ -41,10 +44,11 @@ test-builtin: $(STAMP)
 
 native: $(LIBRARY)
 
-$(LIBRARY): $(SOURCES) | $(STAMP)
-	@mkdir -p build; { headers=$$($(BIN)/python plugins/native/fetch_headers.py) && ORT_INCLUDE_DIR=$$headers plugins/native/cpu/build.sh; } \
-	    >build/native.log 2>&1 && echo "compiled $@" || { rm -f $@; \
-	    echo "note: the CPU kernels could not be compiled ($$(tail -n 1 build/native.log)): bundles will use ONNX Runtime's."; }
+# Its own messages go to the terminal as they come, errors of the compiler to the log.
+$(LIBRARY): $(SOURCES)
+	@mkdir -p build; plugins/native/cpu/build.sh 2>build/native.log || { rm -f $@; \
+	    echo "note: the CPU kernels could not be compiled ($$(grep -m1 error build/native.log || tail -n 1 build/native.log)): bundles will use ONNX Runtime's."; \
+	    echo "      build/native.log has the compiler's messages."; }
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,8 +65,10 @@ $(STAMP): pyproject.toml constraints.txt
 	        fi; \
 	    done; \
 	    echo "error: no Python 3.11 or newer found as any of: $(PYTHONS)."; exit 1; }
-	if $(REACHABLE); then index="--extra-index-url $(TORCH_INDEX)"; fi; $(BIN)/python -m pip install --quiet $$index $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "step 1 of 2: installing $(TORCH): 200 MB for CPUs, about 3 GB where only the build for CUDA is found; 1 to 10 minutes"
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	@echo "step 2 of 2: installing qwen-export and what its tests need: about 1 GB; 2 to 5 minutes"
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
 clean:

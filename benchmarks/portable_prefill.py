@@ -39,7 +39,7 @@ from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.weight_writer import write_weights
 from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
-from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
+from qwen_export.plugins.decompose.decompose_delta_net import DeltaNetSizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, Recurrence, delta_rule
 from qwen_export.plugins.emitter import Emitter
 from qwen_export.plugins.rewrite import layer_prefix
@@ -107,7 +107,7 @@ BODIES = {"scan": delta_rule, "scan_reference": reference_rule}
 def _lower_scan(graph: ir.Graph, node: ir.Node, context: Any, shared: dict[str, ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    sizes = Sizes.of(context.config, context.static.T, context.static.P)
+    sizes = DeltaNetSizes.of(context.config, context.static.T, context.static.P)
     results = emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, scanned(delta_rule))
     return emit.nodes, list(results)
 
@@ -170,7 +170,7 @@ class Mixer:
     """All of one DeltaNet mixer between its projections, over random weights."""
 
     def __init__(self, config: TextConfig, tokens: int, threads: int) -> None:
-        rng, self.sizes = np.random.default_rng(0), Sizes.of(config, 1, 0)
+        rng, self.sizes = np.random.default_rng(0), DeltaNetSizes.of(config, 1, 0)
         H, self._threads = self.sizes.Hv, threads
         C = 2 * self.sizes.Hk * self.sizes.Dk + H * self.sizes.Dv
         widths = {"qkv": C, "z": H * self.sizes.Dv, "b": H, "a": H}

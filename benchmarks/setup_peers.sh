@@ -16,6 +16,7 @@ else
     packages="onnxruntime==1.31.1 onnxruntime-genai==0.18.0"
 fi
 # One resolution with torch pinned: left to itself the resolver takes the newest CUDA build, several gigabytes.
-# The builder only reads weights through torch, so the CPU build serves both devices.
-.venv-peers/bin/pip install --quiet --constraint constraints.txt --extra-index-url "${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" \
+# The builder only reads weights through torch, so the CPU build serves both devices; TORCH_INDEX names an index that has it.
+# shellcheck disable=SC2086
+.venv-peers/bin/pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     torch==2.13.0 transformers==5.17.0 $packages onnx_ir onnx safetensors tqdm

@@ -25,8 +25,7 @@ from benchmarks.engine_piece import BF16, FLOAT, HALF, I32, I64, Case, Engine, I
 from benchmarks.recurrence_case import one_after_the_other, recurrence
 from qwen_export.engine_options import EngineOptions
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.decompose_attention import Sizes as AttentionSizes
-from qwen_export.plugins.decompose.decompose_attention import attend, causal_bias
+from qwen_export.plugins.decompose.decompose_attention import AttentionSizes, attend, causal_bias
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter
@@ -34,8 +33,7 @@ from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.emitter import Emitter
 from qwen_export.plugins.tensorrt.attend_in_parts import Keys, attend_in_parts, slots_of_a_part
 from qwen_export.plugins.tensorrt.build_engine import build_engine
-from qwen_export.plugins.tensorrt.tensorrt_experts import Sizes as ExpertSizes
-from qwen_export.plugins.tensorrt.tensorrt_experts import emit_experts
+from qwen_export.plugins.tensorrt.tensorrt_experts import ExpertSizes, emit_experts
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, load_library
 
 QUANTIZED = {"int4": ir.DataType.INT4, "int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}

@@ -107,6 +107,10 @@ class ContextOverflow(QwenExportError):
     """A request needs more tokens than the bundle's context holds."""
 
 
+class OverloadedError(QwenExportError):
+    """An engine has as many requests waiting as it may have."""
+
+
 class TemplateError(QwenExportError):
     """The chat template refused the messages."""
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from qwen_export.errors import BundleError, ParameterError, QwenExportError
 from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.answer import Generation as Generation
+from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
 from qwen_export.runtimes.backends.native_libraries import check_native
@@ -24,6 +25,8 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
+from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
@@ -80,58 +83,14 @@ def load(
     check_runnable(manifest, device_id)
     check_limits(manifest, max_context, threads)
     check_native(directory, manifest, native)
-    _check_speculate(speculate, manifest)
-    _check_weight_budget(weight_budget, manifest)
+    check_speculate(speculate, manifest)
+    check_weight_budget(weight_budget, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
     options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
-
-
-def _check_speculate(value: Speculate, manifest: Manifest) -> None:
-    longest = manifest.speculation.max_draft if manifest.speculation else 0
-    if isinstance(value, int) and HEAD_STEP not in manifest.graphs:
-        longest = 0
-    if isinstance(value, int) and not 1 <= value <= longest:
-        raise ParameterError(
-            "the bundle cannot draft that many tokens" if longest else "the bundle was built without a draft head",
-            parameter="speculate",
-            got=value,
-            expected=f"1 to {longest}, auto or off" if longest else "auto or off",
-            fix="Choose one of these." if longest else "Build it again with {mtp}, from a checkpoint that has mtp.* tensors.",
-        )
-    if isinstance(value, str) and value not in ("auto", "off", "lookup"):
-        raise ParameterError(
-            "the way to speculate is not known",
-            parameter="speculate",
-            got=value,
-            expected="auto, off, lookup or a number",
-            fix="Choose one of these.",
-        )
-    if value == "lookup" and not longest:
-        raise ParameterError(
-            "the bundle was built without speculation", parameter="speculate", got="lookup", fix="Build it again with {lookup}."
-        )
-
-
-def _check_weight_budget(value: int | None, manifest: Manifest) -> None:
-    streams = manifest.engine is not None and manifest.engine.options.get("weight_streaming")
-    if value is not None and value < 0:
-        raise ParameterError(
-            "the memory for weights is negative",
-            parameter="weight_budget",
-            got=value,
-            expected="at least 0 bytes",
-            fix="Raise {weight_budget}.",
-        )
-    if value is not None and not streams:
-        raise ParameterError(
-            "the bundle's weights cannot wait in host memory",
-            parameter="weight_budget",
-            fix="Build it for TensorRT with {weight_streaming} and embedded {engine_weights}.",
-        )
 
 
 @dataclass
@@ -253,19 +212,40 @@ class Model:
         the mode (`recommended`). `progress` is called while the prompt is read, with the tokens read so far and all of them.
 
         Raises ParameterError for values that cannot be used and TemplateError where the template refuses."""
-        prompt = chat_prompt(
+        prepared = self.prepare_chat(
             messages,
-            self.template,
-            self.tokenizer,
             tools=tools,
             enable_thinking=enable_thinking,
             preserve_thinking=preserve_thinking,
-            continue_final_message=continue_final_message,
             template_kwargs=template_kwargs,
+            continue_final_message=continue_final_message,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            progress=progress,
         )
+        return self._generation(prepared)
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        constraint: Constraint | None = None,
+        **template: Any,
+    ) -> Prepared:
+        """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey."""
+        prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, **template)
         splitter = ReasoningSplitter(prompt.thinking, tool_calls=bool(tools))
         params = sampling or self.recommended(prompt.thinking)
-        return self._generation(prompt.ids, params, max_new_tokens, stop, splitter, prompt.mark_at, progress)
+        user_turn = bool(messages) and messages[-1].get("role") == "user"
+        prepared = self._prepared(prompt.ids, params, max_new_tokens, stop, splitter, constraint)
+        prepared.request.mark_at, prepared.request.user_turn, prepared.request.progress = prompt.mark_at, user_turn, progress
+        return prepared
 
     def complete(
         self,
@@ -277,6 +257,20 @@ class Model:
         progress: Callable[[int, int], None] | None = None,
     ) -> Generation:
         """Continue a text as it stands, without a template. Control tokens in it count as such."""
+        prepared = self.prepare_text(prompt, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
+        prepared.request.progress = progress
+        return self._generation(prepared)
+
+    def prepare_text(
+        self,
+        prompt: str,
+        *,
+        sampling: SamplingParams | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] | None = None,
+        constraint: Constraint | None = None,
+    ) -> Prepared:
+        """What continuing a text takes, for an engine: the parameters of `complete`."""
         if not isinstance(prompt, str):
             raise ParameterError(
                 "the prompt is not a text",
@@ -286,27 +280,28 @@ class Model:
                 fix="Answer a chat with `stream`.",
             )
         ids = self.tokenizer.encode(prompt)
-        return self._generation(ids, sampling or self.recommended(False), max_new_tokens, stop, None, None, progress)
+        return self._prepared(ids, sampling or self.recommended(False), max_new_tokens, stop, None, constraint)
 
-    def _generation(
+    def _prepared(
         self,
         ids: list[int],
         sampling: SamplingParams,
         max_new_tokens: int | None,
         stop: Sequence[str] | None,
         splitter: ReasoningSplitter | None,
-        mark_at: int | None,
-        progress: Callable[[int, int], None] | None,
-    ) -> Generation:
+        constraint: Constraint | None,
+    ) -> Prepared:
         if not ids:
             raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
         limit = self.generation_defaults.new_tokens(len(ids), max_new_tokens)
         stops = StopStrings(self.generation_defaults.stop_strings if stop is None else stop)
-        sampler = Sampler(sampling, self.tokenizer.vocab_size, self.stop_ids)
-        request = Request(ids, sampler, self.stop_ids, limit, mark_at, progress=progress)
+        sampler = Sampler(sampling, self.tokenizer.vocab_size, self.stop_ids, constraint)
+        request = Request(ids, sampler, self.stop_ids, limit)
+        return Prepared(request, Detokenizer(self.tokenizer.tokenizer), stops, splitter)
+
+    def _generation(self, prepared: Prepared) -> Generation:
         statistics = Statistics()
-        detokenizer = Detokenizer(self.tokenizer.tokenizer)
-        return Generation(self.generate(request, statistics), statistics, request, detokenizer, stops, splitter)
+        return Generation(self.generate(prepared.request, statistics), statistics, prepared)
 
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is being made; what the
@@ -356,6 +351,11 @@ class Model:
         self._require_open()
         with self._turn:
             self._conversation.decoder.warm()
+
+    @property
+    def drafts(self) -> Speculate:
+        """How answers are drafted, as chosen at `load`: "off" where the bundle cannot."""
+        return self._speculate if self.speculates else "off"
 
     @property
     def speculates(self) -> bool:

@@ -97,6 +97,8 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the expected files of tests/data/golden again")
+    parser.addoption("--schedules", default="2", help="random schedules of an engine per bundle and kind of drafts")
+    parser.addoption("--longest-prompt", default="200", help="tokens of their longest prompt")
     parser.addoption("--fast", action="store_true", help="run the tests of tests/support/fast_tests.py only")
 
 

@@ -66,7 +66,7 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
 
 def test_the_demo_speculates(demo_checkpoint: Path, fake_library: Path, tmp_path: Path) -> None:
     """Its heads have 64 values."""
-    assert plan_build(open_checkpoint(demo_checkpoint), "onnxruntime", "cuda", "fp16").choices["gated_delta_net"].name == "native_delta_net"
+    assert plan_build(open_checkpoint(demo_checkpoint), "onnxruntime", "cuda", "fp16").choices["gated_delta_net"].name == "plugin_cuda"
     manifest = load_manifest(build(demo_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16"))
     assert list(manifest.graphs) == ["decoder", "mtp"] and manifest.plugins == (LIBRARY,)
     assert manifest.speculation == SpeculationSpec(7, 8192)
@@ -77,7 +77,7 @@ def test_delta_net_does_not_need_our_products(tmp_path: Path, fake_library: Path
     """A vocabulary of an odd size: the products are ONNX Runtime's, and speculation stays."""
     config = tiny_config(vision=False, linear_key_head_dim=64, linear_value_head_dim=64, vocab_size=509)
     plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
-    assert plan.choices["linear"].name == "fused_matmul" and plan.choices["gated_delta_net"].name == "native_delta_net"
+    assert plan.choices["linear"].name == "fused_matmul" and plan.choices["gated_delta_net"].name == "plugin_cuda"
     assert plan.speculation is not None
 
 
@@ -85,7 +85,7 @@ def test_delta_net_does_not_need_our_products(tmp_path: Path, fake_library: Path
 def test_what_the_delta_net_does_not_take(tmp_path: Path, fake_library: Path, odd: dict[str, int]) -> None:
     config = tiny_config(vision=False, **({"linear_key_head_dim": 64, "linear_value_head_dim": 64} | odd))
     plan = plan_build(open_checkpoint(synthesize(config, tmp_path / "odd")), "onnxruntime", "cuda", "fp16")
-    assert plan.choices["gated_delta_net"].name == "packed_delta_net"
+    assert plan.choices["gated_delta_net"].name == "builtin_cuda"
     assert plan.speculation is None and "keys and values of 64 or of 128 values" in plan.no_head
 
 

@@ -7,6 +7,8 @@ import json
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -76,22 +78,54 @@ def test_no_bare_import_of_a_top_level_folder(tree: str) -> None:
         assert not [name for name in imports(path) if name.split(".")[0] == tree], path
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+NATIVE = {".cc", ".h", ".cu", ".cuh", ".sh"}
+PROJECT = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
+
+
+def native_sources() -> set[str]:
+    return {path.relative_to(ROOT).as_posix() for path in (ROOT / "plugins" / "native").rglob("*") if path.suffix in NATIVE}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """What packages are made of, without libraries that were compiled here."""
     copy = tmp_path / "source"
-    for tree in TREES:
-        # Native libraries are part of the wheels of machines that built them.
-        shutil.copytree(ROOT / tree, copy / tree, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.ptx"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in TREES:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.ptx"))
+    for name in PROJECT:
         shutil.copy(ROOT / name, copy / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(copy)]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    return copy
+
+
+def packaged(tree: Path, kind: str) -> Path:
+    """The sdist or wheel that setuptools makes of a source tree."""
+    out = tree.parent / kind
+    code = f"import setuptools.build_meta as build; build.build_{kind}({str(out)!r})"
+    out.mkdir(exist_ok=True)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tree)
+    (made,) = out.iterdir()
+    return made
+
+
+def wheel_names(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as file:
-        names = {name for name in file.namelist() if ".dist-info/" not in name}
+        return {name for name in file.namelist() if ".dist-info/" not in name}
+
+
+def expected_wheel() -> set[str]:
+    modules = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
+    return (
+        modules | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"} | {f"qwen_export/{p}" for p in native_sources()}
+    )
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:
+    wheel = packaged(tree, "wheel")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel_names(wheel) == expected_wheel()
+    with zipfile.ZipFile(wheel) as file:
         metadata = next(file.read(name).decode() for name in file.namelist() if name.endswith("/METADATA"))
         entries = next(file.read(name).decode() for name in file.namelist() if name.endswith("/entry_points.txt"))
-    expected = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
-    assert names == expected | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
     assert "qwen-export = qwen_export.commands.cli:main" in entries
     required = {line.split(": ")[1] for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line}
     names = {requirement.split(">")[0] for requirement in required}
@@ -106,10 +140,40 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     }
 
 
+def test_a_wheel_with_a_library_is_for_one_platform(tree: Path) -> None:
+    (tree / "plugins" / "native" / "libqwen_export_cpu.so").write_bytes(b"compiled")
+    wheel = packaged(tree, "wheel")
+    python, abi, platform = wheel.stem.split("-")[-3:]
+    assert (python, abi) == ("py3", "none")
+    assert platform == sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert "qwen_export/plugins/native/libqwen_export_cpu.so" in wheel_names(wheel)
+
+
+def test_the_sdist_holds_all_sources_and_no_library(tree: Path, tmp_path: Path) -> None:
+    """A wheel made from it is the one made from the checkout."""
+    (tree / "plugins" / "native" / "libqwen_export_cpu.so").write_bytes(b"compiled")
+    with tarfile.open(packaged(tree, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    modules = {path.relative_to(ROOT).as_posix() for path in sources(*TREES)}
+    assert modules | native_sources() | set(PROJECT) <= names
+    assert not {name for name in names if name.endswith((".so", ".ptx"))}
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert wheel_names(packaged(unpacked, "wheel")) == expected_wheel()
+
+
+def test_messages_name_scripts_that_the_package_has() -> None:
+    from qwen_export.plugins.native.native_library import PTX_SCRIPT, build_script
+
+    for script in (build_script("cpu"), build_script("cuda"), PTX_SCRIPT):
+        assert script.is_file()
+        assert script.resolve().relative_to(ROOT).as_posix() in native_sources()
+
+
 # The line between the runtime and the compiler
 
 ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs"}
-GROUND = ("errors", "manifest", "manifest_types", "element_types", "extras")
+GROUND = ("bundle_contract", "errors", "manifest", "manifest_types", "element_types", "extras")
 
 
 @pytest.mark.parametrize("path", sources("runtimes"), ids=lambda path: path.stem)

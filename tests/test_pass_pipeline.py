@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from qwen_export.building.pass_pipeline import REPORT, run_passes
+from qwen_export.building.pass_pipeline import REASONS, run_passes
 from qwen_export.errors import CaptureError
 from qwen_export.graphs.capture import capture_decoder
 from qwen_export.graphs.config import TextConfig, parse_config
@@ -47,7 +47,7 @@ def test_every_pass_exists_and_says_why_it_stands_there(target: object) -> None:
 
 def test_the_report_has_place_reason_and_what_was_left(captured: ir.Model, config: TextConfig, tmp_path: Path) -> None:
     lower(captured.clone(), config, dump=tmp_path)
-    report = (tmp_path / REPORT).read_text().splitlines()
+    report = (tmp_path / REASONS).read_text().splitlines()
     for number, step in enumerate(ONNXRUNTIME.passes, 1):
         assert f"{number:02d} {step.name}: {step.why}" in report
     at = report.index(next(line for line in report if line.startswith("09 absorb_norm")))
@@ -67,7 +67,7 @@ def test_a_pass_that_must_match_and_does_not_is_an_error(captured: ir.Model, con
         assert turned is not None
         product.replace_input_with(1, turned.producer().inputs[0])  # type: ignore[union-attr]
         lower(model, config, dump=tmp_path)
-    assert "its weight is not read as x w^T" in (tmp_path / REPORT).read_text()
+    assert "its weight is not read as x w^T" in (tmp_path / REASONS).read_text()
     with pytest.raises(CaptureError, match=r"changed nothing \(fuse_silu\).*expected x \* sigmoid\(x\)"):
         model = captured.clone()
         for node in model.graph:

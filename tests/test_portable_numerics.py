@@ -12,7 +12,7 @@ import torch
 
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
-from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
+from qwen_export.plugins.decompose.decompose_delta_net import DeltaNetSizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import Recurrence, delta_rule
 from qwen_export.plugins.decompose.triangular_inverse import (
     UNIT_ROUNDOFF,
@@ -182,7 +182,7 @@ def test_transactions_are_the_eager_ones(T: int, P: int, Hk: int, Hv: int) -> No
         conv = add_weight(emit.graph, "conv.view", Reshaped(StoredWeight("conv", (C, K), FLOAT), (C, K)))
         given: dict[str, ir.Value | None] = dict(values)
         given |= {"conv_weight": conv, "a_log": stored("a_log", (Hv,)), "dt_bias": stored("dt", (Hv,)), "norm": stored("norm", (D,))}
-        return list(emit_gated_delta_net(emit, given, Sizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT))
+        return list(emit_gated_delta_net(emit, given, DeltaNetSizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT))
 
     shapes = {name: (x.shape, FLOAT) for name, x in data.items()} | {name: ((1,), INT32) for name, used in counts.items() if used}
     run = session(emitted(shapes, build, weights))

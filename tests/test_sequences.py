@@ -20,13 +20,12 @@ from qwen_export.runtimes import Model, load
 from qwen_export.runtimes.decoding.decoder import Decoder, Mark, Snapshot
 from qwen_export.runtimes.decoding.read import Read
 from tests.support.family import tiny_config
+from tests.support.kernel_families import TOLERANCE, family_cases, needs_plugin
 from tests.support.synthesize import synthesize
 
 Array = npt.NDArray[np.float32]
 CONTEXT, VOCABULARY = 96, 64
-BACKENDS = ("plugin", "builtin", "onnx")
-# The kernels of the plugin give a row the same bits in every call; others sum in an order that depends on the shape of the call.
-TOLERANCE = {"plugin": 0.0, "builtin": 1e-5, "onnx": 1e-5}
+BACKENDS = family_cases()
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +193,39 @@ def test_positions_belong_to_the_sequence(make_model: Callable[[str], Model], ba
         other.restore(snapshots[slot], 2 - slot)
     moved = [rows.array[0].copy() for rows in other.run([Read(2 - slot, [3]) for slot in range(3)])]
     assert all(differ(a, b) <= TOLERANCE[backend] for a, b in zip(following, moved, strict=True))
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_first_prompts_as_long_share_a_call(make_model: Callable[[str], Model], backend: str, drafts: bool) -> None:
+    """Beginnings of several texts in one call, with gaps between slots and other lengths beside: as each alone, and what follows too."""
+    model = make_model(backend)
+    together, alone = model.decoder(6, drafts=drafts), model.decoder(drafts=drafts)
+    texts = {0: 7, 1: 7, 2: 5, 4: 7, 5: 7}
+    ids = {slot: [(slot + 3 * i) % VOCABULARY for i in range(count)] for slot, count in texts.items()}
+    logits = 0 if backend == "onnx" else 1
+    first = together.run([Read(slot, ids[slot], logits=logits) for slot in texts])
+    got = {slot: rows.array[:logits].copy() for slot, rows in zip(texts, first, strict=True)}
+    then = together.run([Read(slot, (slot,)) for slot in texts])
+    after = {slot: rows.array[0].copy() for slot, rows in zip(texts, then, strict=True)}
+    for slot in texts:
+        alone.reset()
+        [rows] = alone.run([Read(0, ids[slot], logits=logits)])
+        assert differ(rows.array[:logits], got[slot]) <= TOLERANCE[backend]
+        [rows] = alone.run([Read(0, (slot,))])
+        assert differ(rows.array[0], after[slot]) <= 2 * TOLERANCE[backend]
+
+
+@needs_plugin
+def test_a_token_with_positions_shares_no_call(make_model: Callable[[str], Model]) -> None:
+    """The positions of one sequence are not those of its neighbors."""
+    model = make_model("plugin")
+    decoder, plain = model.decoder(3), model.decoder()
+    for slot in range(3):
+        decoder.prefill([5, 6, 7], slot, want_logits=False)
+    rows = decoder.run([Read(0, (8,), positions=[40]), Read(1, (8,)), Read(2, (8,))])
+    got = [row.array[0].copy() for row in rows]
+    plain.prefill([5, 6, 7], want_logits=False)
+    expected = plain.step([8])[0]
+    assert differ(got[0], expected) > 1e-4
+    assert differ(got[1], expected) == differ(got[2], expected) == 0

@@ -19,7 +19,7 @@ from qwen_export.graphs.models.eager_sequence import EagerSequence
 from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales, rounded
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
-from qwen_export.plugins.decompose.decompose_delta_net import Sizes, emit_gated_delta_net
+from qwen_export.plugins.decompose.decompose_delta_net import DeltaNetSizes, emit_gated_delta_net
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
@@ -114,7 +114,7 @@ def test_sums_are_the_transaction(T: int, P: int) -> None:
             for name, stored, shape in (("a_log", "a_log", (Hv,)), ("dt_bias", "dt", (Hv,)), ("norm", "norm", (D,))):
                 given[name] = add_weight(emit.graph, stored, StoredWeight(stored, shape, FLOAT))
             given["conv_weight"] = add_weight(emit.graph, "conv.view", Reshaped(StoredWeight("conv", (C, K), FLOAT), (C, K)))
-            return list(emit_gated_delta_net(inner, given, Sizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT, delta_rule))
+            return list(emit_gated_delta_net(inner, given, DeltaNetSizes(T, P, Hk, Hv, D, D, K), 1e-6, FLOAT, delta_rule))
 
         inputs = {name: (x.shape, FLOAT) for name, x in data.items()} | dict.fromkeys(counts, ((1,), ir.DataType.INT32))
         return session(emitted(inputs, build, {name: x.astype(np.float32) for name, x in weights.items()}))
@@ -132,7 +132,7 @@ def test_every_pair_reaches_its_expert(T: int, E: int, K: int) -> None:
     """Few pairs one by one, many in blocks; uneven loads, experts without tokens."""
     H, width = 16, 8
     rng = np.random.default_rng([T, E])
-    sizes = experts.Sizes(T, H, E, K, width)
+    sizes = experts.ExpertSizes(T, H, E, K, width)
     assert (sizes.block > 1) == (T > 1)
     shapes = {"x": (1, T, H), "logits": (1, T, E), "gate_up": (E, 2 * width, H), "down": (E, H, width)}
     data = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -2,7 +2,7 @@
 
 In the notation of `delta_rule`, for each chunk of C tokens, with T = (I + A)^-1 and K_e = K * d_L:
 
-    [W | U] = T [beta c K | beta V]          X | R = K_e^T [W | U]          (chunks do not matter to each other)
+    [W | U] = T [beta c K | beta V]          X | R = K_e^T [W | U]          (chunks are independent)
     S_{n+1} = c_L S_n - X_n S_n + R_n                                        (the only sequence)
     O_n     = (c Q - M W)_n S_n + (M U)_n          M = d * Q K^T  (j <= i)   (all chunks at once, when all S_n are known)
 
@@ -11,7 +11,7 @@ leaves a chunk by c_L S, not through a product: what the products round does not
 2412.06464, section 3.3, has the form in W and U; taking the state's part out of U is what leaves one product in the sequence).
 
 Tokens that are not kept are identity transitions here, with outputs that mean nothing: for prompts whose tail is padding, not for a
-verify, which wants the outputs of tokens that it does not commit.
+verify, which needs the outputs of tokens that it does not commit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ def batched_chunks(size: int, products: ir.DataType | None = None) -> DeltaRule:
         if given.length <= size:
             return delta_rule(emit, given)
         if given.length % size:
-            raise UnsupportedError("a prompt call is not a whole number of chunks", got=given.length, expected=f"a multiple of {size}")
+            raise UnsupportedError(
+                "a prompt call is not a whole number of chunks",
+                got=given.length,
+                expected=f"a multiple of {size}",
+                fix="Give {chunk} such a value.",
+            )
         return _rule(emit, given, size, products or ir.DataType.FLOAT)
 
     return rule

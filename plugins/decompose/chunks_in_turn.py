@@ -11,7 +11,7 @@ order first, here once for both), and as few passes over anything of a chunk's s
 in sequence and twice the flops; it is for GPUs.
 
 Tokens that are not kept are identity transitions here, with outputs that mean nothing: for prompts whose tail is padding, not for a
-verify, which wants the outputs of tokens that it does not commit.
+verify, which needs the outputs of tokens that it does not commit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NEVER = -1e4
 
 def in_chunks(size: int) -> DeltaRule:
     """`delta_rule` over `size` tokens at a time, the state handed on within the graph: for prompts, whose other operators gain from more
-    tokens in a call. Of a shorter last chunk `delta_rule` takes care."""
+    tokens in a call. A shorter last chunk goes through `delta_rule`."""
 
     def rule(emit: Emitter, given: Recurrence) -> tuple[ir.Value, ir.Value]:
         length, state, outputs = given.length, given.state, []

@@ -20,7 +20,7 @@ MASKED = -1e30
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AttentionSizes:
     """T new tokens, S slots, R rotated dimensions of D, and the heads."""
 
     T: int
@@ -39,7 +39,7 @@ class Layer:
     given: dict[str, ir.Value | None]
     q: ir.Value
     gate: ir.Value
-    sizes: Sizes
+    sizes: AttentionSizes
     eps: float
     activation: ir.DataType
 
@@ -71,7 +71,7 @@ def rotated_heads(emit: Emitter, layer: Layer, scale: float) -> tuple[ir.Value, 
     )
 
 
-def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes) -> ir.Value:
+def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: AttentionSizes) -> ir.Value:
     """x f32[1,H,T,D]: dimension j < R/2 turns with dimension j + R/2."""
     half = sizes.R // 2
     cos = emit.shared("cos_rows", lambda: _table_rows(emit, given, "cos", sizes))
@@ -82,24 +82,24 @@ def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes
     return emit.concat([*turned, *parts[2:]], axis=3)
 
 
-def _table_rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: Sizes) -> ir.Value:
+def _table_rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: AttentionSizes) -> ir.Value:
     """Rows length .. length+T-1 of a table f32[S,R/2] -> [1,1,T,R/2]."""
     taken = emit.gather(given[name], new_slots(emit, given["length"], sizes), axis=0)
     return emit.reshape(emit.wide(taken), 1, 1, sizes.T, sizes.R // 2)
 
 
-def new_slots(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def new_slots(emit: Emitter, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """i32[T]: the slots of the new tokens."""
     return emit.shared("new_slots", lambda: emit.add(emit.positions(sizes.T), length))
 
 
-def scatter(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def scatter(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """ScatterND: touches the new rows only, where the runtime lets output and input be one buffer."""
     slots = emit.shared(f"slots_{sizes.Hkv}", lambda: _slot_indices(emit, length, sizes))
     return emit("", "ScatterND", [cache, slots, new], like=new)[0]
 
 
-def select(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def select(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """Where: writes the whole cache. For runtimes that have no ScatterND of the graph's opset."""
     row = emit.shared("slot_rows", lambda: emit.sub(emit.positions(sizes.S), length))
     inside = emit.shared("slot_inside", lambda: _inside(emit, row, sizes))
@@ -107,23 +107,23 @@ def select(emit: Emitter, cache: ir.Value | None, new: ir.Value, length: ir.Valu
     return emit("", "Where", [inside, emit.gather(new, nearest, axis=2), cache], like=new)[0]
 
 
-CacheWrite = Callable[[Emitter, ir.Value | None, ir.Value, ir.Value | None, Sizes], ir.Value]
+CacheWrite = Callable[[Emitter, ir.Value | None, ir.Value, ir.Value | None, AttentionSizes], ir.Value]
 """Puts new rows [1,Hkv,T,D] into a cache [1,Hkv,S,D] from slot `length` on."""
 
 
-def _inside(emit: Emitter, row: ir.Value, sizes: Sizes) -> ir.Value:
+def _inside(emit: Emitter, row: ir.Value, sizes: AttentionSizes) -> ir.Value:
     """bool[S,1]: the slot is that of a new token."""
     (clipped,) = emit("", "Equal", [_clip(emit, row, sizes), row], dtype=ir.DataType.BOOL)
     return emit("", "Reshape", [clipped, emit.ints(sizes.S, 1)], dtype=ir.DataType.BOOL)[0]
 
 
-def _clip(emit: Emitter, row: ir.Value, sizes: Sizes) -> ir.Value:
+def _clip(emit: Emitter, row: ir.Value, sizes: AttentionSizes) -> ir.Value:
     zero, last = emit.array("zero_i32", np.array([0], np.int32)), emit.array(f"last_{sizes.T}", np.array([sizes.T - 1], np.int32))
     (above,) = emit("", "Max", [row, zero], like=row)
     return emit("", "Min", [above, last], like=row)[0]
 
 
-def _slot_indices(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def _slot_indices(emit: Emitter, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """i64[1,Hkv,T,3] for ScatterND: sequence, head and slot of every new row."""
     T, Hkv = sizes.T, sizes.Hkv
     where = np.zeros((1, Hkv, T, 2), np.int64)
@@ -135,7 +135,7 @@ def _slot_indices(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Va
 
 
 def attend(
-    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, length: ir.Value | None, sizes: Sizes, activation: ir.DataType
+    emit: Emitter, q: ir.Value, k: ir.Value, v: ir.Value, length: ir.Value | None, sizes: AttentionSizes, activation: ir.DataType
 ) -> ir.Value:
     """softmax(q k^T) v, with the queries that share a key head as rows of one matrix -> [1,T,Hq*D]."""
     T, Hkv, D = sizes.T, sizes.Hkv, sizes.D
@@ -148,7 +148,7 @@ def attend(
     return emit.reshape(emit.transpose(emit.reshape(o, 1, sizes.Hq, T, D), 0, 2, 1, 3), 1, T, sizes.Hq * D)
 
 
-def causal_bias(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def causal_bias(emit: Emitter, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """f32[group*T,S]: 0 for slots up to the token's own, a large negative number behind it."""
     group = sizes.Hq // sizes.Hkv
     own = emit.array(f"token_{group}_{sizes.T}", np.tile(np.arange(sizes.T, dtype=np.int32), group)[:, None])

@@ -19,7 +19,7 @@ from qwen_export.plugins.emitter import Emitter
 
 
 @dataclass(frozen=True)
-class Sizes:
+class DeltaNetSizes:
     """Static sizes of one call: T new and P pending tokens, and the heads."""
 
     T: int
@@ -31,7 +31,7 @@ class Sizes:
     K: int
 
     @classmethod
-    def of(cls, config: TextConfig, T: int, P: int) -> Sizes:
+    def of(cls, config: TextConfig, T: int, P: int) -> DeltaNetSizes:
         return cls(
             T,
             P,
@@ -44,7 +44,12 @@ class Sizes:
 
 
 def emit_gated_delta_net(
-    emit: Emitter, given: dict[str, ir.Value | None], sizes: Sizes, eps: float, activation: ir.DataType, rule: DeltaRule = delta_rule
+    emit: Emitter,
+    given: dict[str, ir.Value | None],
+    sizes: DeltaNetSizes,
+    eps: float,
+    activation: ir.DataType,
+    rule: DeltaRule = delta_rule,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`given` are the inputs of qwen::gated_delta_net by name, for one sequence; `accepted` and `commit` as i32[1], absent (with P = 0)
     where nothing is pending and every call commits all its tokens. `rule` computes the recurrence. Returns y,
@@ -123,7 +128,7 @@ def _conv_silu(emit: Emitter, rows: ir.Value, taps: list[ir.Value], count: int) 
     return emit.mul(total, emit.sigmoid(total))
 
 
-def _heads(emit: Emitter, u: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value, ir.Value]:
+def _heads(emit: Emitter, u: ir.Value, sizes: DeltaNetSizes) -> tuple[ir.Value, ir.Value, ir.Value]:
     """u f32[1,L,C] -> q, k [1,Hv,L,Dk] normalized, q scaled, both repeated for the value heads, and v [1,Hv,L,Dv]."""
     Hk, Hv, Dk, Dv = sizes.Hk, sizes.Hv, sizes.Dk, sizes.Dv
     L = sizes.P + sizes.T
@@ -140,7 +145,7 @@ def _heads(emit: Emitter, u: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value
     return q, k, emit.transpose(emit.reshape(v, 1, L, Hv, Dv), 0, 2, 1, 3)
 
 
-def _gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.Value, sizes: Sizes) -> tuple[ir.Value, ir.Value]:
+def _gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.Value, sizes: DeltaNetSizes) -> tuple[ir.Value, ir.Value]:
     """a, b f32[1,L,Hv] -> g and beta f32[1,Hv,L,1]."""
     value = given["a_log"]
     weight = weight_of(value)
@@ -155,7 +160,9 @@ def _gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.
     return per_head(emit.mul(soft, decay)), per_head(emit.sigmoid(b))
 
 
-def _masks(emit: Emitter, accepted: ir.Value | None, commit: ir.Value | None, sizes: Sizes) -> tuple[ir.Value | None, ir.Value | None]:
+def _masks(
+    emit: Emitter, accepted: ir.Value | None, commit: ir.Value | None, sizes: DeltaNetSizes
+) -> tuple[ir.Value | None, ir.Value | None]:
     """f32[1,1,P+T,1]: `live` is 0 for pending tokens that were not accepted, `keep` also for new tokens that are not committed. None where
     all are 1. The same for every layer: made by the first, shared by the rest."""
     T, P = sizes.T, sizes.P
@@ -175,7 +182,7 @@ def _first(emit: Emitter, count: ir.Value | None, size: int) -> ir.Value:
     return emit.reshape(emit.wide(inside), 1, 1, size, 1)
 
 
-def _gated_norm(emit: Emitter, o: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes, eps: float) -> ir.Value:
+def _gated_norm(emit: Emitter, o: ir.Value, given: dict[str, ir.Value | None], sizes: DeltaNetSizes, eps: float) -> ir.Value:
     """o f32[1,T,Hv,Dv] -> f32[1,T,Hv*Dv]: RMS norm per head, times SiLU(z)."""
     normed = emit.mul(emit.mean_square_scale(o, eps), fp32_weight(emit, given["norm"]))
     z = emit.wide(given["z"])

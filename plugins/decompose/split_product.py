@@ -1,4 +1,4 @@
-"""Exact fp32 products on compilers that round their operands to TF32, 11 bits, whatever one says.
+"""Exact fp32 products on compilers that round their operands to TF32, 11 bits, whatever their flags are.
 
     a = h + l,  h = bf16(a),  l = a - h         a b = [h_a; l_a] [h_b, l_b], the four blocks added up
 

@@ -17,7 +17,7 @@ to first order: `error_bound`. It holds for any keys, so nothing can blow up, bu
 keys, beta to 1 and decay to 1, the error is a few u, the same as forward substitution's (tests/test_portable_numerics.py measures both).
 
 The product (I - A)(I + A^2)(I + A^4)... is the same matrix in exact arithmetic. Its factors are not bounded: at L = 64, correlation 0.5 and
-beta 0.9 they cancel to errors larger than any entry of the result. Do not use it.
+beta 0.9 they cancel to errors larger than any entry of the result, so it is not used.
 """
 
 from __future__ import annotations

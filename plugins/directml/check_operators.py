@@ -10,7 +10,7 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.directml_limits import limit
-from qwen_export.plugins.directml.directml_operators import Kernel, operator_table
+from qwen_export.plugins.directml.directml_operators import DirectmlKernel, operator_table
 
 _SHOWN = 5
 
@@ -27,7 +27,7 @@ def check_operators(model: ir.Model, context: PassContext) -> Outcome:
             "DirectML cannot run this graph",
             got="; ".join(reasons[:_SHOWN]) + more,
             expected=f"operators of {operator_table().source.split(',')[0]} as of {operator_table().date}",
-            fix="Build with another --opset, or for another target.",
+            fix="Build with another {opset}, or for another {target}.",
         )
     return Outcome.nothing("it only checks")
 
@@ -49,7 +49,7 @@ def refusal(node: ir.Node, opset: int) -> str:
     return _wrong_type(node, kernel, inputs, outputs) or limit(node)
 
 
-def _wrong_type(node: ir.Node, kernel: Kernel, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> str:
+def _wrong_type(node: ir.Node, kernel: DirectmlKernel, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> str:
     for variables, values in ((inputs, node.inputs), (outputs, node.outputs)):
         for variable, value in zip(variables, values, strict=False):
             if value is None or not value.name or variable not in kernel.types:

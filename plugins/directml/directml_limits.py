@@ -22,7 +22,7 @@ _CONSTANT_INPUTS = {
 
 
 def limit(node: ir.Node) -> str:
-    """Why a node that has a kernel would still not run, or not compute what it says; "" when nothing stands against it."""
+    """Why a node that has a kernel would still not run, or would compute another result; "" when it runs."""
     for index in _CONSTANT_INPUTS.get(node.op_type, ()):
         value = node.inputs[index] if index < len(node.inputs) else None
         if value is not None and value.const_value is None:

@@ -14,7 +14,7 @@ from importlib import resources
 
 
 @dataclass(frozen=True)
-class Kernel:
+class DirectmlKernel:
     """One registration: first and last operator version, and the element types of its type variables."""
 
     first: int
@@ -26,11 +26,11 @@ class Kernel:
 class Operator:
     """All registrations of an operator. `inputs` and `outputs` name the type variables where the standard has no schema."""
 
-    kernels: tuple[Kernel, ...]
+    kernels: tuple[DirectmlKernel, ...]
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
 
-    def kernel(self, version: int) -> Kernel | None:
+    def kernel(self, version: int) -> DirectmlKernel | None:
         return next((kernel for kernel in self.kernels if kernel.first <= version <= kernel.last), None)
 
 
@@ -50,7 +50,7 @@ def operator_table() -> OperatorTable:
 
     def operator(entry: dict[str, list[list[object]]]) -> Operator:
         kernels = tuple(
-            Kernel(first, last, {variable: types[name] for variable, name in names.items()})  # type: ignore[arg-type, attr-defined]
+            DirectmlKernel(first, last, {variable: types[name] for variable, name in names.items()})  # type: ignore[arg-type, attr-defined]
             for first, last, names in entry["kernels"]
         )
         return Operator(kernels, tuple(map(str, entry.get("inputs", []))), tuple(map(str, entry.get("outputs", []))))

@@ -1,16 +1,20 @@
 #!/bin/sh
-# Builds libqwen_export_cuda.so next to this script, where `qwen-export build --device cuda` finds it.
-#   ORT_INCLUDE_DIR   folder of onnxruntime_cxx_api.h, from any ONNX Runtime release from 1.18 on; fetch_headers.py prints one.
-#   NVCC, ARCHS       nvcc of CUDA 13 and the compute capabilities to build machine code for; newer devices compile the embedded PTX.
-# cuBLAS is not linked: the library asks the process for the one that ONNX Runtime has loaded.
+# Builds libqwen_export_cuda.so next to this script, where `qwen-export build --device cuda` finds it. Needs nvcc of CUDA 13 and nothing else.
+#   NVCC    the compiler
+#   ARCHS   the compute capabilities to build machine code for; newer devices compile the embedded PTX
+#   JOBS    capabilities compiled at a time; default one per core
+# cuBLAS is not linked: the library finds the one that ONNX Runtime has loaded into the process.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-: "${ORT_INCLUDE_DIR:?folder of onnxruntime_cxx_api.h, see the head of this script}"
-: "${NVCC:=nvcc}" "${ARCHS:=80 89 90 120}"
+: "${NVCC:=nvcc}" "${ARCHS:=80 89 90 120}" "${JOBS:=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)}"
+command -v "$NVCC" >/dev/null || { echo "error: there is no CUDA compiler $NVCC. Install CUDA 13, or set NVCC." >&2; exit 1; }
 code=""
 for arch in $ARCHS; do code="$code -gencode=arch=compute_$arch,code=sm_$arch"; newest=$arch; done
+echo "compiling the CUDA plugin for compute capabilities $ARCHS; several minutes on 2 cores"
+begun=$(date +%s)
 # shellcheck disable=SC2086
-exec "$NVCC" -O3 -std=c++17 -shared -cudart=static $code "-gencode=arch=compute_$newest,code=compute_$newest" \
-  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -I"$ORT_INCLUDE_DIR" ${NVCC_FLAGS:-} \
+"$NVCC" -O3 -std=c++17 -shared -cudart=static --threads "$JOBS" $code "-gencode=arch=compute_$newest,code=compute_$newest" \
+  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall ${NVCC_FLAGS:-} \
   "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/quant.cu" "$here/quant_moe.cu" "$here/top_logits.cu" \
   "$here/cublas.cc" "$here/quant_ops.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
+echo "compiled libqwen_export_cuda.so in $(($(date +%s) - begun)) s"

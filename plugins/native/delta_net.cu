@@ -68,7 +68,7 @@ Workspace divide(const DeltaNetShape& s, void* memory) {
 }
 
 // Tokens of sequence b that the recurrence reads. A commit in the middle is a padded sequence: what follows must leave the state alone, and its
-// outputs are not asked for. With commit = 0 the outputs are, and the state is stored before the first token.
+// outputs are not needed. With commit = 0 the outputs are, and the state is stored before the first token.
 __device__ inline int read_tokens(const int64_t* commit, int b, int tokens) {
   const int n = commit == nullptr ? tokens : clamped(commit[b], tokens);
   return n == 0 ? tokens : n;

@@ -69,7 +69,7 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   T* history_out = in.history_out + size_t(b) * (kTaps - 1) * C;
 
-  // The state was written by an earlier call, and the projection that feeds this one lies between: it is complete. Lane p of a column holds
+  // The state was written by an earlier call, and the projection that feeds this one ran in between: it is complete. Lane p of a column holds
   // k = 4 (kLanes j + p) + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
   const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;

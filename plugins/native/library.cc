@@ -12,16 +12,13 @@
 namespace qwen {
 namespace {
 
-constexpr const char* kDomain = "qwen.native";
-
 // x [...,K], w [N,K], residual [...,N]?, norm [K]?  ->  y [...,N]
 template <typename T>
 class LinearKernel {
  public:
-  explicit LinearKernel(const OrtKernelInfo* info) : eps_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")) {}
+  explicit LinearKernel(const Attributes& info) : eps_(info.real("epsilon")) {}
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     const auto weight = call.shape(1);
     expect(!shape.empty() && weight.size() == 2 && shape.back() == weight[1], "Linear: x [...,K] and w [N,K] do not fit");
@@ -55,10 +52,9 @@ class LinearKernel {
 template <typename T>
 class SwiGluKernel {
  public:
-  explicit SwiGluKernel(const OrtKernelInfo* info) : eps_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")) {}
+  explicit SwiGluKernel(const Attributes& info) : eps_(info.real("epsilon")) {}
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     const auto weight = call.shape(1);
     expect(!shape.empty() && weight.size() == 2 && shape.back() == weight[1], "SwiGlu: x [...,K] and w [2N,K] do not fit");
@@ -93,17 +89,15 @@ class SwiGluKernel {
 template <typename T>
 class DeltaNetKernel {
  public:
-  explicit DeltaNetKernel(const OrtKernelInfo* info) {
-    const Ort::ConstKernelInfo given(info);
-    eps_ = given.GetAttribute<float>("epsilon");
-    key_heads_ = static_cast<int>(given.GetAttribute<int64_t>("key_heads"));
+  explicit DeltaNetKernel(const Attributes& info) {
+    eps_ = info.real("epsilon");
+    key_heads_ = static_cast<int>(info.integer("key_heads"));
     check(cudaMalloc(&arrivals_, sizeof(int) * kArrivals), "cudaMalloc");
     check(cudaMemset(arrivals_, 0, sizeof(int) * kArrivals), "cudaMemset");
   }
   ~DeltaNetKernel() { cudaFree(arrivals_); }
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     const auto packed = call.shape(0), state = call.shape(6), history = call.shape(5);
     expect(packed.size() == 3 && state.size() == 4 && state[2] == state[3] && takes_head(state[3]), "DeltaNet: heads must have 64 or 128 values");
     DeltaNetShape shape{int(packed[0]), int(packed[1]), key_heads_, int(state[1]), 0, int(state[3])};
@@ -150,12 +144,11 @@ class DeltaNetKernel {
 // logits f32 [...,V]  ->  values f32 [...,K], ids i32 [...,K]; K = min(attribute k, V)
 class TopLogitsKernel {
  public:
-  explicit TopLogitsKernel(const OrtKernelInfo* info) : k_(Ort::ConstKernelInfo(info).GetAttribute<int64_t>("k")) {
+  explicit TopLogitsKernel(const Attributes& info) : k_(info.integer("k")) {
     expect(0 < k_ && k_ <= 64, "TopLogits: k is at most 64");
   }
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     expect(!shape.empty() && 0 < shape.back() && shape.back() < 1 << 30, "TopLogits: logits must be [...,V]");
     const int rows = rows_of(shape), V = static_cast<int>(shape.back()), K = std::min(static_cast<int>(k_), V);
@@ -172,47 +165,36 @@ class TopLogitsKernel {
 };
 
 template <typename T>
-void add_delta_net(Ort::CustomOpDomain& domain) {
+void add_delta_net(Domain& domain) {
   static const Operator<T, DeltaNetKernel<T>> delta_net({"DeltaNet", "TTffTTfT?l?l?", "TTf"});
-  domain.Add(&delta_net);
+  domain.add(delta_net);
 }
 
 template <typename T>
-void add_products(Ort::CustomOpDomain& domain) {
+void add_products(Domain& domain) {
   static const Operator<T, LinearKernel<T>> linear({"Linear", "TTT?T?", "T"});
   static const Operator<T, SwiGluKernel<T>> swiglu({"SwiGlu", "TTT?", "T"});
-  domain.Add(&linear);
-  domain.Add(&swiglu);
+  domain.add(linear);
+  domain.add(swiglu);
 }
 
-void add_top_logits(Ort::CustomOpDomain& domain) {
+void add_top_logits(Domain& domain) {
   static const Operator<float, TopLogitsKernel> op({"TopLogits", "f", "fi"});
-  domain.Add(&op);
+  domain.add(op);
 }
 
 }  // namespace
 }  // namespace qwen
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  const OrtApi* api = base->GetApi(ORT_API_VERSION);
-  if (api == nullptr) return base->GetApi(1)->CreateStatus(ORT_FAIL, "this ONNX Runtime is older than the headers the plugin was built with");
-  Ort::InitApi(api);
-  try {
-    static Ort::CustomOpDomain domain = [] {
-      using namespace qwen;
-      Ort::CustomOpDomain made(kDomain);
-      add_products<__half>(made);
-      add_products<__nv_bfloat16>(made);
-      add_delta_net<float>(made);
-      add_delta_net<__half>(made);
-      add_delta_net<__nv_bfloat16>(made);
-      add_top_logits(made);
-      add_quantized(made);
-      return made;
-    }();
-    Ort::UnownedSessionOptions(options).Add(domain);
-  } catch (const std::exception& error) {
-    return api->CreateStatus(ORT_FAIL, error.what());
-  }
-  return nullptr;
+  return qwen::register_ops(options, base, [](qwen::Domain& domain) {
+    using namespace qwen;
+    add_products<__half>(domain);
+    add_products<__nv_bfloat16>(domain);
+    add_delta_net<float>(domain);
+    add_delta_net<__half>(domain);
+    add_delta_net<__nv_bfloat16>(domain);
+    add_top_logits(domain);
+    add_quantized(domain);
+  });
 }

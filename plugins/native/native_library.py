@@ -18,7 +18,7 @@ NATIVE = "qwen.native"
 
 
 @dataclass(frozen=True)
-class Library:
+class NativeLibrary:
     """The library of one device. `variable` is the path of the file, where it does not lie next to this one; empty: build without it.
     `ops` has the element types of each op's activations."""
 
@@ -35,8 +35,8 @@ _CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "Qu
     "TopLogits": _FLOAT,
 }
 LIBRARIES = {
-    "cpu": Library("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", dict.fromkeys(_CPU_OPS, _FLOAT)),
-    "cuda": Library("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", _CUDA_OPS),
+    "cpu": NativeLibrary("libqwen_export_cpu.so", "QWEN_EXPORT_CPU_PLUGIN", dict.fromkeys(_CPU_OPS, _FLOAT)),
+    "cuda": NativeLibrary("libqwen_export_cuda.so", "QWEN_EXPORT_CUDA_PLUGIN", _CUDA_OPS),
 }
 
 
@@ -51,9 +51,15 @@ def find_library(device: str) -> Path | None:
         return path if path.is_file() else None
     if given and not Path(given).is_file():
         raise UnsupportedError(
-            "the library of native kernels is not there", where=library.variable, got=given, fix=f"Correct or unset {library.variable}."
+            "the library of native kernels does not exist", where=library.variable, got=given, fix=f"Correct or unset {library.variable}."
         )
     return Path(given) if given else None
+
+
+def build_script(device: str) -> Path:
+    """The script that compiles the library of a device; it is part of the package."""
+    folder = Path(__file__).parent
+    return folder / "cpu" / "build.sh" if device == "cpu" else folder / "build.sh"
 
 
 def with_native(kernels: Kernels) -> Kernels:
@@ -70,7 +76,12 @@ def find_ptx(element: str) -> Path | None:
     return path if path.is_file() else None
 
 
+PTX_SCRIPT = Path(__file__).parent / "build_ptx.sh"
+"""Compiles them; it is part of the package."""
+
+
 def ptx_cuda(ptx: bytes) -> str:
-    """The CUDA that a driver must serve to take a PTX: that of the nvcc that wrote it, which says so at the top. "" where it does not."""
+    """The CUDA that a driver must serve to take a PTX: that of the nvcc that wrote it, by the comment at its top. "" without such a
+    comment."""
     found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", ptx[:1000])
     return found[1].decode() if found else ""

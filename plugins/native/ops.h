@@ -5,6 +5,6 @@
 namespace qwen {
 
 // The ops of quant_ops.cc.
-void add_quantized(Ort::CustomOpDomain& domain);
+void add_quantized(Domain& domain);
 
 }  // namespace qwen

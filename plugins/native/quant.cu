@@ -195,7 +195,7 @@ __device__ uint4 eight(const QuantMatrix& w, int row, int k) {
   return values.bits;
 }
 
-// Neighboring threads take neighboring rows of a panel, whose codes lie together, four of them 8 k further.
+// Neighboring threads take neighboring rows of a panel, whose codes are stored together, four of them 8 k further.
 template <typename T>
 __global__ void dequantize_kernel(QuantMatrix w, int first_row, int rows, T* out) {
   wait_for_previous();

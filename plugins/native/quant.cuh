@@ -9,7 +9,7 @@
 namespace qwen {
 
 constexpr int kPanelRows = 16;
-constexpr int kGroupBlocks = 4;  // blocks whose scales lie together
+constexpr int kGroupBlocks = 4;  // blocks whose scales are stored together
 
 // w[n,k] = scale * (code - zero), w [N,K]: a scale, and where there are `zeros` a zero, per row and block; else the zero is 2^(bits-1).
 // `packed` may have more rows than N. K is a multiple of 8, `block` 32, 64 or 128.

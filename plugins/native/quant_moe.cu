@@ -1,4 +1,4 @@
-// A visit is a token at one of its experts, number token * K + j. Its inner activations, [visits,I], lie in the workspace in that order.
+// A visit is a token at one of its experts, number token * K + j. Its inner activations, [visits,I], are stored in the workspace in that order.
 #include "quant_moe.cuh"
 
 #include "quant_stream.cuh"

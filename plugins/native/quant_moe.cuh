@@ -20,7 +20,7 @@ struct QuantMoe {
 size_t quant_moe_workspace(const QuantMoe& moe, size_t element);
 
 // x [tokens,H], logits [tokens,E] -> y [tokens,H]: the K experts of the largest logits (of equal ones those of the lowest number), weighed by
-// the softmax over these, in fp32. Up to 8 tokens read each expert's gate and up rows once. More are brought together by expert, 8 at a time.
+// the softmax over these, in fp32. Up to 8 tokens read each expert's gate and up rows once. More are grouped by expert, 8 at a time.
 template <typename T>
 void quant_moe(const QuantMoe& moe, const T* x, const T* logits, T* y, void* workspace, cudaStream_t stream);
 

@@ -25,8 +25,8 @@ constexpr int kFewRows = 8;
 constexpr int64_t kDequantizedTogether = 16 << 20;
 constexpr int kTokensTogether = 1024;
 
-QuantMatrix format_of(const Ort::ConstKernelInfo& info, const std::string& prefix = "") {
-  const auto value = [&](const char* name) { return static_cast<int>(info.GetAttribute<int64_t>((prefix + name).c_str())); };
+QuantMatrix format_of(const Attributes& info, const std::string& prefix = "") {
+  const auto value = [&](const char* name) { return static_cast<int>(info.integer(prefix + name)); };
   QuantMatrix w;
   w.bits = value("bits");
   w.block = value("block");
@@ -37,17 +37,17 @@ QuantMatrix format_of(const Ort::ConstKernelInfo& info, const std::string& prefi
   return w;
 }
 
-QuantMatrix matrix_of(const Ort::ConstKernelInfo& info) {
+QuantMatrix matrix_of(const Attributes& info) {
   QuantMatrix w = format_of(info);
-  w.N = static_cast<int>(info.GetAttribute<int64_t>("N"));
-  w.K = static_cast<int>(info.GetAttribute<int64_t>("K"));
+  w.N = static_cast<int>(info.integer("N"));
+  w.K = static_cast<int>(info.integer("K"));
   expect(w.N > 0 && w.K > 0 && w.K % 8 == 0, "the columns of a quantized matrix must be a multiple of 8");
   return w;
 }
 
 QuantMatrix with_data(const Call& call, size_t input, QuantMatrix w) {
   const auto shape = call.shape(input);
-  expect(shape.size() == 2 && shape[1] == w.panel_bytes() && shape[0] >= w.panels(), "the packed matrix has another size than its format says");
+  expect(shape.size() == 2 && shape[1] == w.panel_bytes() && shape[0] >= w.panels(), "the packed matrix does not have the size of its format");
   w.packed = call.input<uint8_t>(input);
   return w;
 }
@@ -67,11 +67,10 @@ void large_product(const Call& call, const QuantMatrix& w, const T* x, float bet
 template <typename T>
 class QuantLinearKernel {
  public:
-  explicit QuantLinearKernel(const OrtKernelInfo* info)
-      : w_(matrix_of(Ort::ConstKernelInfo(info))), eps_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")) {}
+  explicit QuantLinearKernel(const Attributes& info)
+      : w_(matrix_of(info)), eps_(info.real("epsilon")) {}
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     expect(!shape.empty() && shape.back() == w_.K, "QuantLinear: x [...,K] and the packed matrix do not fit");
     const QuantMatrix w = with_data(call, 1, w_);
@@ -111,13 +110,12 @@ class QuantLinearKernel {
 template <typename T>
 class QuantSwiGluKernel {
  public:
-  explicit QuantSwiGluKernel(const OrtKernelInfo* info)
-      : w_(matrix_of(Ort::ConstKernelInfo(info))), eps_(Ort::ConstKernelInfo(info).GetAttribute<float>("epsilon")) {
+  explicit QuantSwiGluKernel(const Attributes& info)
+      : w_(matrix_of(info)), eps_(info.real("epsilon")) {
     expect(w_.N % (2 * kPanelRows) == 0, "QuantSwiGlu: gate and up must each have a multiple of 16 rows");
   }
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     expect(!shape.empty() && shape.back() == w_.K, "QuantSwiGlu: x [...,K] and the packed matrix do not fit");
     const QuantMatrix w = with_data(call, 1, w_);
@@ -149,10 +147,9 @@ class QuantSwiGluKernel {
 template <typename T>
 class QuantGatherKernel {
  public:
-  explicit QuantGatherKernel(const OrtKernelInfo* info) : w_(matrix_of(Ort::ConstKernelInfo(info))) {}
+  explicit QuantGatherKernel(const Attributes& info) : w_(matrix_of(info)) {}
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     auto shape = call.shape(0);
     const QuantMatrix w = with_data(call, 1, w_);
     shape.push_back(w.K);
@@ -167,18 +164,16 @@ class QuantGatherKernel {
 template <typename T>
 class QuantMoeKernel {
  public:
-  explicit QuantMoeKernel(const OrtKernelInfo* info) {
-    const Ort::ConstKernelInfo given(info);
-    moe_.K = static_cast<int>(given.GetAttribute<int64_t>("top_k"));
-    moe_.I = static_cast<int>(given.GetAttribute<int64_t>("inner"));
-    moe_.gate_up = format_of(given, "gate_up_");
-    moe_.down = format_of(given, "down_");
+  explicit QuantMoeKernel(const Attributes& info) {
+    moe_.K = static_cast<int>(info.integer("top_k"));
+    moe_.I = static_cast<int>(info.integer("inner"));
+    moe_.gate_up = format_of(info, "gate_up_");
+    moe_.down = format_of(info, "down_");
     expect(moe_.I > 0 && moe_.I % kPanelRows == 0, "QuantMoe: the width of an expert must be a multiple of 16");
     expect(moe_.K > 0 && moe_.K <= kMostSelected, "QuantMoe: a token can have 1 to 32 experts");
   }
 
-  void Compute(OrtKernelContext* context) {
-    Call call(context);
+  void compute(Call& call) {
     const auto shape = call.shape(0), logits = call.shape(1);
     expect(!shape.empty() && !logits.empty() && rows_of(shape) == rows_of(logits), "QuantMoe: x [...,H] and the router's logits [...,E] do not fit");
     QuantMoe moe = moe_;
@@ -203,7 +198,7 @@ class QuantMoeKernel {
 
  private:
   static const uint8_t* packed(const Call& call, size_t input, const QuantMatrix& w, int E) {
-    expect(call.shape(input) == std::vector<int64_t>({E, w.panels(), w.panel_bytes()}), "QuantMoe: the packed experts have another size than their format says");
+    expect(call.shape(input) == std::vector<int64_t>({E, w.panels(), w.panel_bytes()}), "QuantMoe: the packed experts do not have the size of their format");
     return call.input<uint8_t>(input);
   }
 
@@ -211,23 +206,23 @@ class QuantMoeKernel {
 };
 
 template <typename T>
-void add(Ort::CustomOpDomain& domain) {
+void add(Domain& domain) {
   static const Operator<T, QuantLinearKernel<T>> linear({"QuantLinear", "TbT?T?T?", "T"});
   static const Operator<T, QuantSwiGluKernel<T>> swiglu({"QuantSwiGlu", "TbT?", "T"});
   static const Operator<T, QuantMoeKernel<T>> moe({"QuantMoe", "TTbb", "T"});
-  domain.Add(&linear);
-  domain.Add(&swiglu);
-  domain.Add(&moe);
+  domain.add(linear);
+  domain.add(swiglu);
+  domain.add(moe);
 }
 
 }  // namespace
 
-void add_quantized(Ort::CustomOpDomain& domain) {
+void add_quantized(Domain& domain) {
   add<__half>(domain);
   add<__nv_bfloat16>(domain);
-  // None of its inputs tells the type of its result, so there is one.
+  // The types of its inputs do not determine that of its result, so there is one.
   static const Operator<__half, QuantGatherKernel<__half>> gather({"QuantGather", "lb", "T"});
-  domain.Add(&gather);
+  domain.add(gather);
 }
 
 }  // namespace qwen

@@ -1,10 +1,10 @@
 // The inner loop of all products with quantized matrices: one warp multiplies parts of panels of 16 weight rows with up to 8 rows of activations.
 //
 // The tensor cores do the arithmetic. A panel's 16 rows are the A operand of m16n8k16, activation rows the 8 columns of B. A product may visit
-// k in any order, so each lane takes 8 neighboring k of two neighboring weight rows, which lie in 8 bytes, and the same 8 k of one
+// k in any order, so each lane takes 8 neighboring k of two neighboring weight rows, which are stored in 8 bytes, and the same 8 k of one
 // activation row. Codes minus zeros are integers that fp16 and bf16 hold exactly; the sum over 32 k is multiplied by the block's scale in fp32.
 //
-// The warps of a block take units of 128 k by turns. A warp copies its next units to shared memory while it computes; nobody else waits for
+// The warps of a block take units of 128 k in turn. A warp copies its next units to shared memory while it computes; no other warp waits for
 // it. The order of the sum depends on K and the number of warps only, so a row has the same bits beside any other rows.
 #pragma once
 
@@ -60,7 +60,7 @@ struct Pair<__nv_bfloat16, 8> {  // 2^23 + code is 0x4B000000 | code, in fp32: b
   }
 };
 
-// Where units lie, and their parts of a group of blocks.
+// The places of units, and their parts of a group of blocks.
 struct UnitLayout {
   int log_block, codes_at, zeros_at, group_bytes, padded, units;
   bool zeros, wide;
@@ -208,7 +208,7 @@ __device__ inline void store_sums(const float (&sum)[PANELS][4], float* partial,
   }
 }
 
-// `kernel` may use as much shared memory as the launch asks for. All kernels of this kind want the largest share of the first-level cache as
+// `kernel` may use as much shared memory as the launch requests. All kernels of this kind need the largest share of the first-level cache as
 // shared memory: a multiprocessor changes that only when it is idle.
 template <typename Kernel>
 void allow_shared(Kernel kernel, size_t bytes) {

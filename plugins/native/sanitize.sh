@@ -26,9 +26,9 @@ check() {
     "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu -o addopts=--import-mode=importlib -k "$selection" \
     tests/test_native_plugin.py tests/test_native_quantized.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py) > "$log" 2>&1
   code=$?
-  [ $code -eq 124 ] && said="not finished after $seconds s" || said=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
+  [ $code -eq 124 ] && summary="not finished after $seconds s" || summary=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
   tests=$(grep -oE '[0-9]+ (passed|failed).*' "$log" | tail -1)
-  echo "$tool: exit code $code; ${said:-no summary}; ${tests:-no tests}; $(($(date +%s) - begun)) s; $log"
+  echo "$tool: exit code $code; ${summary:-no summary}; ${tests:-no tests}; $(($(date +%s) - begun)) s; $log"
   [ $code -eq 0 ] || failed=1
 }
 
@@ -37,7 +37,7 @@ ours="--kernel-name kernel_substring=qwen"
 # shellcheck disable=SC2086
 {
   check memcheck "${MEMCHECK_S:-120}" "$every" $ours
-  # Without the products: racecheck 2025.3.1 dies in them of an exception of its own ("failed to handle a hardware exception").
+  # Without the products: racecheck 2025.3.1 stops in them with an exception of its own ("failed to handle a hardware exception").
   check racecheck "${RACECHECK_S:-90}" "($recurrence or ($plugin) or $top or test_quant_gather) and not bfloat16" $ours
   check synccheck "${SYNCCHECK_S:-60}" "$every" $ours
   # Unfiltered: what an unchecked kernel has written would count as not written. Products of many rows are cuBLAS's.

@@ -1,6 +1,6 @@
 // The tensor cores do the arithmetic: 8 weight rows times up to 8 activation rows are half of one m16n8k16 product, so that the cost does not
 // depend on M. A dot product may visit k in any order: each lane loads 8 neighboring k of its weight row (16 bytes) and the same 8 of its
-// activation row, and hands them to the instruction as if they were the k that its layout asks for.
+// activation row, and hands them to the instruction as if they were the k of its layout.
 //
 // The warps of a block split K; their partial sums meet in shared memory. Weights do not depend on the previous kernel, so the first loads
 // are issued before it has finished.

@@ -9,8 +9,8 @@ from qwen_export.graphs.ops.rms_norm_op import rms_norm
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
-from qwen_export.plugins.onnxruntime.fuse_residual_norm import offset_weight
-from qwen_export.plugins.onnxruntime.native_linear import LINEAR, NORM_INPUT, SWIGLU, is_native, put, with_norm
+from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, NORM_INPUT, SWIGLU, is_native, put, with_norm
+from qwen_export.plugins.rewrite import offset_weight
 
 
 def absorb_norm(model: ir.Model, context: PassContext) -> Outcome:

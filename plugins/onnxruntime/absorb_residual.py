@@ -7,7 +7,7 @@ import onnx_ir as ir
 from qwen_export.graphs.passes.pass_context import PassContext, sole_user
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
-from qwen_export.plugins.onnxruntime.native_linear import LINEAR, is_native, put, with_residual
+from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, is_native, put, with_residual
 
 
 def absorb_residual(model: ir.Model, context: PassContext) -> Outcome:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
+from qwen_export.bundle_contract import LAST_SLOT, LENGTH, TABLES, TOTAL_LENGTH
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext
-from qwen_export.graphs.weights.expression import HeadRows, Offset, StoredWeight, Weight, add_weight, weight_of
+from qwen_export.graphs.weights.expression import Offset, StoredWeight, add_weight, weight_of
 from qwen_export.plugins.emitter import Emitter, Shared
-from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, query_and_gate
 
 
-def lower_group_query_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_attention_cpu(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, K', V' = gated_attention(linear(x, Wq), linear(x, Wk), linear(x, Wv), ..., length)
     Result linear x2 (query, gate), per-head norm of q and k (Reshape, SimplifiedLayerNormalization, Reshape), GroupQueryAttention,
            Sigmoid, Mul"""
@@ -33,12 +34,6 @@ def lower_group_query_attention(graph: ir.Graph, node: ir.Node, context: PassCon
     return emit.nodes, [gated(emit, o, gate), k_cache, v_cache]
 
 
-def query_and_gate(packed: Weight, context: PassContext) -> tuple[Weight, Weight]:
-    """q_proj's rows [Hq, (query D | gate D), K] as two weights [Hq*D, K]."""
-    D = context.config.head_dim
-    return HeadRows(packed, 2 * D, 0, D), HeadRows(packed, 2 * D, D, D)
-
-
 def head_norm_weight(graph: ir.Graph, value: ir.Value | None) -> ir.Value:
     """1 + w of a per-head norm, folded in fp32."""
     weight = weight_of(value)
@@ -53,7 +48,7 @@ def attend(
     """GroupQueryAttention over the cache; `extra` are the norm weights where the kernel applies them."""
     config, graph = context.config, emit.graph
     last, total = slot_inputs(graph)
-    tables = [rotary_input(graph, name, context.activation) for name in ("cos", "sin")]
+    tables = [rotary_input(graph, name, context.activation) for name in TABLES]
     inputs = [*qkv, given["k_cache"], given["v_cache"], last, total, *tables]
     if extra:
         inputs += [None, None, None, None, None, *extra]
@@ -88,23 +83,23 @@ def _head_norm(emit: Emitter, x: ir.Value | None, weight: ir.Value, context: Pas
 
 
 def slot_inputs(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
-    """The graph inputs that the kernel wants in the place of `length`: last_slot i32[B] = length + T - 1 and total_length i32 = their
+    """The graph inputs that the kernel takes instead of `length`: last_slot i32[B] = length + T - 1 and total_length i32 = their
     maximum + 1. They replace `length` in the signature."""
     named = {value.name: value for value in graph.inputs}
-    if "last_slot" not in named:
-        at = graph.inputs.index(named["length"])
-        last = ir.Value(name="last_slot", shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT32))
-        total = ir.Value(name="total_length", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
+    if LAST_SLOT not in named:
+        at = graph.inputs.index(named[LENGTH])
+        last = ir.Value(name=LAST_SLOT, shape=ir.Shape(["B"]), type=ir.TensorType(ir.DataType.INT32))
+        total = ir.Value(name=TOTAL_LENGTH, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.INT32))
         graph.inputs.insert(at, last)
         graph.inputs.insert(at + 1, total)
-        named |= {"last_slot": last, "total_length": total}
-    return named["last_slot"], named["total_length"]
+        named |= {LAST_SLOT: last, TOTAL_LENGTH: total}
+    return named[LAST_SLOT], named[TOTAL_LENGTH]
 
 
 def rotary_input(graph: ir.Graph, name: str, dtype: ir.DataType) -> ir.Value:
-    """The cos or sin table, which the kernel wants in the activation dtype."""
+    """The cos or sin table, which the kernel takes in the activation dtype."""
     for value in graph.inputs:
         if value.name == name:
             value.type = ir.TensorType(dtype)
             return value
-    raise CaptureError("the graph has no rotary table", where=name)
+    raise CaptureError("the graph has no rotary table", where=name, fix=REPORT)

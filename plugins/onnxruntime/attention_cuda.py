@@ -8,11 +8,11 @@ from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked
 from qwen_export.plugins.emitter import Emitter, Shared
-from qwen_export.plugins.onnxruntime.attention_cpu import attend, gated, head_norm_weight, query_and_gate
-from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
+from qwen_export.plugins.onnxruntime.attention_cpu import attend, gated, head_norm_weight
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, query_and_gate
 
 
-def lower_packed_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_attention_cuda(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, K', V' = gated_attention(linear(x, Wq), linear(x, Wk), linear(x, Wv), ..., length)
     Result linear x2 (q|k|v, gate), GroupQueryAttention, Sigmoid, Mul"""
     prefix = f"{layer_prefix(node)}.self_attn"

@@ -19,7 +19,7 @@ from qwen_export.plugins.rewrite import Replacement, layer_prefix
 Given = dict[str, ir.Value | None]
 
 
-def lower_linear_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_delta_net_builtin_cpu(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(qkv, z, b, a, ..., h, S)           nothing pending
     Result CausalConvWithState, Split, Reshape, SimplifiedLayerNormalization, Reshape, Split, LinearAttentionGate, LinearAttention,
            GatedRMSNorm

@@ -16,7 +16,7 @@ from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import causal_conv
 from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
 
 
-def lower_packed_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_delta_net_builtin_cuda(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ...)
     Result linear, Split, CausalConvWithState, Cast, Split, GatedDeltaNet, Reshape, GatedRMSNorm"""
     config, prefix = context.config, f"{layer_prefix(node)}.linear_attn"

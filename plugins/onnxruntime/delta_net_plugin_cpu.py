@@ -5,21 +5,18 @@ Two products feed it. q, k, v and z are one; the gates a and b are another, beca
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import onnx_ir as ir
 
-from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked, Transposed, add_weight, weight_of
 from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import decay_scale
-from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear
+from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, regroup_pending
 
 
-def lower_native_transaction(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_delta_net_plugin_cpu(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ..., h, S[, pending ...])
     Result linear x2 (q|k|v|z and a|b), qwen.native::DeltaNetTransaction
 
@@ -35,7 +32,7 @@ def lower_native_transaction(graph: ir.Graph, node: ir.Node, context: PassContex
         value.shape = ir.Shape(["B", "T", sum(part.shape[0] for part in parts)])
     transaction: list[ir.Value | None] = []
     if "accepted" in given:
-        transaction = [*_pending(graph, layer, packed, gates), given["accepted"], given["commit"]]
+        transaction = [*regroup_pending(graph, layer, {"pending_qkvz": packed, "pending_ab": gates}), given["accepted"], given["commit"]]
     state, history = given["state"], given["conv_history"]
     if state is None or history is None:
         raise TypeError("a DeltaNet layer has no state")
@@ -58,29 +55,3 @@ def _taps(graph: ir.Graph, given: dict[str, ir.Value | None]) -> ir.Value:
     if value is None or weight is None:
         raise TypeError("the convolution has no stored weight")
     return add_weight(graph, f"{value.name}.taps", Transposed(weight))
-
-
-def _pending(graph: ir.Graph, layer: str, packed: ir.Value, gates: ir.Value) -> list[ir.Value]:
-    """Put pending_qkvz and pending_ab in the place of the layer's pending inputs, and what the products make in that of its outputs."""
-    inputs = _named(graph.inputs, layer, "")
-    outputs = _named(graph.outputs, layer, ".next")
-    place, place_after = graph.inputs.index(inputs[0]), graph.outputs.index(outputs[0])
-    for value in inputs:
-        graph.inputs.remove(value)
-    for value in outputs:
-        graph.outputs.remove(value)
-        value.name = f"{value.name}.unpacked"
-    made = []
-    for i, (key, after) in enumerate((("pending_qkvz", packed), ("pending_ab", gates))):
-        width = after.shape[2] if after.shape is not None else None
-        value = ir.Value(name=f"{layer}.{key}", shape=ir.Shape(["B", "P", width]), type=after.type)
-        after.name = f"{value.name}.next"
-        graph.inputs.insert(place + i, value)
-        graph.outputs.insert(place_after + i, after)
-        made.append(value)
-    return made
-
-
-def _named(values: Iterable[ir.Value], layer: str, suffix: str) -> list[ir.Value]:
-    wanted = [f"{layer}.{key}{suffix}" for key in PENDING]
-    return [value for value in values if value.name in wanted]

@@ -1,7 +1,7 @@
 """gated_delta_net on our own kernel: everything between the projections is one launch for up to 9 tokens, four or five for more.
 
-As in packed_delta_net one product makes qkv, z, a and b, and the state is V-major. In a build with speculation the whole product is what
-stays pending: one tensor per layer, and nothing to split.
+As in delta_net_builtin_cuda.py one product makes qkv, z, a and b, and the state is V-major. In a build with speculation the whole
+product stays pending: one tensor per layer, and nothing to split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, regroup_pending
 
 
-def lower_native_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_delta_net_plugin_cuda(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, h', S' = gated_delta_net(linear(x, Wqkv), linear(x, Wz), linear(x, Wb), linear(x, Wa), ..., h, S)
            or  y, h', S' = gated_delta_net(..., h, S, pending_qkv, pending_b, pending_a, accepted, commit)
     Result linear, qwen.native::DeltaNet, of the second form with inputs pending, accepted, commit"""

@@ -8,7 +8,7 @@ from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.ops.rms_norm_op import rms_norm
 from qwen_export.graphs.passes.pass_context import MICROSOFT, PassContext, new_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
-from qwen_export.graphs.weights.expression import Offset, StoredWeight, add_weight, weight_of
+from qwen_export.plugins.rewrite import offset_weight
 
 
 def fuse_residual_norm(model: ir.Model, context: PassContext) -> Outcome:
@@ -40,12 +40,3 @@ def fuse_residual_norm(model: ir.Model, context: PassContext) -> Outcome:
         graph.remove([node, add], safe=True)
         outcome.changed += 1
     return outcome
-
-
-def offset_weight(graph: ir.Graph, node: ir.Node) -> ir.Value:
-    """The weight of a qwen::rms_norm with its offset folded in, as an initializer."""
-    source = node.inputs[1]
-    weight, offset = weight_of(source), node.attributes.get_float("offset")
-    if source is None or source.name is None or not isinstance(weight, StoredWeight):
-        raise TypeError(f"the weight of {node.name} is not a stored tensor")
-    return add_weight(graph, f"{source.name}.scale", Offset(weight, offset)) if offset else source

@@ -9,7 +9,7 @@ from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import is_linear
 from qwen_export.graphs.weights.expression import Stacked, add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.native_linear import SWIGLU
+from qwen_export.plugins.onnxruntime.linear_plugin import SWIGLU
 
 
 def fuse_swiglu(model: ir.Model, context: PassContext) -> Outcome:

@@ -7,8 +7,8 @@ import onnx_ir as ir
 from qwen_export.graphs.passes.pass_context import PassContext, new_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.weights.expression import Weight, WeightTensor, retyped, weight_of
-from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
-from qwen_export.plugins.onnxruntime.onnxruntime_experts import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.experts_plugin import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, SWIGLU, is_native
 
 
 def keep_stored_bf16(model: ir.Model, context: PassContext) -> Outcome:

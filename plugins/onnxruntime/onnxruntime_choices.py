@@ -1,6 +1,6 @@
 """Which lowering each op gets on ONNX Runtime: per device an ordered list, the first whose kernels are registered wins.
 
-This module imports neither torch nor onnx: `inspect` asks it before anything is loaded.
+This module imports neither torch nor onnx: `inspect` uses it before anything is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _native_moe_limit(config: TextConfig) -> str:
     return ""
 
 
-def _native_delta_net_limit(config: TextConfig) -> str:
+def _plugin_cuda_limit(config: TextConfig) -> str:
     """Its loads are of single elements of the projection and of four of the state: no width has to be a multiple of 8."""
     Dk, Dv, taps, Hk = config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, config.linear_num_key_heads
     if Dk != Dv or Dk not in (64, 128) or taps != 4 or Hk > 64:
@@ -50,13 +50,13 @@ def _native_delta_net_limit(config: TextConfig) -> str:
     return ""
 
 
-def _packed_delta_net_limit(config: TextConfig) -> str:
+def _builtin_cuda_limit(config: TextConfig) -> str:
     """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
     Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
     return "" if Dk == Dv else f"ONNX Runtime's CUDA DeltaNet takes keys and values of one size, and this model has {Dk} and {Dv}"
 
 
-def _transaction_limit(config: TextConfig) -> str:
+def _plugin_cpu_limit(config: TextConfig) -> str:
     taps = config.linear_conv_kernel_dim
     return "" if 2 <= taps <= 4 else f"the native DeltaNet takes 2 to 4 taps, and this model has {taps}"
 
@@ -78,12 +78,10 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
-            Choice("native_transaction", (Kernel("DeltaNetTransaction", NATIVE),), _transaction_limit),
-            Choice(
-                "linear_attention", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)
-            ),
+            Choice("plugin_cpu", (Kernel("DeltaNetTransaction", NATIVE),), _plugin_cpu_limit),
+            Choice("builtin_cpu", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
         ),
-        "gated_attention": (Choice("group_query_attention", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
+        "gated_attention": (Choice("builtin_cpu", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
         "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },
@@ -95,15 +93,15 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
         "gated_delta_net": (
-            Choice("native_delta_net", (Kernel("DeltaNet", NATIVE),), _native_delta_net_limit),
+            Choice("plugin_cuda", (Kernel("DeltaNet", NATIVE),), _plugin_cuda_limit),
             Choice(
-                "packed_delta_net",
+                "builtin_cuda",
                 (_CONV, Kernel("GatedDeltaNet", fp32=("TS",)), _GATED_NORM, _SPLIT),
-                _packed_delta_net_limit,
+                _builtin_cuda_limit,
                 transaction=False,
             ),
         ),
-        "gated_attention": (Choice("packed_group_query_attention", (_GQA,), _rotary_limit),),
+        "gated_attention": (Choice("builtin_cuda", (_GQA,), _rotary_limit),),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },
@@ -117,7 +115,7 @@ OPTIONAL = ("top_logits",)
 def choose(
     kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False, quantized_experts: bool = False
 ) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op that the model has, and a sentence for each op that has none. With `transaction` only lowerings that
+    """The lowering of each op that the model has, and a message for each op that has none. With `transaction` only lowerings that
     speculation can use."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import LENGTH
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR
-from qwen_export.plugins.onnxruntime.attention_cpu import lower_group_query_attention
-from qwen_export.plugins.onnxruntime.attention_cuda import lower_packed_attention
-from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import lower_linear_attention
-from qwen_export.plugins.onnxruntime.delta_net_builtin_cuda import lower_packed_delta_net
-from qwen_export.plugins.onnxruntime.delta_net_plugin_cpu import lower_native_transaction
-from qwen_export.plugins.onnxruntime.delta_net_plugin_cuda import lower_native_delta_net
-from qwen_export.plugins.onnxruntime.native_linear import lower_native_linear
-from qwen_export.plugins.onnxruntime.onnxruntime_experts import lower_microsoft_moe, lower_native_moe
-from qwen_export.plugins.onnxruntime.simple_ops import lower_fused_matmul, lower_simplified_norm
+from qwen_export.plugins.onnxruntime.attention_cpu import lower_attention_cpu
+from qwen_export.plugins.onnxruntime.attention_cuda import lower_attention_cuda
+from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import lower_delta_net_builtin_cpu
+from qwen_export.plugins.onnxruntime.delta_net_builtin_cuda import lower_delta_net_builtin_cuda
+from qwen_export.plugins.onnxruntime.delta_net_plugin_cpu import lower_delta_net_plugin_cpu
+from qwen_export.plugins.onnxruntime.delta_net_plugin_cuda import lower_delta_net_plugin_cuda
+from qwen_export.plugins.onnxruntime.experts_builtin import lower_experts_builtin
+from qwen_export.plugins.onnxruntime.experts_plugin import lower_experts_plugin
+from qwen_export.plugins.onnxruntime.linear_builtin import lower_linear_builtin
+from qwen_export.plugins.onnxruntime.linear_plugin import lower_linear_plugin
+from qwen_export.plugins.onnxruntime.norm_builtin import lower_simplified_norm
 from qwen_export.plugins.rewrite import Lowering, lower_ops
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
-    ("gated_delta_net", "linear_attention"): lower_linear_attention,
-    ("gated_delta_net", "packed_delta_net"): lower_packed_delta_net,
-    ("gated_delta_net", "native_delta_net"): lower_native_delta_net,
-    ("gated_delta_net", "native_transaction"): lower_native_transaction,
-    ("gated_attention", "group_query_attention"): lower_group_query_attention,
-    ("gated_attention", "packed_group_query_attention"): lower_packed_attention,
+    ("gated_delta_net", "builtin_cpu"): lower_delta_net_builtin_cpu,
+    ("gated_delta_net", "builtin_cuda"): lower_delta_net_builtin_cuda,
+    ("gated_delta_net", "plugin_cuda"): lower_delta_net_plugin_cuda,
+    ("gated_delta_net", "plugin_cpu"): lower_delta_net_plugin_cpu,
+    ("gated_attention", "builtin_cpu"): lower_attention_cpu,
+    ("gated_attention", "builtin_cuda"): lower_attention_cuda,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
-    ("moe", "native_moe"): lower_native_moe,
-    ("moe", "native_quant_moe"): lower_native_moe,
-    ("moe", "microsoft_moe"): lower_microsoft_moe,
-    (LINEAR, "fused_matmul"): lower_fused_matmul,
-    (LINEAR, "native_linear"): lower_native_linear,
+    ("moe", "native_moe"): lower_experts_plugin,
+    ("moe", "native_quant_moe"): lower_experts_plugin,
+    ("moe", "microsoft_moe"): lower_experts_builtin,
+    (LINEAR, "fused_matmul"): lower_linear_builtin,
+    (LINEAR, "native_linear"): lower_linear_plugin,
 }
 
 
 def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
     """Lower the two stateful ops. They may regroup the projections that feed them, so linears are lowered after them."""
     outcome = lower_ops(model, context, ("gated_delta_net", "gated_attention"), LOWERINGS)
-    for value in [v for v in model.graph.inputs if v.name == "length" and not v.uses()]:
+    for value in [v for v in model.graph.inputs if v.name == LENGTH and not v.uses()]:
         model.graph.inputs.remove(value)
     return outcome
 

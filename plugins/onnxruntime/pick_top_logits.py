@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import LOGITS, TOP_COUNT, TOP_IDS, TOP_LOGITS
 from qwen_export.graphs.passes.pass_context import PassContext, new_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.native.native_library import NATIVE
-
-# Twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once.
-COUNT = 64
 
 
 def pick_top_logits(model: ir.Model, context: PassContext) -> Outcome:
@@ -18,15 +16,15 @@ def pick_top_logits(model: ir.Model, context: PassContext) -> Outcome:
     logits = model.graph.outputs[0]
     if "top_logits" not in context.choices:
         return Outcome.nothing("the backend has no kernel of TopLogits")
-    if logits.name != "logits" or logits.shape is None:
+    if logits.name != LOGITS or logits.shape is None:
         return Outcome.nothing("the graph has no logits")
     *rows, V = logits.shape
     if not isinstance(V, int):
         raise TypeError("the vocabulary has no fixed size")
-    node = new_node(NATIVE, "TopLogits", [logits], 2, dtype=ir.DataType.FLOAT, k=COUNT)
+    node = new_node(NATIVE, "TopLogits", [logits], 2, dtype=ir.DataType.FLOAT, k=TOP_COUNT)
     values, ids = node.outputs
-    values.name, ids.name = "top_logits", "top_ids"
-    values.shape = ids.shape = ir.Shape([*rows, min(COUNT, V)])
+    values.name, ids.name = TOP_LOGITS, TOP_IDS
+    values.shape = ids.shape = ir.Shape([*rows, min(TOP_COUNT, V)])
     ids.type = ir.TensorType(ir.DataType.INT32)
     model.graph.append(node)
     model.graph.outputs.extend(node.outputs)

@@ -13,8 +13,9 @@ from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.native_linear import is_native
-from qwen_export.plugins.onnxruntime.onnxruntime_experts import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.experts_plugin import MOE, WEIGHT_INPUTS
+from qwen_export.plugins.onnxruntime.linear_plugin import is_native
+from qwen_export.plugins.rewrite import ONE_FORMAT
 
 QUANT_MOE = "QuantMoe"
 # Of an expert's width: its gate and up rows are whole panels.
@@ -38,18 +39,25 @@ def quantize_experts(model: ir.Model, context: PassContext) -> Outcome:
         if not any(quantized):
             if context.choices["moe"].quantized_only:
                 raise ConfigError(
-                    "on this device a plan must quantize the experts of every layer, those of the draft head too, or of none", where=where
+                    "on this device a plan must quantize the experts of every layer, those of the draft head too, or of none",
+                    where=where,
+                    fix='Set one format for all of [experts] in {plan_file}: quantized, or "stored".',
                 )
             outcome.skip(node, "the precision plan keeps these experts as they are stored")
             continue
         if not all(quantized):
-            raise ConfigError("a plan must quantize both matrices of the experts or neither", where=where, got=", ".join(map(str, formats)))
+            raise ConfigError(
+                "a plan must quantize both matrices of the experts or neither",
+                where=where,
+                got=", ".join(map(str, formats)),
+                fix=ONE_FORMAT,
+            )
         if inner % _WIDTH_UNIT:
             raise ConfigError(
                 f"experts are quantized where their width is a multiple of {_WIDTH_UNIT}",
                 where=where,
                 got=inner,
-                fix='Set format = "stored" for [experts] in a precision plan.',
+                fix='Set format = "stored" for [experts] in {plan_file}.',
             )
         attributes: dict[str, Any] = {"top_k": node.attributes.get_int("top_k"), "inner": inner}
         packed = []

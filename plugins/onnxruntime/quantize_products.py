@@ -13,7 +13,8 @@ from qwen_export.graphs.quantization.precision_plan import GroupFormat, Precisio
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
 from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.native_linear import LINEAR, SWIGLU, is_native
+from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, SWIGLU, is_native
+from qwen_export.plugins.rewrite import ONE_FORMAT
 
 QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
 _TAIL_INPUT = 4
@@ -57,10 +58,13 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
         return True
     if node.op_type == SWIGLU:
         raise ConfigError(
-            "a plan must give gate_proj and up_proj of a layer one format", where=value.name, got=", ".join(str(f) for f, _ in parts)
+            "a plan must give gate_proj and up_proj of a layer one format",
+            where=value.name,
+            got=", ".join(str(f) for f, _ in parts),
+            fix=ONE_FORMAT,
         )
     if len(node.inputs) > 2 and node.inputs[2] is not None:
-        raise ConfigError("a plan must give all parts of a product with a residual one format", where=value.name)
+        raise ConfigError("a plan must give all parts of a product with a residual one format", where=value.name, fix=ONE_FORMAT)
     if tail and [format.quant is not None for format, _ in parts] == [True, False]:
         made = _quantized(graph, node, value.name, *parts[0], tail=add_weight(graph, f"{value.name}.tail", parts[1][1]))
         replace_node(graph, node, [made], made.outputs)

@@ -1,4 +1,4 @@
-"""Kernels of ONNX Runtime builds that cannot be asked: those for a device that this machine lacks, and onnxruntime-gpu, whose registry
+"""Kernels of ONNX Runtime builds that cannot be queried: those for a device that this machine lacks, and onnxruntime-gpu, whose registry
 crashes the process when its TensorRT provider finds no TensorRT.
 
 Only operators that some lowering emits are listed. CUDA: those of onnxruntime-gpu 1.31.1, run in fp16 and bf16 on an H200; its
@@ -52,7 +52,7 @@ def recorded(device: str) -> Kernels:
     """The recorded kernels of a device. Raises UnsupportedError for a device of which nothing is recorded."""
     if device not in _RECORDED:
         raise UnsupportedError(
-            f"the installed ONNX Runtime does not tell its {device} kernels, and none are recorded",
+            f"the installed ONNX Runtime does not list its {device} kernels, and none are recorded",
             fix="Install the build of it for this device.",
         )
     return _RECORDED[device]

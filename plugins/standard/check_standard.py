@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx.defs
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import OWN
@@ -25,5 +25,6 @@ def check_standard(model: ir.Model, context: PassContext) -> Outcome:
                 where=node.name or "",
                 got=f"{node.domain or 'ai.onnx'}.{node.op_type}",
                 expected=f"operators of opset {context.opset}, without control flow",
+                fix=REPORT,
             )
     return Outcome.nothing("it only checks")

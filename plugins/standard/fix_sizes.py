@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import ACCEPTED, COMMIT, HIDDEN, HIDDEN_OUT, LENGTH, LOGIT_ROWS, LOGITS, NEXT
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.ops.op_schema import DOMAIN
@@ -13,8 +14,8 @@ from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.remove_dead import remove_dead
 
-_COUNTS = ("length", "accepted", "commit", "logit_rows")
-_HIDDEN = ("hidden", "hidden_out")
+_COUNTS = (LENGTH, ACCEPTED, COMMIT, LOGIT_ROWS)
+_HIDDEN = (HIDDEN, HIDDEN_OUT)
 # Operators whose results torch.onnx leaves without a type, though they have that of the first input.
 _SAME_TYPE = ("Sigmoid",)
 
@@ -34,13 +35,13 @@ def fix_sizes(model: ir.Model, context: PassContext) -> Outcome:
         if value.name in _COUNTS:
             value.type = ir.TensorType(ir.DataType.INT32)
     if not sizes.P:
-        _forget(graph, (*PENDING, "accepted") if sizes.padded else (*PENDING, "accepted", "commit"))
-    unwanted = {*(("logits",) if not sizes.N else ()), *(_HIDDEN if not sizes.hidden else ())}
+        _forget(graph, (*PENDING, ACCEPTED) if sizes.padded else (*PENDING, ACCEPTED, COMMIT))
+    unwanted = {*((LOGITS,) if not sizes.N else ()), *(_HIDDEN if not sizes.hidden else ())}
     for value in [value for value in graph.outputs if value.name in unwanted]:
         graph.outputs.remove(value)
     _choose_logits(graph, every=sizes.N == sizes.T)
     remove_dead(model, context)
-    for value in [value for value in graph.inputs if value.name == "logit_rows" and not value.uses()]:
+    for value in [value for value in graph.inputs if value.name == LOGIT_ROWS and not value.uses()]:
         graph.inputs.remove(value)
     for node in graph:
         for value in node.outputs:
@@ -57,15 +58,15 @@ def _forget(graph: ir.Graph, gone: Sequence[str]) -> None:
                 node.replace_input_with(gated_delta_net.inputs.index(name), None)
     for values in (graph.inputs, graph.outputs):
         for value in list(values):
-            key = (value.name or "").removesuffix(".next").rsplit(".", 1)[-1]
+            key = (value.name or "").removesuffix(NEXT).rsplit(".", 1)[-1]
             if key in gone:
                 values.remove(value)
-                value.name = (value.name or "").removesuffix(".next").replace(".pending_", ".")
+                value.name = (value.name or "").removesuffix(NEXT).replace(".pending_", ".")
 
 
 def _choose_logits(graph: ir.Graph, *, every: bool) -> None:
     """The LM head reads all rows of the hidden states without a Gather."""
-    rows = next(value for value in graph.inputs if value.name == "logit_rows")
+    rows = next(value for value in graph.inputs if value.name == LOGIT_ROWS)
     gather = next(node for node in graph if node.op_type == "Gather" and node.inputs[1] is rows)
     if every and gather.inputs[0] is not None:
         gather.outputs[0].replace_all_uses_with(gather.inputs[0])

@@ -1,4 +1,4 @@
-"""Which lowering each op gets on the targets with standard operators. Imports neither torch nor onnx: `inspect` asks it."""
+"""Which lowering each op gets on the targets with standard operators. Imports neither torch nor onnx: `inspect` uses it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}
 
 
 def choose_standard(target: str, config: TextConfig, opset: int, decompose: Collection[str]) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op for target "onnx" or "directml", and a sentence for what stands in the way."""
+    """The lowering of each op for target "onnx" or "directml", and a message for each op that has none."""
     if config.is_moe:
         return {}, [
             f"target {target} has no mixture-of-experts layers: standard operators would read every expert for every token; "

@@ -20,9 +20,7 @@ from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.decompose_norm import emit_rms_norm, norm_weight
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.emitter import Emitter, Shared
-from qwen_export.plugins.onnxruntime.attention_cpu import query_and_gate
-from qwen_export.plugins.onnxruntime.fuse_residual_norm import offset_weight
-from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, producing_linear
+from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, offset_weight, producing_linear, query_and_gate
 from qwen_export.plugins.standard.standard_quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
@@ -35,8 +33,8 @@ def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     """gated_delta_net -> convolution as shifted products, gates, the chunk form of the delta rule, gated norm."""
     emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
-    sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
-    # A verify has outputs for tokens that it does not commit: these must not be cut off from each other by a chunk's end.
+    sizes = delta_net.DeltaNetSizes.of(context.config, context.static.T, context.static.P)
+    # A verify has outputs for tokens that it does not commit: a chunk's end must not separate these from each other.
     rule = delta_rule if sizes.P else in_chunks(context.static.chunk)
     results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
     return emit.nodes, list(results)
@@ -87,7 +85,7 @@ def attention_parts(graph: ir.Graph, node: ir.Node, context: PassContext, shared
     query_rows, gate_rows = query_and_gate(packed, context)
     q, gate = emit.linear(x, query_rows, f"{prefix}.q_proj.query"), emit.linear(x, gate_rows, f"{prefix}.q_proj.gate")
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.rotary_dim)
-    sizes = attention.Sizes(context.static.T, context.static.S, *heads)
+    sizes = attention.AttentionSizes(context.static.T, context.static.S, *heads)
     return emit, attention.Layer(given, q, gate, sizes, config.rms_norm_eps, context.activation)
 
 
@@ -105,7 +103,7 @@ def lower_rms_normalization(graph: ir.Graph, node: ir.Node, context: PassContext
 
 
 def lower_simplified_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML wants."""
+    """qwen::rms_norm -> SimplifiedLayerNormalization, ONNX Runtime's name for it below opset 23; one output, as DirectML requires."""
     return _one_node(graph, node, "SimplifiedLayerNormalization")
 
 
@@ -135,7 +133,7 @@ def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, s
     """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantized: MatMul with DequantizeLinear.
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
-    left-hand one they read where it lies. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
+    left-hand one they read in place. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
     emit, x, value, weight = linear_parts(graph, node, shared)
     product = _quantized_product(emit, x, value, weight, context, dequantized_product)
     if product is not None:

@@ -24,18 +24,12 @@ from qwen_export.plugins.emitter import Emitter
 
 def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
     """How the plan quantizes a matrix, None where it does not. Raises ConfigError where the operators cannot have it."""
-    if context.quantization is None or len(weight.shape) != 2:
+    if len(weight.shape) != 2:
         return None
-    names = list(dict.fromkeys(weight.stored()))
-    formats = {context.quantization.of(name) for name in names}
-    if len(formats) > 1:
-        raise ConfigError(
-            "a plan must give all parts of a product one format", where=", ".join(names[:3]), got=", ".join(map(str, formats))
-        )
-    (chosen,) = formats
+    chosen = context.format_of(weight)
     if chosen.quant is None:
         return None
-    ensure_whole_blocks(weight, chosen, names[0], even_rows=False)
+    ensure_whole_blocks(weight, chosen, next(weight.stored()), even_rows=False)
     return chosen
 
 
@@ -63,7 +57,7 @@ def dequantized_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, c
 def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen: GroupFormat, context: PassContext) -> ir.Value:
     """The same as one node of ONNX Runtime."""
     N, K = weight.shape
-    whole = weight.of if isinstance(weight, FirstRows) else weight  # rows at the front lie where the whole is
+    whole = weight.of if isinstance(weight, FirstRows) else weight  # rows at the front are stored where the whole is
     format, graph = _quant(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
@@ -104,7 +98,7 @@ def quantize_embedding(model: ir.Model, context: PassContext) -> Outcome:
 def quantized_parts(
     graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
 ) -> list[ir.Value]:
-    """Codes, scales and, where the format has them, zeros, as DequantizeLinear wants them; turned: of the matrix [K,N]."""
+    """Codes, scales and, where the format has them, zeros, as DequantizeLinear takes them; turned: of the matrix [K,N]."""
     of, format = _exact(weight, chosen), _quant(chosen)
     parts: dict[str, Weight] = {
         "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.searcher),

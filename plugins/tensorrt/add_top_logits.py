@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import LOGITS, TOP_COUNT, TOP_IDS, TOP_LOGITS
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.emitter import Emitter, static_shape
 
-TOP = 64
-TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
 # TopK over a row is one block of threads; groups are as many. Larger than what it gains where a vocabulary has no divisor near this.
 _GROUP = 4096
 
@@ -19,11 +18,11 @@ def add_top_logits(model: ir.Model, context: PassContext) -> Outcome:
     """Given  output logits f32[N,V]
     Result also outputs top_logits f32[N,K] and top_ids i32[N,K], the K = min(64, V) largest in falling order"""
     graph = model.graph
-    logits = next((value for value in graph.outputs if value.name == "logits"), None)
+    logits = next((value for value in graph.outputs if value.name == LOGITS), None)
     if logits is None or logits.shape is None:
         return Outcome.nothing("the graph has no logits")
     N, V = static_shape(logits)
-    emit, K = Emitter(graph, "top"), min(TOP, V)
+    emit, K = Emitter(graph, "top"), min(TOP_COUNT, V)
     groups = _groups(V, K)
     values, ids = _top(emit, emit.reshape(logits, N, groups, V // groups) if groups > 1 else logits, K)
     if groups > 1:

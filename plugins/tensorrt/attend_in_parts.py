@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.plugins.decompose.decompose_attention import MASKED, Sizes, bias_of
+from qwen_export.plugins.decompose.decompose_attention import MASKED, AttentionSizes, bias_of
 from qwen_export.plugins.emitter import Emitter
 
 MOST_ROWS = 64
@@ -33,12 +33,12 @@ class Keys(NamedTuple):
     length: ir.Value | None
 
 
-def attend_in_parts(emit: Emitter, q: ir.Value, keys: Keys, sizes: Sizes, activation: ir.DataType) -> ir.Value:
+def attend_in_parts(emit: Emitter, q: ir.Value, keys: Keys, sizes: AttentionSizes, activation: ir.DataType) -> ir.Value:
     """`attend` for up to MOST_ROWS rows: q [1,Hq,T,D] -> f32[1,T,Hq*D]."""
     T, S, Hq, Hkv, D = sizes.T, sizes.S, sizes.Hq, sizes.Hkv, sizes.D
     rows, parts = Hq // Hkv * T, S // slots_of_a_part(S)
     grouped = emit.reshape(q, 1, Hkv, rows, D)
-    # K comes first: a product reads its left matrix where it lies, and turns the right one.
+    # K comes first: a product reads its left matrix in place, and transposes the right one.
     score = emit.wide(emit.transpose(emit.matmul(keys.k, emit.transpose(grouped, 0, 1, 3, 2)), 0, 1, 3, 2))
     old = emit.shared("old_slots", lambda: _old_slots(emit, keys.length, S))
     both = emit.concat([emit.add(score, old), _own_scores(emit, grouped, keys.k_new, sizes)], axis=3)
@@ -62,7 +62,7 @@ def _old_slots(emit: Emitter, length: ir.Value | None, S: int) -> ir.Value:
     return bias_of(emit, old)
 
 
-def _own_scores(emit: Emitter, q: ir.Value, k: ir.Value, sizes: Sizes) -> ir.Value:
+def _own_scores(emit: Emitter, q: ir.Value, k: ir.Value, sizes: AttentionSizes) -> ir.Value:
     """q [1,Hkv,rows,D] with the call's own keys: f32[1,Hkv,rows,T], a token and those before it. Sums: a product would be a kernel more."""
     T, Hkv, D = sizes.T, sizes.Hkv, sizes.D
     rows = sizes.Hq // Hkv * T
@@ -75,7 +75,7 @@ def _own_scores(emit: Emitter, q: ir.Value, k: ir.Value, sizes: Sizes) -> ir.Val
     return emit.add(score, emit.array(f"own_tokens_{rows}_{T}", mask))
 
 
-def _own_values(emit: Emitter, weight: ir.Value, v: ir.Value, sizes: Sizes) -> ir.Value:
+def _own_values(emit: Emitter, weight: ir.Value, v: ir.Value, sizes: AttentionSizes) -> ir.Value:
     """weight f32[1,Hkv,rows,T] times the call's own values: f32[1,Hkv,rows,D]."""
     T, Hkv, D = sizes.T, sizes.Hkv, sizes.D
     if T == 1:

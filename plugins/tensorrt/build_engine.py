@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen_export import engine_options
 from qwen_export.engine_options import BOUND, STRIPPED, EngineOptions
-from qwen_export.errors import BuildError, UnsupportedError
+from qwen_export.errors import REPORT, BuildError, UnsupportedError
 from qwen_export.runtimes.backends.tensorrt.kernel_cache import write_whole
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import (
     AOT_PLUGINS,
@@ -53,7 +53,7 @@ def build_engine(
     where: str = "",
 ) -> Built:
     """Compile a serialized ONNX model into the file `output`. `weights` are its external initializers, by name; `where` is what errors and
-    the layer dump call the graph. Raises BuildError with what TensorRT said."""
+    the layer dump call the graph. Raises BuildError with the messages of TensorRT."""
     api = library.api
     library.take_messages()
     builder = api.Builder(library.log)
@@ -62,7 +62,8 @@ def build_engine(
     parser = api.OnnxParser(network, library.log)
     if not _parse(parser, model, weights or {}):
         errors = "; ".join(f"{parser.get_error(i).node_name()}: {parser.get_error(i).desc()}" for i in range(min(3, parser.num_errors)))
-        fix = "Take TensorRT-RTX 1.7 or newer, or build without --plugin." if options.plugins and not library.has(AOT_PLUGINS) else ""
+        old = options.plugins and not library.has(AOT_PLUGINS)
+        fix = "Install TensorRT-RTX 1.7 or newer, or leave out {plugins}." if old else f"Install another version of TensorRT. {REPORT}"
         raise BuildError("TensorRT cannot read the graph", where=where, got=errors or library.take_messages(), fix=fix)
     _let_decompose(api, network)
     summary = _summary(network)
@@ -75,20 +76,20 @@ def build_engine(
         built = builder.build_serialized_network_to_stream(network, config, writer)
     if not built:
         output.unlink(missing_ok=True)
-        said = library.take_messages()
-        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=said, fix=_fix(said))
+        messages = library.take_messages()
+        raise BuildError("TensorRT cannot build an engine of the graph", where=where, got=messages, fix=_fix(messages))
     if cache is not None and options.timing_cache is not None:
         write_whole(options.timing_cache, bytes(memoryview(cache.serialize())))
     return summary
 
 
-def _fix(said: str) -> str:
-    """What to do about what TensorRT said when it gave up."""
-    if "workspace" in said.lower():
-        return "Raise --workspace, or leave it out."
-    if "out of memory" in said.lower() or "OutOfMemory" in said:
-        return "End other programs that use the GPU, or build with a smaller --chunk or --max-context."
-    return "Build with --engine-weights embedded, which it compiles otherwise, or with another version of it."
+def _fix(messages: str) -> str:
+    """What to do about the messages of TensorRT when a build fails."""
+    if "workspace" in messages.lower():
+        return "Raise {workspace}, or leave it out."
+    if "out of memory" in messages.lower() or "OutOfMemory" in messages:
+        return "End other programs that use the GPU, or build with a smaller {chunk} or {max_context}."
+    return "Set {engine_weights} to embedded, which TensorRT compiles in another way, or install another version of it."
 
 
 def _parse(parser: Any, model: bytes, weights: Mapping[str, BorrowedWeight]) -> bool:
@@ -104,7 +105,7 @@ def _let_decompose(api: Any, network: Any) -> None:
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         if layer.type.name == "ATTENTION_INPUT":
-            layer.__class__ = api.IAttentionInputLayer  # what the Python API asks for in the place of a cast
+            layer.__class__ = api.IAttentionInputLayer  # what the Python API needs instead of a cast
             layer.attention.decomposable = True
 
 
@@ -151,49 +152,55 @@ def _set_sms(library: Library, config: Any, sms: tuple[str, ...]) -> None:
 
 
 def check_options(library: Library, options: EngineOptions, current: str | None) -> None:
-    """Refuse before anything is built what this library cannot do here. `current`: compute capability of the GPU, None without one."""
+    """Refuse before anything is built what this library cannot do on this machine. `current`: the GPU's compute capability, None without a
+    GPU."""
     name, gpu = f"{library.flavour.name} {library.version}", current is not None
     if not options.sms:
-        raise UnsupportedError("there is no GPU here to build engines for", fix="Say for which with --sm, for example --sm 89,120.")
+        raise UnsupportedError("there is no GPU here to build engines for", fix="Name them with {sms}, for example 89,120.")
     if options.sms != (current,):
         if not library.has(FOREIGN_SM):
             raise UnsupportedError(
                 f"{name} builds on the GPU that runs the engine",
-                got=f"--sm {','.join(options.sms)} on {f'SM {current}' if gpu else 'a machine without a GPU'}",
+                got=f"SM {', '.join(options.sms)} on {f'SM {current}' if gpu else 'a machine without a GPU'}",
                 fix="Build on that machine, or there with `qwen-export rebuild`.",
             )
         known = sorted((n.removeprefix("SM") for n in library.api.ComputeCapability.__members__ if n.startswith("SM")), key=int)
         unknown = [sm for sm in options.sms if sm not in known]
         if unknown:
-            raise UnsupportedError(f"{name} cannot build for this SM", got=", ".join(unknown), expected=", ".join(known))
+            raise UnsupportedError(
+                f"{name} cannot build for this SM",
+                got=", ".join(unknown),
+                expected=", ".join(known),
+                fix="Name one of these with {sms}, or install a newer TensorRT.",
+            )
     if options.weights == STRIPPED and not gpu:
-        # Its compiler makes the kernels that rearrange refitted weights, and asks the driver for that.
+        # Its compiler makes the kernels that rearrange refitted weights, and needs the driver for that.
         raise UnsupportedError(
             f"{name} builds engines without their weights only where there is a GPU",
-            got="--engine-weights stripped",
-            fix="Use --engine-weights bound, whose engines have no weights either.",
+            got="stripped",
+            fix="Set {engine_weights} to bound, whose engines have no weights either.",
         )
     if options.weight_streaming and options.weights == BOUND:
         raise UnsupportedError(
-            "weights that are inputs of the engines are not streamed",
-            got="--weight-streaming with --engine-weights bound",
-            fix="Add --engine-weights embedded.",
+            "{weight_streaming} needs weights inside the engines, and {engine_weights} makes them inputs",
+            got="bound",
+            fix="Set {engine_weights} to embedded.",
         )
     for capability, what, option, wanted in (
-        (TIMING_CACHE, "timing cache", "--timing-cache", options.timing_cache is not None),
-        (HARDWARE_COMPATIBILITY, "compatibility of hardware", "--hardware-compat", options.hardware_compatibility != "none"),
-        (VERSION_COMPATIBILITY, "compatibility of versions", "--version-compat", options.version_compatible),
-        (TILING, "search for tilings", "--tiling-level", options.tiling != "none"),
+        (TIMING_CACHE, "timing cache", "timing_cache", options.timing_cache is not None),
+        (HARDWARE_COMPATIBILITY, "compatibility of hardware", "hardware_compatibility", options.hardware_compatibility != "none"),
+        (VERSION_COMPATIBILITY, "compatibility of versions", "version_compatible", options.version_compatible),
+        (TILING, "search for tilings", "tiling", options.tiling != "none"),
     ):
         if wanted and not library.has(capability):
-            raise UnsupportedError(f"{name} has no {what}: {library.flavour.lacks[capability]}", fix=f"Leave out {option}.")
+            raise UnsupportedError(f"{name} has no {what}: {library.flavour.lacks[capability]}", fix=f"Leave out {{{option}}}.")
     if options.timing_cache is not None and options.timing_cache.is_dir():
         raise UnsupportedError("the timing cache is a file", got=f"the directory {options.timing_cache}", fix="Name a file in it.")
 
 
 def open_timing_cache(config: Any, options: EngineOptions) -> Any:
     """What earlier builds measured, None without a file for it. Measurements of another GPU or version are an error: the builder would
-    leave them aside, and the file would be lost at the end."""
+    ignore them, and the file would be overwritten at the end."""
     path = options.timing_cache
     if path is None:
         return None
@@ -202,7 +209,7 @@ def open_timing_cache(config: Any, options: EngineOptions) -> Any:
         raise BuildError(
             "the timing cache is not of this GPU and version of TensorRT",
             where=str(path),
-            fix="Name another file with --timing-cache; a file that is not there is made.",
+            fix="Name another file with {timing_cache}; a file that does not exist is made.",
         )
     return cache
 

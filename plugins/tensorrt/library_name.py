@@ -1,4 +1,4 @@
-"""A loadable `libtensorrt_rtx.so`, which the parser asks for by this name when it creates a plugin.
+"""A loadable `libtensorrt_rtx.so`, which the parser loads by this name when it creates a plugin.
 
 The wheels have `libtensorrt_rtx.so.1` only, and without the other name the parser ends the process. So a library of that name is loaded
 that has nothing but a dependency: looking a symbol up in it finds those of the real one. It is the smallest ELF file that the loader takes.
@@ -44,7 +44,7 @@ def ensure_plain_name() -> None:
             path = Path(directory) / _PLAIN
             path.write_bytes(alias(_PLAIN, _REAL, MACHINES[platform.machine()]))
             ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_GLOBAL)
-    except OSError as error:  # no directory to write to, or the system lets nobody load from it
+    except OSError as error:  # no directory to write to, or the system forbids loading from it
         raise UnsupportedError(f"the parser needs {_PLAIN}", got=error, fix=fix) from error
 
 

@@ -50,7 +50,7 @@ def own_head(model: ir.Model, context: PassContext) -> Outcome:
     """Given  Gather(W, ids), qwen::linear(x, W)                  embedding and head are one tensor
     Result Gather(W, ids), qwen::linear(x, W')                 W' is W, by another name
 
-    TensorRT lets a product read a matrix [out, in] where it lies, but copies one that a gather reads, too: a transposed copy of the
+    TensorRT lets a product read a matrix [out, in] in place, but copies one that a gather also reads: a transposed copy of the
     whole embedding in every call. Equal weights are stored once, and uploaded once, so the second name costs nothing."""
     graph, outcome = model.graph, Outcome()
     gathered = {node.inputs[0] for node in graph if node.op_type == "Gather" and not node.domain}

@@ -10,7 +10,7 @@ def parser_model(model: ir.Model, *, bound: bool) -> onnx.ModelProto:
     """The model with its written weights as external initializers; with `bound` these are inputs instead, after the graph's own. Small
     constants stay in the graph."""
     proto: onnx.ModelProto = ir.to_proto(model)
-    # The parser reads what an external initializer says about its place, and the bytes come from elsewhere.
+    # The parser reads the location of an external initializer, and the bytes come from elsewhere.
     if not bound:
         return proto
     graph, kept = proto.graph, []

@@ -1,4 +1,4 @@
-"""Does this TensorRT take our plugins? Asked before a build reads weights."""
+"""Whether this TensorRT takes our plugins: tested before a build reads weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def ensure_taken(library: Library) -> None:
         raise UnsupportedError(
             f"{library.flavour.name} takes plugins of others since 1.7",
             got=library.version,
-            fix="Install a newer one, or build without --plugin.",
+            fix="Install a newer one, or leave out {plugins}.",
         )
 
 

@@ -1,6 +1,6 @@
 """Our plugins for the full TensorRT, as quick-deployable plugins: their PTX and how it is launched become part of the engine.
 
-`tensorrt.plugin` reads names and types of the arguments off the functions, so these are made with the signatures that it wants. A kernel
+`tensorrt.plugin` reads names and types of the arguments off the functions, so these are made with the signatures that it expects. A kernel
 gets the pointers of the inputs, the 32-bit numbers and the pointers of the outputs, in this order.
 """
 

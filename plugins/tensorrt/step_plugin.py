@@ -17,7 +17,7 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked
 from qwen_export.plugins.emitter import Emitter
-from qwen_export.plugins.native.native_library import find_ptx, ptx_cuda
+from qwen_export.plugins.native.native_library import PTX_SCRIPT, find_ptx, ptx_cuda
 from qwen_export.plugins.rewrite import producing_linear
 from qwen_export.runtimes.backends.tensorrt.delta_net_plugin import (
     NAMESPACE,
@@ -83,7 +83,7 @@ def emit_plugin(
         head_size=D,
         eps=struct.unpack("<i", struct.pack("<f", eps))[0],
     )
-    # `aot` asks the full TensorRT for the kernel in the engine; RTX has no other form of quick-deployable plugins and ignores it.
+    # `aot` makes the full TensorRT store the kernel in the engine; RTX has no other form of quick-deployable plugins and ignores it.
     attributes = asdict(fields) | {"plugin_namespace": NAMESPACE, "plugin_version": VERSION, "aot": 1}
     inputs = [packed, *(given[name] for name in _TENSORS), *transaction]
     y, history, state = emit(NAMESPACE, kind, inputs, len(RESULTS), like=packed, **attributes)
@@ -106,6 +106,6 @@ def _ptx(activation: ir.DataType) -> str:
     if path is None:
         raise UnsupportedError(
             "the plugin's kernel has not been compiled",
-            fix="Run plugins/native/build_ptx.sh, which needs nvcc, or build without --plugin.",
+            fix=f"Run `sh {PTX_SCRIPT}`, which needs nvcc, or leave out {{plugins}}.",
         )
     return pack_ptx(path.read_bytes())

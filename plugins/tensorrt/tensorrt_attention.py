@@ -11,14 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qwen_export.manifest import READ_AGAIN
-from qwen_export.plugins.decompose.decompose_attention import Layer, Sizes, attend, new_slots
+from qwen_export.plugins.decompose.decompose_attention import AttentionSizes, Layer, attend, new_slots
 from qwen_export.plugins.decompose.decompose_norm import norm_weight
 from qwen_export.plugins.emitter import Emitter
 from qwen_export.plugins.tensorrt.attend_in_parts import MOST_ROWS, Keys, attend_in_parts
 
 
 def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[ir.Value, ir.Value, ir.Value]:
-    """y [1,T,Hq*D] and the caches, which lie where the given ones do; `fused`: with the attention layer where it can be."""
+    """y [1,T,Hq*D] and the caches, in the memory of the given ones; `fused`: with the attention layer where it can be."""
     given, sizes, activation = layer.given, layer.sizes, layer.activation
     T, Hq, Hkv, D = sizes.T, sizes.Hq, sizes.Hkv, sizes.D
 
@@ -44,7 +44,7 @@ def emit_native_attention(emit: Emitter, layer: Layer, *, fused: bool) -> tuple[
 
 
 def _write(emit: Emitter, given: dict[str, ir.Value | None], key: ir.Value, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The caches with the new rows in them, where they lie."""
+    """The caches with the new rows written in place."""
     start = emit.shared("first_slot", lambda: _first_slot(emit, given["length"]))
 
     def write(cache: ir.Value | None, new: ir.Value) -> ir.Value:
@@ -65,7 +65,7 @@ def read_again(emit: Emitter, cache: ir.Value | None) -> ir.Value:
 
 def _heads(emit: Emitter, layer: Layer, *, together: bool) -> tuple[ir.Value, ir.Value]:
     """Normalized and rotated queries [1,Hq,T,D] and keys [1,Hkv,T,D]. `together`: in one kernel instead of two, for calls that read both:
-    of a prompt's last layer only the keys are wanted."""
+    of a prompt's last layer only the keys are needed."""
     given, sizes = layer.given, layer.sizes
 
     def normed(x: ir.Value | None, count: int) -> ir.Value:
@@ -86,13 +86,13 @@ def _heads(emit: Emitter, layer: Layer, *, together: bool) -> tuple[ir.Value, ir
     return rotated(q, scaled), rotated(k, norm_weight(emit, given["k_norm"], 1.0))
 
 
-def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: Sizes) -> ir.Value:
+def _rotate(emit: Emitter, x: ir.Value, given: dict[str, ir.Value | None], sizes: AttentionSizes) -> ir.Value:
     """x f32[1,H,T,D], rotated by the rows of the tables that belong to the new slots."""
     cos, sin = (emit.shared(f"{name}_rows_3d", lambda name=name: _rows(emit, given, name, sizes)) for name in ("cos", "sin"))  # type: ignore[misc]
     return emit("", "RotaryEmbedding", [x, cos, sin], like=x, rotary_embedding_dim=sizes.R, interleaved=0)[0]
 
 
-def _rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: Sizes) -> ir.Value:
+def _rows(emit: Emitter, given: dict[str, ir.Value | None], name: str, sizes: AttentionSizes) -> ir.Value:
     """Rows length .. length+T-1 of a table f32[S,R/2] -> [1,T,R/2]."""
     taken = emit.gather(given[name], new_slots(emit, given["length"], sizes), axis=0)
     rows = emit.reshape(emit.wide(taken), 1, sizes.T, sizes.R // 2)
@@ -105,7 +105,7 @@ def _first_slot(emit: Emitter, length: ir.Value | None) -> ir.Value:
     return emit.cast(length, ir.DataType.INT64)
 
 
-def _seen(emit: Emitter, length: ir.Value | None, sizes: Sizes) -> ir.Value:
+def _seen(emit: Emitter, length: ir.Value | None, sizes: AttentionSizes) -> ir.Value:
     """bool[1,1,T,S]: token t sees slots 0 .. length+t."""
     own = emit.add(emit.array(f"row_{sizes.T}", np.arange(sizes.T, dtype=np.int32)[:, None]), length)
     (seen,) = emit("", "LessOrEqual", [emit.positions(sizes.S), own], dtype=ir.DataType.BOOL)

@@ -1,4 +1,4 @@
-"""Which lowering each op gets on TensorRT, and what is refused. Imports neither torch, onnx nor TensorRT: `inspect` asks it."""
+"""Which lowering each op gets on TensorRT, and what is refused. Imports neither torch, onnx nor TensorRT: `inspect` uses it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def choose_tensorrt(
     flavour: str, precision: str, config: TextConfig, sms: Sequence[str], plugins: Collection[str] = ()
 ) -> dict[str, Choice]:
     """The lowering of each op; `sms` are the compute capabilities that engines are for, `plugins` the ops that get one of ours."""
-    # TensorRT-RTX rounds the operands of fp32 products to TF32 whether it is told to or not (1.5 on SM 90: errors of 1e-3 with the flag
+    # TensorRT-RTX rounds the operands of fp32 products to TF32 whatever its flag is (1.5 on SM 90: errors of 1e-3 with the flag
     # cleared); products of one row it does not round.
     exact = precision == "fp32" and flavour == "tensorrt-rtx"
     attention = precision != "fp32" and (flavour != "tensorrt-rtx" or (bool(sms) and set(sms) <= _RTX_ATTENTION))
@@ -39,7 +39,7 @@ def choose_tensorrt(
 
 
 def refusals(config: TextConfig, quantization: PrecisionPlan | None, sms: Sequence[str], plugins: Collection[str] = ()) -> list[str]:
-    """A sentence for each thing that TensorRT cannot compile for these GPUs; no `sms`: for the one that is there."""
+    """A message for each thing that TensorRT cannot compile for these GPUs; no `sms`: for the GPU of this machine."""
     reasons = []
     formats = {format.format for format in quantization.groups.values()} if quantization is not None else set()
     old = [sm for sm in sms if int(sm) < _FP8_SINCE]

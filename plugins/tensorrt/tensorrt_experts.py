@@ -1,6 +1,6 @@
 """Routed experts as native layers: the matrices of the chosen experts are gathered, and blocks of rows are multiplied by one each.
 
-Few pairs of token and expert: each pair is a block of one row. Many: pairs are brought together by expert in blocks of b rows, the last
+Few pairs of token and expert: each pair is a block of one row. Many: pairs are grouped by expert in blocks of b rows, the last
 block of an expert filled up; pairs / b + E blocks are always enough, so the sizes are static, every pair is computed and no other expert
 is read. Where a pair goes is counted, not sorted: TensorRT's TopK ends at 3840 elements, its cumulative sum does not end.
 
@@ -25,7 +25,7 @@ _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ExpertSizes:
     """T tokens of width H, K of E experts for each, with an inner width of I."""
 
     T: int
@@ -51,7 +51,7 @@ class Sizes:
         return self.pairs if b == 1 else -(-self.pairs // b) + min(self.E, self.pairs)
 
 
-def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """x [1,T,H], logits [1,T,E], gate_up [E,2I,H] (gate rows, then up rows), down [E,H,I] -> [1,T,H] of x's dtype."""
     T, K, H = sizes.T, sizes.K, sizes.H
     (p,) = emit("", "Softmax", [emit.reshape(emit.wide(logits), T, sizes.E)], dtype=ir.DataType.FLOAT, axis=-1)
@@ -71,7 +71,7 @@ def emit_experts(emit: Emitter, x: ir.Value, logits: ir.Value, gate_up: ir.Value
     return emit.cast(emit.reshape(summed, 1, T, H), x.dtype or ir.DataType.FLOAT)
 
 
-def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """rows [T,H], expert i32[pairs] -> [pairs,H]."""
     E, b, J = sizes.E, sizes.block, sizes.blocks
     experts = emit.positions(E)
@@ -88,9 +88,9 @@ def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Valu
     at = emit.cast(emit.sub(emit.add(emit.gather(first, expert, axis=0), rank), one), _I32)
 
     token = emit.array(f"token_of_pair_{sizes.T}_{sizes.K}", np.repeat(np.arange(sizes.T, dtype=np.int32), sizes.K))
-    nobody = emit.array(f"nobody_{J}_{b}", np.zeros(J * b, np.int32))
+    empty = emit.array(f"empty_{J}_{b}", np.zeros(J * b, np.int32))
     where = emit("", "Reshape", [emit.cast(at, _I64), emit.ints(sizes.pairs, 1)], dtype=_I64)[0]
-    (source,) = emit("", "ScatterND", [nobody, where, token], like=nobody)
+    (source,) = emit("", "ScatterND", [empty, where, token], like=empty)
     number = emit.array(f"block_{J}", np.arange(J, dtype=np.float32)[:, None])
     (passed,) = emit("", "LessOrEqual", [last, number], dtype=ir.DataType.BOOL)
     (owner,) = emit("", "ReduceSum", [emit.wide(passed), emit.ints(-1)], like=mine, keepdims=0)
@@ -99,7 +99,7 @@ def _in_blocks(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Valu
     return emit.gather(y, at, axis=0)
 
 
-def _multiplied(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: Sizes) -> ir.Value:
+def _multiplied(emit: Emitter, rows: ir.Value, expert: ir.Value, gate_up: ir.Value, down: ir.Value, sizes: ExpertSizes) -> ir.Value:
     """rows [blocks*b,H], expert i32[blocks] -> [blocks*b,H]: each block through its expert."""
     J, b, H = sizes.blocks, sizes.block, sizes.H
     x = emit.reshape(rows, J, b, H)

@@ -62,7 +62,7 @@ def lower_delta_net_plugin(graph: ir.Graph, node: ir.Node, context: PassContext,
 def packed_native_layers(
     emit: Emitter, packed: ir.Value, pending: list[ir.Value], given: dict[str, ir.Value | None], eps: float, context: PassContext
 ) -> list[ir.Value]:
-    """What `emit_plugin` computes, in native layers: they take the product apart and turn the state at both ends."""
+    """What `emit_plugin` computes, in native layers: they split the product and transpose the state at both ends."""
     for rows in pending:
         parts = split_projection(emit, rows, context)
         given |= {f"pending_{name}": parts[name] for name in ("qkv", "a", "b")}
@@ -79,7 +79,7 @@ def packed_native_layers(
 
 def _native_layers(before: Emitter, given: dict[str, ir.Value | None], eps: float, context: PassContext) -> list[ir.Value]:
     """The mixer on the parts of the projection."""
-    sizes = delta_net.Sizes.of(context.config, context.static.T, context.static.P)
+    sizes = delta_net.DeltaNetSizes.of(context.config, context.static.T, context.static.P)
     few = sizes.P + sizes.T <= _MOST_SUMMED
     emit = before.continued_as(SummedEmitter if few else SplitEmitter if _exact(context) else Emitter)
     return list(delta_net.emit_gated_delta_net(emit, given, sizes, eps, context.activation, _rule(sizes.T, sizes.P, context)))
@@ -106,7 +106,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def lower_decomposed_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """The same with products and a softmax in the place of Attention."""
+    """The same with products and a softmax instead of Attention."""
     return _attention(graph, node, context, shared, fused=False)
 
 
@@ -124,7 +124,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
         raise TypeError("moe has an input that is missing")
     emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
     E, H, width = static_shape(down)
-    sizes = experts.Sizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
+    sizes = experts.ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
     return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
 
 

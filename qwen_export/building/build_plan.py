@@ -28,7 +28,7 @@ from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
 from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
 from qwen_export.manifest import SpeculationSpec
-from qwen_export.plugins.native.native_library import NATIVE, find_library, with_native
+from qwen_export.plugins.native.native_library import NATIVE, build_script, find_library, with_native
 from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, choose
 from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
 from qwen_export.plugins.tensorrt.tensorrt_choices import UNQUANTIZED, choose_tensorrt, refusals
@@ -311,8 +311,7 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
     """Why the products of this build cannot be quantized as the plan says."""
     if "linear" in choices and choices["linear"].name != "native_linear":
         limit = CHOICES[device]["linear"][0].limit(config)
-        script = "plugins/native/cpu/build.sh" if device == "cpu" else "plugins/native/build.sh"
-        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels, which {script} builds"]
+        return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels: run `sh {build_script(device)}`"]
 
     def quantized(*groups: str) -> bool:
         return any(plan.groups[group].quant is not None for group in groups)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export.errors import CaptureError
+from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.ops.op_schema import DOMAIN
 from qwen_export.graphs.ops.op_table import OPS
 from qwen_export.graphs.passes.check_invariants import verify_graph
@@ -16,8 +16,7 @@ from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR
 from qwen_export.targets import PassStep, Target
 
-REPORT = "passes.txt"
-_REPORT_FIX = "Report this with the files that {dump_ir} writes for the build."
+REASONS = "passes.txt"
 
 
 def run_passes(model: ir.Model, target: Target, context: PassContext, dump: Path | None = None) -> None:
@@ -47,10 +46,10 @@ def _require(step: PassStep, outcome: Outcome) -> None:
     left = "; ".join(f"{node}: {reason}" for node, reason in outcome.skipped[:3])
     if step.finds and not outcome.changed and not outcome.idle:
         raise CaptureError(
-            "a pass that must match changed nothing", where=step.name, got=left or "no candidate", expected=step.finds, fix=_REPORT_FIX
+            "a pass that must match changed nothing", where=step.name, got=left or "no candidate", expected=step.finds, fix=REPORT
         )
     if step.every and outcome.skipped:
-        raise CaptureError("a pass left a candidate that it must match", where=step.name, got=left, expected=step.finds, fix=_REPORT_FIX)
+        raise CaptureError("a pass left a candidate that it must match", where=step.name, got=left, expected=step.finds, fix=REPORT)
 
 
 def _require_lowered(model: ir.Model, target: Target) -> None:
@@ -63,7 +62,7 @@ def _require_lowered(model: ir.Model, target: Target) -> None:
                 where=f"{target.name}, {node.name or node.outputs[0].name}",
                 got=f"{node.domain}.{node.op_type}",
                 expected="operators of the target",
-                fix=_REPORT_FIX,
+                fix=REPORT,
             )
 
 
@@ -71,7 +70,7 @@ def _dump(model: ir.Model, dump: Path | None, number: int, name: str, report: li
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / f"{number:02d}_{name}.txt").write_text(print_graph(model.graph), encoding="utf-8")
-        (dump / REPORT).write_text("".join(f"{line}\n" for line in report), encoding="utf-8")
+        (dump / REASONS).write_text("".join(f"{line}\n" for line in report), encoding="utf-8")
 
 
 def print_graph(graph: ir.Graph) -> str:

@@ -1,21 +1,16 @@
-"""What a build for a target with static shapes will make: a graph per size of call, over one file of weights.
-
-    decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
-    verify       W tokens that may stay pending, all logits       mtp_verify    up to W rows, the logits of one
-    prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
-
-`verify` exists with speculation, the right column with a draft head. Imports neither torch nor onnx."""
+"""What a build for a target with static shapes will make: a graph per size of call, over one file of weights. `bundle_contract.py` has
+the table of graphs. Imports neither torch nor onnx."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwen_export.bundle_contract import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, PROMPT, STEP, VERIFY
 from qwen_export.graphs.call_sizes import DECODER, HEAD, CallSizes, GraphPlan
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.plugins.standard.standard_choices import choose_standard
-from qwen_export.runtimes.decoding.static_graphs import HEAD_PROMPT, HEAD_STEP, HEAD_VERIFY, PROMPT, STEP, VERIFY
 from qwen_export.targets import DECOMPOSABLE, Target
 
 DEFAULT_CONTEXT = 4096

@@ -28,6 +28,7 @@ from qwen_export.extras import needed_for
 @click.option(
     "--text", type=click.Path(path_type=Path), metavar="FILE", help="Speculate on this text's continuation; default random tokens."
 )
+@click.option("--streams", type=Numbers(), help="Measure an engine with so many streams instead, beside the bare decoder loop.")
 @load_options()
 @verbosity_options
 def command(
@@ -37,9 +38,13 @@ def command(
     as_json: bool,
     plot: Path | None,
     text: Path | None,
+    streams: tuple[int, ...] | None,
     loading: dict[str, Any],
 ) -> None:
     """Measure BUNDLE on this machine: load, prefill, decode, speculation, memory."""
+    if streams is not None:
+        _bench_streams(bundle, streams, min(prompt_tokens), new_tokens, as_json, plot, loading)
+        return
     with needed_for("bench"):
         from qwen_export.runtimes.benchmark import benchmark
     if plot is not None:  # refused before minutes of measuring
@@ -53,6 +58,36 @@ def command(
     click.echo(json.dumps(result, indent=1) if as_json else _text(result))
     if plot is not None:
         draw(result, plot)
+
+
+def _bench_streams(
+    bundle: Path, streams: tuple[int, ...], prompt_tokens: int, new_tokens: int, as_json: bool, plot: Path | None, loading: dict[str, Any]
+) -> None:
+    with needed_for("bench"):
+        from qwen_export.runtimes.model import load
+        from qwen_export.runtimes.serving.streams_benchmark import measure_streams
+    if plot is not None:
+        from qwen_export.commands.streams_plot import check_plot, draw_streams
+
+        check_plot(plot)
+    hash_with_progress(bundle)
+    model = load(bundle, max_context=prompt_tokens + 8 * new_tokens, **loading)
+    with progress("streams") as report:
+        rows = measure_streams(model, streams, prompt_tokens, new_tokens, 3, lambda line: report(line, 0, 0))
+    click.echo(json.dumps(rows, indent=1) if as_json else streams_text(rows))
+    if plot is not None:
+        draw_streams(rows, plot)
+
+
+def streams_text(rows: list[dict[str, Any]]) -> str:
+    """The table of `measure_streams`."""
+    lines = ["streams  engine tok/s  bare tok/s  ratio  first token  last first token  host per step"]
+    lines += [
+        f"{row['streams']:7}  {row['engine_tok_per_s']:12.1f}  {row['bare_tok_per_s']:10.1f}  {row['ratio']:5.2f}"
+        f"  {1000 * row['first_token_s']:8.1f} ms  {1000 * row['last_first_token_s']:13.1f} ms  {1000 * row['host_s_per_step']:10.2f} ms"
+        for row in rows
+    ]
+    return "\n".join(lines)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,12 +48,27 @@ class Mark:
         return Prompt(self.tokens, self.media)
 
 
+class CachePiece(NamedTuple):
+    """Rows of the attention caches from token `start` on, by name, [Hkv,rows,D * element size] each."""
+
+    start: int
+    rows: dict[str, Bytes]
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that one sequence has read: self-contained, valid for any decoder of the same bundle."""
+    """Everything that one sequence has read: self-contained, valid for any decoder of the same bundle. `caches` [Hkv,rows,D * element size]
+    are rows from token `start` on; those before are in `earlier`, which other snapshots may share. Of rows in several pieces the last
+    counts."""
 
     mark: Mark
     caches: dict[str, Bytes]
+    start: int = 0
+    earlier: tuple[CachePiece, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[CachePiece, ...]:
+        return (*self.earlier, CachePiece(self.start, self.caches))
 
 
 class Follower(Protocol):
@@ -71,6 +86,12 @@ class Follower(Protocol):
 
     def load(self, slot: int, waiting: Bytes) -> None:
         """The sequence went back to where `save` was called."""
+
+    def behind(self, slot: int) -> int:
+        """Rows that a draft would have to read."""
+
+    def catch_up(self, slot: int) -> None:
+        """Read them now, as far as their tokens are known."""
 
     def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
         """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
@@ -92,6 +113,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    idle_rows: int = 0
+    """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
     def __init__(self, manifest: Manifest, batch: int, capacity: int | None, longest: int) -> None:
         self.manifest, self.batch, self.longest = manifest, batch, longest
@@ -236,9 +259,13 @@ class Decoder(ABC):
             self.head.load(slot, mark.waiting)
         sequence.settled = True
 
-    def snapshot(self, slot: int = 0) -> Snapshot:
-        """Copy what the sequence has read: a mark and the used part of the caches."""
-        return Snapshot(self.mark(slot), self._save_caches(slot))
+    def snapshot(self, slot: int = 0, earlier: tuple[CachePiece, ...] = (), start: int = 0) -> Snapshot:
+        """Copy what the sequence has read: a mark and the used part of the caches. What `earlier` pieces hold of the same text is not
+        copied again: the caches are those from token `start` on."""
+        mark = self.mark(slot)
+        # The draft head's last row is not made before the next token is known: the piece before does not have it.
+        start = max(0, min(start, len(mark.tokens)) - 1)
+        return Snapshot(mark, self._save_caches(slot, start), start, earlier)
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
         """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since. Settles the sequence."""
@@ -254,9 +281,14 @@ class Decoder(ABC):
         self._make_room(length)
         sequence.settled = False
         sequence.replace(Prompt(()))  # the caches are no longer those of the old text, whatever happens next
-        self._load_caches(snapshot, slot)
+        for piece in snapshot.pieces:
+            self._load_caches(piece, slot)
         sequence.replace(snapshot.mark.prompt)
         self.rewind(snapshot.mark, slot)
+
+    def release(self, slot: int = 0) -> None:
+        """Forget the text, and give back the memory of its cache rows where the device can."""
+        self.reset(slot)
 
     # ---- what it cost ----
 
@@ -269,6 +301,10 @@ class Decoder(ABC):
     def binding_s(self) -> float:
         """Seconds spent on bindings, and on recording them, which happens once per kind of call."""
         return self._binding_s + (self.head.binding_s if self.head is not None else 0.0)
+
+    @abstractmethod
+    def sequence_bytes(self, length: int) -> int:
+        """Bytes of states and caches that a sequence of `length` tokens uses."""
 
     # ---- for the kinds ----
 
@@ -286,10 +322,10 @@ class Decoder(ABC):
         """Take the states of a mark."""
 
     @abstractmethod
-    def _save_caches(self, slot: int) -> dict[str, Bytes]: ...
+    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]: ...
 
     @abstractmethod
-    def _load_caches(self, snapshot: Snapshot, slot: int) -> None: ...
+    def _load_caches(self, piece: CachePiece, slot: int) -> None: ...
 
     @abstractmethod
     def _cache_names(self) -> list[str]:
@@ -299,7 +335,7 @@ class Decoder(ABC):
         """Allocate what a sequence of `length` tokens needs."""
 
     def _require_caches(self, snapshot: Snapshot, slot: int) -> None:
-        missing = [name for name in self._cache_names() if name not in snapshot.caches]
+        missing = [name for name in self._cache_names() for piece in snapshot.pieces if name not in piece.rows]
         if missing:
             raise ParameterError(
                 "the snapshot was taken without the draft head",

@@ -17,7 +17,7 @@ from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.call_plan import plan_calls
-from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
+from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
@@ -36,6 +36,8 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 _FIRST_ROWS = 2048
 _ROW_AXIS = 2
 _LONG_TEXT = 8192
+# A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
+_CPU_IDLE_ROWS = 3
 
 
 class CallShape(NamedTuple):
@@ -62,6 +64,7 @@ class DynamicDecoder(Decoder):
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session, device = session, session.device
         self.chunk = _chunk(device.kind, manifest)
+        self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
         self.cache_rows = min(self.capacity, _FIRST_ROWS) if device.kind == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         dims = {"B": batch, "S": self.cache_rows}
@@ -88,7 +91,7 @@ class DynamicDecoder(Decoder):
         return rows.array
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
-        calls = plan_calls(reads, self.tables.own)
+        calls = plan_calls(reads, self.tables.own, lambda slot: not self.sequences[slot].tokens, self.chunk)
         if len(calls) == 1:
             rows = self._execute([reads[index] for index in calls[0]])
             return [rows] if len(reads) == 1 else self._parts(calls[0], reads, rows)
@@ -106,7 +109,7 @@ class DynamicDecoder(Decoder):
         return parts
 
     def _execute(self, reads: Sequence[Read]) -> Rows:
-        """One call: a read, or reads of one token in neighboring slots."""
+        """One call: a read, or reads of neighboring slots that are as long."""
         one, b, T = reads[0], len(reads), len(reads[0].ids)
         first, slots = one.slot, range(one.slot, one.slot + b)
         sequences = self.sequences[first : first + b]
@@ -173,6 +176,16 @@ class DynamicDecoder(Decoder):
     def busy_s(self) -> float:
         return self.session.busy_s + (self.head.busy_s if self.head is not None else 0.0)
 
+    def release(self, slot: int = 0) -> None:
+        self.reset(slot)
+        for buffer in self._caches().values():
+            buffer.release(slot * buffer.row_bytes, buffer.row_bytes)
+
+    def sequence_bytes(self, length: int) -> int:
+        states = sum(self.states[name].row_bytes for name in self._fixed())
+        rows = sum(heads * width for heads, _, width in map(self._layout, self._caches().values()))
+        return states + self._transaction.slot_bytes + rows * length
+
     # ---- states ----
 
     def _mark(self, slot: int, waiting: Bytes) -> Mark:
@@ -194,15 +207,24 @@ class DynamicDecoder(Decoder):
         self._transaction.load(slot, mark.accepted, mark.pending)
         self.tables.restore(slot, mark.positions)
 
-    def _save_caches(self, slot: int) -> dict[str, Bytes]:
-        used = self.sequences[slot].length
-        return {name: np.ascontiguousarray(self._rows_of(b, b.read_row(slot))[:, :used]) for name, b in self._caches().items()}
-
-    def _load_caches(self, snapshot: Snapshot, slot: int) -> None:
+    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]:
+        """Only the rows that are used are touched: a capacity that no text has reached costs nothing."""
+        count = self.sequences[slot].length - start
+        made: dict[str, Bytes] = {}
         for name, buffer in self._caches().items():
-            row = buffer.read_row(slot)
-            self._rows_of(buffer, row)[:, : len(snapshot.mark.tokens)] = snapshot.caches[name]
-            buffer.write_row(slot, row)
+            heads, run, width = self._layout(buffer)
+            made[name] = np.empty((heads, count, width), np.uint8)
+            for head in range(heads):
+                at = slot * buffer.row_bytes + head * run + start * width
+                made[name][head] = buffer.read(at, count * width).reshape(count, width)
+        return made
+
+    def _load_caches(self, piece: CachePiece, slot: int) -> None:
+        for name, buffer in self._caches().items():
+            heads, run, width = self._layout(buffer)
+            for head in range(heads):
+                at = slot * buffer.row_bytes + head * run + piece.start * width
+                buffer.write(piece.rows[name][head].reshape(-1), at)
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -218,9 +240,11 @@ class DynamicDecoder(Decoder):
         heads = {f"mtp.{name}": buffer for name, buffer in self.head.caches.items()} if self.head is not None else {}
         return {name: self.states[name] for name in self._growing()} | heads
 
-    def _rows_of(self, buffer: Buffer, row: Bytes) -> Bytes:
-        """One sequence's cache [Hkv,S,D] as bytes [Hkv,S,D * element size]."""
-        return row.reshape(buffer.shape[1], self.cache_rows, -1)
+    def _layout(self, buffer: Buffer) -> tuple[int, int, int]:
+        """Of a cache [B,Hkv,S,D]: heads, bytes of one head of a sequence, and bytes of one of its rows."""
+        heads = buffer.shape[1]
+        run = buffer.row_bytes // heads
+        return heads, run, run // self.cache_rows
 
     def _make_room(self, length: int) -> None:
         """Have rotary tables for `length` tokens, and cache rows: those are doubled until they fit, which happens on CUDA only, a few times
@@ -245,7 +269,8 @@ class DynamicDecoder(Decoder):
     # ---- calls ----
 
     def _bind(self, shape: CallShape) -> BoundCall:
-        """Make the bindings for calls of one shape. Steps, drafts and whole chunks come back; odd sizes of prompts' ends are dropped."""
+        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are
+        dropped."""
         started = time.perf_counter()
         for old in [s for s in self._calls if not self._comes_back(s)]:
             del self._calls[old]
@@ -258,11 +283,12 @@ class DynamicDecoder(Decoder):
         return call
 
     def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T in (1, self.chunk)
+        return not shape.commit or shape.T in (1, self.chunk) or _is_power(shape.T)
 
     def _repeats(self, shape: CallShape) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences."""
-        return not shape.commit or (shape.T == 1 and shape.b == self.batch and shape.rows == 1)
+        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
+        step = shape.T == 1 and shape.rows == 1 and shape.first == 0
+        return not shape.commit or (step and (shape.b == self.batch or _is_power(shape.b)))
 
     def _record(self, call: BoundCall, shape: CallShape) -> None:
         """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
@@ -291,6 +317,11 @@ class DynamicDecoder(Decoder):
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
         return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=self._repeats(shape))
+
+
+def _is_power(count: int) -> bool:
+    """Whether it is a power of two."""
+    return count & (count - 1) == 0
 
 
 def _chunk(device: str, manifest: Manifest) -> int:

@@ -15,9 +15,10 @@ from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 
-Finish = Literal["", "stop", "length", "cancelled", "superseded", "abandoned", "overflow", "error"]
+Finish = Literal["", "stop", "length", "cancelled", "superseded", "abandoned", "deadline", "overflow", "error"]
 """Why an answer ended: at a stop token or stop string; after max_new_tokens; by `cancel()`; because the same model began another answer;
-because its iterator was closed; because the context is full (ContextOverflow is raised); because something else was raised."""
+because its iterator was closed; at its deadline; because the context is full (ContextOverflow is raised); because something else was
+raised."""
 
 
 @dataclass
@@ -82,7 +83,8 @@ class Statistics:
 @dataclass
 class Request:
     """A prompt, and when to stop. `media` are its pictures and videos. `mark_at`: tokens of the prompt that the next turn's prompt will
-    begin with. `progress` is called while the prompt is read, with the tokens read so far and all of them."""
+    begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of `time.monotonic()` after which an engine ends the
+    answer. `progress` is called while the prompt is read, with the tokens read so far and all of them."""
 
     ids: Sequence[int]
     sampler: Sampler
@@ -94,6 +96,8 @@ class Request:
     """What `Statistics.finish` becomes when `cancelled` is set."""
     media: tuple[Media, ...] = ()
     progress: Callable[[int, int], None] | None = None
+    user_turn: bool = True
+    deadline: float | None = None
 
     def go_on(self, read: int) -> bool:
         """Between two parts of the prompt: whether to read the next one."""

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.bundle_contract import TOP_IDS as TOP_IDS
+from qwen_export.bundle_contract import TOP_LOGITS as TOP_LOGITS
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 Floats = npt.NDArray[np.float32]
-
-TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
-"""Names of the graph outputs with the largest entries: f32 and i32 [..,K], larger first, of equal ones the lower id first."""
 
 
 class Top(NamedTuple):

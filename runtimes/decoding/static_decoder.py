@@ -14,7 +14,7 @@ import numpy as np
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.decoding.decoder import Decoder, Logits, Mark, Snapshot
+from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
@@ -170,6 +170,10 @@ class StaticDecoder(Decoder):
     def binding_s(self) -> float:
         return sum(graph.session.binding_s for graph in self._graphs.values()) + (self.head.prepared_s if self.head is not None else 0.0)
 
+    def sequence_bytes(self, length: int) -> int:
+        caches = list(self._caches(0).values())
+        return sum(states.row_bytes(cache) for states, cache in caches) * length + self._states[0].fixed_bytes
+
     # ---- states ----
 
     def mark(self, slot: int = 0) -> Mark:
@@ -198,13 +202,13 @@ class StaticDecoder(Decoder):
         self._accepted[slot] = 0
         self.tables.restore(slot, mark.positions)
 
-    def _save_caches(self, slot: int) -> dict[str, Bytes]:
+    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]:
         used = self.sequences[slot].length
-        return {name: states.used_rows(cache, used) for name, (states, cache) in self._caches(slot).items()}
+        return {name: states.rows(cache, start, used) for name, (states, cache) in self._caches(slot).items()}
 
-    def _load_caches(self, snapshot: Snapshot, slot: int) -> None:
+    def _load_caches(self, piece: CachePiece, slot: int) -> None:
         for name, (states, cache) in self._caches(slot).items():
-            states.set_rows(cache, snapshot.caches[name])
+            states.set_rows(cache, piece.start, piece.rows[name])
 
     def _cache_names(self) -> list[str]:
         return list(self._caches(0))

@@ -1,10 +1,5 @@
-"""The graphs of a bundle with fixed shapes, and the memory of one sequence that they work on.
-
-    decoder      one token that is committed, with logits          mtp           one row of the draft head, with logits
-    verify       W tokens whose fate may be open, all logits       mtp_verify    up to W rows, the logits of one
-    prefill      T tokens of a prompt, no logits                   mtp_prefill   up to T rows, no logits
-
-A call with fewer tokens is padded. `verify` is there with speculation, the right column with a draft head.
+"""The graphs of a bundle with fixed shapes (`bundle_contract.py` has the table), and the memory of one sequence that they work on. A call
+with fewer tokens is padded.
 """
 
 from __future__ import annotations
@@ -15,15 +10,19 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.bundle_contract import DECODER_GRAPHS as DECODER_GRAPHS
+from qwen_export.bundle_contract import HEAD_GRAPHS as HEAD_GRAPHS
+from qwen_export.bundle_contract import HEAD_PROMPT as HEAD_PROMPT
+from qwen_export.bundle_contract import HEAD_STEP as HEAD_STEP
+from qwen_export.bundle_contract import HEAD_VERIFY as HEAD_VERIFY
+from qwen_export.bundle_contract import PROMPT as PROMPT
+from qwen_export.bundle_contract import STEP as STEP
+from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
-
-STEP, VERIFY, PROMPT = "decoder", "verify", "prefill"
-HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT = "mtp", "mtp_verify", "mtp_prefill"
-DECODER_GRAPHS, HEAD_GRAPHS = (STEP, VERIFY, PROMPT), (HEAD_STEP, HEAD_VERIFY, HEAD_PROMPT)
 
 
 def is_static(manifest: Manifest) -> bool:
@@ -147,20 +146,33 @@ class StaticStates:
                 call.bind_output(tensor.name, pair[at] if state.in_place else pair[1 - at])
         return call
 
-    def used_rows(self, name: str, count: int) -> npt.NDArray[np.uint8]:
-        """A copy of the first `count` slots of a cache [1,Hkv,S,D], as bytes [Hkv,count,D * element size]."""
-        return np.ascontiguousarray(self._rows(name)[:, :count])
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the states, whatever the length of the text."""
+        return sum(self.now(name).nbytes for name in self.fixed)
 
-    def set_rows(self, name: str, rows: npt.NDArray[np.uint8]) -> None:
-        """What `used_rows` gave, back into the first slots."""
-        whole = self._rows(name)
-        whole[:, : rows.shape[1]] = rows
-        self.now(name).write(whole.reshape(-1))
+    def row_bytes(self, name: str) -> int:
+        """Bytes that one token has in a cache."""
+        heads, _, width = self._layout(name)
+        return heads * width
 
-    def _rows(self, name: str) -> npt.NDArray[np.uint8]:
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """A copy of slots `start` .. `stop - 1` of a cache [1,Hkv,S,D], as bytes [Hkv,slots,D * element size]."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        parts = [buffer.read((head * slots + start) * width, (stop - start) * width) for head in range(heads)]
+        return np.stack(parts).reshape(heads, stop - start, width)
+
+    def set_rows(self, name: str, start: int, rows: npt.NDArray[np.uint8]) -> None:
+        """What `rows` gave, back into slots from `start` on."""
+        buffer, (heads, slots, width) = self.now(name), self._layout(name)
+        for head in range(heads):
+            buffer.write(rows[head].reshape(-1), (head * slots + start) * width)
+
+    def _layout(self, name: str) -> tuple[int, int, int]:
+        """Heads and slots of a cache, and bytes of one slot of a head."""
         buffer = self.now(name)
         heads, slots = buffer.shape[1:3]
-        return buffer.read().reshape(heads, slots, buffer.nbytes // prod((heads, slots)))
+        return heads, slots, buffer.nbytes // prod((heads, slots))
 
 
 def fixed(shape: tuple[int | str, ...]) -> tuple[int, ...]:

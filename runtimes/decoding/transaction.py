@@ -33,6 +33,11 @@ class Transaction:
         self._set_of = [0] * slots
         self.accepted = [0] * slots
 
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot in both sets."""
+        return sum(buffer.row_bytes for one in self._sets for buffer in one.values())
+
     def inputs(self, which: int, first: int, count: int) -> dict[str, Buffer]:
         """What a call of `count` slots reads: set `which`."""
         return {name: buffer.rows(first, count) for name, buffer in self._sets[which].items()}

@@ -50,6 +50,9 @@ class Buffer(ABC):
     def write(self, data: Bytes, offset: int = 0) -> None:
         """Replace the bytes from `offset` on."""
 
+    def release(self, offset: int, nbytes: int) -> None:  # noqa: B027 - most memory cannot be given back in part
+        """These bytes are not needed: where the device can, their memory is free until they are written again. They then hold anything."""
+
     def write_ints(self, values: Sequence[int]) -> None:
         """Replace the whole contents, of an integer type."""
         self.write(np.array(values, NUMPY[self.dtype]).view(np.uint8))

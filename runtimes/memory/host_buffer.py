@@ -20,14 +20,16 @@ class HostBuffer(Buffer):
         super().__init__(dtype, shape)
         self._map: mmap.mmap | None
         self._bytes: Bytes
+        self._map_address: int
         if whole is not None:
-            self._map, self._bytes = whole._map, whole._bytes[offset : offset + self.nbytes]
+            self._map, self._bytes, self._map_address = whole._map, whole._bytes[offset : offset + self.nbytes], whole._map_address
         elif self.nbytes < _MAPPED_FROM or sys.platform == "win32":
-            self._map, self._bytes = None, np.zeros(self.nbytes, np.uint8)
+            self._map, self._bytes, self._map_address = None, np.zeros(self.nbytes, np.uint8), 0
         else:  # fresh pages: an allocator may hand out memory that was used before, and has to clear it
             spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
             self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             pages = np.frombuffer(self._map, np.uint8)
+            self._map_address = int(pages.ctypes.data)
             self._begin = -int(pages.ctypes.data) % _HUGE_PAGE if spare else 0
             self._bytes = pages[self._begin : self._begin + self.nbytes]
         self._memory = self._bytes.data
@@ -57,6 +59,14 @@ class HostBuffer(Buffer):
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         assert isinstance(other, HostBuffer)
         self._memory[offset : offset + nbytes] = other._memory[start : start + nbytes]
+
+    def release(self, offset: int, nbytes: int) -> None:
+        if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        begin = self.address - self._map_address + offset
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, (begin + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def write_ints(self, values: Sequence[int]) -> None:
         if self._ints is None:

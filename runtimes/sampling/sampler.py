@@ -152,6 +152,16 @@ class Sampler:
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
         self._penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
+    @property
+    def plain(self) -> bool:
+        """Whether a choice depends on nothing but its row of logits, and penalties."""
+        return self._constraint is None and not self._rules
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that occurred count less, or more."""
+        return self._penalizes
+
     def distribution(self, logits: Logits | Row, history: TokenHistory | None = None) -> Distribution:
         """What `sample` draws from. `logits`: float[V], left unchanged, or a row that has its largest entries: the result is the same.
         Speculative sampling needs it of draft and target alike.

@@ -68,6 +68,13 @@ class TokenHistory:
         count = int(self._counts[slot])
         return count > 0 or bool(self._in_prompt[slot]), count
 
+    def of_each(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """As `of`, for ids i32[n]: bool[n] and i64[n]."""
+        slots = np.array([self._slot.get(token, -1) for token in ids.tolist()])
+        known = slots >= 0
+        counts = np.where(known, self._counts[slots], 0)
+        return known & ((counts > 0) | self._in_prompt[slots]), counts
+
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and counts (>= 1) of the generated tokens."""
         used = len(self._slot)

@@ -32,6 +32,9 @@ class Draft:
 class Acceptance(Protocol):
     """`ahead` counts tokens from the next one of the answer (0)."""
 
+    def number(self, ahead: int) -> float:
+        """The number in [0, 1) that chooses a token where there is no draft of it."""
+
     def draft(self, q: Distribution, ahead: int) -> int:
         """Draw a draft."""
 
@@ -45,6 +48,9 @@ class Acceptance(Protocol):
 class Rejection:
     def __init__(self, rng: np.random.Generator) -> None:
         self._rng = rng
+
+    def number(self, ahead: int) -> float:
+        return self._rng.random()
 
     def draft(self, q: Distribution, ahead: int) -> int:
         return q.draw(self._rng.random()) if len(q.ids) > 1 else int(q.ids[0])
@@ -66,10 +72,13 @@ class SharedNumbers:
         self._rng = rng
         self._coming: list[float] = []
 
-    def draft(self, q: Distribution, ahead: int) -> int:
+    def number(self, ahead: int) -> float:
         while len(self._coming) <= ahead:
             self._coming.append(self._rng.random())
-        return q.draw(self._coming[ahead])
+        return self._coming[ahead]
+
+    def draft(self, q: Distribution, ahead: int) -> int:
+        return q.draw(self.number(ahead))
 
     def token(self, p: Distribution, draft: Draft | None, ahead: int) -> int:
         return self.draft(p, ahead)

@@ -10,6 +10,7 @@ might pay is tried, which costs a few rounds at the start and now and then one, 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from typing import Protocol
 
 # What a measurement still counts a round later: acceptance half after 64 rounds, for texts change; times after 256 of the same length.
@@ -155,12 +156,17 @@ class AdaptiveLength:
         return min(self._tried, limit) if self._rounds >= self._next_try else self._best
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
+        self.observe_rows(drafted, [(drafted, accepted)], seconds)
+
+    def observe_rows(self, drafted: int, rows: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A round of several sequences: drafts made and kept of each, at most `drafted`."""
         if self._rest:
             self._rest -= 1
             return
         self._times.add(drafted, seconds)
-        if drafted:
-            self._acceptance.add(drafted, accepted)
+        for own, accepted in rows:
+            if own:
+                self._acceptance.add(own, accepted)
         self._rounds += 1
         if self._rounds % _LOOK_EVERY == 0 or not self._times.known(drafted):
             self._looked = False

@@ -59,7 +59,7 @@ def lowered(shape: Shape, weights: dict[str, Array]) -> ir.Model:
     model = ir.Model(graph, ir_version=10)
     sizes = {"linear_num_key_heads": shape.Hk, "linear_num_value_heads": shape.Hv, "linear_conv_kernel_dim": shape.K}
     config = parse_config(tiny_config(**sizes, linear_key_head_dim=shape.Dk, linear_value_head_dim=shape.Dv)).text
-    lower_mixers(model, PassContext(config, "fp32", {gated_delta_net.name: Choice("linear_attention", ())}, speculation=True))
+    lower_mixers(model, PassContext(config, "fp32", {gated_delta_net.name: Choice("builtin_cpu", ())}, speculation=True))
     for value in graph.initializers.values():
         weight = weight_of(value)
         if weight is not None:

@@ -19,6 +19,7 @@ FAST = (
     "test_directml.py",
     "test_draft_policy.py",
     "test_engine_options.py",
+    "test_engine_prefixes.py",
     "test_errors.py",
     "test_gated_attention_op.py",
     "test_graph_invariants.py",

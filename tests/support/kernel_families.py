@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwen_export.manifest import Manifest
-from qwen_export.plugins.native.native_library import NATIVE
+from qwen_export.plugins.native.native_library import find_library
 
 FAMILIES = ("plugin", "builtin", "onnx")
 
@@ -15,10 +15,13 @@ TOLERANCE = {
     # A row has the same bits alone, in a batch and in a prompt: sums are taken in one order.
     "plugin": 0.0,
     # The others choose the order of a sum by the shape of the call.
-    "builtin": 1e-5,
-    "onnx": 1e-5,
+    "builtin": 5e-5,
+    "onnx": 5e-5,
 }
-"""Largest difference of a logit, and of an entry of a state as a share of the entry, between two ways to read the same tokens."""
+"""Largest difference of a logit, absolute, and of an entry of a state, as a share of it, between two ways to read the same tokens."""
+
+
+needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="the CPU kernels are not compiled, or switched off")
 
 
 def family_of(manifest: Manifest) -> str:
@@ -29,5 +32,4 @@ def family_of(manifest: Manifest) -> str:
 
 def family_cases() -> list[Any]:
     """The families, as cases of a test. `make test-builtin` runs without the plugin."""
-    missing = pytest.mark.skipif(NATIVE["cpu"].find() is None, reason="the CPU kernels are not compiled, or switched off")
-    return [pytest.param(name, marks=missing) if name == "plugin" else name for name in FAMILIES]
+    return [pytest.param(name, marks=needs_plugin) if name == "plugin" else name for name in FAMILIES]

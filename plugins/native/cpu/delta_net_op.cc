@@ -30,8 +30,8 @@ float* scratch(size_t floats) {
 
 class DeltaNetKernel {
  public:
-  explicit DeltaNetKernel(const Ort::ConstKernelInfo& info)
-      : key_heads_(info.GetAttribute<int64_t>("key_heads")), epsilon_(info.GetAttribute<float>("epsilon")) {}
+  explicit DeltaNetKernel(const Attributes& info)
+      : key_heads_(info.integer("key_heads")), epsilon_(info.real("epsilon")) {}
 
   void compute(Call& call) {
     const Shape qkvz = call.shape(kQkvz), conv = call.shape(kConvWeight), history = call.shape(kHistory), state = call.shape(kState);
@@ -86,9 +86,9 @@ class DeltaNetKernel {
 
 }  // namespace
 
-void add_delta_net(Ort::CustomOpDomain& domain) {
+void add_delta_net(Domain& domain) {
   static const Operator<DeltaNetKernel> delta_net({"DeltaNetTransaction", "ffffffff" "f?f?l?l?", "fff"});
-  domain.Add(&delta_net);
+  domain.add(delta_net);
 }
 
 }  // namespace qwen

@@ -1,7 +1,7 @@
 // The matrices of all experts of a layer, w [E,N,K], in the forms that the Moe ops read: products of one expert with a few rows.
 //
 // Each form has
-//   unit                          columns of a product are asked for in multiples of it
+//   unit                          columns of a product are computed in multiples of it
 //   input_bytes(rows)             memory of so many rows of activations in the order of the kernels
 //   prepare(rows, count, input)   brings them into it
 //   swiglu(e, input, ...)         columns first..last-1 of silu(x gate^T) * (x up^T), where w has N/2 gate rows, then N/2 up rows

@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kTaskWeights = 64 << 10, kTasks = 512;
 // With many rows a task is longer anyway, and reads all of x.
 constexpr int64_t kManyRows = 16;
-// Rows that are packed before the threads are asked to help.
+// Values that one thread packs; more are packed by all threads.
 constexpr int64_t kFewValues = 32 << 10;
 
 // The rows of x in the order of the kernels, in memory that the thread keeps.
@@ -48,7 +48,7 @@ void run(const Call& call, const Product& p) {
 template <bool bf16>
 class LinearKernel {
  public:
-  explicit LinearKernel(const Ort::ConstKernelInfo& info) : eps_(info.GetAttribute<float>("epsilon")) {}
+  explicit LinearKernel(const Attributes& info) : eps_(info.real("epsilon")) {}
 
   void compute(Call& call) {
     Shape shape = call.shape(0);
@@ -72,7 +72,7 @@ class LinearKernel {
 template <bool bf16>
 class SwiGluKernel {
  public:
-  explicit SwiGluKernel(const Ort::ConstKernelInfo& info) : eps_(info.GetAttribute<float>("epsilon")) {}
+  explicit SwiGluKernel(const Attributes& info) : eps_(info.real("epsilon")) {}
 
   void compute(Call& call) {
     Shape shape = call.shape(0);
@@ -93,16 +93,16 @@ class SwiGluKernel {
 };
 
 template <bool bf16>
-void add(Ort::CustomOpDomain& domain) {
+void add(Domain& domain) {
   static const Operator<LinearKernel<bf16>> linear({"Linear", bf16 ? "fhf?f?" : "fff?f?", "f"});
   static const Operator<SwiGluKernel<bf16>> swiglu({"SwiGlu", bf16 ? "fhf?" : "fff?", "f"});
-  domain.Add(&linear);
-  domain.Add(&swiglu);
+  domain.add(linear);
+  domain.add(swiglu);
 }
 
 }  // namespace
 
-void add_linear(Ort::CustomOpDomain& domain) {
+void add_linear(Domain& domain) {
   add<false>(domain);
   add<true>(domain);
 }

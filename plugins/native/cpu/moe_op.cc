@@ -7,7 +7,7 @@
 //           prefixes gate_up_ and down_, bits, block, zeros and wide_scales
 // Attribute of both: top_k.
 //
-// Tokens are brought together by expert, so that each selected expert's weights are read once per call (once per kWorkspace of activations).
+// Tokens are grouped by expert, so that each selected expert's weights are read once per call (once per kWorkspace of activations).
 // A token's result has the same bits whatever other tokens are in the call: products of rows are independent of each other (product.h,
 // quant.h), and a token's experts are summed in their order.
 
@@ -167,7 +167,7 @@ void run_all(Call& call, const Sizes& s, const Experts& gate_up, const Experts& 
 template <bool gate_up_bf16, bool down_bf16>
 class MoeKernel {
  public:
-  explicit MoeKernel(const Ort::ConstKernelInfo& info) : top_k_(info.GetAttribute<int64_t>("top_k")) {}
+  explicit MoeKernel(const Attributes& info) : top_k_(info.integer("top_k")) {}
 
   void compute(Call& call) {
     const Sizes s(call, top_k_);
@@ -185,9 +185,9 @@ class MoeKernel {
 
 class QuantMoeKernel {
  public:
-  explicit QuantMoeKernel(const Ort::ConstKernelInfo& info)
-      : top_k_(info.GetAttribute<int64_t>("top_k")),
-        inner_(info.GetAttribute<int64_t>("inner")),
+  explicit QuantMoeKernel(const Attributes& info)
+      : top_k_(info.integer("top_k")),
+        inner_(info.integer("inner")),
         gate_up_(format_of(info, "gate_up_")),
         down_(format_of(info, "down_")) {
     expect(inner_ > 0 && inner_ % kPanelRows == 0, "QuantMoe: the width of an expert must be a multiple of 16");
@@ -200,8 +200,8 @@ class QuantMoeKernel {
   }
 
  private:
-  static QuantFormat format_of(const Ort::ConstKernelInfo& info, const std::string& prefix) {
-    const auto value = [&](const char* name) { return info.GetAttribute<int64_t>((prefix + name).c_str()); };
+  static QuantFormat format_of(const Attributes& info, const std::string& prefix) {
+    const auto value = [&](const char* name) { return info.integer(prefix + name); };
     QuantFormat format;
     format.bits = int(value("bits"));
     format.block = int(value("block"));
@@ -219,7 +219,7 @@ class QuantMoeKernel {
   }
 
   static const uint8_t* packed(const Call& call, size_t input, const QuantFormat& format, size_t E) {
-    expect(call.shape(input) == Shape({int64_t(E), format.panels(), int64_t(format.panel_bytes())}), "QuantMoe: the packed experts have another size than their format says");
+    expect(call.shape(input) == Shape({int64_t(E), format.panels(), int64_t(format.panel_bytes())}), "QuantMoe: the packed experts do not have the size of their format");
     return call.input<uint8_t>(input);
   }
 
@@ -229,17 +229,17 @@ class QuantMoeKernel {
 
 }  // namespace
 
-void add_moe(Ort::CustomOpDomain& domain) {
+void add_moe(Domain& domain) {
   static const Operator<MoeKernel<false, false>> fp32({"Moe", "ffff", "f"});
   static const Operator<MoeKernel<true, true>> bf16({"Moe", "ffhh", "f"});
   static const Operator<MoeKernel<true, false>> bf16_fp32({"Moe", "ffhf", "f"});
   static const Operator<MoeKernel<false, true>> fp32_bf16({"Moe", "fffh", "f"});
   static const Operator<QuantMoeKernel> quant({"QuantMoe", "ffbb", "f"});
-  domain.Add(&fp32);
-  domain.Add(&bf16);
-  domain.Add(&bf16_fp32);
-  domain.Add(&fp32_bf16);
-  domain.Add(&quant);
+  domain.add(fp32);
+  domain.add(bf16);
+  domain.add(bf16_fp32);
+  domain.add(fp32_bf16);
+  domain.add(quant);
 }
 
 }  // namespace qwen

@@ -5,10 +5,10 @@
 
 namespace qwen {
 
-void add_linear(Ort::CustomOpDomain& domain);     // linear_op.cc
-void add_delta_net(Ort::CustomOpDomain& domain);  // delta_net_op.cc
-void add_moe(Ort::CustomOpDomain& domain);        // moe_op.cc
-void add_quantized(Ort::CustomOpDomain& domain);  // quant_linear_op.cc
-void add_top_logits(Ort::CustomOpDomain& domain);  // top_logits_op.cc
+void add_linear(Domain& domain);     // linear_op.cc
+void add_delta_net(Domain& domain);  // delta_net_op.cc
+void add_moe(Domain& domain);        // moe_op.cc
+void add_quantized(Domain& domain);  // quant_linear_op.cc
+void add_top_logits(Domain& domain);  // top_logits_op.cc
 
 }  // namespace qwen

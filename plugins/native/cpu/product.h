@@ -1,4 +1,4 @@
-// y = x w^T over a weight [N,K] in the checkpoint's order, read where it lies: the kernels of Linear and SwiGlu.
+// y = x w^T over a weight [N,K] in the checkpoint's order, read in place: the kernels of Linear and SwiGlu.
 //
 // A result is the sum over k in one order, whatever M is and however the work is split: lane k mod L of one vector accumulator, then the
 // lanes. A row gives the same bits alone and among others, so that a token checked in a batch of drafts is the token that decoding makes.

@@ -1,4 +1,4 @@
-// Quantized matrices: how they lie in the file, and the kernels on them.
+// Quantized matrices: how they are stored in the file, and the kernels on them.
 //
 // A matrix w [N,K] is cut into panels of 16 rows, and each row into blocks of `block` values (the last one is filled up with codes that
 // nothing multiplies). w[n,k] = scale * (code - zero), with a scale per row and block, and a zero per row and block or one for all. A panel is
@@ -10,7 +10,7 @@
 //                           [block / 8][16][4] u8 (4 bits): byte j of a row has value 8 g + j in its low half, 8 g + 4 + j in its high half
 //
 // so that a product reads one stream of whole cache lines, 64 bytes of which feed one multiply-add of bytes for 16 rows. Panels follow each
-// other: the first rows of a matrix are a matrix of the same form. Products read it where it lies in the mapped file, nothing is copied;
+// other: the first rows of a matrix are a matrix of the same form. Products read it in the mapped file, nothing is copied;
 // graphs/quantization/packing.py writes it.
 //
 // Activations are quantized per row and block to -127..127. A block's products are summed in integers, which is exact in any order, and
@@ -27,7 +27,7 @@ namespace qwen {
 constexpr int kPanelRows = 16;
 constexpr int kMostTileRows = 8;
 constexpr int kQuantUnit = 32;   // blocks are multiples of this
-constexpr int kGroupBlocks = 4;  // blocks whose scales lie together
+constexpr int kGroupBlocks = 4;  // blocks whose scales are stored together
 
 struct QuantFormat {
   int bits = 0;   // 4 or 8

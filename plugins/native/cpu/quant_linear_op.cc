@@ -21,14 +21,14 @@ namespace {
 // About as much as stays in a core's second cache beside the activations of a few tiles.
 constexpr size_t kGroupBytes = 48 << 10;
 
-QuantFormat format_of(const Ort::ConstKernelInfo& info) {
+QuantFormat format_of(const Attributes& info) {
   QuantFormat format;
-  format.bits = int(info.GetAttribute<int64_t>("bits"));
-  format.block = int(info.GetAttribute<int64_t>("block"));
-  format.N = info.GetAttribute<int64_t>("N");
-  format.K = info.GetAttribute<int64_t>("K");
-  format.zeros = info.GetAttribute<int64_t>("zeros") != 0;
-  format.wide_scales = info.GetAttribute<int64_t>("wide_scales") != 0;
+  format.bits = int(info.integer("bits"));
+  format.block = int(info.integer("block"));
+  format.N = info.integer("N");
+  format.K = info.integer("K");
+  format.zeros = info.integer("zeros") != 0;
+  format.wide_scales = info.integer("wide_scales") != 0;
   expect(format.bits == 4 || format.bits == 8, "a quantized matrix must have 4 or 8 bits");
   expect(format.block >= kQuantUnit && format.block <= 256 && format.block % kQuantUnit == 0, "the block of a quantized matrix must be a multiple of 32, up to 256");
   expect(format.N > 0 && format.K > 0, "a quantized matrix must not be empty");
@@ -37,7 +37,7 @@ QuantFormat format_of(const Ort::ConstKernelInfo& info) {
 
 const uint8_t* packed_input(const Call& call, size_t index, const QuantFormat& format) {
   const Shape shape = call.shape(index);
-  expect(shape.size() == 2 && shape[1] == int64_t(format.panel_bytes()) && shape[0] >= format.panels(), "the packed matrix has another size than its format says");
+  expect(shape.size() == 2 && shape[1] == int64_t(format.panel_bytes()) && shape[0] >= format.panels(), "the packed matrix does not have the size of its format");
   return call.input<uint8_t>(index);
 }
 
@@ -102,7 +102,7 @@ void over_panels(const Call& call, const Activations& activations, int64_t panel
 
 class QuantLinearKernel {
  public:
-  explicit QuantLinearKernel(const Ort::ConstKernelInfo& info) : format_(format_of(info)), epsilon_(info.GetAttribute<float>("epsilon")) {}
+  explicit QuantLinearKernel(const Attributes& info) : format_(format_of(info)), epsilon_(info.real("epsilon")) {}
 
   void compute(Call& call) {
     static const auto product = QWEN_BEST(quant_panel);
@@ -137,7 +137,7 @@ class QuantLinearKernel {
 
 class QuantSwiGluKernel {
  public:
-  explicit QuantSwiGluKernel(const Ort::ConstKernelInfo& info) : format_(format_of(info)), epsilon_(info.GetAttribute<float>("epsilon")) {
+  explicit QuantSwiGluKernel(const Attributes& info) : format_(format_of(info)), epsilon_(info.real("epsilon")) {
     expect(format_.N % (2 * kPanelRows) == 0, "QuantSwiGlu: gate and up must each have a multiple of 16 rows");
   }
 
@@ -170,7 +170,7 @@ class QuantSwiGluKernel {
 
 class QuantGatherKernel {
  public:
-  explicit QuantGatherKernel(const Ort::ConstKernelInfo& info) : format_(format_of(info)) {}
+  explicit QuantGatherKernel(const Attributes& info) : format_(format_of(info)) {}
 
   void compute(Call& call) {
     static const auto row = QWEN_BEST(quant_row);
@@ -190,13 +190,13 @@ class QuantGatherKernel {
 
 }  // namespace
 
-void add_quantized(Ort::CustomOpDomain& domain) {
+void add_quantized(Domain& domain) {
   static const Operator<QuantLinearKernel> linear({"QuantLinear", "fbf?f?", "f"});
   static const Operator<QuantSwiGluKernel> swiglu({"QuantSwiGlu", "fbf?", "f"});
   static const Operator<QuantGatherKernel> gather({"QuantGather", "lb", "f"});
-  domain.Add(&linear);
-  domain.Add(&swiglu);
-  domain.Add(&gather);
+  domain.add(linear);
+  domain.add(swiglu);
+  domain.add(gather);
 }
 
 }  // namespace qwen

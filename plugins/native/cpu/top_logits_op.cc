@@ -12,7 +12,7 @@ namespace {
 // logits f32 [...,V]  ->  values f32 [...,K], ids i32 [...,K], sorted; K = min(attribute k, V)
 class TopLogitsKernel {
  public:
-  explicit TopLogitsKernel(Ort::ConstKernelInfo info) : k_(info.GetAttribute<int64_t>("k")) {
+  explicit TopLogitsKernel(const Attributes& info) : k_(info.integer("k")) {
     expect(k_ > 0, "TopLogits: k must be positive");
   }
 
@@ -53,9 +53,9 @@ class TopLogitsKernel {
 
 }  // namespace
 
-void add_top_logits(Ort::CustomOpDomain& domain) {
+void add_top_logits(Domain& domain) {
   static const Operator<TopLogitsKernel> op({"TopLogits", "f", "fi"});
-  domain.Add(&op);
+  domain.add(op);
 }
 
 }  // namespace qwen

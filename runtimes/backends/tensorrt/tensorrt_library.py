@@ -73,7 +73,7 @@ FLAVOURS: dict[str, Flavour] = {
             "pip install tensorrt-rtx-cu13-libs tensorrt-rtx-cu13-bindings",
             {
                 TIMING_CACHE: "kernels are chosen without measuring them and compiled on the machine that runs them",
-                HARDWARE_COMPATIBILITY: "an engine is for the GPUs that --sm lists, several at a time",
+                HARDWARE_COMPATIBILITY: "an engine is for the GPUs that {sms} lists, several at a time",
                 VERSION_COMPATIBILITY: "each of its versions runs only the engines that it has built",
                 TILING: "its compiler makes the same program at every level",
                 AOT_PLUGINS: "there is no tensorrt.plugin package and no IPluginV3QuickAOTBuild",

@@ -100,7 +100,7 @@ void delta_net_head(const DeltaNet& net, int64_t task, float* scratch) {
   do {
     const int64_t left = total - start, n = left < kBlock ? left : kBlock, first = kept > start ? kept - start : 0;
     head.prepare(start, n, to_q, to_k, to_v, decay, beta, Dk, Dv);
-    const int64_t until = keep - start;  // how many of this block are committed; 0: all before it were, and their state lies in its place
+    const int64_t until = keep - start;  // how many of this block are committed; 0: all before it were, and their state is stored
     const bool committed = until >= n;
     const Span span = {n,          first,  committed ? n : until == 0 && start > 0 ? -1 : until, before, state, left > n ? beyond : nullptr,
                        net.Dk, net.Dv, m, tile};
@@ -109,7 +109,7 @@ void delta_net_head(const DeltaNet& net, int64_t task, float* scratch) {
     before = committed ? state : beyond;
     start += n;
   } while (start < total);
-  // Nobody reads these rows, but they are part of the tensor.
+  // No caller reads these rows, but they are part of the tensor.
   for (int64_t t = fresh; t < net.T; t++) std::memset(net.y + ((b * net.T + t) * net.Hv + h) * net.Dv, 0, size_t(net.Dv) * sizeof(float));
 }
 

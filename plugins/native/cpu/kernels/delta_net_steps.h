@@ -17,7 +17,7 @@ struct Tokens {
   int64_t key_stride, value_stride;
 };
 
-// m = S^T k, the state as it lies
+// m = S^T k, the state as it is stored
 template <int NV>
 inline void read_key(const float* S, int64_t stride, int64_t Dk, const float* k, Vector* m) {
   for (int j = 0; j < NV; j++) m[j] = Vector{};

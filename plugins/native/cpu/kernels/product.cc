@@ -22,7 +22,7 @@ size_t padded(size_t K) { return (K + kLanes - 1) / kLanes * kLanes; }
 
 size_t group_begin(size_t group, size_t M) { return group * M / packed_groups(M); }
 
-// Four rows of the weight, where they lie.
+// Four rows of the weight, in place.
 template <typename W>
 struct Rows {
   const W* row[kColumns];

@@ -32,7 +32,7 @@ inline float half_to_float(uint16_t bits) {
   return value;
 }
 
-// Asks for what is read soon: codes follow codes, and the next panel follows this one.
+// Prefetches what is read soon: codes follow codes, and the next panel follows this one.
 template <int BYTES>
 inline void ahead(const uint8_t* codes) {
 #if defined(__AVX2__)

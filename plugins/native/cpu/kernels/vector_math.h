@@ -1,4 +1,4 @@
-// Arithmetic on whole vectors in which every rounding is written out: products and sums are fused where `fma` says so and nowhere else, so
+// Arithmetic on whole vectors in which every rounding is written out: products and sums are fused by `fma` and nowhere else, so
 // that the same formula gives the same bits wherever it stands.
 #pragma once
 

@@ -10,7 +10,7 @@ from qwen_export.graphs.passes.recognize_linear import is_linear
 from qwen_export.graphs.weights.expression import weight_of
 from qwen_export.plugins.emitter import Shared
 from qwen_export.plugins.native.native_library import NATIVE
-from qwen_export.plugins.onnxruntime.simple_ops import lower_fused_matmul
+from qwen_export.plugins.onnxruntime.linear_builtin import lower_linear_builtin
 from qwen_export.plugins.rewrite import Replacement
 
 LINEAR, SWIGLU = "Linear", "SwiGlu"
@@ -19,11 +19,11 @@ NORM_INPUT = {LINEAR: 3, SWIGLU: 2}
 _RESIDUAL_INPUT = 2
 
 
-def lower_native_linear(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+def lower_linear_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """qwen::linear(x, w) -> qwen.native::Linear(x, w), or FusedMatMul(x, w, transB=1) where it does not take the width of the result"""
     weight = weight_of(node.inputs[1])
     if weight is not None and weight.shape[0] % context.choices[LINEAR_OP].columns:
-        return lower_fused_matmul(graph, node, context, shared)
+        return lower_linear_builtin(graph, node, context, shared)
     product = new_node(NATIVE, LINEAR, list(node.inputs), like=node.outputs[0], epsilon=0.0)
     return [product], list(product.outputs)
 
@@ -49,6 +49,6 @@ def with_residual(node: ir.Node, residual: ir.Value) -> ir.Node:
 
 
 def put(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    """`new` in the place of `old`, with the shape of its result."""
+    """Replace `old` by `new`, which gets the shape of its result."""
     new.outputs[0].shape = old.outputs[0].shape
     replace_node(graph, old, [new], new.outputs)

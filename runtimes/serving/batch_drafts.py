@@ -1,0 +1,75 @@
+"""Drafts for several sequences: one round of the draft head for all of them, each with its own number of drafts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.serving.served_call import ServedCall
+from qwen_export.runtimes.speculation.acceptance import Draft
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength
+from qwen_export.runtimes.speculation.drafters import LookupDrafter
+
+_SHARED_ROWS = 4
+"""Rows up to which drafts may pay where a step reads the weights once for all rows, and a verify once for each."""
+
+
+class DraftCounts:
+    """How many drafts a step makes, by the number of its rows: measured for 1, 2, 3-4, 5-8, ... rows apart."""
+
+    def __init__(self, decoder: Decoder, fixed: int | None) -> None:
+        """`fixed`: always so many."""
+        self._longest = max(0, decoder.widest_verify - 1)
+        self._fixed, self._shared = fixed, decoder.idle_rows > 0
+        self._policies: dict[int, AdaptiveLength] = {}
+
+    def length(self, rows: int) -> int:
+        if self._fixed is not None:
+            return self._fixed
+        if self._shared and rows > _SHARED_ROWS:
+            return 0
+        return self._policy(rows).length(self._longest)
+
+    def observe(self, drafted: int, kept: Sequence[tuple[int, int]], seconds: float) -> None:
+        """A step with up to `drafted` drafts a row: those made and kept of each row."""
+        if self._fixed is None and not (self._shared and len(kept) > _SHARED_ROWS):
+            self._policy(len(kept)).observe_rows(drafted, kept, seconds)
+
+    def _policy(self, rows: int) -> AdaptiveLength:
+        size = (rows - 1).bit_length()
+        if size not in self._policies:
+            self._policies[size] = AdaptiveLength(self._longest)
+        return self._policies[size]
+
+
+def draft(decoder: Decoder, calls: Mapping[int, ServedCall], counts: Mapping[int, int]) -> dict[int, list[Draft]]:
+    """At most `counts` guesses for each slot, after the last token of each call's text, which is the last of its history."""
+    if decoder.head is None:
+        return {slot: _looked_up(decoder, call, counts[slot]) for slot, call in calls.items() if counts[slot]}
+    drafts: dict[int, list[Draft]] = {slot: [] for slot in calls if counts[slot]}
+    try:
+        depth = 0
+        while going := [slot for slot in drafts if counts[slot] > depth]:
+            if depth:
+                rows = decoder.head.following({slot: drafts[slot][-1].token for slot in going}, depth)
+            else:
+                rows = decoder.head.first({slot: calls[slot].text[-1] for slot in going})
+            for slot in going:
+                call = calls[slot]
+                distribution = call.request.sampler.distribution(rows[slot], call.history)
+                made = Draft(call.acceptance.draft(distribution, depth), distribution)
+                drafts[slot].append(made)
+                call.history.push(made.token)
+            depth += 1
+    finally:
+        for slot, made_here in drafts.items():
+            for one in reversed(made_here):
+                calls[slot].history.pop(one.token)
+    return drafts
+
+
+def _looked_up(decoder: Decoder, call: ServedCall, count: int) -> list[Draft]:
+    if call.lookup is None:
+        call.lookup = LookupDrafter(decoder, call.slot)
+        call.lookup.begin()
+    return list(call.lookup.draft(call.text[-1], count, call.request.sampler, call.acceptance, call.history))

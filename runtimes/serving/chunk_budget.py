@@ -1,0 +1,79 @@
+"""How many tokens of prompts a step may read while others wait for their next token.
+
+A step in which a prompt is read takes at most `STALL` times what it takes without. Both times are measured in every step: what the rows
+took, and what a part of a text took, by its size.
+"""
+
+from __future__ import annotations
+
+STALL = 2.5
+"""The longest time between two tokens while a prompt is read, in times without one."""
+SMALLEST = 8
+"""Tokens of the smallest part. A smaller one would save little: the weights are read for one token as for eight."""
+_FOLLOW = 0.25
+# How fast a mean follows: one slow step of a busy machine moves it by a quarter.
+_AIM = 0.9
+# The share of the longest time that is planned for: what is measured varies.
+_FORGET = 0.995
+# What the time of a size still counts after a step that read a smaller one: the machine may have been slow, so it is tried again.
+_TRY = 1.25
+# Of the first size measured, the next takes so much more: most of a small part's time is that of the weights.
+_PARTS = 4
+"""Parts that share a step at most while others wait; each has a cost of its own beside its tokens."""
+_IDLE_PARTS = 32
+"""The same while none waits."""
+
+
+class ChunkBudget:
+    """`longest`: tokens of one read at most. Sizes are powers of two, so that few shapes of calls exist."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._alone: dict[int, float] = {}
+        self._beside: dict[int, float] = {}
+        self._parts: dict[int, float] = {}
+
+    def observe(self, rows: int, rows_s: float, parts: dict[int, float]) -> None:
+        """A step of so many rows: their seconds, and seconds of its parts by their tokens."""
+        if rows:
+            # Rows are slower beside a prompt, which takes the caches of the processor from them.
+            table, size = (self._beside if parts else self._alone), _power(rows)
+            known = table.get(size)
+            table[size] = rows_s if known is None else known + (rows_s - known) * _FOLLOW
+        for count, seconds in parts.items():
+            size = _power(count)
+            seconds *= size / count if count > size // 2 else 1.0
+            known = self._parts.get(size)
+            self._parts[size] = seconds if known is None else known + (seconds - known) * _FOLLOW
+            for larger in [other for other in self._parts if other > size]:
+                self._parts[larger] *= _FORGET
+
+    def tokens(self, rows: int) -> tuple[int, int]:
+        """Tokens of texts that the next step may read beside so many rows, and what each part counts at least."""
+        budget, parts = self._longest, _PARTS if rows else _IDLE_PARTS
+        if rows:
+            beside = self._beside.get(_power(rows))
+            alone = self._alone.get(_power(rows), beside or 0.0)
+            allowed, size = _AIM * STALL * alone - max(alone, beside or 0.0), SMALLEST
+            while 2 * size <= self._longest and self._seconds(2 * size) <= allowed:
+                size *= 2
+            budget = min(size, self._longest)
+        return budget, max(1, budget // parts)
+
+    def _seconds(self, size: int) -> float:
+        """What a part takes: measured, or on the line through the two sizes below."""
+        if size in self._parts:
+            return self._parts[size]
+        smaller = sorted(known for known in self._parts if known < size)[-2:]
+        if not smaller:
+            return float("inf")
+        last = self._parts[smaller[-1]]
+        if len(smaller) == 1:
+            return last * _TRY
+        slope = (last - self._parts[smaller[0]]) / (smaller[1] - smaller[0])
+        return last + max(0.0, slope) * (size - smaller[1])
+
+
+def _power(count: int) -> int:
+    """The smallest power of two that is at least `count`."""
+    return 1 << (count - 1).bit_length()

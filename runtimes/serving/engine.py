@@ -1,0 +1,389 @@
+"""Many requests on one decoder. One thread owns it and runs step after step; requests enter and leave between two steps.
+
+    engine = Engine.of(model, slots=8)
+    for token in engine.submit(request): ...              # from any thread
+    async for token in engine.submit(request, loop=loop): ...
+
+What a request gets does not depend on the others: only the time it takes does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from itertools import count
+from queue import SimpleQueue
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from qwen_export.errors import ContextOverflow, OverloadedError, ParameterError, QwenExportError
+from qwen_export.runtimes.answer import AsyncGeneration, Generation, Prepared
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
+from qwen_export.runtimes.serving.batch_drafts import DraftCounts
+from qwen_export.runtimes.serving.prefix_cache import PrefixCache, PrefixStatistics
+from qwen_export.runtimes.serving.scheduler import Scheduler
+from qwen_export.runtimes.serving.served_call import ServedCall
+from qwen_export.runtimes.serving.slot_table import SlotTable
+from qwen_export.runtimes.serving.step_runner import StepRunner, ended_by
+from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox, ThreadInbox, TokenStream
+
+if TYPE_CHECKING:
+    from qwen_export.runtimes.model import Model
+
+PREFIX_MEMORY = 1 << 30
+"""Bytes for beginnings of prompts, when the caller names none."""
+_LOOK_EVERY = 8
+"""Steps between two looks at requests that wait."""
+RESERVE = 64
+"""Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
+
+
+@dataclass
+class EngineStatistics:
+    """`steps` and seconds since the engine began; `host_s` is what steps took outside the backend and its bindings."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    rows: int = 0
+    """Rows of all steps that gave a token."""
+    step_s: float = 0.0
+    host_s: float = 0.0
+    preemptions: int = 0
+    cache_bytes: int = 0
+    """Memory that the running sequences use."""
+    cache_limit: int = 0
+    prefix: PrefixStatistics = field(default_factory=PrefixStatistics)
+
+
+class Engine:
+    """Owns the decoder that `make_decoder` returns, which is made and used in the engine's thread alone.
+
+    `cache_memory`: bytes for the sequences that run, None for what all slots hold; at least one whole context. `prefix_memory`: bytes for
+    beginnings of prompts, 0 for none. `drafts`: "auto" as many as pay, a number, or "off". `max_waiting`: requests that may wait before
+    `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request enters."""
+
+    def __init__(
+        self,
+        make_decoder: Callable[[], Decoder],
+        *,
+        cache_memory: int | None = None,
+        prefix_memory: int = PREFIX_MEMORY,
+        drafts: int | str = "auto",
+        max_waiting: int | None = None,
+        reserve: int = RESERVE,
+    ) -> None:
+        if prefix_memory < 0:
+            raise ParameterError(
+                "the memory for prompts is negative",
+                parameter="prefix_memory",
+                got=prefix_memory,
+                expected="at least 0 bytes",
+                fix="Raise {prefix_memory}.",
+            )
+        self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
+        self._keys, self._max_waiting, self._reserve = count(), max_waiting, reserve
+        self._lock = threading.RLock()
+        self._unfinished = 0
+        self._closing: Finish | None = None
+        self._error: Exception | None = None
+        self._calls: dict[int, ServedCall] = {}
+        self._deliveries = Deliveries()
+        self.statistics = EngineStatistics()
+        ready: SimpleQueue[Exception | None] = SimpleQueue()
+        self._thread = threading.Thread(
+            target=self._main, args=(make_decoder, cache_memory, prefix_memory, drafts, ready), name="engine", daemon=True
+        )
+        self._thread.start()
+        failed = ready.get()
+        if failed is not None:
+            raise failed
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        slots: int = 8,
+        *,
+        cache_memory: int | None = None,
+        prefix_memory: int = PREFIX_MEMORY,
+        max_waiting: int | None = None,
+        reserve: int = RESERVE,
+    ) -> Engine:
+        """An engine on a loaded bundle, with drafts as chosen at `load`."""
+        drafts = model.drafts
+        return cls(
+            lambda: model.decoder(slots, drafts=drafts not in ("off", "lookup")),
+            cache_memory=cache_memory,
+            prefix_memory=prefix_memory,
+            drafts=drafts,
+            max_waiting=max_waiting,
+            reserve=reserve,
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- for any thread ----
+
+    def submit(
+        self, request: Request, statistics: Statistics | None = None, *, loop: asyncio.AbstractEventLoop | None = None
+    ) -> TokenStream:
+        """Queue a request. Its tokens are read from the stream by a thread, or with `loop` by a coroutine there.
+
+        Raises ContextOverflow for a prompt that does not fit, OverloadedError when too many wait, QwenExportError when the engine is
+        closed."""
+        if not len(request.ids):
+            raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
+        if len(request.ids) > self._longest:
+            raise ContextOverflow(
+                "the prompt is longer than the context",
+                got=f"{len(request.ids)} tokens",
+                expected=f"at most {self._longest}",
+                fix="Shorten the prompt, or load with a larger {max_context} and more {cache_memory}.",
+            )
+        statistics = statistics or Statistics()
+        inbox = ThreadInbox() if loop is None else LoopInbox(loop)
+        with self._lock:
+            self._require_open()
+            if self._max_waiting is not None and self._unfinished >= self._slots + self._max_waiting:
+                raise OverloadedError(
+                    "too many requests wait",
+                    got=self._unfinished - self._slots,
+                    expected=f"at most {self._max_waiting}",
+                    fix="Send the request again later, or raise {max_waiting}.",
+                )
+            self._unfinished += 1
+            call = ServedCall(next(self._keys), request, statistics, inbox)
+            self._arrivals.put(call)
+        return TokenStream(request, statistics, inbox)
+
+    def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
+        """As `Model.generate`: the tokens that follow a prompt. The request is queued at once."""
+        return _tokens(self.submit(request, statistics))
+
+    def answer(self, prepared: Prepared) -> Generation:
+        """Queue an answer (`Model.prepare_chat`, `prepare_text`): an iterator over its text."""
+        statistics = Statistics()
+        return Generation(self.generate(prepared.request, statistics), statistics, prepared)
+
+    def answer_async(self, prepared: Prepared) -> AsyncGeneration:
+        """As `answer`, for a coroutine of the running event loop."""
+        stream = self.submit(prepared.request, loop=asyncio.get_running_loop())
+        return AsyncGeneration(stream, stream.statistics, prepared)
+
+    def close(self, *, drain: bool = False) -> None:
+        """Take no more requests and end the thread. Those that run are ended ("abandoned"), or with `drain` finished first."""
+        with self._lock:
+            if self._closing is None:
+                self._closing = "" if drain else "abandoned"
+                self._arrivals.put(None)
+            elif not drain:
+                self._closing = "abandoned"
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing is not None or self._error is not None
+
+    def _require_open(self) -> None:
+        if self._error is not None:
+            raise QwenExportError("the engine has stopped after an error", got=str(self._error), fix="Make a new engine.") from self._error
+        if self._closing is not None:
+            raise QwenExportError("the engine is closed", fix="Make a new engine.")
+
+    # ---- the thread ----
+
+    def _main(
+        self,
+        make_decoder: Callable[[], Decoder],
+        cache_memory: int | None,
+        prefix_memory: int,
+        drafts: int | str,
+        ready: SimpleQueue[Exception | None],
+    ) -> None:
+        try:
+            decoder = make_decoder()
+            self._set_up(decoder, cache_memory, prefix_memory, drafts)
+        except Exception as error:
+            ready.put(error)
+            return
+        ready.put(None)
+        try:
+            while self._take_arrivals():
+                self._step()
+        except Exception as error:
+            with self._lock:
+                self._error = error
+        for call in list(self._calls.values()):
+            self._end(call, self._closing or "error", self._error and ended_by(self._error))
+        with self._lock:  # what arrived meanwhile
+            while not self._arrivals.empty():
+                if (call_left := self._arrivals.get()) is not None:
+                    self._end(call_left, self._closing or "error", self._error and ended_by(self._error))
+        self._deliveries.send()
+
+    def _set_up(self, decoder: Decoder, cache_memory: int | None, prefix_memory: int, drafts: int | str) -> None:
+        self._decoder, self._slots = decoder, decoder.batch
+        ahead = max(1, decoder.widest_verify)
+        whole = decoder.sequence_bytes(decoder.capacity + ahead)
+        limit = cache_memory if cache_memory is not None else decoder.batch * whole
+        if limit < whole:
+            raise ParameterError(
+                "the memory for sequences does not hold one",
+                parameter="cache_memory",
+                got=f"{limit} bytes",
+                expected=f"at least {whole} bytes for {decoder.capacity} tokens",
+                fix="Raise {cache_memory}, or lower {max_context}.",
+            )
+        self._longest = decoder.capacity
+        fixed = decoder.sequence_bytes(0)
+        token = decoder.sequence_bytes(1) - fixed
+        self._scheduler = Scheduler(decoder.batch, limit, lambda length: fixed + token * length, decoder.chunk, ahead)
+        cache = PrefixCache(prefix_memory) if prefix_memory else None
+        self._table = SlotTable(decoder, cache, releases=cache_memory is not None)
+        counts = None
+        if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
+            counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
+        self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved)
+        self.statistics.cache_limit = limit
+        if cache is not None:
+            self.statistics.prefix = cache.statistics
+
+    def _take_arrivals(self) -> bool:
+        """Queue what has arrived, waiting for it while there is nothing to do. False when the thread should end."""
+        while not self._calls or not self._arrivals.empty():
+            if self._closing is not None and self._arrivals.empty() and not self._calls:
+                return False
+            call = self._arrivals.get()
+            if call is None:
+                continue
+            self._calls[call.key] = call
+            try:
+                room = call.room
+                self._scheduler.add(call.key, len(call.text), min(self._reserve, room) if room is not None else self._reserve)
+            except QwenExportError as error:
+                del self._calls[call.key]
+                self._end(call, "overflow", error, queued=False)
+                self._deliveries.send()
+        return self._closing != "abandoned"
+
+    def _step(self) -> None:
+        began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
+        self._drop_unwanted()
+        self._change_slots()
+        scheduler, calls = self._scheduler, self._calls
+        running = scheduler.running
+        if running:
+            waiting = sum(job.left == 1 for job in running.values())
+            step = scheduler.plan(*self._runner.budget.tokens(waiting))
+            rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
+            self._runner.occupied = frozenset(self._table.calls)
+            self._runner.run(rows, parts)
+            sequences = self._decoder.sequences
+            for call in [*rows, *(call for call, _ in parts)]:
+                if call.statistics.finish:
+                    self._end(call, call.statistics.finish)
+                else:
+                    scheduler.has(call.key, sequences[call.slot].length, len(call.text))
+            self.statistics.rows += len(rows)
+        for inbox in self._deliveries.send():
+            self._forget_reader(inbox)
+        numbers = self.statistics
+        spent = time.perf_counter() - began
+        numbers.steps += 1
+        numbers.step_s += spent
+        numbers.host_s += spent - (self._decoder.busy_s - busy) - (self._decoder.binding_s - binding)
+        numbers.running, numbers.waiting = len(running), scheduler.waiting
+        numbers.cache_bytes = scheduler.held
+
+    def _drop_unwanted(self) -> None:
+        """End what was cancelled, is late, or has no room for its next token."""
+        now = time.monotonic()
+        # A long queue is looked through now and then only.
+        every = self.statistics.steps % _LOOK_EVERY == 0 or not self._table.calls
+        for call in list((self._calls if every else self._table.calls).values()):
+            request = call.request
+            if request.cancelled.is_set():
+                self._end(call, request.reason)
+            elif request.deadline is not None and now > request.deadline:
+                self._end(call, "deadline")
+            elif len(call.text) > self._longest:
+                self._end(call, "overflow", self._overflow(call))
+
+    def _overflow(self, call: ServedCall) -> ContextOverflow:
+        return ContextOverflow(
+            "the context is full",
+            got=f"{len(call.text) - 1} tokens read and 1 more",
+            expected=f"at most {self._longest}",
+            fix="Shorten the input, or load with a larger {max_context}.",
+        )
+
+    def _change_slots(self) -> None:
+        changes = self._scheduler.admit()
+        for key in changes.leave:
+            self.statistics.preemptions += 1
+            try:
+                self._table.save(self._calls[key])
+            except Exception as error:
+                self._end(self._calls[key], "error", ended_by(error))
+        for key, slot in changes.enter:
+            call = self._calls[key]
+            others = [other for other in self._table.calls.values() if other is not call]
+            try:
+                read, cuts = self._table.enter(call, slot, others)
+            except Exception as error:
+                self._end(call, "error", ended_by(error))
+                continue
+            self._scheduler.entered(key, read, cuts)
+
+    # ---- what steps report ----
+
+    def _chosen(self, call: ServedCall, tokens: list[int]) -> None:
+        given = call.give(tokens)
+        if given:
+            self._deliveries.put(call.inbox, given)
+
+    def _moved(self, call: ServedCall) -> None:
+        try:
+            self._table.moved(call)
+            if call.request.progress is not None:
+                call.request.progress(self._decoder.sequences[call.slot].length, len(call.ids))
+        except Exception as error:
+            self._failed(call, error)
+
+    def _failed(self, call: ServedCall, error: Exception) -> None:
+        """A step could not go on with a call. It ends behind the step."""
+        call.statistics.finish = "overflow" if isinstance(error, ContextOverflow) else "error"
+        call.error = ended_by(error)
+
+    def _end(self, call: ServedCall, finish: Finish, error: BaseException | None = None, *, queued: bool = True) -> None:
+        call.statistics.finish = call.statistics.finish or finish
+        if queued and self._calls.pop(call.key, None) is not None:
+            if call.slot >= 0:
+                self._table.drop(call)
+            self._scheduler.remove(call.key)
+        self._deliveries.put(call.inbox, End(error or call.error))
+        with self._lock:
+            self._unfinished -= 1
+
+    def _forget_reader(self, inbox: LoopInbox) -> None:
+        """The event loop of a reader has closed."""
+        for call in list(self._calls.values()):
+            if call.inbox is inbox:
+                self._end(call, "abandoned")
+
+
+def _tokens(stream: TokenStream) -> Generator[int, None, None]:
+    try:
+        yield from stream
+    finally:
+        stream.close()
