@@ -16,11 +16,13 @@ SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* plugins/native/c
 # The kernels are compiled while pip downloads.
 MAKEFLAGS += --jobs=2
 
-.PHONY: help demo test native lint clean
+.PHONY: help demo test test-fast test-builtin native lint clean
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
 	@echo "make test    run the tests"
+	@echo "make test-fast     run some of every package, in about a minute"
+	@echo "make test-builtin  run the tests of the runtime without this project's CPU kernels"
 	@echo "make native  compile the kernels for this machine's CPU (demo and test do it)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove build/ and $(VENV)"
@@ -30,6 +32,15 @@ demo: $(STAMP) native
 
 test: $(STAMP) native
 	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+test-fast: $(STAMP) native
+	$(BIN)/python -m pytest -q -n 2 --fast $(ARGS)
+
+# A machine without a C++ compiler: everything runs on ONNX Runtime's own kernels.
+RUNTIME_TESTS := $(addprefix tests/test_,runtime.py speculation.py sequences.py interruptions.py parity.py)
+
+test-builtin: $(STAMP)
+	QWEN_EXPORT_CPU_PLUGIN= $(BIN)/python -m pytest -q -n 2 $(RUNTIME_TESTS) $(ARGS)
 
 native: $(LIBRARY)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def read_json_object(path: Path, what: str, kind: type[CheckpointError] = Checkp
         if not path.is_file():
             raise kind(f"the {what} is not a file", where=str(path), fix=AGAIN)
         with path.open("rb") as file:
-            content = file.read(largest + 1)
+            # A read of `largest` bytes would allocate them for a file of any size.
+            content = file.read(min(os.fstat(file.fileno()).st_size, largest) + 1)
     except OSError as error:
         raise kind(f"the {what} cannot be read", where=str(path), got=error.strerror, fix="Make the file readable.") from error
     if len(content) > largest:

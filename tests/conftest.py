@@ -12,6 +12,7 @@ import torch
 from qwen_export.building.compiler import build
 from qwen_export.plugins.native.native_library import LIBRARIES
 from tests.support.family import tiny_config
+from tests.support.fast_tests import FAST
 from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
@@ -95,9 +96,18 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write the expected files of tests/data/golden again")
     parser.addoption("--schedules", default="2", help="random schedules of an engine per bundle and kind of drafts")
     parser.addoption("--longest-prompt", default="200", help="tokens of their longest prompt")
-    parser.addoption("--update-golden", action="store_true", help="write the expected files of tests/data/golden anew")
+    parser.addoption("--fast", action="store_true", help="run the tests of tests/support/fast_tests.py only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--fast"):
+        root = Path(__file__).parent
+        fast = [item for item in items if item.path.relative_to(root).as_posix() in FAST]
+        config.hook.pytest_deselected(items=[item for item in items if item not in fast])
+        items[:] = fast
 
 
 @pytest.fixture

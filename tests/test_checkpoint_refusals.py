@@ -194,7 +194,7 @@ def test_header_that_is_no_json_object(checkpoint_copy: Path, is_refused: Callab
 # What is refused: the index
 
 
-@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/dir.safetensors", "..", ".", "", "a\\b", "a\0b"])
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/dir.safetensors", "..", ".", "", "a\\b", "a\0b", "a\ud800b"])
 def test_index_naming_a_file_outside(checkpoint_copy: Path, is_refused: Callable[..., None], name: str) -> None:
     edit_json(checkpoint_copy / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": name}))
     is_refused(checkpoint_copy, CheckpointError, "outside the directory", INDEX)

@@ -20,13 +20,12 @@ from qwen_export.runtimes import Model, load
 from qwen_export.runtimes.decoding.decoder import Decoder, Mark, Snapshot
 from qwen_export.runtimes.decoding.read import Read
 from tests.support.family import tiny_config
+from tests.support.kernel_families import TOLERANCE, family_cases, needs_plugin
 from tests.support.synthesize import synthesize
 
 Array = npt.NDArray[np.float32]
 CONTEXT, VOCABULARY = 96, 64
-BACKENDS = ("plugin", "builtin", "onnx")
-# The kernels of the plugin give a row the same bits in every call; others sum in an order that depends on the shape of the call.
-TOLERANCE = {"plugin": 0.0, "builtin": 5e-5, "onnx": 5e-5}
+BACKENDS = family_cases()
 
 
 @pytest.fixture(scope="module")
@@ -217,6 +216,7 @@ def test_first_prompts_as_long_share_a_call(make_model: Callable[[str], Model], 
         assert differ(rows.array[0], after[slot]) <= 2 * TOLERANCE[backend]
 
 
+@needs_plugin
 def test_a_token_with_positions_shares_no_call(make_model: Callable[[str], Model]) -> None:
     """The positions of one sequence are not those of its neighbors."""
     model = make_model("plugin")

@@ -10,6 +10,7 @@ quantize or fine-tune the decoder copy it to a file of its own.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from qwen_export.errors import CheckpointError
@@ -103,11 +104,24 @@ def _index(path: Path) -> dict[str, str]:
     escaped = [
         name
         for name in sorted(set(weight_map.values()))
-        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name
+        if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name or _has_no_bytes(name)
     ]
     if escaped:
-        raise CheckpointError("the weight index names a file outside the directory", where=str(path), got=escaped[0][:200], fix=AGAIN)
+        raise CheckpointError(
+            "the weight index names a file outside the directory",
+            where=str(path),
+            got=escaped[0][:200].encode("utf-8", "backslashreplace").decode(),
+            fix=AGAIN,
+        )
     return weight_map
+
+
+def _has_no_bytes(name: str) -> bool:
+    """Whether a text of JSON is no name of a file: half of a surrogate pair has no encoding."""
+    try:
+        return not os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
 
 
 def _merge(files: list[Path]) -> dict[str, TensorInfo]:

@@ -15,13 +15,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+PER_PROCESS = 150
+"""Cases of one process: libraries that it compares with keep some memory of each."""
+
 LIMIT_S = 60
 """Far more than a case needs: it is for cases that never end."""
 
 
 def outcomes(module: str, subject: Path, cases: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Run the cases with `python -m module subject`. A process that ends or hangs is the outcome of its case; another one runs the rest."""
-    waiting = list(cases)
+    for start in range(0, len(cases), PER_PROCESS):
+        yield from _outcomes(module, subject, list(cases[start : start + PER_PROCESS]))
+
+
+def _outcomes(module: str, subject: Path, waiting: list[str]) -> Iterator[dict[str, Any]]:
     while waiting:
         command = [sys.executable, "-m", module, str(subject)]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as worker:
