@@ -11,11 +11,12 @@ import pytest
 
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets, stop_ids
 from qwen_export.errors import CheckpointError, ParameterError, QwenExportError
-from qwen_export.manifest import MANIFEST, hash_file
+from qwen_export.manifest import hash_file
 from qwen_export.runtimes import SamplingParams, load
 from qwen_export.runtimes.sampling.generation_config import KEYS, Use, read_generation_config
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.sampling_defaults import FALLBACK, RECOMMENDED, ModelFacts, recommended
+from tests.support.manifests import edit_manifest
 
 KNOWN = ModelFacts("3.5", small=False)
 UNKNOWN = ModelFacts(None, small=False)
@@ -142,10 +143,9 @@ def test_limits_of_an_answer() -> None:
 def with_settings(bundle: Path, **settings: Any) -> Path:
     """The bundle as it would be built from a checkpoint with these settings."""
     (bundle / "generation_config.json").write_text(json.dumps(settings))
-    manifest = json.loads((bundle / MANIFEST).read_text())
     entry = hash_file(bundle / "generation_config.json")
-    manifest["files"]["generation_config.json"] = {"size": entry.size, "sha256": entry.sha256}
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    listed = {"generation_config.json": {"size": entry.size, "sha256": entry.sha256}}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update(listed))
     return bundle
 
 
