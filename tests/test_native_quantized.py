@@ -76,7 +76,7 @@ def test_what_cannot_be_quantized(tmp_path: Path, wide_heads: Path, fake_library
     with pytest.raises(UnsupportedError, match="int4: the native products need multiples of 8, and this model has vocabulary 509"):
         plan_build(open_checkpoint(wide), device="cuda", precision="int4")
     monkeypatch.setenv(VARIABLE, "")
-    with pytest.raises(UnsupportedError, match=r"int4 needs the library of native kernels, which plugins/native/build\.sh builds"):
+    with pytest.raises(UnsupportedError, match=r"int4 needs the library of native kernels: run `sh .*native/build\.sh"):
         plan_build(open_checkpoint(wide_heads), device="cuda", precision="int4")
 
 

@@ -228,7 +228,7 @@ def test_a_norm_can_be_kept_decomposed(checkpoint: Path) -> None:
     ("options", "reason"),
     [
         (StaticOptions(opset=17), "no opset 17"),
-        (StaticOptions(decompose=("softmax",)), "nothing to decompose called 'softmax'"),
+        (StaticOptions(decompose=("softmax",)), "no op to decompose called 'softmax'"),
         (StaticOptions(chunk=1), "chunk of 1 tokens"),
         (StaticOptions(step_tokens=0), "step of 0 tokens"),
     ],
