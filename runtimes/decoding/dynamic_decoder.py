@@ -91,22 +91,12 @@ class DynamicDecoder(Decoder):
         return rows.array
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
-        calls = plan_calls(reads, self.tables.own, lambda slot: not self.sequences[slot].tokens, self.chunk)
-        if len(calls) == 1:
-            rows = self._execute([reads[index] for index in calls[0]])
-            return [rows] if len(reads) == 1 else self._parts(calls[0], reads, rows)
-        results: dict[int, Rows] = {}
-        for call in calls:
+        results = [Rows.none()] * len(reads)
+        for call in plan_calls(reads, self.tables.own, lambda slot: not self.sequences[slot].tokens, self.chunk):
             rows = self._execute([reads[index] for index in call])
             for place, index in enumerate(call):
                 results[index] = rows.part(place * reads[index].logits)
-        return [results[index] for index in range(len(reads))]
-
-    def _parts(self, call: Sequence[int], reads: Sequence[Read], rows: Rows) -> list[Rows]:
-        parts: list[Rows] = [rows] * len(reads)
-        for place, index in enumerate(call):
-            parts[index] = rows.part(place * reads[index].logits)
-        return parts
+        return results
 
     def _execute(self, reads: Sequence[Read]) -> Rows:
         """One call: a read, or reads of neighboring slots that are as long."""
