@@ -32,6 +32,7 @@ from qwen_export.manifest_types import (
     StateSpec,
     TargetSpec,
     TensorSpec,
+    VisionSpec,
     WeightSpec,
 )
 
@@ -60,6 +61,7 @@ __all__ = (
     "StateSpec",
     "TargetSpec",
     "TensorSpec",
+    "VisionSpec",
     "WeightSpec",
     "check_hash",
     "check_references",

@@ -101,10 +101,46 @@ class SpeculationSpec:
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Angle of frequency i at position p is p * inv_freq[i]; cos and sin are multiplied by `scaling`."""
+    """Angle of frequency i at position p is p * inv_freq[i]; cos and sin are multiplied by `scaling`. A token of a picture has three
+    positions (time, height, width), and `axes` says which of them turns frequency i; empty where all tokens have one position."""
 
     inv_freq: tuple[float, ...]
     scaling: float
+    axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """How the bundle sees. A picture is cut into patches of `patch_size` pixels, a video into those of `temporal_patch_size` frames;
+    merge_size^2 patches become one token. Pixels are brought to (level / 255 - mean) / std. `grid` is the side of the tower's table of
+    positions, `head_dim` the width of its attention heads, of which the whole rotates.
+
+    Pictures have `min_pixels` to `max_pixels`, videos `video_min_pixels` to `video_max_pixels` in all frames, which are taken at `fps`, of
+    them `min_frames` to `max_frames`. The rest are token ids: what stands for a patch of a picture, of a video, and what is around them."""
+
+    image_token: int
+    video_token: int
+    start_token: int
+    end_token: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    grid: int
+    head_dim: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    min_pixels: int = 65536
+    max_pixels: int = 16777216
+    video_min_pixels: int = 4096
+    video_max_pixels: int = 25165824
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+    @property
+    def factor(self) -> int:
+        """Sides of pictures are multiples of so many pixels, one token each way."""
+        return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
@@ -162,6 +198,8 @@ class Manifest:
     speculation: SpeculationSpec | None = None
     engine: EngineSpec | None = None
     """Where the graphs are engines of TensorRT."""
+    vision: VisionSpec | None = None
+    """Where the bundle reads pictures."""
     verification: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 

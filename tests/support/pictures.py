@@ -1,0 +1,40 @@
+"""Pictures for tests, and how the released models see."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qwen_export.manifest import VisionSpec
+from qwen_export.runtimes.vision.resample import Pixels
+
+SPEC = VisionSpec(
+    image_token=248056,
+    video_token=248057,
+    start_token=248053,
+    end_token=248054,
+    patch_size=16,
+    temporal_patch_size=2,
+    merge_size=2,
+    grid=48,
+    head_dim=64,
+)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    """u8[3,H,W]."""
+    return np.random.default_rng(seed).integers(0, 256, (3, height, width), dtype=np.uint8)
+
+
+def photo(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture of noise."""
+    return Image.fromarray(np.ascontiguousarray(noise(height, width, seed).transpose(1, 2, 0)))
+
+
+def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
