@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from qwen_export.bundle_contract import FEATURES, PLACES, VISION_INPUTS
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
-_INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", "length", "last_slot", "total_length", "accepted", "commit", "logit_rows"))
+TOWER = "vision"
+_CONTROLS = ("length", "last_slot", "total_length", "accepted", "commit", "logit_rows")
+_INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", *_CONTROLS, FEATURES, PLACES))
 _OUTPUTS = frozenset(("logits", "hidden", "hidden_out", "top_logits", "top_ids"))
 _LARGEST_DIM = 2**31 - 1
 _MOST_DIMS = 8
+_LARGEST_SIDE = 4096
 _MOST_GRAPH_TENSORS = 100_000
 
 Shape = tuple[int | str, ...]
@@ -22,7 +26,10 @@ def check_graphs(manifest: Manifest) -> None:
     if "decoder" not in manifest.graphs:
         raise ValueError("graphs has no decoder")
     static = "prefill" in manifest.graphs
+    _check_vision(manifest)
     for name, graph in manifest.graphs.items():
+        if name == TOWER:
+            continue
         if name not in ROLES or (not static and name not in ("decoder", "mtp")):
             raise ValueError(f"graphs has one of an unknown role: {name}")
         if graph.file not in manifest.files:
@@ -32,6 +39,38 @@ def check_graphs(manifest: Manifest) -> None:
         _check_shapes(manifest, name, graph)
     if static:
         _check_static(manifest)
+
+
+def _check_vision(manifest: Manifest) -> None:
+    """The tower makes what the decoder reads, and is there with the facts that a runtime needs for it."""
+    tower, spec, decoder = manifest.graphs.get(TOWER), manifest.vision, manifest.graphs["decoder"]
+    reads = {tensor.name: tensor for tensor in decoder.inputs if tensor.name in (FEATURES, PLACES)}
+    if (tower is None) != (spec is None) or (tower is not None) != (len(reads) == 2):
+        raise ValueError("vision, graph vision and the features of graph decoder do not come together")
+    if tower is None or spec is None:
+        return
+    if tower.file not in manifest.files:
+        raise ValueError(f"the file of graph {TOWER} is not listed: {tower.file}")
+    P, M, F, D = spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.head_dim
+    if not all(1 <= size <= _LARGEST_SIDE for size in (P, M, F, D, spec.grid)) or D % 4:
+        raise ValueError("vision has a size that is none")
+    width = next((t.shape[-1] for t in decoder.inputs if t.name == FEATURES), None)
+    last = dict(zip(VISION_INPUTS, (3 * F * P * P, 4, 4, D // 2, D // 2), strict=True))
+    expected: dict[str, Shape] = {name: ("K", M * M, size) for name, size in last.items()}
+    expected["rows"] = ("B", *expected["rows"])
+    if {t.name: t.shape for t in tower.inputs} != expected or [(t.name, t.shape) for t in tower.outputs] != [(FEATURES, ("B", "K", width))]:
+        raise ValueError(f"graph {TOWER} has another signature than vision describes")
+    if tower.states or len(manifest.rotary.axes) != len(manifest.rotary.inv_freq) or not all(axis <= 2 for axis in manifest.rotary.axes):
+        raise ValueError("rotary.axes has not one of three axes per frequency")
+    vocabulary = manifest.model["vocab_size"]
+    if not all(token < vocabulary for token in (spec.image_token, spec.video_token, spec.start_token, spec.end_token)):
+        raise ValueError("vision has a token that is not in the vocabulary")
+    if len(spec.mean) != 3 or len(spec.std) != 3 or not all(0 < value <= 1 for value in spec.std):
+        raise ValueError("vision.mean or vision.std is not of three channels")
+    if not 1 <= spec.min_pixels <= spec.max_pixels or not 1 <= spec.video_min_pixels <= spec.video_max_pixels:
+        raise ValueError("vision has bounds of pixels that nothing is within")
+    if not spec.fps > 0 or not 1 <= spec.min_frames <= spec.max_frames:
+        raise ValueError("vision has bounds of frames that nothing is within")
 
 
 def _check_signature(name: str, graph: GraphSpec, *, static: bool) -> None:
@@ -107,6 +146,7 @@ def _check_shapes(manifest: Manifest, name: str, graph: GraphSpec) -> None:
         "logits": drafted if head else model["vocab_size"],
         "hidden": model.get("hidden_size"),
         "hidden_out": model.get("hidden_size"),
+        FEATURES: model.get("hidden_size"),
         "cos": len(manifest.rotary.inv_freq),
         "sin": len(manifest.rotary.inv_freq),
     }

@@ -9,8 +9,8 @@ from typing import Any
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA = 3
 """Before it a graph had logits [B,N,V], `logit_rows` counted within a sequence, and manifests had no digest."""
-DIMS = ("B", "T", "S", "N", "P")
-"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
+DIMS = ("B", "T", "S", "N", "P", "K")
+"""Dynamic dims of a graph: sequences or slices, new tokens, cache slots, rows of logits, pending tokens, tokens of pictures."""
 MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
 ROPE_SCALING = "rope_scaling"

@@ -70,6 +70,7 @@ _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
+_MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -108,6 +109,15 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 }
 
 
+VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "cpu": {
+        "picture_attention": (Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI))),),
+        "place_features": (Choice("scatter", (Kernel("ScatterND", _AI),)),),
+    },
+}
+"""What a bundle that reads pictures needs besides."""
+
+
 OPTIONAL = ("top_logits",)
 """What a graph can be without."""
 
@@ -128,6 +138,20 @@ def choose(
             chosen[op] = candidates[reasons.index("")]
         elif op not in OPTIONAL:
             refusals.append(f"{op}: {'; or '.join(reasons)}")
+    return chosen, refusals
+
+
+def choose_vision(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op of a bundle that reads pictures, and a message for each that has none."""
+    chosen, refusals = {}, []
+    if kernels.device not in VISION_CHOICES:
+        return {}, [f"the vision tower has no lowering for device {kernels.device} yet"]
+    for op, candidates in VISION_CHOICES[kernels.device].items():
+        missing = [[k.message(precision) for k in choice.kernels if not k.available(kernels, precision)] for choice in candidates]
+        if [] in missing:
+            chosen[op] = candidates[missing.index([])]
+        else:
+            refusals.append(f"{op}: {kernels.source} has no {kernels.device} kernel of {'; or of '.join(map(', '.join, missing))}")
     return chosen, refusals
 
 

@@ -19,6 +19,8 @@ from qwen_export.plugins.onnxruntime.experts_plugin import lower_experts_plugin
 from qwen_export.plugins.onnxruntime.linear_builtin import lower_linear_builtin
 from qwen_export.plugins.onnxruntime.linear_plugin import lower_linear_plugin
 from qwen_export.plugins.onnxruntime.norm_builtin import lower_simplified_norm
+from qwen_export.plugins.onnxruntime.picture_attention_builtin import lower_picture_attention
+from qwen_export.plugins.onnxruntime.place_features_builtin import lower_place_features
 from qwen_export.plugins.rewrite import Lowering, lower_ops
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
@@ -34,6 +36,8 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("moe", "microsoft_moe"): lower_experts_builtin,
     (LINEAR, "fused_matmul"): lower_linear_builtin,
     (LINEAR, "native_linear"): lower_linear_plugin,
+    ("picture_attention", "multi_head"): lower_picture_attention,
+    ("place_features", "scatter"): lower_place_features,
 }
 
 
@@ -47,4 +51,9 @@ def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
-    return lower_ops(model, context, ("rms_norm", "moe", LINEAR), LOWERINGS)
+    return lower_ops(model, context, ("rms_norm", "moe", LINEAR, "place_features"), LOWERINGS)
+
+
+def lower_tower(model: ir.Model, context: PassContext) -> Outcome:
+    """Lower the ops of the vision tower."""
+    return lower_ops(model, context, ("picture_attention", LINEAR), LOWERINGS)

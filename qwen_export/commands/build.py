@@ -52,6 +52,11 @@ if TYPE_CHECKING:
     help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
 )
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
+@click.option(
+    "--vision/--no-vision",
+    default=None,
+    help="With the checkpoint's vision tower, to read pictures; by default where it has one and the target can.",
+)
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
@@ -87,6 +92,7 @@ def command(
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
+    vision: bool | None,
     plan_file: Path | None,
     dump_ir: Path | None,
     opset: int | None,
@@ -138,6 +144,7 @@ def command(
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
+            vision=vision,
             plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,

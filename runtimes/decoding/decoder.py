@@ -19,6 +19,7 @@ from qwen_export.errors import ContextOverflow, ParameterError, QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
 from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.rotary_tables import Positions
 from qwen_export.runtimes.decoding.sequence import Media, Prompt, SequenceState
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 
@@ -41,7 +42,7 @@ class Mark:
     pending: dict[str, Bytes] = field(default_factory=dict)
     waiting: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
     media: tuple[Media, ...] = ()
-    positions: tuple[int, ...] | None = None
+    positions: Positions | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -113,6 +114,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    sees: bool = False
+    """Whether reads may have features of pictures."""
     idle_rows: int = 0
     """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
@@ -376,9 +379,9 @@ class Decoder(ABC):
                     expected=f"at most {self.chunk}",
                     fix="Read them with prefill(), or in several reads.",
                 )
-            if read.embeddings is not None:
+            if len(read.places) and not self.sees:
                 raise QwenExportError(
-                    "the graphs of this bundle read token ids only", got="embeddings", fix="Give token ids, without pictures or video."
+                    "the graphs of this bundle read text only", got="pictures", fix="Build it again with {vision}, or leave pictures out."
                 )
         if len(reads) > 1 and len({read.slot for read in reads}) < len(reads):
             raise ParameterError("a slot is read twice in one run", parameter="reads", fix="Put the tokens of a slot into one read.")

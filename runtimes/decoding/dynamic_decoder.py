@@ -13,18 +13,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwen_export.bundle_contract import FEATURES
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.call_plan import plan_calls
 from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
+from qwen_export.runtimes.decoding.features_memory import features_memory, rows_of
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.transaction import Transaction
-from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.buffers import Buffer, Bytes, as_bytes
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
@@ -42,7 +44,8 @@ _CPU_IDLE_ROWS = 3
 
 class CallShape(NamedTuple):
     """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
+    `pending`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own. `features`: tokens of
+    pictures."""
 
     b: int
     T: int
@@ -51,6 +54,7 @@ class CallShape(NamedTuple):
     commit: bool = True
     pending: int = 0
     own: bool = False
+    features: int = 0
 
 
 class DynamicDecoder(Decoder):
@@ -83,6 +87,8 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
+        self._features = features_memory(session, self.chunk)
+        self.sees = self._features is not None
         self.head = DynamicDraftHead(head_session, self, self.tables, self.cache_rows) if head_session is not None else None
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
@@ -110,12 +116,17 @@ class DynamicDecoder(Decoder):
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
             pending = self._transaction.gather(slots)
-            shape = CallShape(b, T, one.logits, first, one.commit, pending, self.tables.own(first))
+            # Reads with pictures have positions of their own, and so calls of their own.
+            shape = CallShape(b, T, one.logits, first, one.commit, pending, self.tables.own(first), len(one.places))
             call = self._calls.get(shape) or self._bind(shape)
-            rows = self._launch(call, shape, one.ids if b == 1 else [token for read in reads for token in read.ids])
+            if one.features is not None and self._features is not None:
+                self._features.write(as_bytes(one.features))
+            rows = self._launch(call, shape, one.ids if b == 1 else [token for read in reads for token in read.ids], one.places)
             if self.observer is not None:
                 self.observer(sequences[0].length, T, call.results)
             for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
+                if self.head is not None and read.features is not None:
+                    self.head.see(slot, sequence.length, read.features, read.places)
                 sequence.extend(read.ids, read.media, commit=read.commit)
                 if read.commit:
                     self._transaction.committed(slot)
@@ -125,13 +136,14 @@ class DynamicDecoder(Decoder):
                     self.head.append(slot, self._hidden, place, T)
         return rows
 
-    def _launch(self, call: BoundCall, shape: CallShape, ids: Sequence[int]) -> Rows:
+    def _launch(self, call: BoundCall, shape: CallShape, ids: Sequence[int], places: Sequence[int] = ()) -> Rows:
         slots = range(shape.first, shape.first + shape.b)
         return call.run(
             ids,
             [self.sequences[slot].length for slot in slots],
             accepted=[self._transaction.accepted[slot] for slot in slots],
             commit=[shape.T if shape.commit else 0] * shape.b,
+            places=places,
         )
 
     def _accept(self, count: int, slot: int) -> None:
@@ -273,7 +285,7 @@ class DynamicDecoder(Decoder):
         return call
 
     def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T in (1, self.chunk) or _is_power(shape.T)
+        return not shape.commit or ((shape.T in (1, self.chunk) or _is_power(shape.T)) and shape.features in (0, shape.T))
 
     def _repeats(self, shape: CallShape) -> bool:
         """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
@@ -300,7 +312,10 @@ class DynamicDecoder(Decoder):
 
     def _bound(self, shape: CallShape) -> BoundCall:
         dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self.cache_rows, "P": self._transaction.width}
+        dims["K"] = shape.features
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
+        if self._features is not None:
+            states[FEATURES] = rows_of(self._features, shape.features)
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
         outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
+
+from qwen_export.bundle_contract import FEATURES
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
+from qwen_export.runtimes.decoding.features_memory import features_memory, rows_of
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
-from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.buffers import Buffer, as_bytes
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
 _ROW_AXIS = 2
 # Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
 CATCH_UP_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
-_Shape = tuple[int, int, int, int, bool]
-"""First slot, sequences, tokens of each, rows of logits of each, own rotary tables."""
+_Shape = tuple[int, int, int, int, bool, int]
+"""First slot, sequences, tokens of each, rows of logits of each, own rotary tables, tokens of pictures."""
 
 
 class DynamicDraftHead(DraftHead):
@@ -37,6 +41,7 @@ class DynamicDraftHead(DraftHead):
             s.name: session.buffer(s.dtype, tuple(d if isinstance(d, int) else {"B": slots, "S": cache_rows}[d] for d in s.shape))
             for s in session.spec.states
         }
+        self._pictures = features_memory(session, decoder.chunk + WAITING)
         self._logits = LogitsMemory(session, slots, 1)
         self._calls: dict[_Shape, BoundCall] = {}
         self._blocks = CATCH_UP_BLOCKS.get(session.device.kind, ())
@@ -55,7 +60,7 @@ class DynamicDraftHead(DraftHead):
     def prepare(self, longest: int = 1) -> None:
         """Make what drafts after up to `longest` tokens need. Between drafts; what the calls leave is not read."""
         for T in range(1, longest + 1):
-            shape = (0, 1, T, 1, self._tables.own(0))
+            shape = (0, 1, T, 1, self._tables.own(0), 0)
             if shape not in self._calls:
                 self._bind(shape)
 
@@ -75,7 +80,7 @@ class DynamicDraftHead(DraftHead):
             b = next((n for n in range(1, len(slots)) if slots[n] != slots[0] + n or self._alone(slots[n])), len(slots))
             b = 1 if self._alone(slots[0]) else b
             group, slots = slots[:b], slots[b:]
-            shape = (group[0], b, 1, 1, self._tables.own(group[0]))
+            shape = (group[0], b, 1, 1, self._tables.own(group[0]), 0)
             call = self._calls.get(shape) or self._bind(shape)
             rows = call.run([tokens[slot] for slot in group], [self.lengths[slot] + depth - 1 for slot in group])
             self._keep(group[0], b, self._drafts_out, group[0] * self._row_bytes)
@@ -92,12 +97,15 @@ class DynamicDraftHead(DraftHead):
     def _read_rows(self, slot: int, tokens: Sequence[int], at: int, rows: int) -> Row:
         row, made, start = self._row_bytes, Rows.none()[0], 0
         for size in self._parts(len(tokens), rows):
-            shape = (slot, 1, size, rows, self._tables.own(slot))
+            places, seen = self._features(slot, start, size)
+            shape = (slot, 1, size, rows, self._tables.own(slot), len(places))
             one = size == 1 and rows > 0
             target, place = (self._drafts, slot * row) if one else (self._input, 0)
             target.copy_from(self._log, place, at + start * row, size * row)
             call = self._calls.get(shape) or self._bind(shape)
-            made = call.run(tokens[start : start + size], [self.lengths[slot] + start])[0]
+            if places and self._pictures is not None:
+                self._pictures.write(as_bytes(np.stack(seen)))
+            made = call.run(tokens[start : start + size], [self.lengths[slot] + start], places=places)[0]
             if rows:
                 self._keep(slot, 1, *((self._drafts_out, slot * row) if one else (self._output, (size - 1) * row)))
             start += size
@@ -114,7 +122,7 @@ class DynamicDraftHead(DraftHead):
 
     def _bind(self, shape: _Shape) -> BoundCall:
         """Calls that draft come again: after one token, or after what a round accepted. So do blocks; other calls have odd sizes."""
-        first, b, T, rows, _ = shape
+        first, b, T, rows, _, features = shape
         started = time.perf_counter()
         with self.session.uncounted():  # counted once, as time spent on bindings
             caches = {name: buffer.rows(first, b) for name, buffer in self.caches.items()}
@@ -122,10 +130,12 @@ class DynamicDraftHead(DraftHead):
             one = T == 1 and rows > 0
             hidden, out = (buffer.rows(first, b) for buffer in (self._drafts, self._drafts_out)) if one else (self._input, self._output)
             inputs = caches | self._tables.of(first) | {"hidden": hidden.part(hidden.dtype, (b, T, width))}
+            if self._pictures is not None:
+                inputs[FEATURES] = rows_of(self._pictures, features)
             outputs = {state.after: caches[state.name] for state in self.session.spec.states}
             outputs["hidden_out"] = out.part(out.dtype, (b, T, width))
-            dims = {"B": b, "T": T, "N": b * rows, "S": self._cache_rows}
-            comes_back = rows > 0 or T in self._blocks
+            dims = {"B": b, "T": T, "N": b * rows, "S": self._cache_rows, "K": features}
+            comes_back = (rows > 0 or T in self._blocks) and not features
             call = BoundCall(self.session, dims, first, inputs, outputs, self._logits, repeated=comes_back)
             if call.recorded:
                 # Recording runs the graph; what it writes, the real run behind it writes again.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qwen_export.runtimes.decoding.decoder import Decoder, Mark
 from qwen_export.runtimes.decoding.logit_rows import Rows
-from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures, prompt_read
 from qwen_export.runtimes.decoding.sequence import Prompt
 
 _MARKS = 8
@@ -34,8 +34,11 @@ class PrefixReuse:
         self.decoder, self.slot = decoder, slot
         self._marks: list[Mark] = []
 
-    def read(self, prompt: Prompt, mark_at: int | None = None, go_on: Continue = lambda read: True) -> Reading:
-        """Bring the sequence to `prompt`, setting a mark after `mark_at` of its tokens. `reused` tokens did not have to be read."""
+    def read(
+        self, prompt: Prompt, mark_at: int | None = None, go_on: Continue = lambda read: True, pictures: PromptPictures | None = None
+    ) -> Reading:
+        """Bring the sequence to `prompt`, with what its `pictures` add, setting a mark after `mark_at` of its tokens. `reused` tokens did
+        not have to be read."""
         self._go_back(prompt)
         reused = position = self.decoder.sequences[self.slot].length
         cuts = [len(prompt.ids)]
@@ -47,8 +50,8 @@ class PrefixReuse:
             for start, stop, logits in self.decoder.parts(cut - position, self.slot, want_logits=cut == len(prompt.ids)):
                 if not go_on(position + start):
                     return Reading(None, reused)
-                media = tuple(m for m in prompt.media if position + start < m.start + m.count <= position + stop)
-                [rows] = self.decoder.run([Read(self.slot, prompt.ids[position + start : position + stop], logits=logits, media=media)])
+                read = prompt_read(self.slot, prompt.ids, position + start, position + stop, prompt.media, pictures, logits)
+                [rows] = self.decoder.run([read])
             position = cut
             if cut == mark_at:
                 self._marks = [*self._marks[1 - _MARKS :], self.decoder.mark(self.slot)]

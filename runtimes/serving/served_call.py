@@ -8,7 +8,9 @@ import numpy as np
 
 from qwen_export.runtimes.decoding.decoder import Snapshot
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.decoding.prompt_pictures import prompt_read
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.serving.token_stream import Inbox
 from qwen_export.runtimes.speculation.acceptance import acceptance_for
@@ -49,9 +51,9 @@ class ServedCall:
         limit = self.request.max_new_tokens
         return None if limit is None else limit - self.statistics.new_tokens
 
-    def media(self, start: int, stop: int) -> tuple[Media, ...]:
-        """Those that tokens `start` .. `stop - 1` complete."""
-        return tuple(m for m in self.request.media if start < m.start + m.count <= stop)
+    def read(self, start: int, stop: int, logits: int = 1) -> Read:
+        """The read of tokens `start` .. `stop - 1` of the text."""
+        return prompt_read(self.slot, self.text, start, stop, self.request.media, self.request.pictures, logits)
 
     def give(self, tokens: list[int]) -> list[int]:
         """Tokens of a step, of which those up to the end of the answer are given out. They join the text; `statistics.finish` is set at

@@ -164,10 +164,17 @@ class StepRunner:
                 self._clear(one)
                 reads.append(Read(one, (0,)))
                 continue
-            slot, sequence = one.slot, self.decoder.sequences[one.slot]
+            length = self.decoder.sequences[one.slot].length
+            try:
+                read = one.read(length, length + 1)
+            except Exception as error:  # its picture could not be encoded
+                self._failed(one, error)
+                continue
             places.append(len(reads))
             calls.append(one)
-            reads.append(Read(slot, (one.text[sequence.length],), media=one.media(sequence.length, sequence.length + 1)))
+            reads.append(read)
+        if not calls:
+            return 0
         try:
             results = self.decoder.run(reads)
         except Exception as error:
@@ -251,7 +258,7 @@ class StepRunner:
         calls, stop = [call for call, _ in group], group[0][1]
         last = stop == len(calls[0].text)
         try:
-            rows = self.decoder.run([Read(call.slot, call.text[:stop], logits=int(last), media=call.media(0, stop)) for call in calls])
+            rows = self.decoder.run([call.read(0, stop, int(last)) for call in calls])
         except Exception as error:
             for call in calls:
                 self._failed(call, error)
@@ -273,8 +280,7 @@ class StepRunner:
         rows = Rows.none()
         try:
             for start, stop, logits in decoder.parts(count, slot, want_logits=last):
-                ids = call.text[begin + start : begin + stop]
-                [rows] = decoder.run([Read(slot, ids, logits=logits, media=call.media(begin + start, begin + stop))])
+                [rows] = decoder.run([call.read(begin + start, begin + stop, logits)])
         except Exception as error:
             self._failed(call, error)
             return count

@@ -39,9 +39,10 @@ class Picture:
     grid: Grid
     digest: bytes
 
-    def rows(self, spec: VisionSpec) -> Rows:
-        """What the tower reads, f32[slices,n,columns]."""
-        return patch_rows(self.pixels, spec)
+    def rows(self, spec: VisionSpec, first: int = 0, count: int | None = None) -> Rows:
+        """What the tower reads of `count` slices from `first` on, f32[slices,n,columns]."""
+        F = spec.temporal_patch_size
+        return patch_rows(self.pixels[first * F : None if count is None else (first + count) * F], spec)
 
 
 def open_picture(
