@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Unpack
 
+from qwen_export.bundle_contract import VISION
 from qwen_export.errors import BundleError, ParameterError, QwenExportError
 from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.answer import Generation as Generation
@@ -42,6 +43,8 @@ from qwen_export.runtimes.text.reasoning import ReasoningSplitter
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
+from qwen_export.runtimes.vision.chat_media import MediaOptions
+from qwen_export.runtimes.vision.sight import Sight
 
 Speculate = str | int
 _NO_OPTIONS = AnswerOptions()
@@ -90,7 +93,8 @@ def load(
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
+    later = (VISION, VERIFY) if speculate == "off" else (VISION,)
+    options = OpenOptions(threads, repack, device_id, later=later, weight_budget=weight_budget)
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
 
@@ -182,6 +186,13 @@ class Model:
         own = stop_ids(self.tokenizer, self.text_files.special_tokens.get("eos_token"))
         return own | frozenset(self.generation_defaults.stop_ids) | frozenset(self.manifest.stop_ids)
 
+    @cached_property
+    def sight(self) -> Sight | None:
+        """What pictures are read with, None where the bundle reads text only."""
+        self._require_open()
+        spec = self.manifest.vision
+        return Sight(self._sessions[VISION], spec, self.tokenizer.encode_plain) if spec is not None else None
+
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""
         facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
@@ -201,12 +212,14 @@ class Model:
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
+        media: MediaOptions | None = None,
         **template: Unpack[TemplateOptions],
     ) -> Generation:
         """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
 
-        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each, text only (see `chat_messages.py`).
-        `tools`: JSON schemas of functions. A prompt that continues the last one is not read again.
+        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each (see `chat_messages.py`), with pictures
+        where the bundle sees (`media_parts.py`); `media` are limits for these. `tools`: JSON schemas of functions. A prompt that continues
+        the last one is not read again.
 
         `template`: `enable_thinking` and `preserve_thinking`, which None leaves to the checkpoint's template; `template_kwargs` are its
         other variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that
@@ -226,6 +239,7 @@ class Model:
                 stop=stop,
                 answer=answer,
                 progress=progress,
+                media=media,
                 **template,
             )
         )
@@ -241,22 +255,25 @@ class Model:
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
+        media: MediaOptions | None = None,
         **template: Unpack[TemplateOptions],
     ) -> Prepared:
         """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey, instead of the
         `form` of `answer`."""
-        prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, **template)
+        prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, sees=self.sight is not None, **template)
+        seen = self.sight.see(prompt, media) if self.sight is not None and prompt.media else None
         wanted = Wanted(
-            prompt.ids,
+            seen.ids if seen else prompt.ids,
             sampling or self.recommended(prompt.thinking),
             answer,
             max_new_tokens,
             stop,
             lambda: ReasoningSplitter(prompt.thinking, tool_calls=bool(tools)),
             lambda: constraint,
-            prompt.mark_at,
+            seen.mark_at if seen else prompt.mark_at,
             bool(messages) and messages[-1].get("role") == "user",
             progress,
+            seen.pictures if seen else None,
         )
         return self._preparation.prepare(wanted)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from qwen_export.errors import ParameterError
 from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.decoding.generation import Request
+from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults
 from qwen_export.runtimes.sampling.logprobs import LogprobRecorder
@@ -33,6 +34,7 @@ class Wanted:
     mark_at: int | None = None
     user_turn: bool = True
     progress: Callable[[int, int], None] | None = None
+    pictures: PromptPictures | None = None
 
 
 class Preparation:
@@ -60,6 +62,8 @@ class Preparation:
         sampler = Sampler(sampling, tokenizer.vocab_size, ends, wanted.constraint(), options.logit_bias, recorder)
         request = Request(wanted.ids, sampler, ends, limit, mark_at=wanted.mark_at, named_stop_ids=named - self._stop_ids)
         request.user_turn, request.progress = wanted.user_turn, wanted.progress
+        if wanted.pictures is not None:
+            request.pictures, request.media = wanted.pictures, wanted.pictures.media
         stops = StopStrings(self._defaults.stop_strings if wanted.stop is None else wanted.stop, include=options.include_stop)
         detokenizer = Detokenizer(tokenizer.tokenizer)
         return Prepared(request, detokenizer, stops, wanted.splitter(), options, lambda other: self.prepare(wanted, other))

@@ -87,10 +87,10 @@ class Statistics:
 
 @dataclass
 class Request:
-    """A prompt, and when to stop. `media` are its pictures and videos, `pictures` is what stands for their tokens. `mark_at`: tokens of the prompt that the next turn's prompt will
-    begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of `time.monotonic()` after which an engine ends the
-    answer. `progress` is called while the prompt is read, with the tokens read so far and all of them. `named_stop_ids`: those of
-    `stop_ids` that the caller named."""
+    """A prompt, and when to stop. `media` are its pictures and videos, `pictures` is what stands for their tokens. `mark_at`: tokens of the
+    prompt that the next turn's prompt will begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of
+    `time.monotonic()` after which an engine ends the answer. `progress` is called while the prompt is read, with the tokens read so far
+    and all of them. `named_stop_ids`: those of `stop_ids` that the caller named."""
 
     ids: Sequence[int]
     sampler: Sampler

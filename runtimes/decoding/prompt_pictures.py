@@ -33,6 +33,10 @@ class PromptPictures:
     seen: tuple[SeenMedia, ...]
     positions: Positions
 
+    @property
+    def media(self) -> tuple[Media, ...]:
+        return tuple(one.media for one in self.seen)
+
     def features(self, start: int, stop: int) -> tuple[Features | None, list[int]]:
         """What stands for tokens of pictures among tokens `start` .. `stop - 1`, and for which of them, counted from `start`."""
         parts, places = [], list[int]()

@@ -20,7 +20,8 @@ class Read:
     `ids`: T token ids. `features` [K,H]: what stands for the tokens at `places`, K positions in `ids`, instead of their embeddings, in the
     type that the bundle's tower makes. `media` are the pictures that the read completes, with positions in the sequence. With `commit` the
     tokens enter the state; without, `Decoder.accept` decides how many of them stay, and T is at most `Decoder.widest_verify`. `logits`:
-    how many of the last tokens leave a row of logits, 0 to T. `positions` [T] or [T,3]: rotary positions, where they are not those of the tokens in the sequence.
+    how many of the last tokens leave a row of logits, 0 to T.
+    `positions` [T] or [T,3]: rotary positions, where they are not those of the tokens in the sequence.
     """
 
     slot: int

@@ -49,7 +49,8 @@ def chat_prompt(
     template_kwargs: Mapping[str, Any] | None = None,
     sees: bool = False,
 ) -> ChatPrompt:
-    """The prompt of a chat; for the parameters see `Model.stream`. `sees`: messages may have pictures. Raises ParameterError and TemplateError."""
+    """The prompt of a chat; for the parameters see `Model.stream`. `sees`: messages may have pictures. Raises ParameterError
+    and TemplateError."""
     check_tools(tools)
     variables = _variables(template, template_kwargs, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
     variables = shield_values(variables, tokenizer)

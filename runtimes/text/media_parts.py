@@ -76,10 +76,5 @@ def _number(part: Mapping[str, Any], key: str, where: str) -> float | None:
 
 def take_media(messages: Sequence[dict[str, Any]]) -> list[MediaPart]:
     """The media of normalized messages, in order; the messages keep parts without them."""
-    found = []
-    for message in messages:
-        content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if _KEPT in part:
-                found.append(part.pop(_KEPT))
-    return found
+    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
+    return [part.pop(_KEPT) for content in contents for part in content if _KEPT in part]

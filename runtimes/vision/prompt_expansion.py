@@ -27,10 +27,6 @@ class ExpandedPrompt:
     mark_at: int | None
     pictures: PromptPictures
 
-    @property
-    def media(self) -> tuple[Media, ...]:
-        return tuple(one.media for one in self.pictures.seen)
-
 
 @dataclass(frozen=True)
 class Medium:

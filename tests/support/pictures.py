@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from qwen_export.manifest import VisionSpec
+from qwen_export.runtimes.vision.picture import Picture, open_picture
+from qwen_export.runtimes.vision.picture_size import Bounds
 from qwen_export.runtimes.vision.resample import Pixels
 
 SPEC = VisionSpec(
@@ -38,3 +40,9 @@ def encoded(picture: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
+
+
+def seen(height: int, width: int, spec: VisionSpec, seed: int = 0) -> Picture:
+    """A picture of noise at a size that the model sees as it is: multiples of 32."""
+    pixels = np.ascontiguousarray(noise(height, width, seed).transpose(1, 2, 0))
+    return open_picture(pixels, spec, bounds=Bounds(32 * 32, 4096 * 4096))
