@@ -61,8 +61,7 @@ def _kept(name: str, part: Mapping[str, Any], keys: Sequence[str], where: str) -
             fix="Give one path, address, data URL or picture.",
         )
     least, most, fps = (_number(part, key, where) for key in ("min_pixels", "max_pixels", "fps"))
-    pixels = [None if value is None else int(value) for value in (least, most)]
-    return MediaPart(name, source, where, encoded, *pixels, fps)
+    return MediaPart(name, source, where, encoded, None if least is None else int(least), None if most is None else int(most), fps)
 
 
 def _number(part: Mapping[str, Any], key: str, where: str) -> float | None:

@@ -20,7 +20,7 @@ KEPT_BYTES = 256 << 20
 _CALL_PATCHES = 16384
 """Slices of a video share a call up to so many patches: more of them cost memory, and are not faster."""
 
-Features = npt.NDArray[np.uint16] | npt.NDArray[np.float32]
+Features = npt.NDArray[np.generic]
 
 
 class VisionEncoder:
@@ -76,5 +76,4 @@ class VisionEncoder:
         call.bind_output(FEATURES, output)
         call.run()
         made = output.read()
-        wide = made.view(np.float32) if self._dtype == "float" else made.view(np.uint16)
-        return wide.reshape(shape)
+        return (made.view(np.float32) if self._dtype == "float" else made.view(np.uint16)).reshape(shape)
