@@ -93,7 +93,7 @@ def load(
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    later = (VISION, VERIFY) if speculate == "off" else (VISION,)
+    later = (VISION, *((VERIFY,) if speculate == "off" else ()))
     options = OpenOptions(threads, repack, device_id, later=later, weight_budget=weight_budget)
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
@@ -189,7 +189,6 @@ class Model:
     @cached_property
     def sight(self) -> Sight | None:
         """What pictures are read with, None where the bundle reads text only."""
-        self._require_open()
         spec = self.manifest.vision
         return Sight(self._sessions[VISION], spec, self.tokenizer.encode_plain) if spec is not None else None
 

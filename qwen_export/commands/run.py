@@ -39,6 +39,15 @@ if TYPE_CHECKING:
     multiple=True,
     help="A variable of the chat template (implies --chat); repeatable.",
 )
+@click.option(
+    "--image",
+    "images",
+    type=str,
+    multiple=True,
+    metavar="FILE",
+    help="A picture that PROMPT is about (implies --chat); repeatable, in this order.",
+)
+@click.option("--max-pixels", type=int, metavar="N", help="Scale pictures down to so many pixels; 1024 of them are a token.")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
 @click.option("--temperature", type=Finite())
 @click.option("--top-p", type=Finite())
@@ -60,6 +69,8 @@ def command(
     thinking: bool | None,
     preserve_thinking: bool | None,
     template_kwarg: tuple[tuple[str, Any], ...],
+    images: tuple[str, ...],
+    max_pixels: int | None,
     max_new_tokens: int | None,
     max_context: int | None,
     as_json: bool,
@@ -70,16 +81,21 @@ def command(
     text = read_prompt(prompt, prompt_file)
     with needed_for("run"):
         from qwen_export.runtimes.model import load
+        from qwen_export.runtimes.vision.chat_media import MediaOptions
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
     given = {name: value for name, value in sampling.items() if value is not None}
-    chats = chat or bool(template_kwarg) or any(option is not None for option in (system, thinking, preserve_thinking))
+    chats = chat or bool(template_kwarg or images) or any(option is not None for option in (system, thinking, preserve_thinking))
     with ExitStack() as stack:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": stack.enter_context(prompt_progress())}
         if template_kwarg:
             options["template_kwargs"] = dict(template_kwarg)
         if chats:
-            generation = _answer(model, text, system, thinking, preserve_thinking, given, options)
+            if max_pixels is not None:
+                options["media"] = MediaOptions(max_pixels=max_pixels)
+            pictures = [{"type": "image", "image": image} for image in images]
+            content = [*pictures, {"type": "text", "text": text}] if pictures else text
+            generation = _answer(model, content, system, thinking, preserve_thinking, given, options)
         else:
             generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **given), **options)
 
@@ -93,15 +109,15 @@ def command(
 
 def _answer(
     model: Model,
-    prompt: str,
+    content: str | list[dict[str, Any]],
     system: str | None,
     thinking: bool | None,
     preserve_thinking: bool | None,
     given: dict[str, Any],
     options: dict[str, Any],
 ) -> Generation:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": content})
     thinks = thinking if thinking is not None else model.template.thinks_by_default()
     return model.stream(
         messages,

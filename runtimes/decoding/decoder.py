@@ -380,9 +380,7 @@ class Decoder(ABC):
                     fix="Read them with prefill(), or in several reads.",
                 )
             if len(read.places) and not self.sees:
-                raise QwenExportError(
-                    "the graphs of this bundle read text only", got="pictures", fix="Build it again with {vision}, or leave pictures out."
-                )
+                raise QwenExportError("the graphs of this bundle read text only", got="pictures", fix="Build it again with {vision}.")
         if len(reads) > 1 and len({read.slot for read in reads}) < len(reads):
             raise ParameterError("a slot is read twice in one run", parameter="reads", fix="Put the tokens of a slot into one read.")
         for read in reads:
