@@ -190,7 +190,7 @@ class Model:
     def sight(self) -> Sight | None:
         """What pictures are read with, None where the bundle reads text only."""
         spec = self.manifest.vision
-        return Sight(self._sessions[VISION], spec, self.tokenizer.encode_plain) if spec is not None else None
+        return Sight(self._sessions[VISION], spec, lambda text: self.tokenizer.encode_plain(text)) if spec is not None else None
 
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""

@@ -172,7 +172,8 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 
 # The line between the runtime and the compiler
 
-ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs"}
+# PIL when a picture is decoded, and not before.
+ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL"}
 GROUND = ("bundle_contract", "errors", "manifest", "manifest_types", "element_types", "extras")
 
 

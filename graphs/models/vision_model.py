@@ -11,7 +11,6 @@ the table, with which weights, and the angles of a patch are inputs.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -104,10 +103,3 @@ class VisionModel(nn.Module):
         merged = tower.merger.norm(x).unflatten(1, (-1, self.config.merged)).flatten(2, 3)
         features: Tensor = tower.merger(merged)
         return features
-
-
-def vision_parameters(config: VisionConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter."""
-    with torch.device("meta"):
-        model = VisionModel(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
