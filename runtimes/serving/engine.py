@@ -190,6 +190,16 @@ class Engine:
     def closed(self) -> bool:
         return self._closing is not None or self._error is not None
 
+    @property
+    def slots(self) -> int:
+        """Sequences that run at once."""
+        return self._slots
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have."""
+        return self._longest
+
     def _require_open(self) -> None:
         if self._error is not None:
             raise QwenExportError("the engine has stopped after an error", got=str(self._error), fix="Make a new engine.") from self._error
@@ -339,6 +349,7 @@ class Engine:
             except Exception as error:
                 self._end(call, "error", ended_by(error))
                 continue
+            call.statistics.queued_s = call.statistics.queued_s or time.perf_counter() - call.started
             self._scheduler.entered(key, read, cuts)
 
     # ---- what steps report ----
