@@ -13,8 +13,8 @@ from time import perf_counter
 from typing import Protocol
 
 from qwen_export.runtimes.answer import Answer, Prepared
-from qwen_export.runtimes.serving.token_stream import TokenStream
 from qwen_export.runtimes.server.wire_errors import HttpError, stopping
+from qwen_export.runtimes.serving.token_stream import TokenStream
 from qwen_export.runtimes.structured.answer_events import AnswerEvent, TokenLogprob
 from qwen_export.runtimes.text.reasoning import Content, Reasoning
 from qwen_export.runtimes.text.tool_calls import CallArguments, CallEnded, CallStarted, ToolCallParser

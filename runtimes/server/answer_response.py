@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qwen_export.runtimes.server.answer_choices import Choices, Piece
@@ -37,10 +38,11 @@ class StreamWriter(Protocol):
     def error(self, refusal: Refusal) -> bytes: ...
 
 
-class _Answering:
+class _Answering(Response):
     """What both forms share: they watch the client and the clock, and free what they hold."""
 
     def __init__(self, choices: Choices, settings: ServerSettings, done: Callable[[], None]) -> None:
+        self.background = None
         self._choices, self._settings, self._done = choices, settings, done
         self._began = self._touched = asyncio.get_running_loop().time()
         self._writing = self._cut = False
@@ -51,6 +53,8 @@ class _Answering:
         listener.add_done_callback(lambda _: self._choices.leave())
         task = asyncio.current_task()
         every = min(1.0, self._settings.keep_alive_s / 2, self._settings.write_timeout_s / 2)
+
+        timer: asyncio.TimerHandle
 
         def look() -> None:
             nonlocal timer

@@ -13,6 +13,10 @@ from qwen_export.runtimes.model import Model
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 
+_LARGE = 100_000
+"""Characters of a text that is not worth a look."""
+_SHRINK = 4
+"""How much shorter the tokenizer's normalization may make a text, with room."""
 Prompt = str | Sequence[int]
 
 
@@ -41,7 +45,21 @@ class Ask:
 
 def prepare(model: Model, ask: Ask, longest: int, settings: ServerSettings) -> list[list[Prepared]]:
     """For each prompt its answers. `longest`: tokens of a sequence. Raises QwenExportError for what cannot be answered."""
+    _check_size(model, ask, longest)
     return [[_fitted(prepared, longest, settings) for prepared in _answers(model, ask, prompt)] for prompt in ask.prompts or [""]]
+
+
+def _check_size(model: Model, ask: Ask, longest: int) -> None:
+    """Refuse a text that has too many tokens in any case, without reading it: that would take seconds."""
+    texts = [message.get("content") for message in ask.messages or ()] + list(ask.prompts)
+    size = max((len(text) for text in texts if isinstance(text, str)), default=0)
+    if size > _LARGE and size > _SHRINK * longest * model.tokenizer.longest_token:
+        raise ContextOverflow(
+            "the prompt is longer than the context",
+            got=f"{size} characters",
+            expected=f"at most {longest} tokens",
+            fix="Shorten the messages.",
+        )
 
 
 def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:

@@ -138,7 +138,10 @@ def _choice(made: Collected, settings: ServerSettings) -> dict[str, Any]:
 
 
 def logprobs_of(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    return {"content": [{**_candidate(token), "top_logprobs": [_candidate(other) for other in token.top]} for token in tokens], "refusal": None}
+    return {
+        "content": [{**_candidate(token), "top_logprobs": [_candidate(other) for other in token.top]} for token in tokens],
+        "refusal": None,
+    }
 
 
 def _candidate(token: Candidate) -> dict[str, Any]:

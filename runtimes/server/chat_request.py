@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+
+from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.sampling_body import SamplingBody, wrong
@@ -11,18 +14,19 @@ from qwen_export.runtimes.server.wire_errors import HttpError
 from qwen_export.runtimes.structured.answer_options import AnswerOptions, ToolChoice, ToolName
 
 MOST_LOGPROBS = 20
+_CHOICES: dict[str, ToolChoice] = {"auto": "auto", "none": "none", "required": "required"}
 SWITCHES = ("enable_thinking", "preserve_thinking")
 
 
 class ChatBody(SamplingBody):
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     logprobs: bool = False
     top_logprobs: int | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     enable_thinking: bool | None = None
     preserve_thinking: bool | None = None
     reasoning_effort: str | None = None
@@ -50,6 +54,7 @@ def chat_ask(body: ChatBody) -> Ask:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     options.check_tools(function_names(body.tools))
+    tools, options = offered(body.tools, options)
     variables = dict(body.chat_template_kwargs)
     switches = {name: variables.pop(name, getattr(body, name)) for name in SWITCHES}
     if body.reasoning_effort is not None:
@@ -59,7 +64,7 @@ def chat_ask(body: ChatBody) -> Ask:
         switches["enable_thinking"] = False
     return Ask(
         messages=[with_content(message) for message in body.messages],
-        tools=offered(body.tools, options),
+        tools=tools,
         template={**switches, "continue_final_message": body.continue_final_message},
         variables=variables,
         sampling=body.sampling(),
@@ -74,8 +79,8 @@ def tool_choice(given: str | Mapping[str, Any] | None) -> ToolChoice:
     """The choice in the form of chat completions, or of responses, where the name is not inside `function`."""
     if given is None:
         return "auto"
-    if given == "auto" or given == "none" or given == "required":
-        return given
+    if isinstance(given, str) and given in _CHOICES:
+        return _CHOICES[given]
     if isinstance(given, Mapping):
         function = given.get("function", given)
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -101,9 +106,11 @@ def function_names(tools: list[dict[str, Any]]) -> list[str]:
     return names
 
 
-def offered(tools: list[dict[str, Any]], options: AnswerOptions) -> list[dict[str, Any]] | None:
-    """The tools that the model is shown: none where it must not call one."""
-    return None if options.tool_choice == "none" else tools or None
+def offered(tools: list[dict[str, Any]], options: AnswerOptions) -> tuple[list[dict[str, Any]] | None, AnswerOptions]:
+    """The tools that the model is shown, and options for them. Where it must not call one it is shown none, and everything is text."""
+    if options.tool_choice == "none":
+        return None, replace(options, tool_choice="auto")
+    return tools or None, options
 
 
 def with_content(message: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class MessagesWriter:
     def begin(self) -> bytes:
         prompt = sum(len(choice.prepared.request.ids) for choice in self._choices.all)
         usage = {"input_tokens": prompt, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
-        message = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": self._model, "content": []}
+        message: dict[str, Any] = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": self._model, "content": []}
         message |= {"stop_reason": None, "stop_sequence": None, "usage": usage}
         return (_event("message_start", f'"message": {dump(message)}') + _event("ping", "")).encode()
 
@@ -36,7 +36,10 @@ class MessagesWriter:
             match event:
                 case Reasoning(text):
                     if self._thinking:
-                        made += [self._opened("thinking", '"thinking": "", "signature": ""'), self._delta("thinking_delta", "thinking", text)]
+                        made += [
+                            self._opened("thinking", '"thinking": "", "signature": ""'),
+                            self._delta("thinking_delta", "thinking", text),
+                        ]
                 case Content(text):
                     made += [self._opened("text", '"text": ""'), self._delta("text_delta", "text", text)]
                 case CallStarted(_, id, name):
@@ -93,8 +96,9 @@ def whole_message(choices: Choices, pieces: list[Piece], model: str, *, thinking
         blocks.append({"type": "thinking", "thinking": made.reasoning, "signature": _SIGNATURE})
     if made.content or not made.calls:
         blocks.append({"type": "text", "text": made.content})
-    for call in made.calls:
-        blocks.append({"type": "tool_use", "id": call_id(call["id"]), "name": call["name"], "input": _input(call["arguments"])})
+    blocks += [
+        {"type": "tool_use", "id": call_id(call["id"]), "name": call["name"], "input": _input(call["arguments"])} for call in made.calls
+    ]
     head = {"id": new_id("msg_"), "type": "message", "role": "assistant", "model": model}
     return {**head, "content": blocks, **_stop(made.choice), "usage": _usage(choices)}
 

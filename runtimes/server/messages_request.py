@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from pydantic import Field
+
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.chat_request import offered
 from qwen_export.runtimes.server.request_body import Body
@@ -25,7 +27,7 @@ class CountBody(Body):
     model: str = ""
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
@@ -64,9 +66,10 @@ def messages_ask(body: CountBody) -> Ask:
         sampling = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
         sampling |= {"greedy": False} if "temperature" in sampling else {}
         limits = {"sampling": sampling, "max_tokens": body.max_tokens, "stop": body.stop_sequences}
+    shown, options = offered(tools, options)
     return Ask(
         messages=[*_system(body.system), *(made for i, message in enumerate(body.messages) for made in _turn(i, message))],
-        tools=offered(tools, options),
+        tools=shown,
         template={"enable_thinking": thinks(body)},
         options=options,
         **limits,

@@ -10,6 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from pydantic import Field
+
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.chat_request import offered, tool_choice
 from qwen_export.runtimes.server.request_body import Body
@@ -24,7 +26,7 @@ class ResponsesBody(Body):
     model: str = ""
     input: str | list[dict[str, Any]]
     instructions: str | None = None
-    tools: list[dict[str, Any]] = []
+    tools: list[dict[str, Any]] = Field(default_factory=list)
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
     max_output_tokens: int | None = None
@@ -44,7 +46,10 @@ def responses_ask(body: ResponsesBody) -> Ask:
     for name in ("previous_response_id", "conversation", "background"):
         if getattr(body, name):
             raise HttpError(
-                "responses are not stored here", code="unsupported_field", field=name, fix=f"Leave {name} out and send the whole conversation."
+                "responses are not stored here",
+                code="unsupported_field",
+                field=name,
+                fix=f"Leave {name} out and send the whole conversation.",
             )
     if body.max_output_tokens is not None and body.max_output_tokens < 1:
         raise wrong("max_output_tokens", body.max_output_tokens, "at least 1")
@@ -53,15 +58,17 @@ def responses_ask(body: ResponsesBody) -> Ask:
         tool_choice=_choice(body.tool_choice),
         parallel_tool_calls=body.parallel_tool_calls,
     )
-    tools = [{"type": "function", "function": function} for function in functions(body.tools)[0]]
-    options.check_tools([tool["function"]["name"] for tool in tools])
+    found, _ = functions(body.tools)
+    options.check_tools([function["name"] for function in found])
+    tools: list[dict[str, Any]] = [{"type": "function", "function": function} for function in found]
     effort = (body.reasoning or {}).get("effort")
     sampling = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     if "temperature" in sampling:
         sampling["greedy"] = False
+    shown, options = offered(tools, options)
     return Ask(
         messages=_messages(body),
-        tools=offered(tools, options),
+        tools=shown,
         template={"enable_thinking": False if effort == "none" else None},
         variables={"reasoning_effort": effort} if effort not in (None, "none") else {},
         sampling=sampling,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from qwen_export.errors import ParameterError
 from qwen_export.runtimes.server.request_body import Body
@@ -48,9 +48,9 @@ class SamplingBody(Body):
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: list[int] = []
+    stop_token_ids: list[int] = Field(default_factory=list)
     include_stop_str_in_output: bool = False
-    logit_bias: dict[int, float] = {}
+    logit_bias: dict[int, float] = Field(default_factory=dict)
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: dict[str, Any] | None = None
@@ -64,11 +64,15 @@ class SamplingBody(Body):
                 raise HttpError(f"the field {name} is not supported", code="unsupported_field", field=name, fix=f"Use {instead} instead.")
         return fields
 
+    @property
+    def least_tokens(self) -> int:
+        return 1
+
     def check_shared(self) -> None:
         if not 1 <= self.n <= MOST_CHOICES:
             raise wrong("n", self.n, f"1 to {MOST_CHOICES}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise wrong("max_tokens", self.max_tokens, "at least 1")
+        if self.max_tokens is not None and self.max_tokens < self.least_tokens:
+            raise wrong("max_tokens", self.max_tokens, f"at least {self.least_tokens}")
         if len(self.stops or ()) > MOST_STOPS:
             raise wrong("stop", f"{len(self.stops or ())} texts", f"at most {MOST_STOPS}")
         if self.stream_options is not None and not self.stream:

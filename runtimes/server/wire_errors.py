@@ -6,10 +6,11 @@ repeat a request after 408, 409, 429 and 500 or more, unless `x-should-retry` is
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_export.errors import ContextOverflow, OverloadedError, ParameterError, QwenExportError, TemplateError
@@ -59,7 +60,7 @@ class HttpError(QwenExportError):
         super().__init__(what, got=got, expected=expected, fix=fix)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Refusal:
     """An error in the form of no protocol."""
 
@@ -67,7 +68,7 @@ class Refusal:
     message: str
     code: str | None = None
     field: str | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def openai(self) -> dict[str, Any]:
         kind = _OPENAI_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
@@ -91,7 +92,7 @@ def refusal_of(error: BaseException, retry_after: int = 1) -> Refusal:
         return Refusal(400, error.text(wire_name), "invalid_value", wire_name(error.parameter))
     if isinstance(error, TemplateError):
         return Refusal(400, error.text(wire_name), "template_error", "messages")
-    _log.error("a request failed: %s", error, exc_info=error)
+    _log.error("a request failed:\n%s", "".join(traceback.format_exception(error)).rstrip())
     message = error.text(wire_name) if isinstance(error, QwenExportError) else "the server failed to answer."
     return Refusal(500, message, "internal_error", None, {"x-should-retry": "false"})
 

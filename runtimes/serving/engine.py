@@ -198,16 +198,6 @@ class Engine:
     def closed(self) -> bool:
         return self._closing is not None or self._error is not None
 
-    @property
-    def slots(self) -> int:
-        """Sequences that run at once."""
-        return self._slots
-
-    @property
-    def longest(self) -> int:
-        """Tokens that a sequence may have."""
-        return self._longest
-
     def _require_open(self) -> None:
         if self._error is not None:
             raise QwenExportError("the engine has stopped after an error", got=str(self._error), fix="Make a new engine.") from self._error
@@ -268,7 +258,7 @@ class Engine:
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
-        self.statistics.cache_limit = limit
+        self.statistics.cache_limit, self.statistics.slots, self.statistics.longest = limit, decoder.batch, decoder.capacity
         if cache is not None:
             self.statistics.prefix = cache.statistics
 
@@ -292,6 +282,7 @@ class Engine:
 
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
+        self.statistics.step_began = time.monotonic()
         self._drop_unwanted()
         self._change_slots()
         scheduler, calls = self._scheduler, self._calls
@@ -312,6 +303,7 @@ class Engine:
         for inbox in self._deliveries.send():
             self._forget_reader(inbox)
         numbers = self.statistics
+        numbers.step_began = 0.0
         spent = time.perf_counter() - began
         numbers.steps += 1
         numbers.step_s += spent
