@@ -156,6 +156,11 @@ class Model:
         if self._closed:
             raise QwenExportError("the model is closed", where=str(self.directory), fix="Load the bundle again.")
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together that a sequence may have."""
+        return self.manifest.max_context if self._max_context is None else self._max_context
+
     @cached_property
     def text_files(self) -> TextFiles:
         """Tokenizer, chat templates and special tokens of the bundle."""

@@ -14,14 +14,10 @@ import click
 from qwen_export.commands.output import notice
 from qwen_export.commands.progress import progress
 from qwen_export.errors import ContextOverflow
+from qwen_export.terminal.answer_summary import CONTEXT_FULL, answer_summary, shown_finish
 
 if TYPE_CHECKING:
-    from qwen_export.runtimes.decoding.generation import SpeculationStatistics, Statistics
     from qwen_export.runtimes.model import Generation
-
-CONTEXT_FULL = "context full"
-FINISH = {"overflow": CONTEXT_FULL}
-"""How `Statistics.finish` is shown, where that is not the word itself."""
 
 
 def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
@@ -52,9 +48,9 @@ def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) ->
         ended = "the output could not be written"
         raise
     finally:
-        ended = ended or FINISH.get(generation.statistics.finish, generation.statistics.finish)
+        ended = ended or shown_finish(generation.statistics.finish)
         if generation.statistics.new_tokens and ended:
-            notice(_summary(generation.statistics, ended))
+            notice(answer_summary(generation.statistics, ended))
 
 
 def print_json(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
@@ -72,7 +68,7 @@ def print_json(generation: Generation, events: Callable[[], Iterator[Any]]) -> N
         "text": generation.content,
         "reasoning": generation.reasoning,
         "tokens": generation.tokens,
-        "finish": ended or FINISH.get(statistics.finish, statistics.finish),
+        "finish": ended or shown_finish(statistics.finish),
         "statistics": dataclasses.asdict(statistics)
         | {"prefill_tok_per_s": statistics.prefill_tok_per_s, "decode_tok_per_s": statistics.decode_tok_per_s},
     }
@@ -91,21 +87,3 @@ def read_prompt_first(generation: Generation) -> Iterator[Any]:
     events = iter(generation.events())
     first = list(islice(events, 1))
     return chain(first, events)
-
-
-def _summary(s: Statistics, ended: str) -> str:
-    read = f"{s.prompt_tokens} prompt tokens" + (f" ({s.reused_tokens} reused)" if s.reused_tokens else "")
-    return (
-        f"{read}, first token after {s.first_token_s:.3f} s ({s.prefill_tok_per_s:.0f} tok/s), "
-        f"{s.new_tokens} new tokens at {s.decode_tok_per_s:.1f} tok/s, {ended}{_drafts(s.speculation)}"
-    )
-
-
-def _drafts(s: SpeculationStatistics) -> str:
-    if not sum(s.drafted):
-        return ""
-    shares = " / ".join(f"{share:.0%}" for share in s.acceptance)
-    return (
-        f"\n{s.rounds} rounds of {s.tokens_per_round:.2f} tokens, drafts kept {shares}; "
-        f"draft {s.draft_s:.2f} s, verify {s.verify_s:.2f} s, host {s.host_s:.2f} s"
-    )

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
-from qwen_export.commands.param_types import Finite, KeyValue
 from qwen_export.commands.print_answer import print_answer, print_json, prompt_progress, read_prompt_first
 from qwen_export.commands.prompt_source import read_prompt
 from qwen_export.extras import needed_for
@@ -27,26 +27,10 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a UTF-8 file instead.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it is.")
-@click.option("--system", help="System message (implies --chat).")
-@click.option("--thinking/--no-thinking", "thinking", default=None, help="Overrides the template's default (implies --chat).")
-@click.option(
-    "--preserve-thinking", is_flag=True, default=None, help="Keep past reasoning in the prompt, where the template can (implies --chat)."
-)
-@click.option(
-    "--template-kwarg",
-    "template_kwarg",
-    type=KeyValue(),
-    multiple=True,
-    help="A variable of the chat template (implies --chat); repeatable.",
-)
+@template_options("(implies --chat)")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
-@click.option("--temperature", type=Finite())
-@click.option("--top-p", type=Finite())
-@click.option("--top-k", type=int)
-@click.option("--min-p", type=Finite())
-@click.option("--presence-penalty", type=Finite())
-@click.option("--seed", type=int)
-@click.option("--greedy", is_flag=True, default=None, help="Always the likeliest token.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer, and is not part of it; repeatable.")
+@sampling_options
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, reasoning, token ids and statistics at the end.")
 @load_options()
@@ -56,32 +40,32 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
-    system: str | None,
-    thinking: bool | None,
-    preserve_thinking: bool | None,
-    template_kwarg: tuple[tuple[str, Any], ...],
+    template: dict[str, Any],
     max_new_tokens: int | None,
+    stop: tuple[str, ...],
+    sampling: dict[str, Any],
     max_context: int | None,
     as_json: bool,
     loading: dict[str, Any],
-    **sampling: Any,
 ) -> None:
-    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-` is stdin, `@FILE` a file."""
+    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-`, or none in a pipe, is stdin; `@FILE` a file.
+
+    The answer alone is printed on stdout; its reasoning is there on a terminal, and on stderr in a pipe."""
     text = read_prompt(prompt, prompt_file)
     with needed_for("run"):
         from qwen_export.runtimes.model import load
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    chats = chat or bool(template_kwarg) or any(option is not None for option in (system, thinking, preserve_thinking))
     with ExitStack() as stack:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": stack.enter_context(prompt_progress())}
-        if template_kwarg:
-            options["template_kwargs"] = dict(template_kwarg)
-        if chats:
-            generation = _answer(model, text, system, thinking, preserve_thinking, given, options)
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "stop": list(stop) or None,
+            "progress": stack.enter_context(prompt_progress()),
+        }
+        if chat or template:
+            generation = _answer(model, text, template, sampling, options)
         else:
-            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **given), **options)
+            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **sampling), **options)
 
         def events() -> Iterator[Any]:
             with stack:  # the progress of the prompt ends before the first token is printed
@@ -91,22 +75,9 @@ def command(
         (print_json if as_json else print_answer)(generation, events)
 
 
-def _answer(
-    model: Model,
-    prompt: str,
-    system: str | None,
-    thinking: bool | None,
-    preserve_thinking: bool | None,
-    given: dict[str, Any],
-    options: dict[str, Any],
-) -> Generation:
+def _answer(model: Model, prompt: str, template: dict[str, Any], sampling: dict[str, Any], options: dict[str, Any]) -> Generation:
+    system = template.pop("system", None)
     messages = [{"role": "system", "content": system}] if system is not None else []
     messages.append({"role": "user", "content": prompt})
-    thinks = thinking if thinking is not None else model.template.thinks_by_default()
-    return model.stream(
-        messages,
-        enable_thinking=thinking,
-        preserve_thinking=preserve_thinking,
-        sampling=dataclasses.replace(model.recommended(thinks), **given),
-        **options,
-    )
+    thinks = template.get("enable_thinking", model.template.thinks_by_default())
+    return model.stream(messages, sampling=dataclasses.replace(model.recommended(thinks), **sampling), **template, **options)
