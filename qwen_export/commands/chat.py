@@ -13,10 +13,11 @@ from qwen_export.commands.flags import flag
 from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
-from qwen_export.commands.output import detail, is_quiet, notice, verbosity_options
+from qwen_export.commands.output import detail, notice, verbosity_options
+from qwen_export.commands.print_answer import plain_view
 from qwen_export.errors import QwenExportError
 from qwen_export.extras import needed_for
-from qwen_export.terminal.answer_views import AnswerView, MarkdownView, PlainView
+from qwen_export.terminal.answer_views import AnswerView, MarkdownView
 from qwen_export.terminal.chat_loop import converse
 from qwen_export.terminal.conversation import Conversation
 from qwen_export.terminal.printable import printable
@@ -71,7 +72,7 @@ def command(
             whole = _at_terminal(conversation, bundle, plain, _history_file() if history else None)
         else:
             whole = converse(
-                conversation, piped_questions(_lines()), _plain_view(), note=notice, summarize=notice, fail=_fail, interactive=False
+                conversation, piped_questions(_lines()), plain_view(), note=notice, summarize=notice, fail=_fail, interactive=False
             )
     sys.exit(0 if whole or interactive else 1)
 
@@ -85,7 +86,7 @@ def _at_terminal(conversation: Conversation, bundle: Path, plain: bool, history:
     conversation.model.warm()
     view: AnswerView = MarkdownView(console)
     if plain or console.is_dumb_terminal:
-        view = _plain_view()
+        view = plain_view()
 
     def note(text: str) -> None:
         console.print(Text(printable(text), style="dim"))
@@ -97,20 +98,6 @@ def _at_terminal(conversation: Conversation, bundle: Path, plain: bool, history:
 def _greet(model: Model, bundle: Path) -> None:
     target = model.manifest.target
     notice(f"{bundle.name}: {target.precision} on {target.device}, context {model.max_context} tokens. {HINT} /help has more.")
-
-
-def _plain_view() -> PlainView:
-    """Answers on stdout. Reasoning is dim beside them on a terminal, and on stderr where stdout is a pipe."""
-    terminal = sys.stdout.isatty()
-
-    def write(text: str) -> None:
-        click.echo(printable(text) if terminal else text, nl=False)
-
-    def aside(text: str) -> None:
-        if terminal or not is_quiet():
-            click.echo(click.style(printable(text), dim=True), nl=False, err=not terminal)
-
-    return PlainView(write, aside)
 
 
 def _fail(error: QwenExportError) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_export.commands.answer_flags import AnswerFlags, answer_options
 from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
-from qwen_export.commands.print_answer import print_answer, print_json, prompt_progress, read_prompt_first
+from qwen_export.commands.print_answer import json_answer, print_answer, prompt_progress, read_prompt_first, usage
 from qwen_export.commands.prompt_source import read_prompt
 from qwen_export.extras import needed_for
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Generation, Model
+    from qwen_export.runtimes.sampling.sampler import SamplingParams
 
 
 @click.command("run")
@@ -29,10 +32,13 @@ if TYPE_CHECKING:
 @click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it is.")
 @template_options("(implies --chat)")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Ends the answer, and is not part of it; repeatable.")
 @sampling_options
+@answer_options
+@click.option("-n", "count", type=click.IntRange(1), default=1, metavar="N", help="Answers to the prompt, one after the other.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, reasoning, token ids and statistics at the end.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, reasoning, tool calls, usage, token ids, statistics."
+)
 @load_options()
 @verbosity_options
 def command(
@@ -42,42 +48,60 @@ def command(
     chat: bool,
     template: dict[str, Any],
     max_new_tokens: int | None,
-    stop: tuple[str, ...],
     sampling: dict[str, Any],
+    answer: AnswerFlags,
+    count: int,
     max_context: int | None,
     as_json: bool,
     loading: dict[str, Any],
 ) -> None:
     """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-`, or none in a pipe, is stdin; `@FILE` a file.
 
-    The answer alone is printed on stdout; its reasoning is there on a terminal, and on stderr in a pipe."""
-    text = read_prompt(prompt, prompt_file)
+    The answer alone is printed on stdout; its reasoning is there on a terminal, and on stderr in a pipe. A tool call is a line of JSON."""
+    if answer.logprobs and not as_json:
+        raise click.UsageError("--logprobs needs --json")
     with needed_for("run"):
         from qwen_export.runtimes.model import load
+    tools, options = answer.tools(), answer.options()
+    text = read_prompt(prompt, prompt_file)
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
-    with ExitStack() as stack:
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens,
-            "stop": list(stop) or None,
-            "progress": stack.enter_context(prompt_progress()),
-        }
-        if chat or template:
-            generation = _answer(model, text, template, sampling, options)
-        else:
-            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **sampling), **options)
+    chats = chat or bool(template) or answer.needs_chat
+    messages = _messages(text, template.pop("system", None)) if chats else []
+    params = _sampling(model, sampling, template, chats)
 
-        def events() -> Iterator[Any]:
-            with stack:  # the progress of the prompt ends before the first token is printed
-                started = read_prompt_first(generation)
-            return started
+    def generation(number: int, progress: Callable[[int, int], None]) -> Generation:
+        """Answer number `number`; each has a seed of its own."""
+        seeded = params if params.seed is None else dataclasses.replace(params, seed=params.seed + number)
+        common: dict[str, Any] = {"sampling": seeded, "max_new_tokens": max_new_tokens, "stop": answer.stop, "answer": options}
+        if chats:
+            return model.stream(messages, tools=tools, progress=progress, **common, **template)
+        return model.complete(text, progress=progress, **common)
 
-        (print_json if as_json else print_answer)(generation, events)
+    generations, results = [], []
+    for number in range(count):
+        with ExitStack() as stack:
+            made = generation(number, stack.enter_context(prompt_progress()))
+            generations.append(made)
+
+            def events(made: Generation = made, stack: ExitStack = stack) -> Iterator[Any]:
+                with stack:  # the progress of the prompt ends before the first token is printed
+                    return read_prompt_first(made)
+
+            if as_json:
+                results.append(json_answer(made, events, tools or (), answer.logprobs))
+            else:
+                print_answer(made, events, tools or ())
+    if as_json:
+        result = results[0] if count == 1 else {"answers": results, "usage": usage(generations)}
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _answer(model: Model, prompt: str, template: dict[str, Any], sampling: dict[str, Any], options: dict[str, Any]) -> Generation:
-    system = template.pop("system", None)
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
-    thinks = template.get("enable_thinking", model.template.thinks_by_default())
-    return model.stream(messages, sampling=dataclasses.replace(model.recommended(thinks), **sampling), **template, **options)
+def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": prompt}]
+
+
+def _sampling(model: Model, given: dict[str, Any], template: dict[str, Any], chats: bool) -> SamplingParams:
+    """What is recommended for the mode, with what was given."""
+    thinks = chats and template.get("enable_thinking", model.template.thinks_by_default())
+    return dataclasses.replace(model.recommended(thinks), **given)

@@ -55,15 +55,13 @@ def converse(
 
 def _answer(conversation: Conversation, question: str, view: AnswerView, interactive: bool) -> str:
     """Answer one question; returns why the answer ended."""
-    from qwen_export.runtimes.text.reasoning import Reasoning
-
     generation: Generation | None = None
     ended = ""
     try:
         generation = conversation.ask(question, view.progress)
         with _interrupt_cancels(generation) if interactive else _unchanged():
             for event in generation.events():
-                (view.reasoning if isinstance(event, Reasoning) else view.content)(event.text)
+                (view.reasoning if event.kind == "reasoning" else view.content)(event.text)
     except ContextOverflow:
         if generation is None or not generation.tokens:  # the prompt itself does not fit
             raise
