@@ -26,12 +26,10 @@ FINISH = {"overflow": CONTEXT_FULL}
 
 def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
     """Reasoning dim, the answer plain, as `events` gives them; then a line about speed and why it ended. A full context is a normal end."""
-    from qwen_export.runtimes.text.reasoning import Reasoning
-
     reasoning, ended = False, ""
     try:
         for event in events():
-            if isinstance(event, Reasoning) != reasoning:
+            if (event.kind == "reasoning") != reasoning:
                 reasoning = not reasoning
                 if not reasoning:
                     click.echo("\n")

@@ -181,6 +181,14 @@ class Engine:
         stream = self.submit(prepared.request, loop=asyncio.get_running_loop())
         return AsyncGeneration(stream, stream.statistics, prepared)
 
+    def answers(self, prepared: Prepared, n: int) -> list[Generation]:
+        """Queue `n` answers to one prompt. Number i has the seed that the caller gave plus i."""
+        return [self.answer(one) for one in prepared.several(n)]
+
+    def answers_async(self, prepared: Prepared, n: int) -> list[AsyncGeneration]:
+        """As `answers`, for a coroutine of the running event loop."""
+        return [self.answer_async(one) for one in prepared.several(n)]
+
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests and end the thread. Those that run are ended ("abandoned"), or with `drain` finished first."""
         with self._lock:

@@ -63,8 +63,7 @@ class ServedCall:
         for token in tokens:
             if statistics.finish:
                 break
-            if token in request.stop_ids:
-                statistics.finish = "stop"
+            if request.stops_at(token, statistics):
                 break
             given.append(token)
             statistics.new_tokens += 1
