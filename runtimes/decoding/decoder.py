@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +18,8 @@ from qwen_export.errors import ContextOverflow, ParameterError, QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.sequence import Media, Prompt, SequenceState
+from qwen_export.runtimes.decoding.sequence import Prompt, SequenceState
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark, Snapshot
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import Kept
 
@@ -28,48 +28,6 @@ Logits = npt.NDArray[np.float32]
 Observer = Callable[[int, int, Mapping[str, Buffer]], None]
 """Called after a call of the decoder's graph: with the tokens read before it, the tokens that it read, and by name the outputs that are no
 states, valid until the next call. A call of fixed shape has more rows than tokens."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point to go back to within one slot: recurrent states and conv histories after `tokens`. The caches are not copied, so it is
-    small, and valid as long as the sequence still begins with these tokens. `accepted` tokens of `pending` are not in the states yet;
-    `waiting` is the hidden state that the draft head has not read; `positions` are rotary positions other than those of text."""
-
-    tokens: tuple[int, ...]
-    states: dict[str, Kept]
-    accepted: int = 0
-    pending: dict[str, Kept] = field(default_factory=dict)
-    waiting: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
-    media: tuple[Media, ...] = ()
-    positions: tuple[int, ...] | None = None
-
-    @property
-    def prompt(self) -> Prompt:
-        return Prompt(self.tokens, self.media)
-
-
-class CachePiece(NamedTuple):
-    """Rows of the attention caches from token `start` on, by name, [Hkv,rows,D * element size] each."""
-
-    start: int
-    rows: dict[str, Kept]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that one sequence has read: self-contained, valid for any decoder of the same bundle. `caches` [Hkv,rows,D * element size]
-    are rows from token `start` on; those before are in `earlier`, which other snapshots may share. Of rows in several pieces the last
-    counts."""
-
-    mark: Mark
-    caches: dict[str, Kept]
-    start: int = 0
-    earlier: tuple[CachePiece, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[CachePiece, ...]:
-        return (*self.earlier, CachePiece(self.start, self.caches))
 
 
 class Follower(Protocol):

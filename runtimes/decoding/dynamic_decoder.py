@@ -16,12 +16,13 @@ from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
 from qwen_export.runtimes.decoding.cache_room import CacheRoom
 from qwen_export.runtimes.decoding.call_plan import plan_calls
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle

@@ -14,11 +14,12 @@ import numpy as np
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.static_draft_head import StaticDraftHead
 from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, HEAD_GRAPHS, PROMPT, STEP, VERIFY, StaticGraph, StaticStates
 from qwen_export.runtimes.memory.buffers import Bytes

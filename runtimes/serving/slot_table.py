@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder
+from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.sequence import Prompt
+from qwen_export.runtimes.decoding.snapshot import CachePiece
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.served_call import ServedCall
 
