@@ -190,8 +190,14 @@ class Decoder(ABC):
         """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
 
     @abstractmethod
-    def warm(self) -> None:
-        """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read."""
+    def warm(self, drafts: int | None = None) -> None:
+        """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read.
+        `drafts`: the most that will be verified, None for all that the draft head may make."""
+
+    @property
+    def records(self) -> bool:
+        """Whether the first call of a kind takes many times as long as the others."""
+        return False
 
     # ---- going back ----
 

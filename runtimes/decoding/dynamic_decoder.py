@@ -144,17 +144,26 @@ class DynamicDecoder(Decoder):
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
 
-    def warm(self) -> None:
+    def warm(self, drafts: int | None = None) -> None:
+        longest = (self.widest_verify if self.head is not None else 1) if drafts is None else min(1 + drafts, self.widest_verify)
         if self.batch == 1:
             mark = self.mark()
             self.prefill([0], want_logits=False)
-            for count in range(1, 1 + (self.widest_verify if self.head is not None else 1)):
+            for count in range(1, 1 + max(1, longest)):
                 self.prepare(count)
             self.rewind(mark)
         else:
-            self.prepare(1)
-        if self.head is not None:
-            self.head.prepare(self.widest_verify)
+            for pending in (0, 1) if longest > 1 else (0,):
+                for count in sorted({1 << power for power in range(self.batch.bit_length())} | {self.batch}):
+                    shape = CallShape(count, 1, 1, 0, True, pending)
+                    if shape not in self._calls:
+                        self._bind(shape)
+        if self.head is not None and longest > 1:
+            self.head.prepare(longest)
+
+    @property
+    def records(self) -> bool:
+        return self.session.records
 
     @property
     def busy_s(self) -> float:

@@ -151,7 +151,7 @@ class StaticDecoder(Decoder):
         if self.batch == 1 and count <= max(1, self.widest_verify):
             self._prepare(STEP if count == 1 and not self._accepted[0] else VERIFY)
 
-    def warm(self) -> None:
+    def warm(self, drafts: int | None = None) -> None:
         """See Decoder: for the graphs of all calls."""
         for name in self._graphs:
             self._prepare(name, every=True)

@@ -256,6 +256,8 @@ class Engine:
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
+        if decoder.records:
+            decoder.warm(0 if counts is None else counts.longest)
         numbers = self.statistics
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
         numbers.measure = lambda: {slot: decoder.held_bytes(slot) for slot in list(self._table.calls)}
