@@ -42,8 +42,8 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 )
 @click.option("--root-path", default="", metavar="PATH", help="The beginning of addresses that a proxy in front removes.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
-@click.option("--cache-memory", type=Gigabytes(), metavar="GB", help="Memory for the sequences; default what all slots hold.")
-@click.option("--prefix-memory", type=Gigabytes(), metavar="GB", help="Memory for beginnings that prompts share; default 1.")
+@click.option("--cache-memory", type=Gigabytes(), metavar="GB", help="Memory for states, caches and shared beginnings.")
+@click.option("--prefix-memory", type=Gigabytes(), metavar="GB", help="The part of it for beginnings that prompts share; default 1.")
 @click.option("--max-body", type=click.FloatRange(0, min_open=True), default=32, show_default=True, metavar="MB", help="Of a request.")
 @click.option(
     "--body-timeout", type=click.FloatRange(0, min_open=True), default=60, show_default=True, metavar="S", help="For a body to arrive."
@@ -85,7 +85,7 @@ def command(
         from qwen_export.runtimes.server.http_server import HttpServer, address_of, listening_socket
         from qwen_export.runtimes.server.http_server import drain as wait_for_answers
         from qwen_export.runtimes.server.service import Service
-        from qwen_export.runtimes.serving.engine import PREFIX_MEMORY, Engine
+        from qwen_export.runtimes.serving.engine import Engine
     settings = _settings(host, options)
     stop, hurry = threading.Event(), threading.Event()
     service = Service(settings)
@@ -97,8 +97,7 @@ def command(
         notice(f"{address} listens; loading {bundle}")
         hash_with_progress(bundle)
         model = load(bundle, max_context=max_context, **loading)
-        memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
-        with model, Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=memory) as engine:
+        with model, Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=prefix_memory) as engine:
             service.prepare(model, engine, lambda text: notice(f"{text} ..."))
             _on_signals(stop, hurry)
             service.start(model, engine)

@@ -8,6 +8,7 @@ FAST = (
     "field/test_checkpoint_quantized.py",
     "server/test_request_fields.py",
     "tensorrt/test_tensorrt_memory.py",
+    "terminal/test_answer_views.py",
     "test_answer_options.py",
     "test_batched_chunks.py",
     "test_bundle_integrity.py",
