@@ -10,6 +10,7 @@ from qwen_export.errors import QwenExportError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "polygraphy"),
     "onnxruntime": ("onnxruntime",),
+    "chat": ("prompt_toolkit",),
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
 }

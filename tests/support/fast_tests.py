@@ -7,6 +7,8 @@ FAST = (
     "field/test_checkpoint_config.py",
     "field/test_checkpoint_quantized.py",
     "tensorrt/test_tensorrt_memory.py",
+    "terminal/test_answer_views.py",
+    "test_answer_options.py",
     "test_batched_chunks.py",
     "test_bundle_integrity.py",
     "test_chat_template.py",
