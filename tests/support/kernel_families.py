@@ -27,7 +27,7 @@ TOLERANCE = {
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="the CPU kernels are not compiled, or switched off")
 
 
-def lengths(session: ort.InferenceSession, before: Sequence[int], T: int) -> dict[str, np.ndarray]:  # noqa: N803
+def lengths(session: ort.InferenceSession, before: Sequence[int], T: int) -> dict[str, np.ndarray]:
     """The inputs of a graph that tell its attention kernel how many tokens each sequence has before a call of T."""
     if "length" in {value.name for value in session.get_inputs()}:
         return {"length": np.array(before, np.int64)}
