@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Unpack
 
 from qwen_export.bundle_contract import VISION
-from qwen_export.errors import BundleError, ParameterError, QwenExportError
-from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
+from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.manifest import GENERATION_CONFIG, Manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
-from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
-from qwen_export.runtimes.backends.integrity import ensure_whole
-from qwen_export.runtimes.backends.native_libraries import check_native
-from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
+from qwen_export.runtimes.backends.open_graphs import OpenOptions
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
-from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP, is_static
+from qwen_export.runtimes.open_bundle import Speculate, open_bundle
 from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
@@ -46,7 +43,6 @@ from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 from qwen_export.runtimes.vision.chat_media import MediaOptions
 from qwen_export.runtimes.vision.sight import Sight
 
-Speculate = str | int
 _NO_OPTIONS = AnswerOptions()
 
 
@@ -82,20 +78,8 @@ def load(
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
     directory = Path(bundle)
-    manifest = load_manifest(directory)
-    manifest = for_device(manifest, device)
-    ensure_whole(directory, manifest)
-    check_runnable(manifest, device_id)
-    check_limits(manifest, max_context, threads)
-    check_native(directory, manifest, native)
-    check_speculate(speculate, manifest)
-    check_weight_budget(weight_budget, manifest)
-    # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
-    repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
-    idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    later = (VISION, *((VERIFY,) if speculate == "off" else ()))
-    options = OpenOptions(threads, repack, device_id, later=later, weight_budget=weight_budget)
-    sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
+    options = OpenOptions(threads, repack, device_id, weight_budget=weight_budget)
+    manifest, sessions = open_bundle(directory, options, max_context, speculate, device, native)
     return Model(directory, manifest, sessions, max_context, speculate)
 
 
@@ -162,6 +146,11 @@ class Model:
         if self._closed:
             raise QwenExportError("the model is closed", where=str(self.directory), fix="Load the bundle again.")
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together that a sequence may have."""
+        return self.manifest.max_context if self._max_context is None else self._max_context
+
     @cached_property
     def text_files(self) -> TextFiles:
         """Tokenizer, chat templates and special tokens of the bundle."""
@@ -196,6 +185,9 @@ class Model:
         """Sampling parameters for this model in one mode, when the caller names none."""
         facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
         return recommended(facts, thinking, self.generation_defaults)
+
+    def _sampling(self, given: SamplingParams | Mapping[str, Any] | None, thinking: bool) -> SamplingParams:
+        return given if isinstance(given, SamplingParams) else replace(self.recommended(thinking), **(given or {}))
 
     @cached_property
     def _preparation(self) -> Preparation:
@@ -248,7 +240,7 @@ class Model:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
@@ -258,12 +250,12 @@ class Model:
         **template: Unpack[TemplateOptions],
     ) -> Prepared:
         """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey, instead of the
-        `form` of `answer`."""
+        `form` of `answer`. A mapping as `sampling` replaces single values of `recommended`."""
         prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, sees=self.sight is not None, **template)
         seen = self.sight.see(prompt, media) if self.sight is not None and prompt.media else None
         wanted = Wanted(
             seen.ids if seen else prompt.ids,
-            sampling or self.recommended(prompt.thinking),
+            self._sampling(sampling, prompt.thinking),
             answer,
             max_new_tokens,
             stop,
@@ -292,27 +284,20 @@ class Model:
 
     def prepare_text(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
     ) -> Prepared:
-        """What continuing a text takes, for an engine: the parameters of `complete`."""
-        if not isinstance(prompt, str):
-            raise ParameterError(
-                "the prompt is not a text",
-                parameter="prompt",
-                got=type(prompt).__name__,
-                expected="str",
-                fix="Answer a chat with `stream`.",
-            )
-        params = sampling or self.recommended(False)
-        ids = self.tokenizer.encode(prompt)
-        wanted = Wanted(ids, params, answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress)
+        """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
+        wanted = Wanted(
+            ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress
+        )
         return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:
@@ -366,7 +351,7 @@ class Model:
         that load a bundle before the first request."""
         self._require_open()
         with self._turn:
-            self._conversation.decoder.warm()
+            self._conversation.decoder.warm(self.longest_draft)
 
     @property
     def drafts(self) -> Speculate:
@@ -395,6 +380,16 @@ class Model:
         """Kept from answer to answer, with its copy of the text."""
         return LookupDrafter(self._conversation.decoder, self._conversation.slot)
 
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts."""
+        if self._policy is None or self.manifest.speculation is None:
+            return 0
+        return self._speculate if isinstance(self._speculate, int) else self.manifest.speculation.max_draft
+
     @cached_property
     def _conversation(self) -> PrefixReuse:
-        return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
+        decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
+        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
+            decoder.warm(self.longest_draft)
+        return PrefixReuse(decoder)
