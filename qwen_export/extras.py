@@ -15,6 +15,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
     "vision": ("PIL",),
+    "video": ("av",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")

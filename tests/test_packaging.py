@@ -173,8 +173,8 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 
 # The line between the runtime and the compiler
 
-# PIL when a picture is decoded, and not before.
-ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL"}
+# PIL and av when a picture or video is decoded, and not before.
+ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL", "av"}
 SERVER = {*EXTRAS["serve"], *ALLOWED}
 GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras")
 

@@ -21,10 +21,10 @@ from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.prompt_pictures import prompt_read
 from qwen_export.runtimes.model import Model
-from qwen_export.runtimes.vision.picture import Picture
+from qwen_export.runtimes.vision.picture import Picture, made_picture
 from qwen_export.runtimes.vision.prompt_expansion import ExpandedPrompt, Medium, expand_prompt
 from tests.support.family import FAMILY, tiny_config
-from tests.support.pictures import seen
+from tests.support.pictures import noise, seen
 from tests.support.references import reference_model
 from tests.support.synthesize import synthesize
 
@@ -63,7 +63,7 @@ class Subject:
     model: Model
 
     def prompt(self, parts: Sequence[int | Picture], seed: int = 0) -> ExpandedPrompt:
-        """So many random text tokens, or a picture between its start and end."""
+        """So many random text tokens, or a picture between its start and end; more than one slice is a video."""
         sight = self.model.sight
         assert sight is not None
         random, ids = np.random.default_rng(seed), list[int]()
@@ -71,14 +71,25 @@ class Subject:
             if isinstance(part, int):
                 ids += random.integers(0, 480, part).tolist()
             else:
-                ids += [sight.spec.start_token, sight.spec.image_token, sight.spec.end_token]
-        media = [Medium(part, "") for part in parts if not isinstance(part, int)]
-        return expand_prompt(ids, None, media, sight.spec, sight.encoder.features, lambda text: [])
+                pad = sight.spec.video_token if part.grid.slices > 1 else sight.spec.image_token
+                ids += [sight.spec.start_token, pad, sight.spec.end_token]
+        seconds = [(part, (1.5,) * part.grid.slices * (part.grid.slices > 1)) for part in parts if not isinstance(part, int)]
+        media = [Medium(part, "", times) for part, times in seconds]
+        return expand_prompt(ids, None, media, sight.spec, sight.encoder.features, lambda text: [5, 6, 7])
 
     def pictures(self, *sizes: tuple[int, int]) -> list[Picture]:
         sight = self.model.sight
         assert sight is not None
         return [seen(height, width, sight.spec, seed) for seed, (height, width) in enumerate(sizes)]
+
+    def videos(self, *sizes: tuple[int, int, int]) -> list[Picture]:
+        """Of so many frames each."""
+        sight = self.model.sight
+        assert sight is not None
+        return [
+            made_picture(np.stack([noise(high, wide, 10 * seed + i) for i in range(n)]), sight.spec)
+            for seed, (n, high, wide) in enumerate(sizes)
+        ]
 
     @torch.no_grad()
     def expected(self, ids: Sequence[int], pictures: Sequence[Picture]) -> Logits:
@@ -87,14 +98,14 @@ class Subject:
         assert sight is not None
         spec = sight.spec
         self.reference.model.rope_deltas = None
-        kinds = [int(token == spec.image_token) for token in ids]
-        grids = [[one.grid.slices, one.grid.rows, one.grid.columns] for one in pictures]
-        made = self.reference(
-            torch.tensor([list(ids)]),
-            pixel_values=torch.from_numpy(np.concatenate([one.rows(spec)[0] for one in pictures])),
-            image_grid_thw=torch.tensor(grids),
-            mm_token_type_ids=torch.tensor([kinds]),
-        )
+        kinds = [{spec.image_token: 1, spec.video_token: 2}.get(token, 0) for token in ids]
+        given: dict[str, torch.Tensor] = {}
+        for name, grid, slices in (("pixel_values", "image_grid_thw", False), ("pixel_values_videos", "video_grid_thw", True)):
+            some = [one for one in pictures if (one.grid.slices > 1) == slices]
+            if some:
+                given[name] = torch.from_numpy(np.concatenate([one.rows(spec).reshape(-1, 1536) for one in some]))
+                given[grid] = torch.tensor([[one.grid.slices, one.grid.rows, one.grid.columns] for one in some])
+        made = self.reference(torch.tensor([list(ids)]), mm_token_type_ids=torch.tensor([kinds]), **given)
         return made.logits[0].numpy()
 
     def read(self, decoder: Decoder, prompt: ExpandedPrompt, cuts: Sequence[int] = ()) -> Logits:
@@ -195,6 +206,24 @@ def test_going_back_behind_a_picture(subject: Subject) -> None:
     other = subject.model.decoder()
     other.restore(snapshot)
     assert error(other.run([rest])[0].array, expected[cut:]) <= TOLERANCE
+
+
+def test_a_video(subject: Subject) -> None:
+    [video] = subject.videos((5, 64, 96))
+    prompt = subject.prompt([4, video, 6])
+    assert len(prompt.pictures.seen[0].places) == 3 * 6
+    expected = subject.expected(prompt.ids, [video])
+    for cuts in ([], [13], range(1, len(prompt.ids))):
+        assert error(subject.read(subject.model.decoder(), prompt, cuts), expected) <= TOLERANCE
+
+
+def test_pictures_and_videos(subject: Subject) -> None:
+    [video, other], [picture] = subject.videos((4, 64, 64), (3, 32, 96)), subject.pictures((64, 96))
+    prompt = subject.prompt([video, 4, picture, other, 6])
+    expected = subject.expected([*prompt.ids, 9], [video, picture, other])
+    decoder = subject.model.decoder()
+    assert error(subject.read(decoder, prompt), expected[:-1]) <= TOLERANCE
+    assert error(decoder.step([9]), expected[-1:]) <= TOLERANCE
 
 
 def test_every_tower_of_the_family_in_small(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="A picture that PROMPT is about (implies --chat); repeatable, in this order.",
 )
+@click.option("--video", "videos", multiple=True, metavar="FILE", help="A video that PROMPT is about, behind the pictures; repeatable.")
 @click.option("--max-pixels", type=int, metavar="N", help="Scale pictures down to so many pixels; 1024 of them are a token.")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
 @sampling_options
@@ -57,6 +58,7 @@ def command(
     chat: bool,
     template: dict[str, Any],
     images: tuple[str, ...],
+    videos: tuple[str, ...],
     max_pixels: int | None,
     max_new_tokens: int | None,
     sampling: dict[str, Any],
@@ -79,8 +81,8 @@ def command(
     text = read_prompt(prompt, prompt_file)
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
-    chats = chat or bool(template) or bool(images) or answer.needs_chat
-    messages = _messages(text, images, template.pop("system", None)) if chats else []
+    chats = chat or bool(template or images or videos) or answer.needs_chat
+    messages = _messages(text, images, videos, template.pop("system", None)) if chats else []
     media = None if max_pixels is None else MediaOptions(max_pixels=max_pixels)
     params = _sampling(model, sampling, template, chats)
 
@@ -111,12 +113,10 @@ def command(
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _messages(prompt: str, images: Sequence[str], system: str | None) -> list[dict[str, Any]]:
-    parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": prompt}]
-    return [
-        *([{"role": "system", "content": system}] if system is not None else []),
-        {"role": "user", "content": parts if images else prompt},
-    ]
+def _messages(prompt: str, images: Sequence[str], videos: Sequence[str], system: str | None) -> list[dict[str, Any]]:
+    media = [{"type": kind, kind: file} for kind, files in (("image", images), ("video", videos)) for file in files]
+    content = [*media, {"type": "text", "text": prompt}] if media else prompt
+    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": content}]
 
 
 def _sampling(model: Model, given: dict[str, Any], template: dict[str, Any], chats: bool) -> SamplingParams:
