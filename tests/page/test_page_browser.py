@@ -254,6 +254,18 @@ def test_the_refusal_of_a_server_is_shown(browser: Browser) -> None:
     browser.errors()
 
 
+def test_a_server_that_still_loads_is_asked_again(browser: Browser) -> None:
+    server = ScriptedServer([answer()])
+    server.status = 503
+    with server.running() as address:
+        browser.driver.get(address)
+        browser.shows("still loading", "#problem")
+        server.status = 200
+        browser.shows("scripted", "#model")
+        browser.until(lambda: not browser.text("#problem"))
+    browser.errors()
+
+
 def test_a_narrow_screen_has_its_list_in_a_drawer() -> None:
     server = ScriptedServer([answer()])
     with chromium(width=520) as browser, server.running() as address:

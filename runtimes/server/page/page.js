@@ -19,6 +19,7 @@ const page = {
   running: null, // {controller, view} of the answer that is being made
   last: null, // the view of the last answer, which can be made again
 };
+const LOADING = "The server is still loading the model.";
 const log = byId("log");
 const question = byId("question");
 const images = new Attachments(problem);
@@ -280,15 +281,19 @@ function showModel() {
 }
 
 async function loadModels() {
+  let again = false;
   try {
     page.models = await readModels(page.key);
-    problem("");
+    again = !page.models.length;
+    problem(again ? LOADING : "");
   } catch (error) {
     page.models = [];
-    problem(error.message);
+    again = error.status === 503;
+    problem(again ? LOADING : error.message);
     if (error.status === 401) settings();
   }
   showModel();
+  if (again) setTimeout(loadModels, 2000);
 }
 
 function settings() {

@@ -49,6 +49,10 @@ export function openSettings({ settings, key, models }, { save, deleteAll }) {
     deleteAll();
     dialog.close();
   };
+  // A field that keeps the focus behind a dialog would not take keys afterwards.
+  const before = document.activeElement;
+  before?.blur();
+  dialog.onclose = () => before?.focus();
   dialog.showModal();
 
   function toolsProblem(text) {
