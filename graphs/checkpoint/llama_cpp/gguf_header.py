@@ -1,8 +1,8 @@
 """The header of a GGUF file, read strictly and without touching the data.
 
 Format: "GGUF", version, counts, then key/value pairs, then name, sizes (innermost first), type and offset of each tensor, then the data, at
-multiples of `general.alignment`. The reader of the `gguf` package makes an array per string: 10 s and 0.8 GB for a vocabulary of the family,
-against 0.2 s here. It does not name what is damaged either. Names and block sizes of the element types are those of the package.
+multiples of `general.alignment`. The reader of the `gguf` package makes an array per string, which takes 10 s and 0.8 GB for a vocabulary
+of the family and 0.2 s here, and it does not name what is damaged. Names and block sizes of the element types are those of the package.
 """
 
 from __future__ import annotations
