@@ -116,6 +116,12 @@ class Decoder(ABC):
         self._check(reads)
         return self._run(reads)
 
+    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        """One more token for each of neighboring slots, from `first` on: what `run` does with a read of one token for each, in less time
+        on the host. Row i is that of slot `first + i`."""
+        rows = self.run([Read(first + place, (token,)) for place, token in enumerate(tokens)])
+        return rows[0] if len(rows) == 1 else JoinedRows(rows)
+
     def prefill(self, ids: Sequence[int], slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""
@@ -155,8 +161,7 @@ class Decoder(ABC):
                 expected=self.batch,
                 fix="Use run() to advance some of the sequences.",
             )
-        rows = self.run([Read(slot, (token,)) for slot, token in enumerate(tokens)])
-        return rows[0] if len(rows) == 1 else JoinedRows(rows)
+        return self.advance(tokens)
 
     def verify(self, tokens: Sequence[int], slot: int = 0) -> Logits:
         """Read at most `widest_verify` tokens that may still be taken back; returns the logits of all of them, f32[T,V], valid until the

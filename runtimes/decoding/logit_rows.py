@@ -15,6 +15,7 @@ from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 
 
 class Top(NamedTuple):
@@ -62,6 +63,15 @@ class Rows:
             self._top = self._read_top()
         return self._top.cut(row * self._width, (row + 1) * self._width)
 
+    def tops(self) -> tuple[Floats, Ids] | None:
+        """The largest entries of all rows, f32[N,K], and their ids, i32[N,K], as in `top`; None where the graph does not pick them."""
+        if self._read_top is None:
+            return None
+        if self._top is None:
+            self._top = self._read_top()
+        logits, ids = self._top
+        return np.asarray(logits).reshape(-1, self._width), np.asarray(ids).reshape(-1, self._width)
+
     def part(self, start: int) -> Rows:
         """The rows from `start` on."""
         return self if not start else _Part(self, start)
@@ -80,6 +90,10 @@ class _Part(Rows):
     def top(self, row: int) -> Top | None:
         return self._whole.top(self._start + row)
 
+    def tops(self) -> tuple[Floats, Ids] | None:
+        tops = self._whole.tops()
+        return None if tops is None else (tops[0][self._start :], tops[1][self._start :])
+
 
 class JoinedRows(Rows):
     """The first row of each of several results."""
@@ -91,23 +105,30 @@ class JoinedRows(Rows):
     def top(self, row: int) -> Top | None:
         return self._parts[row].top(0)
 
+    def tops(self) -> tuple[Floats, Ids] | None:
+        tops = [part.tops() for part in self._parts]
+        known = [top for top in tops if top is not None]
+        if len(known) < len(tops):
+            return None
+        return np.stack([logits[0] for logits, _ in known]), np.stack([ids[0] for _, ids in known])
+
 
 class Row:
     """One of the rows."""
 
-    __slots__ = ("_index", "_rows")
+    __slots__ = ("index", "rows")
 
     def __init__(self, rows: Rows, index: int) -> None:
-        self._rows, self._index = rows, index
+        self.rows, self.index = rows, index
 
     @property
     def array(self) -> Floats:
         """Its logits, f32[V]."""
-        return self._rows.array[self._index]
+        return self.rows.array[self.index]
 
     @property
     def top(self) -> Top | None:
-        return self._rows.top(self._index)
+        return self.rows.top(self.index)
 
 
 class LogitsBuffers:

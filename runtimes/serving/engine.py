@@ -291,8 +291,9 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            waiting = sum(job.left == 1 for job in running.values())
-            step = scheduler.plan(*self._runner.budget.tokens(waiting))
+            left = [job.left for job in running.values()]
+            longest = max(left)
+            step = scheduler.plan(*self._runner.budget.tokens(left.count(1), longest if longest > 1 else 0))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)
