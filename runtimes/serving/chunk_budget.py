@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qwen_export.errors import ParameterError
+
 STALL = 2.5
 """The longest time between two tokens while a prompt is read, in times without one, when the caller gives none."""
 SMALLEST = 2
@@ -35,6 +37,14 @@ class ChunkBudget:
     """`longest`: tokens of one read at most; `stall` inf: always so many. Sizes are powers of two, so that few shapes of calls exist."""
 
     def __init__(self, longest: int, stall: float = STALL) -> None:
+        if not stall > 1:
+            raise ParameterError(
+                "no prompt can be read in no time",
+                parameter="stall",
+                got=stall,
+                expected="a number above 1",
+                fix="Give the longest time between two tokens while a prompt is read, in times without one.",
+            )
         self._longest, self._stall = longest, stall
         self._alone: dict[int, float] = {}
         self._beside: dict[int, float] = {}

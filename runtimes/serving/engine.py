@@ -64,23 +64,7 @@ class Engine:
         reserve: int = RESERVE,
         stall: float = STALL,
     ) -> None:
-        if prefix_memory is not None and prefix_memory < 0:
-            raise ParameterError(
-                "the memory for prompts is negative",
-                parameter="prefix_memory",
-                got=prefix_memory,
-                expected="at least 0 bytes",
-                fix="Raise {prefix_memory}.",
-            )
         self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
-        if not stall > 1:
-            raise ParameterError(
-                "no prompt can be read in no time",
-                parameter="stall",
-                got=stall,
-                expected="a number above 1",
-                fix="Give the longest time between two tokens while a prompt is read, in times without one.",
-            )
         self._keys, self._max_waiting, self._reserve, self._stall = count(), max_waiting, reserve, stall
         self._lock = threading.RLock()
         self._unfinished = 0
