@@ -3,8 +3,9 @@ picked. Choosing a token almost always needs no more than those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,8 @@ class Top(NamedTuple):
 
 
 class Rows:
-    """Logits of N rows, valid until the next call. `array` is copied once, at its first use."""
+    """Logits of N rows, valid until the next call. `array` is copied once, at its first use; so is whatever numpy is given them for.
+    `rows[i]` is a row, which needs no copy of all to be sampled from; `rows[i:j]` an array."""
 
     def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
         """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those, where the host has
@@ -72,19 +74,38 @@ class Rows:
         logits, ids = self._top
         return np.asarray(logits).reshape(-1, self._width), np.asarray(ids).reshape(-1, self._width)
 
-    def part(self, start: int) -> Rows:
-        """The rows from `start` on."""
-        return self if not start else _Part(self, start)
+    def part(self, start: int, count: int | None = None) -> Rows:
+        """The rows from `start` on, `count` of them or all."""
+        return self if not start and count is None else _Part(self, start, count)
 
-    def __getitem__(self, row: int) -> Row:
-        return Row(self, row)
+    def copy(self) -> Floats:
+        """All logits, f32[N,V], for as long as they are wanted."""
+        return self.array.copy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.array, dtype, copy=copy)
+
+    def __len__(self) -> int:
+        tops = self.tops()
+        return len(self.array if tops is None else tops[1])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, row) for row in range(len(self)))
+
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+    @overload
+    def __getitem__(self, row: slice) -> Floats: ...
+    def __getitem__(self, row: int | slice) -> Row | Floats:
+        return Row(self, row) if isinstance(row, int) else self.array[row]
 
 
 class _Part(Rows):
     """Rows of another one, from `start` on."""
 
-    def __init__(self, whole: Rows, start: int) -> None:
-        super().__init__(lambda: whole.array[start:])
+    def __init__(self, whole: Rows, start: int, count: int | None) -> None:
+        self._part = slice(start, None if count is None else start + count)
+        super().__init__(lambda: whole.array[self._part])
         self._whole, self._start = whole, start
 
     def top(self, row: int) -> Top | None:
@@ -92,7 +113,7 @@ class _Part(Rows):
 
     def tops(self) -> tuple[Floats, Ids] | None:
         tops = self._whole.tops()
-        return None if tops is None else (tops[0][self._start :], tops[1][self._start :])
+        return None if tops is None else (tops[0][self._part], tops[1][self._part])
 
 
 class JoinedRows(Rows):
@@ -129,6 +150,18 @@ class Row:
     @property
     def top(self) -> Top | None:
         return self.rows.top(self.index)
+
+    def argmax(self) -> int:
+        """The id of the largest logit, the lowest one on a tie; the first NaN, if there is one."""
+        top = self.top
+        return top.ids[0] if top is not None and isfinite(top.logits[0]) else int(self.array.argmax())
+
+    def copy(self) -> Floats:
+        """Its logits, f32[V], for as long as they are wanted."""
+        return self.array.copy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.array, dtype, copy=copy)
 
 
 class LogitsBuffers:
