@@ -16,6 +16,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "sign": ("cryptography",),
     "vision": ("PIL",),
     "video": ("av",),
+    "gguf": ("gguf",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")
