@@ -180,11 +180,11 @@ def test_placeholders_in_a_text_are_text(bundle: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no source": ({"type": "image"}, "has no source"),
     "two sources": ({"type": "image", "image": "a", "url": "b"}, "more than one source"),
-    "no such file": ({"type": "image", "image": "/no/such.png"}, "there is no such picture"),
+    "no such file": ({"type": "image", "image": "/no/such.png"}, "there is no such file"),
     "an address": ({"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}, "not fetched from this host"),
     "a wrong bound": ({"type": "image", "image": b"", "max_pixels": -1}, "max_pixels of a part"),
     "audio": ({"type": "input_audio", "input_audio": {"data": ""}}, "something else than text"),
-    "a video": ({"type": "video", "video": "/no/such.mp4"}, "video"),
+    "a video": ({"type": "video", "video": "/no/such.mp4"}, "there is no such file"),
 }
 
 

@@ -157,8 +157,8 @@ def test_what_cannot_be_seen_is_one_message(name: str) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/such/file.png", "there is no such picture"),
-        ("\0", "there is no such picture|cannot be read"),
+        ("no/such/file.png", "there is no such file"),
+        ("\0", "there is no such file|cannot be read"),
         ("data:image/png;base64,@@@", "not valid base64"),
         ("data:image/png", "has no data"),
         ("http://example.com/cat.png", "not fetched from this host"),

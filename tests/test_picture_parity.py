@@ -179,10 +179,10 @@ def test_decoding_behind_a_picture(subject: Subject) -> None:
     decoder = subject.model.decoder()
     subject.read(decoder, prompt)
     for at, token in enumerate(more):
-        assert error(decoder.step([token]), expected[[len(prompt.ids) + at]]) <= TOLERANCE
+        assert error(decoder.step([token]).array, expected[[len(prompt.ids) + at]]) <= TOLERANCE
     decoder = subject.model.decoder()
     subject.read(decoder, prompt)
-    assert error(decoder.verify(more), expected[-4:]) <= TOLERANCE
+    assert error(decoder.verify(more).array, expected[-4:]) <= TOLERANCE
 
 
 def test_going_back_behind_a_picture(subject: Subject) -> None:
@@ -223,7 +223,7 @@ def test_pictures_and_videos(subject: Subject) -> None:
     expected = subject.expected([*prompt.ids, 9], [video, picture, other])
     decoder = subject.model.decoder()
     assert error(subject.read(decoder, prompt), expected[:-1]) <= TOLERANCE
-    assert error(decoder.step([9]), expected[-1:]) <= TOLERANCE
+    assert error(decoder.step([9]).array, expected[-1:]) <= TOLERANCE
 
 
 def test_every_tower_of_the_family_in_small(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str)
     """The bytes of a path, a file: or data: URL, an address, or plain base64. Raises ParameterError."""
     text = os.fspath(source)
     if not isinstance(text, str):
-        raise _bad("the path of a picture cannot be read", where, type(text).__name__, "a text", "Give the path as a text.")
+        raise _bad("a path cannot be read", where, type(text).__name__, "a text", "Give the path as a text.")
     scheme = text[:16].partition(":")[0].lower() if ":" in text[:16] else ""
     if scheme == "data":
         return _limited(_data_url(text, where, access.most_bytes), access, where)
@@ -41,7 +41,7 @@ def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str)
         return _fetched(text, access, where)
     if not access.files:
         raise _bad(
-            "pictures are not read from files of this machine",
+            "pictures and videos are not read from files of this machine",
             where,
             _short(text),
             "a data URL",
@@ -53,7 +53,7 @@ def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str)
 def _file(path: Path, access: MediaAccess, where: str) -> bytes:
     try:
         if not path.is_file():
-            raise _bad("there is no such picture", where, _short(str(path)), "a file", "Correct the path.")
+            raise _bad("there is no such file", where, _short(str(path)), "a file", "Correct the path.")
         size = path.stat().st_size
         if size > access.most_bytes:
             raise _too_large(size, access, where)
@@ -62,9 +62,7 @@ def _file(path: Path, access: MediaAccess, where: str) -> bytes:
         if isinstance(error, ParameterError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise _bad(
-            "a picture cannot be read", where, f"{_short(str(path))}: {reason}", "a file", "Check the path and its rights."
-        ) from error
+        raise _bad("a file cannot be read", where, f"{_short(str(path))}: {reason}", "a file", "Check the path and its rights.") from error
 
 
 def _data_url(text: str, where: str, most: int) -> bytes:
@@ -84,7 +82,7 @@ def decoded_base64(text: str, where: str, most: int = MOST_BYTES) -> bytes:
     try:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _bad("a picture is not valid base64", where, _short(text), "base64", "Encode the bytes of the file again.") from error
+        raise _bad("a file is not valid base64", where, _short(text), "base64", "Encode the bytes of the file again.") from error
 
 
 class _SameHost(HTTPRedirectHandler):
@@ -107,7 +105,7 @@ def _fetched(url: str, access: MediaAccess, where: str) -> bytes:
     except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
         if isinstance(error, ParameterError):
             raise
-        raise _bad("a picture could not be fetched", where, f"{_short(url)}: {error}", "its bytes", "Send the picture itself.") from error
+        raise _bad("a file could not be fetched", where, f"{_short(url)}: {error}", "its bytes", "Send the picture itself.") from error
     return _limited(bytes(data), access, where)
 
 
@@ -120,7 +118,7 @@ def _require_host(url: str, hosts: tuple[str, ...], where: str) -> None:
     if not host or parts.scheme.lower() not in ("http", "https") or host not in {name.lower() for name in hosts}:
         allowed = ", ".join(hosts)
         raise _bad(
-            "pictures are not fetched from this host",
+            "pictures and videos are not fetched from this host",
             where,
             _short(url),
             f"an address of {allowed}" if allowed else "a data URL or a path",
@@ -135,7 +133,7 @@ def _limited(data: bytes, access: MediaAccess, where: str) -> bytes:
 
 
 def _too_large(size: int, access: MediaAccess, where: str) -> ParameterError:
-    return _bad("the file of a picture is too large", where, f"{size} bytes", f"at most {access.most_bytes}", "Save it smaller.")
+    return _bad("a file is too large", where, f"{size} bytes", f"at most {access.most_bytes}", "Save it smaller.")
 
 
 def _bad(what: str, where: str, got: str, expected: str, fix: str) -> ParameterError:
