@@ -70,6 +70,8 @@ class BuildPlan:
     """The version of the ONNX standard."""
     engine: EngineOptions | None = None
     """How the graphs are compiled, None where the target's runtime does that."""
+    stages: tuple[int, ...] = (0,)
+    """The first layer of each stage of the decoder."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
 
