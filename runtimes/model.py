@@ -355,7 +355,7 @@ class Model:
         that load a bundle before the first request."""
         self._require_open()
         with self._turn:
-            self._conversation.decoder.warm()
+            self._conversation.decoder.warm(self.longest_draft)
 
     @property
     def drafts(self) -> Speculate:
@@ -384,6 +384,16 @@ class Model:
         """Kept from answer to answer, with its copy of the text."""
         return LookupDrafter(self._conversation.decoder, self._conversation.slot)
 
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts."""
+        if self._policy is None or self.manifest.speculation is None:
+            return 0
+        return self._speculate if isinstance(self._speculate, int) else self.manifest.speculation.max_draft
+
     @cached_property
     def _conversation(self) -> PrefixReuse:
-        return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
+        decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
+        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
+            decoder.warm(self.longest_draft)
+        return PrefixReuse(decoder)

@@ -82,7 +82,7 @@ def made(room: str) -> list[Made]:
 
 def public_parameters() -> set[str]:
     """Names of parameters of the Python API, and of the fields of its options."""
-    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, *CALLS)
+    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, *CALLS)
     for kind in (Model, Decoder, DraftHead, Engine):
         calls += tuple(value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
     options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read)
