@@ -48,10 +48,10 @@ class _Owners:
         self.links: list[dict[str, int]] = [{} for _ in starts]
         """What each stage reads of earlier ones: name and the stage that computes it."""
         for node, number in self._owner.items():
-            for value in node.inputs:
-                source = value.producer() if value is not None else None
-                if value is not None and source is not None and source not in self._free and self._owner[source] < number:
-                    self.links[number][value.name or ""] = self._owner[source]
+            for given in node.inputs:
+                source = given.producer() if given is not None else None
+                if given is not None and source is not None and source not in self._free and self._owner[source] < number:
+                    self.links[number][given.name or ""] = self._owner[source]
 
     def _stage_of(self, output: str) -> int:
         """Results that are no layer's belong to the last stage."""
@@ -107,30 +107,3 @@ def _stage(model: ir.Model, owners: _Owners, number: int) -> ir.Model:
     for value in unread:
         graph.inputs.remove(value)
     return stage
-
-
-def balanced_starts(layers: Sequence[int], first: int, last: int, stages: int) -> list[int]:
-    """The first layer of each of `stages` stages, so that the largest stage is as small as it can be. `layers`: the cost of each layer;
-    `first` and `last`: what the first and the last stage have besides, such as embedding and head."""
-    count = len(layers)
-    if not 1 <= stages <= count:
-        raise ValueError(f"{count} layers cannot be cut into {stages} stages")
-    before = [0]
-    for cost in layers:
-        before.append(before[-1] + cost)
-
-    def cost(start: int, stop: int) -> int:
-        return before[stop] - before[start] + first * (start == 0) + last * (stop == count)
-
-    # best[n][stop]: the largest stage of the best cut of the first `stop` layers into n stages, and where its last stage starts.
-    best = [{stop: (cost(0, stop), 0) for stop in range(1, count + 1)}]
-    for n in range(1, stages):
-        row = {}
-        for stop in range(n + 1, count + 1):
-            row[stop] = min((max(best[-1][start][0], cost(start, stop)), start) for start in range(n, stop))
-        best.append(row)
-    starts, stop = [], count
-    for row in reversed(best):
-        stop = row[stop][1]
-        starts.append(stop)
-    return starts[::-1]

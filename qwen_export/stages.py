@@ -13,6 +13,11 @@ def stage_name(graph: str, number: int) -> str:
     return f"{graph}.{number}"
 
 
+def stage_weights(number: int) -> str:
+    """The file with the weights of a stage."""
+    return f"model.{number}.weights"
+
+
 def stage_groups(names: Iterable[str]) -> dict[str, list[str]]:
     """The names of a manifest's graphs by the graph that they are stages of: {"decoder": ["decoder.0", "decoder.1"], "mtp": ["mtp"]}."""
     groups: dict[str, list[str]] = {}
