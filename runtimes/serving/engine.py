@@ -259,6 +259,7 @@ class Engine:
         if decoder.records:
             decoder.warm(0 if counts is None else counts.longest)
         numbers = self.statistics
+        numbers.slots, numbers.longest = decoder.batch, decoder.capacity
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
         numbers.measure = lambda: {slot: decoder.held_bytes(slot) for slot in list(self._table.calls)}
         if cache is not None:
@@ -284,6 +285,7 @@ class Engine:
 
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
+        self.statistics.step_began = time.monotonic()
         self._drop_unwanted()
         self._change_slots()
         scheduler, calls = self._scheduler, self._calls
@@ -304,6 +306,7 @@ class Engine:
         for inbox in self._deliveries.send():
             self._forget_reader(inbox)
         numbers = self.statistics
+        numbers.step_began = 0.0
         spent = time.perf_counter() - began
         numbers.steps += 1
         numbers.step_s += spent
@@ -348,6 +351,7 @@ class Engine:
             except Exception as error:
                 self._end(call, "error", ended_by(error))
                 continue
+            call.statistics.queued_s = call.statistics.queued_s or time.perf_counter() - call.started
             self._scheduler.entered(key, read, cuts)
 
     # ---- what steps report ----
