@@ -94,7 +94,9 @@ def load(
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
     check_devices(devices, manifest)
-    options = OpenOptions(threads, repack, device_id, tuple(devices), later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
+    options = OpenOptions(
+        threads, repack, device_id, tuple(devices), later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget
+    )
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
 

@@ -79,8 +79,8 @@ def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
 
 
 def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Session]:
-    """Sessions of these graphs by name, one for all stages of a graph. Stages load side by side. ONNX Runtime repacks weights into the order of its kernels with one core per graph: where it does,
-    graphs are opened side by side."""
+    """Sessions of these graphs by name, one for all stages of a graph. Stages load side by side, and so do all graphs where ONNX Runtime
+    repacks weights into the order of its kernels, since it does that with one core per graph."""
     session, names = open_backend(bundle, manifest, options), list(names)
     groups = stage_groups(names)
     repacks = options.repack and manifest.target.device == "cpu" and manifest.target.backend == "onnxruntime"

@@ -103,6 +103,7 @@ class StagedCall:
         self._inputs = [{tensor.name for tensor in stage.spec.inputs} for stage in session.stages]
         self._outputs = [{tensor.name for tensor in stage.spec.outputs} for stage in session.stages]
         self._handovers: list[_Handover] = []
+        self._kept: list[Buffer] = []  # bindings hold addresses only
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
         """See Call. Token ids [B,T] also tell the size of what the stages hand on."""
@@ -124,6 +125,7 @@ class StagedCall:
             copies = {stages[maker].device: stages[maker].buffer(spec.dtype, shape)}
             source = copies[stages[maker].device]
             self._calls[maker].bind_output(name, source)
+            self._kept.append(source)
             for number, (stage, names) in enumerate(zip(stages, self._inputs, strict=True)):
                 if name not in names:
                     continue

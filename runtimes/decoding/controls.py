@@ -16,7 +16,12 @@ class Controls:
     """Memory for integer inputs, dtype and shape by name. `make` allocates it on the device, None: there is none. Inputs in `on_host` stay
     there, whatever the device."""
 
-    def __init__(self, make: Callable[[str, tuple[int, ...]], Buffer] | None, specs: Mapping[str, tuple[str, tuple[int, ...]]], on_host: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        make: Callable[[str, tuple[int, ...]], Buffer] | None,
+        specs: Mapping[str, tuple[str, tuple[int, ...]]],
+        on_host: Sequence[str] = (),
+    ) -> None:
         starts, end = {}, 0
         for name, (dtype, shape) in specs.items():
             starts[name] = end

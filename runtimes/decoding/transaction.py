@@ -41,9 +41,7 @@ class Transaction:
         for s in self.specs:
             key = self._keys[s.name]
             largest[key] = max(largest.get(key, s), s, key=lambda spec: prod(shapes[spec.name]))
-        self._unread = {
-            key: key.device.buffer(s.dtype, (prod(shapes[s.name][2:]) * max(longest, slots),)) for key, s in largest.items()
-        }
+        self._unread = {key: key.device.buffer(s.dtype, (prod(shapes[s.name][2:]) * max(longest, slots),)) for key, s in largest.items()}
         self._set_of = [0] * slots
         self.accepted = [0] * slots
 
