@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
 from qwen_export.runtimes.decoding.cache_room import CacheRoom
 from qwen_export.runtimes.decoding.call_plan import Sharing, plan_calls
+from qwen_export.runtimes.decoding.call_shape import CallShape, prefill_chunk
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
@@ -27,27 +27,9 @@ from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
-# Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
-PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
-# Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and need more.
-_QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 _PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
-
-
-class CallShape(NamedTuple):
-    """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`, `stride`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
-
-    b: int
-    T: int
-    rows: int
-    first: int
-    commit: bool = True
-    pending: int = 0
-    stride: int = 1
-    own: bool = False
 
 
 class DynamicDecoder(Decoder):
@@ -60,7 +42,7 @@ class DynamicDecoder(Decoder):
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session, device = session, session.device
-        self.chunk = _chunk(device.kind, manifest)
+        self.chunk = prefill_chunk(device.kind, manifest)
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
@@ -97,6 +79,36 @@ class DynamicDecoder(Decoder):
                 results[index] = rows
         return results
 
+    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        b, slots = len(tokens), range(first, first + len(tokens))
+        sequences = self.sequences[first : first + b]
+        usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
+        if not usable or self.tables.any_own(slots) or not all(sequence.settled for sequence in sequences):
+            return super().advance(tokens, first)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        if max(lengths) >= self.capacity:
+            return super().advance(tokens, first)
+        self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
+        self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
+        with Change(sequences):
+            if self.head is not None:
+                for slot in slots:
+                    self.head.reserve(slot, 1)
+            pending, stride = self._transaction.gather(slots)
+            shape = CallShape(b, 1, 1, first, True, pending, stride)
+            call = self._calls.get(shape) or self._bind(shape)
+            rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+            if self.observer is not None:
+                self.observer(lengths[0], 1, call.results)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                sequence.tokens.append(token)
+                sequence.open = 0
+            self._transaction.accepted[first : first + b] = [0] * b
+            if self.head is not None and self._hidden is not None:
+                for place, slot in enumerate(slots):
+                    self.head.append(slot, self._hidden, place, 1)
+        return rows
+
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
         one, b, counts = reads[0], len(reads), [len(read.ids) for read in reads]
@@ -132,7 +144,7 @@ class DynamicDecoder(Decoder):
                     self._transaction.opened(slot, pending, len(read.ids))
                 if self.head is not None and self._hidden is not None:
                     self.head.append(slot, self._hidden, place * T, len(read.ids))
-        return [rows.part(place * shape.rows) for place in range(b)]
+        return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
     def _launch(
         self, call: BoundCall, shape: CallShape, ids: Sequence[int], counts: Sequence[int], logits: Sequence[int] | None = None
@@ -304,10 +316,9 @@ class DynamicDecoder(Decoder):
     # ---- calls ----
 
     def _bind(self, shape: CallShape) -> BoundCall:
-        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are
-        dropped."""
+        """Make the bindings for calls of one shape; others that do not come back are dropped."""
         started = time.perf_counter()
-        for old in [s for s in self._calls if not self._comes_back(s)]:
+        for old in [s for s in self._calls if not s.comes_back(self.chunk)]:
             del self._calls[old]
         with self.session.uncounted():  # counted once, as time spent on bindings
             call = self._bound(shape)
@@ -316,14 +327,6 @@ class DynamicDecoder(Decoder):
         self._calls[shape] = call
         self._binding_s += time.perf_counter() - started
         return call
-
-    def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T in (1, self.chunk) or _is_power(shape.T)
-
-    def _repeats(self, shape: CallShape) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
-        step = shape.T == 1 and shape.rows == 1 and shape.first == 0
-        return not shape.commit or (step and (shape.b == self.batch or _is_power(shape.b)))
 
     def _record(self, call: BoundCall, shape: CallShape) -> None:
         """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
@@ -351,18 +354,4 @@ class DynamicDecoder(Decoder):
         outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
-        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=self._repeats(shape))
-
-
-def _is_power(count: int) -> bool:
-    """Whether it is a power of two."""
-    return count & (count - 1) == 0
-
-
-def _chunk(device: str, manifest: Manifest) -> int:
-    """Tokens per prefill call."""
-    if device == "cpu" and manifest.model.get("num_experts"):
-        return _MOE_CHUNK
-    if device == "cpu" and manifest.target.precision in ("int8", "int4"):
-        return _QUANTIZED_CHUNK
-    return PREFILL_CHUNK[device]
+        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))
