@@ -14,6 +14,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "chat": ("prompt_toolkit",),
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
+    "gguf": ("gguf",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")

@@ -115,9 +115,9 @@ def wheel_names(wheel: Path) -> set[str]:
 
 def expected_wheel() -> set[str]:
     modules = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
-    return (
-        modules | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"} | {f"qwen_export/{p}" for p in native_sources()}
-    )
+    page = {f"qwen_export/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtimes" / "server" / "page").iterdir()}
+    data = {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
+    return modules | data | page | {f"qwen_export/{p}" for p in native_sources()}
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:

@@ -27,6 +27,9 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="0.0.0.0 for all of this machine.")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0 takes a free one.")
+@click.option(
+    "--fd", type=click.IntRange(0), metavar="N", help="Listen on this inherited socket; one of systemd (LISTEN_FDS) is taken by itself."
+)
 @click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Answers that are made at once.")
 @click.option("--max-queue", type=click.IntRange(0), metavar="N", help="Answers that may wait; default four per slot.")
 @click.option(
@@ -68,6 +71,7 @@ def command(
     bundle: Path,
     host: str,
     port: int,
+    fd: int | None,
     slots: int,
     max_context: int | None,
     cache_memory: int | None,
@@ -84,15 +88,16 @@ def command(
         from qwen_export.runtimes.server.application import create_app
         from qwen_export.runtimes.server.http_server import HttpServer, address_of, listening_socket
         from qwen_export.runtimes.server.http_server import drain as wait_for_answers
+        from qwen_export.runtimes.server.inherited_socket import inherited_socket, is_loopback
         from qwen_export.runtimes.server.service import Service
         from qwen_export.runtimes.serving.engine import Engine
-    settings = _settings(host, options)
     stop, hurry = threading.Event(), threading.Event()
-    service = Service(settings)
-    with listening_socket(host, port) as listening:
+    with inherited_socket(fd) or listening_socket(host, port) as listening:
+        settings = _settings(is_loopback(listening), options)
+        service = Service(settings)
         server = HttpServer(create_app(service), listening, settings)
         address = address_of(listening)
-        if host not in _LOOPBACK and not settings.api_keys:
+        if not is_loopback(listening) and not settings.api_keys:
             notice("warning: whoever reaches this address may use the model; set keys with --api-key-file")
         notice(f"{address} listens; loading {bundle}")
         hash_with_progress(bundle)
@@ -114,10 +119,10 @@ def command(
             server.close()
 
 
-def _settings(host: str, options: dict[str, Any]) -> Any:
+def _settings(loopback: bool, options: dict[str, Any]) -> Any:
     from qwen_export.runtimes.server.server_settings import ServerSettings
 
-    hosts = options["allowed_host"] or (_LOOPBACK if host in _LOOPBACK else ())
+    hosts = options["allowed_host"] or (_LOOPBACK if loopback else ())
     return ServerSettings(
         names=options["served_model_name"],
         api_keys=_keys(options["api_key_file"]),

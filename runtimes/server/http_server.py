@@ -21,13 +21,10 @@ _BACKLOG = 2048
 _POLL_S = 0.02
 _END_S = 5
 """For connections to take their last bytes."""
-_SYSTEMD_FD = 3
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
-    """A socket that listens: the one that systemd hands over where it starts the process, else a new one. Port 0: a free one."""
-    if os.environ.get("LISTEN_PID") == str(os.getpid()) and int(os.environ.get("LISTEN_FDS", "0")) >= 1:
-        return socket.socket(fileno=_SYSTEMD_FD)
+    """A new socket that listens. Port 0: a free one."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family, kind, protocol)
