@@ -38,7 +38,7 @@ _PAGE_HEADERS = {
 def create_app(service: Service) -> FastAPI:
     settings = service.settings
     # The documentation pages of FastAPI load their scripts from another host.
-    app = FastAPI(title="qwen-export", version=__version__, docs_url=None, redoc_url=None, root_path=settings.root_path)
+    app = FastAPI(title="qwen-export", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(answer_routes(service))
     app.include_router(model_routes(service))
 
