@@ -12,6 +12,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime",),
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
+    "serve": ("llguidance",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")
