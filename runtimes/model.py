@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Unpack
 
-from qwen_export.errors import BundleError, ParameterError, QwenExportError
+from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
@@ -157,6 +157,11 @@ class Model:
         if self._closed:
             raise QwenExportError("the model is closed", where=str(self.directory), fix="Load the bundle again.")
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together that a sequence may have."""
+        return self.manifest.max_context if self._max_context is None else self._max_context
+
     @cached_property
     def text_files(self) -> TextFiles:
         """Tokenizer, chat templates and special tokens of the bundle."""
@@ -185,6 +190,9 @@ class Model:
         """Sampling parameters for this model in one mode, when the caller names none."""
         facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
         return recommended(facts, thinking, self.generation_defaults)
+
+    def _sampling(self, given: SamplingParams | Mapping[str, Any] | None, thinking: bool) -> SamplingParams:
+        return given if isinstance(given, SamplingParams) else replace(self.recommended(thinking), **(given or {}))
 
     @cached_property
     def _preparation(self) -> Preparation:
@@ -234,7 +242,7 @@ class Model:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
@@ -243,11 +251,11 @@ class Model:
         **template: Unpack[TemplateOptions],
     ) -> Prepared:
         """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey, instead of the
-        `form` of `answer`."""
+        `form` of `answer`. A mapping as `sampling` replaces single values of `recommended`."""
         prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, **template)
         wanted = Wanted(
             prompt.ids,
-            sampling or self.recommended(prompt.thinking),
+            self._sampling(sampling, prompt.thinking),
             answer,
             max_new_tokens,
             stop,
@@ -276,27 +284,18 @@ class Model:
 
     def prepare_text(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
     ) -> Prepared:
-        """What continuing a text takes, for an engine: the parameters of `complete`."""
-        if not isinstance(prompt, str):
-            raise ParameterError(
-                "the prompt is not a text",
-                parameter="prompt",
-                got=type(prompt).__name__,
-                expected="str",
-                fix="Answer a chat with `stream`.",
-            )
-        params = sampling or self.recommended(False)
-        ids = self.tokenizer.encode(prompt)
-        wanted = Wanted(ids, params, answer, max_new_tokens, stop, constraint=constraint, progress=progress)
+        """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
+        wanted = Wanted(ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=constraint, progress=progress)
         return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:
@@ -350,7 +349,7 @@ class Model:
         that load a bundle before the first request."""
         self._require_open()
         with self._turn:
-            self._conversation.decoder.warm()
+            self._conversation.decoder.warm(self.longest_draft)
 
     @property
     def drafts(self) -> Speculate:
@@ -379,6 +378,16 @@ class Model:
         """Kept from answer to answer, with its copy of the text."""
         return LookupDrafter(self._conversation.decoder, self._conversation.slot)
 
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts."""
+        if self._policy is None or self.manifest.speculation is None:
+            return 0
+        return self._speculate if isinstance(self._speculate, int) else self.manifest.speculation.max_draft
+
     @cached_property
     def _conversation(self) -> PrefixReuse:
-        return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
+        decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
+        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
+            decoder.warm(self.longest_draft)
+        return PrefixReuse(decoder)

@@ -187,7 +187,7 @@ def test_memory_of_ended_sequences_is_given_back(demo_bundle: Path) -> None:
     model = load(demo_bundle, threads=1, max_context=8192, speculate="off")
     process = psutil.Process()
     decoder = model.decoder()
-    whole = decoder.sequence_bytes(decoder.capacity + decoder.widest_verify)
+    whole = decoder.growing_bytes(decoder.capacity + decoder.widest_verify)
     assert whole > 10 << 20
     decoder.prefill([5] * 256)
     before = process.memory_info().rss
@@ -207,6 +207,24 @@ def test_memory_for_no_sequence_is_refused(model: Model) -> None:
         Engine.of(model, stall=1.0)
     with pytest.raises(ParameterError, match="cache_memory"):
         Engine.of(model, cache_memory=1000)
+    with pytest.raises(ParameterError, match="prefix_memory"):
+        Engine.of(model, cache_memory=1 << 30, prefix_memory=1 << 30)
+
+
+def test_memory_is_reported_and_bounded(model: Model) -> None:
+    """States of all slots, cache rows of the running sequences and beginnings of prompts stay together below the limit."""
+    decoder = model.decoder(4)
+    growing = decoder.growing_bytes(decoder.capacity + 1)
+    limit = decoder.fixed_bytes + growing + decoder.growing_bytes(40) + (4 << 20)
+    with Engine.of(model, 4, cache_memory=limit, prefix_memory=4 << 20) as engine:
+        numbers, most = engine.statistics, 0
+        assert (numbers.cache_limit, numbers.cache_bytes, numbers.state_bytes) == (limit, decoder.fixed_bytes, decoder.fixed_bytes)
+        for stream in [engine.submit(request(start, mark_at=15, new=100)) for start in range(0, 40, 10)]:
+            for _ in stream:
+                most = max(most, numbers.cache_bytes)
+                assert numbers.cache_bytes <= limit
+        assert most > decoder.fixed_bytes + decoder.growing_bytes(40)
+        assert numbers.prefix.points and numbers.sequence_bytes == {}
 
 
 def test_answers_as_those_of_the_model(model: Model, engine: Engine) -> None:
@@ -230,3 +248,25 @@ def test_a_stop_string_ends_the_request(model: Model, engine: Engine) -> None:
     answer = engine.answer(model.prepare_text("def add(a, b):\n", sampling=SamplingParams(greedy=True), max_new_tokens=60, stop=[stop]))
     assert "".join(answer) == text[: text.index(stop)]
     assert answer.statistics.finish == "stop"
+
+
+def test_a_model_and_its_engine_answer_at_the_same_time(model: Model, engine: Engine) -> None:
+    """Threads that use the model itself supersede each other and say so; an engine over the same graphs does not notice."""
+    expected = {start: alone(model, request(start, new=40)) for start in range(0, 60, 10)}
+    ends: list[tuple[int, list[int], str]] = []
+
+    def own(start: int) -> None:
+        for _ in range(4):
+            statistics = Statistics()
+            ends.append((start, list(model.generate(request(start, new=40), statistics)), statistics.finish))
+
+    threads = [threading.Thread(target=own, args=(start,)) for start in (0, 10)]
+    for thread in threads:
+        thread.start()
+    streams = {start: engine.submit(request(start, new=40)) for start in range(20, 60, 10)}
+    assert {start: list(stream) for start, stream in streams.items()} == {start: expected[start] for start in streams}
+    for thread in threads:
+        thread.join()
+    assert {finish for _, _, finish in ends} <= {"length", "superseded"}
+    for start, tokens, finish in ends:
+        assert tokens == expected[start][: len(tokens)] and (finish == "superseded" or len(tokens) == 40)

@@ -28,6 +28,8 @@ from qwen_export.runtimes.benchmark import benchmark
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import DraftHead
 from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.server.http_server import listening_socket
+from qwen_export.runtimes.server.inherited_socket import inherited_socket
 from qwen_export.runtimes.serving.engine import Engine
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_prompt import chat_prompt
@@ -73,7 +75,18 @@ REASONS = {
 ALSO = {"engine_weights", "max_tokens", "chat_template_kwargs"}
 
 # Parameters of functions beside `build`, `load`, the model and the decoder.
-CALLS = (verify, verify_layers, benchmark, package, package_windows, check_signature, sign_bundle, chat_prompt)
+CALLS = (
+    verify,
+    verify_layers,
+    benchmark,
+    package,
+    package_windows,
+    check_signature,
+    sign_bundle,
+    listening_socket,
+    chat_prompt,
+    inherited_socket,
+)
 
 
 def made(room: str) -> list[Made]:
@@ -82,7 +95,7 @@ def made(room: str) -> list[Made]:
 
 def public_parameters() -> set[str]:
     """Names of parameters of the Python API, and of the fields of its options."""
-    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, *CALLS)
+    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, *CALLS)
     for kind in (Model, Decoder, DraftHead, Engine):
         calls += tuple(value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
     options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read)

@@ -62,6 +62,8 @@ class Statistics:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    queued_s: float = 0.0
+    """Until an engine gave the request a slot."""
     first_token_s: float = 0.0
     total_s: float = 0.0
     finish: Finish = ""

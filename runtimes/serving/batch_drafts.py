@@ -8,7 +8,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.sampling.sampler import NothingAllowedError
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
-from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, KeptShares
 from qwen_export.runtimes.speculation.drafters import LookupDrafter
 
 _SHARED_ROWS = 4
@@ -20,16 +20,18 @@ class DraftCounts:
 
     def __init__(self, decoder: Decoder, fixed: int | None) -> None:
         """`fixed`: always so many."""
-        self._longest = max(0, decoder.widest_verify - 1)
+        self.longest = max(0, decoder.widest_verify - 1) if fixed is None else fixed
+        """The most drafts of a row."""
         self._fixed, self._shared = fixed, decoder.idle_rows > 0
         self._policies: dict[int, AdaptiveLength] = {}
+        self._kept = KeptShares(self.longest)
 
     def length(self, rows: int) -> int:
         if self._fixed is not None:
             return self._fixed
         if self._shared and rows > _SHARED_ROWS:
             return 0
-        return self._policy(rows).length(self._longest)
+        return self._policy(rows).length(self.longest)
 
     def forced(self, rows: int) -> int:
         """The least number of forced tokens that are worth a verify of their own, in a step of so many rows; 0 where none is."""
@@ -45,7 +47,7 @@ class DraftCounts:
     def _policy(self, rows: int) -> AdaptiveLength:
         size = (rows - 1).bit_length()
         if size not in self._policies:
-            self._policies[size] = AdaptiveLength(self._longest)
+            self._policies[size] = AdaptiveLength(self.longest, self._kept)
         return self._policies[size]
 
 

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 
-from qwen_export.runtimes.decoding.decoder import Snapshot
 from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.decoding.snapshot import Snapshot
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.serving.token_stream import Inbox
 from qwen_export.runtimes.speculation.acceptance import acceptance_for
@@ -26,6 +26,7 @@ class ServedCall:
         self.prompt = Prompt(tuple(self.text), request.media)
         self.history = TokenHistory(request.ids)
         self.acceptance = acceptance_for(request.sampler)
+        self.choice = request.sampler.choice
         self.slot = -1
         self.entered = False
         self.snapshot: Snapshot | None = None
