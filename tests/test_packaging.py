@@ -175,7 +175,7 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 
 ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs"}
 SERVER = {*EXTRAS["serve"], *ALLOWED}
-GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras")
+GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras", "stages")
 
 
 @pytest.mark.parametrize("path", sources("runtimes"), ids=lambda path: path.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def test_each_stage_has_its_layers_and_weights(bundles: dict[int, Path]) -> None
     assert [name for name in manifest.graphs if name != "mtp"] == ["decoder.0", "decoder.1", "decoder.2", "decoder.3"]
     layers = [{int(state.name.split(".")[1]) for state in manifest.graphs[f"decoder.{n}"].states} for n in range(4)]
     assert sorted(layer for stage in layers for layer in stage) == list(range(LAYERS))
-    assert all(max(one) < min(next_one) for one, next_one in zip(layers, layers[1:], strict=False))
+    assert all(max(one) < min(next_one) for one, next_one in itertools.pairwise(layers))
     for n in range(4):
         assert {weight.file for weight in manifest.graphs[f"decoder.{n}"].weights} == {f"model.{n}.weights"}
 
@@ -100,7 +101,7 @@ def test_verify_proves_a_bundle_in_stages(bundles: dict[int, Path], checkpoint: 
 def test_a_manifest_with_wrong_stages_is_refused(bundles: dict[int, Path], change: object) -> None:
     raw = json.loads((bundles[2] / "manifest.json").read_text())
     change(raw["graphs"])  # type: ignore[operator]
-    with pytest.raises(ValueError, match="stage|graph"):
+    with pytest.raises(ValueError, match=r"stage|graph"):
         check(parse(raw))
 
 

@@ -52,7 +52,7 @@ def balanced_starts(layers: Sequence[int], first: int, last: int, stages: int) -
     `first` and `last`: what the first and the last stage have besides, such as embedding and head."""
     count = len(layers)
     if not 1 <= stages <= count:
-        raise ValueError(f"{count} layers cannot be cut into {stages} stages")
+        raise AssertionError(f"{count} layers cannot be cut into {stages} stages")
     before = [0]
     for nbytes in layers:
         before.append(before[-1] + nbytes)
