@@ -7,7 +7,7 @@ together  all have as many rows, which double: ONNX Runtime's attention on CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from qwen_export.manifest import Manifest, StateSpec
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
@@ -69,6 +69,12 @@ class CacheRoom:
             for buffer in self._growing:
                 buffer.hold(slot, rows)
             self._held[slot] = rows
+
+    def reach_all(self, slots: Sequence[int], lengths: Sequence[int], more: int, most: int) -> None:
+        """The same for several slots that have so many tokens and get up to `more`, to `most` together."""
+        if self.alone:
+            for slot, length in zip(slots, lengths, strict=True):
+                self.reach(slot, min(most, length + more))
 
     def double(self, length: int, caches: Mapping[str, Buffer], used: int) -> dict[str, Buffer]:
         """Caches that grow together, with twice the rows until `length` tokens fit; the first `used` rows are copied."""

@@ -92,6 +92,36 @@ class DynamicDecoder(Decoder):
                 results[index] = rows.part(place * reads[index].logits)
         return results
 
+    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        b, slots = len(tokens), range(first, first + len(tokens))
+        sequences = self.sequences[first : first + b]
+        usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
+        if not usable or self.tables.any_own(slots) or not all(sequence.settled for sequence in sequences):
+            return super().advance(tokens, first)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        if max(lengths) >= self.capacity:
+            return super().advance(tokens, first)
+        self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
+        self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
+        with Change(sequences):
+            if self.head is not None:
+                for slot in slots:
+                    self.head.reserve(slot, 1)
+            pending = self._transaction.gather(slots)
+            shape = CallShape(b, 1, 1, first, True, pending)
+            call = self._calls.get(shape) or self._bind(shape)
+            rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+            if self.observer is not None:
+                self.observer(lengths[0], 1, call.results)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                sequence.tokens.append(token)
+                sequence.open = 0
+            self._transaction.accepted[first : first + b] = [0] * b
+            if self.head is not None and self._hidden is not None:
+                for place, slot in enumerate(slots):
+                    self.head.append(slot, self._hidden, place, 1)
+        return rows
+
     def _execute(self, reads: Sequence[Read]) -> Rows:
         """One call: a read, or reads of neighboring slots that are as long."""
         one, b, T = reads[0], len(reads), len(reads[0].ids)

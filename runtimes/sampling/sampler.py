@@ -23,6 +23,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate
 from struct import Struct
 from typing import Any
@@ -133,6 +134,15 @@ _FP32 = Struct("f")
 _FEW = 256
 
 
+class Choice(Enum):
+    """How the tokens of an answer are chosen: the largest logit; top-k, which the largest logits mostly have; row by row, since the
+    choice depends on more than logits and penalties, or is recorded."""
+
+    GREEDY = "greedy"
+    FROM_LARGEST = "from the largest"
+    ALONE = "alone"
+
+
 class Sampler:
     """Applies `params` to rows of logits. `rng` (PCG64) is the only state: equal seeds and logits give equal tokens. A token costs one
     number of it, whether there is a choice or not, so that number i chooses token i.
@@ -159,9 +169,15 @@ class Sampler:
         self._penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
     @property
-    def plain(self) -> bool:
-        """Whether a choice depends on nothing but its row of logits, and penalties, and is not recorded."""
-        return self._constraint is None and not self._rules and not self._bias and self.recorder is None
+    def choice(self) -> Choice:
+        """How tokens are chosen, as far as the parameters tell."""
+        params = self.params
+        if self._constraint is not None or self._rules or self._bias or self.recorder is not None:
+            return Choice.ALONE
+        if params.is_greedy:
+            return Choice.ALONE if self._penalizes else Choice.GREEDY
+        lowers = params.repetition_penalty >= 1 and params.presence_penalty >= 0 and params.frequency_penalty >= 0
+        return Choice.FROM_LARGEST if params.top_k and (lowers or not self._penalizes) else Choice.ALONE
 
     @property
     def penalizes(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
-from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, KeptShares
 from qwen_export.runtimes.speculation.drafters import LookupDrafter
 
 _SHARED_ROWS = 4
@@ -23,6 +23,7 @@ class DraftCounts:
         """The most drafts of a row."""
         self._fixed, self._shared = fixed, decoder.idle_rows > 0
         self._policies: dict[int, AdaptiveLength] = {}
+        self._kept = KeptShares(self.longest)
 
     def length(self, rows: int) -> int:
         if self._fixed is not None:
@@ -39,7 +40,7 @@ class DraftCounts:
     def _policy(self, rows: int) -> AdaptiveLength:
         size = (rows - 1).bit_length()
         if size not in self._policies:
-            self._policies[size] = AdaptiveLength(self.longest)
+            self._policies[size] = AdaptiveLength(self.longest, self._kept)
         return self._policies[size]
 
 

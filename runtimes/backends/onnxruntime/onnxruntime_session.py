@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class OnnxRuntimeSession:
         self._native: Any = None
         self._weights: dict[str, Any] = {}
         self._closed = False
+        self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
+        """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
         if not later:
             self._native = self._open(*self._opening)
 
@@ -195,7 +198,8 @@ class OnnxRuntimeCall:
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            self._session.native.run_with_iobinding(self._binding, self._options)
+            with self._session.turn:
+                self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError(
                 "ONNX Runtime failed while running the graph",
