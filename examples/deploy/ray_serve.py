@@ -71,9 +71,10 @@ class QwenServer:
             self._engine.close()
 
 
-def application(options: Options) -> Application:
+def application(options: Options | dict[str, Any]) -> Application:
     """The application of `serve run`. A replica refuses what its queue has no room for, with 429 and Retry-After; Ray lets so many requests
     through, and starts another replica before the slots of all are in use."""
+    options = Options.model_validate(options)
     scaling = {
         "min_replicas": options.min_replicas,
         "max_replicas": options.max_replicas,
