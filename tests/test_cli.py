@@ -84,6 +84,7 @@ def test_inspect_says_what_a_sequence_takes(run: Any, demo_bundle: Path) -> None
         decoder, drafting = model.decoder(), model.decoder(drafts=True)
     assert code == 0 and sequence["state_bytes"] == decoder.sequence_bytes(0)
     assert sequence["token_bytes"] * 512 == drafting.sequence_bytes(512) - drafting.sequence_bytes(0)
+    assert (sequence["token_bytes"] - sequence["draft_token_bytes"]) * 512 == decoder.sequence_bytes(512) - decoder.sequence_bytes(0)
     assert sequence["full_bytes"] == sequence["state_bytes"] + 8192 * sequence["token_bytes"]
     assert "KiB per token" in run("inspect", demo_bundle)[1]
 

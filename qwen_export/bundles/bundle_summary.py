@@ -72,10 +72,13 @@ def _graph(manifest: Manifest, graph: GraphSpec) -> dict[str, Any]:
 
 
 def _sequence(manifest: Manifest) -> dict[str, int]:
-    """Bytes of one running sequence: of its states, of the cache rows of a token, and of both with a full context. A bundle of fixed sizes
-    has its caches from the start."""
-    states, full = state_bytes(manifest, 0), state_bytes(manifest, manifest.max_context)
-    return {"state_bytes": states, "token_bytes": (full - states) // manifest.max_context, "full_bytes": full}
+    """Bytes of one running sequence: of its states, of the cache rows of a token, the part of these that the draft head has, and of all
+    with a full context. A bundle of fixed sizes has its caches from the start."""
+    context = manifest.max_context
+    states, full = state_bytes(manifest, 0), state_bytes(manifest, context)
+    undrafted = state_bytes(manifest, context, drafts=False) - state_bytes(manifest, 0, drafts=False)
+    token = (full - states) // context
+    return {"state_bytes": states, "token_bytes": token, "draft_token_bytes": token - undrafted // context, "full_bytes": full}
 
 
 def _speculation(manifest: Manifest) -> dict[str, int] | None:

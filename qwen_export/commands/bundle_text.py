@@ -69,7 +69,8 @@ def _memory(sequence: dict[str, int], context: int) -> str:
     full = size(sequence["full_bytes"])
     if not sequence["token_bytes"]:
         return f"{full} for each sequence, from the start"
-    return f"{size(sequence['state_bytes'])} for each sequence and {sequence['token_bytes'] / 1024:.1f} KiB per token: {full} at {context} tokens"
+    state, token = size(sequence["state_bytes"]), f"{sequence['token_bytes'] / 1024:.1f} KiB"
+    return f"{state} for each sequence and {token} per token: {full} at {context} tokens"
 
 
 def _digest(manifest: dict[str, Any]) -> str:
