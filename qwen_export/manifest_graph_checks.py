@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from qwen_export.bundle_contract import FEATURES, PLACES, VISION_INPUTS
+from qwen_export.bundle_contract import FEATURES, PLACES
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
+from qwen_export.manifest_vision_checks import TOWER, check_vision
+from qwen_export.stages import joined_graphs, links, stage_groups, stage_name
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
-TOWER = "vision"
 _CONTROLS = ("length", "last_slot", "total_length", "accepted", "commit", "logit_rows")
 _INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", *_CONTROLS, FEATURES, PLACES))
 _LENGTHS = (("length",), ("last_slot", "total_length"))
@@ -17,7 +18,6 @@ _LENGTHS = (("length",), ("last_slot", "total_length"))
 _OUTPUTS = frozenset(("logits", "hidden", "hidden_out", "top_logits", "top_ids"))
 _LARGEST_DIM = 2**31 - 1
 _MOST_DIMS = 8
-_LARGEST_SIDE = 4096
 _MOST_GRAPH_TENSORS = 100_000
 
 Shape = tuple[int | str, ...]
@@ -25,17 +25,25 @@ Shape = tuple[int | str, ...]
 
 def check_graphs(manifest: Manifest) -> None:
     """Raise ValueError where a graph's inputs, outputs or states do not fit."""
-    if "decoder" not in manifest.graphs:
-        raise ValueError("graphs has no decoder")
     static = "prefill" in manifest.graphs
-    _check_vision(manifest)
     for name, graph in manifest.graphs.items():
         if name == TOWER:
             continue
-        if name not in ROLES or (not static and name not in ("decoder", "mtp")):
+        role, dot, number = name.partition(".")
+        if role not in ROLES or (not static and role not in ("decoder", "mtp")):
             raise ValueError(f"graphs has one of an unknown role: {name}")
+        if dot and (static or role != "decoder" or not (number.isascii() and number.isdigit() and number == str(int(number)))):
+            raise ValueError(f"graphs has a stage that cannot be: {name}")
         if graph.file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not listed: {graph.file}")
+    for role, names in stage_groups(manifest.graphs).items():
+        if names != [role]:
+            _check_stages(manifest, role, names)
+    whole = joined_graphs({name: graph for name, graph in manifest.graphs.items() if name != TOWER})
+    if "decoder" not in whole:
+        raise ValueError("graphs has no decoder")
+    check_vision(manifest, whole["decoder"])
+    for name, graph in whole.items():
         _check_signature(name, graph, static=static)
         _check_states(manifest, name, graph)
         _check_shapes(manifest, name, graph)
@@ -43,36 +51,27 @@ def check_graphs(manifest: Manifest) -> None:
         _check_static(manifest)
 
 
-def _check_vision(manifest: Manifest) -> None:
-    """The tower makes what the decoder reads, and is there with the facts that a runtime needs for it."""
-    tower, spec, decoder = manifest.graphs.get(TOWER), manifest.vision, manifest.graphs["decoder"]
-    reads = {tensor.name: tensor for tensor in decoder.inputs if tensor.name in (FEATURES, PLACES)}
-    if (tower is None) != (spec is None) or (tower is not None) != (len(reads) == 2):
-        raise ValueError("vision, graph vision and the features of graph decoder do not come together")
-    if tower is None or spec is None:
-        return
-    if tower.file not in manifest.files:
-        raise ValueError(f"the file of graph {TOWER} is not listed: {tower.file}")
-    P, M, F, D = spec.patch_size, spec.merge_size, spec.temporal_patch_size, spec.head_dim
-    if not all(1 <= size <= _LARGEST_SIDE for size in (P, M, F, D, spec.grid)) or D % 4:
-        raise ValueError("vision has a size that is none")
-    width = next((t.shape[-1] for t in decoder.inputs if t.name == FEATURES), None)
-    last = dict(zip(VISION_INPUTS, (3 * F * P * P, 4, 4, D // 2, D // 2), strict=True))
-    expected: dict[str, Shape] = {name: ("K", M * M, size) for name, size in last.items()}
-    expected["rows"] = ("B", *expected["rows"])
-    if {t.name: t.shape for t in tower.inputs} != expected or [(t.name, t.shape) for t in tower.outputs] != [(FEATURES, ("B", "K", width))]:
-        raise ValueError(f"graph {TOWER} has another signature than vision describes")
-    if tower.states or len(manifest.rotary.axes) != len(manifest.rotary.inv_freq) or not all(axis <= 2 for axis in manifest.rotary.axes):
-        raise ValueError("rotary.axes has not one of three axes per frequency")
-    vocabulary = manifest.model["vocab_size"]
-    if not all(token < vocabulary for token in (spec.image_token, spec.video_token, spec.start_token, spec.end_token)):
-        raise ValueError("vision has a token that is not in the vocabulary")
-    if len(spec.mean) != 3 or len(spec.std) != 3 or not all(0 < value <= 1 for value in spec.std):
-        raise ValueError("vision.mean or vision.std is not of three channels")
-    if not 1 <= spec.min_pixels <= spec.max_pixels or not 1 <= spec.video_min_pixels <= spec.video_max_pixels:
-        raise ValueError("vision has bounds of pixels that nothing is within")
-    if not spec.fps > 0 or not 1 <= spec.min_frames <= spec.max_frames:
-        raise ValueError("vision has bounds of frames that nothing is within")
+def _check_stages(manifest: Manifest, role: str, names: Sequence[str]) -> None:
+    """Stages are numbered from 0, what one reads of another is what an earlier one computes, and inputs they share are alike."""
+    if names != [stage_name(role, number) for number in range(len(names))] or len(names) < 2:
+        raise ValueError(f"the stages of graph {role} are not numbered from 0 to at least 1")
+    stages = [manifest.graphs[name] for name in names]
+    computed: dict[str, TensorSpec] = {}
+    shared: dict[str, TensorSpec] = {}
+    inner = links(stages)
+    for name, graph in zip(names, stages, strict=True):
+        for tensor in graph.inputs:
+            if tensor.name in inner and tensor.name not in computed:
+                raise ValueError(f"graph {name} reads {tensor.name}, which no earlier stage computes")
+            known = computed.get(tensor.name) or shared.setdefault(tensor.name, tensor)
+            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                raise ValueError(f"graph {name}: {tensor.name} has another type or shape than in an earlier stage")
+        for tensor in graph.outputs:
+            if tensor.name in computed:
+                raise ValueError(f"graph {name}: an earlier stage computes {tensor.name}, too")
+            if tensor.name in inner and tensor.shape[:2] != ("B", "T"):
+                raise ValueError(f"graph {name}: what later stages read, {tensor.name}, has not a row for each token")
+            computed[tensor.name] = tensor
 
 
 def _check_signature(name: str, graph: GraphSpec, *, static: bool) -> None:

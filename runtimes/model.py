@@ -36,7 +36,6 @@ from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_messages import Message
 from qwen_export.runtimes.text.chat_prompt import TemplateOptions, chat_prompt
 from qwen_export.runtimes.text.chat_template import ChatTemplate
-from qwen_export.runtimes.text.reasoning import ReasoningSplitter
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
@@ -55,11 +54,13 @@ def load(
     speculate: Speculate = "auto",
     device: str | None = None,
     device_id: int = 0,
+    devices: Sequence[int] = (),
     weight_budget: int | None = None,
     native: str | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
+    `devices`: their numbers for the stages of a bundle that has several (`build`, stages); stages are spread evenly over them, in order.
 
     By default CPU weights are mapped and used in place: loading takes no time, and processes share the memory. With `repack` ONNX
     Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
@@ -78,7 +79,7 @@ def load(
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
     directory = Path(bundle)
-    options = OpenOptions(threads, repack, device_id, weight_budget=weight_budget)
+    options = OpenOptions(threads, repack, device_id, tuple(devices), weight_budget=weight_budget)
     manifest, sessions = open_bundle(directory, options, max_context, speculate, device, native)
     return Model(directory, manifest, sessions, max_context, speculate)
 
@@ -259,8 +260,9 @@ class Model:
             answer,
             max_new_tokens,
             stop,
-            lambda: ReasoningSplitter(prompt.thinking, tool_calls=bool(tools)),
-            lambda: constraint,
+            tools or (),
+            prompt.thinking,
+            constraint,
             seen.mark_at if seen else prompt.mark_at,
             bool(messages) and messages[-1].get("role") == "user",
             progress,
@@ -295,9 +297,7 @@ class Model:
     ) -> Prepared:
         """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
-        wanted = Wanted(
-            ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress
-        )
+        wanted = Wanted(ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=constraint, progress=progress)
         return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:

@@ -13,7 +13,7 @@ from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.static_graphs import is_static
-from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.option_checks import check_devices, check_speculate, check_weight_budget
 
 Speculate = str | int
 
@@ -24,11 +24,13 @@ def open_bundle(
     """The manifest, and sessions of the graphs that are needed. The parameters are those of `load`; raises what that does."""
     manifest = for_device(load_manifest(directory), device)
     ensure_whole(directory, manifest)
-    check_runnable(manifest, options.device_id)
+    for number in options.device_ids or (options.device_id,):
+        check_runnable(manifest, number)
     check_limits(manifest, max_context, options.threads)
     check_native(directory, manifest, native)
     check_speculate(speculate, manifest)
     check_weight_budget(options.weight_budget, manifest)
+    check_devices(options.device_ids, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = options.repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()

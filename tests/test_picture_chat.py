@@ -161,6 +161,8 @@ def test_the_engine_answers_different_pictures_side_by_side(bundle: Path) -> Non
     """As each alone, with drafts and without, and with texts between them."""
     chats = [[message("a ", photo(64, 96, seed), f" {seed}")] for seed in range(3)]
     chats += [[message("only text")], [message(photo(64, 96, 0), photo(64, 96, 1), " both")]]
+    # Pictures of one token have the positions of text, and ids that are equal.
+    chats += [[message("see ", photo(32, 32, seed), " it")] for seed in (7, 8)]
     with load(bundle, speculate="off") as model:
         alone = [answer(model, chat, 10)[0] for chat in chats]
     for speculate in ("off", "auto"):

@@ -10,7 +10,7 @@ from qwen_export.runtimes.memory.buffers import Buffer
 def features_memory(session: Session, rows: int) -> Buffer | None:
     """For at most so many tokens per call; None where the graph reads text only."""
     spec = next((tensor for tensor in session.spec.inputs if tensor.name == FEATURES), None)
-    return session.buffer(spec.dtype, (rows, int(spec.shape[-1]))) if spec is not None else None
+    return session.shared(spec.dtype, (rows, int(spec.shape[-1]))) if spec is not None else None
 
 
 def rows_of(memory: Buffer, count: int) -> Buffer:
