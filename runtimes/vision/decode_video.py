@@ -30,6 +30,9 @@ CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,fl
 MOST_FRAMES = 1_000_000
 """Frames of a file: ten hours at 30 per second."""
 
+# Decoders of damaged files raise whatever they run into.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError, RuntimeError)
+
 
 class VideoFrames(NamedTuple):
     """`pixels` u8[F,3,H,W] at the final size; `seconds` of each slice of two frames."""
@@ -55,8 +58,7 @@ def decode_video(data: bytes, spec: VisionSpec, rules: FrameRules, where: str) -
         return _decoded(av, data, spec, rules, where)
     except ParameterError:
         raise
-    except (av.FFmpegError, OSError, ValueError, IndexError, TypeError, OverflowError, MemoryError, ArithmeticError, RuntimeError) as error:
-        # Decoders of damaged files raise whatever they run into.
+    except (av.FFmpegError, *_DAMAGE) as error:
         raise _bad("a video cannot be decoded", where, f"{type(error).__name__}: {error}", "Save or send it again.") from error
 
 
@@ -176,6 +178,8 @@ def _stream(file: Any, where: str) -> Any:
         kinds = ", ".join(sorted({stream.type for stream in file.streams})) or "nothing"
         raise _bad("the file holds no video", where, kinds, "Give a file with pictures that move.")
     stream = file.streams.video[0]
+    if stream.codec_context is None:  # such a stream has no size either
+        raise _bad("a video cannot be decoded", where, "a codec that is not known", "Save it as H.264 in MP4.")
     if (stream.width or 0) * (stream.height or 0) > MOST_DECODED:
         raise _bad("a video is too large", where, f"{stream.width}x{stream.height} pixels", "Scale it down.")
     return stream
