@@ -40,6 +40,8 @@ _HOST = Device("cpu")
 class OnnxRuntimeSession:
     """One compiled graph, loaded by ONNX Runtime."""
 
+    overlaps = False
+
     def __init__(
         self,
         path: Path,
@@ -150,6 +152,9 @@ class OnnxRuntimeSession:
     def device_of(self, name: str) -> Device:
         return self.device
 
+    def stage_of(self, name: str) -> int:
+        return 0
+
     def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.buffer(dtype, shape)
 
@@ -201,6 +206,12 @@ class OnnxRuntimeCall:
 
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""
+
+    def start(self) -> None:
+        self.run()
+
+    def finish(self) -> None:
+        """Nothing: `start` has waited."""
 
     def run(self) -> None:
         started = time.perf_counter()
