@@ -38,7 +38,6 @@ from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_messages import Message
 from qwen_export.runtimes.text.chat_prompt import TemplateOptions, chat_prompt
 from qwen_export.runtimes.text.chat_template import ChatTemplate
-from qwen_export.runtimes.text.reasoning import ReasoningSplitter
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
@@ -260,8 +259,9 @@ class Model:
             answer,
             max_new_tokens,
             stop,
-            lambda: ReasoningSplitter(prompt.thinking, tool_calls=bool(tools)),
-            lambda: constraint,
+            tools or (),
+            prompt.thinking,
+            constraint,
             prompt.mark_at,
             bool(messages) and messages[-1].get("role") == "user",
             progress,
@@ -295,9 +295,7 @@ class Model:
     ) -> Prepared:
         """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
-        wanted = Wanted(
-            ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress
-        )
+        wanted = Wanted(ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=constraint, progress=progress)
         return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +15,7 @@ from qwen_export.building.static_plan import StaticOptions
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
+from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, adapter_source
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plugins.native.native_search import find_search
@@ -36,6 +37,7 @@ def build(
     precision: str = "fp32",
     max_context: int | None = None,
     rope_scaling: str | None = None,
+    lora: Sequence[str | Path | AdapterSource] = (),
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
@@ -54,6 +56,7 @@ def build(
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
+    `lora`: adapters that are merged into the weights in this order, as the directory that PEFT wrote, or DIR:SCALE.
     `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
@@ -69,7 +72,7 @@ def build(
     _check_arguments(weights, jobs, max_memory)
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
-    source = open_checkpoint(checkpoint, rope_scaling)
+    source = open_checkpoint(checkpoint, rope_scaling, [adapter_source(text) for text in lora])
     if target in TARGETS and TARGETS[target].engines:
         engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(

@@ -13,6 +13,7 @@ from qwen_export.building.engines import compile_graph, engine_file, engine_spec
 from qwen_export.building.staging import JOURNAL
 from qwen_export.building.text_assets import copy_text_assets, stop_ids
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
+from qwen_export.graphs.checkpoint.adapters.adapter_hash import adapter_facts
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.formats.format_table import storage_summary
@@ -23,6 +24,7 @@ from qwen_export.graphs.weights.block_budget import block_budget
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.weight_writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
+    ADAPTERS,
     ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -164,7 +166,8 @@ def write_manifest(
         }
         | (plan.quantization.to_json() if plan.quantization else {}),
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
-        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
+        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {})
+        | ({ADAPTERS: adapter_facts(source.adapters)} if source.adapters else {}),
     )
     store_manifest(staging, manifest)
     remember(files[name].sha256 for name in manifest.plugins)
@@ -173,14 +176,14 @@ def write_manifest(
 def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:
     """What became of each quantized form that the decoder's weights were stored in."""
     prefix, kept_names = source.config.text_prefix, {stored_name(source.config, name) for name in (plan.kept if plan else ())}
-    weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    decoder = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    weights = {name: weight for name, weight in decoder.items() if weight.quantized}
     forms, kept = storage_summary(weights), storage_summary({name: weights[name] for name in kept_names & weights.keys()})
     said = {}
     for form, count in forms.items():
-        if form not in ("bf16", "fp16", "fp32"):
-            stay, become = kept.get(form, 0), count - kept.get(form, 0)
-            parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
-            said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
+        stay, become = kept.get(form, 0), count - kept.get(form, 0)
+        parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
+        said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
     return said
 
 

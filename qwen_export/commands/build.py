@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     metavar="yarn:FACTOR",
     help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="Merge this PEFT adapter into the weights, at SCALE of its strength; may be given several times, in order.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
@@ -84,6 +90,7 @@ def command(
     device: str | None,
     max_context: int | None,
     rope_scaling: str | None,
+    lora: tuple[str, ...],
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -135,6 +142,7 @@ def command(
             precision=precision,
             max_context=max_context,
             rope_scaling=rope_scaling,
+            lora=lora,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,

@@ -19,6 +19,7 @@ from qwen_export.runtimes.serving.choosing import choose
 from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
+from qwen_export.runtimes.speculation.drafters import forced_drafts
 
 _BEHIND = 64
 """Rows that the draft head may be behind while nothing is drafted."""
@@ -64,13 +65,14 @@ class StepRunner:
 
     def _run_rows(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> None:
         counts = self._counts(calls)
-        longest = max(counts.values()) if counts else 0
+        forced = self._forced(calls, counts)
+        longest = max((count for slot, count in counts.items() if slot not in forced), default=0)
         began, bound = time.perf_counter(), self.decoder.binding_s
         kept: list[tuple[int, int]] = []
+        drafts: dict[int, list[Draft]] = {}
         if longest:
-            calls, drafts = self._drafted(calls, counts)
-        else:
-            drafts = {}
+            calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
+        drafts |= forced
         plain = [call for call in calls if not drafts.get(call.slot)]
         for group in self._groups(plain, reading):
             kept += [(0, 0)] * self._run_group(group)
@@ -79,7 +81,7 @@ class StepRunner:
                 kept.append((len(drafts[call.slot]), self._verify(call, drafts[call.slot])))
         if not longest and self.decoder.head is not None:
             self._keep_head_near(calls)
-        if self._drafts is not None and kept:
+        if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
 
@@ -99,16 +101,25 @@ class StepRunner:
     def _counts(self, calls: Sequence[ServedCall]) -> dict[int, int]:
         """Drafts of each slot."""
         length = self._drafts.length(len(calls)) if self._drafts is not None else 0
-        if not length:
-            return {}
-        counts = {}
-        for call in calls:
-            limit = self.decoder.capacity - len(call.text)
-            if call.room is not None:
-                limit = min(limit, call.room - 1)
-            begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
-            counts[call.slot] = max(0, min(length, limit)) if begun else 0
-        return counts
+        return {call.slot: min(length, self._most(call)) for call in calls} if length else {}
+
+    def _most(self, call: ServedCall) -> int:
+        """Drafts that a call may have."""
+        limit = min(self.decoder.capacity - len(call.text), self.decoder.widest_verify - 1)
+        if call.room is not None:
+            limit = min(limit, call.room - 1)
+        begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
+        return max(0, limit) if begun else 0
+
+    def _forced(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> dict[int, list[Draft]]:
+        """Tokens that constraints force, as drafts, for those calls in which they are worth more than other drafts."""
+        least = self._drafts.forced(len(calls)) if self._drafts is not None else 0
+        found: dict[int, list[Draft]] = {}
+        for call in calls if least else ():
+            made = forced_drafts(call.request.sampler, call.history, self._most(call), max(least, counts.get(call.slot, 0)))
+            if made:
+                found[call.slot] = made
+        return found
 
     def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
         """Calls that go on, and their drafts."""
@@ -169,6 +180,9 @@ class StepRunner:
                 places.append(place)
                 calls.append(one)
                 tokens.append(one.text[len(sequences[one.slot].tokens)])
+        for call in calls:
+            if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
+                call.request.sampler.ahead(call.history)
         try:
             results = self._advance_with_media(group, tokens) if pictures else self.decoder.advance(tokens, first)
         except Exception as error:
@@ -216,6 +230,7 @@ class StepRunner:
         """One call over the last token and its drafts; returns how many drafts were kept."""
         decoder, slot, sampler, history = self.decoder, call.slot, call.request.sampler, call.history
         busy = decoder.busy_s
+        sampler.ahead(history, [one.token for one in drafts])
         try:
             [rows] = decoder.run([Read(slot, (call.text[-1], *(one.token for one in drafts)), commit=False, logits=1 + len(drafts))])
         except Exception as error:
