@@ -1,8 +1,8 @@
 """Several streams on the CPU: an engine beside llama.cpp's server and OpenVINO GenAI's continuous batching, alternating in one run.
 
-    PY -m pip install xllamacpp openvino-genai optimum-intel nncf      # in an environment of its own, torch of constraints.txt first
+    PY -m pip install xllamacpp openvino-genai optimum-intel nncf 'transformers==5.2.*'    # an environment of its own, torch first
     python -m benchmarks.peer_streams prepare 0.8B WORK                # random weights of a release, as a bundle and a GGUF file
-    PY -m optimum.commands.optimum_cli export openvino --task text-generation-with-past --weight-format int4 --model WORK/checkpoint WORK/openvino
+    cd WORK && optimum-cli export openvino --task text-generation-with-past --weight-format int4 --model checkpoint openvino
     python -m benchmarks.peer_streams compare WORK --peer-python PY [--streams 8] [--rounds 3] [--threads 2]
 
 int4 everywhere: blocks of 32 with Q8_0 for the embedding in llama.cpp, the exporter's own choice in OpenVINO. Each round starts every
