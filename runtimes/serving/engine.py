@@ -275,9 +275,9 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            left = [job.left for job in running.values()]
-            longest = max(left)
-            step = scheduler.plan(*self._runner.budget.tokens(left.count(1), longest if longest > 1 else 0))
+            texts = [calls[key] for key, job in running.items() if job.left > 1]
+            longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
+            step = scheduler.plan(*self._runner.budget.tokens(len(running) - len(texts), longest))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)
@@ -342,7 +342,7 @@ class Engine:
     # ---- what steps report ----
 
     def _chosen(self, call: ServedCall, tokens: list[int]) -> None:
-        given = call.give(tokens)
+        given = call.give(tokens, self._runner.now)
         if given:
             self._deliveries.put(call.inbox, given)
 
