@@ -99,7 +99,7 @@ class ChunkBudget:
             return float("inf")
         last = self._parts[smaller[-1]]
         if len(smaller) == 1:
-            return last * _TRY
+            return last * _TRY if size <= 2 * smaller[0] else float("inf")
         slope = (last - self._parts[smaller[0]]) / (smaller[1] - smaller[0])
         return last + max(0.0, slope) * (size - smaller[1])
 
