@@ -32,8 +32,7 @@ from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.serving.slot_table import SlotTable
 from qwen_export.runtimes.serving.step_runner import StepRunner, ended_by
 from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox, ThreadInbox, TokenStream
-from qwen_export.runtimes.speculation.drafters import HeadDrafter
-from qwen_export.runtimes.speculation.round_times import measure_rounds
+from qwen_export.runtimes.speculation.round_times import make_ready
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
@@ -242,10 +241,7 @@ class Engine:
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
-        if decoder.records:
-            decoder.warm(0 if counts is None else counts.longest)
-            if counts is not None and counts.adapts and decoder.head is not None:
-                measure_rounds(decoder, HeadDrafter(decoder.head), counts.longest, counts.time_of)
+        make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         numbers = self.statistics
         numbers.slots, numbers.longest = decoder.batch, decoder.capacity
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart

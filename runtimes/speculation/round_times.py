@@ -13,11 +13,20 @@ from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.speculation.acceptance import acceptance_for
-from qwen_export.runtimes.speculation.drafters import Drafter
+from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter
 
 _TEXT = (0,) * 16
 """Tokens that are read first; a round costs the same whatever they are."""
 _ROUNDS = 5
+
+
+def make_ready(decoder: Decoder, longest: int, note: Callable[[int, float], None] | None) -> None:
+    """Before the first answer, where calls are recorded: in the middle of one each kind of call would cost some hundred steps. `longest`:
+    the longest draft; with `note` rounds of the draft head are measured."""
+    if decoder.records:
+        decoder.warm(longest)
+        if note is not None and decoder.head is not None:
+            measure_rounds(decoder, HeadDrafter(decoder.head), longest, note)
 
 
 def measure_rounds(decoder: Decoder, drafter: Drafter, longest: int, note: Callable[[int, float], None]) -> None:
