@@ -21,6 +21,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.text_check import check_text
+from qwen_export.stages import stage_weights
 from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def build(
     max_memory: int | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
+    stages: int = 1,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -65,8 +67,9 @@ def build(
 
     With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `planned` is
-    called with the plan before the work begins, `report` while it goes on.
+    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `stages`: into
+    how many consecutive graphs the decoder is cut, each for a device of its own. `planned` is called with the plan before the work
+    begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
@@ -88,6 +91,7 @@ def build(
         plan_file=Path(plan_file) if plan_file else None,
         options=options,
         engine=engine,
+        stages=stages,
     )
     search = find_search()
     if plan.quantization is not None and search is not None:
@@ -113,7 +117,8 @@ def build(
         from qwen_export.building.emission import write_files, write_manifest
         from qwen_export.building.lower_graphs import lower
         from qwen_export.graphs.weights.referred_weights import refer_to_checkpoint
-    with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
+    weight_names = (WEIGHTS, *(stage_weights(number) for number in range(len(plan.stages))))
+    with staged_directory(Path(output), replace=force, keep=weight_names) as staging:
         say("capturing the graph", 0, 0)
         models = lower(source, plan, Path(dump_ir) if dump_ir else None)
         references = refer_to_checkpoint(list(models.values()), source, staging) if weights == "reference" else {}

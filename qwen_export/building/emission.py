@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
-from qwen_export.building.staging import JOURNAL
+from qwen_export.building.staging import journal_path
 from qwen_export.building.text_assets import copy_text_assets, stop_ids
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
+from qwen_export.graphs.call_sizes import DECODER
 from qwen_export.graphs.checkpoint.adapters.adapter_hash import adapter_facts
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
@@ -46,6 +47,7 @@ from qwen_export.runtimes.backends.compatibility import this_platform
 from qwen_export.runtimes.backends.native_libraries import remember
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 from qwen_export.runtimes.memory.mapped_weights import weight_bytes as bytes_in_file
+from qwen_export.stages import stage_groups, stage_weights
 from qwen_export.version import __version__
 
 Report = Callable[[str, int, int], None]
@@ -71,8 +73,10 @@ def write_files(
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
-        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
+        budget, files = block_budget(graphs, max_memory), dict[str, FileEntry]()
+        for number, (name, readers) in enumerate(weight_files(models).items()):
+            resume = Resume(Journal(journal_path(staging, number)), reader.identity)
+            files[name] = write_weights(readers, reader, staging / name, progress, jobs=jobs, budget=budget, resume=resume)
     for model in models.values():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
@@ -85,6 +89,17 @@ def write_files(
         shutil.copyfile(library, staging / library.name)
     for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.text_directory, staging)):
         files[name] = hash_file(staging / name)
+    return files
+
+
+def weight_files(models: Mapping[str, ir.Model]) -> dict[str, list[ir.Model]]:
+    """The files of weights, each with the graphs that read it: one for all graphs, or one per stage, the last with the draft head's."""
+    stages = stage_groups(models).get(DECODER, [])
+    if len(stages) < 2:
+        return {WEIGHTS: list(models.values())}
+    others = [model for name, model in models.items() if name not in stages]
+    files = {stage_weights(number): [models[name]] for number, name in enumerate(stages)}
+    files[stage_weights(len(stages) - 1)] += others
     return files
 
 

@@ -78,6 +78,9 @@ if TYPE_CHECKING:
     type=click.Choice(["copy", "reference"]),
     help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
 )
+@click.option(
+    "--stages", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cut the decoder into N graphs, for as many GPUs."
+)
 @click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -104,6 +107,7 @@ def command(
     step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
+    stages: int,
     jobs: int | None,
     max_memory: int | None,
     force: bool,
@@ -155,6 +159,7 @@ def command(
             plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,
+            stages=stages,
             jobs=jobs,
             max_memory=max_memory,
             force=force,

@@ -145,11 +145,10 @@ def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
     logits = {name: run(decoder, ids, counted(name)) for name, run in _RUNS}
     rewind = _rewind(decoder, ids)
     decoder.reset()
-    row, chosen = decoder.prefill(ids), list[int]()
-    for _ in range(GREEDY_TOKENS):
+    chosen = [int(decoder.prefill(ids).argmax())]
+    while len(chosen) < GREEDY_TOKENS:
         say("greedy continuation, tokens", len(chosen), GREEDY_TOKENS)
-        chosen.append(int(row.argmax()))
-        row = decoder.step([chosen[-1]])[0]
+        chosen.append(decoder.step([chosen[-1]])[0].argmax())
     return _BundleRun(logits, rewind, chosen)
 
 

@@ -64,23 +64,7 @@ class Engine:
         reserve: int = RESERVE,
         stall: float = STALL,
     ) -> None:
-        if prefix_memory is not None and prefix_memory < 0:
-            raise ParameterError(
-                "the memory for prompts is negative",
-                parameter="prefix_memory",
-                got=prefix_memory,
-                expected="at least 0 bytes",
-                fix="Raise {prefix_memory}.",
-            )
         self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
-        if not stall > 1:
-            raise ParameterError(
-                "no prompt can be read in no time",
-                parameter="stall",
-                got=stall,
-                expected="a number above 1",
-                fix="Give the longest time between two tokens while a prompt is read, in times without one.",
-            )
         self._keys, self._max_waiting, self._reserve, self._stall = count(), max_waiting, reserve, stall
         self._lock = threading.RLock()
         self._unfinished = 0
@@ -291,8 +275,9 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            waiting = sum(job.left == 1 for job in running.values())
-            step = scheduler.plan(*self._runner.budget.tokens(waiting))
+            left = [job.left for job in running.values()]
+            longest = max(left)
+            step = scheduler.plan(*self._runner.budget.tokens(left.count(1), longest if longest > 1 else 0))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)

@@ -26,6 +26,7 @@ class ServedCall:
         self.prompt = Prompt(tuple(self.text), request.media)
         self.history = TokenHistory(request.ids)
         self.acceptance = acceptance_for(request.sampler)
+        self.choice = request.sampler.choice
         self.slot = -1
         self.entered = False
         self.snapshot: Snapshot | None = None

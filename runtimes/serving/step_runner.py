@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.decoding.decoder import Decoder
-from qwen_export.runtimes.decoding.logit_rows import Row, Rows
+from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts, draft
 from qwen_export.runtimes.serving.choosing import choose
 from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
+from qwen_export.runtimes.speculation.drafters import forced_drafts
 
 _BEHIND = 64
 """Rows that the draft head may be behind while nothing is drafted."""
@@ -52,25 +53,26 @@ class StepRunner:
         if rows:
             self._run_rows(rows, {call.slot: call for call, _ in parts})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
-        spent: dict[int, float] = {}
+        spent: list[tuple[int, float]] = []
         for group in self._alike(stops):
             began, bound = time.perf_counter(), decoder.binding_s
             read = self._run_part(*group[0]) if len(group) == 1 else self._run_alike(group)
             if read:
-                spent[read] = time.perf_counter() - began - (decoder.binding_s - bound)
+                spent.append((read, time.perf_counter() - began - (decoder.binding_s - bound)))
         self.budget.observe(len(rows), rows_s, spent)
 
     # ---- rows ----
 
     def _run_rows(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> None:
         counts = self._counts(calls)
-        longest = max(counts.values()) if counts else 0
+        forced = self._forced(calls, counts)
+        longest = max((count for slot, count in counts.items() if slot not in forced), default=0)
         began, bound = time.perf_counter(), self.decoder.binding_s
         kept: list[tuple[int, int]] = []
+        drafts: dict[int, list[Draft]] = {}
         if longest:
-            calls, drafts = self._drafted(calls, counts)
-        else:
-            drafts = {}
+            calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
+        drafts |= forced
         plain = [call for call in calls if not drafts.get(call.slot)]
         for group in self._groups(plain, reading):
             kept += [(0, 0)] * self._run_group(group)
@@ -79,7 +81,7 @@ class StepRunner:
                 kept.append((len(drafts[call.slot]), self._verify(call, drafts[call.slot])))
         if not longest and self.decoder.head is not None:
             self._keep_head_near(calls)
-        if self._drafts is not None and kept:
+        if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
 
@@ -99,16 +101,25 @@ class StepRunner:
     def _counts(self, calls: Sequence[ServedCall]) -> dict[int, int]:
         """Drafts of each slot."""
         length = self._drafts.length(len(calls)) if self._drafts is not None else 0
-        if not length:
-            return {}
-        counts = {}
-        for call in calls:
-            limit = self.decoder.capacity - len(call.text)
-            if call.room is not None:
-                limit = min(limit, call.room - 1)
-            begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
-            counts[call.slot] = max(0, min(length, limit)) if begun else 0
-        return counts
+        return {call.slot: min(length, self._most(call)) for call in calls} if length else {}
+
+    def _most(self, call: ServedCall) -> int:
+        """Drafts that a call may have."""
+        limit = min(self.decoder.capacity - len(call.text), self.decoder.widest_verify - 1)
+        if call.room is not None:
+            limit = min(limit, call.room - 1)
+        begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
+        return max(0, limit) if begun else 0
+
+    def _forced(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> dict[int, list[Draft]]:
+        """Tokens that constraints force, as drafts, for those calls in which they are worth more than other drafts."""
+        least = self._drafts.forced(len(calls)) if self._drafts is not None else 0
+        found: dict[int, list[Draft]] = {}
+        for call in calls if least else ():
+            made = forced_drafts(call.request.sampler, call.history, self._most(call), max(least, counts.get(call.slot, 0)))
+            if made:
+                found[call.slot] = made
+        return found
 
     def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
         """Calls that go on, and their drafts."""
@@ -158,53 +169,68 @@ class StepRunner:
 
     def _run_group(self, group: Sequence[ServedCall | int]) -> int:
         """One token for each of these; returns the number of calls that got one."""
-        reads, calls, places = [], [], []
-        for one in group:
+        calls, places, tokens, sequences = [], [], [], self.decoder.sequences
+        first = next(one if isinstance(one, int) else one.slot for one in group)
+        pictures = any(not isinstance(one, int) and one.request.media for one in group)
+        for place, one in enumerate(group):
             if isinstance(one, int):
                 self._clear(one)
-                reads.append(Read(one, (0,)))
-                continue
-            slot, sequence = one.slot, self.decoder.sequences[one.slot]
-            places.append(len(reads))
-            calls.append(one)
-            reads.append(Read(slot, (one.text[sequence.length],), media=one.media(sequence.length, sequence.length + 1)))
+                tokens.append(0)
+            else:
+                places.append(place)
+                calls.append(one)
+                tokens.append(one.text[len(sequences[one.slot].tokens)])
+        for call in calls:
+            if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
+                call.request.sampler.ahead(call.history)
         try:
-            results = self.decoder.run(reads)
+            results = self._advance_with_media(group, tokens) if pictures else self.decoder.advance(tokens, first)
         except Exception as error:
             for call in calls:
                 self._failed(call, error)
             return 0
         for call in calls:
-            if call.entering:
+            if call.points:
                 self._moved(call)
         self._choose(calls, [results[place] for place in places])
         return len(calls)
+
+    def _advance_with_media(self, group: Sequence[ServedCall | int], tokens: Sequence[int]) -> Rows:
+        """As `Decoder.advance`, where a token may be the last one of a picture."""
+        reads = []
+        for one, token in zip(group, tokens, strict=True):
+            slot = one if isinstance(one, int) else one.slot
+            length = self.decoder.sequences[slot].length
+            reads.append(Read(slot, (token,), media=() if isinstance(one, int) else one.media(length, length + 1)))
+        return JoinedRows(self.decoder.run(reads))
 
     def _clear(self, slot: int) -> None:
         sequence = self.decoder.sequences[slot]
         if not sequence.settled or sequence.length >= _FILLER_TOKENS or sequence.length >= self.decoder.capacity:
             self.decoder.reset(slot)
 
-    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Rows]) -> None:
+    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row]) -> None:
         """The next tokens of those whose text is read to its end."""
-        ended, rows = [], []
-        for call, result in zip(calls, results, strict=True):
-            if self.decoder.sequences[call.slot].length == len(call.text):
+        ended, rows, sequences = [], [], self.decoder.sequences
+        for call, row in zip(calls, results, strict=True):
+            if len(sequences[call.slot].tokens) == len(call.text):
                 ended.append(call)
-                rows.append(result[0])
+                rows.append(row)
         for call, token in zip(ended, choose(rows, ended), strict=True):
             if isinstance(token, Exception):
                 self._failed(call, token)
-            else:
-                call.statistics.speculation.rounds += self._drafts is not None
-                call.statistics.speculation.tokens += self._drafts is not None
-                call.history.push(token)
-                self._chosen(call, [token])
+                continue
+            if self._drafts is not None:
+                call.statistics.speculation.rounds += 1
+                call.statistics.speculation.tokens += 1
+            call.history.push(token)
+            self._chosen(call, [token])
 
     def _verify(self, call: ServedCall, drafts: Sequence[Draft]) -> int:
         """One call over the last token and its drafts; returns how many drafts were kept."""
         decoder, slot, sampler, history = self.decoder, call.slot, call.request.sampler, call.history
         busy = decoder.busy_s
+        sampler.ahead(history, [one.token for one in drafts])
         try:
             [rows] = decoder.run([Read(slot, (call.text[-1], *(one.token for one in drafts)), commit=False, logits=1 + len(drafts))])
         except Exception as error:
@@ -260,7 +286,7 @@ class StepRunner:
         for call in calls:
             self._moved(call)
         if last:
-            self._choose(calls, rows)
+            self._choose(calls, [one[0] for one in rows])
         return stop * len(calls)
 
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
@@ -281,7 +307,7 @@ class StepRunner:
             return count
         self._moved(call)
         if last:
-            self._choose([call], [rows])
+            self._choose([call], [rows[0]])
         return count
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,8 @@ class OnnxRuntimeSession:
         self._native: Any = None
         self._weights: dict[str, Any] = {}
         self._closed = False
+        self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
+        """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
         if not later:
             self._native = self._open(*self._opening)
 
@@ -144,6 +147,12 @@ class OnnxRuntimeSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
+
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
         self._graphs += repeated
         return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
@@ -176,6 +185,7 @@ class OnnxRuntimeCall:
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
+        buffer = buffer.on(self._session.device.kind, self._session.device.index)
         if isinstance(buffer, DmlBuffer):
             self._binding.bind_ortvalue_input(name, buffer.value)
             return
@@ -195,7 +205,8 @@ class OnnxRuntimeCall:
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            self._session.native.run_with_iobinding(self._binding, self._options)
+            with self._session.turn:
+                self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError(
                 "ONNX Runtime failed while running the graph",
