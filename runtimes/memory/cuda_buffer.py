@@ -53,6 +53,9 @@ class CudaBuffer(Buffer):
         cuda_memory.zero(self.address + offset, nbytes)
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        if isinstance(other, CudaBuffer) and other.index != self.index:
+            cuda_memory.copy_between(self.address + offset, self.index, other.address + start, other.index, nbytes)
+            return
         use_device(self.index)
         cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
