@@ -237,3 +237,13 @@ def test_a_build_without_the_tower_reads_no_pictures(tiny_checkpoint: Path, tmp_
         assert model.sight is None and "vision" not in model.manifest.graphs
         with pytest.raises(ParameterError, match="which the bundle cannot read"):
             prompt_ids(model, [message(photo(32, 32))])
+
+
+def test_a_decoder_in_stages_sees_the_same(tiny_checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    """Its reads are longer than its calls, and cut pictures."""
+    staged = build(tiny_checkpoint, tmp_path / "staged", stages=2)
+    chat = [message("first ", photo(256, 288, 1), " then ", photo(96, 64, 2), " end")]
+    with load(bundle, speculate="off") as whole, load(staged, speculate="off") as stages, load(staged, speculate=3) as drafts:
+        expected = answer(whole, chat, media=MediaOptions(min_pixels=1024))[0]
+        assert answer(stages, chat, media=MediaOptions(min_pixels=1024))[0] == expected
+        assert answer(drafts, chat, media=MediaOptions(min_pixels=1024))[0] == expected

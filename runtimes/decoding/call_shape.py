@@ -14,8 +14,8 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 
 class CallShape(NamedTuple):
     """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`, `stride`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own. `features`:
-    tokens of pictures."""
+    `pending`, `stride`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own. `turn`: which of
+    several equal calls that run at a time. `features`: tokens of pictures."""
 
     b: int
     T: int
@@ -25,6 +25,7 @@ class CallShape(NamedTuple):
     pending: int = 0
     stride: int = 1
     own: bool = False
+    turn: int = 0
     features: int = 0
 
     def comes_back(self, chunk: int) -> bool:
@@ -35,6 +36,17 @@ class CallShape(NamedTuple):
         """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
         step = self.T == 1 and self.rows == 1 and self.first == 0
         return not self.commit or (step and (self.b == slots or _is_power(self.b)))
+
+
+# Stages read pieces of a prompt side by side: so many tokens are one piece, and so many pieces one read. Filling and emptying the stages
+# costs the time of as many pieces as there are stages.
+_PIECE = {"cpu": 64, "cuda": 1024}
+PIECES = 8
+
+
+def prompt_piece(device: str, manifest: Manifest, *, overlaps: bool) -> int:
+    """Tokens of a prompt per call. `overlaps`: calls run side by side."""
+    return _PIECE[device] if overlaps else prefill_chunk(device, manifest)
 
 
 def prefill_chunk(device: str, manifest: Manifest) -> int:

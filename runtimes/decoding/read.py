@@ -33,6 +33,26 @@ class Read:
     media: tuple[Media, ...] = ()
     positions: Sequence[int] | Positions | None = None
 
+    def parts(self, size: int, begin: int) -> list[Read]:
+        """The same as reads of at most `size` tokens one after the other, in a sequence of `begin` tokens; the last has the logits."""
+        made, T = [], len(self.ids)
+        for start in range(0, T, size):
+            stop = min(T, start + size)
+            chosen = [i for i, place in enumerate(self.places) if start <= place < stop]
+            made.append(
+                Read(
+                    self.slot,
+                    self.ids[start:stop],
+                    self.commit,
+                    self.logits if stop == T else 0,
+                    self.features[chosen] if self.features is not None and chosen else None,
+                    [self.places[i] - start for i in chosen],
+                    tuple(one for one in self.media if begin + start < one.start + one.count <= begin + stop),
+                    None if self.positions is None else self.positions[start:stop],
+                )
+            )
+        return made
+
     def check(self, slots: int, vocabulary: int) -> None:
         """Raises ParameterError for a read that no decoder of so many slots and token ids could do."""
         T = len(self.ids)

@@ -18,8 +18,10 @@ from qwen_export.runtimes.memory.device import Device
 
 
 class _Place(NamedTuple):
-    """Where inputs that no call reads go: the device, and `pending_ab` of `layers.3.pending_ab`."""
+    """Where inputs that no other call reads go: stage and device of the layer, and `pending_ab` of `layers.3.pending_ab`. Stages may run
+    side by side, layers of one stage do not."""
 
+    stage: int
     device: Device
     kind: str
 
@@ -37,7 +39,7 @@ class Transaction:
         self.width = width
         shapes = {s.name: _sizes(s, {"B": slots, "P": width}) for s in self.specs}
         self._sets = tuple({s.name: session.device_of(s.name).buffer(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
-        self._keys = {s.name: _Place(session.device_of(s.name), s.name.rsplit(".", 1)[-1]) for s in self.specs}
+        self._keys = {s.name: _Place(session.stage_of(s.name), session.device_of(s.name), s.name.rsplit(".", 1)[-1]) for s in self.specs}
         largest: dict[_Place, StateSpec] = {}
         for s in self.specs:
             key = self._keys[s.name]

@@ -56,11 +56,11 @@ class ServedCall:
         """The read of tokens `start` .. `stop - 1` of the text."""
         return prompt_read(self.slot, self.text, start, stop, self.request.media, self.request.pictures, logits)
 
-    def give(self, tokens: list[int]) -> list[int]:
-        """Tokens of a step, of which those up to the end of the answer are given out. They join the text; `statistics.finish` is set at
-        the end."""
+    def give(self, tokens: list[int], now: float) -> list[int]:
+        """Tokens of a step that were there at `now`, of which those up to the end of the answer are given out. They join the text;
+        `statistics.finish` is set at the end."""
         statistics, request = self.statistics, self.request
-        statistics.total_s = time.perf_counter() - self.started
+        statistics.total_s = now - self.started
         statistics.first_token_s = statistics.first_token_s or statistics.total_s
         given: list[int] = []
         for token in tokens:
