@@ -61,6 +61,7 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
         inputs = {tensor.name for tensor in session.spec.inputs}
         self._sharing = Sharing.of(inputs, _PADDING[device.kind], self.chunk, recurrent=bool(self._fixed()))
+        self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
         self.head = (
@@ -72,9 +73,12 @@ class DynamicDecoder(Decoder):
         [rows] = self.run([Read(slot, ids, logits=len(ids))])
         return rows.array
 
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
+
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
         results = [Rows.none()] * len(reads)
-        for call in plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows):
+        for call in self.plan(reads):
             for index, rows in zip(call, self._execute([reads[index] for index in call]), strict=True):
                 results[index] = rows
         return results
@@ -116,8 +120,8 @@ class DynamicDecoder(Decoder):
         sequences = self.sequences[first : first + b]
         with Change(sequences):
             pending, stride = self._transaction.gather(slots)
-            joined = one.commit or self._transaction.make_way(pending, slots, T)
-        if not joined:
+            leaves = 0 if one.commit else self._transaction.make_way(pending, slots, T)
+        if not leaves and not one.commit:
             return [rows for read in reads for rows in self._execute([read])]
         with Change(sequences):
             for slot, count in zip(slots, counts, strict=True):
@@ -127,7 +131,7 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, self.tables.own(first))
+            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, leaves, self.tables.own(first))
             call = self._calls.get(shape) or self._bind(shape)
             if b == 1:
                 rows = self._launch(call, shape, one.ids, counts)
@@ -169,8 +173,8 @@ class DynamicDecoder(Decoder):
             return
         # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
         for pending in (0, 1) if self.widest_verify else (0,):
-            width = self._transaction.width
-            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, self.tables.own(0))
+            width, leaves = self._transaction.width, self._transaction.width if count > 1 else 0
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, leaves, self.tables.own(0))
             if shape not in self._calls:
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
@@ -351,7 +355,7 @@ class DynamicDecoder(Decoder):
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
+        outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
         if self._hidden is not None:
             outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
         return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))
