@@ -18,7 +18,7 @@ class LogitsMemory:
     for `rows` rows, as many as a step or a verify needs. A call with more, for measuring, gets memory of its own."""
 
     def __init__(self, session: Session, slots: int, rows: int) -> None:
-        self._device, self._slots, self._rows = session.device, slots, rows
+        self._device, self._slots, self._rows = session.device_of("logits"), slots, rows
         self._specs = {spec.name: spec for spec in session.spec.outputs if spec.name in ("logits", TOP_LOGITS, TOP_IDS)}
         self._all: Buffer | None = None
 
@@ -76,14 +76,14 @@ class BoundCall:
         B, self._T, self._cache_rows = dims["B"], dims["T"], dims["S"]
         self.recorded = repeated and session.records
         changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
-        self._controls = Controls(session.device, changing, HOST_INPUTS)
+        self._controls = Controls(None if session.device.is_host else session.shared, changing, HOST_INPUTS)
         for spec in session.spec.inputs:
             self._call.bind_input(spec.name, inputs[spec.name] if spec.name in inputs else self._controls.buffers[spec.name])
         self.results, self._logits = logits.take(dims, slot)
         """Those outputs by name, as buffers."""
         for spec in session.spec.outputs:
             if spec.name not in outputs and spec.name not in self.results:
-                self.results[spec.name] = session.buffer(spec.dtype, sizes(spec, dims))
+                self.results[spec.name] = session.device_of(spec.name).buffer(spec.dtype, sizes(spec, dims))
             self._call.bind_output(spec.name, outputs[spec.name] if spec.name in outputs else self.results[spec.name])
         self._last_rows = wanted_rows(self._T, [self._T] * B, [dims["N"] // B] * B, dims["N"] // B)
         self._rows: Sequence[int] = []

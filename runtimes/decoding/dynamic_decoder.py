@@ -49,21 +49,21 @@ class DynamicDecoder(Decoder):
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
         self._room = CacheRoom(device, manifest, batch, self.capacity, caches)
         self.states: dict[str, Buffer] = {
-            spec.name: self._room.make(spec)
+            spec.name: self._room.make(spec, session.device_of(spec.name))
             if spec.grows
-            else device.buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
+            else session.device_of(spec.name).buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
             for spec in session.spec.states
             if not spec.pending
         }
-        self.tables = RotaryTables(manifest, session.spec.inputs, session.buffer, max(self.capacity, self._room.rows))
+        self.tables = RotaryTables(manifest, session.spec.inputs, session.shared, max(self.capacity, self._room.rows))
         self._logits = LogitsMemory(session, batch, max(1, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
-        self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
+        self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self.chunk)
         inputs = {tensor.name for tensor in session.spec.inputs}
         self._sharing = Sharing.of(inputs, _PADDING[device.kind], self.chunk, recurrent=bool(self._fixed()))
         self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
-        self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
+        self._hidden = session.device_of("hidden").buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
         self.head = (
             DynamicDraftHead(head_session, self, self.tables, self._room, self._sharing.padding) if head_session is not None else None
         )
@@ -281,8 +281,13 @@ class DynamicDecoder(Decoder):
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
         settle(self.session.device)
 
+    @property
+    def _one_gpu(self) -> bool:
+        """Whether all states are on one GPU: copies of states on several go through the host."""
+        return self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
+
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
-        return DeviceCopies(nbytes, self.session.device.index) if on_device and self.session.device.kind == "cuda" else HostCopies()
+        return DeviceCopies(nbytes, self.session.device.index) if on_device and self._one_gpu else HostCopies()
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -341,7 +346,7 @@ class DynamicDecoder(Decoder):
         places += [place for slot in slots for place in self._transaction.held(slot).values()]
         kept = []
         for buffer, offset, nbytes in places:
-            copy = self.session.buffer("uint8", (nbytes,))
+            copy = buffer.alike(nbytes)
             copy.copy_from(buffer, 0, offset, nbytes)
             kept.append((buffer, offset, copy))
         try:

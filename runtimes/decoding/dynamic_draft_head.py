@@ -35,7 +35,7 @@ class DynamicDraftHead(DraftHead):
         # States that a call reads and leaves: of one sequence's rows, and of drafts that follow drafts, one per slot.
         self._input, self._output = session.buffer(spec.dtype, (rows, width)), session.buffer(spec.dtype, (rows, width))
         self._drafts, self._drafts_out = session.buffer(spec.dtype, (slots, width)), session.buffer(spec.dtype, (slots, width))
-        self.caches: dict[str, Buffer] = {spec.name: room.make(spec) for spec in session.spec.states}
+        self.caches: dict[str, Buffer] = {spec.name: room.make(spec, session.device) for spec in session.spec.states}
         self._logits = LogitsMemory(session, slots, 1)
         self._sharing = Sharing.of({tensor.name for tensor in session.spec.inputs}, padding, decoder.chunk, recurrent=False)
         self._calls: dict[_Shape, BoundCall] = {}

@@ -8,11 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
+from typing import NamedTuple
 
 from qwen_export.manifest import GraphSpec, StateSpec
+from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.copies import Kept, put
 from qwen_export.runtimes.memory.device import Device
+
+
+class _Place(NamedTuple):
+    """Where inputs that no call reads go: the device, and `pending_ab` of `layers.3.pending_ab`."""
+
+    device: Device
+    kind: str
 
 
 class Transaction:
@@ -23,15 +32,17 @@ class Transaction:
     Inputs of calls that commit go to a place that no call reads; `longest` is the number of tokens of the longest such call.
     """
 
-    def __init__(self, spec: GraphSpec, device: Device, slots: int, width: int, longest: int) -> None:
+    def __init__(self, spec: GraphSpec, session: Session, slots: int, width: int, longest: int) -> None:
         self.specs = [state for state in spec.states if state.pending]
         self.width = width
         shapes = {s.name: _sizes(s, {"B": slots, "P": width}) for s in self.specs}
-        self._sets = tuple({s.name: device.buffer(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
-        largest: dict[str, StateSpec] = {}
+        self._sets = tuple({s.name: session.device_of(s.name).buffer(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
+        self._keys = {s.name: _Place(session.device_of(s.name), s.name.rsplit(".", 1)[-1]) for s in self.specs}
+        largest: dict[_Place, StateSpec] = {}
         for s in self.specs:
-            largest[_key(s)] = max(largest.get(_key(s), s), s, key=lambda spec: prod(shapes[spec.name]))
-        self._unread = {key: device.buffer(s.dtype, (prod(shapes[s.name][2:]) * max(longest, slots),)) for key, s in largest.items()}
+            key = self._keys[s.name]
+            largest[key] = max(largest.get(key, s), s, key=lambda spec: prod(shapes[spec.name]))
+        self._unread = {key: key.device.buffer(s.dtype, (prod(shapes[s.name][2:]) * max(longest, slots),)) for key, s in largest.items()}
         self._set_of = [0] * slots
         self.accepted = [0] * slots
         self._strides = [width, width]
@@ -55,7 +66,7 @@ class Transaction:
         for s in self.specs:
             shape = _sizes(s, {**dims, "P": dims["T"]})
             if not stride:
-                made[s.after] = self._unread[_key(s)].part(s.dtype, shape)
+                made[s.after] = self._unread[self._keys[s.name]].part(s.dtype, shape)
             else:
                 buffer = self._sets[1 - which][s.name]
                 made[s.after] = buffer.part(s.dtype, shape, first * stride * self._token_bytes(buffer))
@@ -138,8 +149,3 @@ class Transaction:
 
 def _sizes(state: StateSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(d if isinstance(d, int) else dims[d] for d in state.shape)
-
-
-def _key(state: StateSpec) -> str:
-    """`pending_ab` of `layers.3.pending_ab`."""
-    return state.name.rsplit(".", 1)[-1]

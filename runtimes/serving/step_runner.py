@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.decoding.decoder import Decoder
@@ -19,6 +20,7 @@ from qwen_export.runtimes.serving.choosing import choose
 from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
+from qwen_export.runtimes.speculation.drafters import forced_drafts
 
 _BEHIND = 64
 """Rows that the draft head may be behind while nothing is drafted."""
@@ -64,26 +66,35 @@ class StepRunner:
 
     def _run_rows(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> None:
         counts = self._counts(calls)
-        longest = max(counts.values()) if counts else 0
+        forced = self._forced(calls, counts)
+        longest = max((count for slot, count in counts.items() if slot not in forced), default=0)
         began, bound = time.perf_counter(), self.decoder.binding_s
         kept: list[tuple[int, int]] = []
+        drafts: dict[int, list[Draft]] = {}
         if longest:
-            calls, drafts = self._drafted(calls, counts)
-        else:
-            drafts = {}
-        drafting = {call.slot for call in calls if drafts.get(call.slot)}
-        if drafting and self.decoder.shares_pasts:  # rows without drafts take part
-            drafting |= {call.slot for call in calls if not call.points}
-        for group in self._groups([call for call in calls if call.slot not in drafting], reading):
+            calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
+        drafts |= forced
+        verified = self._verified(calls, drafts)
+        for group in self._groups([call for call in calls if call not in verified], reading):
             kept += [(0, 0)] * self._run_group(group)
-        verified = [call for call in calls if call.slot in drafting]
-        for group in self._groups(verified, reading, 1 + longest):
+        for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
             kept += self._verify(group, drafts)
         if not longest and self.decoder.head is not None:
             self._keep_head_near(calls)
-        if self._drafts is not None and kept:
+        if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
+
+    def _verified(self, calls: Sequence[ServedCall], drafts: Mapping[int, Sequence[Draft]]) -> list[ServedCall]:
+        """Calls with drafts, and those without that take part because their padding costs less than calls of their own."""
+        drafting = [call for call in calls if drafts.get(call.slot)]
+        others = [call for call in calls if not drafts.get(call.slot) and not call.points]
+        if not drafting or not others or not self.decoder.shares_pasts:
+            return drafting
+        padding = len(others) * max(len(drafts[call.slot]) for call in drafting)
+        kinds = [bool(drafts.get(slot)) for slot in sorted(call.slot for call in (*drafting, *others))]
+        saved = sum(kind != following for kind, following in pairwise(kinds))
+        return drafting + others if padding <= saved * self.decoder.idle_rows else drafting
 
     def _keep_head_near(self, calls: Sequence[ServedCall]) -> None:
         """While there are no drafts the head falls behind. One sequence a step catches up: all at once would be a long step."""
@@ -101,16 +112,25 @@ class StepRunner:
     def _counts(self, calls: Sequence[ServedCall]) -> dict[int, int]:
         """Drafts of each slot."""
         length = self._drafts.length(len(calls)) if self._drafts is not None else 0
-        if not length:
-            return {}
-        counts = {}
-        for call in calls:
-            limit = self.decoder.capacity - len(call.text)
-            if call.room is not None:
-                limit = min(limit, call.room - 1)
-            begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
-            counts[call.slot] = max(0, min(length, limit)) if begun else 0
-        return counts
+        return {call.slot: min(length, self._most(call)) for call in calls} if length else {}
+
+    def _most(self, call: ServedCall) -> int:
+        """Drafts that a call may have."""
+        limit = min(self.decoder.capacity - len(call.text), self.decoder.widest_verify - 1)
+        if call.room is not None:
+            limit = min(limit, call.room - 1)
+        begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
+        return max(0, limit) if begun else 0
+
+    def _forced(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> dict[int, list[Draft]]:
+        """Tokens that constraints force, as drafts, for those calls in which they are worth more than other drafts."""
+        least = self._drafts.forced(len(calls)) if self._drafts is not None else 0
+        found: dict[int, list[Draft]] = {}
+        for call in calls if least else ():
+            made = forced_drafts(call.request.sampler, call.history, self._most(call), max(least, counts.get(call.slot, 0)))
+            if made:
+                found[call.slot] = made
+        return found
 
     def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
         """Calls that go on, and their drafts."""
@@ -172,6 +192,9 @@ class StepRunner:
                 places.append(place)
                 calls.append(one)
                 tokens.append(one.text[len(sequences[one.slot].tokens)])
+        for call in calls:
+            if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
+                call.request.sampler.ahead(call.history)
         try:
             results = self._advance_with_media(group, tokens) if pictures else self.decoder.advance(tokens, first)
         except Exception as error:
@@ -232,6 +255,8 @@ class StepRunner:
         for indices in self.decoder.plan(reads):
             members = [(group[index], reads[index]) for index in indices]
             calls = [one for one, read in members if isinstance(one, ServedCall) and read.logits]
+            for call in calls:
+                call.request.sampler.ahead(call.history, [one.token for one in drafts.get(call.slot, ())])
             busy = self.decoder.busy_s
             try:
                 results = self.decoder.run([read for _, read in members]) if calls else []
