@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
@@ -63,6 +65,7 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self._piece)
         inputs = {tensor.name for tensor in session.spec.inputs}
         self._sharing = Sharing.of(inputs, _PADDING[device.kind], self._piece, recurrent=bool(self._fixed()))
+        self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         # One for each of the calls that run at a time: a piece of a prompt per stage, and one that waits.
         turns = 1 + len({session.stage_of(name) for name in self.states}) if session.overlaps else 1
@@ -74,13 +77,22 @@ class DynamicDecoder(Decoder):
         )
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
-        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        [rows] = self.run([Read(slot, ids, logits=len(ids))])
-        return rows.array
+        """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
+        made = []
+        for start in range(0, len(ids), self._piece):
+            part = ids[start : start + self._piece]
+            [rows] = self.run([Read(slot, part, logits=len(part))])
+            made.append(rows.array)
+            if len(part) < len(ids):
+                made[-1] = made[-1].copy()  # the next call writes to the same memory
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
         results = [Rows.none()] * len(reads)
-        for call in plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows):
+        for call in self.plan(reads):
             for index, rows in zip(call, self._execute([reads[index] for index in call]), strict=True):
                 results[index] = rows
         return results
@@ -124,8 +136,8 @@ class DynamicDecoder(Decoder):
         sequences = self.sequences[first : first + b]
         with Change(sequences):
             pending, stride = self._transaction.gather(slots)
-            joined = one.commit or self._transaction.make_way(pending, slots, T)
-        if not joined:
+            leaves = 0 if one.commit else self._transaction.make_way(pending, slots, T)
+        if not leaves and not one.commit:
             return [rows for read in reads for rows in self._execute([read])]
         with Change(sequences):
             for slot, count in zip(slots, counts, strict=True):
@@ -135,7 +147,7 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, self.tables.own(first))
+            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, leaves, self.tables.own(first))
             call = self._call(shape)
             if b == 1:
                 rows = self._launch(call, shape, one.ids, counts)
@@ -177,8 +189,8 @@ class DynamicDecoder(Decoder):
             return
         # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
         for pending in (0, 1) if self.widest_verify else (0,):
-            width = self._transaction.width
-            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, self.tables.own(0))
+            width, leaves = self._transaction.width, self._transaction.width if count > 1 else 0
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, leaves, self.tables.own(0))
             if shape not in self._calls:
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
@@ -367,7 +379,7 @@ class DynamicDecoder(Decoder):
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
+        outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
         if self._hidden:
             hidden = self._hidden[shape.turn]
             outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
