@@ -41,7 +41,7 @@ def test_a_model_on_the_second_gpu_touches_no_other(demo_bundle: Path, driver: F
         decoder.accept(2)
         decoder.restore(decoder.snapshot(), 1)
         assert sessions.providers[0][1]["device_id"] == "1"
-        assert sessions.bound == {("cuda", 1), ("cpu", 0)}, "total_length is read on the host"
+        assert sessions.bound - {("cpu", 0)} == {("cuda", 1)}, "some lengths may be read on the host"
     assert set(driver.owners.values()) == {driver.context_of(1)}
     np.testing.assert_allclose(logits, load(demo_bundle, threads=1).decoder().prefill([5, 6, 7]), atol=1e-4)
 

@@ -22,9 +22,14 @@ class DraftCounts:
         """`fixed`: always so many."""
         self.longest = max(0, decoder.widest_verify - 1) if fixed is None else fixed
         """The most drafts of a row."""
+        self.adapts = fixed is None
         self._fixed, self._shared = fixed, decoder.idle_rows > 0
         self._policies: dict[int, AdaptiveLength] = {}
         self._kept = KeptShares(self.longest)
+
+    def time_of(self, drafted: int, seconds: float) -> None:
+        """What a step of one row with so many drafts takes, measured before there is a text."""
+        self._policy(1).time_of(drafted, seconds)
 
     def length(self, rows: int) -> int:
         if self._fixed is not None:

@@ -44,6 +44,8 @@ class StepRunner:
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
+        self.now = 0.0
+        """When the tokens that are handed out were there."""
 
     def run(self, rows: Sequence[ServedCall], parts: Sequence[tuple[ServedCall, int]]) -> None:
         """Read the last token of `rows` and so many tokens of `parts`; at the end of a text its next token is chosen."""
@@ -211,7 +213,7 @@ class StepRunner:
 
     def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row]) -> None:
         """The next tokens of those whose text is read to its end."""
-        ended, rows, sequences = [], [], self.decoder.sequences
+        ended, rows, sequences, self.now = [], [], self.decoder.sequences, time.perf_counter()
         for call, row in zip(calls, results, strict=True):
             if len(sequences[call.slot].tokens) == len(call.text):
                 ended.append(call)
@@ -236,7 +238,7 @@ class StepRunner:
         except Exception as error:
             self._failed(call, error)
             return 0
-        verify_s = decoder.busy_s - busy
+        verify_s, self.now = decoder.busy_s - busy, time.perf_counter()
         tokens: list[int] = []
         try:
             for place, one in enumerate((*drafts, None)):

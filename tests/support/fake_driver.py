@@ -236,8 +236,10 @@ class FakeDriver:
     def _cuMemcpy2DUnaligned(self, copy: Any) -> None:
         for row in range(copy.Height):
             target, source = copy.dstDevice + row * copy.dstPitch, copy.srcDevice + row * copy.srcPitch
-            self.check(target, copy.WidthInBytes)
-            self.check(source, copy.WidthInBytes)
+            for address in (target, source):
+                self.check(address, copy.WidthInBytes)
+                inside = [one for one, (size, _) in self.mapped.items() if one < address + copy.WidthInBytes and address < one + size]
+                assert len(inside) < 2, "a copy in two dimensions over several allocations"
             ctypes.memmove(target, source, copy.WidthInBytes)
 
     def _cuMemHostAlloc(self, address: Any, nbytes: int, flags: int) -> None:
