@@ -14,8 +14,9 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 
 class CallShape(NamedTuple):
     """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`, `stride`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own. `turn`: which of
-    several equal calls that run at a time. `features`: tokens of pictures."""
+    `pending`, `stride`: the set of pending inputs that the call reads; `leaves`: the stride of the other one, where it leaves its own, 0
+    where it commits. `own`: its sequence has rotary tables of its own. `turn`: which of several equal calls that run at a time.
+    `features`: tokens of pictures."""
 
     b: int
     T: int
@@ -24,6 +25,7 @@ class CallShape(NamedTuple):
     commit: bool = True
     pending: int = 0
     stride: int = 1
+    leaves: int = 0
     own: bool = False
     turn: int = 0
     features: int = 0

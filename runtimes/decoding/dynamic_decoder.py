@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from qwen_export.bundle_contract import FEATURES
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
@@ -28,7 +30,7 @@ from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes, as_bytes
-from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
+from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back, settle
 
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
@@ -65,6 +67,7 @@ class DynamicDecoder(Decoder):
         self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self._piece)
         inputs = {tensor.name for tensor in session.spec.inputs}
         self._sharing = Sharing.of(inputs, _PADDING[device.kind], self._piece, recurrent=bool(self._fixed()))
+        self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         # One for each of the calls that run at a time: a piece of a prompt per stage, and one that waits.
         turns = 1 + len({session.stage_of(name) for name in self.states}) if session.overlaps else 1
@@ -78,13 +81,22 @@ class DynamicDecoder(Decoder):
         )
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
-        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        [rows] = self.run([Read(slot, ids, logits=len(ids))])
-        return rows.array
+        """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
+        made = []
+        for start in range(0, len(ids), self._piece):
+            part = ids[start : start + self._piece]
+            [rows] = self.run([Read(slot, part, logits=len(part))])
+            made.append(rows.array)
+            if len(part) < len(ids):
+                made[-1] = made[-1].copy()  # the next call writes to the same memory
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
         results = [Rows.none()] * len(reads)
-        for call in plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows):
+        for call in self.plan(reads):
             for index, rows in zip(call, self._execute([reads[index] for index in call]), strict=True):
                 results[index] = rows
         return results
@@ -132,8 +144,8 @@ class DynamicDecoder(Decoder):
         sequences = self.sequences[first : first + b]
         with Change(sequences):
             pending, stride = self._transaction.gather(slots)
-            joined = one.commit or self._transaction.make_way(pending, slots, T)
-        if not joined:
+            leaves = 0 if one.commit else self._transaction.make_way(pending, slots, T)
+        if not leaves and not one.commit:
             return [rows for read in reads for rows in self._execute([read])]
         with Change(sequences):
             for slot, count in zip(slots, counts, strict=True):
@@ -144,8 +156,8 @@ class DynamicDecoder(Decoder):
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
             # Reads with pictures have calls of their own.
-            own, features = self.tables.own(first), len(one.places)
-            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, own, features=features)
+            own, logits = self.tables.own(first), max(read.logits for read in reads)
+            shape = CallShape(b, T, logits, first, one.commit, pending, stride, leaves, own, features=len(one.places))
             call = self._call(shape)
             if one.features is not None and self._features is not None:
                 self._features.write(as_bytes(one.features))
@@ -198,8 +210,8 @@ class DynamicDecoder(Decoder):
             return
         # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
         for pending in (0, 1) if self.widest_verify else (0,):
-            width = self._transaction.width
-            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, self.tables.own(0))
+            width, leaves = self._transaction.width, self._transaction.width if count > 1 else 0
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, leaves, self.tables.own(0))
             if shape not in self._calls:
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
@@ -372,16 +384,8 @@ class DynamicDecoder(Decoder):
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
         places += [place for slot in slots for place in self._transaction.held(slot).values()]
-        kept = []
-        for buffer, offset, nbytes in places:
-            copy = buffer.alike(nbytes)
-            copy.copy_from(buffer, 0, offset, nbytes)
-            kept.append((buffer, offset, copy))
-        try:
+        with put_back(places):
             self._launch(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
-        finally:
-            for buffer, offset, copy in kept:
-                buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
         dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride, "K": shape.features}
@@ -390,7 +394,7 @@ class DynamicDecoder(Decoder):
             states[FEATURES] = rows_of(self._features, shape.features)
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
+        outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
         if self._hidden:
             hidden = self._hidden[shape.turn]
             outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))

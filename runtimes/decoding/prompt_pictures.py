@@ -68,9 +68,23 @@ def prompt_read(
     slot: int, text: Sequence[int], start: int, stop: int, media: Sequence[Media], pictures: PromptPictures | None, logits: int = 1
 ) -> Read:
     """The read of tokens `start` .. `stop - 1` of a text, which begins with a prompt and its pictures."""
+    return read_at(slot, text[start:stop], start, media, pictures, logits=logits)
+
+
+def read_at(
+    slot: int,
+    ids: Sequence[int],
+    start: int,
+    media: Sequence[Media],
+    pictures: PromptPictures | None,
+    *,
+    logits: int,
+    commit: bool = True,
+) -> Read:
+    """The read of these tokens as those from `start` on, of which some may be behind the prompt."""
+    stop = start + len(ids)
     completed = tuple(m for m in media if start < m.start + m.count <= stop)
     if pictures is None:
-        return Read(slot, text[start:stop], logits=logits, media=completed)
+        return Read(slot, ids, commit, logits, media=completed)
     features, places = pictures.features(start, stop)
-    positions = pictures.places_at(start, stop)
-    return Read(slot, text[start:stop], logits=logits, media=completed, features=features, places=places, positions=positions)
+    return Read(slot, ids, commit, logits, features, places, completed, pictures.places_at(start, stop))

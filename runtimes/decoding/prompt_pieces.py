@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
+from qwen_export.errors import ParameterError
 from qwen_export.runtimes.decoding.bound_call import BoundCall
 from qwen_export.runtimes.decoding.call_shape import CallShape
 from qwen_export.runtimes.decoding.draft_head import DraftHead
@@ -45,6 +46,15 @@ class PromptPieces:
 
     def read(self, read: Read, sequence: SequenceState, head: DraftHead | None) -> Rows:
         """Read tokens that are committed into one sequence."""
+        last = 1 + (len(read.ids) - 1) % self._size
+        if read.logits > last:
+            raise ParameterError(
+                "a read of several pieces has logits for its last piece only",
+                parameter="logits",
+                got=read.logits,
+                expected=f"at most {last}",
+                fix=f"Read at most {self._size} tokens at a time.",
+            )
         slot, begin, rows = read.slot, sequence.length, Rows.none()
         started: deque[_Piece] = deque()
         with Change([sequence]):
@@ -58,7 +68,7 @@ class PromptPieces:
                         rows = self._finish(started.popleft(), read, begin, sequence, head)
                     stop, turn = min(len(read.ids), start + self._size), number % self._turns
                     logits = read.logits if stop == len(read.ids) else 0
-                    call = self._call(CallShape(1, stop - start, logits, slot, True, pending, stride, own, turn))
+                    call = self._call(CallShape(1, stop - start, logits, slot, True, pending, stride, own=own, turn=turn))
                     call.start(read.ids[start:stop], [begin + start], accepted=[0 if number else accepted], commit=[stop - start])
                     started.append(_Piece(call, turn, start, stop))
                 while started:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.decoding.prompt_pictures import prompt_read
+from qwen_export.runtimes.decoding.prompt_pictures import prompt_read, read_at
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.decoding.snapshot import Snapshot
@@ -51,6 +52,10 @@ class ServedCall:
         """Tokens that the answer may still have, None without a limit."""
         limit = self.request.max_new_tokens
         return None if limit is None else limit - self.statistics.new_tokens
+
+    def verify(self, start: int, ids: Sequence[int]) -> Read:
+        """The open read of token `start` of the text, the last, and of drafts behind it."""
+        return read_at(self.slot, ids, start, self.request.media, self.request.pictures, logits=len(ids), commit=False)
 
     def read(self, start: int, stop: int, logits: int = 1) -> Read:
         """The read of tokens `start` .. `stop - 1` of the text."""
