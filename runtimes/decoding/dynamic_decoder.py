@@ -155,7 +155,6 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            # Reads with pictures have calls of their own.
             own, logits = self.tables.own(first), max(read.logits for read in reads)
             shape = CallShape(b, T, logits, first, one.commit, pending, stride, leaves, own, features=len(one.places))
             call = self._call(shape)
