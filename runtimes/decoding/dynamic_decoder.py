@@ -31,6 +31,7 @@ from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, p
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and need more.
 _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
+_LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 
@@ -60,6 +61,7 @@ class DynamicDecoder(Decoder):
         self.session, device = session, session.device
         self.chunk = _chunk(device.kind, manifest)
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
+        self.logit_tokens = min(self.chunk, _LOGIT_TOKENS)
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
