@@ -136,12 +136,10 @@ class DynamicDecoder(Decoder):
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
         one, b, counts = reads[0], len(reads), [len(read.ids) for read in reads]
-        if b == 1 and counts[0] > self._piece:
-            if not one.places:
-                return [self._pieces.read(one, self.sequences[one.slot], self.head)]
-            # What stands for tokens of pictures has memory for one call.
-            parts = one.parts(self._piece, self.sequences[one.slot].length)
-            return [[rows for part in parts for rows in self._execute([part])][-1]]
+        if b == 1 and counts[0] > self._piece and not one.places:
+            return [self._pieces.read(one, self.sequences[one.slot], self.head)]
+        if b == 1 and counts[0] > self._piece:  # features have memory for one call
+            return [self._execute([part])[0] for part in one.parts(self._piece, self.sequences[one.slot].length)][-1:]
         first, slots, T = one.slot, range(one.slot, one.slot + b), max(counts)
         sequences = self.sequences[first : first + b]
         with Change(sequences):
