@@ -10,6 +10,7 @@ from qwen_export.errors import ParameterError
 
 SPACES = r"( |\n {0,16})?"
 """White space between the parts of JSON: compact, spaced or indented. JSON itself has no bound, and a model may not find out of it."""
+_LARGEST = (1 << 53) - 1
 _ALIASES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array", "none": "null"}
 """Names of Python's types, which people write into schemas."""
 _NAMES = ("properties", "$defs", "definitions", "patternProperties")
@@ -48,4 +49,15 @@ def _with_types(schema: Any) -> Any:
             made[key] = [_ALIASES.get(str(name), name) for name in value] if isinstance(value, list) else _ALIASES.get(str(value), value)
         else:
             made[key] = value if key in _DATA else _with_types(value)
+    if "integer" in _types(made):
+        # JSON has no bound, and a model may not find out of a run of digits. Every client holds 53 bits.
+        if not {"minimum", "exclusiveMinimum"} & made.keys():
+            made["minimum"] = -_LARGEST
+        if not {"maximum", "exclusiveMaximum"} & made.keys():
+            made["maximum"] = _LARGEST
     return made
+
+
+def _types(schema: Mapping[str, Any]) -> list[Any]:
+    given = schema.get("type", [])
+    return given if isinstance(given, list) else [given]
