@@ -25,7 +25,7 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.option_checks import check_devices, check_speculate, check_weight_budget
 from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
@@ -55,11 +55,13 @@ def load(
     speculate: Speculate = "auto",
     device: str | None = None,
     device_id: int = 0,
+    devices: Sequence[int] = (),
     weight_budget: int | None = None,
     native: str | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
+    `devices`: their numbers for the stages of a bundle that has several (`build`, stages); stages are spread evenly over them, in order.
 
     By default CPU weights are mapped and used in place: loading takes no time, and processes share the memory. With `repack` ONNX
     Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
@@ -81,7 +83,8 @@ def load(
     manifest = load_manifest(directory)
     manifest = for_device(manifest, device)
     ensure_whole(directory, manifest)
-    check_runnable(manifest, device_id)
+    for number in devices or (device_id,):
+        check_runnable(manifest, number)
     check_limits(manifest, max_context, threads)
     check_native(directory, manifest, native)
     check_speculate(speculate, manifest)
@@ -89,7 +92,10 @@ def load(
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
+    check_devices(devices, manifest)
+    options = OpenOptions(
+        threads, repack, device_id, tuple(devices), later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget
+    )
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
 

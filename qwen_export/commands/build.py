@@ -51,6 +51,12 @@ if TYPE_CHECKING:
     metavar="yarn:FACTOR",
     help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="Merge this PEFT adapter into the weights, at SCALE of its strength; may be given several times, in order.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
@@ -70,6 +76,9 @@ if TYPE_CHECKING:
     type=click.Choice(["copy", "reference"]),
     help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
 )
+@click.option(
+    "--stages", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cut the decoder into N graphs, for as many GPUs."
+)
 @click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -84,6 +93,7 @@ def command(
     device: str | None,
     max_context: int | None,
     rope_scaling: str | None,
+    lora: tuple[str, ...],
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -94,6 +104,7 @@ def command(
     step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
+    stages: int,
     jobs: int | None,
     max_memory: int | None,
     force: bool,
@@ -135,12 +146,14 @@ def command(
             precision=precision,
             max_context=max_context,
             rope_scaling=rope_scaling,
+            lora=lora,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
             plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,
+            stages=stages,
             jobs=jobs,
             max_memory=max_memory,
             force=force,

@@ -20,11 +20,13 @@ _REPORT = "Please report this with the output above."
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was built from.")
 @click.option("--per-layer", is_flag=True, help="Compare layer by layer instead, to see where they part and how large values become.")
+@click.option("--lora", multiple=True, metavar="DIR[:SCALE]", help="Where an adapter of the bundle is now; default: where it was.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @load_options(speed=False)
 @verbosity_options
-def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool, loading: dict[str, Any]) -> None:
+def command(bundle: Path, reference: Path, per_layer: bool, lora: tuple[str, ...], as_json: bool, loading: dict[str, Any]) -> None:
     """Compare BUNDLE with its checkpoint: eager modules, and transformers where installed."""
+    loading["lora"] = lora
     if per_layer:
         _layers(bundle, reference, as_json, loading)
         return

@@ -36,6 +36,12 @@ class Session(Protocol):
     @property
     def device(self) -> Device: ...
 
+    def device_of(self, name: str) -> Device:
+        """Where a state or an output of the graph is."""
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Zeroed memory that is written from the host, and that inputs of the whole graph can be bound to."""
+
     @property
     def busy_s(self) -> float:
         """Seconds spent in calls so far, without those of `binding_s`."""

@@ -47,17 +47,17 @@ class CacheRoom:
         self._held = [self._step] * slots
         """Rows that each slot has memory for, where it grows alone."""
 
-    def make(self, spec: StateSpec) -> Buffer:
-        """A cache, in which every slot has its first rows."""
+    def make(self, spec: StateSpec, device: Device) -> Buffer:
+        """A cache on a device, in which every slot has its first rows."""
         shape = _sizes(spec, self._slots, self.rows)
         self._row_bytes += shape[1] * shape[3] * ELEMENTS[spec.dtype][0]
         if self.alone:
-            buffer = GrowingBuffer(spec.dtype, shape, self._device.index)
+            buffer = GrowingBuffer(spec.dtype, shape, device.index)
             for slot in range(self._slots):
                 buffer.hold(slot, self._step)
             self._growing.append(buffer)
             return buffer
-        made = self._device.buffer(spec.dtype, shape)
+        made = device.buffer(spec.dtype, shape)
         if isinstance(made, HostBuffer):
             made.prefer_huge_pages(ROW_AXIS, _LONG_TEXT)
         return made
@@ -118,11 +118,14 @@ class CacheRoom:
         return self._row_bytes * max(0, -(-length // self._step) * self._step - self._step)
 
     def free_bytes(self) -> int | None:
-        """What the GPU has left, None where caches do not grow."""
+        """What the GPUs have left, the fullest of them, None where caches do not grow."""
         if not self.alone:
             return None
-        use_device(self._device.index)
-        return memory_info()[0]
+        free = []
+        for index in {buffer.index for buffer in self._growing}:
+            use_device(index)
+            free.append(memory_info()[0])
+        return min(free)
 
     def held_bytes(self, slot: int) -> int:
         """What a slot on a GPU holds now beyond what it held from the start."""

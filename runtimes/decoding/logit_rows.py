@@ -78,6 +78,10 @@ class Rows:
         """The rows from `start` on, `count` of them or all."""
         return self if not start and count is None else _Part(self, start, count)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
     def copy(self) -> Floats:
         """All logits, f32[N,V], for as long as they are wanted."""
         return self.array.copy()
@@ -150,6 +154,10 @@ class Row:
     @property
     def top(self) -> Top | None:
         return self.rows.top(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
 
     def argmax(self) -> int:
         """The id of the largest logit, the lowest one on a tie; the first NaN, if there is one."""

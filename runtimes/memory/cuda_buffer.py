@@ -66,6 +66,9 @@ class CudaBuffer(Buffer):
         cuda_memory.to_host(self._pinned.ctypes.data, self.address, self.nbytes)
         return self._pinned
 
+    def alike(self, nbytes: int) -> CudaBuffer:
+        return CudaBuffer("uint8", (nbytes,), self.index)
+
     def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> CudaBuffer:
         return CudaBuffer(dtype, shape, self.index, self, offset)
 

@@ -6,6 +6,7 @@ FAST = (
     "field/test_generation_config.py",
     "field/test_checkpoint_config.py",
     "field/test_checkpoint_quantized.py",
+    "field/test_lora_refusals.py",
     "server/test_request_fields.py",
     "tensorrt/test_tensorrt_memory.py",
     "terminal/test_answer_views.py",

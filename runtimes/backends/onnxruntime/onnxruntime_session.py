@@ -147,6 +147,12 @@ class OnnxRuntimeSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
+
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
         self._graphs += repeated
         return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
@@ -179,6 +185,7 @@ class OnnxRuntimeCall:
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
+        buffer = buffer.on(self._session.device.kind, self._session.device.index)
         if isinstance(buffer, DmlBuffer):
             self._binding.bind_ortvalue_input(name, buffer.value)
             return

@@ -33,6 +33,12 @@ class TensorRTSession:
         self.binding_s = 0.0
         """Seconds of calls that were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
 
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
+
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
         use_device(self.engine.engines.stream.device_id)
