@@ -27,6 +27,7 @@ from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
+_LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 _PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
@@ -44,6 +45,7 @@ class DynamicDecoder(Decoder):
         self.session, device = session, session.device
         self.chunk = prefill_chunk(device.kind, manifest)
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
+        self.logit_tokens = min(self.chunk, _LOGIT_TOKENS)
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]

@@ -58,6 +58,9 @@ class ServedCall:
         """Tokens of a step, of which those up to the end of the answer are given out. They join the text; `statistics.finish` is set at
         the end."""
         statistics, request = self.statistics, self.request
+        if request.max_new_tokens == 0:
+            statistics.finish = "length"
+            return []
         statistics.total_s = time.perf_counter() - self.started
         statistics.first_token_s = statistics.first_token_s or statistics.total_s
         given: list[int] = []

@@ -51,7 +51,7 @@ class StepRunner:
         stops = [(call, decoder.sequences[call.slot].length + count) for call, count in parts]
         began, bound = time.perf_counter(), decoder.binding_s
         if rows:
-            self._run_rows(rows, {call.slot: call for call, _ in parts})
+            self._run_rows(rows, {call.slot: call for call, _ in parts if call.request.prompt_recorder is None})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
         spent: list[tuple[int, float]] = []
         for group in self._alike(stops):
@@ -268,7 +268,7 @@ class StepRunner:
         for call, stop in stops:
             if call.statistics.finish:
                 continue
-            begins = self.decoder.idle_rows > 0 and not self.decoder.sequences[call.slot].length
+            begins = self.decoder.idle_rows > 0 and not self.decoder.sequences[call.slot].length and call.request.prompt_recorder is None
             key = (stop, stop == len(call.text)) if begins else (-1, call.slot)
             groups.setdefault(key, []).append((call, stop))
         return list(groups.values())
@@ -299,9 +299,13 @@ class StepRunner:
         last = begin + count == len(call.text)
         rows = Rows.none()
         try:
-            for start, stop, logits in decoder.parts(count, slot, want_logits=last):
-                ids = call.text[begin + start : begin + stop]
-                [rows] = decoder.run([Read(slot, ids, logits=logits, media=call.media(begin + start, begin + stop))])
+            recorder = call.request.prompt_recorder
+            for start, stop, logits in decoder.parts(count, slot, decoder.logit_tokens if recorder else None, want_logits=last):
+                ids, wanted = call.text[begin + start : begin + stop], stop - start if recorder else logits
+                [rows] = decoder.run([Read(slot, ids, logits=wanted, media=call.media(begin + start, begin + stop))])
+                if recorder is not None:
+                    recorder.add(rows, call.ids[begin + start + 1 : begin + stop + 1].tolist())
+                    rows = rows.part(stop - start - 1)
         except Exception as error:
             self._failed(call, error)
             return count
