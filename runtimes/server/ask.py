@@ -89,7 +89,7 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
             template_kwargs=known or None,
             **ask.template,
         )
-    return [first, *(first.again(i) for i in range(1, ask.n))]
+    return first.several(ask.n)
 
 
 def _fitted(prepared: Prepared, longest: int, settings: ServerSettings) -> Prepared:
