@@ -13,6 +13,7 @@ from qwen_export.building.engines import for_this_machine, ready_library
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets
+from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, adapter_source
@@ -54,7 +55,7 @@ def build(
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
-    """Compile the checkpoint directory into a bundle at `output` and return its path.
+    """Compile a checkpoint into a bundle at `output` and return its path. `checkpoint`: a directory, a GGUF file, or an id of the hub.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
@@ -75,7 +76,7 @@ def build(
     _check_arguments(weights, jobs, max_memory)
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
-    source = open_checkpoint(checkpoint, rope_scaling, [adapter_source(text) for text in lora])
+    source = open_checkpoint(local_checkpoint(checkpoint), rope_scaling, [adapter_source(text) for text in lora])
     if target in TARGETS and TARGETS[target].engines:
         engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(

@@ -11,9 +11,11 @@ import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
 from qwen_export.commands.engine_flags import engine_options
+from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
 from qwen_export.commands.param_types import Gigabytes
 from qwen_export.commands.progress import progress
+from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import QwenExportError
 from qwen_export.extras import needed_for
@@ -83,6 +85,7 @@ if TYPE_CHECKING:
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this private ed25519 key (PEM).")
+@hub_options
 @engine_options()
 @verbosity_options
 def command(
@@ -110,13 +113,15 @@ def command(
     force: bool,
     sign: Path | None,
     engine: EngineOptions,
+    hub_access: HubOptions,
 ) -> None:
-    """Compile CHECKPOINT, a Hugging Face checkpoint directory or a GGUF file, into a bundle."""
+    """Compile CHECKPOINT into a bundle: a directory in Hugging Face's form, a GGUF file, or an id such as Qwen/Qwen3.5-0.8B."""
     started = time.monotonic()
     with needed_for("build"):
         from qwen_export.building.build_plan import default_precision
         from qwen_export.building.compiler import build
         from qwen_export.building.static_plan import StaticOptions
+        from qwen_export.downloads.local_checkpoint import local_checkpoint
         from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 
     device = device or TARGETS[target].devices[0]
@@ -127,6 +132,7 @@ def command(
         raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
     if sign is not None:
         check_key(sign)
+    named, checkpoint = checkpoint, local_checkpoint(checkpoint, hub_access)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     left = output.absolute().parent / f".{output.name}.partial" / "journal"
@@ -166,7 +172,7 @@ def command(
         sign_bundle(output, sign)
     manifest = load_manifest(output)
     notice(f"{output}: {size(sum(entry.size for entry in manifest.files.values()))} in {time.monotonic() - started:.1f} s")
-    notice(_next(output, checkpoint, manifest))
+    notice(_next(output, named, manifest))
 
 
 def _next(output: Path, checkpoint: Path, manifest: Manifest) -> str:

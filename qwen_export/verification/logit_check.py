@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.adapters.adapter_hash import recorded_adapters
 from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, adapter_source
@@ -154,7 +155,7 @@ def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
 def reference_checkpoint(manifest: Manifest, reference: str | Path, lora: Sequence[str | Path | AdapterSource] = ()) -> Checkpoint:
     """The checkpoint as the bundle was built from it, with its adapters. Raises VerifyError when it is another model."""
     adapters = recorded_adapters(manifest.source.get(ADAPTERS), [adapter_source(text) for text in lora])
-    source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING), adapters)
+    source = open_checkpoint(local_checkpoint(reference), manifest.source.get(ROPE_SCALING), adapters)
     if source.config.text.to_json() != manifest.model:
         raise VerifyError(
             "the reference is not the checkpoint that the bundle was built from",

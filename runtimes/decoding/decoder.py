@@ -74,6 +74,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    shares_pasts: bool = False
+    """Whether several tokens of several sequences, each behind its own past, share a call."""
     idle_rows: int = 0
     """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
@@ -117,6 +119,10 @@ class Decoder(ABC):
         ParameterError or ContextOverflow before anything changes. A sequence whose call fails is no longer settled."""
         self._check(reads)
         return self._run(reads)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        """Indices of reads that `run` would bring into one call, call by call."""
+        return [[index] for index in range(len(reads))]
 
     def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
         """One more token for each of neighboring slots, from `first` on: what `run` does with a read of one token for each, in less time

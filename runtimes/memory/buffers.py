@@ -63,7 +63,7 @@ class Buffer(ABC):
 
     @abstractmethod
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
-        """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
+        """Copy bytes `start`.. of another buffer, of the same kind of device, to `offset`; the ranges may not overlap."""
 
     def alike(self, nbytes: int) -> Buffer:
         """Zeroed memory of so many bytes on the same device."""

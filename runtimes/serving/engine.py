@@ -33,6 +33,7 @@ from qwen_export.runtimes.serving.shared_prompts import SharedPrompts
 from qwen_export.runtimes.serving.slot_table import SlotTable
 from qwen_export.runtimes.serving.step_runner import StepRunner, ended_by
 from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox, ThreadInbox, TokenStream
+from qwen_export.runtimes.speculation.round_times import make_ready
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
@@ -242,8 +243,7 @@ class Engine:
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
-        if decoder.records:
-            decoder.warm(0 if counts is None else counts.longest)
+        make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         numbers = self.statistics
         numbers.slots, numbers.longest = decoder.batch, decoder.capacity
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
@@ -283,9 +283,9 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            left = [job.left for job in running.values()]
-            longest = max(left)
-            step = scheduler.plan(*self._runner.budget.tokens(left.count(1), longest if longest > 1 else 0))
+            texts = [calls[key] for key, job in running.items() if job.left > 1]
+            longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
+            step = scheduler.plan(*self._runner.budget.tokens(len(running) - len(texts), longest))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)
@@ -350,7 +350,7 @@ class Engine:
     # ---- what steps report ----
 
     def _chosen(self, call: ServedCall, tokens: list[int]) -> None:
-        given = call.give(tokens)
+        given = call.give(tokens, self._runner.now)
         if given:
             self._deliveries.put(call.inbox, given)
 
