@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_export.errors import ContextOverflow
@@ -43,6 +43,16 @@ class Ask:
     options: AnswerOptions = field(default_factory=AnswerOptions)
 
     @property
+    def limited_options(self) -> AnswerOptions:
+        """The options of a chat. Where the answer must have a form, at most half of its tokens are reasoning, unless the request has a
+        budget: an answer that is cut off inside its form is of no use."""
+        options = self.options
+        forced = options.form is not None or options.tool_choice not in ("auto", "none")
+        if not forced or self.max_tokens is None or options.thinking_budget is not None:
+            return options
+        return replace(options, thinking_budget=self.max_tokens // 2)
+
+    @property
     def count(self) -> int:
         """Answers in all."""
         return self.n * max(1, len(self.prompts))
@@ -79,12 +89,12 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
             sampling=ask.sampling,
             max_new_tokens=ask.max_tokens,
             stop=ask.stop,
-            answer=ask.options,
+            answer=ask.limited_options,
             template_kwargs=known or None,
             media=_MEDIA,
             **ask.template,
         )
-    return [first, *(first.again(i) for i in range(1, ask.n))]
+    return first.several(ask.n)
 
 
 def _fitted(prepared: Prepared, longest: int, settings: ServerSettings) -> Prepared:
