@@ -49,6 +49,12 @@ class IdleSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
+
     def call(self, *, repeated: bool) -> IdleCall:
         return IdleCall(self)
 

@@ -33,6 +33,7 @@ from qwen_export.runtimes.sampling.sampler import SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
+from qwen_export.runtimes.speculation.round_times import make_ready
 from qwen_export.runtimes.speculation.rounds import Speculator
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_messages import Message
@@ -394,6 +395,5 @@ class Model:
     @cached_property
     def _conversation(self) -> PrefixReuse:
         decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
-        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
-            decoder.warm(self.longest_draft)
+        make_ready(decoder, self.longest_draft, self._policy.time_of if isinstance(self._policy, AdaptiveLength) else None)
         return PrefixReuse(decoder)

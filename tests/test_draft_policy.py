@@ -126,3 +126,17 @@ def test_time_of_making_a_call_is_no_cost_of_its_length() -> None:
         slow.add(count)
         total += count + 1
     assert total > 400 * 0.8 * (LONGEST + 1)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize(("wider", "draft"), [(0.06, 0.2), (0.3, 0.3)])
+def test_times_that_were_measured_before_make_the_first_answer_a_good_one(acceptance: float, wider: float, draft: float) -> None:
+    tokens, total, fixed = 192, 0.0, np.zeros(LONGEST + 1)
+    for seed in range(30):
+        policy, machine = AdaptiveLength(LONGEST), Machine(acceptance, wider, draft, seed)
+        for count in range(LONGEST + 1):
+            for _ in range(5):
+                policy.time_of(count, 0.01 * (1 + (wider + draft) * count) * machine.rng.uniform(0.95, 1.05))
+        fixed += [Machine(acceptance, wider, draft, 100 + seed).seconds(FixedLength(k), tokens) for k in range(LONGEST + 1)]
+        total += machine.seconds(policy, tokens)
+    assert total <= 1.05 * fixed.min()

@@ -109,6 +109,17 @@ def test_open_tokens_survive_calls_of_others(beside: Beside) -> None:
     beside.step_all()
 
 
+def test_a_verify_alone_between_verifies_of_all(beside: Beside) -> None:
+    """The same call of one slot, where the tokens of all lie differently far apart."""
+    for before in (2, 4, 1):
+        for count in (before, 3):
+            beside.run([Read(slot, ids(slot, count), commit=False, logits=count) for slot in range(4)])
+            beside.accept(dict.fromkeys(range(4), 1))
+        beside.run([Read(2, ids(2, 1), commit=False)])
+        beside.accept({2: 1})
+        beside.step_all()
+
+
 def test_a_mark_has_what_is_pending(beside: Beside) -> None:
     """Taken where several slots lie close together, and gone back to in another layout; a snapshot fits any slot."""
     beside.run([Read(slot, ids(slot, 2), commit=False, logits=2) for slot in range(4)])

@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 
 from qwen_export import build
 from qwen_export.building.stage_plan import balanced_starts
+from qwen_export.commands.cli import main
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.manifest import load_manifest
 from qwen_export.manifest_checks import check
 from qwen_export.manifest_parsing import parse
 from qwen_export.runtimes import SamplingParams, load
+from qwen_export.runtimes.backends.stage_memory import needed_by_stage
+from qwen_export.runtimes.backends.staged_session import StagedSession
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.sampling.sampler import Sampler
@@ -129,3 +132,37 @@ def test_no_other_cut_has_a_smaller_largest_stage(layers: list[int], first: int,
         return max(costs)
 
     assert largest(balanced_starts(layers, first, last, stages)) <= largest([0, *other])
+
+
+def test_stages_that_run_side_by_side_give_the_same(bundles: dict[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on several devices: pieces of a prompt follow each other through the stages. Here the stages share the processor."""
+    prompt = np.random.default_rng(5).integers(0, VOCABULARY, 300).tolist()
+
+    def logits(bundle: Path) -> list[np.ndarray]:
+        with load(bundle, threads=1, max_context=512, speculate=2) as model:
+            decoder = model.decoder(2, drafts=True)
+            seen = [np.array(decoder.prefill(prompt[:290], 1)), np.array(decoder.prefill(prompt[:3], 0))]
+            seen.append(decoder.verify(prompt[3:6], 0).array.copy())
+            decoder.accept(2, 0)
+            seen.append(np.array(decoder.prefill(prompt[100:], 0)))
+            seen.append(decoder.step([1, 2]).array.copy())
+            assert decoder.head is not None
+            seen += [row.array.copy() for row in decoder.head.first({0: 5, 1: 6}).values()]
+            return seen
+
+    whole = logits(bundles[1])
+    monkeypatch.setattr(StagedSession, "overlaps", property(lambda session: True, lambda session, value: None), raising=False)
+    for n in (2, 4):
+        for have, want in zip(logits(bundles[n]), whole, strict=True):
+            np.testing.assert_array_equal(have, want)
+
+
+def test_check_names_what_each_device_needs(bundles: dict[int, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(bundles[4])])
+    assert "on cpu:0" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main(["run", str(bundles[2]), "--devices", "0,0", "a"])
+    assert "fewer --devices" in capfd.readouterr().err
+    needs = needed_by_stage(load_manifest(bundles[4]))
+    assert len(needs) == 4
+    assert sum(needs) >= needed_by_stage(load_manifest(bundles[1]))[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
 
@@ -27,12 +28,15 @@ class StagedSession:
         self.spec: GraphSpec = joined([stage.spec for stage in stages])
         self.links = links([stage.spec for stage in stages])
         """Values that a stage hands on: name and number of the stage that computes each."""
-        self._device_of = {
-            name: stage.device
-            for stage in stages
+        self._stage_of = {
+            name: number
+            for number, stage in enumerate(stages)
             for name in (*(tensor.name for tensor in stage.spec.outputs), *(state.name for state in stage.spec.states))
         }
+        self.overlaps = len(self.devices) > 1
+        """Stages on one device have nothing to gain from running side by side."""
         self.busy_s = 0.0
+        self._threads: list[ThreadPoolExecutor] = []
 
     @property
     def device(self) -> Device:
@@ -46,7 +50,16 @@ class StagedSession:
 
     def device_of(self, name: str) -> Device:
         """Where a state or an output is."""
-        return self._device_of[name]
+        return self.stages[self._stage_of[name]].device
+
+    def stage_of(self, name: str) -> int:
+        return self._stage_of[name]
+
+    def thread(self, number: int) -> ThreadPoolExecutor:
+        """The one thread that runs a stage for calls that overlap, in the order of their starts."""
+        while len(self._threads) <= number:
+            self._threads.append(ThreadPoolExecutor(1, f"stage {len(self._threads)}"))
+        return self._threads[number]
 
     def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return mirrored(self.devices, dtype, shape)
@@ -77,6 +90,8 @@ class StagedSession:
                 self.busy_s = busy
 
     def close(self) -> None:
+        for thread in self._threads:
+            thread.shutdown()
         for stage in self.stages:
             stage.close()
 
@@ -103,6 +118,7 @@ class StagedCall:
         self._inputs = [{tensor.name for tensor in stage.spec.inputs} for stage in session.stages]
         self._outputs = [{tensor.name for tensor in stage.spec.outputs} for stage in session.stages]
         self._handovers: list[_Handover] = []
+        self._running: list[Future[None]] = []
         self._kept: list[Buffer] = []  # bindings hold addresses only
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
@@ -141,10 +157,33 @@ class StagedCall:
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            for number, call in enumerate(self._calls):
-                for handover in self._handovers:
-                    if handover.stage == number:
-                        handover.target.copy_from(handover.source, 0, 0, handover.source.nbytes)
-                call.run()
+            for number in range(len(self._calls)):
+                self._run_stage(number)
         finally:
             self._session.busy_s += time.perf_counter() - started
+
+    def start(self) -> None:
+        """Begin with the first stage as soon as it is free. Of two calls that were started, each stage runs the earlier one first."""
+        for number in range(len(self._calls)):
+            before = self._running[-1] if self._running else None
+            self._running.append(self._session.thread(number).submit(self._run_behind, number, before))
+
+    def finish(self) -> None:
+        """See Call. Also when a stage fails, no stage of the call runs any more when this returns."""
+        started = time.perf_counter()
+        running, self._running = self._running, []
+        wait(running)
+        self._session.busy_s += time.perf_counter() - started
+        for stage in running:
+            stage.result()
+
+    def _run_behind(self, number: int, before: Future[None] | None) -> None:
+        if before is not None:
+            before.result()
+        self._run_stage(number)
+
+    def _run_stage(self, number: int) -> None:
+        for handover in self._handovers:
+            if handover.stage == number:
+                handover.target.copy_from(handover.source, 0, 0, handover.source.nbytes)
+        self._calls[number].run()

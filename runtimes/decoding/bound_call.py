@@ -92,6 +92,20 @@ class BoundCall:
         """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `rows` [N] are those of the b*T rows that get
         logits, None the last of each sequence. `controls` are written where the graph has them. Returns the logits, valid until the next
         run."""
+        self._write(ids, lengths, rows, controls)
+        self._call.run()
+        return self._logits.rows()
+
+    def start(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> None:
+        """Begin what `run` does, with the last rows of each sequence. `finish` must follow before the call is used again."""
+        self._write(ids, lengths, None, controls)
+        self._call.start()
+
+    def finish(self) -> Rows:
+        self._call.finish()
+        return self._logits.rows()
+
+    def _write(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int] | None, controls: Mapping[str, Sequence[int]]) -> None:
         write = self._controls.set
         rows = self._last_rows if rows is None else rows
         if rows != self._rows:
@@ -105,5 +119,3 @@ class BoundCall:
         for name, value in controls.items():
             write(name, value)
         self._controls.send()
-        self._call.run()
-        return self._logits.rows()

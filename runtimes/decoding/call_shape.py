@@ -14,7 +14,8 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 
 class CallShape(NamedTuple):
     """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`, `stride`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
+    `pending`, `stride`: the set of pending inputs that the call reads; `leaves`: the stride of the other one, where it leaves its own, 0
+    where it commits. `own`: its sequence has rotary tables of its own. `turn`: which of several equal calls that run at a time."""
 
     b: int
     T: int
@@ -23,7 +24,9 @@ class CallShape(NamedTuple):
     commit: bool = True
     pending: int = 0
     stride: int = 1
+    leaves: int = 0
     own: bool = False
+    turn: int = 0
 
     def comes_back(self, chunk: int) -> bool:
         """Steps, drafts, whole chunks and powers of two do; odd sizes of prompts' ends do not."""
@@ -33,6 +36,17 @@ class CallShape(NamedTuple):
         """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
         step = self.T == 1 and self.rows == 1 and self.first == 0
         return not self.commit or (step and (self.b == slots or _is_power(self.b)))
+
+
+# Stages read pieces of a prompt side by side: so many tokens are one piece, and so many pieces one read. Filling and emptying the stages
+# costs the time of as many pieces as there are stages.
+_PIECE = {"cpu": 64, "cuda": 1024}
+PIECES = 8
+
+
+def prompt_piece(device: str, manifest: Manifest, *, overlaps: bool) -> int:
+    """Tokens of a prompt per call. `overlaps`: calls run side by side."""
+    return _PIECE[device] if overlaps else prefill_chunk(device, manifest)
 
 
 def prefill_chunk(device: str, manifest: Manifest) -> int:

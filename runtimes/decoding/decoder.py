@@ -64,6 +64,8 @@ class Decoder(ABC):
 
     chunk: int
     """Tokens that one committed read has at most."""
+    logit_tokens: int = 1
+    """Tokens of a committed read that leave a row of logits each: a row of the family has a megabyte."""
     widest_verify: int = 0
     """Tokens that one open read has at most, 0 where the bundle has none."""
     no_verify = ("the bundle was built without speculation", "Build it again with {mtp} or {lookup}.")
@@ -72,6 +74,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    shares_pasts: bool = False
+    """Whether several tokens of several sequences, each behind its own past, share a call."""
     idle_rows: int = 0
     """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
@@ -115,6 +119,10 @@ class Decoder(ABC):
         ParameterError or ContextOverflow before anything changes. A sequence whose call fails is no longer settled."""
         self._check(reads)
         return self._run(reads)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        """Indices of reads that `run` would bring into one call, call by call."""
+        return [[index] for index in range(len(reads))]
 
     def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
         """One more token for each of neighboring slots, from `first` on: what `run` does with a read of one token for each, in less time

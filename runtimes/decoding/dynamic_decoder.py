@@ -10,15 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+import numpy as np
+
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
 from qwen_export.runtimes.decoding.cache_room import CacheRoom
 from qwen_export.runtimes.decoding.call_plan import Sharing, plan_calls
-from qwen_export.runtimes.decoding.call_shape import CallShape, prefill_chunk
+from qwen_export.runtimes.decoding.call_shape import PIECES, CallShape, prompt_piece
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
+from qwen_export.runtimes.decoding.prompt_pieces import PromptPieces
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
@@ -27,6 +30,7 @@ from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
+_LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 _PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
@@ -42,8 +46,10 @@ class DynamicDecoder(Decoder):
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session, device = session, session.device
-        self.chunk = prefill_chunk(device.kind, manifest)
+        self._piece = prompt_piece(device.kind, manifest, overlaps=session.overlaps)
+        self.chunk = PIECES * self._piece if session.overlaps else self._piece
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
+        self.logit_tokens = min(self.chunk, _LOGIT_TOKENS)
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
@@ -58,23 +64,37 @@ class DynamicDecoder(Decoder):
         self.tables = RotaryTables(manifest, session.spec.inputs, session.shared, max(self.capacity, self._room.rows))
         self._logits = LogitsMemory(session, batch, max(1, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
-        self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self.chunk)
+        self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self._piece)
         inputs = {tensor.name for tensor in session.spec.inputs}
-        self._sharing = Sharing.of(inputs, _PADDING[device.kind], self.chunk, recurrent=bool(self._fixed()))
+        self._sharing = Sharing.of(inputs, _PADDING[device.kind], self._piece, recurrent=bool(self._fixed()))
+        self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
-        self._hidden = session.device_of("hidden").buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
+        # One for each of the calls that run at a time: a piece of a prompt per stage, and one that waits.
+        turns = 1 + len({session.stage_of(name) for name in self.states}) if session.overlaps else 1
+        shape = (max(self._piece, batch), int(hidden.shape[-1]) if hidden else 0)
+        self._hidden = [session.device_of("hidden").buffer(hidden.dtype, shape) for _ in range(turns)] if hidden else []
+        self._pieces = PromptPieces(self._piece, turns, self._hidden, self.tables, self._transaction, self._call)
         self.head = (
             DynamicDraftHead(head_session, self, self.tables, self._room, self._sharing.padding) if head_session is not None else None
         )
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
-        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        [rows] = self.run([Read(slot, ids, logits=len(ids))])
-        return rows.array
+        """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
+        made = []
+        for start in range(0, len(ids), self._piece):
+            part = ids[start : start + self._piece]
+            [rows] = self.run([Read(slot, part, logits=len(part))])
+            made.append(rows.array)
+            if len(part) < len(ids):
+                made[-1] = made[-1].copy()  # the next call writes to the same memory
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
         results = [Rows.none()] * len(reads)
-        for call in plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows):
+        for call in self.plan(reads):
             for index, rows in zip(call, self._execute([reads[index] for index in call]), strict=True):
                 results[index] = rows
         return results
@@ -96,7 +116,7 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, 1)
             pending, stride = self._transaction.gather(slots)
             shape = CallShape(b, 1, 1, first, True, pending, stride)
-            call = self._calls.get(shape) or self._bind(shape)
+            call = self._call(shape)
             rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
             if self.observer is not None:
                 self.observer(lengths[0], 1, call.results)
@@ -104,20 +124,22 @@ class DynamicDecoder(Decoder):
                 sequence.tokens.append(token)
                 sequence.open = 0
             self._transaction.accepted[first : first + b] = [0] * b
-            if self.head is not None and self._hidden is not None:
+            if self.head is not None and self._hidden:
                 for place, slot in enumerate(slots):
-                    self.head.append(slot, self._hidden, place, 1)
+                    self.head.append(slot, self._hidden[0], place, 1)
         return rows
 
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
         one, b, counts = reads[0], len(reads), [len(read.ids) for read in reads]
+        if b == 1 and counts[0] > self._piece:
+            return [self._pieces.read(one, self.sequences[one.slot], self.head)]
         first, slots, T = one.slot, range(one.slot, one.slot + b), max(counts)
         sequences = self.sequences[first : first + b]
         with Change(sequences):
             pending, stride = self._transaction.gather(slots)
-            joined = one.commit or self._transaction.make_way(pending, slots, T)
-        if not joined:
+            leaves = 0 if one.commit else self._transaction.make_way(pending, slots, T)
+        if not leaves and not one.commit:
             return [rows for read in reads for rows in self._execute([read])]
         with Change(sequences):
             for slot, count in zip(slots, counts, strict=True):
@@ -127,8 +149,8 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, self.tables.own(first))
-            call = self._calls.get(shape) or self._bind(shape)
+            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, leaves, self.tables.own(first))
+            call = self._call(shape)
             if b == 1:
                 rows = self._launch(call, shape, one.ids, counts)
             else:
@@ -142,8 +164,8 @@ class DynamicDecoder(Decoder):
                     self._transaction.committed(slot)
                 else:
                     self._transaction.opened(slot, pending, len(read.ids))
-                if self.head is not None and self._hidden is not None:
-                    self.head.append(slot, self._hidden, place * T, len(read.ids))
+                if self.head is not None and self._hidden:
+                    self.head.append(slot, self._hidden[0], place * T, len(read.ids))
         return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
     def _launch(
@@ -169,8 +191,8 @@ class DynamicDecoder(Decoder):
             return
         # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
         for pending in (0, 1) if self.widest_verify else (0,):
-            width = self._transaction.width
-            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, self.tables.own(0))
+            width, leaves = self._transaction.width, self._transaction.width if count > 1 else 0
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, leaves, self.tables.own(0))
             if shape not in self._calls:
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
@@ -320,10 +342,13 @@ class DynamicDecoder(Decoder):
 
     # ---- calls ----
 
+    def _call(self, shape: CallShape) -> BoundCall:
+        return self._calls.get(shape) or self._bind(shape)
+
     def _bind(self, shape: CallShape) -> BoundCall:
         """Make the bindings for calls of one shape; others that do not come back are dropped."""
         started = time.perf_counter()
-        for old in [s for s in self._calls if not s.comes_back(self.chunk)]:
+        for old in [s for s in self._calls if not s.comes_back(self._piece)]:
             del self._calls[old]
         with self.session.uncounted():  # counted once, as time spent on bindings
             call = self._bound(shape)
@@ -356,7 +381,8 @@ class DynamicDecoder(Decoder):
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
-        if self._hidden is not None:
-            outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
+        outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
+        if self._hidden:
+            hidden = self._hidden[shape.turn]
+            outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
         return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))

@@ -18,8 +18,10 @@ from qwen_export.runtimes.memory.device import Device
 
 
 class _Place(NamedTuple):
-    """Where inputs that no call reads go: the device, and `pending_ab` of `layers.3.pending_ab`."""
+    """Where inputs that no other call reads go: stage and device of the layer, and `pending_ab` of `layers.3.pending_ab`. Stages may run
+    side by side, layers of one stage do not."""
 
+    stage: int
     device: Device
     kind: str
 
@@ -37,7 +39,7 @@ class Transaction:
         self.width = width
         shapes = {s.name: _sizes(s, {"B": slots, "P": width}) for s in self.specs}
         self._sets = tuple({s.name: session.device_of(s.name).buffer(s.dtype, shapes[s.name]) for s in self.specs} for _ in range(2))
-        self._keys = {s.name: _Place(session.device_of(s.name), s.name.rsplit(".", 1)[-1]) for s in self.specs}
+        self._keys = {s.name: _Place(session.stage_of(s.name), session.device_of(s.name), s.name.rsplit(".", 1)[-1]) for s in self.specs}
         largest: dict[_Place, StateSpec] = {}
         for s in self.specs:
             key = self._keys[s.name]
@@ -59,17 +61,17 @@ class Transaction:
             for name, buffer in self._sets[which].items()
         }
 
-    def outputs(self, which: int, first: int, dims: Mapping[str, int], *, commit: bool) -> dict[str, Buffer]:
-        """Where a call that reads set `which` leaves its inputs, by name of the output: in the other set, which `make_way` has laid out; in
-        a call that commits all layers write to one place, one after the other."""
+    def outputs(self, which: int, stride: int, first: int, dims: Mapping[str, int]) -> dict[str, Buffer]:
+        """Where a call that reads set `which` leaves its inputs, by name of the output: in the other set, which `make_way` has given a
+        stride; in a call that commits, with stride 0, all layers write to one place, one after the other."""
         made = {}
         for s in self.specs:
             shape = _sizes(s, {**dims, "P": dims["T"]})
-            if commit:
+            if not stride:
                 made[s.after] = self._unread[self._keys[s.name]].part(s.dtype, shape)
             else:
                 buffer = self._sets[1 - which][s.name]
-                made[s.after] = buffer.part(s.dtype, shape, first * self._strides[1 - which] * self._token_bytes(buffer))
+                made[s.after] = buffer.part(s.dtype, shape, first * stride * self._token_bytes(buffer))
         return made
 
     def gather(self, slots: Iterable[int]) -> tuple[int, int]:
@@ -87,12 +89,12 @@ class Transaction:
             self._write(which, kept)
         return which, self._strides[which]
 
-    def make_way(self, which: int, slots: Sequence[int], T: int) -> bool:
-        """Lay out the set that an open call of T tokens in these slots fills when it reads set `which`. False where others hold more tokens
-        there than fit the stride of such a call: then each slot needs a call of its own."""
+    def make_way(self, which: int, slots: Sequence[int], T: int) -> int:
+        """Lay out the set that an open call of T tokens in these slots fills when it reads set `which`; returns its stride. 0 where others
+        hold more tokens there than fit the stride of such a call: then each slot needs a call of its own."""
         target = 1 - which
         stride = T if len(slots) > 1 else max(T, self._strides[target])
-        return self._lay_out(target, stride, slots)
+        return stride if self._lay_out(target, stride, slots) else 0
 
     def opened(self, slot: int, which: int, count: int) -> None:
         """A call that read set `which` has left `count` tokens open."""

@@ -51,7 +51,7 @@ class Buffer(ABC):
         """Replace the bytes from `offset` on."""
 
     def zero(self, offset: int, nbytes: int) -> None:
-        """Make these bytes zero."""
+        """Make these bytes zero; on a GPU that is queued, as copies from the device are (`copies.settle`)."""
         self.write(np.zeros(nbytes, np.uint8), offset)
 
     def release(self, offset: int, nbytes: int) -> None:  # noqa: B027 - most memory cannot be given back in part
@@ -63,7 +63,7 @@ class Buffer(ABC):
 
     @abstractmethod
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
-        """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
+        """Copy bytes `start`.. of another buffer, of the same kind of device, to `offset`; the ranges may not overlap."""
 
     def alike(self, nbytes: int) -> Buffer:
         """Zeroed memory of so many bytes on the same device."""

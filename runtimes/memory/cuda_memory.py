@@ -50,9 +50,8 @@ def too_little(nbytes: int) -> BundleError:
     )
 
 
-def zero(address: int, nbytes: int) -> None:
+def zero_later(address: int, nbytes: int) -> None:
     call("cuMemsetD8Async", address, 0, nbytes, 0)
-    wait()
 
 
 def wait() -> None:
@@ -103,6 +102,14 @@ def copy_rows(target: int, target_pitch: int, source: int, source_pitch: int, wi
     copy.srcMemoryType, copy.srcDevice, copy.srcPitch = _DEVICE, source, source_pitch
     copy.dstMemoryType, copy.dstDevice, copy.dstPitch = _DEVICE, target, target_pitch
     call("cuMemcpy2DUnaligned_v2", ctypes.byref(copy))
+
+
+def copy_between(target: int, target_device: int, source: int, source_device: int, nbytes: int) -> None:
+    """From one device to another."""
+    mine, theirs = cuda_driver.connect(target_device, source_device)
+    cuda_driver.use_device(target_device)
+    if nbytes:
+        call("cuMemcpyPeer", target, mine, source, theirs, nbytes)
 
 
 def pin(host: int, nbytes: int) -> None:

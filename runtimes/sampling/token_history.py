@@ -19,22 +19,16 @@ class TokenHistory:
     def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
         self._text = np.fromiter(prompt_ids, np.int64)
         self._length = self._prompt_length = len(self._text)
-        # By id: four times the count, 2 more for a token in `_ids` and 1 for one of the prompt. Pages without a token take no memory.
-        self._table = np.zeros(_size(int(self._text.max(initial=0))), np.int32)
-        self._table[self._text] = 3
-        self._ids = np.unique(self._text)
-        """Every token that was ever in the text, once, and room for more."""
-        self._known = len(self._ids)
+        # Most answers have no penalties, so tokens are counted when something asks for counts.
+        self._counted = 0
+        self._table: NDArray[np.int32] = np.zeros(0, np.int32)
+        """By id: four times the count, 2 more for a token in `_ids` and 1 for one of the prompt. Pages without a token take no memory."""
+        self._ids: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Every token that was ever counted, once, and room for more."""
+        self._known = 0
 
     def push(self, token_id: int) -> None:
         """One more generated token."""
-        if token_id >= len(self._table):
-            larger = np.zeros(_size(token_id), np.int32)
-            larger[: len(self._table)] = self._table
-            self._table = larger
-        if not self._table[token_id]:
-            self._note(token_id)
-        self._table[token_id] += 4
         if self._length == len(self._text):
             self._text = np.concatenate([self._text, np.zeros(max(64, self._length // 4), np.int64)])
         self._text[self._length] = token_id
@@ -45,14 +39,36 @@ class TokenHistory:
         last = int(self._text[self._length - 1]) if self.new_tokens else None
         assert last == token_id, f"token {token_id} was not generated last"
         self._length -= 1
-        self._table[token_id] -= 4
+        if self._counted > self._length:
+            self._counted = self._length
+            self._table[token_id] -= 4
 
-    def _note(self, token_id: int) -> None:
-        if self._known == len(self._ids):
-            self._ids = np.concatenate([self._ids, np.zeros(max(64, self._known), np.int64)])
-        self._ids[self._known] = token_id
-        self._table[token_id] = 2
-        self._known += 1
+    def _count(self) -> NDArray[np.int32]:
+        """The table, with all tokens counted."""
+        if not self._counted and self._prompt_length:
+            prompt = self._text[: self._prompt_length]
+            self._ids = np.unique(prompt)
+            self._known, self._counted = len(self._ids), self._prompt_length
+            self._table = np.zeros(_size(int(prompt.max())), np.int32)
+            self._table[prompt] = 3
+        if self._counted < self._length:
+            for token in self._text[self._counted : self._length].tolist():
+                self._count_one(token)
+            self._counted = self._length
+        return self._table
+
+    def _count_one(self, token_id: int) -> None:
+        if token_id >= len(self._table):
+            larger = np.zeros(_size(token_id), np.int32)
+            larger[: len(self._table)] = self._table
+            self._table = larger
+        if not self._table[token_id]:
+            if self._known == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(max(64, self._known), np.int64)])
+            self._ids[self._known] = token_id
+            self._table[token_id] = 2
+            self._known += 1
+        self._table[token_id] += 4
 
     @property
     def new_tokens(self) -> int:
@@ -69,29 +85,31 @@ class TokenHistory:
 
     def of(self, token_id: int) -> tuple[bool, int]:
         """Whether the sequence holds the token, and how often it was generated."""
-        entry = int(self._table[token_id]) if token_id < len(self._table) else 0
+        table = self._count()
+        entry = int(table[token_id]) if token_id < len(table) else 0
         return entry % 2 > 0 or entry >= 4, entry >> 2
 
     def entries(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
         """What `counts_of` takes apart, of ids i32[n]: i32[n]."""
-        return self._table.take(ids, mode="clip") if int(ids.max()) < len(self._table) else self._grown(ids)
-
-    def _grown(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        known = ids < len(self._table)
+        table = self._count()
+        if int(ids.max()) < len(table):
+            return table.take(ids)
+        known = ids < len(table)
         made = np.zeros(len(ids), np.int32)
-        made[known] = self._table[ids[known]]
+        made[known] = table[ids[known]]
         return made
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and counts (>= 1) of the generated tokens."""
-        counts = self._table[self._ids[: self._known]].astype(np.int64) >> 2
+        table, ids = self._count(), self._ids[: self._known]
+        counts = table[ids].astype(np.int64) >> 2
         present = np.flatnonzero(counts)
-        return self._ids[present], counts[present]
+        return ids[present], counts[present]
 
     def seen(self) -> NDArray[np.int64]:
         """Ids of all tokens of prompt and answer, each once."""
-        ids = self._ids[: self._known]
-        entries = self._table[ids]
+        table, ids = self._count(), self._ids[: self._known]
+        entries = table[ids]
         return ids[(entries % 2 > 0) | (entries >= 4)]
 
 

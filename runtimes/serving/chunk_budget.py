@@ -69,11 +69,12 @@ class ChunkBudget:
             for larger in [other for other in self._parts if other > size]:
                 self._parts[larger] *= _FORGET
 
-    def tokens(self, rows: int, left: int = 0) -> tuple[int, int]:
-        """Tokens of texts that the next step may read beside so many rows, and what each part counts at least. `left` tokens of the longest
-        text are not read yet."""
+    def tokens(self, rows: int, longest: int = 0) -> tuple[int, int]:
+        """Tokens of texts that the next step may read beside so many rows, and what each part counts at least. `longest`: tokens of the
+        longest text that had to be read when it came."""
         budget, parts = self._longest, _PARTS if rows else _IDLE_PARTS
-        if rows and left and (at_once := min(budget, self._affordable())) >= left:
+        if rows and longest and (at_once := self._affordable()) >= longest:
+            at_once = min(budget, at_once)
             return at_once, max(1, at_once // _IDLE_PARTS)
         if rows and self._stall != float("inf"):
             beside = self._beside.get(_power(rows))
@@ -98,7 +99,7 @@ class ChunkBudget:
             return float("inf")
         last = self._parts[smaller[-1]]
         if len(smaller) == 1:
-            return last * _TRY
+            return last * _TRY if size <= 2 * smaller[0] else float("inf")
         slope = (last - self._parts[smaller[0]]) / (smaller[1] - smaller[0])
         return last + max(0.0, slope) * (size - smaller[1])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.decoding.decoder import Decoder
@@ -44,6 +45,8 @@ class StepRunner:
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
+        self.now = 0.0
+        """When the tokens that are handed out were there."""
 
     def run(self, rows: Sequence[ServedCall], parts: Sequence[tuple[ServedCall, int]]) -> None:
         """Read the last token of `rows` and so many tokens of `parts`; at the end of a text its next token is chosen."""
@@ -51,12 +54,12 @@ class StepRunner:
         stops = [(call, decoder.sequences[call.slot].length + count) for call, count in parts]
         began, bound = time.perf_counter(), decoder.binding_s
         if rows:
-            self._run_rows(rows, {call.slot: call for call, _ in parts})
+            self._run_rows(rows, {call.slot: call for call, _ in parts if call.request.prompt_recorder is None})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
         spent: list[tuple[int, float]] = []
         for group in self._alike(stops):
             began, bound = time.perf_counter(), decoder.binding_s
-            read = self._run_part(*group[0]) if len(group) == 1 else self._run_alike(group)
+            read = self._run_part(*group[0]) if len(group) == 1 else self._run_parts(group)
             if read:
                 spent.append((read, time.perf_counter() - began - (decoder.binding_s - bound)))
         self.budget.observe(len(rows), rows_s, spent)
@@ -73,17 +76,27 @@ class StepRunner:
         if longest:
             calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
         drafts |= forced
-        plain = [call for call in calls if not drafts.get(call.slot)]
-        for group in self._groups(plain, reading):
+        verified = self._verified(calls, drafts)
+        for group in self._groups([call for call in calls if call not in verified], reading):
             kept += [(0, 0)] * self._run_group(group)
-        for call in calls:
-            if drafts.get(call.slot):
-                kept.append((len(drafts[call.slot]), self._verify(call, drafts[call.slot])))
+        for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
+            kept += self._verify(group, drafts)
         if not longest and self.decoder.head is not None:
             self._keep_head_near(calls)
         if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
+
+    def _verified(self, calls: Sequence[ServedCall], drafts: Mapping[int, Sequence[Draft]]) -> list[ServedCall]:
+        """Calls with drafts, and those without that take part because their padding costs less than calls of their own."""
+        drafting = [call for call in calls if drafts.get(call.slot)]
+        others = [call for call in calls if not drafts.get(call.slot) and not call.points]
+        if not drafting or not others or not self.decoder.shares_pasts:
+            return drafting
+        padding = len(others) * max(len(drafts[call.slot]) for call in drafting)
+        kinds = [bool(drafts.get(slot)) for slot in sorted(call.slot for call in (*drafting, *others))]
+        saved = sum(kind != following for kind, following in pairwise(kinds))
+        return drafting + others if padding <= saved * self.decoder.idle_rows else drafting
 
     def _keep_head_near(self, calls: Sequence[ServedCall]) -> None:
         """While there are no drafts the head falls behind. One sequence a step catches up: all at once would be a long step."""
@@ -135,10 +148,11 @@ class StepRunner:
             call.statistics.speculation.draft_s += share
         return calls, drafts
 
-    def _groups(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> list[list[ServedCall | int]]:
-        """Calls that share a call of the graph, and between them slots that fill it: calls that read a prompt, or free slots."""
+    def _groups(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall], tokens: int = 1) -> list[list[ServedCall | int]]:
+        """Calls that share a call of the graph, each with so many tokens, and between them slots that fill it: calls that read a prompt, or
+        free slots."""
         taken = {call.slot: call for call in calls}
-        if not calls or not self.decoder.idle_rows:
+        if not calls or not self.decoder.idle_rows or (tokens > 1 and not self.decoder.shares_pasts):
             return [[call] for call in calls]
         free = {slot for slot in range(self.decoder.batch) if slot not in self.occupied}
         groups: list[list[ServedCall | int]] = []
@@ -146,7 +160,7 @@ class StepRunner:
         for slot in sorted(taken):
             gap = range(last + 1, slot)
             fillers: list[ServedCall | int] = []
-            if groups and len(gap) <= self.decoder.idle_rows:
+            if groups and len(gap) * tokens <= self.decoder.idle_rows:
                 fillers = [reading.get(other, other) for other in gap if other in reading or other in free]
             if groups and len(fillers) == len(gap):
                 groups[-1] += [*fillers, taken[slot]]
@@ -211,7 +225,7 @@ class StepRunner:
 
     def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row]) -> None:
         """The next tokens of those whose text is read to its end."""
-        ended, rows, sequences = [], [], self.decoder.sequences
+        ended, rows, sequences, self.now = [], [], self.decoder.sequences, time.perf_counter()
         for call, row in zip(calls, results, strict=True):
             if len(sequences[call.slot].tokens) == len(call.text):
                 ended.append(call)
@@ -226,17 +240,44 @@ class StepRunner:
             call.history.push(token)
             self._chosen(call, [token])
 
-    def _verify(self, call: ServedCall, drafts: Sequence[Draft]) -> int:
-        """One call over the last token and its drafts; returns how many drafts were kept."""
+    def _verify(self, group: Sequence[ServedCall | int], drafts: Mapping[int, Sequence[Draft]]) -> list[tuple[int, int]]:
+        """The last token of these and their drafts; returns how many drafts each had, and how many were kept. Slots that only fill the call
+        read a token that is taken back."""
+        kept, reads, sequences = [], [], self.decoder.sequences
+        for one in group:
+            slot = one if isinstance(one, int) else one.slot
+            if isinstance(one, int) or (slot not in drafts and sequences[slot].length < len(one.text) - 1):
+                if not sequences[slot].settled:
+                    self.decoder.reset(slot)
+                reads.append(Read(slot, (0,), commit=False, logits=0))
+                continue
+            made, length = drafts.get(slot, ()), sequences[slot].length
+            ids = (one.text[-1], *(draft.token for draft in made))
+            reads.append(Read(slot, ids, commit=False, logits=len(ids), media=one.media(length, length + 1)))
+        for indices in self.decoder.plan(reads):
+            members = [(group[index], reads[index]) for index in indices]
+            calls = [one for one, read in members if isinstance(one, ServedCall) and read.logits]
+            for call in calls:
+                call.request.sampler.ahead(call.history, [one.token for one in drafts.get(call.slot, ())])
+            busy = self.decoder.busy_s
+            try:
+                results = self.decoder.run([read for _, read in members]) if calls else []
+            except Exception as error:
+                for call in calls:
+                    self._failed(call, error)
+                continue
+            share, self.now = (self.decoder.busy_s - busy) / max(1, len(calls)), time.perf_counter()
+            for (one, read), rows in zip(members, results, strict=False):
+                if isinstance(one, ServedCall) and read.logits:
+                    made = drafts.get(one.slot, ())
+                    kept.append((len(made), self._accept(one, made, rows, share)))
+                else:
+                    self.decoder.accept(0, read.slot)
+        return kept
+
+    def _accept(self, call: ServedCall, drafts: Sequence[Draft], rows: Rows, verify_s: float) -> int:
+        """Choose what follows a call's last token and its drafts, up to the first that is another token; returns how many were kept."""
         decoder, slot, sampler, history = self.decoder, call.slot, call.request.sampler, call.history
-        busy = decoder.busy_s
-        sampler.ahead(history, [one.token for one in drafts])
-        try:
-            [rows] = decoder.run([Read(slot, (call.text[-1], *(one.token for one in drafts)), commit=False, logits=1 + len(drafts))])
-        except Exception as error:
-            self._failed(call, error)
-            return 0
-        verify_s = decoder.busy_s - busy
         tokens: list[int] = []
         try:
             for place, one in enumerate((*drafts, None)):
@@ -263,31 +304,35 @@ class StepRunner:
     # ---- parts of prompts ----
 
     def _alike(self, stops: Sequence[tuple[ServedCall, int]]) -> list[list[tuple[ServedCall, int]]]:
-        """Parts, those in one list that may share a call: beginnings of texts of which as many tokens are read."""
-        groups: dict[tuple[int, ...], list[tuple[ServedCall, int]]] = {}
-        for call, stop in stops:
-            if call.statistics.finish:
-                continue
-            begins = self.decoder.idle_rows > 0 and not self.decoder.sequences[call.slot].length
-            key = (stop, stop == len(call.text)) if begins else (-1, call.slot)
-            groups.setdefault(key, []).append((call, stop))
-        return list(groups.values())
+        """Parts, those in one list that share a call. One whose log probabilities are wanted has calls of its own."""
+        going = [(call, stop) for call, stop in stops if not call.statistics.finish and self._left(call, stop)]
+        alone = [[(call, stop)] for call, stop in going if call.request.prompt_recorder is not None]
+        going = [(call, stop) for call, stop in going if call.request.prompt_recorder is None]
+        plan = self.decoder.plan([self._part(call, stop) for call, stop in going]) if going else []
+        return [*alone, *([going[index] for index in indices] for indices in plan)]
 
-    def _run_alike(self, group: Sequence[tuple[ServedCall, int]]) -> int:
-        """Beginnings of texts, of which as many tokens are read; returns the tokens of all."""
-        calls, stop = [call for call, _ in group], group[0][1]
-        last = stop == len(calls[0].text)
+    def _left(self, call: ServedCall, stop: int) -> int:
+        """Tokens up to a position of the text; a step of others may have read one."""
+        return stop - self.decoder.sequences[call.slot].length
+
+    def _part(self, call: ServedCall, stop: int) -> Read:
+        begin = self.decoder.sequences[call.slot].length
+        return Read(call.slot, call.text[begin:stop], logits=int(stop == len(call.text)), media=call.media(begin, stop))
+
+    def _run_parts(self, group: Sequence[tuple[ServedCall, int]]) -> int:
+        """Parts that share a call; returns the tokens of all."""
+        reads = [self._part(call, stop) for call, stop in group]
         try:
-            rows = self.decoder.run([Read(call.slot, call.text[:stop], logits=int(last), media=call.media(0, stop)) for call in calls])
+            results = self.decoder.run(reads)
         except Exception as error:
-            for call in calls:
+            for call, _ in group:
                 self._failed(call, error)
             return 0
-        for call in calls:
+        for call, _ in group:
             self._moved(call)
-        if last:
-            self._choose(calls, [one[0] for one in rows])
-        return stop * len(calls)
+        ended = [(call, rows[0]) for (call, _), read, rows in zip(group, reads, results, strict=True) if read.logits]
+        self._choose([call for call, _ in ended], [row for _, row in ended])
+        return sum(len(read.ids) for read in reads)
 
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
         """Read a text up to a position; returns the number of tokens read."""
@@ -299,9 +344,13 @@ class StepRunner:
         last = begin + count == len(call.text)
         rows = Rows.none()
         try:
-            for start, stop, logits in decoder.parts(count, slot, want_logits=last):
-                ids = call.text[begin + start : begin + stop]
-                [rows] = decoder.run([Read(slot, ids, logits=logits, media=call.media(begin + start, begin + stop))])
+            recorder = call.request.prompt_recorder
+            for start, stop, logits in decoder.parts(count, slot, decoder.logit_tokens if recorder else None, want_logits=last):
+                ids, wanted = call.text[begin + start : begin + stop], stop - start if recorder else logits
+                [rows] = decoder.run([Read(slot, ids, logits=wanted, media=call.media(begin + start, begin + stop))])
+                if recorder is not None:
+                    recorder.add(rows, call.ids[begin + start + 1 : begin + stop + 1].tolist())
+                    rows = rows.part(stop - start - 1)
         except Exception as error:
             self._failed(call, error)
             return count

@@ -155,6 +155,10 @@ class AdaptiveLength:
             self._look(limit)
         return min(self._tried, limit) if self._rounds >= self._next_try else self._best
 
+    def time_of(self, drafted: int, seconds: float) -> None:
+        """What a round with so many drafts takes, measured before there is a text: nothing is known of its acceptance."""
+        self._times.add(drafted, seconds)
+
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self.observe_rows(drafted, [(drafted, accepted)], seconds)
 

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qwen_export.bundle_contract import LAST_SLOT
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
@@ -24,7 +25,7 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 # default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
 # ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue").
-_ONE_GPU = "GroupQueryAttention"
+_ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
 _NO_GRAPH = "-1"
 _FIXES = {
@@ -39,6 +40,8 @@ _HOST = Device("cpu")
 
 class OnnxRuntimeSession:
     """One compiled graph, loaded by ONNX Runtime."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class OnnxRuntimeSession:
         if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         providers = _providers(ort, device)
-        if device.kind == "cuda":
+        if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
             _require_one_gpu(device.index, str(path))
         for plugin in plugins:
             _register(options, plugin)
@@ -150,6 +153,9 @@ class OnnxRuntimeSession:
     def device_of(self, name: str) -> Device:
         return self.device
 
+    def stage_of(self, name: str) -> int:
+        return 0
+
     def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.buffer(dtype, shape)
 
@@ -201,6 +207,12 @@ class OnnxRuntimeCall:
 
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""
+
+    def start(self) -> None:
+        self.run()
+
+    def finish(self) -> None:
+        """Nothing: `start` has waited."""
 
     def run(self) -> None:
         started = time.perf_counter()

@@ -22,6 +22,7 @@ _FETCHED = (TOP_LOGITS, TOP_IDS)
 class TensorRTSession:
     """One graph of a bundle. Sessions of one bundle share `engines`."""
 
+    overlaps = False
     records = False  # a call's second run is the recording, and runs once
 
     def __init__(self, engine: Engine) -> None:
@@ -35,6 +36,9 @@ class TensorRTSession:
 
     def device_of(self, name: str) -> Device:
         return self.device
+
+    def stage_of(self, name: str) -> int:
+        return 0
 
     def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.buffer(dtype, shape)
@@ -98,6 +102,12 @@ class TensorRTCall:
     def recorded(self) -> bool:
         """Whether the call runs as a CUDA graph."""
         return self._context is not None and self._context.recording is not None
+
+    def start(self) -> None:
+        self.run()
+
+    def finish(self) -> None:
+        """Nothing: `start` has waited."""
 
     def run(self) -> None:
         """Run and wait. The largest logits are on the host then."""
