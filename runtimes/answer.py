@@ -44,7 +44,11 @@ class Prepared:
             raise ParameterError(
                 "the number of answers is not usable", parameter="n", got=repr(n), expected="an integer >= 1", fix="Raise {n}."
             )
-        return [self, *(self.again(index) for index in range(1, n))]
+        made = [self, *(self.again(index) for index in range(1, n))]
+        group = object() if n > 1 else None
+        for one in made:
+            one.request.group = group
+        return made
 
 
 class Answer:
@@ -59,6 +63,14 @@ class Answer:
         self._ended = False
         """Whether the text ends the answer, which the tokens do not know of."""
         self._waiting: dict[AnswerKind, list[TokenLogprob]] = {"reasoning": [], "answer": []}
+
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprob | None, ...]:
+        """Of each token of the prompt; the first has none. Empty where they are not wanted, or the prompt is not read yet."""
+        recorder = self._request.prompt_recorder
+        if recorder is None or len(recorder.chosen) < len(self._request.ids) - 1:
+            return ()
+        return (None, *map(self._named, recorder.chosen))
 
     def cancel(self) -> None:
         """End after the token in progress; may be called from another thread."""

@@ -11,7 +11,7 @@ from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults
-from qwen_export.runtimes.sampling.logprobs import LogprobRecorder
+from qwen_export.runtimes.sampling.logprobs import LogprobRecorder, PromptRecorder
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
 from qwen_export.runtimes.structured.answer_constraints import AnswerConstraints
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
@@ -59,7 +59,6 @@ class Preparation:
         if not wanted.ids:
             raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
         wanted.options.check_ids(self._tokenizer.vocab_size)
-        _refuse_unsupported(wanted.options)
         return self._answer(wanted, self._constraint(wanted), 0)
 
     def _constraint(self, wanted: Wanted) -> Callable[[], Constraint | None]:
@@ -84,11 +83,12 @@ class Preparation:
             wanted.ids,
             self._sampler(wanted, constraint(), ends, index),
             ends,
-            self._defaults.new_tokens(len(wanted.ids), wanted.max_new_tokens),
+            self._limit(wanted),
             mark_at=wanted.mark_at,
             progress=wanted.progress,
             user_turn=wanted.user_turn,
             named_stop_ids=named - self._stop_ids,
+            prompt_recorder=None if options.prompt_logprobs is None else PromptRecorder(options.prompt_logprobs, tokenizer.vocab_size),
         )
         return Prepared(
             request,
@@ -99,6 +99,11 @@ class Preparation:
             options,
             lambda other: self._answer(wanted, constraint, other),
         )
+
+    def _limit(self, wanted: Wanted) -> int | None:
+        """New tokens at most. An answer that is wanted for its prompt's log probabilities may have none."""
+        none = wanted.max_new_tokens == 0 and wanted.options.prompt_logprobs is not None
+        return 0 if none else self._defaults.new_tokens(len(wanted.ids), wanted.max_new_tokens)
 
     def _sampler(self, wanted: Wanted, constraint: Constraint | None, ends: frozenset[int], index: int) -> Sampler:
         options, sampling, limit = wanted.options, wanted.sampling, self._tokenizer.vocab_size
@@ -111,8 +116,3 @@ class Preparation:
             sampling = replace(sampling, suppress_tokens=(*sampling.suppress_tokens, call))
         recorder = None if options.logprobs is None else LogprobRecorder(options.logprobs, limit)
         return Sampler(sampling, limit, ends, constraint, options.logit_bias, recorder)
-
-
-def _refuse_unsupported(options: AnswerOptions) -> None:
-    if options.prompt_logprobs is not None:
-        raise ParameterError("this is not supported yet", parameter="prompt_logprobs", got=options.prompt_logprobs, fix="Leave it out.")

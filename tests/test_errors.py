@@ -72,7 +72,7 @@ REASONS = {
 }
 
 # Fields of options whose flag has a longer name (EngineOptions.weights is --engine-weights), and of requests in a batch file.
-ALSO = {"engine_weights", "max_tokens", "chat_template_kwargs"}
+ALSO = {"engine_weights", "max_tokens", "chat_template_kwargs", "echo"}
 
 # Parameters of functions beside `build`, `load`, the model and the decoder.
 CALLS = (

@@ -64,6 +64,8 @@ class Decoder(ABC):
 
     chunk: int
     """Tokens that one committed read has at most."""
+    logit_tokens: int = 1
+    """Tokens of a committed read that leave a row of logits each: a row of the family has a megabyte."""
     widest_verify: int = 0
     """Tokens that one open read has at most, 0 where the bundle has none."""
     no_verify = ("the bundle was built without speculation", "Build it again with {mtp} or {lookup}.")

@@ -30,6 +30,7 @@ from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
+_LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 _WARM_ROWS = 8
@@ -50,6 +51,7 @@ class DynamicDecoder(Decoder):
         self._piece = prompt_piece(device.kind, manifest, overlaps=session.overlaps)
         self.chunk = PIECES * self._piece if session.overlaps else self._piece
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
+        self.logit_tokens = min(self.chunk, _LOGIT_TOKENS)
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]

@@ -12,6 +12,7 @@ from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.sampling.logprobs import PromptRecorder
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 
@@ -106,6 +107,10 @@ class Request:
     user_turn: bool = True
     deadline: float | None = None
     named_stop_ids: Collection[int] = ()
+    prompt_recorder: PromptRecorder | None = None
+    """Gets the logits of all tokens of the prompt, which is then read from its start."""
+    group: object | None = None
+    """Requests of one group have one prompt: an engine reads it once."""
 
     def stops_at(self, token: int, statistics: Statistics) -> bool:
         """Whether a token ends the answer, which it is not part of; notes the reason."""
@@ -168,10 +173,13 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
     started = time.perf_counter()
     statistics.prompt_tokens = len(request.ids)
     history = TokenHistory(request.ids)
-    read = reuse.read(Prompt(tuple(request.ids), request.media), request.mark_at, request.go_on)
+    read = reuse.read(Prompt(tuple(request.ids), request.media), request.mark_at, request.go_on, request.prompt_recorder)
     statistics.reused_tokens = read.reused
     if read.rows is None:
         statistics.finish = request.reason
+        return
+    if request.max_new_tokens == 0:
+        statistics.finish, statistics.total_s = "length", time.perf_counter() - started
         return
     following = rounds(reuse, request, statistics, history)
     made, emitted = Round([request.sampler.sample(read.rows[0], history)]), 0

@@ -10,6 +10,7 @@ from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.decoding.snapshot import Mark
+from qwen_export.runtimes.sampling.logprobs import PromptRecorder
 
 _MARKS = 8
 
@@ -35,9 +36,19 @@ class PrefixReuse:
         self.decoder, self.slot = decoder, slot
         self._marks: list[Mark] = []
 
-    def read(self, prompt: Prompt, mark_at: int | None = None, go_on: Continue = lambda read: True) -> Reading:
-        """Bring the sequence to `prompt`, setting a mark after `mark_at` of its tokens. `reused` tokens did not have to be read."""
-        self._go_back(prompt)
+    def read(
+        self,
+        prompt: Prompt,
+        mark_at: int | None = None,
+        go_on: Continue = lambda read: True,
+        recorder: PromptRecorder | None = None,
+    ) -> Reading:
+        """Bring the sequence to `prompt`, setting a mark after `mark_at` of its tokens. `reused` tokens did not have to be read: none where
+        a recorder gets the logits of all."""
+        if recorder is None:
+            self._go_back(prompt)
+        else:
+            self.decoder.reset(self.slot)
         reused = position = self.decoder.sequences[self.slot].length
         cuts = [len(prompt.ids)]
         if mark_at is not None and reused < mark_at < len(prompt.ids):
@@ -45,11 +56,16 @@ class PrefixReuse:
         self.decoder.require_room(self.slot, len(prompt.ids) - reused)
         rows: Rows | None = None
         for cut in cuts:
-            for start, stop, logits in self.decoder.parts(cut - position, self.slot, want_logits=cut == len(prompt.ids)):
+            last, chunk = cut == len(prompt.ids), self.decoder.logit_tokens if recorder is not None else None
+            for start, stop, logits in self.decoder.parts(cut - position, self.slot, chunk, want_logits=last):
                 if not go_on(position + start):
                     return Reading(None, reused)
                 media = tuple(m for m in prompt.media if position + start < m.start + m.count <= position + stop)
-                [rows] = self.decoder.run([Read(self.slot, prompt.ids[position + start : position + stop], logits=logits, media=media)])
+                ids, wanted = prompt.ids[position + start : position + stop], logits if recorder is None else stop - start
+                [rows] = self.decoder.run([Read(self.slot, ids, logits=wanted, media=media)])
+                if recorder is not None:
+                    recorder.add(rows, prompt.ids[position + start + 1 : position + stop + 1])
+                    rows = rows.part(stop - start - 1)
             position = cut
             if cut == mark_at:
                 self._marks = [*self._marks[1 - _MARKS :], self.decoder.mark(self.slot)]

@@ -43,6 +43,7 @@ class StaticDecoder(Decoder):
         self._graphs = {name: StaticGraph(sessions[name]) for name in DECODER_GRAPHS if name in sessions}
         self.chunk = self._graphs[PROMPT].T
         self.widest_verify = self._graphs[VERIFY].T if VERIFY in self._graphs else 0
+        self.logit_tokens = max(1, self.widest_verify)
         prompt = sessions[PROMPT]
         self._on_host = prompt.device.is_host
         rows = next(int(spec.shape[0]) for spec in prompt.spec.inputs if spec.name == "cos")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen_export.runtimes.decoding.logit_rows import Row
+from qwen_export.runtimes.decoding.logit_rows import Row, Rows
 from qwen_export.runtimes.sampling.largest import top_ids
 
 
@@ -43,3 +44,16 @@ class LogprobRecorder:
         """A token was chosen from a row."""
         logits = row.array if isinstance(row, Row) else row
         self.chosen.append(chosen_logprob(logits, token, self._count, self._limit))
+
+
+class PromptRecorder:
+    """Log probabilities of the tokens of one prompt behind its first, in order."""
+
+    def __init__(self, count: int, limit: int | None) -> None:
+        self._count, self._limit = count, limit
+        self.chosen: list[ChosenLogprob] = []
+
+    def add(self, rows: Rows, following: Sequence[int]) -> None:
+        """`following`: the tokens behind those that the rows belong to; the prompt's last token has none."""
+        for row, token in zip(rows.array, following, strict=False):
+            self.chosen.append(chosen_logprob(row, token, self._count, self._limit))

@@ -41,9 +41,7 @@ class DraftCounts:
 
     def forced(self, rows: int) -> int:
         """The least number of forced tokens that are worth a verify of their own, in a step of so many rows; 0 where none is."""
-        if not self._shared:
-            return 1
-        return 0 if rows > _FEW_ROWS else min(rows, 2)
+        return 0 if self._few and rows > _FEW_ROWS else min(rows, 2)
 
     def observe(self, drafted: int, kept: Sequence[tuple[int, int]], seconds: float) -> None:
         """A step with up to `drafted` drafts a row: those made and kept of each row."""

@@ -11,13 +11,16 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.runtimes.answer import Generation, Prepared
 from qwen_export.runtimes.model import Model
+from qwen_export.runtimes.serving.batch_logprobs import chat_logprobs, text_logprobs
+from qwen_export.runtimes.serving.batch_options import answer_options
+from qwen_export.runtimes.structured.answer_events import TokenLogprob
 from qwen_export.runtimes.text.reasoning import Content
 from qwen_export.runtimes.text.tool_calls import CallArguments, CallStarted, ToolCallParser
 
@@ -25,7 +28,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed")
 _TEXT_TOKENS = 16
 """Tokens of a completion without max_tokens, as in OpenAI's protocol."""
-_REFUSED = ("response_format", "structured_outputs", "logprobs", "top_logprobs", "logit_bias", "echo", "suffix")
+_REFUSED = ("best_of", "suffix")
 """Fields that change the answer and are not supported: ignoring them would be a wrong answer."""
 
 
@@ -38,6 +41,13 @@ class Line:
     url: str = ""
     body: Mapping[str, Any] | None = None
     error: QwenExportError | None = None
+
+
+class Answered(NamedTuple):
+    """An answer that has ended, and its tokens where log probabilities were wanted."""
+
+    answer: Generation
+    tokens: list[TokenLogprob]
 
 
 def read_line(number: int, text: str) -> Line:
@@ -66,21 +76,25 @@ def prepare(model: Model, line: Line) -> Prepared:
         raise line.error or AssertionError("a line without error has a body")
     body = line.body
     for name in _REFUSED:
-        if body.get(name) not in (None, False, {"type": "text"}):
+        if body.get(name) not in (None, 1, ""):
             raise ParameterError("the field is not supported here", parameter=name, got=repr(body[name])[:80], fix=f"Leave {name} out.")
-    for name in ("n", "best_of"):
-        if body.get(name, 1) != 1:
-            raise ParameterError("one answer per line is given", parameter=name, got=body[name], expected=1, fix="Repeat the line instead.")
+    wanted = answer_options(body, chat=line.url == CHAT)
     stop = body.get("stop")
-    options: dict[str, Any] = {"stop": [stop] if isinstance(stop, str) else stop}
+    options: dict[str, Any] = {"stop": [stop] if isinstance(stop, str) else stop, "answer": wanted}
     limit = body.get("max_completion_tokens", body.get("max_tokens", None if line.url == CHAT else _TEXT_TOKENS))
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+    least = 0 if wanted.prompt_logprobs is not None else 1
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < least):
+        expected = f"an integer >= {least}"
         raise ParameterError(
-            "the number of tokens is not usable", parameter="max_tokens", got=repr(limit), expected="an integer >= 1", fix="Raise it."
+            "the number of tokens is not usable", parameter="max_tokens", got=repr(limit), expected=expected, fix="Raise it."
         )
     options["max_new_tokens"] = limit
     given = {name: body[name] for name in _SAMPLING if name in body}
     if line.url == TEXT:
+        if body.get("echo") is True and not isinstance(body.get("prompt"), str):
+            raise ParameterError(
+                "the prompt cannot be repeated", parameter="echo", got="token ids", expected="a text", fix="Give the text."
+            )
         options["sampling"] = replace(model.recommended(False), **given)
         return model.prepare_text(_required(body, "prompt"), **options)
     variables = body.get("chat_template_kwargs", {})
@@ -94,7 +108,7 @@ def prepare(model: Model, line: Line) -> Prepared:
         )
     variables = dict(variables)
     switches = {name: variables.pop(name, body.get(name)) for name in ("enable_thinking", "preserve_thinking")}
-    tools = None if body.get("tool_choice") == "none" else body.get("tools") or None
+    tools = body.get("tools") or None
     prepared = model.prepare_chat(_required(body, "messages"), tools=tools, template_kwargs=variables or None, **switches, **options)
     if given:
         thinking = prepared.splitter is not None and prepared.splitter.in_reasoning
@@ -105,26 +119,48 @@ def prepare(model: Model, line: Line) -> Prepared:
     return prepared
 
 
-def answer_line(line: Line, answer: Generation) -> dict[str, Any]:
-    """The line of an answer that has ended."""
-    statistics = answer.statistics
+def answer_line(line: Line, answers: Sequence[Answered]) -> dict[str, Any]:
+    """The line of answers to one request that have ended."""
+    statistics, body = answers[0].answer.statistics, line.body or {}
+    new = sum(len(one.answer.tokens) for one in answers)
     usage = {
         "prompt_tokens": statistics.prompt_tokens,
-        "completion_tokens": len(answer.tokens),
-        "total_tokens": statistics.prompt_tokens + len(answer.tokens),
+        "completion_tokens": new,
+        "total_tokens": statistics.prompt_tokens + new,
         "prompt_tokens_details": {"cached_tokens": statistics.reused_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(one.answer.statistics.reasoning_tokens for one in answers)},
     }
-    finish = "stop" if statistics.finish == "stop" else "length"
-    body = line.body or {}
     common = {"created": int(time.time()), "model": body.get("model", ""), "usage": usage}
-    choice: dict[str, Any]
-    if line.url == TEXT:
-        choice = {"index": 0, "text": answer.content, "finish_reason": finish, "logprobs": None}
-        made = {"id": "cmpl-" + secrets.token_hex(12), "object": "text_completion", "choices": [choice], **common}
-        return _line(line, 200, made)
-    message, calls = _message(answer, body.get("tools"), complete=finish == "stop")
-    choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if calls and finish == "stop" else finish, "logprobs": None}
-    return _line(line, 200, {"id": "chatcmpl-" + secrets.token_hex(12), "object": "chat.completion", "choices": [choice], **common})
+    choice = _text_choice if line.url == TEXT else _chat_choice
+    choices = [choice(body, index, one) for index, one in enumerate(answers)]
+    kind, name = ("cmpl-", "text_completion") if line.url == TEXT else ("chatcmpl-", "chat.completion")
+    return _line(line, 200, {"id": kind + secrets.token_hex(12), "object": name, "choices": choices, **common})
+
+
+def _text_choice(body: Mapping[str, Any], index: int, one: Answered) -> dict[str, Any]:
+    answer, text, tokens, first = one.answer, one.answer.content, list[TokenLogprob | None](one.tokens), b""
+    if body.get("echo") is True:
+        text = body["prompt"] + text
+        tokens = [*answer.prompt_logprobs, *tokens]
+        first = body["prompt"].encode()
+        rest = sum(len(token.text) for token in answer.prompt_logprobs if token is not None)
+        first = first[: len(first) - rest]
+    logprobs = None if body.get("logprobs") is None else text_logprobs(tokens, first)
+    reason = answer.statistics.stop_reason
+    return {"index": index, "text": text, "finish_reason": _finish(answer), "stop_reason": reason, "logprobs": logprobs}
+
+
+def _chat_choice(body: Mapping[str, Any], index: int, one: Answered) -> dict[str, Any]:
+    answer, finish = one.answer, _finish(one.answer)
+    tools = None if body.get("tool_choice") == "none" else body.get("tools")
+    message, calls = _message(answer, tools, complete=finish == "stop")
+    logprobs = chat_logprobs(one.tokens) if body.get("logprobs") is True else None
+    reason, finish = answer.statistics.stop_reason, "tool_calls" if calls and finish == "stop" else finish
+    return {"index": index, "message": message, "finish_reason": finish, "stop_reason": reason, "logprobs": logprobs}
+
+
+def _finish(answer: Generation) -> str:
+    return "stop" if answer.statistics.finish == "stop" else "length"
 
 
 def error_line(line: Line, error: QwenExportError, status: int = 400) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.answer import Generation
 from qwen_export.runtimes.model import Model
-from qwen_export.runtimes.serving.batch_file import Line, answer_line, error_line, prepare, read_line
+from qwen_export.runtimes.serving.batch_file import Answered, Line, answer_line, error_line, prepare, read_line
+from qwen_export.runtimes.serving.batch_options import answer_count
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.structured.answer_events import TokenLogprob
 
 _AHEAD = 16
 """Requests per slot that may be queued: answers that end early wait for those before them."""
@@ -55,7 +57,7 @@ def finished_lines(answers: Path) -> list[str | None]:
 def run_batch(model: Model, engine: Engine, requests: Path, answers: Path, slots: int, done: Done = lambda line: None) -> None:
     """Answer every line of `requests` that has no answer in `answers`."""
     finished = finished_lines(answers)
-    waiting: deque[tuple[Line, Generation | QwenExportError]] = deque()
+    waiting: deque[tuple[Line, list[Generation] | QwenExportError]] = deque()
     with answers.open("a", encoding="utf-8") as out:
 
         def write() -> None:
@@ -95,22 +97,26 @@ def _lines(requests: Path) -> Iterator[Line]:
                 yield read_line(number, text)
 
 
-def _start(model: Model, engine: Engine, line: Line) -> Generation | QwenExportError:
+def _start(model: Model, engine: Engine, line: Line) -> list[Generation] | QwenExportError:
     try:
-        return engine.answer(prepare(model, line))
+        return engine.answers(prepare(model, line), answer_count(line.body or {}))
     except QwenExportError as error:
         return error
     except (TypeError, ValueError, AttributeError, KeyError) as error:  # a body of a shape that no check foresaw
         return QwenExportError("the request cannot be read", got=f"{type(error).__name__}: {error}", fix="Correct the body.")
 
 
-def _result(line: Line, answer: Generation | QwenExportError) -> dict[str, Any]:
-    if isinstance(answer, QwenExportError):
-        return error_line(line, answer)
-    try:
-        for _ in answer.events():
-            pass
-    except QwenExportError as error:
-        if answer.statistics.finish != "overflow" or not answer.tokens:
-            return error_line(line, error, 400 if answer.statistics.finish == "overflow" else 500)
-    return answer_line(line, answer)
+def _result(line: Line, answers: list[Generation] | QwenExportError) -> dict[str, Any]:
+    if isinstance(answers, QwenExportError):
+        return error_line(line, answers)
+    ended = []
+    for answer in answers:
+        tokens: list[TokenLogprob] = []
+        try:
+            for event in answer.events():
+                tokens += event.tokens
+        except QwenExportError as error:
+            if answer.statistics.finish != "overflow" or not answer.tokens:
+                return error_line(line, error, 400 if answer.statistics.finish == "overflow" else 500)
+        ended.append(Answered(answer, tokens))
+    return answer_line(line, ended)

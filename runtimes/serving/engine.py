@@ -29,6 +29,7 @@ from qwen_export.runtimes.serving.memory_plan import plan_memory
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.scheduler import Scheduler
 from qwen_export.runtimes.serving.served_call import ServedCall
+from qwen_export.runtimes.serving.shared_prompts import SharedPrompts
 from qwen_export.runtimes.serving.slot_table import SlotTable
 from qwen_export.runtimes.serving.step_runner import StepRunner, ended_by
 from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox, ThreadInbox, TokenStream
@@ -72,7 +73,7 @@ class Engine:
         self._closing: Finish | None = None
         self._error: Exception | None = None
         self._calls: dict[int, ServedCall] = {}
-        self._deliveries = Deliveries()
+        self._deliveries, self._shared = Deliveries(), SharedPrompts()
         self.statistics = EngineStatistics()
         ready: SimpleQueue[Exception | None] = SimpleQueue()
         self._thread = threading.Thread(
@@ -167,7 +168,8 @@ class Engine:
         return AsyncGeneration(stream, stream.statistics, prepared)
 
     def answers(self, prepared: Prepared, n: int) -> list[Generation]:
-        """Queue `n` answers to one prompt. Number i has the seed that the caller gave plus i."""
+        """Queue `n` answers to one prompt. Number i has the seed that the caller gave plus i. The prompt is read once
+        where there is {prefix_memory}."""
         return [self.answer(one) for one in prepared.several(n)]
 
     def answers_async(self, prepared: Prepared, n: int) -> list[AsyncGeneration]:
@@ -258,19 +260,25 @@ class Engine:
             if call is None:
                 continue
             self._calls[call.key] = call
-            try:
-                room = call.room
-                self._scheduler.add(call.key, len(call.text), min(self._reserve, room) if room is not None else self._reserve)
-            except QwenExportError as error:
-                del self._calls[call.key]
-                self._end(call, "overflow", error, queued=False)
-                self._deliveries.send()
+            if self._table.cache is None or not self._shared.holds(call):
+                self._enqueue(call)
         return self._closing != "abandoned"
+
+    def _enqueue(self, call: ServedCall) -> None:
+        try:
+            room = call.room
+            self._scheduler.add(call.key, len(call.text), min(self._reserve, room) if room is not None else self._reserve)
+        except QwenExportError as error:
+            del self._calls[call.key]
+            self._end(call, "overflow", error, queued=False)
+            self._deliveries.send()
 
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
         self.statistics.step_began = time.monotonic()
         self._drop_unwanted()
+        for call in self._shared.released():
+            self._enqueue(call)
         self._change_slots()
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
@@ -364,7 +372,8 @@ class Engine:
         if queued and self._calls.pop(call.key, None) is not None:
             if call.slot >= 0:
                 self._table.drop(call)
-            self._scheduler.remove(call.key)
+            if not self._shared.forget(call):
+                self._scheduler.remove(call.key)
         self._deliveries.put(call.inbox, End(error or call.error))
         with self._lock:
             self._unfinished -= 1

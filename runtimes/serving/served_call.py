@@ -59,6 +59,9 @@ class ServedCall:
         `statistics.finish` is set at the end."""
         statistics, request = self.statistics, self.request
         statistics.total_s = now - self.started
+        if request.max_new_tokens == 0:
+            statistics.finish = "length"
+            return []
         statistics.first_token_s = statistics.first_token_s or statistics.total_s
         given: list[int] = []
         for token in tokens:

@@ -31,7 +31,7 @@ class SlotTable:
         decoder = self.decoder
         text = Prompt(tuple(call.text), call.request.media)
         snapshot, call.snapshot = call.snapshot, None
-        if snapshot is None and self.cache is not None:
+        if snapshot is None and self.cache is not None and call.request.prompt_recorder is None:
             snapshot = self.cache.find(text)
         if snapshot is None:
             decoder.reset(slot)
@@ -48,6 +48,8 @@ class SlotTable:
         assert self.cache is not None
         mark = call.request.mark_at
         points = [mark] if mark is not None else []
+        if call.request.group is not None:  # the others of the group begin here
+            points.append(len(call.ids) - 1)
         parted = self.cache.parting(call.prompt, ((other.ids, other.prompt) for other in others))
         parted = min(parted, len(call.ids) - 1)
         # A mark behind the parting is of no use to others, one just before it is as good.
@@ -78,7 +80,7 @@ class SlotTable:
 
     def _leave(self, call: ServedCall) -> None:
         del self.calls[call.slot]
-        if self._releases:
+        if self._releases and self.decoder.held_bytes(call.slot):
             self.decoder.release(call.slot)
         call.slot = -1
 

@@ -54,7 +54,7 @@ class StepRunner:
         stops = [(call, decoder.sequences[call.slot].length + count) for call, count in parts]
         began, bound = time.perf_counter(), decoder.binding_s
         if rows:
-            self._run_rows(rows, {call.slot: call for call, _ in parts})
+            self._run_rows(rows, {call.slot: call for call, _ in parts if call.request.prompt_recorder is None})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
         spent: list[tuple[int, float]] = []
         for group in self._alike(stops):
@@ -304,10 +304,12 @@ class StepRunner:
     # ---- parts of prompts ----
 
     def _alike(self, stops: Sequence[tuple[ServedCall, int]]) -> list[list[tuple[ServedCall, int]]]:
-        """Parts, those in one list that share a call."""
+        """Parts, those in one list that share a call. One whose log probabilities are wanted has calls of its own."""
         going = [(call, stop) for call, stop in stops if not call.statistics.finish and self._left(call, stop)]
+        alone = [[(call, stop)] for call, stop in going if call.request.prompt_recorder is not None]
+        going = [(call, stop) for call, stop in going if call.request.prompt_recorder is None]
         plan = self.decoder.plan([self._part(call, stop) for call, stop in going]) if going else []
-        return [[going[index] for index in indices] for indices in plan]
+        return [*alone, *([going[index] for index in indices] for indices in plan)]
 
     def _left(self, call: ServedCall, stop: int) -> int:
         """Tokens up to a position of the text; a step of others may have read one."""
@@ -342,9 +344,13 @@ class StepRunner:
         last = begin + count == len(call.text)
         rows = Rows.none()
         try:
-            for start, stop, logits in decoder.parts(count, slot, want_logits=last):
-                ids = call.text[begin + start : begin + stop]
-                [rows] = decoder.run([Read(slot, ids, logits=logits, media=call.media(begin + start, begin + stop))])
+            recorder = call.request.prompt_recorder
+            for start, stop, logits in decoder.parts(count, slot, decoder.logit_tokens if recorder else None, want_logits=last):
+                ids, wanted = call.text[begin + start : begin + stop], stop - start if recorder else logits
+                [rows] = decoder.run([Read(slot, ids, logits=wanted, media=call.media(begin + start, begin + stop))])
+                if recorder is not None:
+                    recorder.add(rows, call.ids[begin + start + 1 : begin + stop + 1].tolist())
+                    rows = rows.part(stop - start - 1)
         except Exception as error:
             self._failed(call, error)
             return count
