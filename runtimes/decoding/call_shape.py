@@ -34,10 +34,13 @@ class CallShape(NamedTuple):
         """Steps, drafts, whole chunks and powers of two do; odd sizes of prompts' ends do not."""
         return not self.commit or ((self.T in (1, chunk) or _is_power(self.T)) and self.features in (0, self.T))
 
-    def repeats(self, slots: int) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
-        step = self.T == 1 and self.rows == 1 and self.first == 0
-        return not self.commit or (step and (self.b == slots or _is_power(self.b)))
+    def repeats(self, slots: int, width: int) -> bool:
+        """Whether a call is worth recording: a verify behind one as long, or a step of all sequences or the first 1, 2, 4, 8, ...
+        `width`: the stride of a set that single sequences fill."""
+        if not self.commit:
+            return self.stride == self.leaves
+        step = self.T == 1 and self.rows == 1 and self.first == 0 and self.stride == width
+        return step and (self.b == slots or _is_power(self.b))
 
 
 # Stages read pieces of a prompt side by side: so many tokens are one piece, and so many pieces one read. Filling and emptying the stages

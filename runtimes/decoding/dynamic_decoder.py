@@ -35,6 +35,8 @@ from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, p
 _LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
+_WARM_ROWS = 8
+"""Sequences up to which verifies in common are made ready before the first answer; with more, drafts rarely pay."""
 _PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
 
 
@@ -119,7 +121,7 @@ class DynamicDecoder(Decoder):
                 for slot in slots:
                     self.head.reserve(slot, 1)
             pending, stride = self._transaction.gather(slots)
-            shape = CallShape(b, 1, 1, first, True, pending, stride)
+            shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
             call = self._call(shape)
             rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
             if self.observer is not None:
@@ -156,6 +158,7 @@ class DynamicDecoder(Decoder):
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
             own, logits = self.tables.own(first), max(read.logits for read in reads)
+            stride = stride or leaves or self._transaction.width
             shape = CallShape(b, T, logits, first, one.commit, pending, stride, leaves, own, features=len(one.places))
             call = self._call(shape)
             if one.features is not None and self._features is not None:
@@ -226,11 +229,14 @@ class DynamicDecoder(Decoder):
         else:
             for pending in (0, 1) if longest > 1 else (0,):
                 for count in sorted({1 << power for power in range(self.batch.bit_length())} | {self.batch}):
-                    shape = CallShape(count, 1, 1, 0, True, pending, self._transaction.width)
-                    if shape not in self._calls:
-                        self._bind(shape)
+                    shapes = [CallShape(count, 1, 1, 0, True, pending, self._transaction.width)]
+                    if self.shares_pasts and count <= _WARM_ROWS:
+                        shapes += [CallShape(count, T, T, 0, False, pending, T, T) for T in range(2, longest + 1)]
+                    for shape in shapes:
+                        if shape not in self._calls:
+                            self._bind(shape)
         if self.head is not None and longest > 1:
-            self.head.prepare(longest)
+            self.head.prepare(longest, min(self.batch, _WARM_ROWS) if self.shares_pasts else 1)
 
     @property
     def records(self) -> bool:
@@ -397,4 +403,6 @@ class DynamicDecoder(Decoder):
         if self._hidden:
             hidden = self._hidden[shape.turn]
             outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
-        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))
+        return BoundCall(
+            self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch, self._transaction.width)
+        )

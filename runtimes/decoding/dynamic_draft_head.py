@@ -57,12 +57,14 @@ class DynamicDraftHead(DraftHead):
                 self.catch_up(slot)
         self.prepare()
 
-    def prepare(self, longest: int = 1) -> None:
-        """Make what drafts after up to `longest` tokens need. Between drafts; what the calls leave is not read."""
-        for T in range(1, longest + 1):
-            shape = (0, 1, T, 1, self._tables.own(0), 0)
-            if shape not in self._calls:
-                self._bind(shape)
+    def prepare(self, longest: int = 1, slots: int = 1) -> None:
+        """Make what drafts after up to `longest` tokens need, of one slot and of the first 2, 4, 8, ... up to `slots`. Between drafts; what
+        the calls leave is not read."""
+        for count in (1 << power for power in range(slots.bit_length())):
+            for T in range(1, longest + 1):
+                shape = (0, count, T, 1, self._tables.own(0), 0)
+                if shape not in self._calls:
+                    self._bind(shape)
 
     def grow(self) -> None:
         """The decoder's caches have more rows."""
