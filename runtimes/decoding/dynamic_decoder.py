@@ -86,14 +86,10 @@ class DynamicDecoder(Decoder):
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
-        made = []
-        for start in range(0, len(ids), self._piece):
-            part = ids[start : start + self._piece]
-            [rows] = self.run([Read(slot, part, logits=len(part))])
-            made.append(rows.array)
-            if len(part) < len(ids):
-                made[-1] = made[-1].copy()  # the next call writes to the same memory
-        return made[0] if len(made) == 1 else np.concatenate(made)
+        parts = [ids[start : start + self._piece] for start in range(0, max(1, len(ids)), self._piece)]
+        if len(parts) == 1:
+            return self.run([Read(slot, ids, logits=len(ids))])[0].array
+        return np.concatenate([self.run([Read(slot, part, logits=len(part))])[0].array.copy() for part in parts])
 
     def plan(self, reads: Sequence[Read]) -> list[list[int]]:
         return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
@@ -323,13 +319,10 @@ class DynamicDecoder(Decoder):
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
         settle(self.session.device)
 
-    @property
-    def _one_gpu(self) -> bool:
-        """Whether all states are on one GPU: copies of states on several go through the host."""
-        return self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
-
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
-        return DeviceCopies(nbytes, self.session.device.index) if on_device and self._one_gpu else HostCopies()
+        """Where states are on several devices, copies go through the host."""
+        one_gpu = self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
+        return DeviceCopies(nbytes, self.session.device.index) if on_device and one_gpu else HostCopies()
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -403,6 +396,5 @@ class DynamicDecoder(Decoder):
         if self._hidden:
             hidden = self._hidden[shape.turn]
             outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
-        return BoundCall(
-            self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch, self._transaction.width)
-        )
+        repeated = shape.repeats(self.batch, self._transaction.width)
+        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=repeated)
