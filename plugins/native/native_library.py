@@ -29,7 +29,7 @@ class NativeLibrary:
 
 _FLOAT, _HALF = frozenset({"float"}), frozenset({"float16", "bfloat16"})
 _CPU_OPS = ("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe", "TopLogits")
-_CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe"), _HALF) | {
+_CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", "GatedAttention"), _HALF) | {
     "QuantGather": frozenset({"float16"}),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,

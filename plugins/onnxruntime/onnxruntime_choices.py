@@ -50,6 +50,12 @@ def _plugin_cuda_limit(config: TextConfig) -> str:
     return ""
 
 
+def _plugin_attention_limit(config: TextConfig) -> str:
+    if config.head_dim not in (32, 64, 128, 256) or config.rotary_dim % 2:
+        return f"the native attention takes heads of 32, 64, 128 or 256 values, and this model has {config.head_dim}"
+    return ""
+
+
 def _builtin_cuda_limit(config: TextConfig) -> str:
     """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
     Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
@@ -101,7 +107,10 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
                 transaction=False,
             ),
         ),
-        "gated_attention": (Choice("builtin_cuda", (_GQA,), _rotary_limit),),
+        "gated_attention": (
+            Choice("plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit),
+            Choice("builtin_cuda", (_GQA,), _rotary_limit),
+        ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },

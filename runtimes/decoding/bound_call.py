@@ -85,6 +85,7 @@ class BoundCall:
         them. Returns the logits of b times N rows, valid until the next run."""
         write = self._controls.set
         write("input_ids", ids)
+        write("length", lengths)
         write("last_slot", [length + self._T - 1 for length in lengths])
         # A recorded step keeps the value it was recorded with: the number of cache rows is right for all of them.
         write("total_length", [self._cache_rows if self.recorded else max(lengths) + self._T])

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from qwen_export.bundle_contract import LAST_SLOT
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
@@ -22,8 +23,9 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 # CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`. Attention is flash attention (1): the
 # default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
-# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue").
-_ONE_GPU = "GroupQueryAttention"
+# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue"). A graph that has it
+# takes the last slot of a sequence; the attention of our plugin takes the length, and runs on any GPU.
+_ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
 _NO_GRAPH = "-1"
 _FIXES = {
@@ -77,7 +79,9 @@ class OnnxRuntimeSession:
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         providers = _providers(ort, device)
         if device.kind == "cuda":
-            _require_one_gpu(device.index, str(path))
+            if any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
+                _require_one_gpu(device.index, str(path))
+            _used_gpus.add(device.index)
         for plugin in plugins:
             _register(options, plugin)
         self.spec, self.device = spec, device
@@ -263,7 +267,6 @@ def _require_one_gpu(index: int, where: str) -> None:
             expected="the same device",
             fix="Load the bundle in a process of its own.",
         )
-    _used_gpus.add(index)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,148 @@
+// Which kernels read a call, and how a long past is shared between blocks.
+
+#include "attention.cuh"
+
+#include <algorithm>
+
+#include "attention_few.cuh"
+#include "attention_prepare.cuh"
+#include "attention_prompt.cuh"
+#include "device.cuh"
+
+namespace qwen {
+namespace {
+
+constexpr int kLeastSlots = 256;                    // of a chunk
+constexpr size_t kMostPartial = size_t(256) << 20;  // bytes of sums of chunks; more sequences are read by several launches
+// Heads of the family have 256 values. Devices with this much shared memory for a block read them with eight warps, others with four.
+constexpr int kWideHead = 256, kWideShared = 220 << 10;
+
+int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+// Row tiles of a block of attention_few: as many as there are rows for.
+int row_warps(int rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
+
+// Whether there are enough rows for every processor to have a block of them.
+bool is_prompt(const AttentionShape& s, const AttentionDevice& device) {
+  return s.T > 16 && (s.T * s.group() + kPromptRows - 1) / kPromptRows * s.Hkv * 2 > device.processors;
+}
+
+int padded_rows(const AttentionShape& s) { return round_up(s.T * s.group(), kPromptRows); }
+
+FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
+  FewPlan plan{};
+  plan.rows = s.T * s.group();
+  plan.padded_rows = padded_rows(s);
+  const int rows = row_warps(plan.rows) * kRowTile;
+  plan.blocks = (plan.rows + rows - 1) / rows;
+  plan.least_slots = kLeastSlots;
+  const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
+  plan.most_chunks = std::max(1, std::min({kMostChunks, device.processors / (s.Hkv * plan.blocks), room}));
+  return plan;
+}
+
+// Bytes of sums of one sequence.
+size_t partial_bytes(const AttentionShape& s, const FewPlan& plan) {
+  if (plan.most_chunks == 1) return 0;
+  return size_t(s.Hkv) * plan.blocks * plan.most_chunks * row_warps(plan.rows) * kRowTile * (s.D * sizeof(float) + sizeof(float2));
+}
+
+int sequences_together(const AttentionShape& s, const FewPlan& plan) {
+  size_t most = std::min(kMostSequences, kAttentionCounters / (s.Hkv * plan.blocks));
+  if (const size_t bytes = partial_bytes(s, plan)) most = std::min(most, kMostPartial / bytes);
+  return int(std::max<size_t>(1, std::min<size_t>(most, s.B)));
+}
+
+size_t query_bytes(const AttentionShape& s) { return size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
+
+template <typename T, int D, int MW, int WARPS, int RING>
+void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
+                cudaStream_t stream) {
+  using Layout = FewLayout<T, D, MW, WARPS, RING>;
+  const auto kernel = attention_few<T, D, MW, WARPS, RING>;
+  static const bool allowed = [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute");
+    return true;
+  }();
+  (void)allowed;
+  const int together = sequences_together(s, plan);
+  FewWorkspace work{};
+  char* memory = static_cast<char*>(workspace);
+  work.queries = memory;
+  work.partial = reinterpret_cast<float*>(memory + query_bytes(s));
+  work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * Layout::kRows * D);
+  work.counters = device.counters;
+  for (int b = 0; b < s.B; b += together)
+    launch(kernel, dim3(device.processors), dim3(WARPS * 32), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
+}
+
+template <typename T, int D, int MW>
+void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
+                cudaStream_t stream) {
+  if constexpr (D == kWideHead) {
+    if (device.shared_bytes >= kWideShared) return few_tokens<T, D, MW, 8, 3>(s, in, plan, device, workspace, stream);
+  }
+  few_tokens<T, D, MW, 4, 2>(s, in, plan, device, workspace, stream);
+}
+
+template <typename T, int D, int RING>
+void prompt(const AttentionShape& s, const AttentionTensors<T>& in, const T* queries, float scale, const AttentionDevice& device, cudaStream_t stream) {
+  constexpr int kSlots = 32, kShared = kPromptShared<D, kSlots, RING>;
+  const auto kernel = attention_prompt<T, D, kSlots, RING>;
+  static const bool allowed = [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute");
+    return true;
+  }();
+  (void)allowed;
+  const int blocks = padded_rows(s) / kPromptRows * s.B * s.Hkv;
+  launch(kernel, dim3(blocks), dim3(kPromptWarps * 32), kShared, stream, s, in, queries, padded_rows(s), scale, device.processors);
+}
+
+template <typename T, int D>
+void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, float scale, float eps, const AttentionDevice& device,
+                       void* workspace, cudaStream_t stream) {
+  const float scale2 = scale * 1.44269504f;
+  T* queries = static_cast<T*>(workspace);
+  const int64_t jobs = int64_t(s.B) * s.Hkv * (padded_rows(s) + 2 * s.T);
+  launch(attention_prepare<T, D>, dim3(unsigned((jobs + 3) / 4)), dim3(128), 0, stream, s, in, eps, queries, padded_rows(s));
+  if (is_prompt(s, device)) {
+    if constexpr (D == kWideHead) {
+      if (device.shared_bytes >= kWideShared) return prompt<T, D, 6>(s, in, queries, scale2, device, stream);
+    }
+    return prompt<T, D, 4>(s, in, queries, scale2, device, stream);
+  }
+  FewPlan plan = plan_of(s, device);
+  plan.scale = scale2;
+  switch (row_warps(plan.rows)) {
+    case 1: return few_tokens<T, D, 1>(s, in, plan, device, workspace, stream);
+    case 2: return few_tokens<T, D, 2>(s, in, plan, device, workspace, stream);
+    default: return few_tokens<T, D, 4>(s, in, plan, device, workspace, stream);
+  }
+}
+
+}  // namespace
+
+size_t attention_workspace(const AttentionShape& s, const AttentionDevice& device) {
+  if (is_prompt(s, device)) return query_bytes(s);
+  const FewPlan plan = plan_of(s, device);
+  return query_bytes(s) + sequences_together(s, plan) * partial_bytes(s, plan);
+}
+
+template <typename T>
+void gated_attention(const AttentionShape& s, const AttentionTensors<T>& in, float scale, float eps, const AttentionDevice& device, void* workspace,
+                     cudaStream_t stream) {
+  switch (s.D) {
+    case 32: return attention_of_head<T, 32>(s, in, scale, eps, device, workspace, stream);
+    case 64: return attention_of_head<T, 64>(s, in, scale, eps, device, workspace, stream);
+    case 128: return attention_of_head<T, 128>(s, in, scale, eps, device, workspace, stream);
+    case 256: return attention_of_head<T, 256>(s, in, scale, eps, device, workspace, stream);
+  }
+  throw std::runtime_error("GatedAttention: heads must have 32, 64, 128 or 256 values");
+}
+
+#define INSTANTIATE(T)                                                                                                                       \
+  template void gated_attention<T>(const AttentionShape&, const AttentionTensors<T>&, float, float, const AttentionDevice&, void*, cudaStream_t);
+INSTANTIATE(__half)
+INSTANTIATE(__nv_bfloat16)
+
+}  // namespace qwen
