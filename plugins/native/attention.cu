@@ -7,6 +7,7 @@
 #include "attention_few.cuh"
 #include "attention_prepare.cuh"
 #include "attention_prompt.cuh"
+#include "attention_wide.cuh"
 #include "device.cuh"
 
 namespace qwen {
@@ -14,26 +15,29 @@ namespace {
 
 constexpr int kLeastSlots = 256;                    // of a chunk
 constexpr size_t kMostPartial = size_t(256) << 20;  // bytes of sums of chunks; more sequences are read by several launches
-// Heads of the family have 256 values. Devices with this much shared memory for a block read them with eight warps, others with four.
-constexpr int kWideHead = 256, kWideShared = 220 << 10;
+// Heads of the family have 256 values. Devices with this much shared memory for a block have more of them on the way at a time.
+constexpr int kWideHead = 256, kMuchShared = 220 << 10;
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-// Row tiles of a block of attention_few: as many as there are rows for.
-int row_warps(int rows) { return rows <= 16 ? 1 : rows <= 32 ? 2 : 4; }
+// Whether attention_few makes the new rows itself.
+bool is_fresh(const AttentionShape& s) { return s.T <= kMostFresh && s.T * s.group() <= 2 * kRowTile; }
+
+// Row tiles of a block of attention_few.
+int row_warps(const AttentionShape& s) { return !is_fresh(s) ? 4 : s.T * s.group() <= kRowTile ? 1 : 2; }
 
 // Whether there are enough rows for every processor to have a block of them.
 bool is_prompt(const AttentionShape& s, const AttentionDevice& device) {
   return s.T > 16 && (s.T * s.group() + kPromptRows - 1) / kPromptRows * s.Hkv * 2 > device.processors;
 }
 
-int padded_rows(const AttentionShape& s) { return round_up(s.T * s.group(), kPromptRows); }
+int padded_rows(const AttentionShape& s) { return round_up(s.T * s.group(), s.T * s.group() > kPromptRows ? kWideRows : kPromptRows); }
 
 FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   FewPlan plan{};
   plan.rows = s.T * s.group();
   plan.padded_rows = padded_rows(s);
-  const int rows = row_warps(plan.rows) * kRowTile;
+  const int rows = row_warps(s) * kRowTile;
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.least_slots = kLeastSlots;
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
@@ -44,7 +48,7 @@ FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
 // Bytes of sums of one sequence.
 size_t partial_bytes(const AttentionShape& s, const FewPlan& plan) {
   if (plan.most_chunks == 1) return 0;
-  return size_t(s.Hkv) * plan.blocks * plan.most_chunks * row_warps(plan.rows) * kRowTile * (s.D * sizeof(float) + sizeof(float2));
+  return size_t(s.Hkv) * plan.blocks * plan.most_chunks * row_warps(s) * kRowTile * (s.D * sizeof(float) + sizeof(float2));
 }
 
 int sequences_together(const AttentionShape& s, const FewPlan& plan) {
@@ -53,13 +57,13 @@ int sequences_together(const AttentionShape& s, const FewPlan& plan) {
   return int(std::max<size_t>(1, std::min<size_t>(most, s.B)));
 }
 
-size_t query_bytes(const AttentionShape& s) { return size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
+size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, int D, int MW, int WARPS, int RING>
+template <typename T, int D, int MW, int WARPS, int RING, bool FRESH>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  using Layout = FewLayout<T, D, MW, WARPS, RING>;
-  const auto kernel = attention_few<T, D, MW, WARPS, RING>;
+  using Layout = FewLayout<D, MW, WARPS, RING, FRESH>;
+  const auto kernel = attention_few<T, D, MW, WARPS, RING, FRESH>;
   static const bool allowed = [&] {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute");
     return true;
@@ -76,13 +80,13 @@ void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const Fe
     launch(kernel, dim3(device.processors), dim3(WARPS * 32), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
 }
 
-template <typename T, int D, int MW>
+template <typename T, int D, int MW, bool FRESH>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
   if constexpr (D == kWideHead) {
-    if (device.shared_bytes >= kWideShared) return few_tokens<T, D, MW, 8, 3>(s, in, plan, device, workspace, stream);
+    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, MW, 4, 6, FRESH>(s, in, plan, device, workspace, stream);
   }
-  few_tokens<T, D, MW, 4, 2>(s, in, plan, device, workspace, stream);
+  few_tokens<T, D, MW, 4, 2, FRESH>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, int D, int RING>
@@ -94,30 +98,45 @@ void prompt(const AttentionShape& s, const AttentionTensors<T>& in, const T* que
     return true;
   }();
   (void)allowed;
-  const int blocks = padded_rows(s) / kPromptRows * s.B * s.Hkv;
+  const int blocks = round_up(s.T * s.group(), kPromptRows) / kPromptRows * s.B * s.Hkv;
   launch(kernel, dim3(blocks), dim3(kPromptWarps * 32), kShared, stream, s, in, queries, padded_rows(s), scale, device.processors);
 }
+
+#ifdef QWEN_SM90A
+template <typename T>
+void wide(const AttentionShape& s, const AttentionTensors<T>& in, const T* queries, float scale, cudaStream_t stream) {
+  const auto kernel = attention_wide<T>;
+  static const bool allowed = [&] {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideShared), "cudaFuncSetAttribute");
+    return true;
+  }();
+  (void)allowed;
+  const int blocks = round_up(s.T * s.group(), kWideRows) / kWideRows * s.B * s.Hkv;
+  launch(kernel, dim3(blocks), dim3(kWideThreads), kWideShared, stream, s, in, queries, padded_rows(s), scale);
+}
+#endif
 
 template <typename T, int D>
 void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, float scale, float eps, const AttentionDevice& device,
                        void* workspace, cudaStream_t stream) {
   const float scale2 = scale * 1.44269504f;
+  FewPlan plan = plan_of(s, device);
+  plan.scale = scale2, plan.eps = eps;
+  if (is_fresh(s)) {
+    if (row_warps(s) == 1) return few_tokens<T, D, 1, true>(s, in, plan, device, workspace, stream);
+    return few_tokens<T, D, 2, true>(s, in, plan, device, workspace, stream);
+  }
   T* queries = static_cast<T*>(workspace);
   const int64_t jobs = int64_t(s.B) * s.Hkv * (padded_rows(s) + 2 * s.T);
   launch(attention_prepare<T, D>, dim3(unsigned((jobs + 3) / 4)), dim3(128), 0, stream, s, in, eps, queries, padded_rows(s));
-  if (is_prompt(s, device)) {
-    if constexpr (D == kWideHead) {
-      if (device.shared_bytes >= kWideShared) return prompt<T, D, 6>(s, in, queries, scale2, device, stream);
-    }
-    return prompt<T, D, 4>(s, in, queries, scale2, device, stream);
+  if (!is_prompt(s, device)) return few_tokens<T, D, 4, false>(s, in, plan, device, workspace, stream);
+  if constexpr (D == kWideHead) {
+#ifdef QWEN_SM90A
+    if (device.major == 9) return wide(s, in, queries, scale2, stream);
+#endif
+    if (device.shared_bytes >= kMuchShared) return prompt<T, D, 6>(s, in, queries, scale2, device, stream);
   }
-  FewPlan plan = plan_of(s, device);
-  plan.scale = scale2;
-  switch (row_warps(plan.rows)) {
-    case 1: return few_tokens<T, D, 1>(s, in, plan, device, workspace, stream);
-    case 2: return few_tokens<T, D, 2>(s, in, plan, device, workspace, stream);
-    default: return few_tokens<T, D, 4>(s, in, plan, device, workspace, stream);
-  }
+  prompt<T, D, 4>(s, in, queries, scale2, device, stream);
 }
 
 }  // namespace

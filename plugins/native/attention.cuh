@@ -39,6 +39,7 @@ __device__ inline int length_of(const AttentionShape& shape, const AttentionTens
 
 // What the device determines. `counters` are zero before a call and after it.
 struct AttentionDevice {
+  int major;  // of the compute capability
   int processors;
   int shared_bytes;  // of a block
   unsigned* counters;

@@ -20,6 +20,7 @@ class GatedAttentionKernel {
     expect(0 < kv_heads_ && kv_heads_ <= heads_ && heads_ % kv_heads_ == 0, "GatedAttention: num_heads must be a multiple of kv_num_heads");
     int number = 0;
     check(cudaGetDevice(&number), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&device_.major, cudaDevAttrComputeCapabilityMajor, number), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&device_.processors, cudaDevAttrMultiProcessorCount, number), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&device_.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number), "cudaDeviceGetAttribute");
     check(cudaMalloc(&device_.counters, sizeof(unsigned) * kAttentionCounters), "cudaMalloc");

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kPromptWarps * 32, 2)
 
   RowTile<T, D, SLOTS> tile;
   const int first_row = block * kPromptRows + warp * kRowTile;
-  tile.begin(queries + (head * padded_rows + min(first_row, padded_rows - kRowTile)) * D, lane);
+  tile.template begin<D>(queries + (head * padded_rows + min(first_row, padded_rows - kRowTile)) * D, lane);
   int visible[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) visible[half] = visible_slots(first_row + lane / 4 + half * 8, G, shape.T, length, 0);
@@ -76,22 +76,7 @@ __global__ void __launch_bounds__(kPromptWarps * 32, 2)
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const int row = first_row + lane / 4 + half * 8;
-    if (row >= rows) continue;
-    const size_t token = size_t(b) * shape.T + row / G;
-    const int column = (h * G + row % G) * D + lane % 4 * 2;
-    const T* gate = in.gate + token * shape.gate_stride + column;
-    T* y = in.y + token * shape.Hq * D + column;
-    const float inverse = 1.0f / tile.sum[half];
-#pragma unroll
-    for (int j = 0; j < D / 8; j++) {
-      union {
-        uint32_t bits;
-        T item[2];
-      } g;
-      g.bits = *reinterpret_cast<const uint32_t*>(gate + j * 8);
-      *reinterpret_cast<uint32_t*>(y + j * 8) = pair<T>(tile.o[j][half * 2] * inverse * opened(to_float(g.item[0])),
-                                                         tile.o[j][half * 2 + 1] * inverse * opened(to_float(g.item[1])));
-    }
+    if (row < rows) write_gated<T, D>(shape, in, b, h, row, lane, tile.o, half, 1.0f / tile.sum[half]);
   }
 }
 

@@ -2,23 +2,13 @@
 // softmax. Rows of a tile are token * G + head of the group, so that all heads of a group share the keys.
 #pragma once
 
+#include "attention.cuh"
 #include "device.cuh"
 #include "mma.cuh"
 
 namespace qwen {
 
 constexpr int kRowTile = 16;
-
-// Elements of the queries of one warp's rows, in the order in which the tensor core takes them: [D/16 steps][32 lanes][4 words].
-template <int D>
-constexpr int kRowTileItems = kRowTile * D;
-
-// Where element (row, d) of a row tile is stored.
-template <int D>
-__device__ inline int fragment_index(int row, int d) {
-  const int k = d % 16, lane = row % 8 * 4 + k % 8 / 2, word = row / 8 + k / 8 * 2;
-  return ((d / 16 * 32 + lane) * 4 + word) * 2 + k % 2;
-}
 
 // Bits by which the 16-byte units of a row are exchanged, so that eight rows of one column lie in different banks.
 template <int D>
@@ -87,18 +77,21 @@ __device__ inline float power_of_two(float x) {
 // Lane 4g+t has rows g and g+8.
 template <typename T, int D, int SLOTS>
 struct RowTile {
-  float o[D / 8][4];
+  float o[D / 2];  // four of each column tile, as the tensor core has them
   float largest[2], sum[2];  // of the scores in base 2; `sum` is this lane's part until `finish`
   uint32_t q[D / 16][4];
 
+  // `queries` are 16 rows of D elements, STRIDE from one to the next.
+  template <int STRIDE>
   __device__ void begin(const T* queries, int lane) {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(queries + lane / 4 * STRIDE + lane % 4 * 2);
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
-      const uint4 part = __ldcg(reinterpret_cast<const uint4*>(queries) + step * 32 + lane);
-      q[step][0] = part.x, q[step][1] = part.y, q[step][2] = part.z, q[step][3] = part.w;
+#pragma unroll
+      for (int i = 0; i < 4; i++) q[step][i] = words[((i & 1) * 8 * STRIDE + step * 16 + (i >> 1) * 8) / 2];
     }
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) o[j][0] = o[j][1] = o[j][2] = o[j][3] = 0.0f;
+    for (int j = 0; j < D / 2; j++) o[j] = 0.0f;
     largest[0] = largest[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
   }
@@ -163,7 +156,7 @@ struct RowTile {
         largest[half] = top[half], sum[half] *= keep[half];
       }
 #pragma unroll
-      for (int j = 0; j < D / 8; j++) o[j][0] *= keep[0], o[j][1] *= keep[0], o[j][2] *= keep[1], o[j][3] *= keep[1];
+      for (int j = 0; j < D / 2; j++) o[j] *= keep[j % 4 / 2];
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -189,8 +182,8 @@ struct RowTile {
       for (int j = 0; j < D / 16; j++) {
         uint32_t v[4];
         load_matrices<true>(v, (first ^ (j << 5)) + half * 16 * D * 2);
-        multiply<T>(o[j * 2], a0, a1, a2, a3, v[0], v[1]);
-        multiply<T>(o[j * 2 + 1], a0, a1, a2, a3, v[2], v[3]);
+        multiply<T>(reinterpret_cast<float(&)[4]>(o[j * 8]), a0, a1, a2, a3, v[0], v[1]);
+        multiply<T>(reinterpret_cast<float(&)[4]>(o[j * 8 + 4]), a0, a1, a2, a3, v[2], v[3]);
       }
     }
   }
@@ -205,10 +198,32 @@ struct RowTile {
   }
 };
 
-// The part of a row tile's rows that is of no token: visible slots of row `row` of a call, from `first` on, where the sequence had `length`
-// tokens before.
+// Slots that row `row` of a call sees, from slot `first` on, where the sequence had `length` tokens before.
 __device__ inline int visible_slots(int row, int G, int T, int length, int first) { return length + min(row / G, T - 1) + 1 - first; }
 
 __device__ inline float opened(float gate) { return 1.0f / (1.0f + __expf(-gate)); }
+
+// y = o * sigmoid(gate) for row `row`, of which this lane has columns 8j + 2 (lane % 4) + 0..1 in o[4j + 2 half + 0..1].
+template <typename T, int D>
+__device__ inline void write_gated(const AttentionShape& shape, const AttentionTensors<T>& in, int b, int h, int row, int lane,
+                                   const float (&o)[D / 2], int half, float factor) {
+  const int G = shape.group();
+  const size_t token = size_t(b) * shape.T + row / G;
+  const int column = (h * G + row % G) * D + lane % 4 * 2;
+  const T* gate = in.gate + token * shape.gate_stride + column;
+  T* y = in.y + token * shape.Hq * D + column;
+  // All are loaded before the first is stored: y might be the gate's memory, as far as the compiler knows.
+  union {
+    uint32_t bits;
+    T item[2];
+  } g[D / 8];
+#pragma unroll
+  for (int j = 0; j < D / 8; j++) g[j].bits = *reinterpret_cast<const uint32_t*>(gate + j * 8);
+#pragma unroll
+  for (int j = 0; j < D / 8; j++) {
+    const float a = o[j * 4 + half * 2] * factor * opened(to_float(g[j].item[0])), b = o[j * 4 + half * 2 + 1] * factor * opened(to_float(g[j].item[1]));
+    *reinterpret_cast<uint32_t*>(y + j * 8) = pair<T>(a, b);
+  }
+}
 
 }  // namespace qwen
