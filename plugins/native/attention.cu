@@ -21,10 +21,13 @@ constexpr int kWideHead = 256, kMuchShared = 220 << 10;
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
 // Whether attention_few makes the new rows itself.
-bool is_fresh(const AttentionShape& s) { return s.T <= kMostFresh && s.T * s.group() <= 2 * kRowTile; }
+bool is_fresh(const AttentionShape& s) { return s.T <= kMostFresh && s.T * s.group() <= 32; }
 
-// Row tiles of a block of attention_few.
-int row_warps(const AttentionShape& s) { return !is_fresh(s) ? 4 : s.T * s.group() <= kRowTile ? 1 : 2; }
+// Rows of a block of attention_few.
+int block_rows(const AttentionShape& s) {
+  const int rows = s.T * s.group();
+  return !is_fresh(s) ? 64 : rows <= 8 && s.D == kWideHead ? 8 : rows <= 16 ? 16 : 32;
+}
 
 // Whether there are enough rows for every processor to have a block of them.
 bool is_prompt(const AttentionShape& s, const AttentionDevice& device) {
@@ -37,18 +40,18 @@ FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   FewPlan plan{};
   plan.rows = s.T * s.group();
   plan.padded_rows = padded_rows(s);
-  const int rows = row_warps(s) * kRowTile;
+  const int rows = block_rows(s);
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.least_slots = kLeastSlots;
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
-  plan.most_chunks = std::max(1, std::min({kMostChunks, device.processors / (s.Hkv * plan.blocks), room}));
+  plan.most_chunks = std::max(1, std::min({kMostChunks, (rows == 64 ? 4096 : 2048) / rows, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;
 }
 
 // Bytes of sums of one sequence.
 size_t partial_bytes(const AttentionShape& s, const FewPlan& plan) {
   if (plan.most_chunks == 1) return 0;
-  return size_t(s.Hkv) * plan.blocks * plan.most_chunks * row_warps(s) * kRowTile * (s.D * sizeof(float) + sizeof(float2));
+  return size_t(s.Hkv) * plan.blocks * plan.most_chunks * block_rows(s) * (s.D * sizeof(float) + sizeof(float2));
 }
 
 int sequences_together(const AttentionShape& s, const FewPlan& plan) {
@@ -59,11 +62,11 @@ int sequences_together(const AttentionShape& s, const FewPlan& plan) {
 
 size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, int D, int MW, int WARPS, int RING, bool FRESH>
+template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  using Layout = FewLayout<D, MW, WARPS, RING, FRESH>;
-  const auto kernel = attention_few<T, D, MW, WARPS, RING, FRESH>;
+  using Layout = FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>;
+  const auto kernel = attention_few<T, D, EIGHTS, MW, READERS, RING, FRESH>;
   static const bool allowed = [&] {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute");
     return true;
@@ -77,16 +80,17 @@ void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const Fe
   work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * Layout::kRows * D);
   work.counters = device.counters;
   for (int b = 0; b < s.B; b += together)
-    launch(kernel, dim3(device.processors), dim3(WARPS * 32), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
+    launch(kernel, dim3(device.processors), dim3((READERS + kMakers) * 32), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
 }
 
-template <typename T, int D, int MW, bool FRESH>
+template <typename T, int D, int EIGHTS, int MW, bool FRESH>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
   if constexpr (D == kWideHead) {
-    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, MW, 4, 6, FRESH>(s, in, plan, device, workspace, stream);
+    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, EIGHTS, MW, 4, FRESH ? 5 : 6, FRESH>(s, in, plan, device, workspace, stream);
   }
-  few_tokens<T, D, MW, 4, 2, FRESH>(s, in, plan, device, workspace, stream);
+  constexpr int kReaders = MW == 4 ? 4 : 2;
+  few_tokens<T, D, EIGHTS, MW, kReaders, MW == 4 ? 2 : 3, FRESH>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, int D, int RING>
@@ -123,13 +127,16 @@ void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, f
   FewPlan plan = plan_of(s, device);
   plan.scale = scale2, plan.eps = eps;
   if (is_fresh(s)) {
-    if (row_warps(s) == 1) return few_tokens<T, D, 1, true>(s, in, plan, device, workspace, stream);
-    return few_tokens<T, D, 2, true>(s, in, plan, device, workspace, stream);
+    if constexpr (D == kWideHead) {
+      if (block_rows(s) == 8) return few_tokens<T, D, 1, 1, true>(s, in, plan, device, workspace, stream);
+    }
+    if (block_rows(s) == 16) return few_tokens<T, D, 2, 1, true>(s, in, plan, device, workspace, stream);
+    return few_tokens<T, D, 2, 2, true>(s, in, plan, device, workspace, stream);
   }
   T* queries = static_cast<T*>(workspace);
   const int64_t jobs = int64_t(s.B) * s.Hkv * (padded_rows(s) + 2 * s.T);
   launch(attention_prepare<T, D>, dim3(unsigned((jobs + 3) / 4)), dim3(128), 0, stream, s, in, eps, queries, padded_rows(s));
-  if (!is_prompt(s, device)) return few_tokens<T, D, 4, false>(s, in, plan, device, workspace, stream);
+  if (!is_prompt(s, device)) return few_tokens<T, D, 2, 4, false>(s, in, plan, device, workspace, stream);
   if constexpr (D == kWideHead) {
 #ifdef QWEN_SM90A
     if (device.major == 9) return wide(s, in, queries, scale2, stream);

@@ -3,138 +3,60 @@
 //
 // The grid does not depend on lengths, which are data: a recorded CUDA graph serves all of them. Where a sequence is cut depends on its own
 // length alone, and chunks are added in their order, so its results do not depend on the others.
+//
+// A block has four warps that read (copies to shared memory, many on their way, and the products) and four that make the rows of the next
+// chunk's queries in the meantime and add up what is complete.
 #pragma once
 
+#include "attention_columns.cuh"
+#include "attention_few_plan.cuh"
 #include "attention_rows.cuh"
-#include "attention_tile.cuh"
 
 namespace qwen {
 
-constexpr int kTileSlots = 16;
-constexpr int kMostSequences = 256;  // of a launch
-constexpr int kMostChunks = 128;
-constexpr int kMostFresh = 16;  // new tokens of a call whose rows the kernel makes itself
-
-struct FewPlan {
-  int rows;          // T * G
-  int padded_rows;   // whole row tiles
-  int blocks;        // row blocks
-  int most_chunks;   // of a sequence
-  int least_slots;   // of a chunk
-  float scale;       // with log2(e)
-  float eps;
-};
-
-struct FewWorkspace {
-  const void* queries;  // of attention_prepare, where the kernel does not make them itself
-  float* partial;   // [sequence, kv head, row block, chunk][rows of a block][D]
-  float2* weights;  // [...][rows of a block]: largest score, sum
-  unsigned* counters;
-};
-
-// Slots of a chunk of a sequence that has `slots`.
-__device__ inline int chunk_slots(const FewPlan& plan, int slots) {
-  const int even = (slots + plan.most_chunks - 1) / plan.most_chunks;
-  return max(plan.least_slots, (even + 31) / 32 * 32);
-}
-
-// MW warps share the keys of one tile, each with 16 rows; WARPS / MW such groups read different tiles. RING halves of tiles (keys or values) per
-// warp are in shared memory. FRESH: the kernel makes the rows of the new tokens itself, in one launch.
-template <int D, int MW, int WARPS, int RING, bool FRESH>
-struct FewLayout {
-  static constexpr int kGroups = WARPS / MW, kRows = MW * kRowTile, kHalves = RING * MW, kHalfBytes = kTileSlots * D * 2;
-  static constexpr int kPassRows = 4 * MW;  // rows whose sums are brought together at a time
-  static constexpr int kStride = D + 8;  // of new queries: eight rows of one column lie in different banks
-  static constexpr int kRingBytes = kGroups * kHalves * kHalfBytes;
-  // Behind the ring, one after the other: new queries, keys and values; sums of the groups; factors of the chunks.
-  static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
-  static constexpr int kMergeBytes = kGroups * kPassRows * D * 4, kFactorBytes = kRows * kMostChunks * 4;
-  static constexpr int kBehind = kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes;
-  static constexpr int kShared = kRingBytes + (kBehind > kFactorBytes ? kBehind : kFactorBytes);
-};
-
-template <typename T, int D, int MW, int WARPS, int RING, bool FRESH>
-__global__ void __launch_bounds__(WARPS * 32, 1)
+template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+__global__ void __launch_bounds__((READERS + kMakers) * 32, 1)
     attention_few(AttentionShape shape, AttentionTensors<T> in, FewPlan plan, FewWorkspace work, int first_sequence, int sequences) {
-  using Layout = FewLayout<D, MW, WARPS, RING, FRESH>;
-  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kHalves = Layout::kHalves, kThreads = WARPS * 32;
+  using Layout = FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>;
+  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kHalves = Layout::kHalves, kThreads = (READERS + kMakers) * 32;
+  constexpr int kWarpRows = Layout::kWarpRows, kMergeStride = Layout::kMergeStride;
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ int starts[kMostSequences + 1];  // chunks of the sequences before, times Hkv * blocks
+  __shared__ int starts[kMostSequences + 1];  // items of the sequences before
   __shared__ float2 group_weights[kGroups][kRows];
   __shared__ float factors[kGroups][kRows];
+  __shared__ float row_memory[kMakers][D];
   __shared__ bool last;
-  __shared__ float row_memory[FRESH ? WARPS : 1][D];
-  float* merge = reinterpret_cast<float*>(shared + Layout::kRingBytes);
-  T* new_queries = reinterpret_cast<T*>(shared + Layout::kRingBytes);
-  T *new_keys = new_queries + kRows * Layout::kStride, *new_values = new_keys + kMostFresh * D;
+  float* chunk_factors = reinterpret_cast<float*>(shared + Layout::kRingBytes + Layout::kBuffers * Layout::kBufferBytes);
 
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, group = warp / MW, row_warp = warp % MW;
-  const int member = row_warp * 32 + lane;  // of the group
-  const int Hkv = shape.Hkv, G = shape.group(), per_chunk = Hkv * plan.blocks;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const bool reader = warp < READERS;
+  const int group = warp / MW, row_warp = warp % MW, member = row_warp * 32 + lane;  // of a reader
+  const int maker = thread - READERS * 32;
+  const int Hkv = shape.Hkv, G = shape.group();
   in.length += first_sequence;
+  const int total = count_items(shape, in, plan, sequences, starts, lane);
+  auto item_of = [&](int id) { return FewItem::of(id, shape, in, plan, sequences, starts, kRows); };
+  auto buffer_of = [&](int number) { return shared + Layout::kRingBytes + number % Layout::kBuffers * Layout::kBufferBytes; };
 
-  // The lengths were written before the kernels of this call. Every warp makes the same sums: none waits for another.
-  int total = 0;
-  for (int b0 = 0; b0 < sequences; b0 += 32) {
-    int count = 0;
-    if (b0 + lane < sequences) {
-      const int slots = length_of(shape, in, b0 + lane) + shape.T, size = chunk_slots(plan, slots);
-      count = (slots + size - 1) / size * per_chunk;
-    }
-    int up_to = count;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int before = __shfl_up_sync(0xffffffffu, up_to, step);
-      if (lane >= step) up_to += before;
-    }
-    if (b0 + lane < sequences) starts[b0 + lane] = total + up_to - count;
-    total += __shfl_sync(0xffffffffu, up_to, 31);
-  }
-  if (lane == 0) starts[sequences] = total;
-  __syncwarp();
-
-  struct Item {
-    int b, h, block, chunk, chunks, length, first, slots;  // `slots` that the rows of this block see, from `first` on
-  };
-  auto item_of = [&](int id) {
-    Item item;
-    int low = 0, high = sequences;  // the sequence with starts[low] <= id < starts[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (starts[middle] <= id ? low : high) = middle;
-    }
-    item.b = low;
-    item.length = length_of(shape, in, low);
-    const int slots = item.length + shape.T, size = chunk_slots(plan, slots), rest = id - starts[low];
-    item.chunks = (slots + size - 1) / size;
-    item.block = rest % plan.blocks, item.chunk = rest / plan.blocks % item.chunks, item.h = rest / plan.blocks / item.chunks;
-    item.first = item.chunk * size;
-    const int seen = item.length + min((item.block * kRows + kRows - 1) / G, shape.T - 1) + 1;
-    item.slots = max(0, min(size, min(slots, seen) - item.first));
-    return item;
-  };
-
-  // What this group copies next: half tiles of its tiles of its block's items, in order.
+  // ---- readers: what this group copies next, half tiles of its tiles of the block's items, in order ----
   const uint32_t ring = shared_address(shared) + group * kHalves * Layout::kHalfBytes;
-  int next_id = blockIdx.x, next_tile = group, next_slots = 0, next_place = 0, next_old = 0;
+  int next_id = blockIdx.x, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
   bool next_values = false;
   size_t next_row = 0;
   auto find_next = [&] {
-    while (next_id < total) {
-      const Item item = item_of(next_id);
-      if (next_tile * kTileSlots < item.slots) {
-        next_slots = item.slots, next_old = item.length - item.first;
-        next_row = (size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.first;
-        return;
-      }
-      next_id += gridDim.x, next_tile = group;
+    for (; next_id < total; next_id += gridDim.x, next_tile = group) {
+      const FewItem item = item_of(next_id);
+      if (next_tile * kTileSlots >= item.slots) continue;
+      // New slots are not in the cache yet where the kernel makes them itself.
+      next_slots = item.slots, next_there = FRESH ? min(item.slots, item.length - item.first) : item.slots;
+      next_row = (size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.first;
+      return;
     }
   };
   auto copy_next = [&] {
     if (next_id < total) {
       const T* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * kTileSlots) * D;
-      const int there = (FRESH ? min(next_old, next_slots) : next_slots) - next_tile * kTileSlots;
-      copy_tile<T, D, kTileSlots, MW * 32>(ring + next_place * Layout::kHalfBytes, source, there, member);
+      copy_tile<T, D, kTileSlots, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * kTileSlots, member);
       if (next_values) {
         next_tile += kGroups;
         if (next_tile * kTileSlots >= next_slots) next_id += gridDim.x, next_tile = group, find_next();
@@ -146,224 +68,237 @@ __global__ void __launch_bounds__(WARPS * 32, 1)
   };
   auto meet = [&] {
     if constexpr (MW == 1) __syncwarp();
-    else asm volatile("bar.sync %0,%1;" ::"r"(1 + group), "n"(MW * 32) : "memory");
+    else asm volatile("bar.sync %0,%1;" ::"r"(kGroupBarrier + group), "n"(MW * 32) : "memory");
   };
-
-  // Slots of earlier calls are complete; those of this call are when the kernel before has finished.
-  find_next();
-  bool waited = false;
-  for (int i = 0; i < kHalves - 1; i++) {
-    if (!FRESH && !waited && next_id < total && (next_tile + 1) * kTileSlots > next_old) wait_for_previous(), waited = true;
-    copy_next();
-  }
-  if (!waited) wait_for_previous();
-  let_next_start();
-
-  // The rows of a chunk's queries, and of its new keys and values, which are written to the cache, too. A warp makes several at a time.
-  [[maybe_unused]] auto make_rows = [&](const Item& item, size_t sequence_head) {
-    using Row = LaneRow<T, D>;
-    constexpr int kTogether = 4;
-    const size_t token = size_t(first_sequence + item.b) * shape.T;
-    const size_t angles = (first_sequence + item.b) * shape.table_stride + size_t(item.length) * (shape.R / 2);
-    const int begin = max(0, item.first - item.length), fresh = max(0, item.first + item.slots - item.length - begin);
-    const int jobs = plan.rows + 2 * fresh;
-    for (int first = warp; first < jobs; first += WARPS * kTogether) {
-      Row row[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        const int job = first + i * WARPS, key = job - plan.rows;
-        if (job >= jobs) break;
-        if (key < 0) row[i] = Row::of(in.q + (token + job / G) * shape.q_stride + (item.h * G + job % G) * D, lane);
-        else row[i] = Row::of((key % 2 ? in.v : in.k) + (token + begin + key / 2) * shape.kv_stride + item.h * D, lane);
-      }
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        const int job = first + i * WARPS, key = job - plan.rows;
-        if (job >= jobs) break;
-        const int t = key < 0 ? job / G : begin + key / 2;
-        if (key < 0 || key % 2 == 0)
-          row[i] = turned<T, D>(row[i], key < 0 ? in.q_norm : in.k_norm, in.cos, in.sin, angles + size_t(t) * (shape.R / 2), shape.R, plan.eps, row_memory[FRESH ? warp : 0], lane);
-        row[i].store(key < 0 ? new_queries + job * Layout::kStride : (key % 2 ? new_values : new_keys) + t * D, lane);
-        if (key >= 0) row[i].store((key % 2 ? in.v_cache : in.k_cache) + (sequence_head * shape.S + item.length + t) * D, lane);
-      }
-    }
-  };
-  // New slots of a tile, which no copy could have.
-  [[maybe_unused]] auto add_new = [&](uint32_t half, const T* rows, int first, int old, int end) {
+  // New slots of a tile, which no copy could have. `old`: slots of the chunk that were there before.
+  auto add_new = [&](uint32_t half, const T* rows, int first, int old, int end) {
     constexpr int kUnits = D / 8;
     for (int at = max(0, old - first) * kUnits + member; at < min(kTileSlots, end - first) * kUnits; at += MW * 32) {
       const int row = at / kUnits, unit = at % kUnits;
       const uint4 x = reinterpret_cast<const uint4*>(rows + (first + row - old) * D)[unit];
-      asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(half + row * D * 2 + ((unit ^ exchange<D>(row)) << 4)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+      asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(half + row * D * 2 + ((unit ^ exchange<D>(row)) << 4)), "r"(x.x), "r"(x.y), "r"(x.z),
+                   "r"(x.w)
                    : "memory");
     }
     meet();
   };
 
-  int place = 0;
-  for (int id = blockIdx.x; id < total; id += gridDim.x) {
-    const Item item = item_of(id);
-    const size_t sequence_head = size_t(first_sequence + item.b) * Hkv + item.h;
-    const int first_row = item.block * kRows + row_warp * kRowTile, old = item.length - item.first;
-    RowTile<T, D, kTileSlots> tile;
-    if constexpr (FRESH) {
-      make_rows(item, sequence_head);
-      __syncthreads();
-      tile.template begin<Layout::kStride>(new_queries + row_warp * kRowTile * Layout::kStride, lane);
-    } else {
-      tile.template begin<D>(static_cast<const T*>(work.queries) + (sequence_head * plan.padded_rows + first_row) * D, lane);
-    }
-    int visible[2];
+  // ---- makers ----
+  // The rows of an item's queries, and of its new keys and values, which are written to the cache, too. `begin_block`: the kernel before may
+  // still be making what they are made from, and the readers wait with most of their copies until these loads are on their way.
+  auto make_rows = [&](int id, int number, bool begin_block) {
+    using Row = LaneRow<T, D>;
+    constexpr int kTogether = 2;
+    const FewItem item = item_of(id);
+    T* queries = reinterpret_cast<T*>(buffer_of(number));
+    T *keys = queries + kRows * Layout::kStride, *values = keys + kMostFresh * D;
+    const size_t token = size_t(first_sequence + item.b) * shape.T, angles = (first_sequence + item.b) * shape.table_stride;
+    const int begin = max(0, item.first - item.length), fresh = max(0, item.first + item.slots - item.length - begin);
+    const int jobs = plan.rows + 2 * fresh;
+    for (int job0 = maker / 32; job0 < jobs || begin_block; job0 += kMakers * kTogether) {
+      Row row[kTogether];
+      Turn<T, D> turn[kTogether];
 #pragma unroll
-    for (int half = 0; half < 2; half++) visible[half] = visible_slots(first_row + lane / 4 + half * 8, G, shape.T, item.length, item.first);
-    auto step = [&](auto&& compute) {
-      wait_for_copies<kHalves - 2>();
-      meet();
-      copy_next();
-      compute(ring + place * Layout::kHalfBytes);
-      place = place + 1 == kHalves ? 0 : place + 1;
-    };
-    for (int i = group; i * kTileSlots < item.slots; i += kGroups) {
-      const int first = i * kTileSlots;
-      float s[kTileSlots / 8][4];
-      const bool fresh = FRESH && first + kTileSlots > old;
-      step([&](uint32_t keys) {
-        if (fresh) add_new(keys, new_keys, first, old, item.slots);
-        tile.scores(s, keys, lane);
-      });
-      const int seen[2] = {visible[0] - first, visible[1] - first};
-      tile.weigh(s, seen, item.first + first + kTileSlots <= item.length + 1, plan.scale, lane);
-      step([&](uint32_t values) {
-        if (fresh) add_new(values, new_values, first, old, item.slots);
-        tile.add_values(s, values, lane);
-      });
+      for (int i = 0; i < kTogether; i++) {
+        const int job = job0 + i * kMakers, key = job - plan.rows, t = key < 0 ? job / G : begin + key / 2;
+        if (job < jobs && (key < 0 || key % 2 == 0))
+          turn[i] = Turn<T, D>::of(key < 0 ? in.q_norm : in.k_norm, in.cos, in.sin, angles + size_t(item.length + t) * (shape.R / 2), shape.R, lane);
+      }
+      if (begin_block) wait_for_previous();
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int job = job0 + i * kMakers, key = job - plan.rows;
+        if (job >= jobs) continue;
+        if (key < 0) row[i] = Row::of(in.q + (token + job / G) * shape.q_stride + (item.h * G + job % G) * D, lane);
+        else row[i] = Row::of((key % 2 ? in.v : in.k) + (token + begin + key / 2) * shape.kv_stride + item.h * D, lane);
+      }
+      if (begin_block) asm volatile("bar.arrive %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
+      begin_block = false;
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) {
+        const int job = job0 + i * kMakers, key = job - plan.rows, t = begin + key / 2;
+        if (job >= jobs) continue;
+        if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[maker / 32], lane);
+        row[i].store(key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D, lane);
+        const size_t place = ((size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.length + t) * D;
+        if (key >= 0) row[i].store((key % 2 ? in.v_cache : in.k_cache) + place, lane);
+      }
     }
-    tile.finish();
+  };
 
-    // The groups' sums of each row, in the order of the groups.
-    if (lane % 4 == 0) {
+  // y = o * sigmoid(gate) of four values of a row.
+  auto gate_of = [&](const FewItem& item, int row, int d) {
+    const size_t token = size_t(first_sequence + item.b) * shape.T + row / G;
+    return __ldcg(reinterpret_cast<const uint2*>(in.gate + token * shape.gate_stride + (item.h * G + row % G) * D + d));
+  };
+  auto write = [&](const FewItem& item, int row, int d, float4 o, uint2 gate_bits) {
+    const size_t token = size_t(first_sequence + item.b) * shape.T + row / G;
+    union {
+      uint2 bits;
+      T item[4];
+    } gate, y;
+    gate.bits = gate_bits;
+    y.item[0] = from_float<T>(o.x * opened(to_float(gate.item[0]))), y.item[1] = from_float<T>(o.y * opened(to_float(gate.item[1])));
+    y.item[2] = from_float<T>(o.z * opened(to_float(gate.item[2]))), y.item[3] = from_float<T>(o.w * opened(to_float(gate.item[3])));
+    *reinterpret_cast<uint2*>(in.y + (token * shape.Hq + item.h * G + row % G) * D + d) = y.bits;
+  };
+  auto base_of = [&](const FewItem& item) { return ((size_t(item.b) * Hkv + item.h) * plan.blocks + item.block) * plan.most_chunks; };
+
+  // Counts the chunk of an item, whose sums all threads have written; `count` threads, numbered `number`, add up a sequence and head of which
+  // it was the last.
+  auto count_chunk = [&](const FewItem& item, int number, int count, auto&& sync) {
+    if (number == 0) {
+      __threadfence();
+      unsigned* counter = work.counters + base_of(item) / plan.most_chunks;
+      last = atomicAdd(counter, 1u) == unsigned(item.chunks) - 1;
+      if (last) {
+        *counter = 0;
+        __threadfence();
+      }
+    }
+    sync();
+    if (!last) return;
+    const int rows = min(kRows, plan.rows - item.block * kRows);
+    combine_factors(work.weights + base_of(item) * kRows, kRows, rows, item.chunks, chunk_factors, number / 32, count / 32, lane);
+    sync();
+    for (int at = number; at < rows * D / 4; at += count) {
+      const int row = at / (D / 4), d = at % (D / 4) * 4;
+      const uint2 gate = gate_of(item, item.block * kRows + row, d);
+      const float4 o = combined<kRows * D / 4>(work.partial + (base_of(item) * kRows + row) * D + d, chunk_factors + row * item.chunks, item.chunks);
+      write(item, item.block * kRows + row, d, o, gate);
+    }
+  };
+  auto makers_meet = [&] { asm volatile("bar.sync %0,%1;" ::"n"(kMakersBarrier), "n"(kMakers * 32) : "memory"); };
+
+  if (reader) {
+    find_next();
+    if constexpr (FRESH) {
+      copy_next();
+      copy_next();
+      asm volatile("bar.sync %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
+      for (int i = 2; i < kHalves - 1; i++) copy_next();
+      wait_for_previous();
+    } else {
+      wait_for_previous();
+      for (int i = 0; i < kHalves - 1; i++) copy_next();
+    }
+  } else {
+    if constexpr (FRESH) {
+      if (int(blockIdx.x) < total) make_rows(blockIdx.x, 0, true);
+      else asm volatile("bar.arrive %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
+    }
+    wait_for_previous();
+  }
+  let_next_start();
+
+  int place = 0, number = 0;
+  FewItem before{};  // an item that is not counted yet, where it has chunks
+  for (int id = blockIdx.x; id < total; id += gridDim.x, number++) {
+    const FewItem item = item_of(id);
+    const bool whole = item.chunks == 1;
+    const int rows = min(kRows, plan.rows - item.block * kRows), own_row = item.block * kRows;
+    float* merge = reinterpret_cast<float*>(buffer_of(number));  // where the new rows are until they have been read
+    ColumnTile<T, D, EIGHTS> tile;
+    __syncthreads();
+    const int first_at = thread / (D / 4), first_d = thread % (D / 4) * 4;
+    uint2 gate{};
+    if (whole && first_at < min(rows, Layout::kPassRows)) gate = gate_of(item, own_row + first_at, first_d);
+    if (reader) {
+      const T* queries = reinterpret_cast<const T*>(buffer_of(number));
+      const T *new_keys = queries + kRows * Layout::kStride, *new_values = new_keys + kMostFresh * D;
+      const int old = item.length - item.first;
+      if constexpr (FRESH) {
+        tile.begin(queries + row_warp * kWarpRows * Layout::kStride, Layout::kStride, lane);
+      } else {
+        const size_t head = size_t(first_sequence + item.b) * Hkv + item.h;
+        tile.begin(static_cast<const T*>(work.queries) + (head * plan.padded_rows + own_row + row_warp * kWarpRows) * D, D, lane);
+      }
+      int visible[EIGHTS][2];
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-        group_weights[group][row_warp * kRowTile + lane / 4 + half * 8] = make_float2(tile.largest[half], tile.sum[half]);
+      for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+          visible[n][i] = visible_slots(own_row + row_warp * kWarpRows + n * 8 + lane % 4 * 2 + i, G, shape.T, item.length, item.first);
+      }
+      auto step = [&](auto&& compute) {
+        wait_for_copies<kHalves - 2>();
+        meet();
+        copy_next();
+        compute(ring + place * Layout::kHalfBytes);
+        place = place + 1 == kHalves ? 0 : place + 1;
+      };
+      for (int first = group * kTileSlots; first < item.slots; first += kGroups * kTileSlots) {
+        float s[EIGHTS][4];
+        const bool fresh = FRESH && first + kTileSlots > old;
+        step([&](uint32_t keys) {
+          if (fresh) add_new(keys, new_keys, first, old, item.slots);
+          tile.scores(s, keys, lane);
+        });
+        tile.weigh(s, visible, first, first + kTileSlots <= old + 1, plan.scale, lane);
+        step([&](uint32_t values) {
+          if (fresh) add_new(values, new_values, first, old, item.slots);
+          tile.add_values(s, values, lane);
+        });
+      }
+      tile.finish();
+      if (lane < 4) {
+#pragma unroll
+        for (int n = 0; n < EIGHTS; n++) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) group_weights[group][row_warp * kWarpRows + n * 8 + lane * 2 + i] = make_float2(tile.largest[n][i], tile.sum[n][i]);
+        }
+      }
+    } else {
+      if (before.chunks > 1) count_chunk(before, maker, kMakers * 32, makers_meet);
+      if (FRESH && id + int(gridDim.x) < total) make_rows(id + gridDim.x, number + 1, false);
     }
     __syncthreads();
-    const bool whole = item.chunks == 1;
-    const size_t base = ((sequence_head - size_t(first_sequence) * Hkv) * plan.blocks + item.block) * plan.most_chunks;
+
+    // The groups' sums of each row, in the order of the groups.
     if (thread < kRows) {
-      float top = -INFINITY, sum = 0.0f;
+      float2 all = make_float2(-INFINITY, 0.0f);
 #pragma unroll
-      for (int g = 0; g < kGroups; g++) top = fmaxf(top, group_weights[g][thread].x);
+      for (int g = 0; g < kGroups; g++) all.x = fmaxf(all.x, group_weights[g][thread].x);
 #pragma unroll
       for (int g = 0; g < kGroups; g++) {
         const float2 w = group_weights[g][thread];
-        const float factor = w.x == -INFINITY ? 0.0f : power_of_two(w.x - top);
-        factors[g][thread] = factor;
-        sum += factor * w.y;
+        factors[g][thread] = w.x == -INFINITY ? 0.0f : power_of_two(w.x - all.x);
+        all.y += factors[g][thread] * w.y;
       }
-      if (whole) {
-        // A chunk of one sequence is all of it: the rows are complete.
-        const float scale = 1.0f / sum;
+      if (!whole) work.weights[(base_of(item) + item.chunk) * kRows + thread] = all;
 #pragma unroll
-        for (int g = 0; g < kGroups; g++) factors[g][thread] *= scale;
-      } else {
-        work.weights[(base + item.chunk) * kRows + thread] = make_float2(top, sum);
-      }
+      for (int g = 0; g < kGroups; g++) factors[g][thread] *= whole ? 1.0f / all.y : 1.0f;
     }
-    // y = o * sigmoid(gate) of four values of a row.
-    auto write = [&](int row, int d, float4 o) {
-      const int t = row / G, head = item.h * G + row % G;
-      const size_t token = size_t(first_sequence + item.b) * shape.T + t;
-      union {
-        uint2 bits;
-        T item[4];
-      } gate, y;
-      gate.bits = *reinterpret_cast<const uint2*>(in.gate + token * shape.gate_stride + head * D + d);
-      y.item[0] = from_float<T>(o.x * opened(to_float(gate.item[0]))), y.item[1] = from_float<T>(o.y * opened(to_float(gate.item[1])));
-      y.item[2] = from_float<T>(o.z * opened(to_float(gate.item[2]))), y.item[3] = from_float<T>(o.w * opened(to_float(gate.item[3])));
-      *reinterpret_cast<uint2*>(in.y + (token * shape.Hq + head) * D + d) = y.bits;
-    };
-    const int rows = min(kRows, plan.rows - item.block * kRows);
     for (int pass = 0; pass < rows; pass += Layout::kPassRows) {
+      if (reader) {
 #pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int row = row_warp * kRowTile + lane / 4 + half * 8 - pass;
-        if (0 <= row && row < Layout::kPassRows) {
-          float* into = merge + (group * Layout::kPassRows + row) * D + lane % 4 * 2;
+        for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
-          for (int j = 0; j < D / 8; j++) *reinterpret_cast<float2*>(into + j * 8) = make_float2(tile.o[j * 4 + half * 2], tile.o[j * 4 + half * 2 + 1]);
+          for (int i = 0; i < 2; i++) {
+            const int row = row_warp * kWarpRows + n * 8 + lane % 4 * 2 + i - pass;
+            if (row < 0 || row >= Layout::kPassRows) continue;
+            float* into = merge + (group * Layout::kPassRows + row) * kMergeStride + lane / 4;
+#pragma unroll
+            for (int m = 0; m < D / 16; m++) into[m * 16] = tile.o[m][n][i], into[m * 16 + 8] = tile.o[m][n][i + 2];
+          }
         }
       }
       __syncthreads();
       for (int at = thread; at < Layout::kPassRows * D / 4; at += kThreads) {
         const int row = at / (D / 4), d = at % (D / 4) * 4;
         if (pass + row >= rows) break;
+        if (whole && (pass > 0 || at != thread)) gate = gate_of(item, own_row + pass + row, d);
         float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int g = 0; g < kGroups; g++) {
-          const float factor = factors[g][pass + row];
-          const float4 part = *reinterpret_cast<const float4*>(merge + (g * Layout::kPassRows + row) * D + d);
-          o.x = fmaf(factor, part.x, o.x), o.y = fmaf(factor, part.y, o.y), o.z = fmaf(factor, part.z, o.z), o.w = fmaf(factor, part.w, o.w);
-        }
-        if (whole) write(item.block * kRows + pass + row, d, o);
-        else *reinterpret_cast<float4*>(work.partial + ((base + item.chunk) * kRows + pass + row) * D + d) = o;
+        for (int g = 0; g < kGroups; g++) add_scaled(o, factors[g][pass + row], *reinterpret_cast<const float4*>(merge + (g * Layout::kPassRows + row) * kMergeStride + d));
+        if (whole) write(item, own_row + pass + row, d, o, gate);
+        else *reinterpret_cast<float4*>(work.partial + ((base_of(item) + item.chunk) * kRows + pass + row) * D + d) = o;
       }
       __syncthreads();
     }
-    if (whole) continue;
-
-    // The block that comes last adds the chunks up.
-    if (thread == 0) {
-      __threadfence();
-      unsigned* counter = work.counters + (sequence_head - size_t(first_sequence) * Hkv) * plan.blocks + item.block;
-      last = atomicAdd(counter, 1u) == unsigned(item.chunks) - 1;
-      if (last) *counter = 0;
-    }
-    __syncthreads();
-    if (!last) continue;
-    __threadfence();
-    float* chunk_factors = merge;  // [rows][chunks]
-    for (int row = warp; row < rows; row += WARPS) {
-      float2 w[kMostChunks / 32];
-      float top = -INFINITY, sum = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMostChunks / 32; i++) {
-        const int c = i * 32 + lane;
-        w[i] = c < item.chunks ? __ldcg(&work.weights[(base + c) * kRows + row]) : make_float2(-INFINITY, 0.0f);
-        top = fmaxf(top, w[i].x);
-      }
-#pragma unroll
-      for (int far = 16; far; far /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, far));
-#pragma unroll
-      for (int i = 0; i < kMostChunks / 32; i++) {
-        w[i].x = w[i].x == -INFINITY ? 0.0f : power_of_two(w[i].x - top);
-        sum += w[i].x * w[i].y;
-      }
-      const float scale = 1.0f / warp_sum(sum);
-#pragma unroll
-      for (int i = 0; i < kMostChunks / 32; i++)
-        if (i * 32 + lane < item.chunks) chunk_factors[row * item.chunks + i * 32 + lane] = w[i].x * scale;
-    }
-    __syncthreads();
-    for (int at = thread; at < rows * D / 4; at += kThreads) {
-      const int row = at / (D / 4), d = at % (D / 4) * 4;
-      const float4* parts = reinterpret_cast<const float4*>(work.partial + (base * kRows + row) * D + d);
-      const float* factor = chunk_factors + row * item.chunks;
-      float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-      constexpr int kTogether = 33;  // loads on their way
-      for (int c = 0; c < item.chunks; c += kTogether) {
-        float4 part[kTogether];
-#pragma unroll
-        for (int i = 0; i < kTogether; i++) part[i] = __ldcg(parts + size_t(min(c + i, item.chunks - 1)) * (kRows * D / 4));
-#pragma unroll
-        for (int i = 0; i < kTogether; i++) {
-          const float f = c + i < item.chunks ? factor[c + i] : 0.0f;
-          o.x = fmaf(f, part[i].x, o.x), o.y = fmaf(f, part[i].y, o.y), o.z = fmaf(f, part[i].z, o.z), o.w = fmaf(f, part[i].w, o.w);
-        }
-      }
-      write(item.block * kRows + row, d, o);
-    }
-    __syncthreads();
+    before = item;
   }
+  if (before.chunks > 1) count_chunk(before, thread, kThreads, [] { __syncthreads(); });
   wait_for_copies<0>();
 }
 

@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(128) attention_prepare(AttentionShape shape, A
   Row x = Row::of(source, lane);
   if (!value) {
     const size_t angle = b * shape.table_stride + size_t(slot) * (shape.R / 2);
-    x = turned<T, D>(x, query ? in.q_norm : in.k_norm, in.cos, in.sin, angle, shape.R, eps, memory[threadIdx.x / 32], lane);
+    const auto turn = Turn<T, D>::of(query ? in.q_norm : in.k_norm, in.cos, in.sin, angle, shape.R, lane);
+    x = turn(x, shape.R, eps, memory[threadIdx.x / 32], lane);
   }
   x.store(made, lane);
 }

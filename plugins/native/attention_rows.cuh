@@ -16,31 +16,47 @@ struct alignas(D / 32 * sizeof(T)) LaneRow {
   __device__ void store(T* row, int lane) const { reinterpret_cast<LaneRow*>(row)[lane] = *this; }
 };
 
-// rotate(rms_norm(row)) of a warp's row, in fp32 and rounded once; `angle` is the row's place in cos and sin, `memory` has D floats of this warp.
+// What a lane needs to turn its part of a row: independent of the row, so that it can be loaded before.
 template <typename T, int D>
-__device__ inline LaneRow<T, D> turned(LaneRow<T, D> row, const T* norm, const T* cos, const T* sin, size_t angle, int R, float eps, float* memory, int lane) {
-  constexpr int kItems = LaneRow<T, D>::kItems;
-  float squares = 0.0f;
+struct Turn {
+  LaneRow<T, D> norm, cos, sin;
+
+  // `angle` is the row's place in the tables.
+  static __device__ Turn of(const T* norm, const T* cos, const T* sin, size_t angle, int R, int lane) {
+    Turn turn;
+    turn.norm = LaneRow<T, D>::of(norm, lane);
+    const int half = R / 2;
 #pragma unroll
-  for (int i = 0; i < kItems; i++) squares += to_float(row.item[i]) * to_float(row.item[i]);
-  const float scale = rsqrtf(warp_sum(squares) / D + eps);
-  float x[kItems];
-#pragma unroll
-  for (int i = 0; i < kItems; i++) memory[lane * kItems + i] = x[i] = to_float(row.item[i]) * scale * to_float(norm[lane * kItems + i]);
-  __syncwarp();
-  const int half = R / 2;
-#pragma unroll
-  for (int i = 0; i < kItems; i++) {
-    const int d = lane * kItems + i;
-    if (d < R) {
-      const int j = d < half ? d : d - half;
-      const float other = d < half ? -memory[d + half] : memory[j];
-      x[i] = x[i] * to_float(cos[angle + j]) + other * to_float(sin[angle + j]);
+    for (int i = 0; i < LaneRow<T, D>::kItems; i++) {
+      const int d = lane * LaneRow<T, D>::kItems + i;
+      if (d < R) turn.cos.item[i] = cos[angle + (d < half ? d : d - half)], turn.sin.item[i] = sin[angle + (d < half ? d : d - half)];
     }
-    row.item[i] = from_float<T>(x[i]);
+    return turn;
   }
-  __syncwarp();
-  return row;
-}
+
+  // rotate(rms_norm(row)) of a warp's row, in fp32 and rounded once; `memory` has D floats of this warp.
+  __device__ LaneRow<T, D> operator()(LaneRow<T, D> row, int R, float eps, float* memory, int lane) const {
+    constexpr int kItems = LaneRow<T, D>::kItems;
+    float squares = 0.0f, x[kItems];
+#pragma unroll
+    for (int i = 0; i < kItems; i++) squares += to_float(row.item[i]) * to_float(row.item[i]);
+    const float scale = rsqrtf(warp_sum(squares) / D + eps);
+#pragma unroll
+    for (int i = 0; i < kItems; i++) memory[lane * kItems + i] = x[i] = to_float(row.item[i]) * scale * to_float(norm.item[i]);
+    __syncwarp();
+    const int half = R / 2;
+#pragma unroll
+    for (int i = 0; i < kItems; i++) {
+      const int d = lane * kItems + i;
+      if (d < R) {
+        const float other = d < half ? -memory[d + half] : memory[d - half];
+        x[i] = x[i] * to_float(cos.item[i]) + other * to_float(sin.item[i]);
+      }
+      row.item[i] = from_float<T>(x[i]);
+    }
+    __syncwarp();
+    return row;
+  }
+};
 
 }  // namespace qwen

@@ -100,29 +100,16 @@ struct RowTile {
   __device__ void scores(float (&s)[SLOTS / 8][4], uint32_t keys, int lane) const {
     const int matrix = lane / 8, row = matrix / 2 * 8 + lane % 8;
     const uint32_t first = keys + row * D * 2 + (((matrix & 1) ^ exchange<D>(row)) << 4);
-    float odd[SLOTS / 8][4];
 #pragma unroll
-    for (int j = 0; j < SLOTS / 8; j++) {
-#pragma unroll
-      for (int i = 0; i < 4; i++) s[j][i] = odd[j][i] = 0.0f;
-    }
+    for (int j = 0; j < SLOTS / 8; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.0f;
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
 #pragma unroll
       for (int half = 0; half < SLOTS / 16; half++) {
         uint32_t k[4];
         load_matrices<false>(k, (first ^ (step << 5)) + half * 16 * D * 2);
-        // Two chains of sums where there are few tiles: the second product need not wait for the first.
-        auto& into = SLOTS == 16 && step % 2 ? odd : s;
-        multiply<T>(into[half * 2], q[step][0], q[step][1], q[step][2], q[step][3], k[0], k[1]);
-        multiply<T>(into[half * 2 + 1], q[step][0], q[step][1], q[step][2], q[step][3], k[2], k[3]);
-      }
-    }
-    if constexpr (SLOTS == 16) {
-#pragma unroll
-      for (int j = 0; j < SLOTS / 8; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[j][i] += odd[j][i];
+        multiply<T>(s[half * 2], q[step][0], q[step][1], q[step][2], q[step][3], k[0], k[1]);
+        multiply<T>(s[half * 2 + 1], q[step][0], q[step][1], q[step][2], q[step][3], k[2], k[3]);
       }
     }
   }

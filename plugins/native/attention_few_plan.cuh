@@ -1,0 +1,153 @@
+// How attention_few shares its work: the chunks of sequences, the items of blocks, and what is in shared memory.
+#pragma once
+
+#include "attention_columns.cuh"
+
+namespace qwen {
+
+constexpr int kMostSequences = 256;  // of a launch
+constexpr int kMostChunks = 128;
+constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
+constexpr int kMakers = 4;     // warps
+// Barriers of parts of a block; 0 is that of all of it.
+constexpr int kMakersBarrier = 1, kLoadsBarrier = 2, kGroupBarrier = 3;
+
+struct FewPlan {
+  int rows;         // T * G
+  int padded_rows;  // of attention_prepare
+  int blocks;       // of rows
+  int most_chunks;  // of a sequence
+  int least_slots;  // of a chunk
+  float scale;      // with log2(e)
+  float eps;
+};
+
+struct FewWorkspace {
+  const void* queries;  // of attention_prepare, where attention_few does not make them
+  float* partial;       // [sequence, kv head, row block, chunk][rows of a block][D]
+  float2* weights;      // [...][rows of a block]: largest score, sum
+  unsigned* counters;   // [sequence, kv head, row block], zero before and after
+};
+
+// MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles. RING halves of tiles (keys or
+// values) per warp are in shared memory. FRESH: the kernel makes the rows of the new tokens itself, in one launch.
+template <int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+struct FewLayout {
+  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows;
+  static constexpr int kHalves = RING * MW, kHalfBytes = kTileSlots * D * 2;
+  static constexpr int kPassRows = 4 * MW;  // rows whose sums are brought together at a time
+  // Rows of one column lie in different banks.
+  static constexpr int kStride = D + 8, kMergeStride = D + 4;
+  static constexpr int kRingBytes = kGroups * kHalves * kHalfBytes;
+  // A buffer has new queries, keys and values, and later the sums of the groups. While it is read the next one is made.
+  static constexpr int kBuffers = FRESH ? 2 : 1;
+  static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
+  static constexpr int kMergeBytes = kGroups * kPassRows * kMergeStride * 4;
+  static constexpr int kBufferBytes = ((kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes) + 15) / 16 * 16;
+  static constexpr int kFactors = MW == 4 ? 4096 : 2048;  // of rows and chunks
+  static constexpr int kShared = kRingBytes + kBuffers * kBufferBytes + kFactors * 4;
+};
+
+// Slots of a chunk of a sequence that has `slots`.
+__device__ inline int chunk_slots(const FewPlan& plan, int slots) {
+  const int even = (slots + plan.most_chunks - 1) / plan.most_chunks;
+  return max(plan.least_slots, (even + 31) / 32 * 32);
+}
+
+// What one block does at a time: a chunk of a sequence, for a kv head and a block of rows.
+struct FewItem {
+  int b, h, block, chunk, chunks, length;
+  int first, slots;  // the slots that the rows see, from `first` on
+
+  template <typename T>
+  static __device__ FewItem of(int id, const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences,
+                               const int* starts, int rows) {
+    FewItem item;
+    int low = 0, high = sequences;  // the sequence with starts[low] <= id < starts[high]
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (starts[middle] <= id ? low : high) = middle;
+    }
+    item.b = low;
+    item.length = length_of(shape, in, low);
+    const int slots = item.length + shape.T, size = chunk_slots(plan, slots), rest = id - starts[low];
+    item.chunks = (slots + size - 1) / size;
+    item.block = rest % plan.blocks, item.chunk = rest / plan.blocks % item.chunks, item.h = rest / plan.blocks / item.chunks;
+    item.first = item.chunk * size;
+    const int seen = item.length + min((item.block * rows + rows - 1) / shape.group(), shape.T - 1) + 1;
+    item.slots = max(0, min(size, seen - item.first));
+    return item;
+  }
+};
+
+// starts[b]: the items of the sequences before b. Returns all of them. Lengths were written before the kernels of the call; every warp makes
+// the same sums, so that none waits for another.
+template <typename T>
+__device__ inline int count_items(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, int* starts, int lane) {
+  int total = 0;
+  for (int b0 = 0; b0 < sequences; b0 += 32) {
+    int count = 0;
+    if (b0 + lane < sequences) {
+      const int slots = length_of(shape, in, b0 + lane) + shape.T, size = chunk_slots(plan, slots);
+      count = (slots + size - 1) / size * shape.Hkv * plan.blocks;
+    }
+    int up_to = count;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(0xffffffffu, up_to, step);
+      if (lane >= step) up_to += before;
+    }
+    if (b0 + lane < sequences) starts[b0 + lane] = total + up_to - count;
+    total += __shfl_sync(0xffffffffu, up_to, 31);
+  }
+  if (lane == 0) starts[sequences] = total;
+  __syncwarp();
+  return total;
+}
+
+__device__ inline void add_scaled(float4& o, float factor, float4 x) {
+  o.x = fmaf(factor, x.x, o.x), o.y = fmaf(factor, x.y, o.y), o.z = fmaf(factor, x.z, o.z), o.w = fmaf(factor, x.w, o.w);
+}
+
+// factors[row,chunk] with which the sums of the chunks add up to the row; a warp of `warps` makes some rows.
+__device__ inline void combine_factors(const float2* weights, int stride, int rows, int chunks, float* factors, int warp, int warps, int lane) {
+  for (int row = warp; row < rows; row += warps) {
+    float2 w[kMostChunks / 32];
+    float top = -INFINITY, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMostChunks / 32; i++) {
+      const int c = i * 32 + lane;
+      w[i] = c < chunks ? __ldcg(&weights[size_t(c) * stride + row]) : make_float2(-INFINITY, 0.0f);
+      top = fmaxf(top, w[i].x);
+    }
+#pragma unroll
+    for (int far = 16; far; far /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, far));
+#pragma unroll
+    for (int i = 0; i < kMostChunks / 32; i++) {
+      w[i].x = w[i].x == -INFINITY ? 0.0f : power_of_two(w[i].x - top);
+      sum += w[i].x * w[i].y;
+    }
+    const float scale = 1.0f / warp_sum(sum);
+#pragma unroll
+    for (int i = 0; i < kMostChunks / 32; i++)
+      if (i * 32 + lane < chunks) factors[row * chunks + i * 32 + lane] = w[i].x * scale;
+  }
+}
+
+// Four values of a row: the sum over the chunks, whose sums are STRIDE float4 apart, in their order.
+template <int STRIDE>
+__device__ inline float4 combined(const float* partial, const float* factors, int chunks) {
+  const float4* parts = reinterpret_cast<const float4*>(partial);
+  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  constexpr int kTogether = 33;  // loads on their way
+  for (int c = 0; c < chunks; c += kTogether) {
+    float4 part[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) part[i] = __ldcg(parts + size_t(min(c + i, chunks - 1)) * STRIDE);
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) add_scaled(o, c + i < chunks ? factors[c + i] : 0.0f, part[i]);
+  }
+  return o;
+}
+
+}  // namespace qwen
