@@ -28,7 +28,7 @@ def stall(model: Model, streams: int, long_prompt: int) -> tuple[float, float, f
     """Seconds between two tokens of `streams` answers: the median alone, and the median and the 95th percentile while a prompt of
     `long_prompt` tokens is read."""
     chance = np.random.default_rng(1)
-    vocabulary = model.tokenizer.vocab_size
+    vocabulary = model.manifest.model["vocab_size"]
 
     def request(tokens: int, new: int | None) -> Request:
         return Request(chance.integers(0, vocabulary, tokens).tolist(), Sampler(GREEDY), (), new)

@@ -22,7 +22,8 @@ TABLES = ("cos", "sin")
 """Inputs with the rotary tables, a row per cache slot."""
 
 LENGTH, LAST_SLOT, TOTAL_LENGTH = "length", "last_slot", "total_length"
-"""Tokens read before, per sequence; on GroupQueryAttention the last two instead: length + T - 1 of each sequence, and their maximum + 1."""
+"""Tokens read before, per sequence; on GroupQueryAttention the last two instead: length + T - 1 of each sequence, and their maximum + 1. A
+graph with dynamic shapes that has the first takes several tokens of several sequences, each behind its own past, in one call."""
 
 ACCEPTED, COMMIT = "accepted", "commit"
 """How many pending tokens of a sequence enter its state before the new ones, and how many of the new ones do."""

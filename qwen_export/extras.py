@@ -10,8 +10,11 @@ from qwen_export.errors import QwenExportError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "polygraphy"),
     "onnxruntime": ("onnxruntime",),
+    "serve": ("fastapi", "starlette", "uvicorn", "httptools", "prometheus_client", "llguidance", "pydantic"),
+    "chat": ("prompt_toolkit",),
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
+    "gguf": ("gguf",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")

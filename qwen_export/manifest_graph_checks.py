@@ -9,6 +9,8 @@ from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, St
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
 _INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", "length", "last_slot", "total_length", "accepted", "commit", "logit_rows"))
+_LENGTHS = (("length",), ("last_slot", "total_length"))
+"""Inputs that tell how many tokens each sequence has, by the kernel of attention: a graph has those of one."""
 _OUTPUTS = frozenset(("logits", "hidden", "hidden_out", "top_logits", "top_ids"))
 _LARGEST_DIM = 2**31 - 1
 _MOST_DIMS = 8
@@ -76,6 +78,8 @@ def _check_states(manifest: Manifest, name: str, graph: GraphSpec) -> None:
     strange = sorted((inputs.keys() - _INPUTS - owned) | (outputs.keys() - _OUTPUTS - owned))
     if strange:
         raise ValueError(f"graph {name}: {strange[0]} is no state, control or result")
+    if sum(inputs.keys() >= set(names) for names in _LENGTHS) != 1:
+        raise ValueError(f"graph {name}: the lengths of sequences are neither {' nor '.join(' and '.join(names) for names in _LENGTHS)}")
     for tensor in graph.inputs:
         state_of = tensor.name.removesuffix(READ_AGAIN)
         if tensor.name.endswith(READ_AGAIN) and (tensor.dtype, tensor.shape) != (inputs[state_of].dtype, inputs[state_of].shape):

@@ -1,14 +1,18 @@
-"""An answer while it is made: from token ids to pieces of reasoning and content."""
+"""An answer while it is made: from token ids to pieces of reasoning and answer."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from qwen_export.errors import ParameterError
 from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.sampling.logprobs import ChosenLogprob
+from qwen_export.runtimes.structured.answer_events import AnswerEvent, AnswerKind, Candidate, TokenLogprob
+from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.detokenizer import Detokenizer
-from qwen_export.runtimes.text.reasoning import Content, Event, Reasoning, ReasoningSplitter
+from qwen_export.runtimes.text.reasoning import Reasoning, ReasoningSplitter
 from qwen_export.runtimes.text.stopping import StopStrings
 
 
@@ -21,12 +25,23 @@ class AsyncTokens(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request for token ids, and what turns these into text. It serves one answer."""
+    """A request for token ids, and what turns these into text. It serves one answer; `again(i)` prepares number i of several answers to
+    the same prompt, each with a seed of its own where the caller gave one."""
 
     request: Request
     detokenizer: Detokenizer
     stops: StopStrings
     splitter: ReasoningSplitter | None
+    options: AnswerOptions
+    again: Callable[[int], Prepared]
+
+    def several(self, n: int) -> list[Prepared]:
+        """This one, and others to the same prompt: `n` in all."""
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ParameterError(
+                "the number of answers is not usable", parameter="n", got=repr(n), expected="an integer >= 1", fix="Raise {n}."
+            )
+        return [self, *(self.again(index) for index in range(1, n))]
 
 
 class Answer:
@@ -36,36 +51,73 @@ class Answer:
         self.statistics = statistics
         self.tokens: list[int] = []
         self.content, self.reasoning = "", ""
-        self._request, self._stops = prepared.request, prepared.stops
+        self._request, self._stops, self._options = prepared.request, prepared.stops, prepared.options
         self._splitter, self._detokenizer = prepared.splitter, prepared.detokenizer
+        self._waiting: dict[AnswerKind, list[TokenLogprob]] = {"reasoning": [], "answer": []}
 
     def cancel(self) -> None:
         """End after the token in progress; may be called from another thread."""
         self._request.cancelled.set()
 
-    def _push(self, token: int) -> list[Event]:
+    def _push(self, token: int) -> list[AnswerEvent]:
         """What a token adds; `_stops.stopped` says whether it ends the answer."""
         self.tokens.append(token)
-        events = self._emit(self._stops.push(self._detokenizer.push(token)))
+        reasoning = self._splitter is not None and self._splitter.in_reasoning
+        text = self._detokenizer.push(token)
+        if len(self.tokens) > self._options.min_new_tokens:
+            text = self._stops.push(text)
+        pieces = self._split(text)
+        # A closing tag, and line breaks behind it, are tokens of the reasoning.
+        reasoning = reasoning or (self._splitter is not None and self._splitter.before_content)
+        self.statistics.reasoning_tokens += reasoning
+        self._note("reasoning" if reasoning else "answer")
         if self._stops.stopped:
-            self.statistics.finish = "stop"
+            self.statistics.finish, self.statistics.stop_reason = "stop", self._stops.matched
+        return self._events(pieces)
+
+    def _flush(self) -> list[AnswerEvent]:
+        """What is left at the end."""
+        pieces = self._split(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
+        pieces += [(_kind(event), event.text) for event in self._splitter.flush()] if self._splitter else []
+        events = self._events(pieces)
+        return events + [AnswerEvent(kind, "", self._take(kind)) for kind, tokens in self._waiting.items() if tokens]
+
+    def _split(self, text: str) -> list[tuple[AnswerKind, str]]:
+        if not text:
+            return []
+        return [(_kind(event), event.text) for event in self._splitter.push(text)] if self._splitter else [("answer", text)]
+
+    def _events(self, pieces: list[tuple[AnswerKind, str]]) -> list[AnswerEvent]:
+        """Pieces with the tokens that have come; reasoning comes before the answer."""
+        events = []
+        for kind, text in pieces:
+            if kind == "answer" and self._waiting["reasoning"]:
+                events.append(AnswerEvent("reasoning", "", self._take("reasoning")))
+            events.append(AnswerEvent(kind, text, self._take(kind)))
+            if kind == "reasoning":
+                self.reasoning += text
+            else:
+                self.content += text
         return events
 
-    def _flush(self) -> list[Event]:
-        """What is left at the end."""
-        events = self._emit(self._stops.push(self._detokenizer.flush()) + self._stops.flush())
-        return events + self._record(self._splitter.flush() if self._splitter else [])
+    def _note(self, kind: AnswerKind) -> None:
+        """The log probability of the last token waits for the next piece of its kind."""
+        recorder = self._request.sampler.recorder
+        if recorder is not None:
+            self._waiting[kind].append(self._named(recorder.chosen[len(self.tokens) - 1]))
 
-    def _emit(self, text: str) -> list[Event]:
-        return self._record(self._splitter.push(text) if self._splitter else [Content(text)]) if text else []
+    def _named(self, found: ChosenLogprob) -> TokenLogprob:
+        text = self._detokenizer.bytes_of
+        top = tuple(Candidate(token, text(token), logprob) for token, logprob in found.top)
+        return TokenLogprob(found.token, text(found.token), found.logprob, top)
 
-    def _record(self, events: Sequence[Event]) -> list[Event]:
-        for event in events:
-            if isinstance(event, Reasoning):
-                self.reasoning += event.text
-            else:
-                self.content += event.text
-        return list(events)
+    def _take(self, kind: AnswerKind) -> tuple[TokenLogprob, ...]:
+        taken, self._waiting[kind] = tuple(self._waiting[kind]), []
+        return taken
+
+
+def _kind(event: object) -> AnswerKind:
+    return "reasoning" if isinstance(event, Reasoning) else "answer"
 
 
 class Generation(Answer):
@@ -74,16 +126,16 @@ class Generation(Answer):
     def __init__(self, tokens: Generator[int, None, None], statistics: Statistics, prepared: Prepared) -> None:
         super().__init__(statistics, prepared)
         self._tokens = tokens
-        self._events = self._run()
+        self._made = self._run()
 
     def __iter__(self) -> Iterator[str]:
-        return (event.text for event in self._events if isinstance(event, Content))
+        return (event.text for event in self._made if event.kind == "answer" and event.text)
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Iterator[AnswerEvent]:
         """Pieces of reasoning and answer, in order."""
-        return self._events
+        return self._made
 
-    def _run(self) -> Iterator[Event]:
+    def _run(self) -> Iterator[AnswerEvent]:
         for token in self._tokens:
             yield from self._push(token)
             if self._stops.stopped:
@@ -98,18 +150,18 @@ class AsyncGeneration(Answer):
     def __init__(self, tokens: AsyncTokens, statistics: Statistics, prepared: Prepared) -> None:
         super().__init__(statistics, prepared)
         self._tokens = tokens
-        self._events = self._run()
+        self._made = self._run()
 
     async def __aiter__(self) -> AsyncIterator[str]:
-        async for event in self._events:
-            if isinstance(event, Content):
+        async for event in self._made:
+            if event.kind == "answer" and event.text:
                 yield event.text
 
-    def events(self) -> AsyncIterator[Event]:
+    def events(self) -> AsyncIterator[AnswerEvent]:
         """Pieces of reasoning and answer, in order."""
-        return self._events
+        return self._made
 
-    async def _run(self) -> AsyncIterator[Event]:
+    async def _run(self) -> AsyncIterator[AnswerEvent]:
         try:
             async for token in self._tokens:
                 for event in self._push(token):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Unpack
 
-from qwen_export.errors import BundleError, ParameterError, QwenExportError
+from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
@@ -26,23 +26,25 @@ from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
 from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
-from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
+from qwen_export.runtimes.sampling.sampler import SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
 from qwen_export.runtimes.speculation.rounds import Speculator
+from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_messages import Message
-from qwen_export.runtimes.text.chat_prompt import chat_prompt
+from qwen_export.runtimes.text.chat_prompt import TemplateOptions, chat_prompt
 from qwen_export.runtimes.text.chat_template import ChatTemplate
-from qwen_export.runtimes.text.detokenizer import Detokenizer
 from qwen_export.runtimes.text.reasoning import ReasoningSplitter
-from qwen_export.runtimes.text.stopping import StopStrings, stop_ids
+from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 Speculate = str | int
+_NO_OPTIONS = AnswerOptions()
 
 
 def load(
@@ -156,6 +158,11 @@ class Model:
         if self._closed:
             raise QwenExportError("the model is closed", where=str(self.directory), fix="Load the bundle again.")
 
+    @property
+    def max_context(self) -> int:
+        """Tokens of prompt and answer together that a sequence may have."""
+        return self.manifest.max_context if self._max_context is None else self._max_context
+
     @cached_property
     def text_files(self) -> TextFiles:
         """Tokenizer, chat templates and special tokens of the bundle."""
@@ -185,67 +192,81 @@ class Model:
         facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
         return recommended(facts, thinking, self.generation_defaults)
 
+    def _sampling(self, given: SamplingParams | Mapping[str, Any] | None, thinking: bool) -> SamplingParams:
+        return given if isinstance(given, SamplingParams) else replace(self.recommended(thinking), **(given or {}))
+
+    @cached_property
+    def _preparation(self) -> Preparation:
+        return Preparation(self.tokenizer, self.stop_ids, self.generation_defaults)
+
     def stream(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        enable_thinking: bool | None = None,
-        preserve_thinking: bool | None = None,
-        template_kwargs: Mapping[str, Any] | None = None,
-        continue_final_message: bool | str | None = None,
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
+        answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
+        **template: Unpack[TemplateOptions],
     ) -> Generation:
         """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
 
         `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each, text only (see `chat_messages.py`).
         `tools`: JSON schemas of functions. A prompt that continues the last one is not read again.
 
-        `enable_thinking` and `preserve_thinking` None leave the choice to the checkpoint's template; `template_kwargs` are its other
-        variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that is
-        named; None does so where the last message is the assistant's and has no tool calls.
+        `template`: `enable_thinking` and `preserve_thinking`, which None leaves to the checkpoint's template; `template_kwargs` are its
+        other variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that
+        is named; None does so where the last message is the assistant's and has no tool calls.
 
         `sampling`, `max_new_tokens`, `stop` None take what generation_config.json sets, and for `sampling` the model card's values for
-        the mode (`recommended`). `progress` is called while the prompt is read, with the tokens read so far and all of them.
+        the mode (`recommended`). `answer`: what the answer must be, and what is wanted beside its text. `progress` is called while the
+        prompt is read, with the tokens read so far and all of them.
 
         Raises ParameterError for values that cannot be used and TemplateError where the template refuses."""
-        prepared = self.prepare_chat(
-            messages,
-            tools=tools,
-            enable_thinking=enable_thinking,
-            preserve_thinking=preserve_thinking,
-            template_kwargs=template_kwargs,
-            continue_final_message=continue_final_message,
-            sampling=sampling,
-            max_new_tokens=max_new_tokens,
-            stop=stop,
-            progress=progress,
+        return self._generation(
+            self.prepare_chat(
+                messages,
+                tools=tools,
+                sampling=sampling,
+                max_new_tokens=max_new_tokens,
+                stop=stop,
+                answer=answer,
+                progress=progress,
+                **template,
+            )
         )
-        return self._generation(prepared)
 
     def prepare_chat(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
+        answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
-        **template: Any,
+        **template: Unpack[TemplateOptions],
     ) -> Prepared:
-        """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey."""
+        """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey, instead of the
+        `form` of `answer`. A mapping as `sampling` replaces single values of `recommended`."""
         prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, **template)
-        splitter = ReasoningSplitter(prompt.thinking, tool_calls=bool(tools))
-        params = sampling or self.recommended(prompt.thinking)
-        user_turn = bool(messages) and messages[-1].get("role") == "user"
-        prepared = self._prepared(prompt.ids, params, max_new_tokens, stop, splitter, constraint)
-        prepared.request.mark_at, prepared.request.user_turn, prepared.request.progress = prompt.mark_at, user_turn, progress
-        return prepared
+        wanted = Wanted(
+            prompt.ids,
+            self._sampling(sampling, prompt.thinking),
+            answer,
+            max_new_tokens,
+            stop,
+            lambda: ReasoningSplitter(prompt.thinking, tool_calls=bool(tools)),
+            lambda: constraint,
+            prompt.mark_at,
+            bool(messages) and messages[-1].get("role") == "user",
+            progress,
+        )
+        return self._preparation.prepare(wanted)
 
     def complete(
         self,
@@ -254,50 +275,30 @@ class Model:
         sampling: SamplingParams | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
+        answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
     ) -> Generation:
         """Continue a text as it stands, without a template. Control tokens in it count as such."""
-        prepared = self.prepare_text(prompt, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop)
-        prepared.request.progress = progress
+        prepared = self.prepare_text(prompt, sampling=sampling, max_new_tokens=max_new_tokens, stop=stop, answer=answer, progress=progress)
         return self._generation(prepared)
 
     def prepare_text(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         *,
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | Mapping[str, Any] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] | None = None,
+        answer: AnswerOptions = _NO_OPTIONS,
+        progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
     ) -> Prepared:
-        """What continuing a text takes, for an engine: the parameters of `complete`."""
-        if not isinstance(prompt, str):
-            raise ParameterError(
-                "the prompt is not a text",
-                parameter="prompt",
-                got=type(prompt).__name__,
-                expected="str",
-                fix="Answer a chat with `stream`.",
-            )
-        ids = self.tokenizer.encode(prompt)
-        return self._prepared(ids, sampling or self.recommended(False), max_new_tokens, stop, None, constraint)
-
-    def _prepared(
-        self,
-        ids: list[int],
-        sampling: SamplingParams,
-        max_new_tokens: int | None,
-        stop: Sequence[str] | None,
-        splitter: ReasoningSplitter | None,
-        constraint: Constraint | None,
-    ) -> Prepared:
-        if not ids:
-            raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
-        limit = self.generation_defaults.new_tokens(len(ids), max_new_tokens)
-        stops = StopStrings(self.generation_defaults.stop_strings if stop is None else stop)
-        sampler = Sampler(sampling, self.tokenizer.vocab_size, self.stop_ids, constraint)
-        request = Request(ids, sampler, self.stop_ids, limit)
-        return Prepared(request, Detokenizer(self.tokenizer.tokenizer), stops, splitter)
+        """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
+        wanted = Wanted(
+            ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress
+        )
+        return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:
         statistics = Statistics()
@@ -350,7 +351,7 @@ class Model:
         that load a bundle before the first request."""
         self._require_open()
         with self._turn:
-            self._conversation.decoder.warm()
+            self._conversation.decoder.warm(self.longest_draft)
 
     @property
     def drafts(self) -> Speculate:
@@ -379,6 +380,16 @@ class Model:
         """Kept from answer to answer, with its copy of the text."""
         return LookupDrafter(self._conversation.decoder, self._conversation.slot)
 
+    @property
+    def longest_draft(self) -> int:
+        """The most tokens that a round drafts."""
+        if self._policy is None or self.manifest.speculation is None:
+            return 0
+        return self._speculate if isinstance(self._speculate, int) else self.manifest.speculation.max_draft
+
     @cached_property
     def _conversation(self) -> PrefixReuse:
-        return PrefixReuse(self.decoder(drafts=self._speculate not in ("off", "lookup")))
+        decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
+        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
+            decoder.warm(self.longest_draft)
+        return PrefixReuse(decoder)

@@ -378,7 +378,8 @@ def test_half_precision_on_the_cpu_is_refused_with_every_missing_kernel(precisio
     assert "for this device build in fp32" in text
 
 
-def test_a_rotary_width_that_the_kernel_cannot_turn_is_refused(make_checkpoint: Checkpoints) -> None:
+def test_a_rotary_width_that_the_kernel_cannot_turn_is_refused(make_checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QWEN_EXPORT_CPU_PLUGIN", "")
     rope = {**tiny_config(vision=False)["rope_parameters"], "mrope_section": [2, 1, 1]}
     checkpoint = make_checkpoint(tiny_config(vision=False, head_dim=32, rope_parameters=rope))
     with pytest.raises(UnsupportedError, match="GroupQueryAttention rotates a multiple of 16 dimensions, and this model has 8"):

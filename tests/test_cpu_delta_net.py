@@ -35,6 +35,7 @@ from qwen_export.targets import ONNXRUNTIME
 from tests.support import cpu_delta_net as op
 from tests.support.cpu_delta_net import Case, Shape, make_case
 from tests.support.family import tiny_config
+from tests.support.kernel_families import lengths
 
 ROOT = Path(__file__).parent.parent
 SHORT = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -264,8 +265,7 @@ class Sequence:
         feeds = {
             "input_ids": np.array([ids]),
             **self.tables,
-            "last_slot": np.array([self.length + T - 1], np.int32),
-            "total_length": np.array(self.length + T, np.int32),
+            **lengths(self.session, [self.length], T),
             "accepted": np.array([self.accepted]),
             "commit": np.array([commit]),
             "logit_rows": np.arange(T),

@@ -98,13 +98,15 @@ def test_no_rows_are_no_work(plugin: Path) -> None:
 def test_products_take_norms_residuals_and_gates_in(plugin: Path, tiny_checkpoint: Path) -> None:
     counts = operators(tiny_checkpoint)
     assert counts["qwen.native.SwiGlu"] == 4
+    assert counts["qwen.native.GatedAttention"] == 1 and not counts["com.microsoft.GroupQueryAttention"]
     assert not {"com.microsoft.FusedMatMul", "com.microsoft.SkipSimplifiedLayerNormalization", "com.microsoft.QuickGelu"} & set(counts)
     assert "Add" not in counts
 
 
 def test_without_the_plugin_nothing_is_native(tiny_checkpoint: Path, without_plugin: None) -> None:
     counts = operators(tiny_checkpoint)
-    assert counts["com.microsoft.FusedMatMul"] and not [name for name in counts if name.startswith(library.NATIVE)]
+    assert counts["com.microsoft.FusedMatMul"] and counts["com.microsoft.GroupQueryAttention"]
+    assert not [name for name in counts if name.startswith(library.NATIVE)]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -165,6 +167,14 @@ def test_bundles_compute_what_transformers_computes(
     assert report["passed"], report
     assert {check["against"] for check in report["checks"]} >= {"eager", "transformers"}
     assert max(check["max_abs_error"] or 0 for check in report["checks"]) < 1e-4
+
+
+def test_any_rotary_width(plugin: Path, make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Four pairs of values: GroupQueryAttention turns multiples of 16 values only."""
+    rope = {**tiny_config(vision=False)["rope_parameters"], "mrope_section": [2, 1, 1]}
+    checkpoint = make_checkpoint(tiny_config(vision=False, head_dim=32, rope_parameters=rope))
+    report = verify(build(checkpoint, tmp_path / "bundle"), checkpoint)
+    assert report["passed"], report
 
 
 def test_tokens_at_once_are_tokens_one_by_one(plugin: Path, tiny_bundle: Path) -> None:

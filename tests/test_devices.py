@@ -9,16 +9,15 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from qwen_export.errors import BundleError, ParameterError
 from qwen_export.runtimes import load
 from qwen_export.runtimes.memory import cuda_driver
 from qwen_export.runtimes.memory.device import Device
+from tests.support.cuda_sessions import cuda_sessions
 from tests.support.fake_driver import FakeDriver
 
 
@@ -32,59 +31,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     cuda_driver.forget_driver()
 
 
-class Binding:
-    """Bindings of ONNX Runtime that take the memory of a GPU for that of the host, and note which one it was."""
-
-    def __init__(self, native: Any, seen: set[tuple[str, int]]) -> None:
-        self.native, self.seen = native, seen
-
-    def bind_input(self, name: str, kind: str, index: int, *more: Any) -> None:
-        self.seen.add((kind, index))
-        self.native.bind_input(name, "cpu", 0, *more)
-
-    def bind_output(self, name: str, kind: str, index: int, *more: Any) -> None:
-        self.seen.add((kind, index))
-        self.native.bind_output(name, "cpu", 0, *more)
-
-
-class Session:
-    """A session that was asked for a GPU and runs on the CPU."""
-
-    bound: set[tuple[str, int]]
-    providers: list[Any]
-
-    def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
-        Session.providers = providers
-        self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._native, name)
-
-    def io_binding(self) -> Binding:
-        return Binding(self._native.io_binding(), Session.bound)
-
-    def run_with_iobinding(self, binding: Binding, options: Any) -> None:
-        self._native.run_with_iobinding(binding.native)
-
-
-real_session = ort.InferenceSession
-
-
-def test_a_model_on_the_second_gpu_touches_no_other(demo_bundle: Path, driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "InferenceSession", Session)
-    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    Session.bound = set()
-    model = load(demo_bundle, device="cuda", device_id=1, threads=1, max_context=64)
-    decoder = model.decoder(2, drafts=True)
-    logits = decoder.prefill([5, 6, 7]).copy()
-    decoder.step([8, 9])
-    decoder.verify([1, 2, 3])
-    decoder.accept(2)
-    decoder.restore(decoder.snapshot(), 1)
-    assert Session.providers[0][1]["device_id"] == "1"
-    assert Session.bound == {("cuda", 1), ("cpu", 0)}, "total_length is read on the host"
+def test_a_model_on_the_second_gpu_touches_no_other(demo_bundle: Path, driver: FakeDriver) -> None:
+    with cuda_sessions() as sessions:
+        model = load(demo_bundle, device="cuda", device_id=1, threads=1, max_context=64)
+        decoder = model.decoder(2, drafts=True)
+        logits = decoder.prefill([5, 6, 7]).copy()
+        decoder.step([8, 9])
+        decoder.verify([1, 2, 3])
+        decoder.accept(2)
+        decoder.restore(decoder.snapshot(), 1)
+        assert sessions.providers[0][1]["device_id"] == "1"
+        assert sessions.bound == {("cuda", 1), ("cpu", 0)}, "total_length is read on the host"
     assert set(driver.owners.values()) == {driver.context_of(1)}
-    monkeypatch.undo()
     np.testing.assert_allclose(logits, load(demo_bundle, threads=1).decoder().prefill([5, 6, 7]), atol=1e-4)
 
 

@@ -187,7 +187,7 @@ def test_memory_of_ended_sequences_is_given_back(demo_bundle: Path) -> None:
     model = load(demo_bundle, threads=1, max_context=8192, speculate="off")
     process = psutil.Process()
     decoder = model.decoder()
-    whole = decoder.sequence_bytes(decoder.capacity + decoder.widest_verify)
+    whole = decoder.growing_bytes(decoder.capacity + decoder.widest_verify)
     assert whole > 10 << 20
     decoder.prefill([5] * 256)
     before = process.memory_info().rss
@@ -207,6 +207,24 @@ def test_memory_for_no_sequence_is_refused(model: Model) -> None:
         Engine.of(model, stall=1.0)
     with pytest.raises(ParameterError, match="cache_memory"):
         Engine.of(model, cache_memory=1000)
+    with pytest.raises(ParameterError, match="prefix_memory"):
+        Engine.of(model, cache_memory=1 << 30, prefix_memory=1 << 30)
+
+
+def test_memory_is_reported_and_bounded(model: Model) -> None:
+    """States of all slots, cache rows of the running sequences and beginnings of prompts stay together below the limit."""
+    decoder = model.decoder(4)
+    growing = decoder.growing_bytes(decoder.capacity + 1)
+    limit = decoder.fixed_bytes + growing + decoder.growing_bytes(40) + (4 << 20)
+    with Engine.of(model, 4, cache_memory=limit, prefix_memory=4 << 20) as engine:
+        numbers, most = engine.statistics, 0
+        assert (numbers.cache_limit, numbers.cache_bytes, numbers.state_bytes) == (limit, decoder.fixed_bytes, decoder.fixed_bytes)
+        for stream in [engine.submit(request(start, mark_at=15, new=100)) for start in range(0, 40, 10)]:
+            for _ in stream:
+                most = max(most, numbers.cache_bytes)
+                assert numbers.cache_bytes <= limit
+        assert most > decoder.fixed_bytes + decoder.growing_bytes(40)
+        assert numbers.prefix.points and numbers.sequence_bytes == {}
 
 
 def test_answers_as_those_of_the_model(model: Model, engine: Engine) -> None:

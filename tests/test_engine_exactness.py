@@ -53,9 +53,9 @@ def test_together_as_alone(
         schedule = visits(single, seed, VISITS, longest, 40)
         expected = [alone(single, visit) for visit in schedule]
         decoder = model.decoder(drafts=isinstance(speculate, int) or speculate == "auto")
-        whole = decoder.sequence_bytes(decoder.capacity + decoder.widest_verify)
-        memory = whole + decoder.sequence_bytes(longest // 3) if seed % 2 == 0 else None
-        with Engine.of(model, SLOTS, cache_memory=memory, prefix_memory=(1 << 20) << (10 * (seed % 2)), reserve=0) as engine:
+        whole, prefix = decoder.growing_bytes(decoder.capacity + decoder.widest_verify), (1 << 20) << (10 * (seed % 2))
+        memory = SLOTS * decoder.fixed_bytes + whole + decoder.growing_bytes(longest // 3) + prefix if seed % 2 == 0 else None
+        with Engine.of(model, SLOTS, cache_memory=memory, prefix_memory=prefix, reserve=0) as engine:
             got = together(engine, model, schedule)
         assert differences(expected, got) == [], f"schedule {seed}"
 
@@ -66,8 +66,8 @@ def test_preempted_and_back(models: Callable[[str, str | int], Model], speculate
     single, model = models("dense", "off"), models("dense", speculate)
     schedule = [Visit(list(range(10 + 3 * i, 30 + i)), SamplingParams(seed=i, top_k=20), 70, None, 0, None) for i in range(4)]
     decoder = model.decoder(drafts=speculate != "off")
-    memory = max(decoder.sequence_bytes(decoder.capacity + decoder.widest_verify), 2 * decoder.sequence_bytes(80))
-    with Engine.of(model, SLOTS, cache_memory=memory, reserve=0) as engine:
+    growing = max(decoder.growing_bytes(decoder.capacity + decoder.widest_verify), 2 * decoder.growing_bytes(80))
+    with Engine.of(model, SLOTS, cache_memory=SLOTS * decoder.fixed_bytes + growing, prefix_memory=0, reserve=0) as engine:
         got = together(engine, model, schedule)
         assert engine.statistics.preemptions > 0
     assert differences([alone(single, visit) for visit in schedule], got) == []

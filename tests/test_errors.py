@@ -28,7 +28,11 @@ from qwen_export.runtimes.benchmark import benchmark
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import DraftHead
 from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.server.http_server import listening_socket
+from qwen_export.runtimes.server.inherited_socket import inherited_socket
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.structured.answer_options import AnswerOptions
+from qwen_export.runtimes.text.chat_prompt import chat_prompt
 from qwen_export.verification.layer_check import verify_layers
 from qwen_export.verification.logit_check import verify
 from tests.support.raises import FLAG, PARAMETER, Made, errors_made
@@ -71,7 +75,18 @@ REASONS = {
 ALSO = {"engine_weights", "max_tokens", "chat_template_kwargs"}
 
 # Parameters of functions beside `build`, `load`, the model and the decoder.
-CALLS = (verify, verify_layers, benchmark, package, package_windows, check_signature, sign_bundle)
+CALLS = (
+    verify,
+    verify_layers,
+    benchmark,
+    package,
+    package_windows,
+    check_signature,
+    sign_bundle,
+    listening_socket,
+    chat_prompt,
+    inherited_socket,
+)
 
 
 def made(room: str) -> list[Made]:
@@ -80,10 +95,10 @@ def made(room: str) -> list[Made]:
 
 def public_parameters() -> set[str]:
     """Names of parameters of the Python API, and of the fields of its options."""
-    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, *CALLS)
+    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, *CALLS)
     for kind in (Model, Decoder, DraftHead, Engine):
         calls += tuple(value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
-    options = (StaticOptions, EngineOptions, SamplingParams, Read)
+    options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read)
     names = ALSO | {name for call in calls for name in inspect.signature(call).parameters}
     return names | {field.name for option in options for field in fields(option)}
 

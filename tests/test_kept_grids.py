@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import pytest
 import torch
 
@@ -31,6 +30,7 @@ from qwen_export.runtimes import load
 from qwen_export.verification.logit_check import verify
 from tests.support import quantizers
 from tests.support.family import tiny_config
+from tests.support.packed_matrices import stored_bytes
 from tests.support.quantizers import PROJECTIONS, QuantizedCheckpoint, Quantizer, quantize_checkpoint
 from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
@@ -123,17 +123,6 @@ def outcome(plan: BuildPlan) -> dict[str, int]:
         for what, count in counts.items():
             total[what] = total.get(what, 0) + count
     return total
-
-
-def stored_bytes(bundle: Path, file: str = "decoder.onnx") -> dict[str, npt.NDArray[np.uint8]]:
-    """Every packed matrix of the bundle, by the name of its initializer, read from the file of weights."""
-    found = {}
-    for tensor in onnx.load(bundle / file, load_external_data=False).graph.initializer:
-        if tensor.data_type == onnx.TensorProto.UINT8:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            raw = np.fromfile(bundle / place["location"], np.uint8, int(place["length"]), offset=int(place["offset"]))
-            found[tensor.name] = raw.reshape(tensor.dims)
-    return found
 
 
 def stored_scales(made: QuantizedCheckpoint, module: str) -> torch.Tensor:

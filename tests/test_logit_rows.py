@@ -12,6 +12,7 @@ import pytest
 from qwen_export import build
 from qwen_export.manifest import load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
+from tests.support.kernel_families import lengths
 
 TOLERANCE = 1e-5
 
@@ -32,8 +33,7 @@ def first_call(bundle: Path, ids: np.ndarray, rows: list[int]) -> dict[str, np.n
         "input_ids": ids,
         "cos": np.cos(angles),
         "sin": np.sin(angles),
-        "last_slot": np.full(B, T - 1, np.int32),
-        "total_length": np.array(T, np.int32),
+        **lengths(session, [0] * B, T),
         "accepted": np.zeros(B, np.int64),
         "commit": np.full(B, T, np.int64),
         "logit_rows": np.array(rows, np.int64),

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from qwen_export.extras import EXTRAS
 from qwen_export.graphs.config import parse_config
 from tests.support.family import tiny_config
 
@@ -114,9 +115,9 @@ def wheel_names(wheel: Path) -> set[str]:
 
 def expected_wheel() -> set[str]:
     modules = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
-    return (
-        modules | {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"} | {f"qwen_export/{p}" for p in native_sources()}
-    )
+    page = {f"qwen_export/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtimes" / "server" / "page").iterdir()}
+    data = {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
+    return modules | data | page | {f"qwen_export/{p}" for p in native_sources()}
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tree: Path) -> None:
@@ -173,7 +174,8 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 # The line between the runtime and the compiler
 
 ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs"}
-GROUND = ("bundle_contract", "errors", "manifest", "manifest_types", "element_types", "extras")
+SERVER = {*EXTRAS["serve"], *ALLOWED}
+GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras")
 
 
 @pytest.mark.parametrize("path", sources("runtimes"), ids=lambda path: path.stem)
@@ -183,7 +185,7 @@ def test_the_runtime_imports_nothing_of_the_compiler(path: Path) -> None:
         if top == "qwen_export":
             assert name.removeprefix("qwen_export.") in GROUND or name.startswith("qwen_export.runtimes"), name
         else:
-            assert top in ALLOWED or top in sys.stdlib_module_names, name
+            assert top in (SERVER if path.parent.name == "server" else ALLOWED) or top in sys.stdlib_module_names, name
 
 
 def test_ground_modules_need_the_standard_library_only() -> None:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_export.runtimes.decoding.decoder import Mark, Snapshot
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.decoding.snapshot import Mark, Snapshot
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 
 STATE = 1000

@@ -30,7 +30,8 @@ from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.rope_scaling import with_rope_scaling, yarn_factor
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
-from qwen_export.runtimes.decoding.decoder import Decoder, Snapshot
+from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.snapshot import Snapshot
 from qwen_export.verification.logit_check import verify
 from tests.support.family import FAMILY, tiny_config
 from tests.support.synthesize import synthesize

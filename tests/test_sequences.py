@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from qwen_export import build
 from qwen_export.errors import ContextOverflow, ParameterError, QwenExportError
 from qwen_export.runtimes import Model, load
-from qwen_export.runtimes.decoding.decoder import Decoder, Mark, Snapshot
+from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.snapshot import Mark, Snapshot
 from tests.support.family import tiny_config
 from tests.support.kernel_families import TOLERANCE, family_cases, needs_plugin
 from tests.support.synthesize import synthesize

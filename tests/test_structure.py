@@ -86,6 +86,13 @@ def test_ground_modules_import_only_ground_modules() -> None:
     assert not wrong
 
 
+def test_only_the_commands_import_the_server() -> None:
+    """HTTP and its packages are loaded by `serve`, not with a bundle."""
+    server = "qwen_export.runtimes.server"
+    outside = {name for name in arrows() if not within(name, server) and not within(name, "qwen_export.commands")}
+    assert not [name for name in outside if any(within(target, server) for target in arrows()[name])]
+
+
 def test_no_circle_of_modules() -> None:
     try:
         TopologicalSorter(arrows()).prepare()

@@ -15,7 +15,6 @@ from dataclasses import replace
 
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid, LogicalTensor
-from qwen_export.graphs.checkpoint.formats.plain_tensor import PlainTensor
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
 from qwen_export.graphs.quantization.packing import BLOCKS
 from qwen_export.graphs.quantization.precision_plan import FORMATS, INT4, INT8, KEPT, GroupFormat, PrecisionPlan, group_of, parameter_of
@@ -27,7 +26,7 @@ _HALVES = re.compile(r"\.(gate|up)_proj\.weight$")
 def keep_stored(plan: PrecisionPlan, checkpoint: Checkpoint, names: Sequence[str]) -> PrecisionPlan:
     """The plan, with what it keeps of the matrices `names` (in the names of the modules), and what becomes of all that are quantized."""
     weights = {name: checkpoint.weights[stored_name(checkpoint.config, name)] for name in names}
-    found = {name: _kept(plan.of(name), weight) for name, weight in weights.items() if not isinstance(weight, PlainTensor)}
+    found = {name: _kept(plan.of(name), weight) for name, weight in weights.items() if weight.quantized}
     together = defaultdict(list)
     for name in names:
         together[_matrix(name)].append(name)

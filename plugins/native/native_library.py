@@ -28,7 +28,10 @@ class NativeLibrary:
 
 
 _FLOAT, _HALF = frozenset({"float"}), frozenset({"float16", "bfloat16"})
-_CPU_OPS = ("Linear", "SwiGlu", "DeltaNetTransaction", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe", "TopLogits")
+_CPU_OPS = (
+    *("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"),
+    *("GatedAttention", "DeltaNetTransaction", "TopLogits"),
+)
 _CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", "GatedAttention"), _HALF) | {
     "QuantGather": frozenset({"float16"}),
     "DeltaNet": _HALF | _FLOAT,

@@ -87,7 +87,10 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("plugin_cpu", (Kernel("DeltaNetTransaction", NATIVE),), _plugin_cpu_limit),
             Choice("builtin_cpu", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
         ),
-        "gated_attention": (Choice("builtin_cpu", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),),
+        "gated_attention": (
+            Choice("plugin_cpu", (Kernel("GatedAttention", NATIVE),)),
+            Choice("builtin_cpu", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),
+        ),
         "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },

@@ -10,6 +10,7 @@ from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR
 from qwen_export.plugins.onnxruntime.attention_cpu import lower_attention_cpu
 from qwen_export.plugins.onnxruntime.attention_cuda import lower_attention_cuda
+from qwen_export.plugins.onnxruntime.attention_plugin_cpu import lower_attention_plugin_cpu
 from qwen_export.plugins.onnxruntime.attention_plugin_cuda import lower_attention_plugin_cuda
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import lower_delta_net_builtin_cpu
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cuda import lower_delta_net_builtin_cuda
@@ -28,6 +29,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "plugin_cuda"): lower_delta_net_plugin_cuda,
     ("gated_delta_net", "plugin_cpu"): lower_delta_net_plugin_cpu,
     ("gated_attention", "builtin_cpu"): lower_attention_cpu,
+    ("gated_attention", "plugin_cpu"): lower_attention_plugin_cpu,
     ("gated_attention", "builtin_cuda"): lower_attention_cuda,
     ("gated_attention", "plugin_cuda"): lower_attention_plugin_cuda,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,

@@ -201,7 +201,8 @@ def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
             plan = plan_build(checkpoint, target, device, precision)
         except UnsupportedError:
             return usual
-        if plan.quantization is not None and plan.quantization.kept:
+        # A plan of 4 bits has a head of 8, and keeps a head of 8 bits whatever the other matrices are.
+        if plan.quantization is not None and any(kept.format == precision for kept in plan.quantization.kept.values()):
             return precision
     return usual
 

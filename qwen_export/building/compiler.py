@@ -88,9 +88,9 @@ def build(
     search = find_search()
     if plan.quantization is not None and search is not None:
         plan = replace(plan, quantization=replace(plan.quantization, search=search))
-    check_text_assets(source.path)
+    check_text_assets(source.text_directory)
     with TemporaryDirectory(prefix="qwen-export-text-") as folder:  # as the bundle will have them
-        check_text(Path(folder), copy_text_assets(source.path, Path(folder)))
+        check_text(Path(folder), copy_text_assets(source.text_directory, Path(folder)))
     if plan.engine is not None:
         if weights == "reference":
             raise UnsupportedError(

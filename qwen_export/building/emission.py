@@ -81,7 +81,7 @@ def write_files(
         (staging / WEIGHTS).unlink()
     for library in plan.plugins:
         shutil.copyfile(library, staging / library.name)
-    for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.path, staging)):
+    for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.text_directory, staging)):
         files[name] = hash_file(staging / name)
     return files
 
@@ -152,7 +152,7 @@ def write_manifest(
         files=files,
         references=references,
         plugins=tuple(library.name for library in plan.plugins),
-        stop_ids=stop_ids(source.path, text.eos_token_ids),
+        stop_ids=stop_ids(source.text_directory, text.eos_token_ids),
         speculation=plan.speculation,
         engine=_engine_spec(plan, models),
         precision_plan=_quantized_forms(source, plan.quantization)

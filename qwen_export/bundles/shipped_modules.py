@@ -15,7 +15,7 @@ from qwen_export.extras import EXTRAS
 
 _ROOTS = ("qwen_export.commands", "qwen_export.runtimes")
 _ABSENT_PACKAGES = ("qwen_export.graphs", "qwen_export.plugins")
-_ABSENT = EXTRAS["export"]
+_ABSENT = (*EXTRAS["export"], *EXTRAS["serve"])
 
 
 def shipped_modules() -> dict[str, Path]:

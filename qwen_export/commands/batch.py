@@ -22,8 +22,8 @@ from qwen_export.extras import needed_for
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="ANSWERS.jsonl")
 @click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Sequences that run at once.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
-@click.option("--cache-memory", type=Gigabytes(), metavar="GB", help="Memory for the sequences; default what all slots hold.")
-@click.option("--prefix-memory", type=Gigabytes(), metavar="GB", help="Memory for beginnings that prompts share; default 1.")
+@click.option("--cache-memory", type=Gigabytes(), metavar="GB", help="Memory for states, caches and shared beginnings.")
+@click.option("--prefix-memory", type=Gigabytes(), metavar="GB", help="The part of it for beginnings that prompts share; default 1.")
 @load_options()
 @verbosity_options
 def command(
@@ -44,15 +44,14 @@ def command(
     with needed_for("batch"):
         from qwen_export.runtimes.model import load
         from qwen_export.runtimes.serving.batch_run import run_batch
-        from qwen_export.runtimes.serving.engine import PREFIX_MEMORY, Engine
+        from qwen_export.runtimes.serving.engine import Engine
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
     with requests.open("rb") as file:
         total = sum(1 for line in file if line.strip())
     lines = failed = tokens = 0
-    memory = PREFIX_MEMORY if prefix_memory is None else prefix_memory
     # No reader waits for a token: prompts are read as fast as it goes.
-    engine = Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=memory, stall=float("inf"))
+    engine = Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=prefix_memory, stall=float("inf"))
     with progress("requests") as report, engine:
 
         def done(line: dict[str, Any]) -> None:

@@ -100,7 +100,7 @@ def command(
     sign: Path | None,
     engine: EngineOptions,
 ) -> None:
-    """Compile CHECKPOINT, a Hugging Face checkpoint directory, into a bundle."""
+    """Compile CHECKPOINT, a Hugging Face checkpoint directory or a GGUF file, into a bundle."""
     started = time.monotonic()
     with needed_for("build"):
         from qwen_export.building.build_plan import default_precision

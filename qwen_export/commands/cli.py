@@ -22,7 +22,7 @@ from qwen_export.commands.flags import flag
 from qwen_export.errors import Interrupted, QwenExportError
 from qwen_export.extras import missing_extra
 
-COMMANDS = ("inspect", "build", "verify", "run", "batch", "bench", "check", "package", "rebuild")
+COMMANDS = ("inspect", "build", "verify", "run", "chat", "serve", "batch", "bench", "check", "package", "rebuild")
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of shells for a process that SIGINT or SIGPIPE has ended."""
 

@@ -1,46 +1,59 @@
-"""Printing an answer while it is made: text on stdout, how it went on stderr."""
+"""Printing an answer while it is made: text and tool calls on stdout, how it went on stderr."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from qwen_export.commands.output import notice
+from qwen_export.commands.output import is_quiet, notice
 from qwen_export.commands.progress import progress
 from qwen_export.errors import ContextOverflow
+from qwen_export.terminal.answer_summary import CONTEXT_FULL, answer_summary, shown_finish
+from qwen_export.terminal.answer_views import PlainView
+from qwen_export.terminal.call_collector import CallCollector
+from qwen_export.terminal.printable import printable
 
 if TYPE_CHECKING:
-    from qwen_export.runtimes.decoding.generation import SpeculationStatistics, Statistics
     from qwen_export.runtimes.model import Generation
 
-CONTEXT_FULL = "context full"
-FINISH = {"overflow": CONTEXT_FULL}
-"""How `Statistics.finish` is shown, where that is not the word itself."""
+Tools = Sequence[dict[str, Any]]
+Events = Callable[[], Iterator[Any]]
 
 
-def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
-    """Reasoning dim, the answer plain, as `events` gives them; then a line about speed and why it ended. A full context is a normal end."""
-    from qwen_export.runtimes.text.reasoning import Reasoning
+def plain_view() -> PlainView:
+    """Answers on stdout. Reasoning is dim beside them on a terminal, and on stderr where stdout is a pipe."""
+    terminal = sys.stdout.isatty()
 
-    reasoning, ended = False, ""
+    def write(text: str) -> None:
+        click.echo(printable(text) if terminal else text, nl=False)
+
+    def aside(text: str) -> None:
+        if terminal or not is_quiet():
+            click.echo(click.style(printable(text), dim=True), nl=False, err=not terminal)
+
+    return PlainView(write, aside)
+
+
+def print_answer(generation: Generation, events: Events, tools: Tools) -> None:
+    """Reasoning aside, the answer plain, as `events` gives them, each tool call as a line of JSON; then a line about speed and why it
+    ended. A full context is a normal end."""
+    view, calls, ended = plain_view(), CallCollector(tools), ""
     try:
         for event in events():
-            if isinstance(event, Reasoning) != reasoning:
-                reasoning = not reasoning
-                if not reasoning:
-                    click.echo("\n")
-            click.echo(click.style(event.text, dim=True) if reasoning else event.text, nl=False)
-        click.echo()
+            if event.kind == "reasoning":
+                view.reasoning(event.text)
+            elif text := calls.push(event.text):
+                view.content(text)
     except ContextOverflow:
         if not generation.tokens:  # the prompt itself does not fit
             raise
-        click.echo()
         ended = CONTEXT_FULL
     except KeyboardInterrupt:
         ended = "interrupted"
@@ -51,32 +64,62 @@ def print_answer(generation: Generation, events: Callable[[], Iterator[Any]]) ->
     except OSError:
         ended = "the output could not be written"
         raise
+    else:
+        if text := calls.flush(generation.statistics.finish == "stop"):
+            view.content(text)
     finally:
-        ended = ended or FINISH.get(generation.statistics.finish, generation.statistics.finish)
+        ended = ended or shown_finish(generation.statistics.finish)
         if generation.statistics.new_tokens and ended:
-            notice(_summary(generation.statistics, ended))
+            notice(answer_summary(generation.statistics, ended))
+    view.end()
+    for call in calls.calls:
+        click.echo(json.dumps(call, ensure_ascii=False))
 
 
-def print_json(generation: Generation, events: Callable[[], Iterator[Any]]) -> None:
-    """One object at the end."""
-    ended = ""
+def json_answer(generation: Generation, events: Events, tools: Tools, logprobs: bool) -> dict[str, Any]:
+    """The whole answer as one object. `tokens` are all ids; `logprobs`, where wanted, has each token's log probability and alternatives."""
+    calls, ended, chosen, text = CallCollector(tools), "", [], ""
     try:
-        for _ in events():
-            pass
+        for event in events():
+            chosen += event.tokens
+            text += calls.push(event.text) if event.kind == "answer" else ""
     except ContextOverflow:
         if not generation.tokens:
             raise
         ended = CONTEXT_FULL
     statistics = generation.statistics
+    text += calls.flush(statistics.finish == "stop")
+    finish = "tool_calls" if calls.calls and statistics.finish == "stop" else ended or shown_finish(statistics.finish)
     result: dict[str, Any] = {
-        "text": generation.content,
+        "text": text,
         "reasoning": generation.reasoning,
+        "tool_calls": calls.calls,
+        "finish": finish,
+        "usage": usage([generation]),
         "tokens": generation.tokens,
-        "finish": ended or FINISH.get(statistics.finish, statistics.finish),
-        "statistics": dataclasses.asdict(statistics)
-        | {"prefill_tok_per_s": statistics.prefill_tok_per_s, "decode_tok_per_s": statistics.decode_tok_per_s},
     }
-    click.echo(json.dumps(result, indent=1, ensure_ascii=False))
+    if logprobs:
+        result["logprobs"] = [{**_named(token), "top": [_named(other) for other in token.top]} for token in chosen]
+    speeds = {"prefill_tok_per_s": statistics.prefill_tok_per_s, "decode_tok_per_s": statistics.decode_tok_per_s}
+    result["statistics"] = dataclasses.asdict(statistics) | speeds
+    return result
+
+
+def usage(generations: Sequence[Generation]) -> dict[str, Any]:
+    """Tokens in the names of OpenAI's protocol, of answers to one prompt."""
+    all_statistics = [generation.statistics for generation in generations]
+    prompt, answers = all_statistics[0].prompt_tokens, sum(statistics.new_tokens for statistics in all_statistics)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": answers,
+        "total_tokens": prompt + answers,
+        "prompt_tokens_details": {"cached_tokens": all_statistics[0].reused_tokens},
+        "completion_tokens_details": {"reasoning_tokens": sum(statistics.reasoning_tokens for statistics in all_statistics)},
+    }
+
+
+def _named(token: Any) -> dict[str, Any]:
+    return {"id": token.id, "text": token.text.decode("utf-8", "replace"), "bytes": list(token.text), "logprob": token.logprob}
 
 
 @contextmanager
@@ -91,21 +134,3 @@ def read_prompt_first(generation: Generation) -> Iterator[Any]:
     events = iter(generation.events())
     first = list(islice(events, 1))
     return chain(first, events)
-
-
-def _summary(s: Statistics, ended: str) -> str:
-    read = f"{s.prompt_tokens} prompt tokens" + (f" ({s.reused_tokens} reused)" if s.reused_tokens else "")
-    return (
-        f"{read}, first token after {s.first_token_s:.3f} s ({s.prefill_tok_per_s:.0f} tok/s), "
-        f"{s.new_tokens} new tokens at {s.decode_tok_per_s:.1f} tok/s, {ended}{_drafts(s.speculation)}"
-    )
-
-
-def _drafts(s: SpeculationStatistics) -> str:
-    if not sum(s.drafted):
-        return ""
-    shares = " / ".join(f"{share:.0%}" for share in s.acceptance)
-    return (
-        f"\n{s.rounds} rounds of {s.tokens_per_round:.2f} tokens, drafts kept {shares}; "
-        f"draft {s.draft_s:.2f} s, verify {s.verify_s:.2f} s, host {s.host_s:.2f} s"
-    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -15,6 +17,8 @@ LARGEST = 64 << 20
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The text of PROMPT, where `-` is stdin and `@FILE` a file, or of --prompt-file."""
+    if prompt is None and prompt_file is None and _piped():
+        prompt = "-"
     if (prompt is None) == (prompt_file is None):
         raise click.UsageError("give PROMPT, or --prompt-file FILE, and not both")
     if prompt_file is not None:
@@ -26,6 +30,15 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         return read_text(Path(prompt[1:]), "prompt")
     # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
     return _decoded(prompt.encode("utf-8", "surrogateescape"), "the command line", "prompt")
+
+
+def _piped() -> bool:
+    """Whether stdin is a pipe or a file: a prompt that was not named is there."""
+    try:
+        kind = os.fstat(sys.stdin.fileno()).st_mode
+    except (AttributeError, OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(kind) or stat.S_ISREG(kind)
 
 
 def read_text(path: Path, parameter: str) -> str:

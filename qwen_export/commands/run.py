@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from qwen_export.commands.answer_flags import AnswerFlags, answer_options
+from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
-from qwen_export.commands.param_types import Finite, KeyValue
-from qwen_export.commands.print_answer import print_answer, print_json, prompt_progress, read_prompt_first
+from qwen_export.commands.print_answer import json_answer, print_answer, prompt_progress, read_prompt_first, usage
 from qwen_export.commands.prompt_source import read_prompt
 from qwen_export.extras import needed_for
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Generation, Model
+    from qwen_export.runtimes.sampling.sampler import SamplingParams
 
 
 @click.command("run")
@@ -27,28 +30,15 @@ if TYPE_CHECKING:
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a UTF-8 file instead.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it is.")
-@click.option("--system", help="System message (implies --chat).")
-@click.option("--thinking/--no-thinking", "thinking", default=None, help="Overrides the template's default (implies --chat).")
-@click.option(
-    "--preserve-thinking", is_flag=True, default=None, help="Keep past reasoning in the prompt, where the template can (implies --chat)."
-)
-@click.option(
-    "--template-kwarg",
-    "template_kwarg",
-    type=KeyValue(),
-    multiple=True,
-    help="A variable of the chat template (implies --chat); repeatable.",
-)
+@template_options("(implies --chat)")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
-@click.option("--temperature", type=Finite())
-@click.option("--top-p", type=Finite())
-@click.option("--top-k", type=int)
-@click.option("--min-p", type=Finite())
-@click.option("--presence-penalty", type=Finite())
-@click.option("--seed", type=int)
-@click.option("--greedy", is_flag=True, default=None, help="Always the likeliest token.")
+@sampling_options
+@answer_options
+@click.option("-n", "count", type=click.IntRange(1), default=1, metavar="N", help="Answers to the prompt, one after the other.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, reasoning, token ids and statistics at the end.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object at the end: text, reasoning, tool calls, usage, token ids, statistics."
+)
 @load_options()
 @verbosity_options
 def command(
@@ -56,57 +46,62 @@ def command(
     prompt: str | None,
     prompt_file: Path | None,
     chat: bool,
-    system: str | None,
-    thinking: bool | None,
-    preserve_thinking: bool | None,
-    template_kwarg: tuple[tuple[str, Any], ...],
+    template: dict[str, Any],
     max_new_tokens: int | None,
+    sampling: dict[str, Any],
+    answer: AnswerFlags,
+    count: int,
     max_context: int | None,
     as_json: bool,
     loading: dict[str, Any],
-    **sampling: Any,
 ) -> None:
-    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-` is stdin, `@FILE` a file."""
-    text = read_prompt(prompt, prompt_file)
+    """Stream the BUNDLE's continuation of PROMPT, or its answer with --chat. PROMPT `-`, or none in a pipe, is stdin; `@FILE` a file.
+
+    The answer alone is printed on stdout; its reasoning is there on a terminal, and on stderr in a pipe. A tool call is a line of JSON."""
+    if answer.logprobs and not as_json:
+        raise click.UsageError("--logprobs needs --json")
     with needed_for("run"):
         from qwen_export.runtimes.model import load
+    tools, options = answer.tools(), answer.options()
+    text = read_prompt(prompt, prompt_file)
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
-    given = {name: value for name, value in sampling.items() if value is not None}
-    chats = chat or bool(template_kwarg) or any(option is not None for option in (system, thinking, preserve_thinking))
-    with ExitStack() as stack:
-        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "progress": stack.enter_context(prompt_progress())}
-        if template_kwarg:
-            options["template_kwargs"] = dict(template_kwarg)
+    chats = chat or bool(template) or answer.needs_chat
+    messages = _messages(text, template.pop("system", None)) if chats else []
+    params = _sampling(model, sampling, template, chats)
+
+    def generation(number: int, progress: Callable[[int, int], None]) -> Generation:
+        """Answer number `number`; each has a seed of its own."""
+        seeded = params if params.seed is None else dataclasses.replace(params, seed=params.seed + number)
+        common: dict[str, Any] = {"sampling": seeded, "max_new_tokens": max_new_tokens, "stop": answer.stop, "answer": options}
         if chats:
-            generation = _answer(model, text, system, thinking, preserve_thinking, given, options)
-        else:
-            generation = model.complete(text, sampling=dataclasses.replace(model.recommended(False), **given), **options)
+            return model.stream(messages, tools=tools, progress=progress, **common, **template)
+        return model.complete(text, progress=progress, **common)
 
-        def events() -> Iterator[Any]:
-            with stack:  # the progress of the prompt ends before the first token is printed
-                started = read_prompt_first(generation)
-            return started
+    generations, results = [], []
+    for number in range(count):
+        with ExitStack() as stack:
+            made = generation(number, stack.enter_context(prompt_progress()))
+            generations.append(made)
 
-        (print_json if as_json else print_answer)(generation, events)
+            def events(made: Generation = made, stack: ExitStack = stack) -> Iterator[Any]:
+                with stack:  # the progress of the prompt ends before the first token is printed
+                    return read_prompt_first(made)
+
+            if as_json:
+                results.append(json_answer(made, events, tools or (), answer.logprobs))
+            else:
+                print_answer(made, events, tools or ())
+    if as_json:
+        result = results[0] if count == 1 else {"answers": results, "usage": usage(generations)}
+        click.echo(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _answer(
-    model: Model,
-    prompt: str,
-    system: str | None,
-    thinking: bool | None,
-    preserve_thinking: bool | None,
-    given: dict[str, Any],
-    options: dict[str, Any],
-) -> Generation:
-    messages = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
-    thinks = thinking if thinking is not None else model.template.thinks_by_default()
-    return model.stream(
-        messages,
-        enable_thinking=thinking,
-        preserve_thinking=preserve_thinking,
-        sampling=dataclasses.replace(model.recommended(thinks), **given),
-        **options,
-    )
+def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
+    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": prompt}]
+
+
+def _sampling(model: Model, given: dict[str, Any], template: dict[str, Any], chats: bool) -> SamplingParams:
+    """What is recommended for the mode, with what was given."""
+    thinks = chats and template.get("enable_thinking", model.template.thinks_by_default())
+    return dataclasses.replace(model.recommended(thinks), **given)

@@ -247,6 +247,8 @@ def _no_transformers(source: Checkpoint) -> str:
     """Why there is no comparison with transformers; "" when there is one."""
     if not importlib.util.find_spec("transformers"):
         return "not installed"
+    if source.logical is not None:
+        return "the checkpoint is not in a form that it reads"
     if source.config.quantization:
         return "it may take the codes of a quantized checkpoint for weights"
     need = 4 * sum(prod(shape) for _, shape in stored_tensors(source.config.text, StoredLayout.of(source)))

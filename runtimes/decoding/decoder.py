@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,56 +18,16 @@ from qwen_export.errors import ContextOverflow, ParameterError, QwenExportError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.decoding.sequence import Media, Prompt, SequenceState
+from qwen_export.runtimes.decoding.sequence import Prompt, SequenceState
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark, Snapshot
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.copies import Kept
 
 Logits = npt.NDArray[np.float32]
 
 Observer = Callable[[int, int, Mapping[str, Buffer]], None]
 """Called after a call of the decoder's graph: with the tokens read before it, the tokens that it read, and by name the outputs that are no
 states, valid until the next call. A call of fixed shape has more rows than tokens."""
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point to go back to within one slot: recurrent states and conv histories after `tokens`. The caches are not copied, so it is
-    small, and valid as long as the sequence still begins with these tokens. `accepted` tokens of `pending` are not in the states yet;
-    `waiting` is the hidden state that the draft head has not read; `positions` are rotary positions other than those of text."""
-
-    tokens: tuple[int, ...]
-    states: dict[str, Bytes]
-    accepted: int = 0
-    pending: dict[str, Bytes] = field(default_factory=dict)
-    waiting: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
-    media: tuple[Media, ...] = ()
-    positions: tuple[int, ...] | None = None
-
-    @property
-    def prompt(self) -> Prompt:
-        return Prompt(self.tokens, self.media)
-
-
-class CachePiece(NamedTuple):
-    """Rows of the attention caches from token `start` on, by name, [Hkv,rows,D * element size] each."""
-
-    start: int
-    rows: dict[str, Bytes]
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that one sequence has read: self-contained, valid for any decoder of the same bundle. `caches` [Hkv,rows,D * element size]
-    are rows from token `start` on; those before are in `earlier`, which other snapshots may share. Of rows in several pieces the last
-    counts."""
-
-    mark: Mark
-    caches: dict[str, Bytes]
-    start: int = 0
-    earlier: tuple[CachePiece, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[CachePiece, ...]:
-        return (*self.earlier, CachePiece(self.start, self.caches))
 
 
 class Follower(Protocol):
@@ -231,8 +190,14 @@ class Decoder(ABC):
         """Make what a step (1) or a verify of `count` tokens needs, so that the first one takes no longer than the others."""
 
     @abstractmethod
-    def warm(self) -> None:
-        """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read."""
+    def warm(self, drafts: int | None = None) -> None:
+        """Do now what otherwise happens once, in the first answers: compiling, binding, recording. Changes nothing that was read.
+        `drafts`: the most that will be verified, None for all that the draft head may make."""
+
+    @property
+    def records(self) -> bool:
+        """Whether the first call of a kind takes many times as long as the others."""
+        return False
 
     # ---- going back ----
 
@@ -240,10 +205,10 @@ class Decoder(ABC):
         """Forget everything that the sequence has read."""
         self.rewind(Mark((), {}), slot)
 
-    def mark(self, slot: int = 0) -> Mark:
-        """Remember this point of the sequence."""
+    def mark(self, slot: int = 0, *, on_device: bool = False) -> Mark:
+        """Remember this point of the sequence; with `on_device` in memory of the GPU, where there is one."""
         self._sequence(slot).require_settled(slot)
-        return self._mark(slot, self.head.save(slot) if self.head is not None else np.zeros(0, np.uint8))
+        return self._mark(slot, self.head.save(slot) if self.head is not None else np.zeros(0, np.uint8), on_device)
 
     def rewind(self, mark: Mark, slot: int = 0) -> None:
         """Make the sequence what it was at the mark, bit for bit; cache rows behind it are never read again. Settles the sequence."""
@@ -259,13 +224,14 @@ class Decoder(ABC):
             self.head.load(slot, mark.waiting)
         sequence.settled = True
 
-    def snapshot(self, slot: int = 0, earlier: tuple[CachePiece, ...] = (), start: int = 0) -> Snapshot:
+    def snapshot(self, slot: int = 0, earlier: tuple[CachePiece, ...] = (), start: int = 0, *, on_device: bool = False) -> Snapshot:
         """Copy what the sequence has read: a mark and the used part of the caches. What `earlier` pieces hold of the same text is not
-        copied again: the caches are those from token `start` on."""
-        mark = self.mark(slot)
+        copied again: the caches are those from token `start` on. With `on_device` the copies are in memory of the GPU, where there is
+        one; such a snapshot fits decoders on the same GPU only."""
+        mark = self.mark(slot, on_device=on_device)
         # The draft head's last row is not made before the next token is known: the piece before does not have it.
         start = max(0, min(start, len(mark.tokens)) - 1)
-        return Snapshot(mark, self._save_caches(slot, start), start, earlier)
+        return Snapshot(mark, self._save_caches(slot, start, on_device), start, earlier)
 
     def restore(self, snapshot: Snapshot, slot: int = 0) -> None:
         """Make the sequence what it was at the snapshot, bit for bit, whatever it has read since. Settles the sequence."""
@@ -278,7 +244,7 @@ class Decoder(ABC):
                 fix="Load with a larger {max_context}.",
             )
         self._require_caches(snapshot, slot)
-        self._make_room(length)
+        self._make_room(min(self.capacity, length + self.widest_verify), slot)
         sequence.settled = False
         sequence.replace(Prompt(()))  # the caches are no longer those of the old text, whatever happens next
         for piece in snapshot.pieces:
@@ -302,9 +268,32 @@ class Decoder(ABC):
         """Seconds spent on bindings, and on recording them, which happens once per kind of call."""
         return self._binding_s + (self.head.binding_s if self.head is not None else 0.0)
 
+    @property
     @abstractmethod
+    def fixed_bytes(self) -> int:
+        """Bytes that all slots together hold, whatever they have read: states, and cache rows that are there from the start."""
+
+    @abstractmethod
+    def growing_bytes(self, length: int) -> int:
+        """Bytes of cache rows that a sequence of `length` tokens takes beyond that."""
+
+    @property
+    def free_bytes(self) -> int | None:
+        """Memory that caches could still take where they grow for each sequence alone, None where there is no such limit."""
+        return None
+
+    def held_bytes(self, slot: int) -> int:
+        """Bytes of cache rows that a slot has now, beyond `fixed_bytes`."""
+        return self.growing_bytes(self._sequence(slot).length)
+
+    @property
+    @abstractmethod
+    def on_gpu(self) -> bool:
+        """Whether states and caches are in other memory than the host's."""
+
     def sequence_bytes(self, length: int) -> int:
-        """Bytes of states and caches that a sequence of `length` tokens uses."""
+        """Bytes of states and caches of one slot with `length` tokens."""
+        return self.fixed_bytes // self.batch + self.growing_bytes(length)
 
     # ---- for the kinds ----
 
@@ -315,14 +304,14 @@ class Decoder(ABC):
     def _accept(self, count: int, slot: int) -> None: ...
 
     @abstractmethod
-    def _mark(self, slot: int, waiting: Bytes) -> Mark: ...
+    def _mark(self, slot: int, waiting: Bytes, on_device: bool) -> Mark: ...
 
     @abstractmethod
     def _load(self, mark: Mark, slot: int) -> None:
         """Take the states of a mark."""
 
     @abstractmethod
-    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]: ...
+    def _save_caches(self, slot: int, start: int, on_device: bool) -> dict[str, Kept]: ...
 
     @abstractmethod
     def _load_caches(self, piece: CachePiece, slot: int) -> None: ...
@@ -331,8 +320,8 @@ class Decoder(ABC):
     def _cache_names(self) -> list[str]:
         """Names of the caches that a snapshot must have."""
 
-    def _make_room(self, length: int) -> None:  # noqa: B027 - most have their full size from the start
-        """Allocate what a sequence of `length` tokens needs."""
+    def _make_room(self, length: int, slot: int) -> None:  # noqa: B027 - most have their full size from the start
+        """Allocate what a sequence of `length` tokens needs in a slot."""
 
     def _require_caches(self, snapshot: Snapshot, slot: int) -> None:
         missing = [name for name in self._cache_names() for piece in snapshot.pieces if name not in piece.rows]
@@ -395,4 +384,4 @@ class Decoder(ABC):
                 expected=f"at most {self.capacity}",
                 fix=f"Shorten the input, or load with a larger {{max_context}}, at most {self.longest}.",
             )
-        self._make_room(used + count)
+        self._make_room(used + count, slot)

@@ -29,6 +29,8 @@ class DraftHead(ABC):
         self._reader, self._log = decoder, log
         slots, self._log_rows = log.shape[:2]
         self._row_bytes = log.row_bytes // self._log_rows
+        self.slot_bytes = log.row_bytes
+        """Bytes of a slot beside its cache."""
         self.lengths = [0] * slots
         """Rows that the head's cache holds of the text that the decoder has read, by slot."""
         self._bases = [0] * slots

@@ -11,31 +11,26 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
+from qwen_export.runtimes.decoding.cache_room import CacheRoom
 from qwen_export.runtimes.decoding.call_plan import plan_calls
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
-from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
-from qwen_export.runtimes.memory.host_buffer import HostBuffer
+from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
 # Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
 PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
 # Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and need more.
 _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
-# CUDA attention costs by the cache rows allocated, not by the tokens in them: caches start small there and double.
-_FIRST_ROWS = 2048
-_ROW_AXIS = 2
-_LONG_TEXT = 8192
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
 
@@ -65,25 +60,24 @@ class DynamicDecoder(Decoder):
         self.session, device = session, session.device
         self.chunk = _chunk(device.kind, manifest)
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
-        self.cache_rows = min(self.capacity, _FIRST_ROWS) if device.kind == "cuda" else self.capacity
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
-        dims = {"B": batch, "S": self.cache_rows}
+        heads = head_session.spec.states if head_session is not None else ()
+        caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
+        self._room = CacheRoom(device, manifest, batch, self.capacity, caches)
         self.states: dict[str, Buffer] = {
-            spec.name: device.buffer(spec.dtype, tuple(d if isinstance(d, int) else dims[d] for d in spec.shape))
+            spec.name: self._room.make(spec)
+            if spec.grows
+            else device.buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
             for spec in session.spec.states
             if not spec.pending
         }
-        for name in self._growing():
-            buffer = self.states[name]
-            if isinstance(buffer, HostBuffer):
-                buffer.prefer_huge_pages(_ROW_AXIS, _LONG_TEXT)
-        self.tables = RotaryTables(manifest, session.spec.inputs, session.buffer, self.capacity)
+        self.tables = RotaryTables(manifest, session.spec.inputs, session.buffer, max(self.capacity, self._room.rows))
         self._logits = LogitsMemory(session, batch, max(1, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
         self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
         self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self.head = DynamicDraftHead(head_session, self, self.tables, self.cache_rows) if head_session is not None else None
+        self.head = DynamicDraftHead(head_session, self, self.tables, self._room) if head_session is not None else None
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
@@ -147,20 +141,29 @@ class DynamicDecoder(Decoder):
         for pending in (0, 1) if self.widest_verify else (0,):
             shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, self.tables.own(0))
             if shape not in self._calls:
-                self._make_room(min(self.capacity, max(self.lengths) + count))
+                self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
 
-    def warm(self) -> None:
+    def warm(self, drafts: int | None = None) -> None:
+        longest = (self.widest_verify if self.head is not None else 1) if drafts is None else min(1 + drafts, self.widest_verify)
         if self.batch == 1:
             mark = self.mark()
             self.prefill([0], want_logits=False)
-            for count in range(1, 1 + (self.widest_verify if self.head is not None else 1)):
+            for count in range(1, 1 + max(1, longest)):
                 self.prepare(count)
             self.rewind(mark)
         else:
-            self.prepare(1)
-        if self.head is not None:
-            self.head.prepare(self.widest_verify)
+            for pending in (0, 1) if longest > 1 else (0,):
+                for count in sorted({1 << power for power in range(self.batch.bit_length())} | {self.batch}):
+                    shape = CallShape(count, 1, 1, 0, True, pending)
+                    if shape not in self._calls:
+                        self._bind(shape)
+        if self.head is not None and longest > 1:
+            self.head.prepare(longest)
+
+    @property
+    def records(self) -> bool:
+        return self.session.records
 
     @property
     def busy_s(self) -> float:
@@ -168,23 +171,46 @@ class DynamicDecoder(Decoder):
 
     def release(self, slot: int = 0) -> None:
         self.reset(slot)
-        for buffer in self._caches().values():
-            buffer.release(slot * buffer.row_bytes, buffer.row_bytes)
+        self._room.release(slot, self._caches().values())
 
-    def sequence_bytes(self, length: int) -> int:
-        states = sum(self.states[name].row_bytes for name in self._fixed())
-        rows = sum(heads * width for heads, _, width in map(self._layout, self._caches().values()))
-        return states + self._transaction.slot_bytes + rows * length
+    @property
+    def cache_rows(self) -> int:
+        """S of the caches."""
+        return self._room.rows
+
+    @property
+    def fixed_bytes(self) -> int:
+        states = sum(self.states[name].row_bytes for name in self._fixed()) + self._transaction.slot_bytes
+        waiting = self.head.slot_bytes if self.head is not None else 0
+        return self.batch * (states + waiting + self._room.fixed_bytes())
+
+    def growing_bytes(self, length: int) -> int:
+        return self._room.bytes_for(length)
+
+    @property
+    def free_bytes(self) -> int | None:
+        return self._room.free_bytes()
+
+    def held_bytes(self, slot: int) -> int:
+        return super().held_bytes(slot) if not self.on_gpu else self._room.held_bytes(slot)
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self.session.device.is_host
 
     # ---- states ----
 
-    def _mark(self, slot: int, waiting: Bytes) -> Mark:
+    def _mark(self, slot: int, waiting: Bytes, on_device: bool) -> Mark:
         sequence = self.sequences[slot]
+        fixed = {name: self.states[name] for name in self._fixed()} | self._transaction.held(slot)
+        copies = self._copies(sum(buffer.row_bytes for buffer in fixed.values()), on_device)
+        copied = {name: copies.rows(b, slot * b.row_bytes, 0, b.row_bytes, 1) for name, b in fixed.items()}
+        copies.done()
         return Mark(
             tuple(sequence.tokens),
-            {name: self.states[name].read_row(slot) for name in self._fixed()},
+            {name: copied[name] for name in self._fixed()},
             self._transaction.accepted[slot],
-            self._transaction.save(slot),
+            {name: copied[name] for name in self._transaction.held(slot)},
             waiting,
             sequence.media,
             self.tables.positions(slot, sequence.length),
@@ -193,28 +219,33 @@ class DynamicDecoder(Decoder):
     def _load(self, mark: Mark, slot: int) -> None:
         for name in self._fixed():
             buffer = self.states[name]
-            buffer.write_row(slot, mark.states.get(name, np.zeros(buffer.row_bytes, np.uint8)))
+            if name in mark.states:
+                put(buffer, slot * buffer.row_bytes, 0, mark.states[name])
+            else:
+                buffer.zero(slot * buffer.row_bytes, buffer.row_bytes)
         self._transaction.load(slot, mark.accepted, mark.pending)
+        settle(self.session.device)
         self.tables.restore(slot, mark.positions)
 
-    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]:
+    def _save_caches(self, slot: int, start: int, on_device: bool) -> dict[str, Kept]:
         """Only the rows that are used are touched: a capacity that no text has reached costs nothing."""
-        count = self.sequences[slot].length - start
-        made: dict[str, Bytes] = {}
-        for name, buffer in self._caches().items():
-            heads, run, width = self._layout(buffer)
-            made[name] = np.empty((heads, count, width), np.uint8)
-            for head in range(heads):
-                at = slot * buffer.row_bytes + head * run + start * width
-                made[name][head] = buffer.read(at, count * width).reshape(count, width)
+        count, made = self.sequences[slot].length - start, {}
+        layouts = {name: (buffer, *self._layout(buffer)) for name, buffer in self._caches().items()}
+        copies = self._copies(sum(heads * width for _, heads, _, width in layouts.values()) * count, on_device)
+        for name, (buffer, heads, run, width) in layouts.items():
+            kept = copies.rows(buffer, slot * buffer.row_bytes + start * width, run, count * width, heads)
+            made[name] = kept if isinstance(kept, Buffer) else kept.reshape(heads, count, width)
+        copies.done()
         return made
 
     def _load_caches(self, piece: CachePiece, slot: int) -> None:
         for name, buffer in self._caches().items():
             heads, run, width = self._layout(buffer)
-            for head in range(heads):
-                at = slot * buffer.row_bytes + head * run + piece.start * width
-                buffer.write(piece.rows[name][head].reshape(-1), at)
+            put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
+        settle(self.session.device)
+
+    def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
+        return DeviceCopies(nbytes, self.session.device.index) if on_device and self.session.device.kind == "cuda" else HostCopies()
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -234,26 +265,19 @@ class DynamicDecoder(Decoder):
         """Of a cache [B,Hkv,S,D]: heads, bytes of one head of a sequence, and bytes of one of its rows."""
         heads = buffer.shape[1]
         run = buffer.row_bytes // heads
-        return heads, run, run // self.cache_rows
+        return heads, run, run // self._room.rows
 
-    def _make_room(self, length: int) -> None:
-        """Have rotary tables for `length` tokens, and cache rows: those are doubled until they fit, which happens on CUDA only, a few times
-        in a long conversation."""
-        self.tables.fill(min(self.capacity, length + self.widest_verify))
-        if length <= self.cache_rows:
+    def _make_room(self, length: int, slot: int) -> None:
+        """Have rotary tables and cache rows for `length` tokens of a slot, and for drafts behind them."""
+        length = min(self.capacity, max(length, self.sequences[slot].length + self.widest_verify))
+        self.tables.fill(length)
+        self._room.reach(slot, length)
+        if not self._room.together or length <= self._room.rows:
             return
-        rows = self.cache_rows
-        while rows < length:
-            rows *= 2
-        rows = min(rows, self.capacity)
-        for name in self._growing():
-            buffer = self.states[name]
-            if not isinstance(buffer, CudaBuffer):
-                raise AssertionError("host caches have their full size from the start")
-            self.states[name] = buffer.grown(_ROW_AXIS, rows, max(self.lengths))
-        self.cache_rows = rows
+        for name, cache in self._room.double(length, {name: self.states[name] for name in self._growing()}, max(self.lengths)).items():
+            self.states[name] = cache
         if self.head is not None:
-            self.head.grow(rows)
+            self.head.grow()
         self._calls.clear()
 
     # ---- calls ----
@@ -286,7 +310,8 @@ class DynamicDecoder(Decoder):
         slots = range(shape.first, shape.first + shape.b)
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
-        places += [(buffer, slot * buffer.row_bytes, buffer.row_bytes) for slot in slots for buffer in self._transaction.held(slot)]
+        pending = [(buffer, slot) for slot in slots for buffer in self._transaction.held(slot).values()]
+        places += [(buffer, slot * buffer.row_bytes, buffer.row_bytes) for buffer, slot in pending]
         kept = []
         for buffer, offset, nbytes in places:
             copy = self.session.buffer("uint8", (nbytes,))
@@ -299,7 +324,7 @@ class DynamicDecoder(Decoder):
                 buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
-        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self.cache_rows, "P": self._transaction.width}
+        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": self._transaction.width}
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}

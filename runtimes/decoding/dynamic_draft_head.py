@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
+from qwen_export.runtimes.decoding.cache_room import CacheRoom
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.memory.buffers import Buffer
-from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
-_ROW_AXIS = 2
 # Rows are caught up with in calls of these sizes: on CUDA the first call of any other size costs some 50 ms, these are recorded once.
 CATCH_UP_BLOCKS: dict[str, tuple[int, ...]] = {"cuda": (512, 64, 8, 1)}
 
@@ -23,20 +22,17 @@ _Shape = tuple[int, int, int, int, bool]
 
 
 class DynamicDraftHead(DraftHead):
-    """`tables` and `cache_rows` are the decoder's."""
+    """`tables` and `room` are the decoder's."""
 
-    def __init__(self, session: Session, decoder: Decoder, tables: RotaryTables, cache_rows: int) -> None:
-        self.session, self._tables, self._cache_rows = session, tables, cache_rows
+    def __init__(self, session: Session, decoder: Decoder, tables: RotaryTables, room: CacheRoom) -> None:
+        self.session, self._tables, self._room = session, tables, room
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
         width, rows, slots = int(spec.shape[-1]), decoder.chunk + WAITING, decoder.batch
         super().__init__(decoder, session.buffer(spec.dtype, (slots, rows, width)))
         # States that a call reads and leaves: of one sequence's rows, and of drafts that follow drafts, one per slot.
         self._input, self._output = session.buffer(spec.dtype, (rows, width)), session.buffer(spec.dtype, (rows, width))
         self._drafts, self._drafts_out = session.buffer(spec.dtype, (slots, width)), session.buffer(spec.dtype, (slots, width))
-        self.caches: dict[str, Buffer] = {
-            s.name: session.buffer(s.dtype, tuple(d if isinstance(d, int) else {"B": slots, "S": cache_rows}[d] for d in s.shape))
-            for s in session.spec.states
-        }
+        self.caches: dict[str, Buffer] = {spec.name: room.make(spec) for spec in session.spec.states}
         self._logits = LogitsMemory(session, slots, 1)
         self._calls: dict[_Shape, BoundCall] = {}
         self._blocks = CATCH_UP_BLOCKS.get(session.device.kind, ())
@@ -59,12 +55,9 @@ class DynamicDraftHead(DraftHead):
             if shape not in self._calls:
                 self._bind(shape)
 
-    def grow(self, cache_rows: int) -> None:
-        for name, buffer in self.caches.items():
-            if not isinstance(buffer, CudaBuffer):
-                raise AssertionError("host caches have their full size from the start")
-            self.caches[name] = buffer.grown(_ROW_AXIS, cache_rows, max(self.lengths))
-        self._cache_rows = cache_rows
+    def grow(self) -> None:
+        """The decoder's caches have more rows."""
+        self.caches = self._room.grown(self.caches, max(self.lengths))
         self._calls.clear()
 
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
@@ -124,7 +117,7 @@ class DynamicDraftHead(DraftHead):
             inputs = caches | self._tables.of(first) | {"hidden": hidden.part(hidden.dtype, (b, T, width))}
             outputs = {state.after: caches[state.name] for state in self.session.spec.states}
             outputs["hidden_out"] = out.part(out.dtype, (b, T, width))
-            dims = {"B": b, "T": T, "N": b * rows, "S": self._cache_rows}
+            dims = {"B": b, "T": T, "N": b * rows, "S": self._room.rows}
             comes_back = rows > 0 or T in self._blocks
             call = BoundCall(self.session, dims, first, inputs, outputs, self._logits, repeated=comes_back)
             if call.recorded:

@@ -62,10 +62,16 @@ class Statistics:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    queued_s: float = 0.0
+    """Until an engine gave the request a slot."""
     first_token_s: float = 0.0
     total_s: float = 0.0
     finish: Finish = ""
     """Why it ended; "" while it runs."""
+    stop_reason: str | int | None = None
+    """The stop string, or the token of `Request.named_stop_ids`, that ended it; None for the model's own end and all others."""
+    reasoning_tokens: int = 0
+    """Those of the new tokens that are reasoning, its closing tag among them; known to the reader of the answer's text."""
     speculation: SpeculationStatistics = field(default_factory=SpeculationStatistics)
 
     @property
@@ -84,7 +90,8 @@ class Statistics:
 class Request:
     """A prompt, and when to stop. `media` are its pictures and videos. `mark_at`: tokens of the prompt that the next turn's prompt will
     begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of `time.monotonic()` after which an engine ends the
-    answer. `progress` is called while the prompt is read, with the tokens read so far and all of them."""
+    answer. `progress` is called while the prompt is read, with the tokens read so far and all of them. `named_stop_ids`: those of
+    `stop_ids` that the caller named."""
 
     ids: Sequence[int]
     sampler: Sampler
@@ -98,6 +105,15 @@ class Request:
     progress: Callable[[int, int], None] | None = None
     user_turn: bool = True
     deadline: float | None = None
+    named_stop_ids: Collection[int] = ()
+
+    def stops_at(self, token: int, statistics: Statistics) -> bool:
+        """Whether a token ends the answer, which it is not part of; notes the reason."""
+        if token not in self.stop_ids:
+            return False
+        statistics.finish = "stop"
+        statistics.stop_reason = token if token in self.named_stop_ids else None
+        return True
 
     def go_on(self, read: int) -> bool:
         """Between two parts of the prompt: whether to read the next one."""
@@ -163,8 +179,7 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
             statistics.total_s = time.perf_counter() - started
             statistics.first_token_s = statistics.first_token_s or statistics.total_s
             for emitted, token in enumerate(made.tokens):  # noqa: B007 - read in `finally`
-                if token in request.stop_ids:
-                    statistics.finish = "stop"
+                if request.stops_at(token, statistics):
                     return
                 statistics.new_tokens += 1
                 if statistics.new_tokens == request.max_new_tokens:

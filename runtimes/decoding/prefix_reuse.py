@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from qwen_export.runtimes.decoding.decoder import Decoder, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Prompt
+from qwen_export.runtimes.decoding.snapshot import Mark
 
 _MARKS = 8
 

@@ -14,14 +14,16 @@ import numpy as np
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder, Logits, Mark
+from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.static_draft_head import StaticDraftHead
 from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, HEAD_GRAPHS, PROMPT, STEP, VERIFY, StaticGraph, StaticStates
 from qwen_export.runtimes.memory.buffers import Bytes
+from qwen_export.runtimes.memory.copies import Kept, on_host
 
 _HEAD = "mtp."
 
@@ -42,6 +44,7 @@ class StaticDecoder(Decoder):
         self.chunk = self._graphs[PROMPT].T
         self.widest_verify = self._graphs[VERIFY].T if VERIFY in self._graphs else 0
         prompt = sessions[PROMPT]
+        self._on_host = prompt.device.is_host
         rows = next(int(spec.shape[0]) for spec in prompt.spec.inputs if spec.name == "cos")
         self.tables = RotaryTables(manifest, prompt.spec.inputs, prompt.buffer, rows)
         self.tables.fill(rows)
@@ -148,7 +151,7 @@ class StaticDecoder(Decoder):
         if self.batch == 1 and count <= max(1, self.widest_verify):
             self._prepare(STEP if count == 1 and not self._accepted[0] else VERIFY)
 
-    def warm(self) -> None:
+    def warm(self, drafts: int | None = None) -> None:
         """See Decoder: for the graphs of all calls."""
         for name in self._graphs:
             self._prepare(name, every=True)
@@ -170,21 +173,29 @@ class StaticDecoder(Decoder):
     def binding_s(self) -> float:
         return sum(graph.session.binding_s for graph in self._graphs.values()) + (self.head.prepared_s if self.head is not None else 0.0)
 
-    def sequence_bytes(self, length: int) -> int:
-        caches = list(self._caches(0).values())
-        return sum(states.row_bytes(cache) for states, cache in caches) * length + self._states[0].fixed_bytes
+    @property
+    def fixed_bytes(self) -> int:
+        rows = 0 if self._on_host else self.growing_bytes(1) * self.longest
+        return self.batch * (self._states[0].fixed_bytes + rows)
+
+    @property
+    def on_gpu(self) -> bool:
+        return not self._on_host
+
+    def growing_bytes(self, length: int) -> int:
+        return sum(states.row_bytes(cache) for states, cache in self._caches(0).values()) * length if self._on_host else 0
 
     # ---- states ----
 
-    def mark(self, slot: int = 0) -> Mark:
+    def mark(self, slot: int = 0, *, on_device: bool = False) -> Mark:
         sequence = self._sequence(slot)
         sequence.require_settled(slot)
         if self._accepted[slot]:  # into the state: a call without tokens of its own
             with Change([sequence]):
                 self._call(slot, VERIFY, Read(slot, (), logits=0), 0, 0)
-        return super().mark(slot)
+        return super().mark(slot, on_device=on_device)
 
-    def _mark(self, slot: int, waiting: Bytes) -> Mark:
+    def _mark(self, slot: int, waiting: Bytes, on_device: bool) -> Mark:
         states, sequence = self._states[slot], self.sequences[slot]
         return Mark(
             tuple(sequence.tokens),
@@ -198,17 +209,17 @@ class StaticDecoder(Decoder):
         states = self._states[slot]
         for name in states.fixed:
             buffer = states.now(name)
-            buffer.write(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8)))
+            buffer.write(on_host(mark.states.get(name, np.zeros(buffer.nbytes, np.uint8))))
         self._accepted[slot] = 0
         self.tables.restore(slot, mark.positions)
 
-    def _save_caches(self, slot: int, start: int) -> dict[str, Bytes]:
+    def _save_caches(self, slot: int, start: int, on_device: bool) -> dict[str, Kept]:
         used = self.sequences[slot].length
         return {name: states.rows(cache, start, used) for name, (states, cache) in self._caches(slot).items()}
 
     def _load_caches(self, piece: CachePiece, slot: int) -> None:
         for name, (states, cache) in self._caches(slot).items():
-            states.set_rows(cache, piece.start, piece.rows[name])
+            states.set_rows(cache, piece.start, on_host(piece.rows[name]))
 
     def _cache_names(self) -> list[str]:
         return list(self._caches(0))

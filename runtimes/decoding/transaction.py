@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from math import prod
 
 from qwen_export.manifest import GraphSpec, StateSpec
-from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.copies import Kept, put
 from qwen_export.runtimes.memory.device import Device
 
 
@@ -77,19 +78,17 @@ class Transaction:
         """A call has taken in what was accepted, and left nothing."""
         self.accepted[slot] = 0
 
-    def save(self, slot: int) -> dict[str, Bytes]:
-        """What is pending, empty when nothing is."""
-        return {name: b.read_row(slot) for name, b in self._sets[self._set_of[slot]].items()} if self.accepted[slot] else {}
-
-    def load(self, slot: int, accepted: int, saved: Mapping[str, Bytes]) -> None:
-        for name, data in saved.items():
+    def load(self, slot: int, accepted: int, saved: Mapping[str, Kept]) -> None:
+        """What was pending in a slot, as copies of what `held` had."""
+        for name, kept in saved.items():
             if name in self._sets[self._set_of[slot]]:
-                self._sets[self._set_of[slot]][name].write_row(slot, data)
+                buffer = self._sets[self._set_of[slot]][name]
+                put(buffer, slot * buffer.row_bytes, 0, kept)
         self.accepted[slot] = accepted
 
-    def held(self, slot: int) -> list[Buffer]:
-        """The set that has what is pending in a slot; empty when nothing is."""
-        return list(self._sets[self._set_of[slot]].values()) if self.accepted[slot] else []
+    def held(self, slot: int) -> dict[str, Buffer]:
+        """The set that has what is pending in a slot, by name; empty when nothing is."""
+        return dict(self._sets[self._set_of[slot]]) if self.accepted[slot] else {}
 
 
 def _sizes(state: StateSpec, dims: Mapping[str, int]) -> tuple[int, ...]:

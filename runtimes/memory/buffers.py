@@ -50,6 +50,10 @@ class Buffer(ABC):
     def write(self, data: Bytes, offset: int = 0) -> None:
         """Replace the bytes from `offset` on."""
 
+    def zero(self, offset: int, nbytes: int) -> None:
+        """Make these bytes zero."""
+        self.write(np.zeros(nbytes, np.uint8), offset)
+
     def release(self, offset: int, nbytes: int) -> None:  # noqa: B027 - most memory cannot be given back in part
         """These bytes are not needed: where the device can, their memory is free until they are written again. They then hold anything."""
 

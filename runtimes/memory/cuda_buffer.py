@@ -20,8 +20,11 @@ class CudaBuffer(Buffer):
         self.index = index
         self._whole, self._offset = whole, offset
         use_device(index)
-        self.address = cuda_memory.allocate(self.nbytes) if whole is None else whole.address + offset
+        self.address = self._allocate() if whole is None else whole.address + offset
         self._pinned: Bytes | None = None
+
+    def _allocate(self) -> int:
+        return cuda_memory.allocate(self.nbytes)
 
     def __del__(self) -> None:
         if sys.is_finalizing() or getattr(self, "_whole", None) is not None:  # the process, or the whole, gives everything back
@@ -44,6 +47,10 @@ class CudaBuffer(Buffer):
         data = np.ascontiguousarray(data)
         use_device(self.index)
         cuda_memory.to_device(self.address + offset, data.ctypes.data, data.nbytes)
+
+    def zero(self, offset: int, nbytes: int) -> None:
+        use_device(self.index)
+        cuda_memory.zero(self.address + offset, nbytes)
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         use_device(self.index)
@@ -71,6 +78,16 @@ class CudaBuffer(Buffer):
         memory = np.zeros(self.nbytes, np.uint8)
         cuda_memory.pin(memory.ctypes.data, self.nbytes)
         return memory
+
+    def take_rows(self, offset: int, other: CudaBuffer, start: int, pitch: int, width: int, height: int) -> None:
+        """To `offset`, one behind the other: `height` rows of `width` bytes of another buffer, which are `pitch` apart from `start` on."""
+        use_device(self.index)
+        cuda_memory.copy_rows(self.address + offset, width, other.address + start, pitch, width, height)
+
+    def put_rows(self, offset: int, pitch: int, other: CudaBuffer, width: int, height: int) -> None:
+        """The inverse: all rows of another buffer, to places `pitch` apart from `offset` on."""
+        use_device(self.index)
+        cuda_memory.copy_rows(self.address + offset, pitch, other.address, width, width, height)
 
     def grown(self, axis: int, size: int, used: int) -> CudaBuffer:
         """A larger buffer: `axis` has `size` entries, of which the first `used` are copied."""

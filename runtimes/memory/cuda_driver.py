@@ -18,6 +18,8 @@ LIBRARY_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",
 OUT_OF_MEMORY = 2
 _NO_DEVICE = 100
 _MAJOR, _MINOR = 75, 76  # attributes of a device: compute capability
+VIRTUAL_MEMORY = 102
+"""The attribute that tells whether pages of memory can be mapped."""
 
 
 class Copy2D(Structure):
@@ -58,6 +60,14 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpy2DUnaligned_v2": [POINTER(Copy2D)],
+    "cuMemGetAllocationGranularity": [POINTER(c_size_t), c_void_p, c_int],
+    "cuMemAddressReserve": [POINTER(c_ulonglong), c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemAddressFree": [c_ulonglong, c_size_t],
+    "cuMemCreate": [POINTER(c_ulonglong), c_size_t, c_void_p, c_ulonglong],
+    "cuMemRelease": [c_ulonglong],
+    "cuMemMap": [c_ulonglong, c_size_t, c_size_t, c_ulonglong, c_ulonglong],
+    "cuMemUnmap": [c_ulonglong, c_size_t],
+    "cuMemSetAccess": [c_ulonglong, c_size_t, c_void_p, c_size_t],
     "cuMemHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
     "cuMemFreeHost": [c_void_p],
     "cuMemHostRegister_v2": [c_void_p, c_size_t, c_uint],
@@ -182,12 +192,14 @@ def device_name(device_id: int = 0) -> str:
 
 def compute_capability(device_id: int = 0) -> tuple[int, int]:
     """Major and minor number of a device, (8, 9) for SM 89."""
-    values = []
-    for attribute in (_MAJOR, _MINOR):
-        value = c_int()
-        call("cuDeviceGetAttribute", ctypes.byref(value), attribute, _device(device_id))
-        values.append(value.value)
-    return values[0], values[1]
+    return attribute(_MAJOR, device_id), attribute(_MINOR, device_id)
+
+
+def attribute(number: int, device_id: int = 0) -> int:
+    """An attribute of a device, by its number in the driver's header."""
+    value = c_int()
+    call("cuDeviceGetAttribute", ctypes.byref(value), number, _device(device_id))
+    return value.value
 
 
 def driver_version() -> tuple[int, int]:

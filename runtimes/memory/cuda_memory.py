@@ -29,13 +29,7 @@ def allocate_raw(nbytes: int) -> int:
     address = ctypes.c_ulonglong()
     code = cuda_driver.driver().cuMemAlloc_v2(ctypes.byref(address), max(1, nbytes))
     if code == cuda_driver.OUT_OF_MEMORY:
-        free_bytes, total = cuda_driver.memory_info()
-        raise BundleError(
-            "the GPU has too little free memory",
-            got=f"{_size(free_bytes)} free of {_size(total)}",
-            expected=f"{_size(nbytes)} in one piece",
-            fix=_SMALLER,
-        )
+        raise too_little(nbytes)
     if code:
         raise BundleError(
             "the GPU gives no memory",
@@ -43,6 +37,27 @@ def allocate_raw(nbytes: int) -> int:
             fix="Look at the GPU with `nvidia-smi`, and start this program again.",
         )
     return int(address.value)
+
+
+def too_little(nbytes: int) -> BundleError:
+    """The error for so many bytes that the GPU does not have."""
+    free_bytes, total = cuda_driver.memory_info()
+    return BundleError(
+        "the GPU has too little free memory",
+        got=f"{_size(free_bytes)} free of {_size(total)}",
+        expected=f"{_size(nbytes)} in one piece",
+        fix=_SMALLER,
+    )
+
+
+def zero(address: int, nbytes: int) -> None:
+    call("cuMemsetD8Async", address, 0, nbytes, 0)
+    wait()
+
+
+def wait() -> None:
+    """For everything that was queued on stream 0."""
+    call("cuStreamSynchronize", 0)
 
 
 def free(address: int) -> None:

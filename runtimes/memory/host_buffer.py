@@ -60,6 +60,9 @@ class HostBuffer(Buffer):
         assert isinstance(other, HostBuffer)
         self._memory[offset : offset + nbytes] = other._memory[start : start + nbytes]
 
+    def zero(self, offset: int, nbytes: int) -> None:
+        self._bytes[offset : offset + nbytes] = 0
+
     def release(self, offset: int, nbytes: int) -> None:
         if self._map is None or not hasattr(mmap, "MADV_DONTNEED"):
             return

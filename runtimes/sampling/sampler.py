@@ -3,6 +3,7 @@
 For one row of logits x, with peak = max x and T the temperature:
 
     rules        x_i = -inf                                         for every forbidden token i (`token_rules.py`)
+    bias         x_i = x_i + b_i                                    for every token i with a bias
     repetition   x_i = x_i / r  if x_i >= 0  else x_i * r          for every token i of prompt and answer
     presence     x_i = x_i - a - f * count_i                        for every generated token i (f: the frequency penalty)
     top-k        keep x_i >= the k-th largest (ties of the k-th stay)
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from struct import Struct
@@ -34,6 +35,7 @@ from qwen_export.runtimes.decoding.logit_rows import Row, Top
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.largest import nucleus, top_ids
+from qwen_export.runtimes.sampling.logprobs import LogprobRecorder
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.sampling.token_rules import NOTHING, Forbidden, TokenRules
 
@@ -136,7 +138,8 @@ class Sampler:
     number of it, whether there is a choice or not, so that number i chooses token i.
 
     `vocab_limit`: tokens of the tokenizer; the rows of the head behind it are padding and are never chosen. `stop_ids`: tokens that end
-    the answer, for the rules about them. `constraint`: what the answer must obey; it needs a `history` in every call.
+    the answer, for the rules about them. `constraint`: what the answer must obey; it needs a `history` in every call. `bias`: added to the
+    logits of these tokens. `recorder` gets every token that is chosen, with its row.
     """
 
     def __init__(
@@ -145,8 +148,11 @@ class Sampler:
         vocab_limit: int | None = None,
         stop_ids: Collection[int] = (),
         constraint: Constraint | None = None,
+        bias: Mapping[int, float] | None = None,
+        recorder: LogprobRecorder | None = None,
     ) -> None:
-        self.params, self._constraint = params, constraint
+        self.params, self._constraint, self._bias, self.recorder = params, constraint, dict(bias or {}), recorder
+        self._raises = any(value > 0 for value in self._bias.values())
         self._rules = params.rules(stop_ids)
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
@@ -154,8 +160,8 @@ class Sampler:
 
     @property
     def plain(self) -> bool:
-        """Whether a choice depends on nothing but its row of logits, and penalties."""
-        return self._constraint is None and not self._rules
+        """Whether a choice depends on nothing but its row of logits, and penalties, and is not recorded."""
+        return self._constraint is None and not self._rules and not self._bias and self.recorder is None
 
     @property
     def penalizes(self) -> bool:
@@ -179,19 +185,27 @@ class Sampler:
 
     def sample(self, logits: Logits | Row, history: TokenHistory | None = None) -> int:
         """The next token of one row of logits."""
-        return self.distribution(logits, history).draw(self.rng.random())
+        token = self.distribution(logits, history).draw(self.rng.random())
+        self.chosen(logits, token)
+        return token
+
+    def chosen(self, logits: Logits | Row, token: int) -> None:
+        """A token was chosen from a row, from its `distribution` or because a draft of it was kept."""
+        if self.recorder is not None:
+            self.recorder.add(logits, token)
 
     def _among_largest(
         self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
     ) -> Distribution | None:
-        """From the largest entries alone; None when all are needed. Rules, constraints, and penalties that only lower, leave the others at
-        most at the last entry, `floor`. What is above it after penalties is above all others."""
+        """From the largest entries alone; None when all are needed. Rules, constraints, and bias and penalties that only lower, leave the
+        others at most at the last entry, `floor`. What is above it after penalties is above all others."""
         params = self.params
-        if top is None or not (params.is_greedy or params.top_k):
+        if top is None or self._raises or not (params.is_greedy or params.top_k):
             return None
         _check_peak(top.logits[0])
         floor, limit = top.logits[-1], self.vocab_limit
-        if params.is_greedy and not self._penalizes and not forbidden and allowed is None and (limit is None or top.ids[0] < limit):
+        plain = not self._penalizes and not self._bias and not forbidden and allowed is None
+        if params.is_greedy and plain and (limit is None or top.ids[0] < limit):
             return Distribution.certain(top.ids[0])
         largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
         found = [pair for pair in largest if limit is None or pair[0] < limit]
@@ -199,6 +213,8 @@ class Sampler:
             found = [pair for pair in found if pair[0] not in forbidden]
         if allowed is not None:
             found = [pair for pair in found if allowed[pair[0]]]
+        if self._bias:
+            found = [(token, _fp32(x + _fp32(self._bias[token])) if token in self._bias else x) for token, x in found]
         if history is not None and self._penalizes:
             if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
                 return None
@@ -231,8 +247,13 @@ class Sampler:
     ) -> Distribution:
         params = self.params
         x = logits[: self.vocab_limit]
+        if self._bias:
+            x = x.copy()
+            for token, bias in self._bias.items():
+                if token < len(x):  # a draft head may know fewer
+                    x[token] += x.dtype.type(bias)
         if history is not None and self._penalizes:
-            x = self._penalized(x.copy(), history)
+            x = self._penalized(x.copy() if x.base is not None else x, history)
         if forbidden:
             x = self._without(x if x.base is None else x.copy(), forbidden)
         if allowed is not None:

@@ -19,7 +19,8 @@ class DraftCounts:
 
     def __init__(self, decoder: Decoder, fixed: int | None) -> None:
         """`fixed`: always so many."""
-        self._longest = max(0, decoder.widest_verify - 1)
+        self.longest = max(0, decoder.widest_verify - 1) if fixed is None else fixed
+        """The most drafts of a row."""
         self._fixed, self._shared = fixed, decoder.idle_rows > 0
         self._policies: dict[int, AdaptiveLength] = {}
 
@@ -28,7 +29,7 @@ class DraftCounts:
             return self._fixed
         if self._shared and rows > _SHARED_ROWS:
             return 0
-        return self._policy(rows).length(self._longest)
+        return self._policy(rows).length(self.longest)
 
     def observe(self, drafted: int, kept: Sequence[tuple[int, int]], seconds: float) -> None:
         """A step with up to `drafted` drafts a row: those made and kept of each row."""
@@ -38,7 +39,7 @@ class DraftCounts:
     def _policy(self, rows: int) -> AdaptiveLength:
         size = (rows - 1).bit_length()
         if size not in self._policies:
-            self._policies[size] = AdaptiveLength(self._longest)
+            self._policies[size] = AdaptiveLength(self.longest)
         return self._policies[size]
 
 

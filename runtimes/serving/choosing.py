@@ -51,6 +51,7 @@ def _one(row: Row, call: ServedCall) -> int | Exception:
     try:
         distribution = call.request.sampler.distribution(row, call.history)
         token = call.acceptance.token(distribution, None, 0)
+        call.request.sampler.chosen(row, token)
     except Exception as error:  # of this row alone; the others go on
         return error
     call.acceptance.advance(1)

@@ -25,6 +25,7 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts
 from qwen_export.runtimes.serving.chunk_budget import STALL
 from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
+from qwen_export.runtimes.serving.memory_plan import plan_memory
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.scheduler import Scheduler
 from qwen_export.runtimes.serving.served_call import ServedCall
@@ -35,8 +36,6 @@ from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
 
-PREFIX_MEMORY = 1 << 30
-"""Bytes for beginnings of prompts, when the caller names none."""
 _LOOK_EVERY = 8
 """Steps between two looks at requests that wait."""
 RESERVE = 64
@@ -46,24 +45,26 @@ RESERVE = 64
 class Engine:
     """Owns the decoder that `make_decoder` returns, which is made and used in the engine's thread alone.
 
-    `cache_memory`: bytes for the sequences that run, None for what all slots hold; at least one whole context. `prefix_memory`: bytes for
-    beginnings of prompts, 0 for none. `drafts`: "auto" as many as pay, a number, or "off". `max_waiting`: requests that may wait before
-    `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request enters.
-    `stall`: the longest time between two tokens of an answer while prompts are read, in times without one; inf reads prompts as fast as
-    it goes."""
+    `cache_memory`: bytes for states, caches and beginnings of prompts together, at least those of one whole context; None for what all
+    slots may need, or the GPU has left. `prefix_memory`: the part of them for beginnings of prompts, 0 for none; None for 1 GiB, or half
+    of what one context leaves. On a GPU that part is in host memory and apart, or with `prefix_on_device` in the GPU's. `drafts`: "auto"
+    as many as pay, a number, or "off". `max_waiting`: requests that may wait before `submit` raises OverloadedError. `reserve`: tokens of
+    an answer that must fit in memory beside the prompt when a request enters. `stall`: the longest time between two tokens of an answer
+    while prompts are read, in times without one; inf reads prompts as fast as it goes."""
 
     def __init__(
         self,
         make_decoder: Callable[[], Decoder],
         *,
         cache_memory: int | None = None,
-        prefix_memory: int = PREFIX_MEMORY,
+        prefix_memory: int | None = None,
+        prefix_on_device: bool = False,
         drafts: int | str = "auto",
         max_waiting: int | None = None,
         reserve: int = RESERVE,
         stall: float = STALL,
     ) -> None:
-        if prefix_memory < 0:
+        if prefix_memory is not None and prefix_memory < 0:
             raise ParameterError(
                 "the memory for prompts is negative",
                 parameter="prefix_memory",
@@ -90,7 +91,10 @@ class Engine:
         self.statistics = EngineStatistics()
         ready: SimpleQueue[Exception | None] = SimpleQueue()
         self._thread = threading.Thread(
-            target=self._main, args=(make_decoder, cache_memory, prefix_memory, drafts, ready), name="engine", daemon=True
+            target=self._main,
+            args=(make_decoder, cache_memory, prefix_memory, prefix_on_device, drafts, ready),
+            name="engine",
+            daemon=True,
         )
         self._thread.start()
         failed = ready.get()
@@ -104,7 +108,8 @@ class Engine:
         slots: int = 8,
         *,
         cache_memory: int | None = None,
-        prefix_memory: int = PREFIX_MEMORY,
+        prefix_memory: int | None = None,
+        prefix_on_device: bool = False,
         max_waiting: int | None = None,
         reserve: int = RESERVE,
         stall: float = STALL,
@@ -115,6 +120,7 @@ class Engine:
             lambda: model.decoder(slots, drafts=drafts not in ("off", "lookup")),
             cache_memory=cache_memory,
             prefix_memory=prefix_memory,
+            prefix_on_device=prefix_on_device,
             drafts=drafts,
             max_waiting=max_waiting,
             reserve=reserve,
@@ -175,6 +181,14 @@ class Engine:
         stream = self.submit(prepared.request, loop=asyncio.get_running_loop())
         return AsyncGeneration(stream, stream.statistics, prepared)
 
+    def answers(self, prepared: Prepared, n: int) -> list[Generation]:
+        """Queue `n` answers to one prompt. Number i has the seed that the caller gave plus i."""
+        return [self.answer(one) for one in prepared.several(n)]
+
+    def answers_async(self, prepared: Prepared, n: int) -> list[AsyncGeneration]:
+        """As `answers`, for a coroutine of the running event loop."""
+        return [self.answer_async(one) for one in prepared.several(n)]
+
     def close(self, *, drain: bool = False) -> None:
         """Take no more requests and end the thread. Those that run are ended ("abandoned"), or with `drain` finished first."""
         with self._lock:
@@ -202,13 +216,14 @@ class Engine:
         self,
         make_decoder: Callable[[], Decoder],
         cache_memory: int | None,
-        prefix_memory: int,
+        prefix_memory: int | None,
+        prefix_on_device: bool,
         drafts: int | str,
         ready: SimpleQueue[Exception | None],
     ) -> None:
         try:
             decoder = make_decoder()
-            self._set_up(decoder, cache_memory, prefix_memory, drafts)
+            self._set_up(decoder, cache_memory, prefix_memory, prefix_on_device, drafts)
         except Exception as error:
             ready.put(error)
             return
@@ -227,30 +242,26 @@ class Engine:
                     self._end(call_left, self._closing or "error", self._error and ended_by(self._error))
         self._deliveries.send()
 
-    def _set_up(self, decoder: Decoder, cache_memory: int | None, prefix_memory: int, drafts: int | str) -> None:
+    def _set_up(
+        self, decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, prefix_on_device: bool, drafts: int | str
+    ) -> None:
         self._decoder, self._slots = decoder, decoder.batch
-        ahead = max(1, decoder.widest_verify)
-        whole = decoder.sequence_bytes(decoder.capacity + ahead)
-        limit = cache_memory if cache_memory is not None else decoder.batch * whole
-        if limit < whole:
-            raise ParameterError(
-                "the memory for sequences does not hold one",
-                parameter="cache_memory",
-                got=f"{limit} bytes",
-                expected=f"at least {whole} bytes for {decoder.capacity} tokens",
-                fix="Raise {cache_memory}, or lower {max_context}.",
-            )
-        self._longest = decoder.capacity
-        fixed = decoder.sequence_bytes(0)
-        token = decoder.sequence_bytes(1) - fixed
-        self._scheduler = Scheduler(decoder.batch, limit, lambda length: fixed + token * length, decoder.chunk, ahead)
-        cache = PrefixCache(prefix_memory) if prefix_memory else None
-        self._table = SlotTable(decoder, cache, releases=cache_memory is not None)
+        apart = decoder.on_gpu and not prefix_on_device
+        plan = plan_memory(decoder, cache_memory, prefix_memory, prefix_apart=apart)
+        self._longest, ahead = plan.longest, max(1, decoder.widest_verify)
+        self._scheduler = Scheduler(decoder.batch, plan.growing, decoder.growing_bytes, decoder.chunk, ahead)
+        cache = PrefixCache(plan.prefix) if plan.prefix else None
+        self._table = SlotTable(decoder, cache, releases=cache_memory is not None or decoder.on_gpu, on_device=prefix_on_device)
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
-        self.statistics.cache_limit = limit
+        if decoder.records:
+            decoder.warm(0 if counts is None else counts.longest)
+        numbers = self.statistics
+        numbers.slots, numbers.longest = decoder.batch, decoder.capacity
+        numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
+        numbers.measure = lambda: {slot: decoder.held_bytes(slot) for slot in list(self._table.calls)}
         if cache is not None:
             self.statistics.prefix = cache.statistics
 
@@ -274,6 +285,7 @@ class Engine:
 
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
+        self.statistics.step_began = time.monotonic()
         self._drop_unwanted()
         self._change_slots()
         scheduler, calls = self._scheduler, self._calls
@@ -294,12 +306,12 @@ class Engine:
         for inbox in self._deliveries.send():
             self._forget_reader(inbox)
         numbers = self.statistics
+        numbers.step_began = 0.0
         spent = time.perf_counter() - began
         numbers.steps += 1
         numbers.step_s += spent
         numbers.host_s += spent - (self._decoder.busy_s - busy) - (self._decoder.binding_s - binding)
         numbers.running, numbers.waiting = len(running), scheduler.waiting
-        numbers.cache_bytes = scheduler.held
 
     def _drop_unwanted(self) -> None:
         """End what was cancelled, is late, or has no room for its next token."""
@@ -339,6 +351,7 @@ class Engine:
             except Exception as error:
                 self._end(call, "error", ended_by(error))
                 continue
+            call.statistics.queued_s = call.statistics.queued_s or time.perf_counter() - call.started
             self._scheduler.entered(key, read, cuts)
 
     # ---- what steps report ----

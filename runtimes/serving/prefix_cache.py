@@ -18,8 +18,8 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.runtimes.decoding.decoder import CachePiece, Mark, Snapshot
 from qwen_export.runtimes.decoding.sequence import Prompt
+from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark, Snapshot
 
 _REMEMBERED = 4096
 """Evicted points that are remembered, to count what they would have saved."""

@@ -6,9 +6,9 @@ import time
 
 import numpy as np
 
-from qwen_export.runtimes.decoding.decoder import Snapshot
 from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.decoding.snapshot import Snapshot
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.serving.token_stream import Inbox
 from qwen_export.runtimes.speculation.acceptance import acceptance_for
@@ -63,8 +63,7 @@ class ServedCall:
         for token in tokens:
             if statistics.finish:
                 break
-            if token in request.stop_ids:
-                statistics.finish = "stop"
+            if request.stops_at(token, statistics):
                 break
             given.append(token)
             statistics.new_tokens += 1

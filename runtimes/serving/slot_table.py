@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qwen_export.runtimes.decoding.decoder import CachePiece, Decoder
+from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.sequence import Prompt
+from qwen_export.runtimes.decoding.snapshot import CachePiece
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.served_call import ServedCall
 
@@ -17,9 +18,9 @@ _SHORTEST = 64
 class SlotTable:
     """The slots of a decoder and the calls in them. `cache` None keeps nothing."""
 
-    def __init__(self, decoder: Decoder, cache: PrefixCache | None, *, releases: bool = False) -> None:
-        """`releases`: the memory of a slot is given back when it is left."""
-        self.decoder, self.cache, self._releases = decoder, cache, releases
+    def __init__(self, decoder: Decoder, cache: PrefixCache | None, *, releases: bool = False, on_device: bool = False) -> None:
+        """`releases`: the memory of a slot is given back when it is left. `on_device`: what the cache has is in memory of the GPU."""
+        self.decoder, self.cache, self._releases, self._on_device = decoder, cache, releases, on_device
         self.calls: dict[int, ServedCall] = {}
         """By slot."""
 
@@ -85,7 +86,7 @@ class SlotTable:
         assert self.cache is not None
         earlier, start = self._base(slot)
         try:
-            snapshot = self.decoder.snapshot(slot, earlier, start)
+            snapshot = self.decoder.snapshot(slot, earlier, start, on_device=self._on_device)
         except Exception:  # out of memory perhaps: later prompts are read in full, and no answer changes
             self.cache.statistics.failures += 1
         else:

@@ -216,6 +216,7 @@ class StepRunner:
             for place, one in enumerate((*drafts, None)):
                 row: Row = rows[place]
                 tokens.append(call.acceptance.token(sampler.distribution(row, history), one, len(tokens)))
+                sampler.chosen(row, tokens[-1])
                 history.push(tokens[-1])
                 if one is None or tokens[-1] != one.token:
                     break

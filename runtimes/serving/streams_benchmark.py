@@ -29,7 +29,7 @@ def measure_streams(
 
 def _streams(model: Model, count: int, prompt_tokens: int, new_tokens: int, rounds: int, say: Say) -> dict[str, Any]:
     chance = np.random.default_rng(0)
-    prompts = chance.integers(0, model.tokenizer.vocab_size, (count, prompt_tokens)).tolist()
+    prompts = chance.integers(0, model.manifest.model["vocab_size"], (count, prompt_tokens)).tolist()
     bare, through, ratios, firsts, lasts, hosts = [], [], [], [], [], []
     with Engine.of(model, count, prefix_memory=0) as engine:
         for number in range(rounds + 1):  # the first binds and records

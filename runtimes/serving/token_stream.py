@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -38,9 +39,13 @@ class LoopInbox:
         self.loop = loop
         self._items: deque[Item] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self.notify: Callable[[], None] | None = None
+        """Called behind every `put`."""
 
     def put(self, item: Item) -> None:
         self._items.append(item)
+        if self.notify is not None:
+            self.notify()
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -52,6 +57,12 @@ class LoopInbox:
             finally:
                 self._waiter = None
         return self._items.popleft()
+
+    def take(self) -> list[Item]:
+        """What is there, without waiting."""
+        items = list(self._items)
+        self._items.clear()
+        return items
 
 
 Inbox = ThreadInbox | LoopInbox
@@ -107,6 +118,27 @@ class TokenStream:
                 raise TypeError("this stream belongs to a thread: submit the request with a loop to read it with `async for`")
             self._take(await self._inbox.get())
         return self._ready.popleft()
+
+    def on_arrival(self, notify: Callable[[], None]) -> None:
+        """Call `notify`, in the loop's thread, whenever tokens or the end have arrived: for one reader of several streams."""
+        if isinstance(self._inbox, ThreadInbox):
+            raise TypeError("this stream belongs to a thread: submit the request with a loop")
+        self._inbox.notify = notify
+
+    def arrived(self) -> list[int]:
+        """The tokens that are there, without waiting; `ended` tells whether more will come. Raises what ended the request."""
+        if isinstance(self._inbox, ThreadInbox):
+            raise TypeError("this stream belongs to a thread: submit the request with a loop")
+        for item in self._inbox.take():
+            self._take(item)
+        tokens = list(self._ready)
+        self._ready.clear()
+        return tokens
+
+    @property
+    def ended(self) -> bool:
+        """Whether the end has arrived, or no more tokens are taken."""
+        return self._ended
 
     def _take(self, item: Item) -> None:
         if isinstance(item, End):

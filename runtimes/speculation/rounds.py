@@ -58,6 +58,7 @@ class Speculator:
         try:
             for row, draft in enumerate((*drafts, None)):
                 tokens.append(acceptance.token(sampler.distribution(rows[row], history), draft, len(tokens)))
+                sampler.chosen(rows[row], tokens[-1])
                 if draft is None or tokens[-1] != draft.token:
                     break
                 history.push(draft.token)

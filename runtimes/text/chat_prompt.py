@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from qwen_export.errors import ParameterError, TemplateError
 from qwen_export.runtimes.text.chat_messages import Message, check_tools, content_text, merge_system_messages, normalize_messages
@@ -14,6 +14,15 @@ from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
 # Names of `render` that are no variables of a template.
 _RESERVED = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+
+
+class TemplateOptions(TypedDict, total=False):
+    """How a chat is rendered; see `Model.stream`."""
+
+    enable_thinking: bool | None
+    preserve_thinking: bool | None
+    continue_final_message: bool | str | None
+    template_kwargs: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` completes; empty while a character is still missing bytes."""
-        return "" if token_id in self._hidden else self._utf8.decode(self._bytes(token_id))
+        return "" if token_id in self._hidden else self._utf8.decode(self.bytes_of(token_id))
 
     def flush(self) -> str:
         """What is left at the end of the answer: U+FFFD for a character that was never completed. The object can then be used again."""
@@ -59,7 +59,8 @@ class Detokenizer:
         self._utf8.reset()
         return text
 
-    def _bytes(self, token_id: int) -> bytes:
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of one token, whether it is shown or not; none of an id outside the vocabulary."""
         token = self._tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token is None:
             return b""

@@ -62,6 +62,11 @@ class ReasoningSplitter:
         """Whether the text pushed so far ends inside the `<think>` block."""
         return self._at in (_At.REASONING_START, _At.REASONING)
 
+    @property
+    def before_content(self) -> bool:
+        """Whether the block is closed and nothing of the answer has come."""
+        return self._at is _At.CONTENT_START
+
     def push(self, text: str) -> list[Event]:
         """The events that `text` makes certain."""
         self._held += text

@@ -25,11 +25,11 @@ def stop_ids(tokenizer: TextTokenizer, eos_token: str | None = None) -> frozense
 class StopStrings:
     """Cuts streamed text at the first stop string, which may span any number of tokens.
 
-    Text that may be the beginning of a stop string is held back. The stop string itself is not part of the output. The string that is
-    complete first wins, so the result does not depend on where the text was cut into pieces.
+    Text that may be the beginning of a stop string is held back. The stop string itself is part of the output with `include` only. The
+    string that is complete first wins, so the result does not depend on where the text was cut into pieces.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         if isinstance(stops, str) or not isinstance(stops, Sequence) or not all(isinstance(stop, str) and stop for stop in stops):
             raise ParameterError(
                 "the stop strings are not usable",
@@ -38,7 +38,7 @@ class StopStrings:
                 expected="a list of non-empty strings",
                 fix='Give a list such as ["\\nUser:"].',
             )
-        self._stops = tuple(stops)
+        self._stops, self._include = tuple(stops), include
         self._held = ""
         self.matched: str | None = None
 
@@ -54,9 +54,9 @@ class StopStrings:
         text = self._held + text
         found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
         if found:
-            _, start, self.matched = min(found)
+            end, start, self.matched = min(found)
             self._held = ""
-            return text[:start]
+            return text[: end if self._include else start]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,11 @@ class TextTokenizer:
         """One more than the highest token id."""
         return max([self.tokenizer.get_vocab_size(with_added_tokens=False) - 1, *self.added.values()]) + 1
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token."""
+        return max(len(token) for token in self.tokenizer.get_vocab())
+
     def encode(self, text: str, *, parameter: str = "prompt") -> list[int]:
         """Ids of a text whose added tokens count as such, except the shielded ones. Raises ParameterError, with the name of the caller's
         parameter, for a text that is not Unicode: half of a surrogate pair, or bytes of a command line that are not UTF-8."""
@@ -95,6 +101,20 @@ class TextTokenizer:
     def encode_plain(self, text: str) -> list[int]:
         """Ids of a text in which nothing is an added token."""
         return _encoding(self._plain, text, "prompt").ids
+
+    def checked_ids(self, ids: Sequence[int]) -> list[int]:
+        """Ids that a caller gives instead of a text. Raises ParameterError for what is not one of this tokenizer."""
+        size = self.vocab_size
+        wrong = ids if not isinstance(ids, Sequence) or isinstance(ids, bytes) else next((i for i in ids if not _is_id(i, size)), None)
+        if wrong is not None:
+            raise ParameterError(
+                "the prompt is not a text or a list of token ids",
+                parameter="prompt",
+                got=repr(wrong)[:80],
+                expected=f"a text, or a list of integers from 0 to {size - 1}",
+                fix="Answer a chat with `stream`.",
+            )
+        return list(ids)
 
     def shield(self, text: str) -> str:
         """The text with a mark in every control token, for `encode`. A text without them is returned as it is."""
@@ -124,6 +144,10 @@ class TextTokenizer:
 
     def _encode_unmarked(self, text: str) -> list[int]:
         return self.encode_plain(self.unshield(text)) if text else []
+
+
+def _is_id(value: object, size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < size
 
 
 def _encoding(tokenizer: Tokenizer, text: str, parameter: str) -> Any:

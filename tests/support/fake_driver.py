@@ -15,6 +15,10 @@ from qwen_export.runtimes.memory import cuda_driver
 
 _OUT_OF_MEMORY, _INVALID_VALUE, _NO_DEVICE, _ILLEGAL_ADDRESS = 2, 1, 100, 700
 _ALIGNMENT = 256
+PAGE = 1 << 12
+"""Size of the fake's pages."""
+_POISON = 0xFF
+"""The contents of addresses without memory: NaN as fp16, bf16 and fp32, which no kernel may take into a result."""
 
 
 class _Function:
@@ -45,6 +49,12 @@ class FakeDriver:
         self.launches = 0
         self.owners: dict[int, int | None] = {}
         """The context that each piece of device memory was allocated in."""
+        self.reserved: dict[int, int] = {}
+        """Ranges of addresses, by the first one."""
+        self.handles: dict[int, tuple[int, int]] = {}
+        """Physical memory by handle: bytes, and how many mappings and owners it has."""
+        self.mapped: dict[int, tuple[int, int]] = {}
+        """Bytes and handle of what is behind reserved addresses."""
         self.modules: dict[int, bytes] = {}
         self.functions: dict[int, tuple[int, bytes]] = {}
         self.kernels: list[tuple[bytes, tuple[int, ...], Any]] = []
@@ -73,8 +83,13 @@ class FakeDriver:
         return stream in self._recording
 
     def check(self, address: int, nbytes: int) -> None:
-        """Raise unless the bytes lie in one live allocation."""
-        assert any(start <= address and address + nbytes <= start + size for start, size in self.allocated.items()), "illegal address"
+        """Raise unless the bytes lie in one live allocation, or in mapped pages."""
+        if not any(start <= address and address + nbytes <= start + size for start, size in self.allocated.items()):
+            while nbytes > 0:
+                page = next((one for one in self.mapped if one <= address < one + self.mapped[one][0]), None)
+                assert page is not None, "illegal address"
+                step = page + self.mapped[page][0] - address
+                address, nbytes = address + step, nbytes - step
 
     def _id(self) -> int:
         self._next += 1
@@ -101,7 +116,7 @@ class FakeDriver:
         name.value = b"Fake GPU"
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
-        value.value = self.sm[attribute - 75]
+        value.value = 1 if attribute == cuda_driver.VIRTUAL_MEMORY else self.sm[attribute - 75]
 
     def _cuDevicePrimaryCtxRetain(self, context: Any, device: int) -> None:
         context.value = self.context_of(device)
@@ -115,20 +130,81 @@ class FakeDriver:
     # ---- memory ----
 
     def _cuMemGetInfo(self, free: Any, total: Any) -> None:
-        free.value, total.value = self.memory - sum(self.allocated.values()), self.memory
+        free.value, total.value = self.memory - self.used, self.memory
+
+    @property
+    def used(self) -> int:
+        """Bytes of device memory in use."""
+        return sum(self.allocated.values()) + sum(size for size, _ in self.handles.values())
+
+    @property
+    def mapped_bytes(self) -> int:
+        """Those of them that are pages behind reserved addresses."""
+        return sum(size for size, _ in self.mapped.values())
 
     def _cuMemAlloc(self, address: Any, nbytes: int) -> int:
-        if sum(self.allocated.values()) + nbytes > self.memory:
+        if self.used + nbytes > self.memory:
             return _OUT_OF_MEMORY
         address.value = self._memory(nbytes)
         ctypes.memset(address.value, 0xCD, nbytes)  # nobody may count on zeros
         self.allocated[address.value] = nbytes
         self.owners[address.value] = self.context
-        self.peak = max(self.peak, sum(self.allocated.values()))
+        self.peak = max(self.peak, self.used)
         return 0
 
     def _cuMemFree(self, address: int) -> None:
         del self.allocated[address], self._keep[address], self.owners[address]
+
+    def _cuMemGetAllocationGranularity(self, size: Any, properties: Any, option: int) -> None:
+        size.value = PAGE
+
+    def _cuMemAddressReserve(self, address: Any, nbytes: int, alignment: int, wanted: int, flags: int) -> int:
+        if nbytes % PAGE or not nbytes:
+            return _INVALID_VALUE
+        address.value = self._memory(nbytes)
+        ctypes.memset(address.value, _POISON, nbytes)
+        self.reserved[address.value] = nbytes
+        return 0
+
+    def _cuMemAddressFree(self, address: int, nbytes: int) -> None:
+        assert self.reserved.pop(address) == nbytes
+        assert not any(address <= one < address + nbytes for one in self.mapped), "pages are still mapped"
+        del self._keep[address]
+
+    def _cuMemCreate(self, handle: Any, nbytes: int, properties: Any, flags: int) -> int:
+        assert nbytes % PAGE == 0
+        if self.used + nbytes > self.memory:
+            return _OUT_OF_MEMORY
+        handle.value = self._id()
+        self.handles[handle.value] = (nbytes, 1)
+        self.owners[handle.value] = self.context_of(properties.location.id)
+        self.peak = max(self.peak, self.used)
+        return 0
+
+    def _cuMemRelease(self, handle: int) -> None:
+        size, users = self.handles[handle]
+        self.handles[handle] = (size, users - 1)
+        if users == 1:
+            del self.handles[handle], self.owners[handle]
+
+    def _cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> int:
+        inside = any(start <= address and address + nbytes <= start + size for start, size in self.reserved.items())
+        if not inside or offset or any(one < address + nbytes and address < one + size for one, (size, _) in self.mapped.items()):
+            return _INVALID_VALUE
+        size, users = self.handles[handle]
+        assert size == nbytes
+        self.handles[handle] = (size, users + 1)
+        self.mapped[address] = (nbytes, handle)
+        return 0
+
+    def _cuMemSetAccess(self, address: int, nbytes: int, access: Any, count: int) -> None:
+        assert self.mapped[address][0] == nbytes
+
+    def _cuMemUnmap(self, address: int, nbytes: int) -> None:
+        size, handle = self.mapped.pop(address)
+        assert size == nbytes
+        ctypes.memset(address, _POISON, nbytes)
+        self._cuMemRelease(handle)
 
     def _memory(self, nbytes: int) -> int:
         raw = ctypes.create_string_buffer(nbytes + _ALIGNMENT)

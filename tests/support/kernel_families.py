@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 
 from qwen_export.manifest import Manifest
@@ -22,6 +25,14 @@ TOLERANCE = {
 
 
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="the CPU kernels are not compiled, or switched off")
+
+
+def lengths(session: ort.InferenceSession, before: Sequence[int], T: int) -> dict[str, np.ndarray]:
+    """The inputs of a graph that tell its attention kernel how many tokens each sequence has before a call of T."""
+    if "length" in {value.name for value in session.get_inputs()}:
+        return {"length": np.array(before, np.int64)}
+    last = np.array(before, np.int32) + T - 1
+    return {"last_slot": last.astype(np.int32), "total_length": np.array(last.max() + 1, np.int32)}
 
 
 def family_of(manifest: Manifest) -> str:

@@ -86,6 +86,11 @@ class LogicalTensor(ABC):
         """How it is stored, for people: `bf16`, `fp8 128x128`, `gptq int4 g128`."""
 
     @property
+    def quantized(self) -> bool:
+        """Whether it is not stored as floating-point values of its own."""
+        return True
+
+    @property
     @abstractmethod
     def parts(self) -> tuple[TensorInfo, ...]:
         """The stored tensors it is made of."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_export.element_types import BY_SAFETENSORS
 from qwen_export.graphs.checkpoint.formats.logical_tensor import PLAIN_TYPES, Floats, LogicalTensor, Parts
@@ -24,14 +26,22 @@ class PlainTensor(LogicalTensor):
         return BY_SAFETENSORS[self.info.dtype].short if self.info.dtype in PLAIN_TYPES else self.info.dtype
 
     @property
+    def quantized(self) -> bool:
+        return False
+
+    @property
     def parts(self) -> tuple[TensorInfo, ...]:
         return (self.info,)
 
     def rows(self, parts: Parts, start: int, stop: int) -> Floats:
-        raw = parts.stored(self.info, start, stop)
-        if self.info.dtype == "BF16":  # faster than a conversion of values: BF16 is the upper half of F32
-            return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
-        return raw.astype(np.float32, copy=False)
+        return widened(parts.stored(self.info, start, stop), self.info.dtype)
+
+
+def widened(raw: npt.NDArray[Any], dtype: str) -> Floats:
+    """Values of BF16, F16 or F32, by the name of safetensors, as fp32."""
+    if dtype == "BF16":  # faster than a conversion of values: BF16 is the upper half of F32
+        return np.left_shift(raw.view(np.uint16), 16, dtype=np.uint32).view(np.float32)
+    return raw.astype(np.float32, copy=False)
 
 
 def plain(info: TensorInfo) -> PlainTensor:

@@ -4,6 +4,7 @@
 
 extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
   return qwen::register_ops(options, base, [](qwen::Domain& domain) {
+    qwen::add_attention(domain);
     qwen::add_linear(domain);
     qwen::add_delta_net(domain);
     qwen::add_moe(domain);

@@ -5,6 +5,7 @@
 
 namespace qwen {
 
+void add_attention(Domain& domain);  // attention_op.cc
 void add_linear(Domain& domain);     // linear_op.cc
 void add_delta_net(Domain& domain);  // delta_net_op.cc
 void add_moe(Domain& domain);        // moe_op.cc

@@ -1,0 +1,68 @@
+"""Copies of parts of buffers: on the host, or in one piece of memory of the device, where a copy is some twenty times as fast."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen_export.runtimes.memory import cuda_memory
+from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
+from qwen_export.runtimes.memory.device import Device
+
+Kept = Bytes | Buffer
+"""What was copied: bytes on the host, or a buffer of the device."""
+
+
+class HostCopies:
+    """Copies to the host."""
+
+    def rows(self, source: Buffer, start: int, pitch: int, width: int, height: int) -> Kept:
+        """`height` rows of `width` bytes, `pitch` apart from `start` on, as bytes [height * width]."""
+        made = np.empty((height, width), np.uint8)
+        for row in range(height):
+            made[row] = source.read(start + row * pitch, width)
+        return made.reshape(-1)
+
+    def done(self) -> None:
+        """Everything that was copied is there."""
+
+
+class DeviceCopies(HostCopies):
+    """Copies of at most `nbytes` together, in memory of the device. Raises BundleError where it has too little."""
+
+    def __init__(self, nbytes: int, index: int) -> None:
+        self._whole = CudaBuffer("uint8", (nbytes,), index)
+        self._used = 0
+
+    def rows(self, source: Buffer, start: int, pitch: int, width: int, height: int) -> Kept:
+        assert isinstance(source, CudaBuffer)
+        nbytes = width * height
+        self._whole.take_rows(self._used, source, start, pitch, width, height)
+        made = self._whole.part("uint8", (nbytes,), self._used)
+        self._used += nbytes
+        return made
+
+    def done(self) -> None:
+        cuda_memory.wait()
+
+
+def put(target: Buffer, offset: int, pitch: int, kept: Kept, height: int = 1) -> None:
+    """The inverse of `rows`. Copies from the device are queued: `settle` waits for them."""
+    width = kept.nbytes // height
+    if isinstance(kept, Buffer):
+        assert isinstance(target, CudaBuffer) and isinstance(kept, CudaBuffer)
+        target.put_rows(offset, pitch, kept, width, height)
+        return
+    rows = kept.reshape(height, width)
+    for row in range(height):
+        target.write(rows[row], offset + row * pitch)
+
+
+def settle(device: Device) -> None:
+    """Wait for what was put, before a call reads it."""
+    if device.kind == "cuda":
+        cuda_memory.wait()
+
+
+def on_host(kept: Kept) -> Bytes:
+    return kept.read() if isinstance(kept, Buffer) else kept
