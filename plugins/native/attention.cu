@@ -16,7 +16,7 @@ namespace {
 constexpr int kLeastSlots = 256;                    // of a chunk
 constexpr size_t kMostPartial = size_t(256) << 20;  // bytes of sums of chunks; more sequences are read by several launches
 // Heads of the family have 256 values. Devices with this much shared memory for a block have more of them on the way at a time.
-constexpr int kWideHead = 256, kMuchShared = 220 << 10;
+constexpr int kWideHead = 256, kMuchShared = 227 << 10;
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -87,10 +87,13 @@ template <typename T, int D, int EIGHTS, int MW, bool FRESH>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
   if constexpr (D == kWideHead) {
-    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, EIGHTS, MW, 4, FRESH ? 5 : 6, FRESH>(s, in, plan, device, workspace, stream);
+    constexpr int kRing = FRESH ? 5 : 6;
+    static_assert(FewLayout<D, EIGHTS, MW, 4, kRing, FRESH>::kAllShared <= 227 << 10, "more shared memory than a block can have");
+    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, EIGHTS, MW, 4, kRing, FRESH>(s, in, plan, device, workspace, stream);
   }
-  constexpr int kReaders = MW == 4 ? 4 : 2;
-  few_tokens<T, D, EIGHTS, MW, kReaders, MW == 4 ? 2 : 3, FRESH>(s, in, plan, device, workspace, stream);
+  constexpr int kReaders = MW == 4 ? 4 : 2, kRing = MW == 1 ? 3 : 2;
+  static_assert(FewLayout<D, EIGHTS, MW, kReaders, kRing, FRESH>::kAllShared <= 99 << 10, "more shared memory than every device has");
+  few_tokens<T, D, EIGHTS, MW, kReaders, kRing, FRESH>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, int D, int RING>

@@ -15,8 +15,8 @@
 namespace qwen {
 
 template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
-__global__ void __launch_bounds__((READERS + kMakers) * 32, 1)
-    attention_few(AttentionShape shape, AttentionTensors<T> in, FewPlan plan, FewWorkspace work, int first_sequence, int sequences) {
+__device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape, AttentionTensors<T> in, const FewPlan& plan, const FewWorkspace& work,
+                                                    int first_sequence, int sequences) {
   using Layout = FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>;
   constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kHalves = Layout::kHalves, kThreads = (READERS + kMakers) * 32;
   constexpr int kWarpRows = Layout::kWarpRows, kMergeStride = Layout::kMergeStride;
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__((READERS + kMakers) * 32, 1)
   __shared__ int starts[kMostSequences + 1];  // items of the sequences before
   __shared__ float2 group_weights[kGroups][kRows];
   __shared__ float factors[kGroups][kRows];
-  __shared__ float row_memory[kMakers][D];
+  __shared__ float row_memory[FRESH ? kMakers : 1][FRESH ? D : 1];
   __shared__ bool last;
   float* chunk_factors = reinterpret_cast<float*>(shared + Layout::kRingBytes + Layout::kBuffers * Layout::kBufferBytes);
 
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__((READERS + kMakers) * 32, 1)
       for (int i = 0; i < kTogether; i++) {
         const int job = job0 + i * kMakers, key = job - plan.rows, t = begin + key / 2;
         if (job >= jobs) continue;
-        if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[maker / 32], lane);
+        if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[FRESH ? maker / 32 : 0], lane);
         row[i].store(key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D, lane);
         const size_t place = ((size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.length + t) * D;
         if (key >= 0) row[i].store((key % 2 ? in.v_cache : in.k_cache) + place, lane);
@@ -300,6 +300,14 @@ __global__ void __launch_bounds__((READERS + kMakers) * 32, 1)
   }
   if (before.chunks > 1) count_chunk(before, thread, kThreads, [] { __syncthreads(); });
   wait_for_copies<0>();
+}
+
+template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+__global__ void __launch_bounds__((READERS + kMakers) * 32, 1) attention_few(
+    const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
+    const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
+  if constexpr (FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>::kShared <= kSharedOfBlock)
+    few_tokens_of_block<T, D, EIGHTS, MW, READERS, RING, FRESH>(shape, in, plan, work, first_sequence, sequences);
 }
 
 }  // namespace qwen

@@ -12,6 +12,15 @@ constexpr int kMakers = 4;     // warps
 // Barriers of parts of a block; 0 is that of all of it.
 constexpr int kMakersBarrier = 1, kLoadsBarrier = 2, kGroupBarrier = 3;
 
+// Shared memory that a block can have: for a device with less a kernel is not compiled.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
+constexpr int kSharedOfBlock = 99 << 10;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 8
+constexpr int kSharedOfBlock = 163 << 10;
+#else
+constexpr int kSharedOfBlock = 227 << 10;
+#endif
+
 struct FewPlan {
   int rows;         // T * G
   int padded_rows;  // of attention_prepare
@@ -46,6 +55,8 @@ struct FewLayout {
   static constexpr int kBufferBytes = ((kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes) + 15) / 16 * 16;
   static constexpr int kFactors = MW == 4 ? 4096 : 2048;  // of rows and chunks
   static constexpr int kShared = kRingBytes + kBuffers * kBufferBytes + kFactors * 4;
+  // With the arrays of the kernel.
+  static constexpr int kAllShared = kShared + (kMostSequences + 1) * 4 + kGroups * kRows * 12 + (FRESH ? kMakers * D : 1) * 4 + 16;
 };
 
 // Slots of a chunk of a sequence that has `slots`.
