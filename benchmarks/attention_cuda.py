@@ -3,8 +3,8 @@
     python benchmarks/attention_cuda.py [--heads 16,4,256,64] [--layers 8] [--only ours,GroupQueryAttention]
 
 Per call of T tokens behind a past, microseconds of one layer and, for ours, the share of memory's rate that reading the past is. A graph
-has `layers` nodes, each with caches of its own, and is recorded: what is measured is the device. All have head norms and rotation inside, ours
-also the output gate, which the others leave to two more nodes. A form that refuses a call is "-", with its message below the table.
+has `layers` nodes, each with caches of its own, and is recorded: what is measured is the device. All have head norms and rotation inside,
+ours also the output gate, which the others leave to two more nodes. A form that refuses a call is "-", with its message below the table.
 GroupQueryAttention takes one sequence, or one token; what it is given as the length of the caches is that of the longest.
 """
 

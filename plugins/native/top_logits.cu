@@ -12,6 +12,8 @@ constexpr int kThreads = 1024;
 constexpr int kRoom = 4096;
 // So many are put in order by counting those before each, more by sorting.
 constexpr int kCounted = 512;
+// Leading bits of the bound: sign, exponent and some more.
+constexpr int kBoundBits = 20;
 
 int part_size(int V) { return ((V + kThreads - 1) / kThreads + 31) / 32 * 32; }
 
@@ -52,6 +54,7 @@ __global__ void part_maxima(const float* __restrict__ logits, uint64_t* __restri
   if (part >= parts) return;
   const float* row = logits + size_t(blockIdx.y) * V;
   uint64_t found = 0;
+#pragma unroll 8
   for (int i = part * size + lane; i < min(V, (part + 1) * size); i += 32) found = larger(found, order(row[i], i));
 #pragma unroll
   for (int step = 16; step; step /= 2) found = larger(found, __shfl_xor_sync(0xffffffffu, found, step));
@@ -73,24 +76,36 @@ __global__ void __launch_bounds__(kThreads) select(const float* __restrict__ log
   if (thread == 0) reaching_count = count = 0;
   // Upper half of the entry: the value alone. Equal values of other ids reach the bound, too.
   const uint32_t mine = thread < parts ? uint32_t(best[size_t(blockIdx.x) * parts + thread] >> 32) : 0;
-  uint32_t least = 0;  // the K-th largest, bit by bit; 0, below every entry, where there are fewer parts
-#pragma unroll 4
-  for (int bit = 31; bit >= 0; bit--) {
+  // The K-th largest, bit by bit; 0, below every entry, where there are fewer parts. The last bits would keep out few more.
+  uint32_t least = 0;
+#pragma unroll
+  for (int bit = 31; bit >= 32 - kBoundBits; bit--) {
     const uint32_t higher = least | 1u << bit;
     if (__syncthreads_count(mine >= higher) >= K) least = higher;
   }
   if (thread < parts && mine >= least) reaching[atomicAdd(&reaching_count, 1)] = thread;
   __syncthreads();
-  for (int at = thread / 32; at < reaching_count; at += kThreads / 32) {
-    const int first = reaching[at] * size, end = min(V, first + size);
-#pragma unroll 8
-    for (int i = first + lane; i < end; i += 32) {
-      const float x = row[i];
-      const uint64_t entry = order(x, i);
-      if (uint32_t(entry >> 32) < least) continue;
-      const int place = atomicAdd(&count, 1);
-      if (place < kRoom) entries[place] = entry;
-      if (place < kCounted) found_values[place] = x;
+  // A warp reads two parts at a time, and all it reads of them before it looks at it.
+  constexpr int kWarps = kThreads / 32, kTogether = 8;
+  for (int at = thread / 32; at < reaching_count; at += 2 * kWarps) {
+    const int first[2] = {reaching[at] * size, at + kWarps < reaching_count ? reaching[at + kWarps] * size : V};
+    for (int offset = lane; offset < size; offset += 32 * kTogether) {
+      float x[2][kTogether];
+#pragma unroll
+      for (int i = 0; i < 2 * kTogether; i++) {
+        const int within = offset + i % kTogether * 32, id = first[i / kTogether] + within;
+        x[i / kTogether][i % kTogether] = within < size && id < V ? row[id] : -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kTogether; i++) {
+        const int within = offset + i % kTogether * 32, id = first[i / kTogether] + within;
+        const float value = x[i / kTogether][i % kTogether];
+        const uint64_t entry = order(value, id);
+        if (within >= size || id >= V || uint32_t(entry >> 32) < least) continue;
+        const int place = atomicAdd(&count, 1);
+        if (place < kRoom) entries[place] = entry;
+        if (place < kCounted) found_values[place] = value;
+      }
     }
   }
   __syncthreads();

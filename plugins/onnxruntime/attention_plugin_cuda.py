@@ -1,4 +1,4 @@
-"""gated_attention on our own kernel (ONNX Runtime CUDA): one product, then norms, rotation, cache write, attention and gate in two launches.
+"""gated_attention on our CUDA kernel: one product, then norms, rotation, cache write, attention and gate in one launch for few tokens.
 
 Its sequences may differ in length at any number of new tokens, and it takes `length` as the graph has it.
 """

@@ -23,8 +23,8 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 # CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`. Attention is flash attention (1): the
 # default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
-# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue"). A graph that has it
-# takes the last slot of a sequence; the attention of our plugin takes the length, and runs on any GPU.
+# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue"). A graph that
+# has it takes the last slot of a sequence; the attention of our plugin takes the length, and runs on any GPU.
 _ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
 _NO_GRAPH = "-1"
