@@ -26,7 +26,7 @@ bool is_fresh(const AttentionShape& s) { return s.T <= kMostFresh && s.T * s.gro
 // Rows of a block of attention_few.
 int block_rows(const AttentionShape& s) {
   const int rows = s.T * s.group();
-  return !is_fresh(s) ? 64 : rows <= 8 && s.D == kWideHead ? 8 : rows <= 16 ? 16 : 32;
+  return !is_fresh(s) ? 64 : rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
 }
 
 // Whether there are enough rows for every processor to have a block of them.
@@ -42,6 +42,7 @@ FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   plan.padded_rows = padded_rows(s);
   const int rows = block_rows(s);
   plan.blocks = (plan.rows + rows - 1) / rows;
+  plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
   plan.least_slots = kLeastSlots;
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
   plan.most_chunks = std::max(1, std::min({kMostChunks, (rows == 64 ? 4096 : 2048) / rows, device.processors / (s.Hkv * plan.blocks), room}));
@@ -62,11 +63,11 @@ int sequences_together(const AttentionShape& s, const FewPlan& plan) {
 
 size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  using Layout = FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>;
-  const auto kernel = attention_few<T, D, EIGHTS, MW, READERS, RING, FRESH>;
+  using Layout = FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>;
+  const auto kernel = attention_few<T, D, EIGHTS, MW, READERS, HALVES, MAKERS>;
   static const bool allowed = [&] {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute");
     return true;
@@ -80,20 +81,34 @@ void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const Fe
   work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * Layout::kRows * D);
   work.counters = device.counters;
   for (int b = 0; b < s.B; b += together)
-    launch(kernel, dim3(device.processors), dim3((READERS + kMakers) * 32), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
+    launch(kernel, dim3(device.processors), dim3(Layout::kThreads), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
 }
 
-template <typename T, int D, int EIGHTS, int MW, bool FRESH>
-void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
-                cudaStream_t stream) {
+template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS, int LIMIT>
+void few_tokens_within(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
+                       cudaStream_t stream) {
+  static_assert(FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>::kAllShared <= LIMIT, "more shared memory than the devices have");
+  few_tokens<T, D, EIGHTS, MW, READERS, HALVES, MAKERS>(s, in, plan, device, workspace, stream);
+}
+
+// 8, 16 or 32 rows of queries that the kernel makes itself, or 64 of attention_prepare.
+template <typename T, int D>
+void few_tokens_of_rows(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
+                        cudaStream_t stream) {
+  constexpr int kMuch = kMuchShared, kLittle = 99 << 10;
+  const int rows = block_rows(s);
   if constexpr (D == kWideHead) {
-    constexpr int kRing = FRESH ? 5 : 6;
-    static_assert(FewLayout<D, EIGHTS, MW, 4, kRing, FRESH>::kAllShared <= 227 << 10, "more shared memory than a block can have");
-    if (device.shared_bytes >= kMuchShared) return few_tokens<T, D, EIGHTS, MW, 4, kRing, FRESH>(s, in, plan, device, workspace, stream);
+    if (device.shared_bytes >= kMuchShared) {
+      if (rows == 8) return few_tokens_within<T, D, 1, 1, 4, 5, 4, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 16) return few_tokens_within<T, D, 1, 2, 8, 5, 4, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 32) return few_tokens_within<T, D, 1, 4, 8, 10, 4, kMuch>(s, in, plan, device, workspace, stream);
+      return few_tokens_within<T, D, 2, 4, 8, 11, 0, kMuch>(s, in, plan, device, workspace, stream);
+    }
   }
-  constexpr int kReaders = MW == 4 ? 4 : 2, kRing = MW == 1 ? 3 : 2;
-  static_assert(FewLayout<D, EIGHTS, MW, kReaders, kRing, FRESH>::kAllShared <= 99 << 10, "more shared memory than every device has");
-  few_tokens<T, D, EIGHTS, MW, kReaders, kRing, FRESH>(s, in, plan, device, workspace, stream);
+  if (rows == 8) return few_tokens_within<T, D, 1, 1, 2, 3, 4, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 16) return few_tokens_within<T, D, 1, 2, 4, 3, 4, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 32) return few_tokens_within<T, D, 1, 4, 4, 4, 4, kLittle>(s, in, plan, device, workspace, stream);
+  few_tokens_within<T, D, 2, 4, 4, 8, 0, kLittle>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, int D, int RING>
@@ -129,17 +144,11 @@ void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, f
   const float scale2 = scale * 1.44269504f;
   FewPlan plan = plan_of(s, device);
   plan.scale = scale2, plan.eps = eps;
-  if (is_fresh(s)) {
-    if constexpr (D == kWideHead) {
-      if (block_rows(s) == 8) return few_tokens<T, D, 1, 1, true>(s, in, plan, device, workspace, stream);
-    }
-    if (block_rows(s) == 16) return few_tokens<T, D, 2, 1, true>(s, in, plan, device, workspace, stream);
-    return few_tokens<T, D, 2, 2, true>(s, in, plan, device, workspace, stream);
-  }
+  if (is_fresh(s)) return few_tokens_of_rows<T, D>(s, in, plan, device, workspace, stream);
   T* queries = static_cast<T*>(workspace);
   const int64_t jobs = int64_t(s.B) * s.Hkv * (padded_rows(s) + 2 * s.T);
   launch(attention_prepare<T, D>, dim3(unsigned((jobs + 3) / 4)), dim3(128), 0, stream, s, in, eps, queries, padded_rows(s));
-  if (!is_prompt(s, device)) return few_tokens<T, D, 2, 4, false>(s, in, plan, device, workspace, stream);
+  if (!is_prompt(s, device)) return few_tokens_of_rows<T, D>(s, in, plan, device, workspace, stream);
   if constexpr (D == kWideHead) {
 #ifdef QWEN_SM90A
     if (device.major == 9) return wide(s, in, queries, scale2, stream);

@@ -14,17 +14,18 @@
 
 namespace qwen {
 
-template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape, AttentionTensors<T> in, const FewPlan& plan, const FewWorkspace& work,
                                                     int first_sequence, int sequences) {
-  using Layout = FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>;
-  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kHalves = Layout::kHalves, kThreads = (READERS + kMakers) * 32;
+  using Layout = FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>;
+  constexpr bool kFresh = Layout::kFresh;
+  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads, kMakerThreads = MAKERS * 32;
   constexpr int kWarpRows = Layout::kWarpRows, kMergeStride = Layout::kMergeStride;
   extern __shared__ __align__(1024) unsigned char shared[];
-  __shared__ int starts[kMostSequences + 1];  // items of the sequences before
+  __shared__ FewSequences cut;
   __shared__ float2 group_weights[kGroups][kRows];
   __shared__ float factors[kGroups][kRows];
-  __shared__ float row_memory[FRESH ? kMakers : 1][FRESH ? D : 1];
+  __shared__ float row_memory[kFresh ? MAKERS : 1][kFresh ? D : 1];
   __shared__ bool last;
   float* chunk_factors = reinterpret_cast<float*>(shared + Layout::kRingBytes + Layout::kBuffers * Layout::kBufferBytes);
 
@@ -34,12 +35,13 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   const int maker = thread - READERS * 32;
   const int Hkv = shape.Hkv, G = shape.group();
   in.length += first_sequence;
-  const int total = count_items(shape, in, plan, sequences, starts, lane);
-  auto item_of = [&](int id) { return FewItem::of(id, shape, in, plan, sequences, starts, kRows); };
+  const int total = cut_sequences(shape, in, plan, sequences, cut, lane);
+  auto item_of = [&](int id) { return FewItem::of(id, plan, shape.T, cut, sequences, kRows); };
+  auto token_of = [&](int row) { return divided(row, plan.per_head); };
   auto buffer_of = [&](int number) { return shared + Layout::kRingBytes + number % Layout::kBuffers * Layout::kBufferBytes; };
 
   // ---- readers: what this group copies next, half tiles of its tiles of the block's items, in order ----
-  const uint32_t ring = shared_address(shared) + group * kHalves * Layout::kHalfBytes;
+  const uint32_t ring = shared_address(shared) + group * HALVES * Layout::kHalfBytes;
   int next_id = blockIdx.x, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
   bool next_values = false;
   size_t next_row = 0;
@@ -48,7 +50,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       const FewItem item = item_of(next_id);
       if (next_tile * kTileSlots >= item.slots) continue;
       // New slots are not in the cache yet where the kernel makes them itself.
-      next_slots = item.slots, next_there = FRESH ? min(item.slots, item.length - item.first) : item.slots;
+      next_slots = item.slots, next_there = kFresh ? min(item.slots, item.length - item.first) : item.slots;
       next_row = (size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.first;
       return;
     }
@@ -62,7 +64,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         if (next_tile * kTileSlots >= next_slots) next_id += gridDim.x, next_tile = group, find_next();
       }
       next_values = !next_values;
-      next_place = next_place + 1 == kHalves ? 0 : next_place + 1;
+      next_place = next_place + 1 == HALVES ? 0 : next_place + 1;
     }
     end_copies();
   };
@@ -88,37 +90,37 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   // still be making what they are made from, and the readers wait with most of their copies until these loads are on their way.
   auto make_rows = [&](int id, int number, bool begin_block) {
     using Row = LaneRow<T, D>;
-    constexpr int kTogether = 2;
+    constexpr int kTogether = 2, kStep = kFresh ? MAKERS : 1;
     const FewItem item = item_of(id);
     T* queries = reinterpret_cast<T*>(buffer_of(number));
     T *keys = queries + kRows * Layout::kStride, *values = keys + kMostFresh * D;
     const size_t token = size_t(first_sequence + item.b) * shape.T, angles = (first_sequence + item.b) * shape.table_stride;
     const int begin = max(0, item.first - item.length), fresh = max(0, item.first + item.slots - item.length - begin);
     const int jobs = plan.rows + 2 * fresh;
-    for (int job0 = maker / 32; job0 < jobs || begin_block; job0 += kMakers * kTogether) {
+    for (int job0 = maker / 32; job0 < jobs || begin_block; job0 += kStep * kTogether) {
       Row row[kTogether];
       Turn<T, D> turn[kTogether];
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        const int job = job0 + i * kMakers, key = job - plan.rows, t = key < 0 ? job / G : begin + key / 2;
+        const int job = job0 + i * kStep, key = job - plan.rows, t = key < 0 ? token_of(job) : begin + key / 2;
         if (job < jobs && (key < 0 || key % 2 == 0))
           turn[i] = Turn<T, D>::of(key < 0 ? in.q_norm : in.k_norm, in.cos, in.sin, angles + size_t(item.length + t) * (shape.R / 2), shape.R, lane);
       }
       if (begin_block) wait_for_previous();
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        const int job = job0 + i * kMakers, key = job - plan.rows;
+        const int job = job0 + i * kStep, key = job - plan.rows;
         if (job >= jobs) continue;
-        if (key < 0) row[i] = Row::of(in.q + (token + job / G) * shape.q_stride + (item.h * G + job % G) * D, lane);
+        if (const int t = token_of(job); key < 0) row[i] = Row::of(in.q + (token + t) * shape.q_stride + (item.h * G + job - t * G) * D, lane);
         else row[i] = Row::of((key % 2 ? in.v : in.k) + (token + begin + key / 2) * shape.kv_stride + item.h * D, lane);
       }
       if (begin_block) asm volatile("bar.arrive %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
       begin_block = false;
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        const int job = job0 + i * kMakers, key = job - plan.rows, t = begin + key / 2;
+        const int job = job0 + i * kStep, key = job - plan.rows, t = begin + key / 2;
         if (job >= jobs) continue;
-        if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[FRESH ? maker / 32 : 0], lane);
+        if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[kFresh ? maker / 32 : 0], lane);
         row[i].store(key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D, lane);
         const size_t place = ((size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.length + t) * D;
         if (key >= 0) row[i].store((key % 2 ? in.v_cache : in.k_cache) + place, lane);
@@ -128,11 +130,13 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
 
   // y = o * sigmoid(gate) of four values of a row.
   auto gate_of = [&](const FewItem& item, int row, int d) {
-    const size_t token = size_t(first_sequence + item.b) * shape.T + row / G;
-    return __ldcg(reinterpret_cast<const uint2*>(in.gate + token * shape.gate_stride + (item.h * G + row % G) * D + d));
+    const int t = token_of(row);
+    const size_t token = size_t(first_sequence + item.b) * shape.T + t;
+    return __ldcg(reinterpret_cast<const uint2*>(in.gate + token * shape.gate_stride + (item.h * G + row - t * G) * D + d));
   };
   auto write = [&](const FewItem& item, int row, int d, float4 o, uint2 gate_bits) {
-    const size_t token = size_t(first_sequence + item.b) * shape.T + row / G;
+    const int t = token_of(row);
+    const size_t token = size_t(first_sequence + item.b) * shape.T + t;
     union {
       uint2 bits;
       T item[4];
@@ -140,16 +144,17 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
     gate.bits = gate_bits;
     y.item[0] = from_float<T>(o.x * opened(to_float(gate.item[0]))), y.item[1] = from_float<T>(o.y * opened(to_float(gate.item[1])));
     y.item[2] = from_float<T>(o.z * opened(to_float(gate.item[2]))), y.item[3] = from_float<T>(o.w * opened(to_float(gate.item[3])));
-    *reinterpret_cast<uint2*>(in.y + (token * shape.Hq + item.h * G + row % G) * D + d) = y.bits;
+    *reinterpret_cast<uint2*>(in.y + (token * shape.Hq + item.h * G + row - t * G) * D + d) = y.bits;
   };
-  auto base_of = [&](const FewItem& item) { return ((size_t(item.b) * Hkv + item.h) * plan.blocks + item.block) * plan.most_chunks; };
+  auto head_of = [&](const FewItem& item) { return (size_t(item.b) * Hkv + item.h) * plan.blocks + item.block; };
+  auto base_of = [&](const FewItem& item) { return head_of(item) * plan.most_chunks; };
 
   // Counts the chunk of an item, whose sums all threads have written; `count` threads, numbered `number`, add up a sequence and head of which
   // it was the last.
   auto count_chunk = [&](const FewItem& item, int number, int count, auto&& sync) {
     if (number == 0) {
       __threadfence();
-      unsigned* counter = work.counters + base_of(item) / plan.most_chunks;
+      unsigned* counter = work.counters + head_of(item);
       last = atomicAdd(counter, 1u) == unsigned(item.chunks) - 1;
       if (last) {
         *counter = 0;
@@ -168,27 +173,23 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       write(item, item.block * kRows + row, d, o, gate);
     }
   };
-  auto makers_meet = [&] { asm volatile("bar.sync %0,%1;" ::"n"(kMakersBarrier), "n"(kMakers * 32) : "memory"); };
+  auto makers_meet = [&] { asm volatile("bar.sync %0,%1;" ::"n"(kMakersBarrier), "n"(kMakerThreads) : "memory"); };
 
   if (reader) {
     find_next();
-    if constexpr (FRESH) {
+    if (!kFresh) wait_for_previous();
+#pragma unroll 1
+    for (int i = 0; i < HALVES - 1; i++) {
+      if (kFresh && i == 2) asm volatile("bar.sync %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
       copy_next();
-      copy_next();
-      asm volatile("bar.sync %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
-      for (int i = 2; i < kHalves - 1; i++) copy_next();
-      wait_for_previous();
-    } else {
-      wait_for_previous();
-      for (int i = 0; i < kHalves - 1; i++) copy_next();
     }
+    if (kFresh && HALVES <= 3) asm volatile("bar.sync %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
+  } else if (int(blockIdx.x) < total) {
+    make_rows(blockIdx.x, 0, true);
   } else {
-    if constexpr (FRESH) {
-      if (int(blockIdx.x) < total) make_rows(blockIdx.x, 0, true);
-      else asm volatile("bar.arrive %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
-    }
-    wait_for_previous();
+    asm volatile("bar.arrive %0,%1;" ::"n"(kLoadsBarrier), "n"(kThreads) : "memory");
   }
+  wait_for_previous();
   let_next_start();
 
   int place = 0, number = 0;
@@ -207,7 +208,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       const T* queries = reinterpret_cast<const T*>(buffer_of(number));
       const T *new_keys = queries + kRows * Layout::kStride, *new_values = new_keys + kMostFresh * D;
       const int old = item.length - item.first;
-      if constexpr (FRESH) {
+      if constexpr (kFresh) {
         tile.begin(queries + row_warp * kWarpRows * Layout::kStride, Layout::kStride, lane);
       } else {
         const size_t head = size_t(first_sequence + item.b) * Hkv + item.h;
@@ -218,27 +219,25 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       for (int n = 0; n < EIGHTS; n++) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
-          visible[n][i] = visible_slots(own_row + row_warp * kWarpRows + n * 8 + lane % 4 * 2 + i, G, shape.T, item.length, item.first);
+          visible[n][i] = old + min(token_of(own_row + row_warp * kWarpRows + n * 8 + lane % 4 * 2 + i), shape.T - 1) + 1;
       }
-      auto step = [&](auto&& compute) {
-        wait_for_copies<kHalves - 2>();
-        meet();
-        copy_next();
-        compute(ring + place * Layout::kHalfBytes);
-        place = place + 1 == kHalves ? 0 : place + 1;
-      };
       for (int first = group * kTileSlots; first < item.slots; first += kGroups * kTileSlots) {
         float s[EIGHTS][4];
-        const bool fresh = FRESH && first + kTileSlots > old;
-        step([&](uint32_t keys) {
-          if (fresh) add_new(keys, new_keys, first, old, item.slots);
-          tile.scores(s, keys, lane);
-        });
-        tile.weigh(s, visible, first, first + kTileSlots <= old + 1, plan.scale, lane);
-        step([&](uint32_t values) {
-          if (fresh) add_new(values, new_values, first, old, item.slots);
-          tile.add_values(s, values, lane);
-        });
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          wait_for_copies<HALVES - 2>();
+          meet();
+          copy_next();
+          const uint32_t at = ring + place * Layout::kHalfBytes;
+          place = place + 1 == HALVES ? 0 : place + 1;
+          if (kFresh && first + kTileSlots > old) add_new(at, half == 0 ? new_keys : new_values, first, old, item.slots);
+          if (half == 0) {
+            tile.scores(s, at, lane);
+            tile.weigh(s, visible, first, first + kTileSlots <= old + 1, plan.scale, lane);
+          } else {
+            tile.add_values(s, at, lane);
+          }
+        }
       }
       tile.finish();
       if (lane < 4) {
@@ -249,8 +248,8 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         }
       }
     } else {
-      if (before.chunks > 1) count_chunk(before, maker, kMakers * 32, makers_meet);
-      if (FRESH && id + int(gridDim.x) < total) make_rows(id + gridDim.x, number + 1, false);
+      if (before.chunks > 1) count_chunk(before, maker, kMakerThreads, makers_meet);
+      if (id + int(gridDim.x) < total) make_rows(id + gridDim.x, number + 1, false);
     }
     __syncthreads();
 
@@ -297,17 +296,18 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       __syncthreads();
     }
     before = item;
+    if (!kFresh && !whole) count_chunk(item, thread, kThreads, [] { __syncthreads(); });
   }
-  if (before.chunks > 1) count_chunk(before, thread, kThreads, [] { __syncthreads(); });
+  if (kFresh && before.chunks > 1) count_chunk(before, thread, kThreads, [] { __syncthreads(); });
   wait_for_copies<0>();
 }
 
-template <typename T, int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
-__global__ void __launch_bounds__((READERS + kMakers) * 32, 1) attention_few(
+template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+__global__ void __launch_bounds__((READERS + MAKERS) * 32, 1) attention_few(
     const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
     const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
-  if constexpr (FewLayout<D, EIGHTS, MW, READERS, RING, FRESH>::kShared <= kSharedOfBlock)
-    few_tokens_of_block<T, D, EIGHTS, MW, READERS, RING, FRESH>(shape, in, plan, work, first_sequence, sequences);
+  if constexpr (FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>::kAllShared <= kSharedOfBlock)
+    few_tokens_of_block<T, D, EIGHTS, MW, READERS, HALVES, MAKERS>(shape, in, plan, work, first_sequence, sequences);
 }
 
 }  // namespace qwen

@@ -5,10 +5,9 @@
 
 namespace qwen {
 
-constexpr int kMostSequences = 256;  // of a launch
+constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128;
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
-constexpr int kMakers = 4;     // warps
 // Barriers of parts of a block; 0 is that of all of it.
 constexpr int kMakersBarrier = 1, kLoadsBarrier = 2, kGroupBarrier = 3;
 
@@ -25,6 +24,7 @@ struct FewPlan {
   int rows;         // T * G
   int padded_rows;  // of attention_prepare
   int blocks;       // of rows
+  float per_block, per_head;  // 1 / blocks, 1 / G
   int most_chunks;  // of a sequence
   int least_slots;  // of a chunk
   float scale;      // with log2(e)
@@ -38,26 +38,30 @@ struct FewWorkspace {
   unsigned* counters;   // [sequence, kv head, row block], zero before and after
 };
 
-// MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles. RING halves of tiles (keys or
-// values) per warp are in shared memory. FRESH: the kernel makes the rows of the new tokens itself, in one launch.
-template <int D, int EIGHTS, int MW, int READERS, int RING, bool FRESH>
+// MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles, and each has HALVES halves of
+// tiles (keys or values) in shared memory. With MAKERS the kernel makes the rows of the new tokens itself, in one launch.
+template <int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 struct FewLayout {
-  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows;
-  static constexpr int kHalves = RING * MW, kHalfBytes = kTileSlots * D * 2;
-  static constexpr int kPassRows = 4 * MW;  // rows whose sums are brought together at a time
+  static constexpr bool kFresh = MAKERS > 0;
+  static constexpr int kThreads = (READERS + MAKERS) * 32;
+  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows, kHalfBytes = kTileSlots * D * 2;
+  static constexpr int kPassRows = 16 / kGroups;  // rows whose sums are brought together at a time
   // Rows of one column lie in different banks.
   static constexpr int kStride = D + 8, kMergeStride = D + 4;
-  static constexpr int kRingBytes = kGroups * kHalves * kHalfBytes;
+  static constexpr int kRingBytes = kGroups * HALVES * kHalfBytes;
   // A buffer has new queries, keys and values, and later the sums of the groups. While it is read the next one is made.
-  static constexpr int kBuffers = FRESH ? 2 : 1;
-  static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
-  static constexpr int kMergeBytes = kGroups * kPassRows * kMergeStride * 4;
+  static constexpr int kBuffers = kFresh ? 2 : 1;
+  static constexpr int kFreshBytes = kFresh ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
+  static constexpr int kMergeBytes = 16 * kMergeStride * 4;
   static constexpr int kBufferBytes = ((kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes) + 15) / 16 * 16;
-  static constexpr int kFactors = MW == 4 ? 4096 : 2048;  // of rows and chunks
+  static constexpr int kFactors = kFresh ? 2048 : 4096;  // of rows and chunks
   static constexpr int kShared = kRingBytes + kBuffers * kBufferBytes + kFactors * 4;
   // With the arrays of the kernel.
-  static constexpr int kAllShared = kShared + (kMostSequences + 1) * 4 + kGroups * kRows * 12 + (FRESH ? kMakers * D : 1) * 4 + 16;
+  static constexpr int kAllShared = kShared + (3 * kMostSequences + 1) * 4 + kGroups * kRows * 12 + (kFresh ? MAKERS * D : 1) * 4 + 16;
 };
+
+// a / b for a small a, by 1 / b: exact, and much sooner there.
+__device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
 
 // Slots of a chunk of a sequence that has `slots`.
 __device__ inline int chunk_slots(const FewPlan& plan, int slots) {
@@ -65,42 +69,49 @@ __device__ inline int chunk_slots(const FewPlan& plan, int slots) {
   return max(plan.least_slots, (even + 31) / 32 * 32);
 }
 
+// How the sequences of a launch are cut.
+struct FewSequences {
+  int starts[kMostSequences + 1];  // items of the sequences before
+  int size[kMostSequences], length[kMostSequences];
+};
+
 // What one block does at a time: a chunk of a sequence, for a kv head and a block of rows.
 struct FewItem {
   int b, h, block, chunk, chunks, length;
   int first, slots;  // the slots that the rows see, from `first` on
 
-  template <typename T>
-  static __device__ FewItem of(int id, const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences,
-                               const int* starts, int rows) {
+  static __device__ FewItem of(int id, const FewPlan& plan, int T, const FewSequences& cut, int sequences, int rows) {
     FewItem item;
     int low = 0, high = sequences;  // the sequence with starts[low] <= id < starts[high]
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      (starts[middle] <= id ? low : high) = middle;
+      (cut.starts[middle] <= id ? low : high) = middle;
     }
-    item.b = low;
-    item.length = length_of(shape, in, low);
-    const int slots = item.length + shape.T, size = chunk_slots(plan, slots), rest = id - starts[low];
-    item.chunks = (slots + size - 1) / size;
-    item.block = rest % plan.blocks, item.chunk = rest / plan.blocks % item.chunks, item.h = rest / plan.blocks / item.chunks;
+    const int size = cut.size[low], rest = id - cut.starts[low];
+    item.b = low, item.length = cut.length[low];
+    item.chunks = divided(item.length + T + size - 1, __frcp_rn(float(size)));
+    const int place = divided(rest, plan.per_block);
+    item.block = rest - place * plan.blocks;
+    item.h = divided(place, __frcp_rn(float(item.chunks)));
+    item.chunk = place - item.h * item.chunks;
     item.first = item.chunk * size;
-    const int seen = item.length + min((item.block * rows + rows - 1) / shape.group(), shape.T - 1) + 1;
+    const int seen = item.length + min(divided(item.block * rows + rows - 1, plan.per_head), T - 1) + 1;
     item.slots = max(0, min(size, seen - item.first));
     return item;
   }
 };
 
-// starts[b]: the items of the sequences before b. Returns all of them. Lengths were written before the kernels of the call; every warp makes
-// the same sums, so that none waits for another.
+// Cuts the sequences; returns the items of all. Lengths were written before the kernels of the call; every warp does the same, so that none
+// waits for another.
 template <typename T>
-__device__ inline int count_items(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, int* starts, int lane) {
+__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, FewSequences& cut, int lane) {
   int total = 0;
   for (int b0 = 0; b0 < sequences; b0 += 32) {
     int count = 0;
     if (b0 + lane < sequences) {
-      const int slots = length_of(shape, in, b0 + lane) + shape.T, size = chunk_slots(plan, slots);
-      count = (slots + size - 1) / size * shape.Hkv * plan.blocks;
+      const int length = length_of(shape, in, b0 + lane), slots = length + shape.T, size = chunk_slots(plan, slots);
+      cut.length[b0 + lane] = length, cut.size[b0 + lane] = size;
+      count = divided(slots + size - 1, __frcp_rn(float(size))) * shape.Hkv * plan.blocks;
     }
     int up_to = count;
 #pragma unroll
@@ -108,10 +119,10 @@ __device__ inline int count_items(const AttentionShape& shape, const AttentionTe
       const int before = __shfl_up_sync(0xffffffffu, up_to, step);
       if (lane >= step) up_to += before;
     }
-    if (b0 + lane < sequences) starts[b0 + lane] = total + up_to - count;
+    if (b0 + lane < sequences) cut.starts[b0 + lane] = total + up_to - count;
     total += __shfl_sync(0xffffffffu, up_to, 31);
   }
-  if (lane == 0) starts[sequences] = total;
+  if (lane == 0) cut.starts[sequences] = total;
   __syncwarp();
   return total;
 }
@@ -150,7 +161,7 @@ template <int STRIDE>
 __device__ inline float4 combined(const float* partial, const float* factors, int chunks) {
   const float4* parts = reinterpret_cast<const float4*>(partial);
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  constexpr int kTogether = 33;  // loads on their way
+  constexpr int kTogether = 16;  // loads on their way
   for (int c = 0; c < chunks; c += kTogether) {
     float4 part[kTogether];
 #pragma unroll

@@ -65,7 +65,8 @@ class GatedAttentionKernel {
     in.y = call.output<T>(0, {B, tokens, wide});
     in.k_cache = in_place(call, kKCache, 1, cache), in.v_cache = in_place(call, kVCache, 2, cache);
     if (B == 0 || tokens == 0) return;
-    const Scratch workspace(call, attention_workspace(shape, device_));
+    const size_t bytes = attention_workspace(shape, device_);
+    const Scratch workspace(call, bytes > 0 ? bytes : 1);
     gated_attention(shape, in, scale_, eps_, device_, workspace.as<void>(), call.stream());
   }
 

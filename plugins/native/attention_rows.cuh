@@ -26,9 +26,15 @@ struct Turn {
     Turn turn;
     turn.norm = LaneRow<T, D>::of(norm, lane);
     const int half = R / 2;
+    constexpr int kItems = LaneRow<T, D>::kItems;
+    if (half % kItems == 0) {  // a lane's values turn with those of one other lane
+      const int d = lane * kItems, j = d < half ? d : d - half;
+      if (d < R) turn.cos = LaneRow<T, D>::of(cos + angle + j, 0), turn.sin = LaneRow<T, D>::of(sin + angle + j, 0);
+      return turn;
+    }
 #pragma unroll
-    for (int i = 0; i < LaneRow<T, D>::kItems; i++) {
-      const int d = lane * LaneRow<T, D>::kItems + i;
+    for (int i = 0; i < kItems; i++) {
+      const int d = lane * kItems + i;
       if (d < R) turn.cos.item[i] = cos[angle + (d < half ? d : d - half)], turn.sin.item[i] = sin[angle + (d < half ? d : d - half)];
     }
     return turn;

@@ -35,13 +35,13 @@ __device__ inline void wait_for_copies() {
 template <typename T, int D, int SLOTS, int THREADS>
 __device__ inline void copy_tile(uint32_t shared, const T* source, int there, int thread) {
   constexpr int kUnits = D / 8, kCopies = SLOTS * kUnits;
+  // Nothing is read at an address of which no bytes are wanted.
 #pragma unroll
   for (int i = 0; i < (kCopies + THREADS - 1) / THREADS; i++) {
     const int at = i * THREADS + thread;
     if (kCopies % THREADS != 0 && at >= kCopies) break;
     const int row = at / kUnits, unit = at % kUnits;
-    const bool real = row < there;
-    copy_unit(shared + row * D * 2 + ((unit ^ exchange<D>(row)) << 4), source + (real ? row * D + unit * 8 : 0), real);
+    copy_unit(shared + row * D * 2 + ((unit ^ exchange<D>(row)) << 4), source + at * 8, row < there);
   }
 }
 
