@@ -94,7 +94,7 @@ class Form:
             numbers = np.random.default_rng(0).normal(size=shape).astype(np.float32).view(np.uint32) >> 16
             buffer.write(as_bytes(numbers.astype(np.uint16)))
         self._values[name] = buffer
-        self._given.append(helper.make_tensor_value_info(name, ELEMENTS[dtype][1], None))
+        self._given.append(helper.make_tensor_value_info(name, ELEMENTS[dtype][1], shape))
         return name
 
     def _tables(self) -> list[str]:

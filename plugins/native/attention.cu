@@ -43,7 +43,7 @@ FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   const int rows = block_rows(s);
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
-  plan.least_slots = kLeastSlots;
+  plan.least_slots = kLeastSlots, plan.per_least = 1.0f / kLeastSlots;
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
   plan.most_chunks = std::max(1, std::min({kMostChunks, (rows == 64 ? 4096 : 2048) / rows, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;

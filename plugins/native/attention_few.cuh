@@ -19,7 +19,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
                                                     int first_sequence, int sequences) {
   using Layout = FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>;
   constexpr bool kFresh = Layout::kFresh;
-  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads, kMakerThreads = MAKERS * 32;
+  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads;
   constexpr int kWarpRows = Layout::kWarpRows, kMergeStride = Layout::kMergeStride;
   extern __shared__ __align__(1024) unsigned char shared[];
   __shared__ FewSequences cut;
@@ -46,6 +46,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   bool next_values = false;
   size_t next_row = 0;
   auto find_next = [&] {
+#pragma unroll 1
     for (; next_id < total; next_id += gridDim.x, next_tile = group) {
       const FewItem item = item_of(next_id);
       if (next_tile * kTileSlots >= item.slots) continue;
@@ -75,6 +76,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   // New slots of a tile, which no copy could have. `old`: slots of the chunk that were there before.
   auto add_new = [&](uint32_t half, const T* rows, int first, int old, int end) {
     constexpr int kUnits = D / 8;
+#pragma unroll 1
     for (int at = max(0, old - first) * kUnits + member; at < min(kTileSlots, end - first) * kUnits; at += MW * 32) {
       const int row = at / kUnits, unit = at % kUnits;
       const uint4 x = reinterpret_cast<const uint4*>(rows + (first + row - old) * D)[unit];
@@ -97,6 +99,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
     const size_t token = size_t(first_sequence + item.b) * shape.T, angles = (first_sequence + item.b) * shape.table_stride;
     const int begin = max(0, item.first - item.length), fresh = max(0, item.first + item.slots - item.length - begin);
     const int jobs = plan.rows + 2 * fresh;
+#pragma unroll 1
     for (int job0 = maker / 32; job0 < jobs || begin_block; job0 += kStep * kTogether) {
       Row row[kTogether];
       Turn<T, D> turn[kTogether];
@@ -149,10 +152,9 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   auto head_of = [&](const FewItem& item) { return (size_t(item.b) * Hkv + item.h) * plan.blocks + item.block; };
   auto base_of = [&](const FewItem& item) { return head_of(item) * plan.most_chunks; };
 
-  // Counts the chunk of an item, whose sums all threads have written; `count` threads, numbered `number`, add up a sequence and head of which
-  // it was the last.
-  auto count_chunk = [&](const FewItem& item, int number, int count, auto&& sync) {
-    if (number == 0) {
+  // Counts the chunk of an item, whose sums all threads have written, and adds up a sequence and head of which it was the last.
+  auto count_chunk = [&](const FewItem& item, int rows) {
+    if (thread == 0) {
       __threadfence();
       unsigned* counter = work.counters + head_of(item);
       last = atomicAdd(counter, 1u) == unsigned(item.chunks) - 1;
@@ -161,19 +163,18 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         __threadfence();
       }
     }
-    sync();
+    __syncthreads();
     if (!last) return;
-    const int rows = min(kRows, plan.rows - item.block * kRows);
-    combine_factors(work.weights + base_of(item) * kRows, kRows, rows, item.chunks, chunk_factors, number / 32, count / 32, lane);
-    sync();
-    for (int at = number; at < rows * D / 4; at += count) {
+    combine_factors(work.weights + base_of(item) * kRows, kRows, rows, item.chunks, chunk_factors, warp, kThreads / 32, lane);
+    __syncthreads();
+#pragma unroll 1
+    for (int at = thread; at < rows * D / 4; at += kThreads) {
       const int row = at / (D / 4), d = at % (D / 4) * 4;
       const uint2 gate = gate_of(item, item.block * kRows + row, d);
       const float4 o = combined<kRows * D / 4>(work.partial + (base_of(item) * kRows + row) * D + d, chunk_factors + row * item.chunks, item.chunks);
       write(item, item.block * kRows + row, d, o, gate);
     }
   };
-  auto makers_meet = [&] { asm volatile("bar.sync %0,%1;" ::"n"(kMakersBarrier), "n"(kMakerThreads) : "memory"); };
 
   if (reader) {
     find_next();
@@ -193,7 +194,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   let_next_start();
 
   int place = 0, number = 0;
-  FewItem before{};  // an item that is not counted yet, where it has chunks
+#pragma unroll 1
   for (int id = blockIdx.x; id < total; id += gridDim.x, number++) {
     const FewItem item = item_of(id);
     const bool whole = item.chunks == 1;
@@ -221,9 +222,10 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         for (int i = 0; i < 2; i++)
           visible[n][i] = old + min(token_of(own_row + row_warp * kWarpRows + n * 8 + lane % 4 * 2 + i), shape.T - 1) + 1;
       }
+#pragma unroll 1
       for (int first = group * kTileSlots; first < item.slots; first += kGroups * kTileSlots) {
         float s[EIGHTS][4];
-#pragma unroll
+#pragma unroll 1
         for (int half = 0; half < 2; half++) {
           wait_for_copies<HALVES - 2>();
           meet();
@@ -247,9 +249,8 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
           for (int i = 0; i < 2; i++) group_weights[group][row_warp * kWarpRows + n * 8 + lane * 2 + i] = make_float2(tile.largest[n][i], tile.sum[n][i]);
         }
       }
-    } else {
-      if (before.chunks > 1) count_chunk(before, maker, kMakerThreads, makers_meet);
-      if (id + int(gridDim.x) < total) make_rows(id + gridDim.x, number + 1, false);
+    } else if (id + int(gridDim.x) < total) {
+      make_rows(id + gridDim.x, number + 1, false);
     }
     __syncthreads();
 
@@ -266,8 +267,9 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       }
       if (!whole) work.weights[(base_of(item) + item.chunk) * kRows + thread] = all;
 #pragma unroll
-      for (int g = 0; g < kGroups; g++) factors[g][thread] *= whole ? 1.0f / all.y : 1.0f;
+      for (int g = 0; g < kGroups; g++) factors[g][thread] *= whole ? inverse_of(all.y) : 1.0f;
     }
+#pragma unroll 1
     for (int pass = 0; pass < rows; pass += Layout::kPassRows) {
       if (reader) {
 #pragma unroll
@@ -283,6 +285,7 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         }
       }
       __syncthreads();
+#pragma unroll 1
       for (int at = thread; at < Layout::kPassRows * D / 4; at += kThreads) {
         const int row = at / (D / 4), d = at % (D / 4) * 4;
         if (pass + row >= rows) break;
@@ -295,10 +298,8 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
       }
       __syncthreads();
     }
-    before = item;
-    if (!kFresh && !whole) count_chunk(item, thread, kThreads, [] { __syncthreads(); });
+    if (!whole) count_chunk(item, rows);
   }
-  if (kFresh && before.chunks > 1) count_chunk(before, thread, kThreads, [] { __syncthreads(); });
   wait_for_copies<0>();
 }
 

@@ -9,7 +9,7 @@ constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128;
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
 // Barriers of parts of a block; 0 is that of all of it.
-constexpr int kMakersBarrier = 1, kLoadsBarrier = 2, kGroupBarrier = 3;
+constexpr int kLoadsBarrier = 1, kGroupBarrier = 2;
 
 // Shared memory that a block can have: for a device with less a kernel is not compiled.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
@@ -24,7 +24,7 @@ struct FewPlan {
   int rows;         // T * G
   int padded_rows;  // of attention_prepare
   int blocks;       // of rows
-  float per_block, per_head;  // 1 / blocks, 1 / G
+  float per_block, per_head, per_least;  // 1 / blocks, 1 / G, 1 / least_slots
   int most_chunks;  // of a sequence
   int least_slots;  // of a chunk
   float scale;      // with log2(e)
@@ -65,8 +65,8 @@ __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5
 
 // Slots of a chunk of a sequence that has `slots`.
 __device__ inline int chunk_slots(const FewPlan& plan, int slots) {
-  const int even = (slots + plan.most_chunks - 1) / plan.most_chunks;
-  return max(plan.least_slots, (even + 31) / 32 * 32);
+  const int chunks = max(1, min(plan.most_chunks, divided(slots, plan.per_least)));
+  return (divided(slots + chunks - 1, inverse_of(float(chunks))) + 31) / 32 * 32;
 }
 
 // How the sequences of a launch are cut.
@@ -83,16 +83,17 @@ struct FewItem {
   static __device__ FewItem of(int id, const FewPlan& plan, int T, const FewSequences& cut, int sequences, int rows) {
     FewItem item;
     int low = 0, high = sequences;  // the sequence with starts[low] <= id < starts[high]
+#pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;
       (cut.starts[middle] <= id ? low : high) = middle;
     }
     const int size = cut.size[low], rest = id - cut.starts[low];
     item.b = low, item.length = cut.length[low];
-    item.chunks = divided(item.length + T + size - 1, __frcp_rn(float(size)));
+    item.chunks = divided(item.length + T + size - 1, inverse_of(float(size)));
     const int place = divided(rest, plan.per_block);
     item.block = rest - place * plan.blocks;
-    item.h = divided(place, __frcp_rn(float(item.chunks)));
+    item.h = divided(place, inverse_of(float(item.chunks)));
     item.chunk = place - item.h * item.chunks;
     item.first = item.chunk * size;
     const int seen = item.length + min(divided(item.block * rows + rows - 1, plan.per_head), T - 1) + 1;
@@ -106,12 +107,13 @@ struct FewItem {
 template <typename T>
 __device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, FewSequences& cut, int lane) {
   int total = 0;
+#pragma unroll 1
   for (int b0 = 0; b0 < sequences; b0 += 32) {
     int count = 0;
     if (b0 + lane < sequences) {
       const int length = length_of(shape, in, b0 + lane), slots = length + shape.T, size = chunk_slots(plan, slots);
       cut.length[b0 + lane] = length, cut.size[b0 + lane] = size;
-      count = divided(slots + size - 1, __frcp_rn(float(size))) * shape.Hkv * plan.blocks;
+      count = divided(slots + size - 1, inverse_of(float(size))) * shape.Hkv * plan.blocks;
     }
     int up_to = count;
 #pragma unroll
@@ -133,6 +135,7 @@ __device__ inline void add_scaled(float4& o, float factor, float4 x) {
 
 // factors[row,chunk] with which the sums of the chunks add up to the row; a warp of `warps` makes some rows.
 __device__ inline void combine_factors(const float2* weights, int stride, int rows, int chunks, float* factors, int warp, int warps, int lane) {
+#pragma unroll 1
   for (int row = warp; row < rows; row += warps) {
     float2 w[kMostChunks / 32];
     float top = -INFINITY, sum = 0.0f;
@@ -149,7 +152,7 @@ __device__ inline void combine_factors(const float2* weights, int stride, int ro
       w[i].x = w[i].x == -INFINITY ? 0.0f : power_of_two(w[i].x - top);
       sum += w[i].x * w[i].y;
     }
-    const float scale = 1.0f / warp_sum(sum);
+    const float scale = inverse_of(warp_sum(sum));
 #pragma unroll
     for (int i = 0; i < kMostChunks / 32; i++)
       if (i * 32 + lane < chunks) factors[row * chunks + i * 32 + lane] = w[i].x * scale;
@@ -162,6 +165,7 @@ __device__ inline float4 combined(const float* partial, const float* factors, in
   const float4* parts = reinterpret_cast<const float4*>(partial);
   float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   constexpr int kTogether = 16;  // loads on their way
+#pragma unroll 1
   for (int c = 0; c < chunks; c += kTogether) {
     float4 part[kTogether];
 #pragma unroll

@@ -16,7 +16,8 @@ struct alignas(D / 32 * sizeof(T)) LaneRow {
   __device__ void store(T* row, int lane) const { reinterpret_cast<LaneRow*>(row)[lane] = *this; }
 };
 
-// What a lane needs to turn its part of a row: independent of the row, so that it can be loaded before.
+// What a lane needs to turn its part of a row: independent of the row, so that it can be loaded before. R is a multiple of D / 16: what a lane
+// has turns with what one other lane has.
 template <typename T, int D>
 struct Turn {
   LaneRow<T, D> norm, cos, sin;
@@ -25,18 +26,8 @@ struct Turn {
   static __device__ Turn of(const T* norm, const T* cos, const T* sin, size_t angle, int R, int lane) {
     Turn turn;
     turn.norm = LaneRow<T, D>::of(norm, lane);
-    const int half = R / 2;
-    constexpr int kItems = LaneRow<T, D>::kItems;
-    if (half % kItems == 0) {  // a lane's values turn with those of one other lane
-      const int d = lane * kItems, j = d < half ? d : d - half;
-      if (d < R) turn.cos = LaneRow<T, D>::of(cos + angle + j, 0), turn.sin = LaneRow<T, D>::of(sin + angle + j, 0);
-      return turn;
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; i++) {
-      const int d = lane * kItems + i;
-      if (d < R) turn.cos.item[i] = cos[angle + (d < half ? d : d - half)], turn.sin.item[i] = sin[angle + (d < half ? d : d - half)];
-    }
+    const int half = R / 2, d = lane * LaneRow<T, D>::kItems, j = d < half ? d : d - half;
+    if (d < R) turn.cos = LaneRow<T, D>::of(cos + angle + j, 0), turn.sin = LaneRow<T, D>::of(sin + angle + j, 0);
     return turn;
   }
 
@@ -50,16 +41,15 @@ struct Turn {
 #pragma unroll
     for (int i = 0; i < kItems; i++) memory[lane * kItems + i] = x[i] = to_float(row.item[i]) * scale * to_float(norm.item[i]);
     __syncwarp();
-    const int half = R / 2;
+    const int half = R / 2, first = lane * kItems;
+    if (first < R) {
+      const float* other = memory + (first < half ? first + half : first - half);
+      const float sign = first < half ? -1.0f : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kItems; i++) {
-      const int d = lane * kItems + i;
-      if (d < R) {
-        const float other = d < half ? -memory[d + half] : memory[d - half];
-        x[i] = x[i] * to_float(cos.item[i]) + other * to_float(sin.item[i]);
-      }
-      row.item[i] = from_float<T>(x[i]);
+      for (int i = 0; i < kItems; i++) x[i] = x[i] * to_float(cos.item[i]) + sign * other[i] * to_float(sin.item[i]);
     }
+#pragma unroll
+    for (int i = 0; i < kItems; i++) row.item[i] = from_float<T>(x[i]);
     __syncwarp();
     return row;
   }

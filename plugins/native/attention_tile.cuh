@@ -188,7 +188,9 @@ struct RowTile {
 // Slots that row `row` of a call sees, from slot `first` on, where the sequence had `length` tokens before.
 __device__ inline int visible_slots(int row, int G, int T, int length, int first) { return length + min(row / G, T - 1) + 1 - first; }
 
-__device__ inline float opened(float gate) { return 1.0f / (1.0f + __expf(-gate)); }
+__device__ inline float inverse_of(float x) { return __fdividef(1.0f, x); }
+
+__device__ inline float opened(float gate) { return inverse_of(1.0f + __expf(-gate)); }
 
 // y = o * sigmoid(gate) for row `row`, of which this lane has columns 8j + 2 (lane % 4) + 0..1 in o[4j + 2 half + 0..1].
 template <typename T, int D>
