@@ -100,15 +100,15 @@ void few_tokens_of_rows(const AttentionShape& s, const AttentionTensors<T>& in, 
   if constexpr (D == kWideHead) {
     if (device.shared_bytes >= kMuchShared) {
       if (rows == 8) return few_tokens_within<T, D, 1, 1, 4, 5, 4, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 16) return few_tokens_within<T, D, 1, 2, 8, 5, 4, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 32) return few_tokens_within<T, D, 1, 4, 8, 10, 4, kMuch>(s, in, plan, device, workspace, stream);
-      return few_tokens_within<T, D, 2, 4, 8, 11, 0, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 16) return few_tokens_within<T, D, 1, 2, 4, 10, 4, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 32) return few_tokens_within<T, D, 1, 4, 4, 20, 4, kMuch>(s, in, plan, device, workspace, stream);
+      return few_tokens_within<T, D, 1, 8, 8, 22, 0, kMuch>(s, in, plan, device, workspace, stream);
     }
   }
   if (rows == 8) return few_tokens_within<T, D, 1, 1, 2, 3, 4, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 16) return few_tokens_within<T, D, 1, 2, 4, 3, 4, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 16) return few_tokens_within<T, D, 1, 2, 2, 6, 4, kLittle>(s, in, plan, device, workspace, stream);
   if (rows == 32) return few_tokens_within<T, D, 1, 4, 4, 4, 4, kLittle>(s, in, plan, device, workspace, stream);
-  few_tokens_within<T, D, 2, 4, 4, 8, 0, kLittle>(s, in, plan, device, workspace, stream);
+  few_tokens_within<T, D, 1, 8, 8, 8, 0, kLittle>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, int D, int RING>

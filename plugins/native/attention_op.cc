@@ -39,7 +39,7 @@ class GatedAttentionKernel {
     expect(call.shape(kQNorm) == Shape{D} && call.shape(kKNorm) == Shape{D}, "GatedAttention: the norms are not [D]");
     expect(call.shape(kSin) == table && (table.size() == 2 || (table.size() == 3 && table[0] == B)),
            "GatedAttention: cos and sin are not [S',R/2] or [B,S',R/2]");
-    expect(table.back() > 0 && 2 * table.back() <= D, "GatedAttention: more values turn than a head has");
+    expect(0 < table.back() && 2 * table.back() <= D && table.back() % (D / 32) == 0, "GatedAttention: the values that turn are a multiple of D/16, D at most");
     expect(call.shape(kLength) == Shape{B}, "GatedAttention: length is not [B]");
     AttentionShape shape{};
     shape.B = int(B), shape.T = int(tokens), shape.Hq = heads_, shape.Hkv = kv_heads_, shape.S = int(cache[2]), shape.D = int(D);

@@ -51,8 +51,11 @@ def _plugin_cuda_limit(config: TextConfig) -> str:
 
 
 def _plugin_attention_limit(config: TextConfig) -> str:
-    if config.head_dim not in (32, 64, 128, 256) or config.rotary_dim % 2:
-        return f"the native attention takes heads of 32, 64, 128 or 256 values, and this model has {config.head_dim}"
+    """A lane of a warp has D / 32 values of a head, which turn with those of one other lane."""
+    D, R = config.head_dim, config.rotary_dim
+    if D not in (32, 64, 128, 256) or R % (D // 16):
+        takes = "heads of 32, 64, 128 or 256 values, of which a multiple of a sixteenth turns"
+        return f"the native attention takes {takes}, and this model has {D} and {R}"
     return ""
 
 
