@@ -13,7 +13,6 @@
 namespace qwen {
 namespace {
 
-constexpr int kLeastSlots = 256;                    // of a chunk
 constexpr size_t kMostPartial = size_t(256) << 20;  // bytes of sums of chunks; more sequences are read by several launches
 // Heads of the family have 256 values. Devices with this much shared memory for a block have more of them on the way at a time.
 constexpr int kWideHead = 256, kMuchShared = 227 << 10;
@@ -29,9 +28,10 @@ int block_rows(const AttentionShape& s) {
   return !is_fresh(s) ? 64 : rows <= 8 ? 8 : rows <= 16 ? 16 : 32;
 }
 
-// Whether there are enough rows for every processor to have a block of them.
+// Whether a call is read by blocks that each read all of the past: its rows are enough for a fifth of the processors. Fewer are the end of a
+// prompt behind a long past, for which chunks of the past are shared.
 bool is_prompt(const AttentionShape& s, const AttentionDevice& device) {
-  return s.T > 16 && (s.T * s.group() + kPromptRows - 1) / kPromptRows * s.Hkv * 2 > device.processors;
+  return !is_fresh(s) && (s.T * s.group() + kPromptRows - 1) / kPromptRows * s.Hkv * 5 > device.processors;
 }
 
 int padded_rows(const AttentionShape& s) { return round_up(s.T * s.group(), s.T * s.group() > kPromptRows ? kWideRows : kPromptRows); }
@@ -43,7 +43,6 @@ FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   const int rows = block_rows(s);
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
-  plan.least_slots = kLeastSlots, plan.per_least = 1.0f / kLeastSlots;
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
   plan.most_chunks = std::max(1, std::min({kMostChunks, (rows == 64 ? 4096 : 2048) / rows, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;
@@ -146,8 +145,9 @@ void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, f
   plan.scale = scale2, plan.eps = eps;
   if (is_fresh(s)) return few_tokens_of_rows<T, D>(s, in, plan, device, workspace, stream);
   T* queries = static_cast<T*>(workspace);
-  const int64_t jobs = int64_t(s.B) * s.Hkv * (padded_rows(s) + 2 * s.T);
-  launch(attention_prepare<T, D>, dim3(unsigned((jobs + 3) / 4)), dim3(128), 0, stream, s, in, eps, queries, padded_rows(s));
+  const int rows = padded_rows(s) + 2 * s.T;
+  launch(attention_prepare<T, D>, dim3((rows + kPrepareRows - 1) / kPrepareRows, s.B * s.Hkv), dim3(kPrepareWarps * 32), 0, stream, s, in, eps, queries,
+         padded_rows(s));
   if (!is_prompt(s, device)) return few_tokens_of_rows<T, D>(s, in, plan, device, workspace, stream);
   if constexpr (D == kWideHead) {
 #ifdef QWEN_SM90A

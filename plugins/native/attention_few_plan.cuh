@@ -6,7 +6,7 @@
 namespace qwen {
 
 constexpr int kMostSequences = 128;  // of a launch
-constexpr int kMostChunks = 128;
+constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, slots of a chunk
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
 // Barriers of parts of a block; 0 is that of all of it.
 constexpr int kLoadsBarrier = 1, kGroupBarrier = 2;
@@ -24,9 +24,8 @@ struct FewPlan {
   int rows;         // T * G
   int padded_rows;  // of attention_prepare
   int blocks;       // of rows
-  float per_block, per_head, per_least;  // 1 / blocks, 1 / G, 1 / least_slots
+  float per_block, per_head;  // 1 / blocks, 1 / G
   int most_chunks;  // of a sequence
-  int least_slots;  // of a chunk
   float scale;      // with log2(e)
   float eps;
 };
@@ -63,9 +62,11 @@ struct FewLayout {
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
 
-// Slots of a chunk of a sequence that has `slots`.
+// Slots of a chunk of a sequence that has `slots`. A short one is cut into pieces of 256 slots or more, so that it is soon done alone; a long one
+// into larger pieces, of which several blocks are busy anyway, since every piece costs some time of its own.
 __device__ inline int chunk_slots(const FewPlan& plan, int slots) {
-  const int chunks = max(1, min(plan.most_chunks, divided(slots, plan.per_least)));
+  const int short_ones = divided(slots, 1.0f / kLeastSlots);
+  const int wanted = min(short_ones, min(max(8, short_ones / 2), max(32, short_ones / 4))), chunks = max(1, min(plan.most_chunks, wanted));
   return (divided(slots + chunks - 1, inverse_of(float(chunks))) + 31) / 32 * 32;
 }
 

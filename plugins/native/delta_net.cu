@@ -17,13 +17,12 @@
 namespace qwen {
 namespace {
 
-// The registers are as many as it takes not to spill; with half the threads, two blocks fit a processor.
-template <typename T, int D, bool TRANSACTION, int THREADS>
-__global__ void __maxnreg__(TRANSACTION || THREADS < kHeadThreads ? 128 : 96)
-    few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
+// The registers are as many as it takes not to spill.
+template <typename T, int D, bool TRANSACTION>
+__global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
   const int pending = TRANSACTION ? clamped(in.accepted[blockIdx.y], shape.P) : 0;
   const int commit = TRANSACTION ? clamped(in.commit[blockIdx.y], shape.T) : shape.T;
-  few_tokens<T, D, TRANSACTION, THREADS>(shape, in, pending, commit, eps, arrivals);
+  few_tokens<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
 }
 
 // Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.
@@ -253,19 +252,13 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
   for (int i = 0; i < kTaps - 1; i++) in.history_out[(size_t(b) * (kTaps - 1) + i) * C + c] = rows[i];
 }
 
-constexpr int kManyHeads = 256;  // of all sequences
-
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
 template <typename T, int D>
 void few_tokens(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, int* arrivals, int arrivals_size, cudaStream_t stream) {
   if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
-  // With more heads than processors it matters that one reads while another writes; with few, that each is done soon.
-  constexpr int kHalf = kHeadThreads / 2;
-  const bool many = s.Hv * s.B >= kManyHeads;
-  const auto kernel = in.accepted == nullptr ? (many ? few_tokens_kernel<T, D, false, kHalf> : few_tokens_kernel<T, D, false, kHeadThreads>)
-                                             : (many ? few_tokens_kernel<T, D, true, kHalf> : few_tokens_kernel<T, D, true, kHeadThreads>);
-  launch(kernel, dim3(s.Hv, s.B), dim3(many ? kHalf : kHeadThreads), 0, stream, s, in, eps, arrivals);
+  launch(in.accepted == nullptr ? few_tokens_kernel<T, D, false> : few_tokens_kernel<T, D, true>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps,
+         arrivals);
 }
 
 template <typename T, int D>

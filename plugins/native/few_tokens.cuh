@@ -31,9 +31,8 @@ __device__ inline float4 scaled(float4 a, float s) { return make_float4(a.x * s,
 
 __device__ inline float2 scaled(float2 a, float s) { return make_float2(a.x * s, a.y * s); }
 
-// Of a block, which is one value head. A thread may do the work of several of these: then two blocks fit a processor, and one reads its state
-// while the other writes. The sums are the same to the last bit.
-constexpr int kHeadThreads = 512;
+constexpr int kHeadThreads = 512;  // of a block, which is one value head
+static_assert(kFewTokens <= kHeadThreads / 32, "a warp writes the outputs of one token");
 
 // The convolution of one channel, as it moves over the rows.
 template <typename T>
@@ -52,13 +51,12 @@ struct Channel {
 //
 // `pending` rows are to be replayed, `commit` of the new tokens enter the state. Without `arrivals` the history and its successor must not be
 // the same memory.
-template <typename T, int D, bool TRANSACTION, int THREADS = kHeadThreads>
+template <typename T, int D, bool TRANSACTION>
 __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>& in, int pending, const int commit, float eps, int* arrivals) {
   constexpr int kGroups = kHeadThreads / D;
   constexpr int kLanes = kGroups;           // lanes per column
   constexpr int kQuads = D / (4 * kLanes);  // float4s of a column that a lane holds
   constexpr int kItems = D / 32;            // elements of a row that a lane holds, where a warp holds the row
-  constexpr int kTurns = kHeadThreads / THREADS, kWarps = THREADS / 32;
   using Part = LanePart<D>;
   __shared__ __align__(16) float q[kFewTokens][D], k[kFewTokens][D], v[kFewTokens][D], o[kFewTokens][D];
   __shared__ float qk[kFewTokens], gate[kFewTokens], beta[kFewTokens];
@@ -73,49 +71,35 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
 
   // The state was written by an earlier call, and the projection that feeds this one ran in between: it is complete. Lane p of a column holds
   // k = 4 (kLanes j + p) + 0..3.
-  const int column = tid * kTurns / kLanes, part = tid * kTurns % kLanes;  // and the parts behind it, one a turn
+  const int column = tid / kLanes, part = tid % kLanes;
   const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;
-  float4 S[kTurns][kQuads];
+  float4 S[kQuads];
 #pragma unroll
-  for (int i = 0; i < kTurns * kQuads; i++)
-    S[i % kTurns][i / kTurns] = *reinterpret_cast<const float4*>(in.state + at + i % kTurns * 4 + i / kTurns * kLanes * 4);
+  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * kLanes * 4);
   auto store_state = [&] {
 #pragma unroll
-    for (int i = 0; i < kTurns * kQuads; i++)
-      *reinterpret_cast<float4*>(in.state_out + at + i % kTurns * 4 + i / kTurns * kLanes * 4) = S[i % kTurns][i / kTurns];
+    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(in.state_out + at + j * kLanes * 4) = S[j];
   };
   // 3 D threads own a channel each; taps and history do not depend on the projection either.
-  const int within = tid % D;
-  auto group_of = [&](int turn) { return (turn * THREADS + tid) / D; };  // 0: q, 1: k, 2: v, 3: gates
-  auto channel_of = [&](int turn) {
-    const int group = group_of(turn);
-    return (group == 0 ? hk : group == 1 ? Hk + hk : 2 * Hk + hv) * D + within;
-  };
-  T new_history[kTurns][kTaps - 1];
+  const int group = tid / D, within = tid % D;  // 0: q, 1: k, 2: v, 3: gates
+  const int channel = group == 0 ? hk * D + within : group == 1 ? (Hk + hk) * D + within : (2 * Hk + hv) * D + within;
+  T new_history[kTaps - 1];
+  if (group < 3) {
 #pragma unroll
-  for (int turn = 0; turn < kTurns; turn++) {
-    if (group_of(turn) >= 3) continue;
-#pragma unroll
-    for (int i = 0; i < kTaps - 1; i++) new_history[turn][i] = history[i * C + channel_of(turn)];
+    for (int i = 0; i < kTaps - 1; i++) new_history[i] = history[i * C + channel];
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
-  float norm[kItems], gating[kItems];  // of the first token that the warp writes
+  float norm[kItems], gating[kItems];  // warp t writes token t
   const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
-  auto load_gating = [&](int t) {
-#pragma unroll
-    for (int i = 0; i < kItems; i++) gating[i] = to_float(rows[size_t(t) * width + C + hv * D + lane * kItems + i]);
-  };
   while (true) {
     const bool replay = TRANSACTION && pending > 0;
     const int count = replay ? min(pending, kFewTokens) : tokens;
-    Channel<T> conv[kTurns];  // loaded again for every pass: S needs the registers in between
+    Channel<T> conv;  // loaded again for every pass: S needs the registers in between
+    if (group < 3) {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      if (group_of(turn) >= 3) continue;
+      for (int i = 0; i < kTaps; i++) conv.taps[i] = to_float(in.conv[channel * kTaps + i]);
 #pragma unroll
-      for (int i = 0; i < kTaps; i++) conv[turn].taps[i] = to_float(in.conv[channel_of(turn) * kTaps + i]);
-#pragma unroll
-      for (int i = 0; i < kTaps - 1; i++) conv[turn].past[i] = to_float(new_history[turn][i]);
+      for (int i = 0; i < kTaps - 1; i++) conv.past[i] = to_float(new_history[i]);
     }
     if (!replay) {
 #pragma unroll
@@ -123,27 +107,25 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       wait_for_previous();
       let_next_start();
       rows = in.packed + size_t(b) * tokens * width;
-      if (warp < tokens) load_gating(warp);
-    }
+      if (warp < tokens) {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      const int group = group_of(turn);
-      if (group < 3) {
-        float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
-        T* past = new_history[turn];
-        for (int t = 0; t < count; t++) {
-          const T value = rows[size_t(t) * width + channel_of(turn)];
-          into[t * D + within] = conv[turn].next(to_float(value));
-          if (!TRANSACTION || replay || t < commit) past[0] = past[1], past[1] = past[2], past[2] = value;
-        }
-      } else if ((kGroups == 4 || group == 3) && within < count) {
-        const T* row = rows + size_t(within) * width + C + Hv * D;
-        gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
-        beta[within] = sigmoid(to_float(row[Hv + hv]));
+        for (int i = 0; i < kItems; i++) gating[i] = to_float(rows[size_t(warp) * width + C + hv * D + lane * kItems + i]);
       }
     }
+    if (group < 3) {
+      float* into = group == 0 ? &q[0][0] : group == 1 ? &k[0][0] : &v[0][0];
+      for (int t = 0; t < count; t++) {
+        const T value = rows[size_t(t) * width + channel];
+        into[t * D + within] = conv.next(to_float(value));
+        if (!TRANSACTION || replay || t < commit) new_history[0] = new_history[1], new_history[1] = new_history[2], new_history[2] = value;
+      }
+    } else if ((kGroups == 4 || group == 3) && within < count) {
+      const T* row = rows + size_t(within) * width + C + Hv * D;
+      gate[within] = decay(to_float(row[hv]), a_log, dt_bias);
+      beta[within] = sigmoid(to_float(row[Hv + hv]));
+    }
     __syncthreads();
-    for (int t = warp; t < count; t += kWarps) {
+    if (const int t = warp; t < count) {
       Part a = reinterpret_cast<Part*>(q[t])[lane], c = reinterpret_cast<Part*>(k[t])[lane];
       a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(D)));
       c = scaled(c, rsqrtf(warp_sum(dot(c, c)) + kL2Eps));
@@ -162,12 +144,9 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       }
     }
     __syncthreads();
+    if (!replay && (group == 2 || (group < 2 && last))) {
 #pragma unroll
-    for (int turn = 0; turn < kTurns; turn++) {
-      const int group = group_of(turn);
-      if (replay || group > 2 || (group < 2 && !last)) continue;
-#pragma unroll
-      for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel_of(turn)] = new_history[turn][i];
+      for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
     }
 
     for (int t = 0; t < count; t++) {
@@ -175,32 +154,22 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       float sk = 0.0f, sq = 0.0f;
       float4 key[kQuads];
 #pragma unroll
-      for (int turn = 0; turn < kTurns; turn++) {
-        float mine_k = 0.0f, mine_q = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kQuads; j++) {
-          key[j] = reinterpret_cast<const float4*>(k[t])[j * kLanes + part + turn];
-          mine_k += dot(S[turn][j], key[j]);
-          mine_q += dot(S[turn][j], reinterpret_cast<const float4*>(q[t])[j * kLanes + part + turn]);
-        }
-        sk = turn == 0 ? mine_k : sk + mine_k, sq = turn == 0 ? mine_q : sq + mine_q;
+      for (int j = 0; j < kQuads; j++) {
+        key[j] = reinterpret_cast<const float4*>(k[t])[j * kLanes + part];
+        sk += dot(S[j], key[j]);
+        sq += dot(S[j], reinterpret_cast<const float4*>(q[t])[j * kLanes + part]);
       }
 #pragma unroll
-      for (int step = 1; step < kLanes / kTurns; step *= 2) {
+      for (int step = 1; step < kLanes; step *= 2) {
         sk += __shfl_xor_sync(0xffffffffu, sk, step);
         sq += __shfl_xor_sync(0xffffffffu, sq, step);
       }
       const float e = gate[t], delta = beta[t] * fmaf(-e, sk, v[t][column]);
       if (part == 0) o[t][column] = fmaf(qk[t], delta, e * sq);
 #pragma unroll
-      for (int turn = kTurns - 1; turn >= 0; turn--) {
-#pragma unroll
-        for (int j = 0; j < kQuads; j++) {
-          if (turn < kTurns - 1) key[j] = reinterpret_cast<const float4*>(k[t])[j * kLanes + part + turn];
-          float4& s = S[turn][j];
-          s.x = fmaf(delta, key[j].x, e * s.x), s.y = fmaf(delta, key[j].y, e * s.y);
-          s.z = fmaf(delta, key[j].z, e * s.z), s.w = fmaf(delta, key[j].w, e * s.w);
-        }
+      for (int j = 0; j < kQuads; j++) {
+        S[j].x = fmaf(delta, key[j].x, e * S[j].x), S[j].y = fmaf(delta, key[j].y, e * S[j].y);
+        S[j].z = fmaf(delta, key[j].z, e * S[j].z), S[j].w = fmaf(delta, key[j].w, e * S[j].w);
       }
     }
     if (!replay) break;
@@ -210,11 +179,10 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   if (commit == tokens) store_state();
   __syncthreads();
 
-  for (int t = warp; t < tokens; t += kWarps) {
-    const Part a = reinterpret_cast<const Part*>(o[t])[lane];
+  if (warp < tokens) {
+    const Part a = reinterpret_cast<const Part*>(o[warp])[lane];
     const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
-    if (t != warp) load_gating(t);
-    T* y = in.y + (size_t(b) * tokens + t) * Hv * D + hv * D + lane * kItems;
+    T* y = in.y + (size_t(b) * tokens + warp) * Hv * D + hv * D + lane * kItems;
     const float* value = &a.x;
 #pragma unroll
     for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
