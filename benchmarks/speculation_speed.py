@@ -33,8 +33,8 @@ GREEDY = SamplingParams(greedy=True)
 class Coin:
     """Keeps a draft with chance `rate`, whatever the model says of it."""
 
-    def __init__(self, rate: float) -> None:
-        self._rate, self._rng = rate, np.random.default_rng(0)
+    def __init__(self, rate: float, seed: int = 0) -> None:
+        self._rate, self._rng = rate, np.random.default_rng(seed)
 
     def draft(self, q: Distribution, ahead: int) -> int:
         return int(q.ids[0])
@@ -95,7 +95,7 @@ def main() -> None:
             runs: list[tuple[float, float, Statistics]] = []
             policy: Policy = AdaptiveLength(longest) if length is None else FixedLength(length)
             for i in range(arguments.rounds + 1):
-                coin = Coin(rate) if rate is not None else None
+                coin = Coin(rate, i) if rate is not None else None
                 judge = acceptance_for if coin is None else lambda sampler, coin=coin: coin
                 statistics = drafted(decoder, prompt, arguments.new_tokens, policy, judge)
                 base = plain(reference, prompt, arguments.new_tokens)

@@ -15,6 +15,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
     "gguf": ("gguf",),
+    "hub": ("huggingface_hub",),
+    "modelscope": ("modelscope",),
 }
 """Modules by extra."""
 _COMPILER = ("qwen_export.graphs", "qwen_export.plugins", "qwen_export.building", "qwen_export.verification")

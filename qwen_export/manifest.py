@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from qwen_export import manifest_checks, manifest_parsing
 from qwen_export.errors import BundleError
 from qwen_export.manifest_types import (
+    ADAPTERS,
     DIMS,
     MODEL_SIZES,
     OLDEST_SCHEMA,
@@ -36,6 +37,7 @@ from qwen_export.manifest_types import (
 )
 
 __all__ = (
+    "ADAPTERS",
     "CHAT_TEMPLATE",
     "DIGEST",
     "DIMS",

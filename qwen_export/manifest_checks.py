@@ -14,7 +14,7 @@ from typing import Any
 from qwen_export.element_types import BY_MANIFEST, stored_bytes
 from qwen_export.engine_options import ENGINE_WEIGHTS, HARDWARE_COMPATIBILITY, TILING, EngineOptions
 from qwen_export.manifest_graph_checks import check_graphs
-from qwen_export.manifest_types import MODEL_SIZES, Manifest, WeightSpec
+from qwen_export.manifest_types import ADAPTERS, MODEL_SIZES, Manifest, WeightSpec
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LARGEST_CONTEXT = 2**31 - 1  # positions are int32
@@ -176,6 +176,8 @@ def _check_facts(manifest: Manifest) -> None:
         source, "source", ("architecture", "rope_scaling")
     ):
         raise ValueError(f"{where}.{name} is not a text")
+    if not isinstance(source.get(ADAPTERS, []), list):
+        raise ValueError("source.adapters is not a list")
     if not isinstance(verification.get("passed", True), bool):
         raise ValueError("verification.passed is not true or false")
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
+from qwen_export.stages import joined_graphs, links, stage_groups, stage_name
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
 _INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", "length", "last_slot", "total_length", "accepted", "commit", "logit_rows"))
@@ -21,19 +22,50 @@ Shape = tuple[int | str, ...]
 
 def check_graphs(manifest: Manifest) -> None:
     """Raise ValueError where a graph's inputs, outputs or states do not fit."""
-    if "decoder" not in manifest.graphs:
-        raise ValueError("graphs has no decoder")
     static = "prefill" in manifest.graphs
     for name, graph in manifest.graphs.items():
-        if name not in ROLES or (not static and name not in ("decoder", "mtp")):
+        role, dot, number = name.partition(".")
+        if role not in ROLES or (not static and role not in ("decoder", "mtp")):
             raise ValueError(f"graphs has one of an unknown role: {name}")
+        if dot and (static or role != "decoder" or not (number.isascii() and number.isdigit() and number == str(int(number)))):
+            raise ValueError(f"graphs has a stage that cannot be: {name}")
         if graph.file not in manifest.files:
             raise ValueError(f"the file of graph {name} is not listed: {graph.file}")
+    for role, names in stage_groups(manifest.graphs).items():
+        if names != [role]:
+            _check_stages(manifest, role, names)
+    whole = joined_graphs(manifest.graphs)
+    if "decoder" not in whole:
+        raise ValueError("graphs has no decoder")
+    for name, graph in whole.items():
         _check_signature(name, graph, static=static)
         _check_states(manifest, name, graph)
         _check_shapes(manifest, name, graph)
     if static:
         _check_static(manifest)
+
+
+def _check_stages(manifest: Manifest, role: str, names: Sequence[str]) -> None:
+    """Stages are numbered from 0, what one reads of another is what an earlier one computes, and inputs they share are alike."""
+    if names != [stage_name(role, number) for number in range(len(names))] or len(names) < 2:
+        raise ValueError(f"the stages of graph {role} are not numbered from 0 to at least 1")
+    stages = [manifest.graphs[name] for name in names]
+    computed: dict[str, TensorSpec] = {}
+    shared: dict[str, TensorSpec] = {}
+    inner = links(stages)
+    for name, graph in zip(names, stages, strict=True):
+        for tensor in graph.inputs:
+            if tensor.name in inner and tensor.name not in computed:
+                raise ValueError(f"graph {name} reads {tensor.name}, which no earlier stage computes")
+            known = computed.get(tensor.name) or shared.setdefault(tensor.name, tensor)
+            if (known.dtype, known.shape) != (tensor.dtype, tensor.shape):
+                raise ValueError(f"graph {name}: {tensor.name} has another type or shape than in an earlier stage")
+        for tensor in graph.outputs:
+            if tensor.name in computed:
+                raise ValueError(f"graph {name}: an earlier stage computes {tensor.name}, too")
+            if tensor.name in inner and tensor.shape[:2] != ("B", "T"):
+                raise ValueError(f"graph {name}: what later stages read, {tensor.name}, has not a row for each token")
+            computed[tensor.name] = tensor
 
 
 def _check_signature(name: str, graph: GraphSpec, *, static: bool) -> None:

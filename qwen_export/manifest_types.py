@@ -15,6 +15,8 @@ MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
 ROPE_SCALING = "rope_scaling"
 """Key of `source`: the scaling that the build was given, where that is not the one of config.json."""
+ADAPTERS = "adapters"
+"""Key of `source`: path, scale and hashes of each adapter that was merged into the weights."""
 
 
 @dataclass(frozen=True)

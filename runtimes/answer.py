@@ -14,6 +14,7 @@ from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.detokenizer import Detokenizer
 from qwen_export.runtimes.text.reasoning import Reasoning, ReasoningSplitter
 from qwen_export.runtimes.text.stopping import StopStrings
+from qwen_export.runtimes.text.tool_calls import CallEnded, ToolCallParser
 
 
 class AsyncTokens(Protocol):
@@ -32,6 +33,8 @@ class Prepared:
     detokenizer: Detokenizer
     stops: StopStrings
     splitter: ReasoningSplitter | None
+    single_call: ToolCallParser | None
+    """Reads the answer where it ends behind its first call."""
     options: AnswerOptions
     again: Callable[[int], Prepared]
 
@@ -52,7 +55,9 @@ class Answer:
         self.tokens: list[int] = []
         self.content, self.reasoning = "", ""
         self._request, self._stops, self._options = prepared.request, prepared.stops, prepared.options
-        self._splitter, self._detokenizer = prepared.splitter, prepared.detokenizer
+        self._splitter, self._detokenizer, self._single_call = prepared.splitter, prepared.detokenizer, prepared.single_call
+        self._ended = False
+        """Whether the text ends the answer, which the tokens do not know of."""
         self._waiting: dict[AnswerKind, list[TokenLogprob]] = {"reasoning": [], "answer": []}
 
     def cancel(self) -> None:
@@ -60,7 +65,7 @@ class Answer:
         self._request.cancelled.set()
 
     def _push(self, token: int) -> list[AnswerEvent]:
-        """What a token adds; `_stops.stopped` says whether it ends the answer."""
+        """What a token adds; `_ended` says whether it ends the answer."""
         self.tokens.append(token)
         reasoning = self._splitter is not None and self._splitter.in_reasoning
         text = self._detokenizer.push(token)
@@ -71,9 +76,17 @@ class Answer:
         reasoning = reasoning or (self._splitter is not None and self._splitter.before_content)
         self.statistics.reasoning_tokens += reasoning
         self._note("reasoning" if reasoning else "answer")
-        if self._stops.stopped:
+        self._ended = self._stops.stopped or self._has_called(pieces)
+        if self._ended:
             self.statistics.finish, self.statistics.stop_reason = "stop", self._stops.matched
         return self._events(pieces)
+
+    def _has_called(self, pieces: list[tuple[AnswerKind, str]]) -> bool:
+        """Whether the only call of the answer is complete."""
+        parser = self._single_call
+        if parser is None:
+            return False
+        return any(isinstance(event, CallEnded) for kind, text in pieces if kind == "answer" for event in parser.push(text))
 
     def _flush(self) -> list[AnswerEvent]:
         """What is left at the end."""
@@ -138,7 +151,7 @@ class Generation(Answer):
     def _run(self) -> Iterator[AnswerEvent]:
         for token in self._tokens:
             yield from self._push(token)
-            if self._stops.stopped:
+            if self._ended:
                 self._tokens.close()
                 break
         yield from self._flush()
@@ -166,7 +179,7 @@ class AsyncGeneration(Answer):
             async for token in self._tokens:
                 for event in self._push(token):
                     yield event
-                if self._stops.stopped:
+                if self._ended:
                     break
         finally:
             self._tokens.close()

@@ -39,8 +39,9 @@ def benchmark(
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
-    Prefill ends when the last token's logits are there; decode is measured after the shortest prompt, greedily. Speculation continues
-    `text`, or random tokens, greedily, with and without drafts. `first_calls_s` is a short prompt and a step, with all that happens once;
+    Prefill ends when the last token's logits are there; `first_s` is the first read of a length, with all that happens once. Decode is
+    measured after the shortest prompt, greedily. Speculation continues `text`, or random tokens, greedily, with and without drafts.
+    `first_calls_s` is a short prompt and a step, with all that happens once;
     `device_memory_mb` what a GPU has less of after prompts and steps."""
     say = report or (lambda text: None)
     free = _free_device_memory(device or load_manifest(bundle).target.device)
@@ -83,14 +84,14 @@ def benchmark(
             started = time.perf_counter()
             logits = decoder.prefill(ids)
             times.append(time.perf_counter() - started)
-        prefill.append({"tokens": count, "tok_per_s": count / float(np.median(times))})
+        prefill.append({"tokens": count, "tok_per_s": count / float(np.median(times)), "first_s": times[0]})
         if count == min(prompt_tokens):
             token = int(logits.argmax())
             for i in range(rounds):
                 say(f"decode, round {i + 1}")
                 started = time.perf_counter()
                 for _ in range(new_tokens // rounds or 1):
-                    token = greedy.sample(decoder.step_rows([token])[0])
+                    token = greedy.sample(decoder.step([token])[0])
                 decode.append((time.perf_counter() - started) / (new_tokens // rounds or 1))
     used = free - _free_device_memory(model.manifest.target.device)
     del decoder  # its caches are not part of what speculation needs

@@ -25,7 +25,7 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.option_checks import check_speculate, check_weight_budget
+from qwen_export.runtimes.option_checks import check_devices, check_speculate, check_weight_budget
 from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
@@ -33,12 +33,12 @@ from qwen_export.runtimes.sampling.sampler import SamplingParams
 from qwen_export.runtimes.sampling.sampling_defaults import ModelFacts, recommended
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
 from qwen_export.runtimes.speculation.drafters import Drafter, HeadDrafter, LookupDrafter
+from qwen_export.runtimes.speculation.round_times import make_ready
 from qwen_export.runtimes.speculation.rounds import Speculator
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_messages import Message
 from qwen_export.runtimes.text.chat_prompt import TemplateOptions, chat_prompt
 from qwen_export.runtimes.text.chat_template import ChatTemplate
-from qwen_export.runtimes.text.reasoning import ReasoningSplitter
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
@@ -56,11 +56,13 @@ def load(
     speculate: Speculate = "auto",
     device: str | None = None,
     device_id: int = 0,
+    devices: Sequence[int] = (),
     weight_budget: int | None = None,
     native: str | None = None,
 ) -> Model:
     """Open a bundle. `max_context` overrides the bundle's cache capacity in tokens, `threads` the number of CPU threads. `device` is where
     to run a bundle whose operators other devices have too, such as one for DirectML on the CPU; `device_id` tells several of them apart.
+    `devices`: their numbers for the stages of a bundle that has several (`build`, stages); stages are spread evenly over them, in order.
 
     By default CPU weights are mapped and used in place: loading takes no time, and processes share the memory. With `repack` ONNX
     Runtime copies them into its own order first: a slow load and a third more memory for steps that are a fifth faster. That is of use
@@ -82,7 +84,8 @@ def load(
     manifest = load_manifest(directory)
     manifest = for_device(manifest, device)
     ensure_whole(directory, manifest)
-    check_runnable(manifest, device_id)
+    for number in devices or (device_id,):
+        check_runnable(manifest, number)
     check_limits(manifest, max_context, threads)
     check_native(directory, manifest, native)
     check_speculate(speculate, manifest)
@@ -90,7 +93,10 @@ def load(
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    options = OpenOptions(threads, repack, device_id, later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget)
+    check_devices(devices, manifest)
+    options = OpenOptions(
+        threads, repack, device_id, tuple(devices), later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget
+    )
     sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
     return Model(directory, manifest, sessions, max_context, speculate)
 
@@ -260,8 +266,9 @@ class Model:
             answer,
             max_new_tokens,
             stop,
-            lambda: ReasoningSplitter(prompt.thinking, tool_calls=bool(tools)),
-            lambda: constraint,
+            tools or (),
+            prompt.thinking,
+            constraint,
             prompt.mark_at,
             bool(messages) and messages[-1].get("role") == "user",
             progress,
@@ -295,9 +302,7 @@ class Model:
     ) -> Prepared:
         """What continuing a text, or token ids, takes, for an engine: the parameters of `complete`; for `sampling` see `prepare_chat`."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else self.tokenizer.checked_ids(prompt)
-        wanted = Wanted(
-            ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=lambda: constraint, progress=progress
-        )
+        wanted = Wanted(ids, self._sampling(sampling, False), answer, max_new_tokens, stop, constraint=constraint, progress=progress)
         return self._preparation.prepare(wanted)
 
     def _generation(self, prepared: Prepared) -> Generation:
@@ -390,6 +395,5 @@ class Model:
     @cached_property
     def _conversation(self) -> PrefixReuse:
         decoder = self.decoder(drafts=self._speculate not in ("off", "lookup"))
-        if decoder.records:  # in the middle of an answer each kind of call would cost some hundred steps
-            decoder.warm(self.longest_draft)
+        make_ready(decoder, self.longest_draft, self._policy.time_of if isinstance(self._policy, AdaptiveLength) else None)
         return PrefixReuse(decoder)

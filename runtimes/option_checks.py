@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
-from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP
+from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP
+from qwen_export.stages import stage_groups
 
 
 def check_speculate(value: str | int, manifest: Manifest) -> None:
@@ -48,4 +51,17 @@ def check_weight_budget(value: int | None, manifest: Manifest) -> None:
             "the bundle's weights cannot wait in host memory",
             parameter="weight_budget",
             fix="Build it for TensorRT with {weight_streaming} and embedded {engine_weights}.",
+        )
+
+
+def check_devices(devices: Sequence[int], manifest: Manifest) -> None:
+    """Several devices are for a bundle with stages, at most one device each."""
+    stages = len(stage_groups(manifest.graphs).get(STEP, ()))
+    if len(devices) > stages or len(set(devices)) < len(devices):
+        raise ParameterError(
+            "the bundle cannot be spread over these devices",
+            parameter="devices",
+            got=", ".join(map(str, devices)),
+            expected=f"at most {stages} different ones, as many as the bundle has stages",
+            fix="Build it again with more {stages}, or give fewer {devices}.",
         )

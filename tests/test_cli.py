@@ -11,6 +11,7 @@ import pytest
 from qwen_export.bundles.bundle_summary import inspect_bundle
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.cli import main
+from qwen_export.runtimes import load
 from tests.support.manifests import write_raw
 
 
@@ -74,6 +75,18 @@ def test_estimated_bundle_size_is_right(run: Any, demo_checkpoint: Path, demo_bu
     estimate = next(t for t in json.loads(out)["targets"] if (t["device"], t["precision"]) == ("cpu", "fp32"))["bundle_bytes"]
     real = (demo_bundle / "model.weights").stat().st_size
     assert abs(estimate / real - 1) < 0.02
+
+
+def test_inspect_says_what_a_sequence_takes(run: Any, demo_bundle: Path) -> None:
+    code, out, _ = run("inspect", demo_bundle, "--json")
+    sequence = json.loads(out)["sequence"]
+    with load(demo_bundle) as model:
+        decoder, drafting = model.decoder(), model.decoder(drafts=True)
+    assert code == 0 and sequence["state_bytes"] == decoder.sequence_bytes(0)
+    assert sequence["token_bytes"] * 512 == drafting.sequence_bytes(512) - drafting.sequence_bytes(0)
+    assert (sequence["token_bytes"] - sequence["draft_token_bytes"]) * 512 == decoder.sequence_bytes(512) - decoder.sequence_bytes(0)
+    assert sequence["full_bytes"] == sequence["state_bytes"] + 8192 * sequence["token_bytes"]
+    assert "KiB per token" in run("inspect", demo_bundle)[1]
 
 
 def test_verify_reports_each_check_and_records_the_result(run: Any, demo_checkpoint: Path, demo_bundle_copy: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, KeptShares, Policy
 
 LONGEST = 8
 
@@ -103,3 +103,40 @@ def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
             times[name] = total
         worst.append(times.pop("auto") / min(times.values()))
     assert max(worst) <= 1.05, worst
+
+
+def test_what_is_kept_elsewhere_is_known_from_the_start() -> None:
+    """Steps of other numbers of rows have times of their own, and the same texts: hopeless drafts are not tried again for each number."""
+    kept = KeptShares(LONGEST)
+    Machine(0.0, 0.15, 0.2).seconds(AdaptiveLength(LONGEST, kept), 500)
+    policy, made = AdaptiveLength(LONGEST, kept), []
+    for _ in range(40):
+        made.append(policy.length(LONGEST))
+        policy.observe(made[-1], 0, 0.01 + 0.002 * made[-1])
+    assert sum(made) <= 3
+
+
+def test_time_of_making_a_call_is_no_cost_of_its_length() -> None:
+    """The caller leaves it out; a first round that is slow for another reason counts little."""
+    policy = AdaptiveLength(LONGEST)
+    total, slow = 0, set[int]()
+    for _ in range(400):
+        count = policy.length(LONGEST)
+        policy.observe(count, count, (0.01 + 0.001 * count) * (1 if count in slow else 30))
+        slow.add(count)
+        total += count + 1
+    assert total > 400 * 0.8 * (LONGEST + 1)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9])
+@pytest.mark.parametrize(("wider", "draft"), [(0.06, 0.2), (0.3, 0.3)])
+def test_times_that_were_measured_before_make_the_first_answer_a_good_one(acceptance: float, wider: float, draft: float) -> None:
+    tokens, total, fixed = 192, 0.0, np.zeros(LONGEST + 1)
+    for seed in range(30):
+        policy, machine = AdaptiveLength(LONGEST), Machine(acceptance, wider, draft, seed)
+        for count in range(LONGEST + 1):
+            for _ in range(5):
+                policy.time_of(count, 0.01 * (1 + (wider + draft) * count) * machine.rng.uniform(0.95, 1.05))
+        fixed += [Machine(acceptance, wider, draft, 100 + seed).seconds(FixedLength(k), tokens) for k in range(LONGEST + 1)]
+        total += machine.seconds(policy, tokens)
+    assert total <= 1.05 * fixed.min()

@@ -248,3 +248,25 @@ def test_a_stop_string_ends_the_request(model: Model, engine: Engine) -> None:
     answer = engine.answer(model.prepare_text("def add(a, b):\n", sampling=SamplingParams(greedy=True), max_new_tokens=60, stop=[stop]))
     assert "".join(answer) == text[: text.index(stop)]
     assert answer.statistics.finish == "stop"
+
+
+def test_a_model_and_its_engine_answer_at_the_same_time(model: Model, engine: Engine) -> None:
+    """Threads that use the model itself supersede each other and say so; an engine over the same graphs does not notice."""
+    expected = {start: alone(model, request(start, new=40)) for start in range(0, 60, 10)}
+    ends: list[tuple[int, list[int], str]] = []
+
+    def own(start: int) -> None:
+        for _ in range(4):
+            statistics = Statistics()
+            ends.append((start, list(model.generate(request(start, new=40), statistics)), statistics.finish))
+
+    threads = [threading.Thread(target=own, args=(start,)) for start in (0, 10)]
+    for thread in threads:
+        thread.start()
+    streams = {start: engine.submit(request(start, new=40)) for start in range(20, 60, 10)}
+    assert {start: list(stream) for start, stream in streams.items()} == {start: expected[start] for start in streams}
+    for thread in threads:
+        thread.join()
+    assert {finish for _, _, finish in ends} <= {"length", "superseded"}
+    for start, tokens, finish in ends:
+        assert tokens == expected[start][: len(tokens)] and (finish == "superseded" or len(tokens) == 40)

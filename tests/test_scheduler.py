@@ -151,12 +151,12 @@ def test_what_never_fits_is_refused() -> None:
 def test_parts_are_as_large_as_the_others_can_bear(fixed_s: float, slower: float) -> None:
     """A step of the rows takes 20 ms, some more beside a prompt; a part takes `fixed_s` and 0.2 ms a token."""
     budget = ChunkBudget(512)
-    budget.observe(4, 0.02, {})
+    budget.observe(4, 0.02, [])
     sizes = []
     for _ in range(12):
         size, _least = budget.tokens(4)
         sizes.append(size)
-        budget.observe(4, 0.02 * slower, {size: fixed_s + 0.0002 * size})
+        budget.observe(4, 0.02 * slower, [(size, fixed_s + 0.0002 * size)])
     longest = 0.02 * slower + fixed_s + 0.0002 * sizes[-1]
     assert longest <= STALL * 0.02
     assert longest + 0.0002 * sizes[-1] > 0.8 * STALL * 0.02, "not smaller than needed"
@@ -167,4 +167,25 @@ def test_parts_are_whole_where_no_answer_waits_for_its_next_token() -> None:
     budget = ChunkBudget(512, float("inf"))
     for _ in range(3):
         assert budget.tokens(4)[0] == 512
-        budget.observe(4, 0.02, {512: 1.0})
+        budget.observe(4, 0.02, [(512, 1.0)])
+
+
+def test_short_prompts_that_come_together_are_read_at_once() -> None:
+    """With what earlier steps had left: all but the last of 32 prompts would otherwise wait for dozens of steps. A long prompt gets what
+    the rule gives it, and a stream of short ones no more than the credit."""
+    budget, step_s, token_s = ChunkBudget(2048), 0.002, 0.00001
+    budget.observe(0, 0.0, [(2048, 2048 * token_s)])
+    for _ in range(40):
+        budget.observe(16, step_s, [])
+    for _ in range(20):
+        size, _ = budget.tokens(16, 32_000)
+        assert size * token_s <= STALL * step_s
+        budget.observe(16, step_s, [(size, size * token_s)])
+    assert budget.tokens(16, 128)[0] == 2048
+    read = spent = 0.0
+    for _ in range(200):
+        size, _ = budget.tokens(16, 128)
+        budget.observe(16, step_s, [(size, size * token_s)])
+        spent += step_s + size * token_s
+        read += size
+    assert spent <= 200 * STALL * step_s + 0.11

@@ -170,6 +170,39 @@ def test_wrong_reads_are_refused_before_anything_changes(make_model: Callable[[s
     np.testing.assert_array_equal(decoder.step([7, 8]), expected)
 
 
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_to_advance_is_to_read_one_token_each(make_model: Callable[[str], Model], backend: str, drafts: bool) -> None:
+    """For some neighboring slots, with tokens that a verify left open, and with a sequence that has positions of its own."""
+    model = make_model(backend)
+    left, right = model.decoder(4, drafts=drafts), model.decoder(4, drafts=drafts)
+    for decoder in (left, right):
+        for slot in range(4):
+            decoder.prefill([5 + slot, 6, 7][: 1 + slot % 3], slot, want_logits=False)
+    if left.widest_verify:
+        for decoder in (left, right):
+            decoder.run([Read(2, [9, 10], commit=False, logits=2)])
+            decoder.accept(1, 2)
+    for first, tokens in ((1, [11, 12, 13]), (0, [1, 2, 3, 4]), (3, [8]), (1, [7, 6])):
+        advanced = left.advance(tokens, first)
+        got = [advanced[place].array.copy() for place in range(len(tokens))]
+        read = right.run([Read(first + place, [token]) for place, token in enumerate(tokens)])
+        for row, rows in zip(got, read, strict=True):
+            assert differ(row, rows.array[0]) <= TOLERANCE[backend]
+        assert left.lengths == right.lengths
+    lengths = left.lengths
+    for first, tokens in ((2, [1, 2, 3]), (-1, [1, 2]), (0, [1, VOCABULARY * 1000]), (0, [-1])):
+        with pytest.raises(ParameterError):
+            left.advance(tokens, first)
+        assert left.lengths == lengths
+    left.run([Read(0, [5], positions=[30])])
+    right.run([Read(0, [5], positions=[30])])
+    advanced = left.advance([1, 2, 3, 4])
+    got = [advanced[slot].array.copy() for slot in range(4)]
+    for row, rows in zip(got, right.run([Read(slot, [1 + slot]) for slot in range(4)]), strict=True):
+        assert differ(row, rows.array[0]) <= TOLERANCE[backend]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_positions_belong_to_the_sequence(make_model: Callable[[str], Model], backend: str) -> None:
     """Rotation depends on differences of positions only: a text that begins elsewhere has the same logits. Beside it another sequence has

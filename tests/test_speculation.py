@@ -25,6 +25,7 @@ from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft
 from qwen_export.runtimes.speculation.draft_policy import FixedLength
 from qwen_export.runtimes.speculation.drafters import HeadDrafter, LookupDrafter
+from qwen_export.runtimes.speculation.round_times import measure_rounds
 from qwen_export.runtimes.speculation.rounds import Speculator
 from tests.support.answers import GREEDY, drafted, plain
 from tests.support.family import tiny_config
@@ -362,3 +363,15 @@ def test_statistics_add_up(model: Model, prompts: list[list[int]]) -> None:
     assert numbers.drafted[0] <= numbers.rounds and all(a <= d for a, d in zip(numbers.accepted, numbers.drafted, strict=True))
     assert all(a >= b for a, b in pairwise(numbers.drafted)) and all(a >= b for a, b in pairwise(numbers.accepted))
     assert min(numbers.draft_s, numbers.verify_s, numbers.host_s) >= 0
+
+
+def test_measured_rounds_leave_no_trace(model: Model, prompts: list[list[int]]) -> None:
+    """Times of every length that may be drafted, before the first answer."""
+    decoder, fresh = model.decoder(drafts=True), model.decoder(drafts=True)
+    assert decoder.head is not None
+    noted: list[tuple[int, float]] = []
+    measure_rounds(decoder, HeadDrafter(decoder.head), 3, lambda count, seconds: noted.append((count, seconds)))
+    assert {count for count, _ in noted} == {0, 1, 2, 3} and all(seconds > 0 for _, seconds in noted)
+    assert decoder.lengths == [0]
+    np.testing.assert_array_equal(decoder.prefill(prompts[0]), fresh.prefill(prompts[0]))
+    np.testing.assert_array_equal(decoder.step([5]).copy(), fresh.step([5]).copy())

@@ -138,7 +138,7 @@ def test_steps_after_a_prompt(subject: Subject) -> None:
 def test_the_largest_logits_are_those_of_the_logits(subject: Subject) -> None:
     decoder = subject.decoder()
     decoder.prefill(prompt(subject.eager, 20))
-    rows = decoder.step_rows([3])
+    rows = decoder.step([3])
     top = rows.top(0)
     if top is None:
         pytest.skip("the graph picks none")

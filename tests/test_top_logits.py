@@ -101,7 +101,7 @@ def test_steps_of_a_bundle_have_them(tiny_checkpoint: Path, tmp_path: Path) -> N
     decoder = load(build(tiny_checkpoint, tmp_path / "bundle", max_context=64), threads=1).decoder()
     decoder.prefill([1, 2, 3])
     for params in (SamplingParams(greedy=True), SamplingParams(top_k=20, seed=1)):
-        row = decoder.step_rows([4])[0]
+        row = decoder.step([4])[0]
         assert row.top is not None
         assert len(row.top.ids) == K
         few, every = (Sampler(params).distribution(logits) for logits in (row, row.array))

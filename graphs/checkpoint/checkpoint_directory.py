@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from qwen_export.errors import CheckpointError
+from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, merged
 from qwen_export.graphs.checkpoint.formats.format_table import logical_weights
 from qwen_export.graphs.checkpoint.formats.logical_tensor import LogicalTensor
 from qwen_export.graphs.checkpoint.llama_cpp.gguf_files import gguf_files
@@ -55,6 +56,8 @@ class Checkpoint:
     """The weights, where they do not follow from `tensors` and the quantization alone."""
     text: TextSource | None = None
     """Who writes tokenizer, templates and generation settings, where they are not files in `path`."""
+    adapters: tuple[AdapterSource, ...] = ()
+    """What is merged into the weights."""
 
     @cached_property
     def weights(self) -> dict[str, LogicalTensor]:
@@ -83,19 +86,26 @@ class Checkpoint:
         return sum({(tensor.file, tensor.offset): tensor.nbytes for tensor in self.tensors.values()}.values())
 
 
-def open_checkpoint(path: str | Path, rope_scaling: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, rope_scaling: str | None = None, adapters: Sequence[AdapterSource] = ()) -> Checkpoint:
     """Read config.json and the headers of all weight files, or those of a GGUF model. `rope_scaling`, such as "yarn:4", replaces the
-    scaling of config.json. `path`: a directory, or a GGUF file.
+    scaling of config.json. `path`: a directory, or a GGUF file; `adapters` are merged into its weights, in their order.
 
     Raises QwenExportError. The values of the head are read where config.json ties it to the embedding and the files have both."""
-    directory = Path(path)
+    found = _opened(Path(path), rope_scaling)
+    if not adapters:
+        return found
+    weights, config, notes = merged(found.weights, found.config, adapters)
+    return replace(found, config=config, logical=weights, notes=(*found.notes, *notes), adapters=tuple(adapters))
+
+
+def _opened(directory: Path, rope_scaling: str | None) -> Checkpoint:
     files = gguf_files(directory)
     if files:
         model = read_model(files, rope_scaling)
         return Checkpoint(directory, model.config, model.parts, rope_scaling, model.notes, model.weights, model.text)
     if not directory.is_dir():
         raise CheckpointError(
-            "the checkpoint is not a directory", where=str(path), fix="Give the directory that holds config.json, or a GGUF file."
+            "the checkpoint is not a directory", where=str(directory), fix="Give the directory that holds config.json, or a GGUF file."
         )
     if not (directory / "config.json").exists():
         refuse_adapter(directory)

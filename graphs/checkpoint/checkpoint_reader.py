@@ -34,7 +34,7 @@ class CheckpointReader:
         self._checkpoint = checkpoint
         self._files: dict[Path, SharedFile] = {}
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, npt.NDArray[Any]] = OrderedDict()
+        self._kept: OrderedDict[tuple[Path, int], npt.NDArray[Any]] = OrderedDict()
         self._kept_lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -75,7 +75,7 @@ class CheckpointReader:
         for info in self._weight(name).parts:
             stat = info.file.stat()
             parts.append(f"{info.file.absolute()} {stat.st_size} {stat.st_mtime_ns} {info.offset} {info.dtype} {info.shape}")
-        return "; ".join([self._weight(name).storage, *parts])
+        return "; ".join([self._weight(name).recipe, *parts])
 
     def stored(self, info: TensorInfo, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows start..stop-1 of a stored tensor, in the numpy type of its elements."""
@@ -87,14 +87,15 @@ class CheckpointReader:
 
     def whole(self, info: TensorInfo) -> npt.NDArray[Any]:
         """A whole stored tensor: scales, and codes that are packed across rows. The latest few are kept."""
+        place = (info.file, info.offset)  # names of tensors are those of one file
         with self._kept_lock:
-            kept = self._kept.pop(info.name, None)
+            kept = self._kept.pop(place, None)
             if kept is None:
                 kept = np.empty(info.shape, numpy_type(info))
                 self._read(kept, info, info.offset)
                 while self._kept and kept.nbytes + sum(array.nbytes for array in self._kept.values()) > _KEPT_BYTES:
                     self._kept.popitem(last=False)
-            self._kept[info.name] = kept
+            self._kept[place] = kept
         return kept
 
     def _weight(self, name: str) -> LogicalTensor:

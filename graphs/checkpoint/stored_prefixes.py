@@ -60,6 +60,11 @@ def released_names(tensors: Mapping[str, TensorInfo], decoder_prefix: str) -> tu
     return found, notes
 
 
+def release_name(name: str, decoder_prefix: str) -> str:
+    """The name in a release of a tensor that a tool calls `name`."""
+    return _released(*split_name(name), decoder_prefix)
+
+
 def split_name(name: str) -> tuple[str, str]:
     """Wrappers, and the name within the part."""
     rest = name

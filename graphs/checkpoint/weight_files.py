@@ -63,7 +63,7 @@ def refuse_adapter(directory: Path) -> None:
         f"this is a {adapter}, not a model",
         where=str(directory),
         got=ADAPTER,
-        fix=f"Merge it into {base_model} (peft: merge_and_unload, then save_pretrained), and give the directory of the result.",
+        fix=f"Give {base_model} as {{checkpoint}}, and this directory as {{lora}}.",
     )
 
 

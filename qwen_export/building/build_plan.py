@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 
+from qwen_export.building.stage_plan import plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
+from qwen_export.building.weight_sizes import BYTES, group_sizes, weight_sizes
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
@@ -18,15 +19,13 @@ from qwen_export.graphs.checkpoint.tensor_names import (
     check_tensors,
     mtp_tensors,
     no_draft_head,
-    stored_dtypes,
     stored_tensors,
 )
 from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.kept_grids import keep_stored
-from qwen_export.graphs.quantization.packing import part_bytes
 from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
-from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, group_of, load_plan
+from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, load_plan
 from qwen_export.manifest import SpeculationSpec
 from qwen_export.plugins.native.native_library import NATIVE, build_script, find_library, with_native
 from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, choose
@@ -40,7 +39,6 @@ MAX_DRAFT = {"cpu": 8, "cuda": 7}
 """Longest draft of a round: with one more token it is what the products read a weight once for."""
 # Ids of a byte-pair vocabulary are in the order of frequency. Reading the whole head for a draft costs a third of a step of the 0.8B.
 _DRAFT_VOCAB, _SMALLEST_DRAFT_VOCAB = 65536, 16
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # The interpreter with the backend loaded, and what a prefill chunk needs beside weights and states.
 _BASE_BYTES = 250 << 20
 
@@ -70,6 +68,8 @@ class BuildPlan:
     """The version of the ONNX standard."""
     engine: EngineOptions | None = None
     """How the graphs are compiled, None where the target's runtime does that."""
+    stages: tuple[int, ...] = (0,)
+    """The first layer of each stage of the decoder."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
 
@@ -110,9 +110,10 @@ def plan_build(
     plan_file: Path | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
+    stages: int = 1,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options` and `engine` as
-    in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options`, `engine`
+    and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -169,7 +170,8 @@ def plan_build(
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
         if chosen.engines:  # they have no zeros
             quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
-    groups = _group_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
+    sizes = weight_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
+    groups = group_sizes(sizes)
     return BuildPlan(
         chosen,
         device,
@@ -184,6 +186,7 @@ def plan_build(
         quantization=quantization,
         group_sizes=groups,
         graphs=form.graphs,
+        stages=plan_stages(stages, config, sizes, form.graphs),
         opset=form.opset,
         engine=compiled if chosen.engines else None,
         checkpoint_notes=checkpoint.notes,
@@ -329,39 +332,6 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
     if odd:
         reasons.append(f"quantized feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
     return reasons
-
-
-def _group_sizes(
-    checkpoint: Checkpoint,
-    precision: str,
-    choices: dict[str, Choice],
-    quantization: PrecisionPlan | None,
-    tensors: Sequence[tuple[str, tuple[int, ...]]],
-    *,
-    standard: bool,
-) -> dict[str, tuple[int, int]]:
-    """Parameters and bytes of each group of matrices, and under "" of everything else. Matrices that are not quantized stay BF16 where
-    graphs.passes.keep_stored_bf16 leaves them so."""
-    stored, sizes = stored_dtypes(checkpoint), dict[str, tuple[int, int]]()
-    native = {op for op, choice in choices.items() if choice.name in ("native_linear", "native_moe")} if precision == "fp32" else set()
-    for name, shape in tensors:
-        format = quantization.of(name).quant if quantization else None
-        if format is None and quantization is not None and quantization.of(name).format == FP8:
-            nbytes = prod(shape)
-        elif format is not None and standard:
-            # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
-            copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
-            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
-        elif format is not None:
-            panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
-            nbytes = panels * width
-        else:
-            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
-            keeps = read_by in native and stored[name] == "BF16"
-            nbytes = prod(shape) * BYTES["bf16" if keeps else precision]
-        parameters, total = sizes.get(group_of(name), (0, 0))
-        sizes[group_of(name)] = (parameters + prod(shape), total + nbytes)
-    return sizes
 
 
 def state_bytes(config: TextConfig, size: int) -> int:

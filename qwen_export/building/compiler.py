@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,12 +13,15 @@ from qwen_export.building.engines import for_this_machine, ready_library
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets
+from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
+from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, adapter_source
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import WEIGHTS, hash_file
 from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.text_check import check_text
+from qwen_export.stages import stage_weights
 from qwen_export.targets import TARGETS
 
 if TYPE_CHECKING:
@@ -36,6 +39,7 @@ def build(
     precision: str = "fp32",
     max_context: int | None = None,
     rope_scaling: str | None = None,
+    lora: Sequence[str | Path | AdapterSource] = (),
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
@@ -47,13 +51,15 @@ def build(
     max_memory: int | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
+    stages: int = 1,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
-    """Compile the checkpoint directory into a bundle at `output` and return its path.
+    """Compile a checkpoint into a bundle at `output` and return its path. `checkpoint`: a directory, a GGUF file, or an id of the hub.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
     which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
+    `lora`: adapters that are merged into the weights in this order, as the directory that PEFT wrote, or DIR:SCALE.
     `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
@@ -61,15 +67,16 @@ def build(
 
     With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
-    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `planned` is
-    called with the plan before the work begins, `report` while it goes on.
+    may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `stages`: into
+    how many consecutive graphs the decoder is cut, each for a device of its own. `planned` is called with the plan before the work
+    begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
     _check_arguments(weights, jobs, max_memory)
     say = report or (lambda name, done, total: None)
     say("reading headers", 0, 0)
-    source = open_checkpoint(checkpoint, rope_scaling)
+    source = open_checkpoint(local_checkpoint(checkpoint), rope_scaling, [adapter_source(text) for text in lora])
     if target in TARGETS and TARGETS[target].engines:
         engine = for_this_machine(engine or EngineOptions())
     plan = plan_build(
@@ -84,6 +91,7 @@ def build(
         plan_file=Path(plan_file) if plan_file else None,
         options=options,
         engine=engine,
+        stages=stages,
     )
     search = find_search()
     if plan.quantization is not None and search is not None:
@@ -109,7 +117,8 @@ def build(
         from qwen_export.building.emission import write_files, write_manifest
         from qwen_export.building.lower_graphs import lower
         from qwen_export.graphs.weights.referred_weights import refer_to_checkpoint
-    with staged_directory(Path(output), replace=force, keep=(WEIGHTS,)) as staging:
+    weight_names = (WEIGHTS, *(stage_weights(number) for number in range(len(plan.stages))))
+    with staged_directory(Path(output), replace=force, keep=weight_names) as staging:
         say("capturing the graph", 0, 0)
         models = lower(source, plan, Path(dump_ir) if dump_ir else None)
         references = refer_to_checkpoint(list(models.values()), source, staging) if weights == "reference" else {}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
-from qwen_export.building.staging import JOURNAL
+from qwen_export.building.staging import journal_path
 from qwen_export.building.text_assets import copy_text_assets, stop_ids
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
+from qwen_export.graphs.call_sizes import DECODER
+from qwen_export.graphs.checkpoint.adapters.adapter_hash import adapter_facts
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.formats.format_table import storage_summary
@@ -23,6 +25,7 @@ from qwen_export.graphs.weights.block_budget import block_budget
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.weight_writer import Resume, weight_bytes, write_weights
 from qwen_export.manifest import (
+    ADAPTERS,
     ROPE_SCALING,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -44,6 +47,7 @@ from qwen_export.runtimes.backends.compatibility import this_platform
 from qwen_export.runtimes.backends.native_libraries import remember
 from qwen_export.runtimes.backends.tensorrt.tensorrt_library import load_library
 from qwen_export.runtimes.memory.mapped_weights import weight_bytes as bytes_in_file
+from qwen_export.stages import stage_groups, stage_weights
 from qwen_export.version import __version__
 
 Report = Callable[[str, int, int], None]
@@ -69,8 +73,10 @@ def write_files(
         say(name, done, total)
 
     with CheckpointReader(source) as reader:
-        resume, budget = Resume(Journal(staging.parent / JOURNAL), reader.identity), block_budget(graphs, max_memory)
-        files = {WEIGHTS: write_weights(graphs, reader, staging / WEIGHTS, progress, jobs=jobs, budget=budget, resume=resume)}
+        budget, files = block_budget(graphs, max_memory), dict[str, FileEntry]()
+        for number, (name, readers) in enumerate(weight_files(models).items()):
+            resume = Resume(Journal(journal_path(staging, number)), reader.identity)
+            files[name] = write_weights(readers, reader, staging / name, progress, jobs=jobs, budget=budget, resume=resume)
     for model in models.values():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
@@ -83,6 +89,17 @@ def write_files(
         shutil.copyfile(library, staging / library.name)
     for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.text_directory, staging)):
         files[name] = hash_file(staging / name)
+    return files
+
+
+def weight_files(models: Mapping[str, ir.Model]) -> dict[str, list[ir.Model]]:
+    """The files of weights, each with the graphs that read it: one for all graphs, or one per stage, the last with the draft head's."""
+    stages = stage_groups(models).get(DECODER, [])
+    if len(stages) < 2:
+        return {WEIGHTS: list(models.values())}
+    others = [model for name, model in models.items() if name not in stages]
+    files = {stage_weights(number): [models[name]] for number, name in enumerate(stages)}
+    files[stage_weights(len(stages) - 1)] += others
     return files
 
 
@@ -164,7 +181,8 @@ def write_manifest(
         }
         | (plan.quantization.to_json() if plan.quantization else {}),
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
-        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {}),
+        | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {})
+        | ({ADAPTERS: adapter_facts(source.adapters)} if source.adapters else {}),
     )
     store_manifest(staging, manifest)
     remember(files[name].sha256 for name in manifest.plugins)
@@ -173,14 +191,14 @@ def write_manifest(
 def _quantized_forms(source: Checkpoint, plan: PrecisionPlan | None) -> dict[str, str]:
     """What became of each quantized form that the decoder's weights were stored in."""
     prefix, kept_names = source.config.text_prefix, {stored_name(source.config, name) for name in (plan.kept if plan else ())}
-    weights = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    decoder = {name: weight for name, weight in source.weights.items() if name.startswith((prefix, "lm_head."))}
+    weights = {name: weight for name, weight in decoder.items() if weight.quantized}
     forms, kept = storage_summary(weights), storage_summary({name: weights[name] for name in kept_names & weights.keys()})
     said = {}
     for form, count in forms.items():
-        if form not in ("bf16", "fp16", "fp32"):
-            stay, become = kept.get(form, 0), count - kept.get(form, 0)
-            parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
-            said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
+        stay, become = kept.get(form, 0), count - kept.get(form, 0)
+        parts = [f"{stay} kept"] * bool(stay) + [f"{become} dequantized"] * bool(become)
+        said[f"stored as {form}"] = f"{count} weights, {', '.join(parts) if stay else 'dequantized'}"
     return said
 
 

@@ -8,13 +8,15 @@ import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.pass_pipeline import run_passes
-from qwen_export.graphs.call_sizes import HEAD
+from qwen_export.graphs.call_sizes import DECODER, HEAD
 from qwen_export.graphs.capture import capture_decoder, capture_mtp
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_dtypes
 from qwen_export.graphs.models.draft_head_model import mtp_config
 from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.graphs.stage_cut import cut_stages
 from qwen_export.graphs.weights.stored_layout import resolve_layout
+from qwen_export.stages import stage_name
 
 
 def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict[str, ir.Model]:
@@ -37,6 +39,9 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
         )
         models[name] = traced[graph.module].clone()
         run_passes(models[name], plan.target, context, dump / name if dump else None)
+    if len(plan.stages) > 1:
+        stages = cut_stages(models.pop(DECODER), plan.stages)
+        models = {stage_name(DECODER, number): stage for number, stage in enumerate(stages)} | models
     return models
 
 

@@ -22,6 +22,13 @@ from qwen_export.manifest import MANIFEST
 
 JOURNAL = "journal"
 """Beside the staged directory: notes of what is finished. Without it nothing is kept."""
+
+
+def journal_path(staging: Path, number: int) -> Path:
+    """The notes on the file of weights `number`, beside the staged directory. The first is there as long as anything is kept."""
+    return staging.parent / (f"{JOURNAL}.{number}" if number else JOURNAL)
+
+
 _CONTENTS, _LOCK = "bundle", "lock"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
+from qwen_export.runtimes.backends.compatibility import state_bytes
 
 _FORMATS = ("weights", "activations", "recurrent state", "attention cache")
 
@@ -16,9 +17,9 @@ def is_bundle(path: Path) -> bool:
 
 
 def inspect_bundle(path: str | Path) -> dict[str, Any]:
-    """A JSON-able report: `model`, `target`, `precision` (the types of weights, activations and states), `graphs` with the tokens of a call
-    (None: any number) and the slots of the caches, `files`, `speculation`, `engine` and `verification` as in the manifest.
-    Raises BundleError where the manifest cannot be read."""
+    """A JSON-able report: `model`, `target`, `precision` (the types of weights, activations and states), `sequence` (memory), `graphs` with
+    the tokens of a call (None: any number) and the slots of the caches, `files`, `speculation`, `engine` and `verification` as in the
+    manifest. Raises BundleError where the manifest cannot be read."""
     directory = Path(path)
     manifest = load_manifest(directory)
     model, target = manifest.model, manifest.target
@@ -51,6 +52,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "files": len(manifest.files),
         "bytes": sum(entry.size for entry in manifest.files.values()),
         "outside": {"files": len(manifest.references), "bytes": sum(entry.size for entry in manifest.references.values())},
+        "sequence": _sequence(manifest),
         "speculation": _speculation(manifest),
         "engine": _engine(manifest),
         "verification": {key: manifest.verification[key] for key in ("when", "passed") if key in manifest.verification},
@@ -67,6 +69,16 @@ def _graph(manifest: Manifest, graph: GraphSpec) -> dict[str, Any]:
         "slots": slots if isinstance(slots, int) else None,
         "weights": len(graph.weights),
     }
+
+
+def _sequence(manifest: Manifest) -> dict[str, int]:
+    """Bytes of one running sequence: of its states, of the cache rows of a token, the part of these that the draft head has, and of all
+    with a full context. A bundle of fixed sizes has its caches from the start."""
+    context = manifest.max_context
+    states, full = state_bytes(manifest, 0), state_bytes(manifest, context)
+    undrafted = state_bytes(manifest, context, drafts=False) - state_bytes(manifest, 0, drafts=False)
+    token = (full - states) // context
+    return {"state_bytes": states, "token_bytes": token, "draft_token_bytes": token - undrafted // context, "full_bytes": full}
 
 
 def _speculation(manifest: Manifest) -> dict[str, int] | None:

@@ -11,9 +11,11 @@ import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
 from qwen_export.commands.engine_flags import engine_options
+from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
 from qwen_export.commands.param_types import Gigabytes
 from qwen_export.commands.progress import progress
+from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import QwenExportError
 from qwen_export.extras import needed_for
@@ -51,6 +53,12 @@ if TYPE_CHECKING:
     metavar="yarn:FACTOR",
     help="Stretch the context that the model can read: yarn:4 for 1010000 tokens. Changes short texts, too.",
 )
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="DIR[:SCALE]",
+    help="Merge this PEFT adapter into the weights, at SCALE of its strength; may be given several times, in order.",
+)
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
@@ -70,10 +78,14 @@ if TYPE_CHECKING:
     type=click.Choice(["copy", "reference"]),
     help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
 )
+@click.option(
+    "--stages", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cut the decoder into N graphs, for as many GPUs."
+)
 @click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this private ed25519 key (PEM).")
+@hub_options
 @engine_options()
 @verbosity_options
 def command(
@@ -84,6 +96,7 @@ def command(
     device: str | None,
     max_context: int | None,
     rope_scaling: str | None,
+    lora: tuple[str, ...],
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
@@ -94,18 +107,21 @@ def command(
     step_tokens: int | None,
     decompose: tuple[str, ...],
     weights: str,
+    stages: int,
     jobs: int | None,
     max_memory: int | None,
     force: bool,
     sign: Path | None,
     engine: EngineOptions,
+    hub_access: HubOptions,
 ) -> None:
-    """Compile CHECKPOINT, a Hugging Face checkpoint directory or a GGUF file, into a bundle."""
+    """Compile CHECKPOINT into a bundle: a directory in Hugging Face's form, a GGUF file, or an id such as Qwen/Qwen3.5-0.8B."""
     started = time.monotonic()
     with needed_for("build"):
         from qwen_export.building.build_plan import default_precision
         from qwen_export.building.compiler import build
         from qwen_export.building.static_plan import StaticOptions
+        from qwen_export.downloads.local_checkpoint import local_checkpoint
         from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 
     device = device or TARGETS[target].devices[0]
@@ -116,6 +132,7 @@ def command(
         raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
     if sign is not None:
         check_key(sign)
+    named, checkpoint = checkpoint, local_checkpoint(checkpoint, hub_access)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
     left = output.absolute().parent / f".{output.name}.partial" / "journal"
@@ -135,12 +152,14 @@ def command(
             precision=precision,
             max_context=max_context,
             rope_scaling=rope_scaling,
+            lora=lora,
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
             plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,
+            stages=stages,
             jobs=jobs,
             max_memory=max_memory,
             force=force,
@@ -153,7 +172,7 @@ def command(
         sign_bundle(output, sign)
     manifest = load_manifest(output)
     notice(f"{output}: {size(sum(entry.size for entry in manifest.files.values()))} in {time.monotonic() - started:.1f} s")
-    notice(_next(output, checkpoint, manifest))
+    notice(_next(output, named, manifest))
 
 
 def _next(output: Path, checkpoint: Path, manifest: Manifest) -> str:

@@ -21,6 +21,7 @@ def bundle_text(report: dict[str, Any]) -> str:
             f"hidden {model['hidden_size']}, vocabulary {model['vocab_size']}",
         ),
         _line("context", f"{report['max_context']} tokens" + (f", rope {model['rope_scaling']}" if model["rope_scaling"] else "")),
+        _line("memory", _memory(report["sequence"], report["max_context"])),
         _line("precision", "; ".join(formats) or report["precision"]),
         _line("needs", _needs(report)),
         _line("drafts", _drafts(report["speculation"])),
@@ -62,6 +63,14 @@ def _where() -> str:
 
 def _line(name: str, text: str) -> str:
     return f"{name:10} {text}"
+
+
+def _memory(sequence: dict[str, int], context: int) -> str:
+    full = size(sequence["full_bytes"])
+    if not sequence["token_bytes"]:
+        return f"{full} for each sequence, from the start"
+    state, token = size(sequence["state_bytes"]), f"{sequence['token_bytes'] / 1024:.1f} KiB"
+    return f"{state} for each sequence and {token} per token: {full} at {context} tokens"
 
 
 def _digest(manifest: dict[str, Any]) -> str:

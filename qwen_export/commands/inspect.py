@@ -11,7 +11,9 @@ import click
 from qwen_export.bundles.bundle_summary import inspect_bundle, is_bundle
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.engine_flags import compute_capabilities
+from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import count, mixers, size, verbosity_options
+from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.extras import needed_for
 from qwen_export.targets import TARGETS
 
@@ -22,8 +24,9 @@ from qwen_export.targets import TARGETS
 @click.option("--sm", metavar="LIST", help="As if engines were built for these compute capabilities, like 86,120.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@hub_options
 @verbosity_options
-def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: str | None, as_json: bool) -> None:
+def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: str | None, as_json: bool, hub_access: HubOptions) -> None:
     """Say what CHECKPOINT is and what each target can do with it, or what BUNDLE was built for. Reads headers only."""
     bundle = is_bundle(path)
     if bundle and (target or sm or rope_scaling):
@@ -33,8 +36,10 @@ def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: s
     else:
         with needed_for("inspect of a checkpoint"):
             from qwen_export.bundles.inspection import inspect_checkpoint
+            from qwen_export.downloads.local_checkpoint import inspected_checkpoint
 
-        report = inspect_checkpoint(path, rope_scaling, target, compute_capabilities(sm))
+        with inspected_checkpoint(path, hub_access) as checkpoint:
+            report = inspect_checkpoint(checkpoint, rope_scaling, target, compute_capabilities(sm))
     click.echo(json.dumps(report, indent=1) if as_json else (bundle_text if bundle else _text)(report))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.load_options import load_options
 from qwen_export.commands.output import verbosity_options
 from qwen_export.commands.progress import progress
+from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.errors import VerifyError
 from qwen_export.extras import needed_for
 
@@ -20,11 +22,25 @@ _REPORT = "Please report this with the output above."
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, type=click.Path(path_type=Path), help="The checkpoint that the bundle was built from.")
 @click.option("--per-layer", is_flag=True, help="Compare layer by layer instead, to see where they part and how large values become.")
+@click.option("--lora", multiple=True, metavar="DIR[:SCALE]", help="Where an adapter of the bundle is now; default: where it was.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@hub_options
 @load_options(speed=False)
 @verbosity_options
-def command(bundle: Path, reference: Path, per_layer: bool, as_json: bool, loading: dict[str, Any]) -> None:
+def command(
+    bundle: Path,
+    reference: Path,
+    per_layer: bool,
+    lora: tuple[str, ...],
+    as_json: bool,
+    hub_access: HubOptions,
+    loading: dict[str, Any],
+) -> None:
     """Compare BUNDLE with its checkpoint: eager modules, and transformers where installed."""
+    loading["lora"] = lora
+    with needed_for("verify"):
+        from qwen_export.downloads.local_checkpoint import local_checkpoint
+    reference = local_checkpoint(reference, hub_access)
     if per_layer:
         _layers(bundle, reference, as_json, loading)
         return

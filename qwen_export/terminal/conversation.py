@@ -62,7 +62,9 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write a JSON file in the form of a chat request: `messages`, and `enable_thinking` where it was chosen. The file appears whole,
-        or what was there stays. Raises QwenExportError."""
+        or what was there stays; a file that is no conversation is not replaced. Raises QwenExportError."""
+        if path.exists():
+            _require_conversation(path)
         saved: dict[str, Any] = {"messages": self.all_messages()}
         if self.thinking is not None:
             saved["enable_thinking"] = self.thinking
@@ -83,21 +85,40 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a conversation from `save`, or with the messages of any chat request. Raises QwenExportError, and nothing changes
         then."""
-        from qwen_export.runtimes.text.chat_messages import check_messages
-
         saved = _read(path)
-        messages = saved.get("messages") if isinstance(saved, dict) else saved
-        try:
-            check_messages(messages)  # type: ignore[arg-type]
-        except ParameterError as error:
-            raise _unusable(path, f"{error.what} ({error.got})") from error
-        assert isinstance(messages, list)
+        messages = _messages_of(saved, path)
         system = messages[0].get("content") if messages[0]["role"] == "system" else None
         if system is not None and not isinstance(system, str):
             system = "".join(part.get("text", "") for part in system)
         thinking = saved.get("enable_thinking", self.thinking) if isinstance(saved, dict) else self.thinking
         self.system, self.thinking, self.statistics = system, thinking if isinstance(thinking, bool) else None, None
         self.messages = [dict(message) for message in messages[messages[0]["role"] == "system" :]]
+
+
+def _messages_of(saved: Any, path: Path) -> list[Any]:
+    from qwen_export.runtimes.text.chat_messages import check_messages
+
+    messages: Any = saved.get("messages") if isinstance(saved, dict) else saved
+    try:
+        check_messages(messages)
+    except ParameterError as error:
+        raise _unusable(path, f"{error.what} ({error.got})") from error
+    assert isinstance(messages, list)
+    return messages
+
+
+def _require_conversation(path: Path) -> None:
+    try:
+        saved = _read(path)
+        if not isinstance(saved, dict) or saved.get("messages") != []:
+            _messages_of(saved, path)
+    except QwenExportError as error:
+        raise QwenExportError(
+            "the file exists, and is no conversation",
+            where=str(path),
+            got=error.got,
+            fix="Give another name, or remove the file.",
+        ) from error
 
 
 def _read(path: Path) -> Any:

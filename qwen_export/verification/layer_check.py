@@ -9,13 +9,14 @@ values become, is reported, too: the largest value of fp16 is 65504.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PRODUCT, point_name, point_widths
 from qwen_export.graphs.models.observed_layers import Floats, Observation, observe
@@ -79,6 +80,7 @@ def verify_layers(
     device: str | None = None,
     device_id: int = 0,
     native: str | None = None,
+    lora: Sequence[str | Path | AdapterSource] = (),
 ) -> dict[str, Any]:
     """Compare layer by layer; the result has `passed`, `first` (the name of the first row over its tolerance, or ""), `tolerance`, `layers`
     and `warnings`. Nothing is written to the bundle.
@@ -95,7 +97,7 @@ def verify_layers(
     comparators()
     directory = Path(bundle)
     manifest = load_manifest(directory)
-    source = reference_checkpoint(manifest, reference)
+    source = reference_checkpoint(manifest, reference, lora)
     ensure_whole(directory, manifest)
     manifest = for_device(manifest, device)
     check_runnable(manifest, device_id)

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.errors import VerifyError
+from qwen_export.graphs.checkpoint.adapters.adapter_hash import recorded_adapters
+from qwen_export.graphs.checkpoint.adapters.merge_adapters import AdapterSource, adapter_source
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_tensors
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import ROPE_SCALING, Manifest, load_manifest, write_manifest
+from qwen_export.manifest import ADAPTERS, ROPE_SCALING, Manifest, load_manifest, write_manifest
 from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.backends.compatibility import psutil_memory
 from qwen_export.runtimes.decoding.decoder import Decoder
@@ -72,16 +75,17 @@ def verify(
     device: str | None = None,
     device_id: int = 0,
     native: str | None = None,
+    lora: Sequence[str | Path | AdapterSource] = (),
 ) -> dict[str, Any]:
     """Run every check; the result has `passed`, `logit_std`, `checks` and `skipped`, and is written to the bundle's manifest. `device`,
-    `device_id` and `native` as in `runtimes.load`.
+    `device_id` and `native` as in `runtimes.load`; `lora`: where the adapters of the bundle are now, if they have moved.
 
     Needs memory for the bundle, then for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
     say = report or (lambda text, done, total: None)
     directory = Path(bundle)
     manifest = load_manifest(directory)
     check_text(directory, manifest.files)
-    source = reference_checkpoint(manifest, reference)
+    source = reference_checkpoint(manifest, reference, lora)
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
     say("loading the bundle", 0, 0)
     capacity = min(_CAPACITY, manifest.max_context)
@@ -141,17 +145,17 @@ def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
     logits = {name: run(decoder, ids, counted(name)) for name, run in _RUNS}
     rewind = _rewind(decoder, ids)
     decoder.reset()
-    row, chosen = decoder.prefill(ids), list[int]()
-    for _ in range(GREEDY_TOKENS):
+    chosen = [int(decoder.prefill(ids).argmax())]
+    while len(chosen) < GREEDY_TOKENS:
         say("greedy continuation, tokens", len(chosen), GREEDY_TOKENS)
-        chosen.append(int(row.argmax()))
-        row = decoder.step([chosen[-1]])[0]
+        chosen.append(decoder.step([chosen[-1]])[0].argmax())
     return _BundleRun(logits, rewind, chosen)
 
 
-def reference_checkpoint(manifest: Manifest, reference: str | Path) -> Checkpoint:
-    """The checkpoint as the bundle was built from it. Raises VerifyError when it is another model."""
-    source = open_checkpoint(reference, manifest.source.get(ROPE_SCALING))
+def reference_checkpoint(manifest: Manifest, reference: str | Path, lora: Sequence[str | Path | AdapterSource] = ()) -> Checkpoint:
+    """The checkpoint as the bundle was built from it, with its adapters. Raises VerifyError when it is another model."""
+    adapters = recorded_adapters(manifest.source.get(ADAPTERS), [adapter_source(text) for text in lora])
+    source = open_checkpoint(local_checkpoint(reference), manifest.source.get(ROPE_SCALING), adapters)
     if source.config.text.to_json() != manifest.model:
         raise VerifyError(
             "the reference is not the checkpoint that the bundle was built from",
@@ -247,6 +251,8 @@ def _no_transformers(source: Checkpoint) -> str:
     """Why there is no comparison with transformers; "" when there is one."""
     if not importlib.util.find_spec("transformers"):
         return "not installed"
+    if source.adapters:
+        return "it would not merge the adapters"
     if source.logical is not None:
         return "the checkpoint is not in a form that it reads"
     if source.config.quantization:

@@ -157,14 +157,14 @@ def needed_memory(manifest: Manifest) -> int:
     return graphs + (0 if inside else sum(stored.values())) + state_bytes(manifest, manifest.max_context)
 
 
-def state_bytes(manifest: Manifest, context: int) -> int:
-    """Bytes of the states and caches of one sequence of `context` tokens. Pending inputs have two sets of buffers, and so have states that
-    some graph does not write in place."""
+def state_bytes(manifest: Manifest, context: int, *, drafts: bool = True) -> int:
+    """Bytes of the states and caches of one sequence of `context` tokens, with `drafts` those of the draft head, too. Pending inputs have
+    two sets of buffers, and so have states that some graph does not write in place."""
     pending = 1 + (manifest.speculation.max_draft if manifest.speculation else 0)
     dims = {"B": 1, "S": context, "P": pending, "T": pending, "N": 1}
     states: dict[tuple[bool, str], int] = {}
     for name, graph in manifest.graphs.items():
-        for state in graph.states:
+        for state in graph.states if drafts or not name.startswith("mtp") else ():
             key = name.startswith("mtp"), state.name
             size = stored_bytes(state.dtype, [d if isinstance(d, int) else dims[d] for d in state.shape])
             states[key] = max(states.get(key, 0), size * (2 if state.pending or not state.in_place else 1))

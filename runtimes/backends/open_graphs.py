@@ -10,8 +10,10 @@ from pathlib import Path
 
 from qwen_export.manifest import Manifest, file_path
 from qwen_export.runtimes.backends.session import Session
+from qwen_export.runtimes.backends.staged_session import StagedSession
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
+from qwen_export.stages import stage_groups
 
 Sessions = Callable[[str], Session]
 """Opens the graph of a name. Sessions of one bundle share its weights."""
@@ -19,13 +21,15 @@ Sessions = Callable[[str], Session]
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` is the number of the GPU. `graphs`: their directory, if
+    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` is the number of the GPU, `device_ids`
+    those for the stages of a bundle that has several. `graphs`: their directory, if
     not in the bundle. `later`: graphs that need not be open before they are called. `weight_budget`: bytes on the GPU for weights of
     engines that can leave them in host memory, None for all."""
 
     threads: int | None = None
     repack: bool = False
     device_id: int = 0
+    device_ids: tuple[int, ...] = ()
     graphs: Path | None = None
     later: Collection[str] = ()
     weight_budget: int | None = None
@@ -35,10 +39,10 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
     from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRuntimeSession
 
     plugins = [file_path(bundle, name) for name in manifest.plugins]
-    weights, device = MappedWeights(bundle, manifest), Device(manifest.target.device, options.device_id)
+    weights, devices = MappedWeights(bundle, manifest), graph_devices(manifest, options)
 
     def session(name: str) -> Session:
-        graph = manifest.graphs[name]
+        graph, device = manifest.graphs[name], devices[name]
         return OnnxRuntimeSession(
             file_path(options.graphs or bundle, graph.file),
             graph,
@@ -75,10 +79,24 @@ def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
 
 
 def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Session]:
-    """Sessions of these graphs by name. ONNX Runtime repacks weights into the order of its kernels with one core per graph: where it does,
-    graphs are opened side by side."""
+    """Sessions of these graphs by name, one for all stages of a graph. Stages load side by side, and so do all graphs where ONNX Runtime
+    repacks weights into the order of its kernels, since it does that with one core per graph."""
     session, names = open_backend(bundle, manifest, options), list(names)
-    if not options.repack or manifest.target.device != "cpu" or manifest.target.backend != "onnxruntime":
-        return {name: session(name) for name in names}
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
-        return dict(zip(names, threads.map(session, names), strict=True))
+    groups = stage_groups(names)
+    repacks = options.repack and manifest.target.device == "cpu" and manifest.target.backend == "onnxruntime"
+    if repacks or any(len(group) > 1 for group in groups.values()):
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            opened = dict(zip(names, threads.map(session, names), strict=True))
+    else:
+        opened = {name: session(name) for name in names}
+    return {role: opened[role] if group == [role] else StagedSession([opened[name] for name in group]) for role, group in groups.items()}
+
+
+def graph_devices(manifest: Manifest, options: OpenOptions) -> dict[str, Device]:
+    """Where each graph is loaded. Stages are spread evenly over the devices, in order; all other graphs are where the last stage is."""
+    kind, ids = manifest.target.device, options.device_ids or (options.device_id,)
+    places = {name: Device(kind, ids[-1]) for name in manifest.graphs}
+    for names in stage_groups(manifest.graphs).values():
+        if len(names) > 1:
+            places |= {name: Device(kind, ids[number * len(ids) // len(names)]) for number, name in enumerate(names)}
+    return places

@@ -23,6 +23,12 @@ class Call(Protocol):
         """Do now what the first runs do besides running, such as compiling and recording. The call may run once for that: the controls
         must commit nothing, and place new cache rows after those that were read."""
 
+    def start(self) -> None:
+        """Begin to run. Where calls do not overlap this is `run`. Raises as `run` does, now or in `finish`."""
+
+    def finish(self) -> None:
+        """Wait for the end of what was started."""
+
     def run(self) -> None:
         """Run and wait. Raises BundleError when the backend fails; what the call writes is undefined then."""
 
@@ -35,6 +41,19 @@ class Session(Protocol):
 
     @property
     def device(self) -> Device: ...
+
+    def device_of(self, name: str) -> Device:
+        """Where a state or an output of the graph is."""
+
+    def stage_of(self, name: str) -> int:
+        """Which of several consecutive graphs has a state or an output."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether calls may be started before others have finished."""
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        """Zeroed memory that is written from the host, and that inputs of the whole graph can be bound to."""
 
     @property
     def busy_s(self) -> float:

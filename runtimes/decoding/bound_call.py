@@ -18,7 +18,7 @@ class LogitsMemory:
     for `rows` rows, as many as a step or a verify needs. A call with more, for measuring, gets memory of its own."""
 
     def __init__(self, session: Session, slots: int, rows: int) -> None:
-        self._device, self._slots, self._rows = session.device, slots, rows
+        self._device, self._slots, self._rows = session.device_of("logits"), slots, rows
         self._specs = {spec.name: spec for spec in session.spec.outputs if spec.name in ("logits", TOP_LOGITS, TOP_IDS)}
         self._all: Buffer | None = None
 
@@ -40,6 +40,16 @@ class LogitsMemory:
         if self._all is None:
             self._all = self._device.buffer(dtype, (self._slots * self._rows, shape[-1]))
         return self._all.part(dtype, shape, place * self._all.row_bytes)
+
+
+def wanted_rows(T: int, counts: Sequence[int], logits: Sequence[int], most: int) -> list[int]:
+    """Which of the B*T rows of a call get logits: the last `logits` of the first `counts` of each sequence, the last of them again where
+    that are fewer than `most`."""
+    rows: list[int] = []
+    for place, (count, wanted) in enumerate(zip(counts, logits, strict=True)):
+        start, end = place * T + count - wanted, place * T + count
+        rows += [*range(start, end), *[end - 1] * (most - wanted)]
+    return rows
 
 
 def sizes(spec: TensorSpec, dims: Mapping[str, int]) -> tuple[int, ...]:
@@ -66,24 +76,41 @@ class BoundCall:
         B, self._T, self._cache_rows = dims["B"], dims["T"], dims["S"]
         self.recorded = repeated and session.records
         changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
-        self._controls = Controls(session.device, changing, HOST_INPUTS)
+        self._controls = Controls(None if session.device.is_host else session.shared, changing, HOST_INPUTS)
         for spec in session.spec.inputs:
             self._call.bind_input(spec.name, inputs[spec.name] if spec.name in inputs else self._controls.buffers[spec.name])
         self.results, self._logits = logits.take(dims, slot)
         """Those outputs by name, as buffers."""
         for spec in session.spec.outputs:
             if spec.name not in outputs and spec.name not in self.results:
-                self.results[spec.name] = session.buffer(spec.dtype, sizes(spec, dims))
+                self.results[spec.name] = session.device_of(spec.name).buffer(spec.dtype, sizes(spec, dims))
             self._call.bind_output(spec.name, outputs[spec.name] if spec.name in outputs else self.results[spec.name])
-        if dims["N"]:
-            # The last rows of each sequence, of the B*T rows of the call.
-            ends = range(self._T, B * self._T + 1, self._T)
-            self._controls.set("logit_rows", [row for end in ends for row in range(end - dims["N"] // B, end)])
+        self._last_rows = wanted_rows(self._T, [self._T] * B, [dims["N"] // B] * B, dims["N"] // B)
+        self._rows: Sequence[int] = []
 
-    def run(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> Rows:
-        """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `controls` are written where the graph has
-        them. Returns the logits of b times N rows, valid until the next run."""
+    def run(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int] | None = None, **controls: Sequence[int]) -> Rows:
+        """`ids` [b,T] new tokens, sequence after sequence, `lengths` [b] tokens read before; `rows` [N] are those of the b*T rows that get
+        logits, None the last of each sequence. `controls` are written where the graph has them. Returns the logits, valid until the next
+        run."""
+        self._write(ids, lengths, rows, controls)
+        self._call.run()
+        return self._logits.rows()
+
+    def start(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> None:
+        """Begin what `run` does, with the last rows of each sequence. `finish` must follow before the call is used again."""
+        self._write(ids, lengths, None, controls)
+        self._call.start()
+
+    def finish(self) -> Rows:
+        self._call.finish()
+        return self._logits.rows()
+
+    def _write(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int] | None, controls: Mapping[str, Sequence[int]]) -> None:
         write = self._controls.set
+        rows = self._last_rows if rows is None else rows
+        if rows != self._rows:
+            write("logit_rows", rows)
+            self._rows = rows
         write("input_ids", ids)
         write("length", lengths)
         write("last_slot", [length + self._T - 1 for length in lengths])
@@ -92,5 +119,3 @@ class BoundCall:
         for name, value in controls.items():
             write(name, value)
         self._controls.send()
-        self._call.run()
-        return self._logits.rows()

@@ -7,7 +7,7 @@ together  all have as many rows, which double: ONNX Runtime's attention on CUDA 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from qwen_export.manifest import Manifest, StateSpec
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
@@ -47,17 +47,17 @@ class CacheRoom:
         self._held = [self._step] * slots
         """Rows that each slot has memory for, where it grows alone."""
 
-    def make(self, spec: StateSpec) -> Buffer:
-        """A cache, in which every slot has its first rows."""
+    def make(self, spec: StateSpec, device: Device) -> Buffer:
+        """A cache on a device, in which every slot has its first rows."""
         shape = _sizes(spec, self._slots, self.rows)
         self._row_bytes += shape[1] * shape[3] * ELEMENTS[spec.dtype][0]
         if self.alone:
-            buffer = GrowingBuffer(spec.dtype, shape, self._device.index)
+            buffer = GrowingBuffer(spec.dtype, shape, device.index)
             for slot in range(self._slots):
                 buffer.hold(slot, self._step)
             self._growing.append(buffer)
             return buffer
-        made = self._device.buffer(spec.dtype, shape)
+        made = device.buffer(spec.dtype, shape)
         if isinstance(made, HostBuffer):
             made.prefer_huge_pages(ROW_AXIS, _LONG_TEXT)
         return made
@@ -69,6 +69,12 @@ class CacheRoom:
             for buffer in self._growing:
                 buffer.hold(slot, rows)
             self._held[slot] = rows
+
+    def reach_all(self, slots: Sequence[int], lengths: Sequence[int], more: int, most: int) -> None:
+        """The same for several slots that have so many tokens and get up to `more`, to `most` together."""
+        if self.alone:
+            for slot, length in zip(slots, lengths, strict=True):
+                self.reach(slot, min(most, length + more))
 
     def double(self, length: int, caches: Mapping[str, Buffer], used: int) -> dict[str, Buffer]:
         """Caches that grow together, with twice the rows until `length` tokens fit; the first `used` rows are copied."""
@@ -112,11 +118,14 @@ class CacheRoom:
         return self._row_bytes * max(0, -(-length // self._step) * self._step - self._step)
 
     def free_bytes(self) -> int | None:
-        """What the GPU has left, None where caches do not grow."""
+        """What the GPUs have left, the fullest of them, None where caches do not grow."""
         if not self.alone:
             return None
-        use_device(self._device.index)
-        return memory_info()[0]
+        free = []
+        for index in {buffer.index for buffer in self._growing}:
+            use_device(index)
+            free.append(memory_info()[0])
+        return min(free)
 
     def held_bytes(self, slot: int) -> int:
         """What a slot on a GPU holds now beyond what it held from the start."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
-from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 # Where allocators of devices begin pieces of memory.
@@ -14,15 +13,21 @@ _ALIGNED = 256
 
 
 class Controls:
-    """Memory for integer inputs, dtype and shape by name. Those in `on_host` stay there, whatever the device."""
+    """Memory for integer inputs, dtype and shape by name. `make` allocates it on the device, None: there is none. Inputs in `on_host` stay
+    there, whatever the device."""
 
-    def __init__(self, device: Device, specs: Mapping[str, tuple[str, tuple[int, ...]]], on_host: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        make: Callable[[str, tuple[int, ...]], Buffer] | None,
+        specs: Mapping[str, tuple[str, tuple[int, ...]]],
+        on_host: Sequence[str] = (),
+    ) -> None:
         starts, end = {}, 0
         for name, (dtype, shape) in specs.items():
             starts[name] = end
             end += -(-prod(shape) * ELEMENTS[dtype][0] // _ALIGNED) * _ALIGNED
         host = HostBuffer("uint8", (end,))
-        self._whole: Buffer | None = None if device.is_host else device.buffer("uint8", (end,))
+        self._whole: Buffer | None = make("uint8", (end,)) if make is not None else None
         self._host, self._changed = host, False
         self._written = {name: host.part(dtype, shape, starts[name]) for name, (dtype, shape) in specs.items()}
         self.buffers: dict[str, Buffer] = {

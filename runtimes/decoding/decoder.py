@@ -72,6 +72,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    shares_pasts: bool = False
+    """Whether several tokens of several sequences, each behind its own past, share a call."""
     idle_rows: int = 0
     """Rows of a step that may be idle rather than that a step takes another call; 0 where sequences share no call."""
 
@@ -116,6 +118,16 @@ class Decoder(ABC):
         self._check(reads)
         return self._run(reads)
 
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        """Indices of reads that `run` would bring into one call, call by call."""
+        return [[index] for index in range(len(reads))]
+
+    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        """One more token for each of neighboring slots, from `first` on: what `run` does with a read of one token for each, in less time
+        on the host. Row i is that of slot `first + i`."""
+        rows = self.run([Read(first + place, (token,)) for place, token in enumerate(tokens)])
+        return rows[0] if len(rows) == 1 else JoinedRows(rows)
+
     def prefill(self, ids: Sequence[int], slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""
@@ -141,12 +153,9 @@ class Decoder(ABC):
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read tokens; returns the logits of all of them, f32[T,V]. For measuring: T may be limited to `chunk`."""
 
-    def step(self, tokens: Sequence[int]) -> Logits:
-        """Advance every sequence by one token; returns logits f32[B,V], valid until the next call."""
-        return self.step_rows(tokens).array
-
-    def step_rows(self, tokens: Sequence[int]) -> Rows:
-        """As `step`, but the logits stay on the device until they are read."""
+    def step(self, tokens: Sequence[int]) -> Rows:
+        """Advance every sequence by one token; row i has the logits of slot i, valid until the next call. They are copied where they are
+        read as a whole; `argmax` and samplers need the largest only."""
         if len(tokens) != self.batch:
             raise ParameterError(
                 "a step takes one token per slot",
@@ -155,18 +164,13 @@ class Decoder(ABC):
                 expected=self.batch,
                 fix="Use run() to advance some of the sequences.",
             )
-        rows = self.run([Read(slot, (token,)) for slot, token in enumerate(tokens)])
-        return rows[0] if len(rows) == 1 else JoinedRows(rows)
+        return self.advance(tokens)
 
-    def verify(self, tokens: Sequence[int], slot: int = 0) -> Logits:
-        """Read at most `widest_verify` tokens that may still be taken back; returns the logits of all of them, f32[T,V], valid until the
-        next call. `accept` must follow."""
-        return self.verify_rows(tokens, slot).array[: len(tokens)]
-
-    def verify_rows(self, tokens: Sequence[int], slot: int = 0) -> Rows:
-        """As `verify`, but the logits stay on the device until they are read."""
+    def verify(self, tokens: Sequence[int], slot: int = 0) -> Rows:
+        """Read at most `widest_verify` tokens that may still be taken back; a row of logits for each, valid until the next call. `accept`
+        must follow."""
         [rows] = self.run([Read(slot, tokens, commit=False, logits=len(tokens))])
-        return rows
+        return rows.part(0, len(tokens))
 
     def accept(self, count: int, slot: int = 0) -> None:
         """Keep the first `count` tokens of the verify before. May be called again with a smaller number until the next read."""

@@ -57,10 +57,10 @@ class DraftHead(ABC):
             self._log.copy_from(self._log, at, at + (keep - base) * row, (known - keep) * row)
         self._bases[slot] = keep
 
-    def append(self, slot: int, hidden: Buffer, place: int, count: int) -> None:
-        """The decoder has read `count` tokens in `slot`, of which `hidden` [.., H] has the states as those of sequence `place`."""
+    def append(self, slot: int, hidden: Buffer, start: int, count: int) -> None:
+        """The decoder has read `count` tokens in `slot`, of which `hidden` [.., H] has the states from row `start` on."""
         row = self._row_bytes
-        self._log.copy_from(hidden, self._at(slot, self._known(slot) - count - self._bases[slot]), place * count * row, count * row)
+        self._log.copy_from(hidden, self._at(slot, self._known(slot) - count - self._bases[slot]), start * row, count * row)
 
     def cut(self, slot: int) -> None:
         self.lengths[slot] = min(self.lengths[slot], max(0, self._known(slot) - 1))
@@ -86,7 +86,7 @@ class DraftHead(ABC):
 
     def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
         """The draft after a token that follows the text read, by slot: logits of draft_vocab tokens, valid until the next call."""
-        made = {}
+        rows = {}
         for slot, token in tokens.items():
             if not self._known(slot):
                 raise ParameterError(
@@ -94,8 +94,12 @@ class DraftHead(ABC):
                 )
             if self.behind(slot) > self._reader.widest_verify:
                 self.catch_up(slot)
-            made[slot] = self._read(slot, [*self._reader.sequences[slot].tokens[self.lengths[slot] + 1 :], token], rows=1)
-        return made
+            rows[slot] = [*self._reader.sequences[slot].tokens[self.lengths[slot] + 1 :], token]
+        return self._first(rows)
+
+    def _first(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        """Read these rows of each slot; logits of the last by slot."""
+        return {slot: self._read(slot, ids, rows=1) for slot, ids in tokens.items()}
 
     @abstractmethod
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:

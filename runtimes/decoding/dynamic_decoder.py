@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+
+import numpy as np
 
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
+from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
 from qwen_export.runtimes.decoding.cache_room import CacheRoom
-from qwen_export.runtimes.decoding.call_plan import plan_calls
+from qwen_export.runtimes.decoding.call_plan import Sharing, plan_calls
+from qwen_export.runtimes.decoding.call_shape import PIECES, CallShape, prompt_piece
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
 from qwen_export.runtimes.decoding.logit_rows import Rows
+from qwen_export.runtimes.decoding.prompt_pieces import PromptPieces
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
@@ -27,25 +30,9 @@ from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
 
-# Tokens per prefill call: enough to keep matrix products busy, few enough to bound the activations.
-PREFILL_CHUNK = {"cpu": 256, "cuda": 2048}
-# Quantized products are at full speed from fewer on; calls of a mixture of experts are split over the experts, and need more.
-_QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
-
-
-class CallShape(NamedTuple):
-    """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
-    `pending`: the set of pending inputs that the call reads. `own`: its sequence has rotary tables of its own."""
-
-    b: int
-    T: int
-    rows: int
-    first: int
-    commit: bool = True
-    pending: int = 0
-    own: bool = False
+_PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
 
 
 class DynamicDecoder(Decoder):
@@ -58,55 +45,115 @@ class DynamicDecoder(Decoder):
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
         self.session, device = session, session.device
-        self.chunk = _chunk(device.kind, manifest)
+        self._piece = prompt_piece(device.kind, manifest, overlaps=session.overlaps)
+        self.chunk = PIECES * self._piece if session.overlaps else self._piece
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS
         self.widest_verify = 1 + manifest.speculation.max_draft if manifest.speculation else 0
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
         self._room = CacheRoom(device, manifest, batch, self.capacity, caches)
         self.states: dict[str, Buffer] = {
-            spec.name: self._room.make(spec)
+            spec.name: self._room.make(spec, session.device_of(spec.name))
             if spec.grows
-            else device.buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
+            else session.device_of(spec.name).buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
             for spec in session.spec.states
             if not spec.pending
         }
-        self.tables = RotaryTables(manifest, session.spec.inputs, session.buffer, max(self.capacity, self._room.rows))
+        self.tables = RotaryTables(manifest, session.spec.inputs, session.shared, max(self.capacity, self._room.rows))
         self._logits = LogitsMemory(session, batch, max(1, self.widest_verify))
         self._calls: dict[CallShape, BoundCall] = {}
-        self._transaction = Transaction(session.spec, device, batch, max(1, self.widest_verify), self.chunk)
+        self._transaction = Transaction(session.spec, session, batch, max(1, self.widest_verify), self._piece)
+        inputs = {tensor.name for tensor in session.spec.inputs}
+        self._sharing = Sharing.of(inputs, _PADDING[device.kind], self._piece, recurrent=bool(self._fixed()))
+        self.shares_pasts = self._sharing.pasts
         hidden = next((tensor for tensor in session.spec.outputs if tensor.name == "hidden"), None)
-        self._hidden = device.buffer(hidden.dtype, (max(self.chunk, batch), int(hidden.shape[-1]))) if hidden else None
-        self.head = DynamicDraftHead(head_session, self, self.tables, self._room) if head_session is not None else None
+        # One for each of the calls that run at a time: a piece of a prompt per stage, and one that waits.
+        turns = 1 + len({session.stage_of(name) for name in self.states}) if session.overlaps else 1
+        shape = (max(self._piece, batch), int(hidden.shape[-1]) if hidden else 0)
+        self._hidden = [session.device_of("hidden").buffer(hidden.dtype, shape) for _ in range(turns)] if hidden else []
+        self._pieces = PromptPieces(self._piece, turns, self._hidden, self.tables, self._transaction, self._call)
+        self.head = (
+            DynamicDraftHead(head_session, self, self.tables, self._room, self._sharing.padding) if head_session is not None else None
+        )
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
-        """Read at most `chunk` tokens in one call; returns the logits of all of them, f32[T,V]."""
-        [rows] = self.run([Read(slot, ids, logits=len(ids))])
-        return rows.array
+        """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
+        made = []
+        for start in range(0, len(ids), self._piece):
+            part = ids[start : start + self._piece]
+            [rows] = self.run([Read(slot, part, logits=len(part))])
+            made.append(rows.array)
+            if len(part) < len(ids):
+                made[-1] = made[-1].copy()  # the next call writes to the same memory
+        return made[0] if len(made) == 1 else np.concatenate(made)
+
+    def plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
 
     def _run(self, reads: Sequence[Read]) -> list[Rows]:
         results = [Rows.none()] * len(reads)
-        for call in plan_calls(reads, self.tables.own, lambda slot: not self.sequences[slot].tokens, self.chunk):
-            rows = self._execute([reads[index] for index in call])
-            for place, index in enumerate(call):
-                results[index] = rows.part(place * reads[index].logits)
+        for call in self.plan(reads):
+            for index, rows in zip(call, self._execute([reads[index] for index in call]), strict=True):
+                results[index] = rows
         return results
 
-    def _execute(self, reads: Sequence[Read]) -> Rows:
-        """One call: a read, or reads of neighboring slots that are as long."""
-        one, b, T = reads[0], len(reads), len(reads[0].ids)
-        first, slots = one.slot, range(one.slot, one.slot + b)
+    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        b, slots = len(tokens), range(first, first + len(tokens))
+        sequences = self.sequences[first : first + b]
+        usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
+        if not usable or self.tables.any_own(slots) or not all(sequence.settled for sequence in sequences):
+            return super().advance(tokens, first)
+        lengths = [len(sequence.tokens) for sequence in sequences]
+        if max(lengths) >= self.capacity:
+            return super().advance(tokens, first)
+        self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
+        self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
+        with Change(sequences):
+            if self.head is not None:
+                for slot in slots:
+                    self.head.reserve(slot, 1)
+            pending, stride = self._transaction.gather(slots)
+            shape = CallShape(b, 1, 1, first, True, pending, stride)
+            call = self._call(shape)
+            rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+            if self.observer is not None:
+                self.observer(lengths[0], 1, call.results)
+            for sequence, token in zip(sequences, tokens, strict=True):
+                sequence.tokens.append(token)
+                sequence.open = 0
+            self._transaction.accepted[first : first + b] = [0] * b
+            if self.head is not None and self._hidden:
+                for place, slot in enumerate(slots):
+                    self.head.append(slot, self._hidden[0], place, 1)
+        return rows
+
+    def _execute(self, reads: Sequence[Read]) -> list[Rows]:
+        """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
+        one, b, counts = reads[0], len(reads), [len(read.ids) for read in reads]
+        if b == 1 and counts[0] > self._piece:
+            return [self._pieces.read(one, self.sequences[one.slot], self.head)]
+        first, slots, T = one.slot, range(one.slot, one.slot + b), max(counts)
         sequences = self.sequences[first : first + b]
         with Change(sequences):
-            for slot in slots:
+            pending, stride = self._transaction.gather(slots)
+            leaves = 0 if one.commit else self._transaction.make_way(pending, slots, T)
+        if not leaves and not one.commit:
+            return [rows for read in reads for rows in self._execute([read])]
+        with Change(sequences):
+            for slot, count in zip(slots, counts, strict=True):
+                if b > 1 and count < T:
+                    self._make_room(self.sequences[slot].length + T, slot)
                 if self.head is not None:
-                    self.head.reserve(slot, T)
+                    self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            pending = self._transaction.gather(slots)
-            shape = CallShape(b, T, one.logits, first, one.commit, pending, self.tables.own(first))
-            call = self._calls.get(shape) or self._bind(shape)
-            rows = self._launch(call, shape, one.ids if b == 1 else [token for read in reads for token in read.ids])
+            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, leaves, self.tables.own(first))
+            call = self._call(shape)
+            if b == 1:
+                rows = self._launch(call, shape, one.ids, counts)
+            else:
+                ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
+                rows = self._launch(call, shape, ids, counts, [read.logits for read in reads])
             if self.observer is not None:
                 self.observer(sequences[0].length, T, call.results)
             for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
@@ -114,18 +161,21 @@ class DynamicDecoder(Decoder):
                 if read.commit:
                     self._transaction.committed(slot)
                 else:
-                    self._transaction.opened(slot, pending, T)
-                if self.head is not None and self._hidden is not None:
-                    self.head.append(slot, self._hidden, place, T)
-        return rows
+                    self._transaction.opened(slot, pending, len(read.ids))
+                if self.head is not None and self._hidden:
+                    self.head.append(slot, self._hidden[0], place * T, len(read.ids))
+        return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
-    def _launch(self, call: BoundCall, shape: CallShape, ids: Sequence[int]) -> Rows:
+    def _launch(
+        self, call: BoundCall, shape: CallShape, ids: Sequence[int], counts: Sequence[int], logits: Sequence[int] | None = None
+    ) -> Rows:
         slots = range(shape.first, shape.first + shape.b)
         return call.run(
             ids,
             [self.sequences[slot].length for slot in slots],
+            logits and wanted_rows(shape.T, counts, logits, shape.rows),
             accepted=[self._transaction.accepted[slot] for slot in slots],
-            commit=[shape.T if shape.commit else 0] * shape.b,
+            commit=counts if shape.commit else [0] * shape.b,
         )
 
     def _accept(self, count: int, slot: int) -> None:
@@ -139,7 +189,8 @@ class DynamicDecoder(Decoder):
             return
         # Verifies read the two sets of pending inputs alternating, steps whichever the last verify has left.
         for pending in (0, 1) if self.widest_verify else (0,):
-            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, self.tables.own(0))
+            width, leaves = self._transaction.width, self._transaction.width if count > 1 else 0
+            shape = CallShape(self.batch if count == 1 else 1, count, count, 0, count == 1, pending, width, leaves, self.tables.own(0))
             if shape not in self._calls:
                 self._make_room(min(self.capacity, max(self.lengths) + count), 0)
                 self._bind(shape)
@@ -155,7 +206,7 @@ class DynamicDecoder(Decoder):
         else:
             for pending in (0, 1) if longest > 1 else (0,):
                 for count in sorted({1 << power for power in range(self.batch.bit_length())} | {self.batch}):
-                    shape = CallShape(count, 1, 1, 0, True, pending)
+                    shape = CallShape(count, 1, 1, 0, True, pending, self._transaction.width)
                     if shape not in self._calls:
                         self._bind(shape)
         if self.head is not None and longest > 1:
@@ -202,15 +253,17 @@ class DynamicDecoder(Decoder):
 
     def _mark(self, slot: int, waiting: Bytes, on_device: bool) -> Mark:
         sequence = self.sequences[slot]
-        fixed = {name: self.states[name] for name in self._fixed()} | self._transaction.held(slot)
-        copies = self._copies(sum(buffer.row_bytes for buffer in fixed.values()), on_device)
-        copied = {name: copies.rows(b, slot * b.row_bytes, 0, b.row_bytes, 1) for name, b in fixed.items()}
+        fixed = {name: self.states[name] for name in self._fixed()}
+        pending = self._transaction.held(slot)
+        places = {name: (buffer, slot * buffer.row_bytes, buffer.row_bytes) for name, buffer in fixed.items()} | pending
+        copies = self._copies(sum(nbytes for _, _, nbytes in places.values()), on_device)
+        copied = {name: copies.rows(buffer, offset, 0, nbytes, 1) for name, (buffer, offset, nbytes) in places.items()}
         copies.done()
         return Mark(
             tuple(sequence.tokens),
-            {name: copied[name] for name in self._fixed()},
+            {name: copied[name] for name in fixed},
             self._transaction.accepted[slot],
-            {name: copied[name] for name in self._transaction.held(slot)},
+            {name: copied[name] for name in pending},
             waiting,
             sequence.media,
             self.tables.positions(slot, sequence.length),
@@ -244,8 +297,13 @@ class DynamicDecoder(Decoder):
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
         settle(self.session.device)
 
+    @property
+    def _one_gpu(self) -> bool:
+        """Whether all states are on one GPU: copies of states on several go through the host."""
+        return self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
+
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
-        return DeviceCopies(nbytes, self.session.device.index) if on_device and self.session.device.kind == "cuda" else HostCopies()
+        return DeviceCopies(nbytes, self.session.device.index) if on_device and self._one_gpu else HostCopies()
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -282,11 +340,13 @@ class DynamicDecoder(Decoder):
 
     # ---- calls ----
 
+    def _call(self, shape: CallShape) -> BoundCall:
+        return self._calls.get(shape) or self._bind(shape)
+
     def _bind(self, shape: CallShape) -> BoundCall:
-        """Make the bindings for calls of one shape. Steps, drafts, whole chunks and powers of two come back; odd sizes of prompts' ends are
-        dropped."""
+        """Make the bindings for calls of one shape; others that do not come back are dropped."""
         started = time.perf_counter()
-        for old in [s for s in self._calls if not self._comes_back(s)]:
+        for old in [s for s in self._calls if not s.comes_back(self._piece)]:
             del self._calls[old]
         with self.session.uncounted():  # counted once, as time spent on bindings
             call = self._bound(shape)
@@ -296,53 +356,31 @@ class DynamicDecoder(Decoder):
         self._binding_s += time.perf_counter() - started
         return call
 
-    def _comes_back(self, shape: CallShape) -> bool:
-        return not shape.commit or shape.T in (1, self.chunk) or _is_power(shape.T)
-
-    def _repeats(self, shape: CallShape) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
-        step = shape.T == 1 and shape.rows == 1 and shape.first == 0
-        return not shape.commit or (step and (shape.b == self.batch or _is_power(shape.b)))
-
     def _record(self, call: BoundCall, shape: CallShape) -> None:
         """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
         in them."""
         slots = range(shape.first, shape.first + shape.b)
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
-        pending = [(buffer, slot) for slot in slots for buffer in self._transaction.held(slot).values()]
-        places += [(buffer, slot * buffer.row_bytes, buffer.row_bytes) for buffer, slot in pending]
+        places += [place for slot in slots for place in self._transaction.held(slot).values()]
         kept = []
         for buffer, offset, nbytes in places:
-            copy = self.session.buffer("uint8", (nbytes,))
+            copy = buffer.alike(nbytes)
             copy.copy_from(buffer, 0, offset, nbytes)
             kept.append((buffer, offset, copy))
         try:
-            self._launch(call, shape, [0] * (shape.b * shape.T))
+            self._launch(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
         finally:
             for buffer, offset, copy in kept:
                 buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
-        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": self._transaction.width}
+        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride}
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
-        inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.first, shape.b)
+        inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
-        outputs |= self._transaction.outputs(shape.pending, shape.first, dims, commit=shape.commit)
-        if self._hidden is not None:
-            outputs["hidden"] = self._hidden.part(self._hidden.dtype, (shape.b, shape.T, self._hidden.shape[-1]))
-        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=self._repeats(shape))
-
-
-def _is_power(count: int) -> bool:
-    """Whether it is a power of two."""
-    return count & (count - 1) == 0
-
-
-def _chunk(device: str, manifest: Manifest) -> int:
-    """Tokens per prefill call."""
-    if device == "cpu" and manifest.model.get("num_experts"):
-        return _MOE_CHUNK
-    if device == "cpu" and manifest.target.precision in ("int8", "int4"):
-        return _QUANTIZED_CHUNK
-    return PREFILL_CHUNK[device]
+        outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
+        if self._hidden:
+            hidden = self._hidden[shape.turn]
+            outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
+        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory
+from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
 from qwen_export.runtimes.decoding.cache_room import CacheRoom
+from qwen_export.runtimes.decoding.call_plan import Sharing, plan_calls
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.draft_head import WAITING, DraftHead
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
+from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.memory.buffers import Buffer
 
@@ -22,9 +25,9 @@ _Shape = tuple[int, int, int, int, bool]
 
 
 class DynamicDraftHead(DraftHead):
-    """`tables` and `room` are the decoder's."""
+    """`tables` and `room` are the decoder's; `padding` as in `Sharing`."""
 
-    def __init__(self, session: Session, decoder: Decoder, tables: RotaryTables, room: CacheRoom) -> None:
+    def __init__(self, session: Session, decoder: Decoder, tables: RotaryTables, room: CacheRoom, padding: int) -> None:
         self.session, self._tables, self._room = session, tables, room
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
         width, rows, slots = int(spec.shape[-1]), decoder.chunk + WAITING, decoder.batch
@@ -32,8 +35,9 @@ class DynamicDraftHead(DraftHead):
         # States that a call reads and leaves: of one sequence's rows, and of drafts that follow drafts, one per slot.
         self._input, self._output = session.buffer(spec.dtype, (rows, width)), session.buffer(spec.dtype, (rows, width))
         self._drafts, self._drafts_out = session.buffer(spec.dtype, (slots, width)), session.buffer(spec.dtype, (slots, width))
-        self.caches: dict[str, Buffer] = {spec.name: room.make(spec) for spec in session.spec.states}
+        self.caches: dict[str, Buffer] = {spec.name: room.make(spec, session.device) for spec in session.spec.states}
         self._logits = LogitsMemory(session, slots, 1)
+        self._sharing = Sharing.of({tensor.name for tensor in session.spec.inputs}, padding, decoder.chunk, recurrent=False)
         self._calls: dict[_Shape, BoundCall] = {}
         self._blocks = CATCH_UP_BLOCKS.get(session.device.kind, ())
 
@@ -63,20 +67,56 @@ class DynamicDraftHead(DraftHead):
     def following(self, tokens: Mapping[int, int], depth: int) -> dict[int, Row]:
         """See DraftHead; neighboring slots share a call."""
         made: dict[int, Row] = {}
-        slots = sorted(tokens)
-        while slots:
-            b = next((n for n in range(1, len(slots)) if slots[n] != slots[0] + n or self._alone(slots[n])), len(slots))
-            b = 1 if self._alone(slots[0]) else b
-            group, slots = slots[:b], slots[b:]
-            shape = (group[0], b, 1, 1, self._tables.own(group[0]))
-            call = self._calls.get(shape) or self._bind(shape)
-            rows = call.run([tokens[slot] for slot in group], [self.lengths[slot] + depth - 1 for slot in group])
-            self._keep(group[0], b, self._drafts_out, group[0] * self._row_bytes)
-            made |= {slot: rows[place] for place, slot in enumerate(group)}
+        for reads in self._plan({slot: (token,) for slot, token in tokens.items()}):
+            lengths = [self.lengths[read.slot] + (depth - 1 if read.logits else 0) for read in reads]
+            made |= self._launch(reads, 1, lengths)
         return made
 
-    def _alone(self, slot: int) -> bool:
-        return self._tables.own(slot)
+    def _first(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Row]:
+        made: dict[int, Row] = {}
+        for reads in self._plan(tokens):
+            if len(reads) == 1:
+                made[reads[0].slot] = self._read(reads[0].slot, reads[0].ids, rows=1)
+                continue
+            T, row = max(len(read.ids) for read in reads), self._row_bytes
+            for place, read in enumerate(reads):
+                if read.logits:
+                    target, at = (self._drafts, read.slot * row) if T == 1 else (self._input, place * T * row)
+                    start = self._at(read.slot, self.lengths[read.slot] - self._bases[read.slot])
+                    target.copy_from(self._log, at, start, len(read.ids) * row)
+            made |= self._launch(reads, T, [self.lengths[read.slot] for read in reads])
+            for read in reads:
+                self.lengths[read.slot] += len(read.ids) if read.logits else 0
+        return made
+
+    def _plan(self, tokens: Mapping[int, Sequence[int]]) -> list[list[Read]]:
+        """Which slots share a call. Between them may be some that draft nothing, with `logits` 0: those read a token where their text ends,
+        which is never used."""
+        slots, calls = sorted(tokens), []
+        reads = [Read(slot, tokens[slot]) for slot in slots]
+        for before, after in pairwise(slots):
+            if after - before - 1 <= self._reader.idle_rows:
+                reads += [Read(slot, (0,), logits=0) for slot in range(before + 1, after)]
+        for call in plan_calls(reads, self._sharing, self.lengths, self._tables.own, self._room.rows):
+            members = [reads[index] for index in call]
+            drafting = [place for place, read in enumerate(members) if read.logits]
+            if drafting:
+                calls.append(members[drafting[0] : drafting[-1] + 1])
+        return calls
+
+    def _launch(self, reads: Sequence[Read], T: int, lengths: Sequence[int]) -> dict[int, Row]:
+        """One call over up to `T` rows of each of these slots, which leaves what their next drafts read."""
+        first, b, row = reads[0].slot, len(reads), self._row_bytes
+        shape = (first, b, T, 1, self._tables.own(first))
+        call = self._calls.get(shape) or self._bind(shape)
+        counts = [len(read.ids) for read in reads]
+        ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
+        rows = call.run(ids, lengths, wanted_rows(T, counts, [1] * b, 1))
+        if T == 1:
+            self._keep(first, b, self._drafts_out, first * row)
+        for place, read in enumerate(reads) if T > 1 else ():
+            self._keep(read.slot, 1, self._output, (place * T + len(read.ids) - 1) * row)
+        return {read.slot: rows[place] for place, read in enumerate(reads) if read.logits}
 
     def _keep(self, slot: int, count: int, source: Buffer, at: int) -> None:
         """The states of `count` slots from byte `at` of `source` on are what their next drafts read."""

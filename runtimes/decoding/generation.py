@@ -140,8 +140,9 @@ def plain_rounds(reuse: PrefixReuse, request: Request, statistics: Statistics, h
     decoder, slot = reuse.decoder, reuse.slot
 
     def following(token: int) -> Round:
-        [rows] = decoder.run([Read(slot, (token,))])
         history.push(token)
+        request.sampler.ahead(history)
+        [rows] = decoder.run([Read(slot, (token,))])
         return Round([request.sampler.sample(rows[0], history)])
 
     return following

@@ -3,8 +3,9 @@ picked. Choosing a token almost always needs no more than those."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 Floats = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int32]
 
 
 class Top(NamedTuple):
@@ -29,7 +31,8 @@ class Top(NamedTuple):
 
 
 class Rows:
-    """Logits of N rows, valid until the next call. `array` is copied once, at its first use."""
+    """Logits of N rows, valid until the next call. `array` is copied once, at its first use; so is whatever numpy is given them for.
+    `rows[i]` is a row, which needs no copy of all to be sampled from; `rows[i:j]` an array."""
 
     def __init__(self, array: Callable[[], Floats], top: Callable[[], Top] | None = None, width: int = 0, known: Top | None = None) -> None:
         """`top` gives the largest entries of all rows, one row after the other, `width` of each; `known` are those, where the host has
@@ -62,23 +65,59 @@ class Rows:
             self._top = self._read_top()
         return self._top.cut(row * self._width, (row + 1) * self._width)
 
-    def part(self, start: int) -> Rows:
-        """The rows from `start` on."""
-        return self if not start else _Part(self, start)
+    def tops(self) -> tuple[Floats, Ids] | None:
+        """The largest entries of all rows, f32[N,K], and their ids, i32[N,K], as in `top`; None where the graph does not pick them."""
+        if self._read_top is None:
+            return None
+        if self._top is None:
+            self._top = self._read_top()
+        logits, ids = self._top
+        return np.asarray(logits).reshape(-1, self._width), np.asarray(ids).reshape(-1, self._width)
 
-    def __getitem__(self, row: int) -> Row:
-        return Row(self, row)
+    def part(self, start: int, count: int | None = None) -> Rows:
+        """The rows from `start` on, `count` of them or all."""
+        return self if not start and count is None else _Part(self, start, count)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def copy(self) -> Floats:
+        """All logits, f32[N,V], for as long as they are wanted."""
+        return self.array.copy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.array, dtype, copy=copy)
+
+    def __len__(self) -> int:
+        tops = self.tops()
+        return len(self.array if tops is None else tops[1])
+
+    def __iter__(self) -> Iterator[Row]:
+        return (Row(self, row) for row in range(len(self)))
+
+    @overload
+    def __getitem__(self, row: int) -> Row: ...
+    @overload
+    def __getitem__(self, row: slice) -> Floats: ...
+    def __getitem__(self, row: int | slice) -> Row | Floats:
+        return Row(self, row) if isinstance(row, int) else self.array[row]
 
 
 class _Part(Rows):
     """Rows of another one, from `start` on."""
 
-    def __init__(self, whole: Rows, start: int) -> None:
-        super().__init__(lambda: whole.array[start:])
+    def __init__(self, whole: Rows, start: int, count: int | None) -> None:
+        self._part = slice(start, None if count is None else start + count)
+        super().__init__(lambda: whole.array[self._part])
         self._whole, self._start = whole, start
 
     def top(self, row: int) -> Top | None:
         return self._whole.top(self._start + row)
+
+    def tops(self) -> tuple[Floats, Ids] | None:
+        tops = self._whole.tops()
+        return None if tops is None else (tops[0][self._part], tops[1][self._part])
 
 
 class JoinedRows(Rows):
@@ -91,23 +130,46 @@ class JoinedRows(Rows):
     def top(self, row: int) -> Top | None:
         return self._parts[row].top(0)
 
+    def tops(self) -> tuple[Floats, Ids] | None:
+        tops = [part.tops() for part in self._parts]
+        known = [top for top in tops if top is not None]
+        if len(known) < len(tops):
+            return None
+        return np.stack([logits[0] for logits, _ in known]), np.stack([ids[0] for _, ids in known])
+
 
 class Row:
     """One of the rows."""
 
-    __slots__ = ("_index", "_rows")
+    __slots__ = ("index", "rows")
 
     def __init__(self, rows: Rows, index: int) -> None:
-        self._rows, self._index = rows, index
+        self.rows, self.index = rows, index
 
     @property
     def array(self) -> Floats:
         """Its logits, f32[V]."""
-        return self._rows.array[self._index]
+        return self.rows.array[self.index]
 
     @property
     def top(self) -> Top | None:
-        return self._rows.top(self._index)
+        return self.rows.top(self.index)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def argmax(self) -> int:
+        """The id of the largest logit, the lowest one on a tie; the first NaN, if there is one."""
+        top = self.top
+        return top.ids[0] if top is not None and isfinite(top.logits[0]) else int(self.array.argmax())
+
+    def copy(self) -> Floats:
+        """Its logits, f32[V], for as long as they are wanted."""
+        return self.array.copy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        return np.array(self.array, dtype, copy=copy)
 
 
 class LogitsBuffers:

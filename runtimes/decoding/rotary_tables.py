@@ -50,6 +50,10 @@ class RotaryTables:
         """Whether the sequence has positions of its own. Such a sequence shares no call with others."""
         return slot in self._own
 
+    def any_own(self, slots: Iterable[int]) -> bool:
+        """Whether one of these sequences has."""
+        return bool(self._own) and any(slot in self._own for slot in slots)
+
     def fill(self, length: int) -> None:
         """Make the rows of the first `length` tokens of a text, and some that the next calls will need."""
         if length <= self._rows:

@@ -63,7 +63,15 @@ class Buffer(ABC):
 
     @abstractmethod
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
-        """Copy bytes `start`.. of another buffer of the same device to `offset`; the ranges may not overlap."""
+        """Copy bytes `start`.. of another buffer, of the same kind of device, to `offset`; the ranges may not overlap."""
+
+    def alike(self, nbytes: int) -> Buffer:
+        """Zeroed memory of so many bytes on the same device."""
+        raise NotImplementedError(type(self).__name__)
+
+    def on(self, kind: str, index: int) -> Buffer:
+        """The memory that a graph on this device is bound to: another than this where there is a copy on each of several devices."""
+        return self
 
     def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> Buffer:
         """The bytes from `offset` on, as a buffer that shares them and keeps them."""

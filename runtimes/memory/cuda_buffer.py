@@ -53,6 +53,9 @@ class CudaBuffer(Buffer):
         cuda_memory.zero(self.address + offset, nbytes)
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
+        if isinstance(other, CudaBuffer) and other.index != self.index:
+            cuda_memory.copy_between(self.address + offset, self.index, other.address + start, other.index, nbytes)
+            return
         use_device(self.index)
         cuda_memory.copy_rows(self.address + offset, nbytes, other.address + start, nbytes, nbytes, 1)
 
@@ -65,6 +68,9 @@ class CudaBuffer(Buffer):
             self._pinned = self._locked()
         cuda_memory.to_host(self._pinned.ctypes.data, self.address, self.nbytes)
         return self._pinned
+
+    def alike(self, nbytes: int) -> CudaBuffer:
+        return CudaBuffer("uint8", (nbytes,), self.index)
 
     def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> CudaBuffer:
         return CudaBuffer(dtype, shape, self.index, self, offset)
@@ -82,12 +88,14 @@ class CudaBuffer(Buffer):
     def take_rows(self, offset: int, other: CudaBuffer, start: int, pitch: int, width: int, height: int) -> None:
         """To `offset`, one behind the other: `height` rows of `width` bytes of another buffer, which are `pitch` apart from `start` on."""
         use_device(self.index)
-        cuda_memory.copy_rows(self.address + offset, width, other.address + start, pitch, width, height)
+        for row in range(height):  # a copy in two dimensions takes one allocation, a row may lie in several
+            cuda_memory.copy_later(self.address + offset + row * width, other.address + start + row * pitch, width, 0)
 
     def put_rows(self, offset: int, pitch: int, other: CudaBuffer, width: int, height: int) -> None:
         """The inverse: all rows of another buffer, to places `pitch` apart from `offset` on."""
         use_device(self.index)
-        cuda_memory.copy_rows(self.address + offset, pitch, other.address, width, width, height)
+        for row in range(height):
+            cuda_memory.copy_later(self.address + offset + row * pitch, other.address + row * width, width, 0)
 
     def grown(self, axis: int, size: int, used: int) -> CudaBuffer:
         """A larger buffer: `axis` has `size` entries, of which the first `used` are copied."""

@@ -17,6 +17,7 @@ from qwen_export.errors import BundleError
 LIBRARY_NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1",)
 OUT_OF_MEMORY = 2
 _NO_DEVICE = 100
+_ENABLED_BEFORE = 704  # CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED
 _MAJOR, _MINOR = 75, 76  # attributes of a device: compute capability
 VIRTUAL_MEMORY = 102
 """The attribute that tells whether pages of memory can be mapped."""
@@ -60,6 +61,9 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpy2DUnaligned_v2": [POINTER(Copy2D)],
+    "cuMemcpyPeer": [c_ulonglong, c_void_p, c_ulonglong, c_void_p, c_size_t],
+    "cuDeviceCanAccessPeer": [POINTER(c_int), c_int, c_int],
+    "cuCtxEnablePeerAccess": [c_void_p, c_uint],
     "cuMemGetAllocationGranularity": [POINTER(c_size_t), c_void_p, c_int],
     "cuMemAddressReserve": [POINTER(c_ulonglong), c_size_t, c_size_t, c_ulonglong, c_ulonglong],
     "cuMemAddressFree": [c_ulonglong, c_size_t],
@@ -125,6 +129,7 @@ def forget_driver() -> None:
     """Load the driver again at its next use. The calling thread has no device until then."""
     driver.cache_clear()
     _primary_context.cache_clear()
+    connect.cache_clear()
     _thread.ready = False
 
 
@@ -165,6 +170,23 @@ def use_device(device_id: int) -> None:
     _several.add(device_id)
     call("cuCtxSetCurrent", _primary_context(device_id))
     _thread.ready = True
+
+
+@cache
+def connect(device_id: int, other_id: int) -> tuple[int, int]:
+    """The contexts of two devices, for copies between them: direct ones, where the machine can. Leaves the first device in use."""
+    mine, theirs, direct = _primary_context(device_id), _primary_context(other_id), c_int()
+    call("cuDeviceCanAccessPeer", ctypes.byref(direct), _device(device_id), _device(other_id))
+    use_device(device_id)
+    if direct.value:
+        code = driver().cuCtxEnablePeerAccess(theirs, 0)
+        if code not in (0, _ENABLED_BEFORE):
+            raise BundleError(
+                "two GPUs cannot be connected",
+                got=f"devices {device_id} and {other_id}: {error_text(code)}",
+                fix="Load with other {devices}, or end other programs that use them.",
+            )
+    return mine, theirs
 
 
 @cache

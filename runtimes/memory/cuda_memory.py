@@ -105,6 +105,14 @@ def copy_rows(target: int, target_pitch: int, source: int, source_pitch: int, wi
     call("cuMemcpy2DUnaligned_v2", ctypes.byref(copy))
 
 
+def copy_between(target: int, target_device: int, source: int, source_device: int, nbytes: int) -> None:
+    """From one device to another."""
+    mine, theirs = cuda_driver.connect(target_device, source_device)
+    cuda_driver.use_device(target_device)
+    if nbytes:
+        call("cuMemcpyPeer", target, mine, source, theirs, nbytes)
+
+
 def pin(host: int, nbytes: int) -> None:
     """Lock host memory, so that copies to and from it run at the speed of the bus."""
     cuda_driver.ensure_context()

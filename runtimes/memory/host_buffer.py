@@ -36,6 +36,9 @@ class HostBuffer(Buffer):
         self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
 
+    def alike(self, nbytes: int) -> HostBuffer:
+        return HostBuffer("uint8", (nbytes,))
+
     def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> HostBuffer:
         return HostBuffer(dtype, shape, self, offset)
 

@@ -23,8 +23,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import accumulate
-from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,14 @@ from numpy.typing import NDArray
 
 from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.runtimes.decoding.logit_rows import Row, Top
-from qwen_export.runtimes.sampling.constraint import Constraint
+from qwen_export.runtimes.sampling.constraint import Constraint, ForeseeingConstraint
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.largest import nucleus, top_ids
 from qwen_export.runtimes.sampling.logprobs import LogprobRecorder
+from qwen_export.runtimes.sampling.penalties import Penalties
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.sampling.token_rules import NOTHING, Forbidden, TokenRules
+from qwen_export.runtimes.sampling.token_set import TokenSet
 
 Logits = NDArray[np.floating[Any]]
 
@@ -128,9 +130,17 @@ def _sequence(name: str, value: Any, expected: str = "a sequence") -> Sequence[A
     return value
 
 
-_FP32 = Struct("f")
 # Tokens that are looked at one by one, without numpy.
 _FEW = 256
+
+
+class Choice(Enum):
+    """How the tokens of an answer are chosen: the largest logit; top-k, which the largest logits mostly have; row by row, since the
+    choice depends on more than logits and penalties, or is recorded."""
+
+    GREEDY = "greedy"
+    FROM_LARGEST = "from the largest"
+    ALONE = "alone"
 
 
 class Sampler:
@@ -151,31 +161,41 @@ class Sampler:
         bias: Mapping[int, float] | None = None,
         recorder: LogprobRecorder | None = None,
     ) -> None:
-        self.params, self._constraint, self._bias, self.recorder = params, constraint, dict(bias or {}), recorder
-        self._raises = any(value > 0 for value in self._bias.values())
+        self.params, self.constraint, self.recorder = params, constraint, recorder
+        self._foreseeing = constraint if isinstance(constraint, ForeseeingConstraint) else None
+        self._penalties = Penalties(params, bias or {})
         self._rules = params.rules(stop_ids)
         self.vocab_limit = vocab_limit
         self.rng = np.random.Generator(np.random.PCG64(params.seed))
-        self._penalizes = params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
 
     @property
-    def plain(self) -> bool:
-        """Whether a choice depends on nothing but its row of logits, and penalties, and is not recorded."""
-        return self._constraint is None and not self._rules and not self._bias and self.recorder is None
+    def choice(self) -> Choice:
+        """How tokens are chosen, as far as the parameters tell."""
+        params = self.params
+        if self.constraint is not None or self._rules or self._penalties.biased or self.recorder is not None:
+            return Choice.ALONE
+        if params.is_greedy:
+            return Choice.ALONE if self.penalizes else Choice.GREEDY
+        lowers = params.repetition_penalty >= 1 and params.presence_penalty >= 0 and params.frequency_penalty >= 0
+        return Choice.FROM_LARGEST if params.top_k and (lowers or not self.penalizes) else Choice.ALONE
 
     @property
     def penalizes(self) -> bool:
         """Whether tokens that occurred count less, or more."""
-        return self._penalizes
+        return self._penalties.penalizes
 
     def distribution(self, logits: Logits | Row, history: TokenHistory | None = None) -> Distribution:
         """What `sample` draws from. `logits`: float[V], left unchanged, or a row that has its largest entries: the result is the same.
         Speculative sampling needs it of draft and target alike.
 
-        Raises QwenExportError when the logits hold NaN or +inf, or nothing finite.
+        Raises QwenExportError when the logits hold NaN or +inf, or nothing finite, and NothingAllowedError when the constraint allows none
+        of these tokens.
         """
         forbidden = self._rules.forbidden(history) if self._rules else NOTHING
-        allowed = self._constraint.allowed(history.answer()) if self._constraint is not None and history is not None else None
+        allowed = self._allowed(history)
+        few = allowed.few(_FEW) if allowed is not None else None
+        if few is not None:
+            return self._among_few(few, logits, history, forbidden)
         if isinstance(logits, Row):
             found = self._among_largest(logits.top, history, forbidden, allowed)
             if found is not None:
@@ -194,37 +214,76 @@ class Sampler:
         if self.recorder is not None:
             self.recorder.add(logits, token)
 
+    def forced(self, history: TokenHistory) -> Sequence[int]:
+        """Tokens that the constraint leaves no choice about: drafts without a drafter."""
+        return self._foreseeing.forced(history.answer()) if self._foreseeing is not None else ()
+
+    def fitting(self, history: TokenHistory, drafts: Sequence[int]) -> int:
+        """How many of these, from the first on, the constraint allows."""
+        return self._foreseeing.fitting(history.answer(), drafts) if self._foreseeing is not None else len(drafts)
+
+    def ahead(self, history: TokenHistory, drafts: Sequence[int] = ()) -> None:
+        """Rows behind this text, and behind each of `drafts`, will be chosen from: the constraint may work while the device does."""
+        if self._foreseeing is not None:
+            self._foreseeing.ahead(history.answer(), drafts)
+
+    def _allowed(self, history: TokenHistory | None) -> TokenSet | None:
+        if self.constraint is None or history is None:
+            return None
+        found = self.constraint.allowed(history.answer())
+        return TokenSet.of(found) if isinstance(found, np.ndarray) else found
+
+    def _among_few(
+        self, allowed: NDArray[np.int64], logits: Logits | Row, history: TokenHistory | None, forbidden: Forbidden
+    ) -> Distribution:
+        """From the few tokens that a constraint allows; the logits are not looked at where it allows one."""
+        limit = self.vocab_limit
+        ids = [token for token in allowed.tolist() if token not in forbidden and (limit is None or token < limit)]
+        if len(ids) == 1 and isinstance(logits, Row):
+            return Distribution.certain(ids[0])
+        x = logits.array if isinstance(logits, Row) else logits
+        ids = [token for token in ids if token < len(x)]
+        if not ids:
+            raise _nothing_allowed(len(allowed))
+        values = x[ids]
+        _check_peak(values.max())
+        change = self._penalties.changed_one
+        found = [(token, change(token, value, history)) for token, value in zip(ids, values.tolist(), strict=True)]
+        return self._of_pairs(found, None)
+
     def _among_largest(
-        self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
+        self, top: Top | None, history: TokenHistory | None, forbidden: Forbidden, allowed: TokenSet | None
     ) -> Distribution | None:
         """From the largest entries alone; None when all are needed. Rules, constraints, and bias and penalties that only lower, leave the
         others at most at the last entry, `floor`. What is above it after penalties is above all others."""
-        params = self.params
-        if top is None or self._raises or not (params.is_greedy or params.top_k):
+        params, penalties = self.params, self._penalties
+        if top is None or penalties.may_raise or not (params.is_greedy or params.top_k):
             return None
         _check_peak(top.logits[0])
         floor, limit = top.logits[-1], self.vocab_limit
-        plain = not self._penalizes and not self._bias and not forbidden and allowed is None
-        if params.is_greedy and plain and (limit is None or top.ids[0] < limit):
+        changes = penalties.biased or (penalties.penalizes and history is not None)
+        if params.is_greedy and not changes and not forbidden and allowed is None and (limit is None or top.ids[0] < limit):
             return Distribution.certain(top.ids[0])
         largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
         found = [pair for pair in largest if limit is None or pair[0] < limit]
         if forbidden:
             found = [pair for pair in found if pair[0] not in forbidden]
         if allowed is not None:
-            found = [pair for pair in found if allowed[pair[0]]]
-        if self._bias:
-            found = [(token, _fp32(x + _fp32(self._bias[token])) if token in self._bias else x) for token, x in found]
-        if history is not None and self._penalizes:
-            if params.repetition_penalty < 1 or params.presence_penalty < 0 or params.frequency_penalty < 0:
-                return None
-            found = [(token, self._penalized_one(token, x, history)) for token, x in found]
+            found = [pair for pair in found if pair[0] in allowed]
+        if changes:
+            found = [(token, penalties.changed_one(token, x, history)) for token, x in found]
         k = 1 if params.is_greedy else params.top_k
         if k > len(found):
             return None
         bound = sorted((x for _, x in found), reverse=True)[k - 1]
-        if bound <= floor:
-            return None
+        return self._of_pairs(found, bound) if bound > floor else None
+
+    def _of_pairs(self, found: list[tuple[int, float]], bound: float | None) -> Distribution:
+        """From ids and their logits. `bound`: the k-th largest, if it is known."""
+        params = self.params
+        k = 1 if params.is_greedy else params.top_k or len(found)
+        if bound is None:
+            bound = sorted((x for _, x in found), reverse=True)[min(k, len(found)) - 1]
         found = sorted(pair for pair in found if pair[1] >= bound)
         return Distribution.certain(found[0][0]) if params.is_greedy else self._few(found)
 
@@ -242,18 +301,9 @@ class Sampler:
         total = sum(weights[i] for i in kept)
         return Distribution([found[i][0] for i in kept], [weights[i] / total for i in kept])
 
-    def _among_all(
-        self, logits: Logits, history: TokenHistory | None, forbidden: Forbidden, allowed: NDArray[np.bool_] | None
-    ) -> Distribution:
+    def _among_all(self, logits: Logits, history: TokenHistory | None, forbidden: Forbidden, allowed: TokenSet | None) -> Distribution:
         params = self.params
-        x = logits[: self.vocab_limit]
-        if self._bias:
-            x = x.copy()
-            for token, bias in self._bias.items():
-                if token < len(x):  # a draft head may know fewer
-                    x[token] += x.dtype.type(bias)
-        if history is not None and self._penalizes:
-            x = self._penalized(x.copy() if x.base is not None else x, history)
+        x = self._penalties.changed(logits[: self.vocab_limit], history)
         if forbidden:
             x = self._without(x if x.base is None else x.copy(), forbidden)
         if allowed is not None:
@@ -292,44 +342,25 @@ class Sampler:
         return x
 
     @staticmethod
-    def _only(x: Logits, allowed: NDArray[np.bool_]) -> Logits:
+    def _only(x: Logits, allowed: TokenSet) -> Logits:
         """Minus infinity for what the constraint does not allow. NaN stays, and is an error."""
-        x = np.where(allowed[: len(x)] | np.isnan(x), x, x.dtype.type(-np.inf))
+        inside = allowed.array(len(x))
+        x = np.where(inside | np.isnan(x), x, x.dtype.type(-np.inf))
         if len(x) and x.max() == -np.inf:
-            raise QwenExportError(
-                "the constraint of the answer allows no token",
-                got=f"{int(allowed.sum())} allowed tokens of the vocabulary, none of them usable here",
-                fix="Loosen the grammar or the rules of the sampling parameters; one excludes what the other asks for.",
-            )
-        return x
-
-    def _penalized(self, x: Logits, history: TokenHistory) -> Logits:
-        """Penalties on all logits, in place."""
-        params = self.params
-        if params.repetition_penalty != 1:
-            ids = history.seen()
-            ids = ids[ids < len(x)]
-            x[ids] = np.where(x[ids] < 0, x[ids] * params.repetition_penalty, x[ids] / params.repetition_penalty)
-        if params.presence_penalty != 0 or params.frequency_penalty != 0:
-            ids, counts = history.generated()
-            ids, counts = ids[ids < len(x)], counts[ids < len(x)]
-            x[ids] -= params.presence_penalty + params.frequency_penalty * counts
-        return x
-
-    def _penalized_one(self, token: int, x: float, history: TokenHistory) -> float:
-        """The same for one fp32 logit, to the last bit."""
-        params, (seen, count) = self.params, history.of(token)
-        if seen and params.repetition_penalty != 1:
-            factor = _fp32(params.repetition_penalty)
-            x = _fp32(x * factor if x < 0 else x / factor)
-        if count and (params.presence_penalty != 0 or params.frequency_penalty != 0):
-            x = _fp32(x - (params.presence_penalty + params.frequency_penalty * count))
+            raise _nothing_allowed(int(inside.sum()))
         return x
 
 
-def _fp32(x: float) -> float:
-    """Rounded to fp32. Products and quotients of two fp32 numbers come out as if fp32 had made them: fp64 is wide enough."""
-    return float(_FP32.unpack(_FP32.pack(x))[0])
+class NothingAllowedError(QwenExportError):
+    """A constraint allows none of the tokens that there are logits of."""
+
+
+def _nothing_allowed(count: int) -> NothingAllowedError:
+    return NothingAllowedError(
+        "the constraint of the answer allows no token",
+        got=f"{count} allowed tokens of the vocabulary, none of them usable here",
+        fix="Loosen the grammar or the rules of the sampling parameters; one excludes what the other asks for.",
+    )
 
 
 def _check_peak(peak: float | np.floating[Any]) -> None:

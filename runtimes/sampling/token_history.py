@@ -19,22 +19,16 @@ class TokenHistory:
     def __init__(self, prompt_ids: Iterable[int] = ()) -> None:
         self._text = np.fromiter(prompt_ids, np.int64)
         self._length = self._prompt_length = len(self._text)
-        ids = np.unique(self._text)
-        self._slot = {int(token): slot for slot, token in enumerate(ids)}
-        self._ids = ids
-        self._counts = np.zeros(len(ids), np.int64)
-        self._in_prompt = np.ones(len(ids), bool)
+        # Most answers have no penalties, so tokens are counted when something asks for counts.
+        self._counted = 0
+        self._table: NDArray[np.int32] = np.zeros(0, np.int32)
+        """By id: four times the count, 2 more for a token in `_ids` and 1 for one of the prompt. Pages without a token take no memory."""
+        self._ids: NDArray[np.int64] = np.zeros(0, np.int64)
+        """Every token that was ever counted, once, and room for more."""
+        self._known = 0
 
     def push(self, token_id: int) -> None:
         """One more generated token."""
-        slot = self._slot.setdefault(token_id, len(self._slot))
-        if slot == len(self._ids):
-            spare = max(64, slot)
-            self._ids = np.concatenate([self._ids, np.zeros(spare, np.int64)])
-            self._counts = np.concatenate([self._counts, np.zeros(spare, np.int64)])
-            self._in_prompt = np.concatenate([self._in_prompt, np.zeros(spare, bool)])
-        self._ids[slot] = token_id
-        self._counts[slot] += 1
         if self._length == len(self._text):
             self._text = np.concatenate([self._text, np.zeros(max(64, self._length // 4), np.int64)])
         self._text[self._length] = token_id
@@ -45,7 +39,36 @@ class TokenHistory:
         last = int(self._text[self._length - 1]) if self.new_tokens else None
         assert last == token_id, f"token {token_id} was not generated last"
         self._length -= 1
-        self._counts[self._slot[token_id]] -= 1
+        if self._counted > self._length:
+            self._counted = self._length
+            self._table[token_id] -= 4
+
+    def _count(self) -> NDArray[np.int32]:
+        """The table, with all tokens counted."""
+        if not self._counted and self._prompt_length:
+            prompt = self._text[: self._prompt_length]
+            self._ids = np.unique(prompt)
+            self._known, self._counted = len(self._ids), self._prompt_length
+            self._table = np.zeros(_size(int(prompt.max())), np.int32)
+            self._table[prompt] = 3
+        if self._counted < self._length:
+            for token in self._text[self._counted : self._length].tolist():
+                self._count_one(token)
+            self._counted = self._length
+        return self._table
+
+    def _count_one(self, token_id: int) -> None:
+        if token_id >= len(self._table):
+            larger = np.zeros(_size(token_id), np.int32)
+            larger[: len(self._table)] = self._table
+            self._table = larger
+        if not self._table[token_id]:
+            if self._known == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(max(64, self._known), np.int64)])
+            self._ids[self._known] = token_id
+            self._table[token_id] = 2
+            self._known += 1
+        self._table[token_id] += 4
 
     @property
     def new_tokens(self) -> int:
@@ -62,26 +85,40 @@ class TokenHistory:
 
     def of(self, token_id: int) -> tuple[bool, int]:
         """Whether the sequence holds the token, and how often it was generated."""
-        slot = self._slot.get(token_id)
-        if slot is None:
-            return False, 0
-        count = int(self._counts[slot])
-        return count > 0 or bool(self._in_prompt[slot]), count
+        table = self._count()
+        entry = int(table[token_id]) if token_id < len(table) else 0
+        return entry % 2 > 0 or entry >= 4, entry >> 2
 
-    def of_each(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-        """As `of`, for ids i32[n]: bool[n] and i64[n]."""
-        slots = np.array([self._slot.get(token, -1) for token in ids.tolist()])
-        known = slots >= 0
-        counts = np.where(known, self._counts[slots], 0)
-        return known & ((counts > 0) | self._in_prompt[slots]), counts
+    def entries(self, ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """What `counts_of` takes apart, of ids i32[n]: i32[n]."""
+        table = self._count()
+        if int(ids.max()) < len(table):
+            return table.take(ids)
+        known = ids < len(table)
+        made = np.zeros(len(ids), np.int32)
+        made[known] = table[ids[known]]
+        return made
 
     def generated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Ids and counts (>= 1) of the generated tokens."""
-        used = len(self._slot)
-        present = np.flatnonzero(self._counts[:used])
-        return self._ids[present], self._counts[present]
+        table, ids = self._count(), self._ids[: self._known]
+        counts = table[ids].astype(np.int64) >> 2
+        present = np.flatnonzero(counts)
+        return ids[present], counts[present]
 
     def seen(self) -> NDArray[np.int64]:
         """Ids of all tokens of prompt and answer, each once."""
-        used = len(self._slot)
-        return self._ids[:used][self._in_prompt[:used] | (self._counts[:used] > 0)]
+        table, ids = self._count(), self._ids[: self._known]
+        entries = table[ids]
+        return ids[(entries % 2 > 0) | (entries >= 4)]
+
+
+def counts_of(entries: NDArray[np.int32]) -> tuple[NDArray[np.bool_], NDArray[np.int32]]:
+    """As `TokenHistory.of`, for the entries of many tokens: whether the text has them, and how often they were generated."""
+    counts = entries >> 2
+    return (counts > 0) | (entries % 2 > 0), counts
+
+
+def _size(token_id: int) -> int:
+    """Entries of a table that has this id, with room for others."""
+    return max(1024, 1 << token_id.bit_length())

@@ -63,7 +63,7 @@ class Access:
         kind, _, value = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
             given = value.strip()
-        if not _one_of(given.encode(errors="replace"), self._keys):
+        if not _one_of(given.encode("latin-1", "replace"), self._keys):
             raise HttpError(
                 "the key is not one of this server" if given else "a key is required",
                 status=401,

@@ -7,14 +7,14 @@ service.start(model, Engine.of(model, slots=8))
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.responses import FileResponse
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.server.access import Access
@@ -25,19 +25,20 @@ from qwen_export.runtimes.server.wire_errors import HttpError, error_body
 from qwen_export.version import __version__
 
 PAGE = Path(__file__).parent / "page"
+# The page loads and reaches nothing but this server.
 _PAGE_HEADERS = {
-    b"content-security-policy": b"default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
-    b"object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    b"x-content-type-options": b"nosniff",
-    b"referrer-policy": b"no-referrer",
-    b"cache-control": b"no-cache",
+    "content-security-policy": "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
 }
 
 
 def create_app(service: Service) -> FastAPI:
     settings = service.settings
     # The documentation pages of FastAPI load their scripts from another host.
-    app = FastAPI(title="qwen-export", version=__version__, docs_url=None, redoc_url=None, root_path=settings.root_path)
+    app = FastAPI(title="qwen-export", version=__version__, docs_url=None, redoc_url=None)
     app.include_router(answer_routes(service))
     app.include_router(model_routes(service))
 
@@ -53,7 +54,7 @@ def create_app(service: Service) -> FastAPI:
             CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"], allow_headers=["*"], max_age=600
         )
     if settings.page and PAGE.is_dir():
-        app.mount("/", _Page(StaticFiles(directory=PAGE, html=True)))
+        _add_page(app)
     return app
 
 
@@ -72,16 +73,15 @@ def _known(error: Exception) -> Exception:
     return error
 
 
-class _Page:
-    """Files of the page, with headers that let it load and reach nothing but this server."""
+def _add_page(app: FastAPI) -> None:
+    """The files of the page, each at an address of its own: a mount at / would answer for addresses that do not exist."""
+    for path in sorted(PAGE.iterdir()):
+        for address in ("/", f"/{path.name}") if path.name == "index.html" else (f"/{path.name}",):
+            app.add_api_route(address, _sender(path), methods=["GET", "HEAD"], include_in_schema=False)
 
-    def __init__(self, files: ASGIApp) -> None:
-        self._files = files
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_PAGE_HEADERS.items()]
-            await send(message)
+def _sender(path: Path) -> Callable[[], Awaitable[Response]]:
+    async def send() -> Response:
+        return FileResponse(path, headers=_PAGE_HEADERS)
 
-        await self._files(scope, receive, with_headers)
+    return send

@@ -10,6 +10,7 @@ from typing import Any
 from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.model import Model
+from qwen_export.runtimes.server.message_media import check_media
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 
@@ -66,6 +67,7 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
     if ask.messages is None:
         first = model.prepare_text(prompt, sampling=ask.sampling, max_new_tokens=ask.max_tokens, stop=ask.stop, answer=ask.options)
     else:
+        check_media(ask.messages)
         known = {name: value for name, value in ask.variables.items() if name in model.template.variables}
         first = model.prepare_chat(
             ask.messages,

@@ -13,6 +13,7 @@ from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.chat_request import offered
+from qwen_export.runtimes.server.message_media import data_part
 from qwen_export.runtimes.server.request_body import Body
 from qwen_export.runtimes.server.sampling_body import wrong
 from qwen_export.runtimes.server.wire_errors import HttpError
@@ -128,7 +129,9 @@ def _turn(number: int, message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _plain(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A block without hints about caching."""
+    """A block without hints about caching, as a part of a chat message."""
+    if block.get("type") == "image":
+        return data_part(block)
     return {name: value for name, value in block.items() if name not in ("cache_control", "citations")}
 
 

@@ -41,10 +41,12 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
+        service.check_open()
         return {"object": "list", "data": [card(name) for name in service.names]}
 
     @router.get("/v1/models/{name:path}")
     async def one_model(name: str) -> dict[str, Any]:
+        service.check_open()
         return card(service.served_name(name))
 
     @router.post("/tokenize")

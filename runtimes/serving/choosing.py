@@ -7,12 +7,14 @@ what some four cost one by one. Rows with rules or a constraint, and rows whose 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.runtimes.decoding.logit_rows import Row
-from qwen_export.runtimes.sampling.sampler import SamplingParams
+from qwen_export.runtimes.decoding.logit_rows import Floats, Ids, Row
+from qwen_export.runtimes.sampling.sampler import Choice, SamplingParams
+from qwen_export.runtimes.sampling.token_history import counts_of
 from qwen_export.runtimes.serving.served_call import ServedCall
 
 _FEW = 3
@@ -22,29 +24,36 @@ _FEW = 3
 def choose(rows: Sequence[Row], calls: Sequence[ServedCall]) -> list[int | Exception]:
     """The next token of each call, or what choosing it raised. A token takes one number of the call's generator."""
     chosen: list[int | Exception | None] = [None] * len(rows)
-    many: list[int] = []
-    for place, (row, call) in enumerate(zip(rows, calls, strict=True)):
-        sampler = call.request.sampler
-        if not sampler.plain:
-            continue
-        params, top, limit = sampler.params, row.top, sampler.vocab_limit
-        if top is None:
-            continue
-        if params.is_greedy:
-            if sampler.penalizes:
-                continue
-            token = top.ids[0]
-            if (limit is None or token < limit) and abs(top.logits[0]) < float("inf"):
+    greedy = [place for place, call in enumerate(calls) if call.choice is Choice.GREEDY]
+    many = [place for place, call in enumerate(calls) if call.choice is Choice.FROM_LARGEST]
+    if greedy and (largest := _largest([rows[place] for place in greedy])) is not None:
+        limits = [calls[place].request.sampler.vocab_limit for place in greedy]
+        for place, token, logit, limit in zip(greedy, largest[1][:, 0].tolist(), largest[0][:, 0].tolist(), limits, strict=True):
+            if (limit is None or token < limit) and isfinite(logit):
                 chosen[place] = token
-        elif 0 < params.top_k < len(top.ids) and (not sampler.penalizes or _lowers(params)):
-            many.append(place)
-    if len(many) >= _FEW:
-        for place, found in zip(many, _sampled([rows[place] for place in many], [calls[place] for place in many]), strict=True):
+    if len(many) >= _FEW and (largest := _largest([rows[place] for place in many])) is not None:
+        for place, found in zip(many, _sampled(*largest, [calls[place] for place in many]), strict=True):
             chosen[place] = found
     for place, done in enumerate(chosen):
         if done is None:
             chosen[place] = _one(rows[place], calls[place])
     return [token for token in chosen if token is not None]
+
+
+def _largest(rows: Sequence[Row]) -> tuple[Floats, Ids] | None:
+    """The largest logits of rows, f32[n,K], and their ids; None where a graph does not pick them, or not as many as others."""
+    first = rows[0].rows
+    if all(row.rows is first for row in rows):
+        tops = first.tops()
+        if tops is None:
+            return None
+        at = [row.index for row in rows]
+        return (tops[0], tops[1]) if at == list(range(len(tops[1]))) else (tops[0][at], tops[1][at])
+    parts = [(row.rows.tops(), row.index) for row in rows]
+    known = [(tops[0][at], tops[1][at]) for tops, at in parts if tops is not None]
+    if len(known) < len(parts) or len({len(ids) for _, ids in known}) > 1:
+        return None
+    return np.stack([logits for logits, _ in known]), np.stack([ids for _, ids in known])
 
 
 def _one(row: Row, call: ServedCall) -> int | Exception:
@@ -58,59 +67,53 @@ def _one(row: Row, call: ServedCall) -> int | Exception:
     return token
 
 
-def _lowers(params: SamplingParams) -> bool:
-    """Whether penalties lower logits only: what is not among the largest stays below them."""
-    return params.repetition_penalty >= 1 and params.presence_penalty >= 0 and params.frequency_penalty >= 0
-
-
-def _sampled(rows: Sequence[Row], calls: Sequence[ServedCall]) -> list[int | None]:
-    """Tokens of plain rows with top-k; None where the largest logits are not enough."""
-    tops = [top for row in rows if (top := row.top) is not None]
-    x = np.array([top.logits for top in tops], np.float32).astype(np.float64)
-    ids = np.array([top.ids for top in tops], np.int32)
+def _sampled(logits: Floats, ids: Ids, calls: Sequence[ServedCall]) -> list[int | None]:
+    """Tokens of rows with top-k; None where the largest logits are not enough."""
+    samplers = [call.request.sampler for call in calls]
+    params = [sampler.params for sampler in samplers]
+    x = logits.astype(np.float64)
     floor = x[:, -1].copy()
-    params = [call.request.sampler.params for call in calls]
-    usable = np.isfinite(x[:, 0])
-    limits = np.array([call.request.sampler.vocab_limit or np.iinfo(np.int32).max for call in calls])
-    usable &= (ids < limits[:, None]).all(axis=1)
-    if any(call.request.sampler.penalizes for call in calls):
-        x, ids = _penalized(x, ids, calls)
     k = np.array([p.top_k for p in params])
+    usable = np.isfinite(x[:, 0]) & (k < ids.shape[1])
+    limits = np.array([sampler.vocab_limit or np.iinfo(np.int32).max for sampler in samplers])
+    usable &= (ids < limits[:, None]).all(axis=1)
+    if any(sampler.penalizes for sampler in samplers):
+        x, ids = _penalized(x, ids, calls, params)
     temperature = np.array([p.temperature for p in params])[:, None]
-    bound = x[np.arange(len(k)), k - 1][:, None]
+    bound = x[np.arange(len(k)), np.minimum(k, ids.shape[1]) - 1][:, None]
     usable &= bound[:, 0] > floor
+    inside = x >= bound
+    width = max(1, int(inside.sum(axis=1).max()))  # behind it no row has an entry
+    x, ids, inside = x[:, :width], ids[:, :width], inside[:, :width]
     # Rows that are not usable may hold anything; what comes out of them is not looked at.
     with np.errstate(all="ignore"):
-        weights = np.where(x >= bound, np.exp((x - x[:, :1]) / temperature), 0.0)
+        weights = np.where(inside, np.exp((x - x[:, :1]) / temperature), 0.0)
     tokens = _draw(ids, weights, params, calls, usable)
-    return [int(token) if good else None for token, good in zip(tokens, usable, strict=True)]
+    return [token if good else None for token, good in zip(tokens.tolist(), usable.tolist(), strict=True)]
 
 
 def _penalized(
-    x: npt.NDArray[np.float64], ids: npt.NDArray[np.int32], calls: Sequence[ServedCall]
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int32]]:
+    x: npt.NDArray[np.float64], ids: Ids, calls: Sequence[ServedCall], params: Sequence[SamplingParams]
+) -> tuple[npt.NDArray[np.float64], Ids]:
     """Logits [n,K] after penalties, in fp32 as the sampler has them, and their ids: larger first, of equal ones the lower id first."""
-    for place, call in enumerate(calls):
-        if not call.request.sampler.penalizes:
-            continue
-        params, (seen, counts) = call.request.sampler.params, call.history.of_each(ids[place])
-        row = x[place]
-        if params.repetition_penalty != 1:
-            factor = float(np.float32(params.repetition_penalty))
-            row = np.where(seen, np.where(row < 0, row * factor, row / factor).astype(np.float32), row)
-        lowered = (row - (params.presence_penalty + params.frequency_penalty * counts)).astype(np.float32)
-        x[place] = np.where(counts > 0, lowered, row)
+    entries = np.stack([call.history.entries(row) for call, row in zip(calls, ids, strict=True)])
+    seen, counts = counts_of(entries)
+    repetition = np.array([float(np.float32(p.repetition_penalty)) for p in params])[:, None]
+    if (repetition != 1).any():
+        x = np.where(seen, np.where(x < 0, x * repetition, x / repetition).astype(np.float32), x)
+    lowered = np.array([p.presence_penalty for p in params])[:, None] + np.array([p.frequency_penalty for p in params])[:, None] * counts
+    x = np.where(counts > 0, (x - lowered).astype(np.float32), x)
     order = np.lexsort((ids, -x), axis=1)
     return np.take_along_axis(x, order, axis=1), np.take_along_axis(ids, order, axis=1)
 
 
 def _draw(
-    ids: npt.NDArray[np.int32],
+    ids: Ids,
     weights: npt.NDArray[np.float64],
     params: Sequence[SamplingParams],
     calls: Sequence[ServedCall],
     usable: npt.NDArray[np.bool_],
-) -> npt.NDArray[np.int32]:
+) -> Ids:
     """`weights` [n,K] are descending, 0 where top-k left nothing; top-p and min-p are applied here."""
     reached = np.cumsum(weights, axis=1)
     wanted = np.array([p.top_p for p in params])[:, None] * reached[:, -1:]
@@ -124,10 +127,7 @@ def _draw(
     order = np.argsort(ids, axis=1)
     ordered = np.take_along_axis(weights, order, axis=1)
     cumulative = np.cumsum(ordered, axis=1)
-    numbers = np.array([call.acceptance.number(0) if good else 0.0 for call, good in zip(calls, usable, strict=True)])
-    for call, good in zip(calls, usable, strict=True):
-        if good:
-            call.acceptance.advance(1)
+    numbers = np.array([call.acceptance.next_number() if good else 0.0 for call, good in zip(calls, usable.tolist(), strict=True)])
     # The first entry whose sum is above the number; entries without a weight never are.
     at = (cumulative <= (numbers * cumulative[:, -1])[:, None]).sum(axis=1)
     last = ids.shape[1] - 1 - (ordered > 0)[:, ::-1].argmax(axis=1)

@@ -32,6 +32,7 @@ from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.serving.slot_table import SlotTable
 from qwen_export.runtimes.serving.step_runner import StepRunner, ended_by
 from qwen_export.runtimes.serving.token_stream import Deliveries, End, LoopInbox, ThreadInbox, TokenStream
+from qwen_export.runtimes.speculation.round_times import make_ready
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
@@ -64,23 +65,7 @@ class Engine:
         reserve: int = RESERVE,
         stall: float = STALL,
     ) -> None:
-        if prefix_memory is not None and prefix_memory < 0:
-            raise ParameterError(
-                "the memory for prompts is negative",
-                parameter="prefix_memory",
-                got=prefix_memory,
-                expected="at least 0 bytes",
-                fix="Raise {prefix_memory}.",
-            )
         self._arrivals: SimpleQueue[ServedCall | None] = SimpleQueue()
-        if not stall > 1:
-            raise ParameterError(
-                "no prompt can be read in no time",
-                parameter="stall",
-                got=stall,
-                expected="a number above 1",
-                fix="Give the longest time between two tokens while a prompt is read, in times without one.",
-            )
         self._keys, self._max_waiting, self._reserve, self._stall = count(), max_waiting, reserve, stall
         self._lock = threading.RLock()
         self._unfinished = 0
@@ -256,8 +241,7 @@ class Engine:
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
-        if decoder.records:
-            decoder.warm(0 if counts is None else counts.longest)
+        make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         numbers = self.statistics
         numbers.slots, numbers.longest = decoder.batch, decoder.capacity
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
@@ -291,8 +275,9 @@ class Engine:
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            waiting = sum(job.left == 1 for job in running.values())
-            step = scheduler.plan(*self._runner.budget.tokens(waiting))
+            texts = [calls[key] for key, job in running.items() if job.left > 1]
+            longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
+            step = scheduler.plan(*self._runner.budget.tokens(len(running) - len(texts), longest))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)
@@ -357,7 +342,7 @@ class Engine:
     # ---- what steps report ----
 
     def _chosen(self, call: ServedCall, tokens: list[int]) -> None:
-        given = call.give(tokens)
+        given = call.give(tokens, self._runner.now)
         if given:
             self._deliveries.put(call.inbox, given)
 

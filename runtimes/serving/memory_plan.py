@@ -27,6 +27,14 @@ class MemoryPlan(NamedTuple):
 def plan_memory(decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, *, prefix_apart: bool) -> MemoryPlan:
     """`cache_memory`: all that may be used, None for what all slots may need or the device has. `prefix_memory`: the part of it for
     beginnings of prompts; with `prefix_apart` these are in other memory. Raises ParameterError where no whole context fits."""
+    if prefix_memory is not None and prefix_memory < 0:
+        raise ParameterError(
+            "the memory for prompts is negative",
+            parameter="prefix_memory",
+            got=prefix_memory,
+            expected="at least 0 bytes",
+            fix="Raise {prefix_memory}.",
+        )
     ahead = max(1, decoder.widest_verify)
     fixed, whole = decoder.fixed_bytes, decoder.growing_bytes(decoder.capacity + ahead)
     if cache_memory is None:

@@ -26,6 +26,7 @@ class ServedCall:
         self.prompt = Prompt(tuple(self.text), request.media)
         self.history = TokenHistory(request.ids)
         self.acceptance = acceptance_for(request.sampler)
+        self.choice = request.sampler.choice
         self.slot = -1
         self.entered = False
         self.snapshot: Snapshot | None = None
@@ -53,11 +54,11 @@ class ServedCall:
         """Those that tokens `start` .. `stop - 1` complete."""
         return tuple(m for m in self.request.media if start < m.start + m.count <= stop)
 
-    def give(self, tokens: list[int]) -> list[int]:
-        """Tokens of a step, of which those up to the end of the answer are given out. They join the text; `statistics.finish` is set at
-        the end."""
+    def give(self, tokens: list[int], now: float) -> list[int]:
+        """Tokens of a step that were there at `now`, of which those up to the end of the answer are given out. They join the text;
+        `statistics.finish` is set at the end."""
         statistics, request = self.statistics, self.request
-        statistics.total_s = time.perf_counter() - self.started
+        statistics.total_s = now - self.started
         statistics.first_token_s = statistics.first_token_s or statistics.total_s
         given: list[int] = []
         for token in tokens:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.decoding.decoder import Decoder
-from qwen_export.runtimes.decoding.logit_rows import Row, Rows
+from qwen_export.runtimes.decoding.logit_rows import JoinedRows, Row, Rows
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts, draft
 from qwen_export.runtimes.serving.choosing import choose
 from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
 from qwen_export.runtimes.speculation.acceptance import Draft
+from qwen_export.runtimes.speculation.drafters import forced_drafts
 
 _BEHIND = 64
 """Rows that the draft head may be behind while nothing is drafted."""
@@ -43,6 +45,8 @@ class StepRunner:
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
+        self.now = 0.0
+        """When the tokens that are handed out were there."""
 
     def run(self, rows: Sequence[ServedCall], parts: Sequence[tuple[ServedCall, int]]) -> None:
         """Read the last token of `rows` and so many tokens of `parts`; at the end of a text its next token is chosen."""
@@ -52,36 +56,47 @@ class StepRunner:
         if rows:
             self._run_rows(rows, {call.slot: call for call, _ in parts})
         rows_s = time.perf_counter() - began - (decoder.binding_s - bound)
-        spent: dict[int, float] = {}
+        spent: list[tuple[int, float]] = []
         for group in self._alike(stops):
             began, bound = time.perf_counter(), decoder.binding_s
-            read = self._run_part(*group[0]) if len(group) == 1 else self._run_alike(group)
+            read = self._run_part(*group[0]) if len(group) == 1 else self._run_parts(group)
             if read:
-                spent[read] = time.perf_counter() - began - (decoder.binding_s - bound)
+                spent.append((read, time.perf_counter() - began - (decoder.binding_s - bound)))
         self.budget.observe(len(rows), rows_s, spent)
 
     # ---- rows ----
 
     def _run_rows(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> None:
         counts = self._counts(calls)
-        longest = max(counts.values()) if counts else 0
+        forced = self._forced(calls, counts)
+        longest = max((count for slot, count in counts.items() if slot not in forced), default=0)
         began, bound = time.perf_counter(), self.decoder.binding_s
         kept: list[tuple[int, int]] = []
+        drafts: dict[int, list[Draft]] = {}
         if longest:
-            calls, drafts = self._drafted(calls, counts)
-        else:
-            drafts = {}
-        plain = [call for call in calls if not drafts.get(call.slot)]
-        for group in self._groups(plain, reading):
+            calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
+        drafts |= forced
+        verified = self._verified(calls, drafts)
+        for group in self._groups([call for call in calls if call not in verified], reading):
             kept += [(0, 0)] * self._run_group(group)
-        for call in calls:
-            if drafts.get(call.slot):
-                kept.append((len(drafts[call.slot]), self._verify(call, drafts[call.slot])))
+        for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
+            kept += self._verify(group, drafts)
         if not longest and self.decoder.head is not None:
             self._keep_head_near(calls)
-        if self._drafts is not None and kept:
+        if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
             self._drafts.observe(longest, kept, seconds)
+
+    def _verified(self, calls: Sequence[ServedCall], drafts: Mapping[int, Sequence[Draft]]) -> list[ServedCall]:
+        """Calls with drafts, and those without that take part because their padding costs less than calls of their own."""
+        drafting = [call for call in calls if drafts.get(call.slot)]
+        others = [call for call in calls if not drafts.get(call.slot) and not call.points]
+        if not drafting or not others or not self.decoder.shares_pasts:
+            return drafting
+        padding = len(others) * max(len(drafts[call.slot]) for call in drafting)
+        kinds = [bool(drafts.get(slot)) for slot in sorted(call.slot for call in (*drafting, *others))]
+        saved = sum(kind != following for kind, following in pairwise(kinds))
+        return drafting + others if padding <= saved * self.decoder.idle_rows else drafting
 
     def _keep_head_near(self, calls: Sequence[ServedCall]) -> None:
         """While there are no drafts the head falls behind. One sequence a step catches up: all at once would be a long step."""
@@ -99,16 +114,25 @@ class StepRunner:
     def _counts(self, calls: Sequence[ServedCall]) -> dict[int, int]:
         """Drafts of each slot."""
         length = self._drafts.length(len(calls)) if self._drafts is not None else 0
-        if not length:
-            return {}
-        counts = {}
-        for call in calls:
-            limit = self.decoder.capacity - len(call.text)
-            if call.room is not None:
-                limit = min(limit, call.room - 1)
-            begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
-            counts[call.slot] = max(0, min(length, limit)) if begun else 0
-        return counts
+        return {call.slot: min(length, self._most(call)) for call in calls} if length else {}
+
+    def _most(self, call: ServedCall) -> int:
+        """Drafts that a call may have."""
+        limit = min(self.decoder.capacity - len(call.text), self.decoder.widest_verify - 1)
+        if call.room is not None:
+            limit = min(limit, call.room - 1)
+        begun = self.decoder.sequences[call.slot].length > 0  # a draft follows a text
+        return max(0, limit) if begun else 0
+
+    def _forced(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> dict[int, list[Draft]]:
+        """Tokens that constraints force, as drafts, for those calls in which they are worth more than other drafts."""
+        least = self._drafts.forced(len(calls)) if self._drafts is not None else 0
+        found: dict[int, list[Draft]] = {}
+        for call in calls if least else ():
+            made = forced_drafts(call.request.sampler, call.history, self._most(call), max(least, counts.get(call.slot, 0)))
+            if made:
+                found[call.slot] = made
+        return found
 
     def _drafted(self, calls: Sequence[ServedCall], counts: Mapping[int, int]) -> tuple[Sequence[ServedCall], dict[int, list[Draft]]]:
         """Calls that go on, and their drafts."""
@@ -124,10 +148,11 @@ class StepRunner:
             call.statistics.speculation.draft_s += share
         return calls, drafts
 
-    def _groups(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> list[list[ServedCall | int]]:
-        """Calls that share a call of the graph, and between them slots that fill it: calls that read a prompt, or free slots."""
+    def _groups(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall], tokens: int = 1) -> list[list[ServedCall | int]]:
+        """Calls that share a call of the graph, each with so many tokens, and between them slots that fill it: calls that read a prompt, or
+        free slots."""
         taken = {call.slot: call for call in calls}
-        if not calls or not self.decoder.idle_rows:
+        if not calls or not self.decoder.idle_rows or (tokens > 1 and not self.decoder.shares_pasts):
             return [[call] for call in calls]
         free = {slot for slot in range(self.decoder.batch) if slot not in self.occupied}
         groups: list[list[ServedCall | int]] = []
@@ -135,7 +160,7 @@ class StepRunner:
         for slot in sorted(taken):
             gap = range(last + 1, slot)
             fillers: list[ServedCall | int] = []
-            if groups and len(gap) <= self.decoder.idle_rows:
+            if groups and len(gap) * tokens <= self.decoder.idle_rows:
                 fillers = [reading.get(other, other) for other in gap if other in reading or other in free]
             if groups and len(fillers) == len(gap):
                 groups[-1] += [*fillers, taken[slot]]
@@ -158,59 +183,101 @@ class StepRunner:
 
     def _run_group(self, group: Sequence[ServedCall | int]) -> int:
         """One token for each of these; returns the number of calls that got one."""
-        reads, calls, places = [], [], []
-        for one in group:
+        calls, places, tokens, sequences = [], [], [], self.decoder.sequences
+        first = next(one if isinstance(one, int) else one.slot for one in group)
+        pictures = any(not isinstance(one, int) and one.request.media for one in group)
+        for place, one in enumerate(group):
             if isinstance(one, int):
                 self._clear(one)
-                reads.append(Read(one, (0,)))
-                continue
-            slot, sequence = one.slot, self.decoder.sequences[one.slot]
-            places.append(len(reads))
-            calls.append(one)
-            reads.append(Read(slot, (one.text[sequence.length],), media=one.media(sequence.length, sequence.length + 1)))
+                tokens.append(0)
+            else:
+                places.append(place)
+                calls.append(one)
+                tokens.append(one.text[len(sequences[one.slot].tokens)])
+        for call in calls:
+            if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
+                call.request.sampler.ahead(call.history)
         try:
-            results = self.decoder.run(reads)
+            results = self._advance_with_media(group, tokens) if pictures else self.decoder.advance(tokens, first)
         except Exception as error:
             for call in calls:
                 self._failed(call, error)
             return 0
         for call in calls:
-            if call.entering:
+            if call.points:
                 self._moved(call)
         self._choose(calls, [results[place] for place in places])
         return len(calls)
+
+    def _advance_with_media(self, group: Sequence[ServedCall | int], tokens: Sequence[int]) -> Rows:
+        """As `Decoder.advance`, where a token may be the last one of a picture."""
+        reads = []
+        for one, token in zip(group, tokens, strict=True):
+            slot = one if isinstance(one, int) else one.slot
+            length = self.decoder.sequences[slot].length
+            reads.append(Read(slot, (token,), media=() if isinstance(one, int) else one.media(length, length + 1)))
+        return JoinedRows(self.decoder.run(reads))
 
     def _clear(self, slot: int) -> None:
         sequence = self.decoder.sequences[slot]
         if not sequence.settled or sequence.length >= _FILLER_TOKENS or sequence.length >= self.decoder.capacity:
             self.decoder.reset(slot)
 
-    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Rows]) -> None:
+    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row]) -> None:
         """The next tokens of those whose text is read to its end."""
-        ended, rows = [], []
-        for call, result in zip(calls, results, strict=True):
-            if self.decoder.sequences[call.slot].length == len(call.text):
+        ended, rows, sequences, self.now = [], [], self.decoder.sequences, time.perf_counter()
+        for call, row in zip(calls, results, strict=True):
+            if len(sequences[call.slot].tokens) == len(call.text):
                 ended.append(call)
-                rows.append(result[0])
+                rows.append(row)
         for call, token in zip(ended, choose(rows, ended), strict=True):
             if isinstance(token, Exception):
                 self._failed(call, token)
-            else:
-                call.statistics.speculation.rounds += self._drafts is not None
-                call.statistics.speculation.tokens += self._drafts is not None
-                call.history.push(token)
-                self._chosen(call, [token])
+                continue
+            if self._drafts is not None:
+                call.statistics.speculation.rounds += 1
+                call.statistics.speculation.tokens += 1
+            call.history.push(token)
+            self._chosen(call, [token])
 
-    def _verify(self, call: ServedCall, drafts: Sequence[Draft]) -> int:
-        """One call over the last token and its drafts; returns how many drafts were kept."""
+    def _verify(self, group: Sequence[ServedCall | int], drafts: Mapping[int, Sequence[Draft]]) -> list[tuple[int, int]]:
+        """The last token of these and their drafts; returns how many drafts each had, and how many were kept. Slots that only fill the call
+        read a token that is taken back."""
+        kept, reads, sequences = [], [], self.decoder.sequences
+        for one in group:
+            slot = one if isinstance(one, int) else one.slot
+            if isinstance(one, int) or (slot not in drafts and sequences[slot].length < len(one.text) - 1):
+                if not sequences[slot].settled:
+                    self.decoder.reset(slot)
+                reads.append(Read(slot, (0,), commit=False, logits=0))
+                continue
+            made, length = drafts.get(slot, ()), sequences[slot].length
+            ids = (one.text[-1], *(draft.token for draft in made))
+            reads.append(Read(slot, ids, commit=False, logits=len(ids), media=one.media(length, length + 1)))
+        for indices in self.decoder.plan(reads):
+            members = [(group[index], reads[index]) for index in indices]
+            calls = [one for one, read in members if isinstance(one, ServedCall) and read.logits]
+            for call in calls:
+                call.request.sampler.ahead(call.history, [one.token for one in drafts.get(call.slot, ())])
+            busy = self.decoder.busy_s
+            try:
+                results = self.decoder.run([read for _, read in members]) if calls else []
+            except Exception as error:
+                for call in calls:
+                    self._failed(call, error)
+                continue
+            share, self.now = (self.decoder.busy_s - busy) / max(1, len(calls)), time.perf_counter()
+            for (one, read), rows in zip(members, results, strict=False):
+                if isinstance(one, ServedCall) and read.logits:
+                    made = drafts.get(one.slot, ())
+                    kept.append((len(made), self._accept(one, made, rows, share)))
+                else:
+                    self.decoder.accept(0, read.slot)
+        return kept
+
+    def _accept(self, call: ServedCall, drafts: Sequence[Draft], rows: Rows, verify_s: float) -> int:
+        """Choose what follows a call's last token and its drafts, up to the first that is another token; returns how many were kept."""
         decoder, slot, sampler, history = self.decoder, call.slot, call.request.sampler, call.history
-        busy = decoder.busy_s
-        try:
-            [rows] = decoder.run([Read(slot, (call.text[-1], *(one.token for one in drafts)), commit=False, logits=1 + len(drafts))])
-        except Exception as error:
-            self._failed(call, error)
-            return 0
-        verify_s = decoder.busy_s - busy
         tokens: list[int] = []
         try:
             for place, one in enumerate((*drafts, None)):
@@ -237,31 +304,33 @@ class StepRunner:
     # ---- parts of prompts ----
 
     def _alike(self, stops: Sequence[tuple[ServedCall, int]]) -> list[list[tuple[ServedCall, int]]]:
-        """Parts, those in one list that may share a call: beginnings of texts of which as many tokens are read."""
-        groups: dict[tuple[int, ...], list[tuple[ServedCall, int]]] = {}
-        for call, stop in stops:
-            if call.statistics.finish:
-                continue
-            begins = self.decoder.idle_rows > 0 and not self.decoder.sequences[call.slot].length
-            key = (stop, stop == len(call.text)) if begins else (-1, call.slot)
-            groups.setdefault(key, []).append((call, stop))
-        return list(groups.values())
+        """Parts, those in one list that share a call."""
+        going = [(call, stop) for call, stop in stops if not call.statistics.finish and self._left(call, stop)]
+        plan = self.decoder.plan([self._part(call, stop) for call, stop in going]) if going else []
+        return [[going[index] for index in indices] for indices in plan]
 
-    def _run_alike(self, group: Sequence[tuple[ServedCall, int]]) -> int:
-        """Beginnings of texts, of which as many tokens are read; returns the tokens of all."""
-        calls, stop = [call for call, _ in group], group[0][1]
-        last = stop == len(calls[0].text)
+    def _left(self, call: ServedCall, stop: int) -> int:
+        """Tokens up to a position of the text; a step of others may have read one."""
+        return stop - self.decoder.sequences[call.slot].length
+
+    def _part(self, call: ServedCall, stop: int) -> Read:
+        begin = self.decoder.sequences[call.slot].length
+        return Read(call.slot, call.text[begin:stop], logits=int(stop == len(call.text)), media=call.media(begin, stop))
+
+    def _run_parts(self, group: Sequence[tuple[ServedCall, int]]) -> int:
+        """Parts that share a call; returns the tokens of all."""
+        reads = [self._part(call, stop) for call, stop in group]
         try:
-            rows = self.decoder.run([Read(call.slot, call.text[:stop], logits=int(last), media=call.media(0, stop)) for call in calls])
+            results = self.decoder.run(reads)
         except Exception as error:
-            for call in calls:
+            for call, _ in group:
                 self._failed(call, error)
             return 0
-        for call in calls:
+        for call, _ in group:
             self._moved(call)
-        if last:
-            self._choose(calls, rows)
-        return stop * len(calls)
+        ended = [(call, rows[0]) for (call, _), read, rows in zip(group, reads, results, strict=True) if read.logits]
+        self._choose([call for call, _ in ended], [row for _, row in ended])
+        return sum(len(read.ids) for read in reads)
 
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
         """Read a text up to a position; returns the number of tokens read."""
@@ -281,7 +350,7 @@ class StepRunner:
             return count
         self._moved(call)
         if last:
-            self._choose([call], [rows])
+            self._choose([call], [rows[0]])
         return count
 
 

@@ -35,6 +35,9 @@ class Acceptance(Protocol):
     def number(self, ahead: int) -> float:
         """The number in [0, 1) that chooses a token where there is no draft of it."""
 
+    def next_number(self) -> float:
+        """Number 0, of a token that is settled with it."""
+
     def draft(self, q: Distribution, ahead: int) -> int:
         """Draw a draft."""
 
@@ -50,6 +53,9 @@ class Rejection:
         self._rng = rng
 
     def number(self, ahead: int) -> float:
+        return self._rng.random()
+
+    def next_number(self) -> float:
         return self._rng.random()
 
     def draft(self, q: Distribution, ahead: int) -> int:
@@ -76,6 +82,9 @@ class SharedNumbers:
         while len(self._coming) <= ahead:
             self._coming.append(self._rng.random())
         return self._coming[ahead]
+
+    def next_number(self) -> float:
+        return self._coming.pop(0) if self._coming else self._rng.random()
 
     def draft(self, q: Distribution, ahead: int) -> int:
         return q.draw(self.number(ahead))

@@ -108,7 +108,7 @@ class _Times:
         return [self._slowness * value for value in values]
 
 
-class _Acceptance:
+class KeptShares:
     """Fading shares of kept drafts by position, given that those before were kept. New ones count more instead of old ones less: the same
     shares, for less work a round."""
 
@@ -136,11 +136,11 @@ class _Acceptance:
 
 
 class AdaptiveLength:
-    """Measures while it goes; `longest` is the longest draft."""
+    """Measures while it goes; `longest` is the longest draft. `kept`: acceptance that others measure too, where only times differ."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, kept: KeptShares | None = None) -> None:
         self._longest = longest
-        self._acceptance = _Acceptance(longest)
+        self._acceptance = KeptShares(longest) if kept is None else kept
         self._times = _Times(longest)
         self._best, self._looked, self._tried = 0, False, 0
         self._rounds, self._next_try, self._patience = 0, _TRY_EVERY, _PROBE_AFTER
@@ -154,6 +154,10 @@ class AdaptiveLength:
         if not self._looked or self._best > limit:
             self._look(limit)
         return min(self._tried, limit) if self._rounds >= self._next_try else self._best
+
+    def time_of(self, drafted: int, seconds: float) -> None:
+        """What a round with so many drafts takes, measured before there is a text: nothing is known of its acceptance."""
+        self._times.add(drafted, seconds)
 
     def observe(self, drafted: int, accepted: int, seconds: float) -> None:
         self.observe_rows(drafted, [(drafted, accepted)], seconds)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from qwen_export.runtimes.decoding.decoder import Decoder, Follower
 from qwen_export.runtimes.sampling.distribution import Distribution
-from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.sampling.sampler import NothingAllowedError, Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft
 
@@ -23,6 +23,13 @@ class Drafter(Protocol):
 
     def draft(self, token: int, count: int, sampler: Sampler, acceptance: Acceptance, history: TokenHistory) -> Sequence[Draft]:
         """At most `count` tokens after `token`, which itself follows what the decoder has read. `history` holds `token` already."""
+
+
+def forced_drafts(sampler: Sampler, history: TokenHistory, most: int, count: int) -> list[Draft]:
+    """What a constraint forces behind the text, as drafts: one verify reads them without a drafter. At most `most`, and none where a
+    drafter would make more, `count`."""
+    tokens = sampler.forced(history)[: max(0, most)]
+    return [Draft(token, Distribution.certain(token)) for token in tokens] if len(tokens) >= max(1, count) else []
 
 
 class HeadDrafter:
@@ -40,7 +47,10 @@ class HeadDrafter:
         try:
             while len(drafts) < count:
                 logits = (head.following({slot: drafts[-1].token}, len(drafts)) if drafts else head.first({slot: token}))[slot]
-                distribution = sampler.distribution(logits, history)
+                try:
+                    distribution = sampler.distribution(logits, history)
+                except NothingAllowedError:  # the head knows fewer tokens than the model
+                    break
                 drafts.append(Draft(acceptance.draft(distribution, len(drafts)), distribution))
                 history.push(drafts[-1].token)
         finally:
@@ -72,7 +82,8 @@ class LookupDrafter:
         self._length -= 1  # the decoder has not read it
         text = self._text[: self._length + 1]
         at = self._continuation(text)
-        return [Draft(guess, Distribution.certain(guess)) for guess in text[at : at + count].tolist()] if at else []
+        guesses = text[at : at + count].tolist() if at else []
+        return [Draft(guess, Distribution.certain(guess)) for guess in guesses[: sampler.fitting(history, guesses)]]
 
     def _continuation(self, text: npt.NDArray[np.int32]) -> int:
         """Where the text went on after the last earlier occurrence of its end; 0 where there is none."""

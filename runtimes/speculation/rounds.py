@@ -10,16 +10,16 @@ One round, with x the token sampled last, not yet read:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 from qwen_export.runtimes.decoding.generation import NextRound, Request, Round, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
-from qwen_export.runtimes.speculation.acceptance import Acceptance, acceptance_for
+from qwen_export.runtimes.speculation.acceptance import Acceptance, Draft, acceptance_for
 from qwen_export.runtimes.speculation.draft_policy import Policy
-from qwen_export.runtimes.speculation.drafters import Drafter
+from qwen_export.runtimes.speculation.drafters import Drafter, forced_drafts
 
 
 class Speculator:
@@ -47,9 +47,14 @@ class Speculator:
             limit = min(limit, request.max_new_tokens - statistics.new_tokens - 1)
         history.push(x)
         count = self._policy.length(limit)
-        decoder.prepare(count + 1)
+        forced = forced_drafts(sampler, history, min(limit, decoder.widest_verify - 1), count)
+        decoder.prepare(1 + (len(forced) or count))
         began, busy, binding = time.perf_counter(), decoder.busy_s, decoder.binding_s
-        drafts = self._drafter.draft(x, count, sampler, acceptance, history) if count > 0 else ()
+        drafts: Sequence[Draft] = forced
+        if count > 0 and not forced:
+            sampler.ahead(history)
+            drafts = self._drafter.draft(x, count, sampler, acceptance, history)
+        sampler.ahead(history, [draft.token for draft in drafts])
         draft_busy = decoder.busy_s
         read = Read(slot, (x, *(d.token for d in drafts)), commit=not drafts, logits=1 + len(drafts))
         [rows] = decoder.run([read])
@@ -69,8 +74,8 @@ class Speculator:
         acceptance.advance(len(tokens))
         if drafts:
             decoder.accept(len(tokens), slot)  # x and the drafts that were kept
-        # Without the bindings made for the first draft, or verify, of its kind.
-        self._policy.observe(len(drafts), len(tokens) - 1, time.perf_counter() - began - (decoder.binding_s - binding))
+        if not forced:  # without the bindings made for the first draft, or verify, of its kind
+            self._policy.observe(len(drafts), len(tokens) - 1, time.perf_counter() - began - (decoder.binding_s - binding))
         numbers.add(len(drafts), len(tokens) - 1, draft_busy - busy, verify_busy - draft_busy)
         spent, worked, bound = time.perf_counter() - entered, verify_busy - entry_busy, decoder.binding_s - entry_binding
         numbers.host_s += spent - worked - bound

@@ -24,12 +24,14 @@ _LARGEST_BIAS = 100.0
 @dataclass(frozen=True)
 class AnswerForm:
     """The form of the text behind the reasoning. `value` by `kind`: None for "json_object" (any JSON object), a schema for "json_schema", a
-    text for "regex" (the whole answer matches it) and "grammar" (Lark, as llguidance takes it), texts for "choice" (one of them).
+    text for "regex" (the whole answer matches it) and "grammar" (Lark, as llguidance takes it), texts for "choice" (one of them). With
+    `strict` False keywords of a schema that no grammar here can hold are left out; otherwise such a schema is an error.
 
     Raises ParameterError for a value of another type."""
 
     kind: FormKind
     value: Any = None
+    strict: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in _VALUES:

@@ -60,12 +60,13 @@ def test_an_answer_streams_with_its_reasoning_folded(opened: Open) -> None:
     browser, server = opened([answer(*pieces)])
     browser.ask("Is it?")
     browser.shows("Yes,", ".markdown")
-    assert browser.find("#send").text == "Stop" and browser.find("article.assistant").get_attribute("aria-busy") == "true"
+    assert browser.find("#stop").is_displayed() and not browser.find("#send").is_displayed()
+    assert browser.find("article.assistant").get_attribute("aria-busy") == "true"
     go_on.set()
     browser.shows("7 tokens", ".foot")
     assert browser.text(".markdown") == "Yes, it is." and browser.text(".markdown strong") == "Yes"
     assert browser.find("details").get_attribute("open") is None and browser.text(".reasoning-text") == "Because."
-    assert browser.find("#send").text == "Send"
+    assert browser.find("#send").is_displayed()
     browser.ask("And now?")
     browser.until(lambda: len(server.requests) == 2)
     sent = server.requests[1]["messages"]
@@ -78,7 +79,7 @@ def test_what_a_model_writes_is_never_markup(opened: Open) -> None:
     browser, server = opened([answer({"content": text})])
     browser.ask("x")
     browser.shows("7 tokens")
-    assert browser.script("return document.querySelectorAll('.message :is(img, b, script, iframe)').length") == 0
+    assert browser.script("return document.querySelectorAll('.turn :is(img, b, script, iframe)').length") == 0
     assert "<b>b</b>" in browser.text(".markdown") and "<script>1</script>" in browser.text(".markdown pre")
     assert [link.get_attribute("href") for link in browser.all(".markdown a")] == ["https://example.org/i.png"]
     assert {path.split("?")[0] for path in server.fetched} <= {
@@ -100,10 +101,10 @@ def test_stopping_leaves_what_there_is(opened: Open, way: str) -> None:
     if way == "escape":
         browser.press(ESCAPE)
     else:
-        browser.find("#send").click()
+        browser.find("#stop").click()
     browser.shows("stopped", ".foot")
     assert server.left.wait(20)
-    assert browser.text(".markdown") == "Some words" and browser.find("#send").text == "Send"
+    assert browser.text(".markdown") == "Some words" and browser.find("#send").is_displayed()
 
 
 def test_enter_sends_and_shift_enter_does_not(opened: Open) -> None:
@@ -184,6 +185,25 @@ def test_broken_and_full_storage_end_nothing(opened: Open) -> None:
     browser.ask("Hi")
     browser.shows("ok", ".markdown")
     browser.shows("no room", "#problem")
+
+
+def test_a_browser_that_keeps_nothing(opened: Open) -> None:
+    browser, _ = opened([answer({"content": "ok"})])
+    code = """for (const name of ["localStorage", "sessionStorage"])
+      Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });"""
+    made = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
+    browser.driver.refresh()
+    browser.shows("scripted", "#model")
+    browser.ask("Hi")
+    browser.shows("ok", ".markdown")
+    browser.until(lambda: [e.text for e in browser.all("#conversations .title")] == ["Hi"])
+    browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
+
+
+def test_a_stream_that_is_no_json_is_a_problem(opened: Open) -> None:
+    browser, _ = opened([[{"content": "Half"}, {"raw": "{"}]])
+    browser.ask("Hi")
+    browser.shows("cannot be read", ".foot")
 
 
 def test_an_answer_can_be_made_again(opened: Open) -> None:

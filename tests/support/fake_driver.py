@@ -47,6 +47,8 @@ class FakeDriver:
         self.streams: set[int] = set()
         self.recordings: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
+        self.connected: set[tuple[int | None, int]] = set()
+        """Contexts that reach the memory of others: from, to."""
         self.owners: dict[int, int | None] = {}
         """The context that each piece of device memory was allocated in."""
         self.reserved: dict[int, int] = {}
@@ -90,6 +92,9 @@ class FakeDriver:
                 assert page is not None, "illegal address"
                 step = page + self.mapped[page][0] - address
                 address, nbytes = address + step, nbytes - step
+
+    def _owner(self, address: int) -> int | None:
+        return next(self.owners[start] for start, size in self.allocated.items() if start <= address < start + size)
 
     def _id(self) -> int:
         self._next += 1
@@ -233,11 +238,29 @@ class FakeDriver:
 
         self.queue(stream, work)
 
+    def _cuDeviceCanAccessPeer(self, direct: Any, device: int, other: int) -> None:
+        direct.value = int(device != other)
+
+    def _cuCtxEnablePeerAccess(self, context: int, flags: int) -> int:
+        assert context != self.context and not flags
+        if (self.context, context) in self.connected:
+            return 704
+        self.connected.add((self.context, context))
+        return 0
+
+    def _cuMemcpyPeer(self, target: int, target_context: int, source: int, source_context: int, nbytes: int) -> None:
+        self.check(target, nbytes)
+        self.check(source, nbytes)
+        assert (self._owner(target), self._owner(source)) == (target_context, source_context)
+        ctypes.memmove(target, source, nbytes)
+
     def _cuMemcpy2DUnaligned(self, copy: Any) -> None:
         for row in range(copy.Height):
             target, source = copy.dstDevice + row * copy.dstPitch, copy.srcDevice + row * copy.srcPitch
-            self.check(target, copy.WidthInBytes)
-            self.check(source, copy.WidthInBytes)
+            for address in (target, source):
+                self.check(address, copy.WidthInBytes)
+                inside = [one for one, (size, _) in self.mapped.items() if one < address + copy.WidthInBytes and address < one + size]
+                assert len(inside) < 2, "a copy in two dimensions over several allocations"
             ctypes.memmove(target, source, copy.WidthInBytes)
 
     def _cuMemHostAlloc(self, address: Any, nbytes: int, flags: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,6 +119,38 @@ def test_values_that_are_wrong(run: Any, tiny_bundle: Path, tmp_path: Path, argu
     given = [tmp_path / a if a in files else a for a in arguments]
     got, out, err = run("run", tiny_bundle, "x", "--max-new-tokens", "1", *given)
     assert got == code and message in err and out == ""
+
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "weather", "parameters": {"properties": {"city": {"enum": ["Ulm", "Rome"]}}, "required": ["city"]}},
+    }
+]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9}}, "required": ["a"], "additionalProperties": False}
+
+
+def test_an_answer_has_the_form_that_is_required(run: Any, demo_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
+    (tmp_path / "ab.lark").write_text('start: "a" | "b"')
+    asked = ("run", demo_bundle, "Hi", "--no-thinking", "--greedy", "--max-new-tokens", "200")
+    assert json.loads(run(*asked, "--json-schema", tmp_path / "schema.json")[1]).keys() == {"a"}
+    assert re.fullmatch("[a-c]{3}", run(*asked, "--regex", "[a-c]{3}")[1].strip())
+    assert run(*asked, "--choice", "left", "--choice", "right")[1].strip() in ("left", "right")
+    assert run(*asked, "--grammar", tmp_path / "ab.lark")[1].strip() in ("a", "b")
+    code, out, err = run(*asked, "--regex", "[")
+    assert code == 1 and out == "" and "--regex" in err
+
+
+def test_a_tool_that_must_be_called_is(run: Any, demo_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    asked = ("run", demo_bundle, "Hi", "--greedy", "--tools", tmp_path / "tools.json", "--tool-choice")
+    code, out, _ = run(*asked, "required", "--no-thinking")
+    assert code == 0 and json.loads(out)["name"] == "weather" and json.loads(out)["arguments"]["city"] in ("Ulm", "Rome")
+    result = json.loads(run(*asked, "weather", "--thinking", "--thinking-budget", "4", "--json")[1])
+    assert result["finish"] == "tool_calls" and result["tool_calls"][0]["name"] == "weather" and result["reasoning"]
+    assert result["usage"]["completion_tokens_details"]["reasoning_tokens"] < result["usage"]["completion_tokens"]
+    assert run(*asked, "another")[0] == 1
 
 
 def test_tool_calls_are_collected_with_their_types() -> None:

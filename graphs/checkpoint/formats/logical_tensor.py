@@ -86,6 +86,11 @@ class LogicalTensor(ABC):
         """How it is stored, for people: `bf16`, `fp8 128x128`, `gptq int4 g128`."""
 
     @property
+    def recipe(self) -> str:
+        """How its values are made of its parts, as a text: two weights with equal parts and recipes are equal."""
+        return self.storage
+
+    @property
     def quantized(self) -> bool:
         """Whether it is not stored as floating-point values of its own."""
         return True

@@ -47,6 +47,10 @@ class FoldedTensor(LogicalTensor):
         return BY_SAFETENSORS[FLOATS[self.kind]].short if self.kind in FLOATS else self.kind.lower()
 
     @property
+    def recipe(self) -> str:
+        return f"{self.kind} {self.rows_in!r} {self.columns_in!r} {self.fold}"
+
+    @property
     def quantized(self) -> bool:
         return self.kind not in FLOATS
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,7 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 # CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`. Attention is flash attention (1): the
 # default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
-# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue"). A graph that
-# has it takes the last slot of a sequence; the attention of our plugin takes the length, and runs on any GPU.
+# ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue").
 _ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
 _NO_GRAPH = "-1"
@@ -40,6 +40,8 @@ _HOST = Device("cpu")
 
 class OnnxRuntimeSession:
     """One compiled graph, loaded by ONNX Runtime."""
+
+    overlaps = False
 
     def __init__(
         self,
@@ -78,10 +80,8 @@ class OnnxRuntimeSession:
         if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         providers = _providers(ort, device)
-        if device.kind == "cuda":
-            if any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
-                _require_one_gpu(device.index, str(path))
-            _used_gpus.add(device.index)
+        if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
+            _require_one_gpu(device.index, str(path))
         for plugin in plugins:
             _register(options, plugin)
         self.spec, self.device = spec, device
@@ -94,6 +94,8 @@ class OnnxRuntimeSession:
         self._native: Any = None
         self._weights: dict[str, Any] = {}
         self._closed = False
+        self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
+        """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
         if not later:
             self._native = self._open(*self._opening)
 
@@ -148,6 +150,15 @@ class OnnxRuntimeSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def stage_of(self, name: str) -> int:
+        return 0
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
+
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
         self._graphs += repeated
         return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
@@ -180,6 +191,7 @@ class OnnxRuntimeCall:
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
+        buffer = buffer.on(self._session.device.kind, self._session.device.index)
         if isinstance(buffer, DmlBuffer):
             self._binding.bind_ortvalue_input(name, buffer.value)
             return
@@ -196,10 +208,17 @@ class OnnxRuntimeCall:
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""
 
+    def start(self) -> None:
+        self.run()
+
+    def finish(self) -> None:
+        """Nothing: `start` has waited."""
+
     def run(self) -> None:
         started = time.perf_counter()
         try:
-            self._session.native.run_with_iobinding(self._binding, self._options)
+            with self._session.turn:
+                self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError(
                 "ONNX Runtime failed while running the graph",
@@ -267,6 +286,7 @@ def _require_one_gpu(index: int, where: str) -> None:
             expected="the same device",
             fix="Load the bundle in a process of its own.",
         )
+    _used_gpus.add(index)
 
 
 def _first_line(error: Exception) -> str:

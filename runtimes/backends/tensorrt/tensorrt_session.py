@@ -22,6 +22,7 @@ _FETCHED = (TOP_LOGITS, TOP_IDS)
 class TensorRTSession:
     """One graph of a bundle. Sessions of one bundle share `engines`."""
 
+    overlaps = False
     records = False  # a call's second run is the recording, and runs once
 
     def __init__(self, engine: Engine) -> None:
@@ -32,6 +33,15 @@ class TensorRTSession:
         """Seconds spent in calls so far, without those of `binding_s`."""
         self.binding_s = 0.0
         """Seconds of calls that were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
+
+    def device_of(self, name: str) -> Device:
+        return self.device
+
+    def stage_of(self, name: str) -> int:
+        return 0
+
+    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        return self.buffer(dtype, shape)
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
@@ -92,6 +102,12 @@ class TensorRTCall:
     def recorded(self) -> bool:
         """Whether the call runs as a CUDA graph."""
         return self._context is not None and self._context.recording is not None
+
+    def start(self) -> None:
+        self.run()
+
+    def finish(self) -> None:
+        """Nothing: `start` has waited."""
 
     def run(self) -> None:
         """Run and wait. The largest logits are on the host then."""

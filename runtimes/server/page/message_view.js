@@ -11,7 +11,7 @@ export function textOf(message) {
 export class MessageView {
   constructor(message) {
     this.message = message;
-    this.root = element("article", { className: `message ${message.role}` });
+    this.root = element("article", { className: `turn ${message.role}` });
     this.root.setAttribute("aria-label", { user: "You", tool: "Result of a call" }[message.role] ?? "Answer");
     if (message.role === "assistant") this.buildAnswer();
     else this.buildText();

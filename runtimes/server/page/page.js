@@ -164,9 +164,8 @@ async function answer() {
     }
   } catch (error) {
     if (error.name === "AbortError") message.problem = "stopped";
-    else if (error instanceof ServerError) failure = error.message;
-    else throw error;
-    if (failure && error.status === 401) settings();
+    else failure = error instanceof ServerError ? error.message : `the answer cannot be read: ${error.message}`;
+    if (error.status === 401) settings();
   } finally {
     draw.end();
     const near = isNearEnd();
@@ -234,9 +233,13 @@ function stop() {
 }
 
 function showRunning(running) {
-  const send = byId("send");
-  send.textContent = running ? "Stop" : "Send";
-  send.classList.toggle("stop", running);
+  // The focus goes with the button that is exchanged.
+  const [send, halt] = [byId("send"), byId("stop")];
+  const focused = document.activeElement;
+  send.disabled = send.hidden = running;
+  halt.hidden = !running;
+  if (running && focused === send) halt.focus();
+  if (!running && focused === halt) question.focus();
 }
 
 function problem(text) {
@@ -331,9 +334,9 @@ function closeMenu() {
 
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
-  if (page.running) stop();
-  else submit();
+  submit();
 });
+byId("stop").addEventListener("click", stop);
 question.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
