@@ -50,6 +50,15 @@ def _plugin_cuda_limit(config: TextConfig) -> str:
     return ""
 
 
+def _plugin_attention_limit(config: TextConfig) -> str:
+    """A lane of a warp has D / 32 values of a head, which turn with those of one other lane."""
+    D, R = config.head_dim, config.rotary_dim
+    if D not in (32, 64, 128, 256) or R % (D // 16):
+        takes = "heads of 32, 64, 128 or 256 values, of which a multiple of a sixteenth turns"
+        return f"the native attention takes {takes}, and this model has {D} and {R}"
+    return ""
+
+
 def _builtin_cuda_limit(config: TextConfig) -> str:
     """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
     Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
@@ -105,7 +114,10 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
                 transaction=False,
             ),
         ),
-        "gated_attention": (Choice("builtin_cuda", (_GQA,), _rotary_limit),),
+        "gated_attention": (
+            Choice("plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit),
+            Choice("builtin_cuda", (_GQA,), _rotary_limit),
+        ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },

@@ -11,6 +11,7 @@ from qwen_export.graphs.passes.recognize_linear import LINEAR
 from qwen_export.plugins.onnxruntime.attention_cpu import lower_attention_cpu
 from qwen_export.plugins.onnxruntime.attention_cuda import lower_attention_cuda
 from qwen_export.plugins.onnxruntime.attention_plugin_cpu import lower_attention_plugin_cpu
+from qwen_export.plugins.onnxruntime.attention_plugin_cuda import lower_attention_plugin_cuda
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cpu import lower_delta_net_builtin_cpu
 from qwen_export.plugins.onnxruntime.delta_net_builtin_cuda import lower_delta_net_builtin_cuda
 from qwen_export.plugins.onnxruntime.delta_net_plugin_cpu import lower_delta_net_plugin_cpu
@@ -32,6 +33,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_attention", "builtin_cpu"): lower_attention_cpu,
     ("gated_attention", "plugin_cpu"): lower_attention_plugin_cpu,
     ("gated_attention", "builtin_cuda"): lower_attention_cuda,
+    ("gated_attention", "plugin_cuda"): lower_attention_plugin_cuda,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
     ("moe", "native_moe"): lower_experts_plugin,
     ("moe", "native_quant_moe"): lower_experts_plugin,
