@@ -67,11 +67,8 @@ void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const Fe
                 cudaStream_t stream) {
   using Layout = FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>;
   const auto kernel = attention_few<T, D, EIGHTS, MW, READERS, HALVES, MAKERS>;
-  static const bool allowed = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute");
-    return true;
-  }();
-  (void)allowed;
+  static DeviceFlags allowed;
+  allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute"); });
   const int together = sequences_together(s, plan);
   FewWorkspace work{};
   char* memory = static_cast<char*>(workspace);
@@ -114,11 +111,8 @@ template <typename T, int D, int RING>
 void prompt(const AttentionShape& s, const AttentionTensors<T>& in, const T* queries, float scale, const AttentionDevice& device, cudaStream_t stream) {
   constexpr int kSlots = 32, kShared = kPromptShared<D, kSlots, RING>;
   const auto kernel = attention_prompt<T, D, kSlots, RING>;
-  static const bool allowed = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute");
-    return true;
-  }();
-  (void)allowed;
+  static DeviceFlags allowed;
+  allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute"); });
   const int blocks = round_up(s.T * s.group(), kPromptRows) / kPromptRows * s.B * s.Hkv;
   launch(kernel, dim3(blocks), dim3(kPromptWarps * 32), kShared, stream, s, in, queries, padded_rows(s), scale, device.processors);
 }
@@ -127,11 +121,8 @@ void prompt(const AttentionShape& s, const AttentionTensors<T>& in, const T* que
 template <typename T>
 void wide(const AttentionShape& s, const AttentionTensors<T>& in, const T* queries, float scale, cudaStream_t stream) {
   const auto kernel = attention_wide<T>;
-  static const bool allowed = [&] {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideShared), "cudaFuncSetAttribute");
-    return true;
-  }();
-  (void)allowed;
+  static DeviceFlags allowed;
+  allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kWideShared), "cudaFuncSetAttribute"); });
   const int blocks = round_up(s.T * s.group(), kWideRows) / kWideRows * s.B * s.Hkv;
   launch(kernel, dim3(blocks), dim3(kWideThreads), kWideShared, stream, s, in, queries, padded_rows(s), scale);
 }

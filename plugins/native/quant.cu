@@ -148,12 +148,11 @@ void run(Product given, cudaStream_t stream) {
   const int units = (given.w.padded() + kUnit - 1) / kUnit;
   const bool many = blocks <= 264 && units >= 2 * kFewWarps && Stream::kBytesPerWarp * kMostWarps <= size_t(most_shared());
   const int warps = many ? kMostWarps : kFewWarps;
-  static const bool allowed = [] {
+  static DeviceFlags allowed;
+  allowed.once([] {
     const size_t wanted = Stream::kBytesPerWarp * kMostWarps, most = size_t(most_shared());
     allow_shared(kernel, wanted < most ? wanted : most);
-    return true;
-  }();
-  (void)allowed;
+  });
   launch(kernel, dim3(blocks), dim3(warps * 32), Stream::kBytesPerWarp * warps, stream, given);
 }
 
