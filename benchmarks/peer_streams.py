@@ -69,8 +69,10 @@ def prepare(size: str, work: Path) -> None:
     from tests.support.gguf_files import matrices, write_gguf
     from tests.support.synthesize import synthesize
 
-    config = json.loads(json.dumps(FAMILY[size]))
-    config["text_config"]["mtp_num_hidden_layers"] = 0
+    # The text alone: OpenVINO exports a conditional model with its tower only.
+    example = json.loads((EXAMPLE / "config.json").read_text(encoding="utf-8"))
+    form = {name: example[name] for name in ("architectures", "model_type")}
+    config = FAMILY[size]["text_config"] | form | {"mtp_num_hidden_layers": 0, "tie_word_embeddings": FAMILY[size]["tie_word_embeddings"]}
     checkpoint = synthesize(config, work / "checkpoint", with_mtp=False, with_vision=False, tokenizer=EXAMPLE)
     build(checkpoint, work / "bundle", precision="int4", max_context=4096)
     kinds = gguf.GGMLQuantizationType
