@@ -111,7 +111,7 @@ def _reported(name: HubName, options: HubOptions) -> Iterator[None]:
 
     # Of the library that huggingface_hub sends requests with: releases differ.
     bases = [kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
-    network: tuple[type[Exception], ...] = (OSError, errors.HfHubHTTPError, *(kind for kind in bases if issubclass(kind, Exception)))
+    network: tuple[type[Exception], ...] = (*(kind for kind in bases if issubclass(kind, Exception)), OSError)
     where = f"{name}" + (f" at {options.revision}" if options.revision else "")
 
     def failed(what: str, error: Exception, fix: str) -> CheckpointError:

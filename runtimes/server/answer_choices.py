@@ -99,7 +99,7 @@ class Choice(Answer):
         events: list[AnswerEvent] = []
         for token in tokens:
             events += self._push(token)
-            if self._stops.stopped:
+            if self._ended:
                 self.stream.close()
                 break
         last = self.stream.ended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwen_export.errors import ContextOverflow
@@ -13,11 +13,15 @@ from qwen_export.runtimes.model import Model
 from qwen_export.runtimes.server.message_media import check_media
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
+from qwen_export.runtimes.vision.chat_media import MediaOptions
+from qwen_export.runtimes.vision.picture_source import MediaAccess
 
 _LARGE = 100_000
 """Characters of a text that is not worth a look."""
 _SHRINK = 4
 """How much shorter the tokenizer's normalization may make a text, with room."""
+_MEDIA = MediaOptions(MediaAccess(files=False), max_pixels=2 << 20)
+"""Clients send pictures themselves and read no file of this machine. One of 2 megapixels has the engine's thread for seconds on a CPU."""
 Prompt = str | Sequence[int]
 
 
@@ -37,6 +41,16 @@ class Ask:
     stop: list[str] | None = None
     n: int = 1
     options: AnswerOptions = field(default_factory=AnswerOptions)
+
+    @property
+    def limited_options(self) -> AnswerOptions:
+        """The options of a chat. Where the answer must have a form, at most half of its tokens are reasoning, unless the request has a
+        budget: an answer that is cut off inside its form is of no use."""
+        options = self.options
+        forced = options.form is not None or options.tool_choice not in ("auto", "none")
+        if not forced or self.max_tokens is None or options.thinking_budget is not None:
+            return options
+        return replace(options, thinking_budget=self.max_tokens // 2)
 
     @property
     def count(self) -> int:
@@ -75,11 +89,12 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
             sampling=ask.sampling,
             max_new_tokens=ask.max_tokens,
             stop=ask.stop,
-            answer=ask.options,
+            answer=ask.limited_options,
             template_kwargs=known or None,
+            media=_MEDIA,
             **ask.template,
         )
-    return [first, *(first.again(i) for i in range(1, ask.n))]
+    return first.several(ask.n)
 
 
 def _fitted(prepared: Prepared, longest: int, settings: ServerSettings) -> Prepared:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from pydantic import Field
@@ -54,7 +53,6 @@ def chat_ask(body: ChatBody) -> Ask:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     options.check_tools(function_names(body.tools))
-    tools, options = offered(body.tools, options)
     variables = dict(body.chat_template_kwargs)
     switches = {name: variables.pop(name, getattr(body, name)) for name in SWITCHES}
     if body.reasoning_effort is not None:
@@ -64,7 +62,7 @@ def chat_ask(body: ChatBody) -> Ask:
         switches["enable_thinking"] = False
     return Ask(
         messages=[with_content(message) for message in body.messages],
-        tools=tools,
+        tools=body.tools or None,
         template={**switches, "continue_final_message": body.continue_final_message},
         variables=variables,
         sampling=body.sampling(),
@@ -104,13 +102,6 @@ def function_names(tools: list[dict[str, Any]]) -> list[str]:
             )
         names.append(function["name"])
     return names
-
-
-def offered(tools: list[dict[str, Any]], options: AnswerOptions) -> tuple[list[dict[str, Any]] | None, AnswerOptions]:
-    """The tools that the model is shown, and options for them. Where it must not call one it is shown none, and everything is text."""
-    if options.tool_choice == "none":
-        return None, replace(options, tool_choice="auto")
-    return tools or None, options
 
 
 def with_content(message: dict[str, Any]) -> dict[str, Any]:

@@ -26,19 +26,22 @@ class _Text:
     def add(self, piece: Piece) -> tuple[str, dict[str, list[Any]] | None]:
         """Text and log probabilities of a piece; the first has those of the prompt."""
         text = "" if self._body.only_prompt else "".join(event.text for event in piece.events if isinstance(event, Content))
-        tokens: list[TokenLogprob] = [] if self._body.only_prompt else list(piece.tokens)
+        tokens: list[TokenLogprob | None] = [] if self._body.only_prompt else list(piece.tokens)
         if self._prompt and not self._begun:
             text = self._prompt + text
+            tokens[:0] = self._choice.prompt_logprobs
         self._begun = True
         return text, self._lists(tokens) if tokens else None
 
-    def _lists(self, tokens: Sequence[TokenLogprob]) -> dict[str, list[Any]]:
+    def _lists(self, tokens: Sequence[TokenLogprob | None]) -> dict[str, list[Any]]:
+        """The first token of a prompt has no log probability, and comes as None."""
         made: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            text = shown(token.text)
+            prepared = self._choice.prepared
+            text = shown(prepared.detokenizer.bytes_of(prepared.request.ids[0]) if token is None else token.text)
             made["tokens"].append(text)
-            made["token_logprobs"].append(token.logprob)
-            made["top_logprobs"].append({shown(other.text): other.logprob for other in token.top})
+            made["token_logprobs"].append(None if token is None else token.logprob)
+            made["top_logprobs"].append(None if token is None else {shown(other.text): other.logprob for other in token.top})
             made["text_offset"].append(self._offset)
             self._offset += len(text)
         return made

@@ -38,11 +38,12 @@ def completion_ask(body: CompletionBody) -> Ask:
     prompts = prompt_list(body.prompt)
     if not prompts or not all(prompts):
         raise HttpError("a prompt is empty", code="invalid_value", field="prompt", fix="Give some text.")
+    least = 0 if body.echo and body.logprobs is not None else 1
     options = AnswerOptions(**body.answer_options(), logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
     return Ask(
         prompts=prompts,
         sampling=body.sampling(),
-        max_tokens=TOKENS if body.max_tokens is None else max(1, body.max_tokens),
+        max_tokens=TOKENS if body.max_tokens is None else max(least, body.max_tokens),
         stop=body.stops,
         n=body.n,
         options=options,

@@ -12,7 +12,6 @@ from typing import Any
 from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
-from qwen_export.runtimes.server.chat_request import offered
 from qwen_export.runtimes.server.message_media import data_part
 from qwen_export.runtimes.server.request_body import Body
 from qwen_export.runtimes.server.sampling_body import wrong
@@ -67,10 +66,9 @@ def messages_ask(body: CountBody) -> Ask:
         sampling = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
         sampling |= {"greedy": False} if "temperature" in sampling else {}
         limits = {"sampling": sampling, "max_tokens": body.max_tokens, "stop": body.stop_sequences}
-    shown, options = offered(tools, options)
     return Ask(
         messages=[*_system(body.system), *(made for i, message in enumerate(body.messages) for made in _turn(i, message))],
-        tools=shown,
+        tools=tools or None,
         template={"enable_thinking": thinks(body)},
         options=options,
         **limits,

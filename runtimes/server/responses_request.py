@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
-from qwen_export.runtimes.server.chat_request import offered, tool_choice
+from qwen_export.runtimes.server.chat_request import tool_choice
 from qwen_export.runtimes.server.request_body import Body
 from qwen_export.runtimes.server.sampling_body import answer_form, wrong
 from qwen_export.runtimes.server.wire_errors import HttpError
@@ -65,10 +65,9 @@ def responses_ask(body: ResponsesBody) -> Ask:
     sampling = {name: value for name in ("temperature", "top_p") if (value := getattr(body, name)) is not None}
     if "temperature" in sampling:
         sampling["greedy"] = False
-    shown, options = offered(tools, options)
     return Ask(
         messages=_messages(body),
-        tools=shown,
+        tools=tools or None,
         template={"enable_thinking": False if effort == "none" else None},
         variables={"reasoning_effort": effort} if effort not in (None, "none") else {},
         sampling=sampling,

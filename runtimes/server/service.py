@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from qwen_export.errors import OverloadedError, ParameterError, QwenExportError
-from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.model import Model
 from qwen_export.runtimes.server.answer_choices import Choice, Choices
 from qwen_export.runtimes.server.ask import Ask, prepare
@@ -159,7 +158,7 @@ class Service:
             for number, answers in enumerate(prepared):
                 for one in answers:
                     stream = self.engine.submit(one.request, loop=loop)
-                    choices.append(Choice(len(choices), number, stream, one, _parser(ask, one)))
+                    choices.append(Choice(len(choices), number, stream, one, _parser(ask)))
         except BaseException as error:
             for choice in choices:
                 choice.stream.close()
@@ -185,5 +184,5 @@ class Service:
             self._seconds += 0.1 * (max(seconds) - self._seconds)
 
 
-def _parser(ask: Ask, prepared: Prepared) -> ToolCallParser | None:
-    return ToolCallParser(ask.tools) if ask.tools else None
+def _parser(ask: Ask) -> ToolCallParser | None:
+    return ToolCallParser(ask.tools) if ask.tools and ask.options.tool_choice != "none" else None

