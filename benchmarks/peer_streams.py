@@ -2,7 +2,8 @@
 
     PY -m pip install xllamacpp openvino-genai optimum-intel nncf 'transformers==5.2.*'    # an environment of its own, torch first
     python -m benchmarks.peer_streams prepare 0.8B WORK                # random weights of a release, as a bundle and a GGUF file
-    cd WORK && optimum-cli export openvino --task text-generation-with-past --weight-format int4 --model checkpoint openvino
+    cd WORK && optimum-cli export openvino --task text-generation-with-past --weight-format int4 --group-size-fallback ignore \\
+        --model checkpoint openvino
     python -m benchmarks.peer_streams compare WORK --peer-python PY [--streams 8] [--rounds 3] [--threads 2]
 
 int4 everywhere: blocks of 32 with Q8_0 for the embedding in llama.cpp, the exporter's own choice in OpenVINO. Each round starts every

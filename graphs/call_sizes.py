@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-DECODER, HEAD = "decoder", "mtp"
+DECODER, HEAD, TOWER = "decoder", "mtp", "vision"
 """The modules that graphs are traced from."""
 
 

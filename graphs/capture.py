@@ -12,22 +12,38 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from qwen_export.bundle_contract import (
+    ACCEPTED,
+    COMMIT,
+    FEATURES,
+    HIDDEN,
+    HIDDEN_OUT,
+    INPUT_IDS,
+    LENGTH,
+    LOGIT_ROWS,
+    LOGITS,
+    PLACES,
+    TABLES,
+    VISION_INPUTS,
+)
 from qwen_export.element_types import PLAIN
 from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.model_state import State, empty_state
 from qwen_export.graphs.models.text_model import TextModel
+from qwen_export.graphs.models.vision_model import VisionModel
 from qwen_export.graphs.ops.onnx_form import translation_table
 from qwen_export.graphs.tensor_roles import state_names
 from qwen_export.graphs.unroll import unroll
-from qwen_export.graphs.weights.expression import FirstRows, StoredWeight, Weight, WeightTensor
+from qwen_export.graphs.vision_config import VisionConfig
+from qwen_export.graphs.weights.expression import FirstRows, Reshaped, StoredWeight, Weight, WeightTensor
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 
@@ -36,8 +52,8 @@ DTYPES: dict[str, torch.dtype] = {kind.short: getattr(torch, kind.numpy) for kin
 ALWAYS_FP32 = ("A_log", "dt_bias")
 
 _SYMBOL = re.compile(r"\bs\d+\b")
-# Dynamic sizes: batch, new tokens, cache slots, rows of logits, pending tokens.
-_EXAMPLE = {"B": 2, "T": 5, "S": 16, "N": 4, "P": 3}
+# Dynamic sizes: batch, new tokens, cache slots, rows of logits, pending tokens, tokens of pictures.
+_EXAMPLE = {"B": 2, "T": 5, "S": 16, "N": 4, "P": 3, "K": 6}
 _STATE_DIMS = {
     "k_cache": {0: "B", 2: "S"},
     "v_cache": {0: "B", 2: "S"},
@@ -53,40 +69,63 @@ def meta_decoder(config: TextConfig, precision: str) -> TextModel:
     """The decoder without storage: parameters have shape and dtype only."""
     with torch.device("meta"):
         model = TextModel(config)
-    return _in_precision(model, precision)
+    return in_precision(model, precision)
 
 
-def capture_decoder(config: TextConfig, precision: str) -> ir.Model:
-    """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size."""
+def capture_decoder(config: TextConfig, precision: str, *, features: bool = False) -> ir.Model:
+    """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size.
+    With `features` it reads pictures."""
     kinds = tuple(dict.fromkeys(config.layer_types))
-    model = _capture_all_layers(replace(config, layer_types=kinds), precision)
-    unroll(model, kinds, config.layer_types)
+    model = _capture_all_layers(replace(config, layer_types=kinds), precision, features=features)
+    unroll(model, [f"layers.{i}" for i in range(len(kinds))], [(f"layers.{i}", kinds.index(k)) for i, k in enumerate(config.layer_types)])
     return model
 
 
-def _capture_all_layers(config: TextConfig, precision: str) -> ir.Model:
+def _capture_all_layers(config: TextConfig, precision: str, *, features: bool) -> ir.Model:
     state = empty_state(config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], pending=_EXAMPLE["P"], device="meta")
-    inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N")]
-    signature = Signature(
-        ["input_ids", "cos", "sin", "length", "accepted", "commit", "logit_rows"], inputs, ["logits", "hidden"], config, state
-    )
-    return _capture(meta_decoder(config, precision), signature)
+    inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N"), *(_features(config, precision) * features)]
+    names = [INPUT_IDS, *TABLES, LENGTH, ACCEPTED, COMMIT, LOGIT_ROWS, *([FEATURES, PLACES] * features)]
+    model = capture_module(meta_decoder(config, precision), Signature(names, inputs, [LOGITS, HIDDEN], state))
+    _simplify_row_choice(model)
+    return model
 
 
-def capture_mtp(config: TextConfig, precision: str, draft_vocab: int) -> ir.Model:
-    """Trace the draft head, which drafts from the lowest `draft_vocab` token ids."""
+def capture_mtp(config: TextConfig, precision: str, draft_vocab: int, *, features: bool = False) -> ir.Model:
+    """Trace the draft head, which drafts from the lowest `draft_vocab` token ids. With `features` it reads pictures."""
     with torch.device("meta"):
         model = MtpHead(config, draft_vocab)
     state = empty_state(model.config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], device="meta")
-    hidden = _Input(torch.zeros(_EXAMPLE["B"], _EXAMPLE["T"], config.hidden_size, dtype=DTYPES[precision], device="meta"), ("B", "T"))
-    inputs = [_ids("B", "T"), hidden, *_tables(config), _ids("B"), _ids("N")]
-    signature = Signature(["input_ids", "hidden", "cos", "sin", "length", "logit_rows"], inputs, ["logits", "hidden_out"], config, state)
+    hidden = example(("B", "T"), config.hidden_size, dtype=DTYPES[precision])
+    inputs = [_ids("B", "T"), hidden, *_tables(config), _ids("B"), _ids("N"), *(_features(config, precision) * features)]
+    names = [INPUT_IDS, HIDDEN, *TABLES, LENGTH, LOGIT_ROWS, *([FEATURES, PLACES] * features)]
+    signature = Signature(names, inputs, [LOGITS, HIDDEN_OUT], state)
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     whole = StoredWeight(head, (config.vocab_size, config.hidden_size), _ir_dtype(DTYPES[precision]))
-    return _capture(_in_precision(model, precision), signature, {"draft_head.weight": FirstRows(whole, draft_vocab)})
+    made = capture_module(in_precision(model, precision), signature, {"draft_head.weight": FirstRows(whole, draft_vocab)})
+    _simplify_row_choice(made)
+    return made
 
 
-def _in_precision(model: Module, precision: str) -> Module:
+def capture_vision(config: VisionConfig, precision: str) -> ir.Model:
+    """Trace the vision tower."""
+    with torch.device("meta"):
+        model = VisionModel(replace(config, depth=1))
+    M, half = config.merged, config.head_dim // 2
+    inputs = [
+        example(("B", "K"), M, config.row_width),
+        example(("K",), M, 4, dtype=torch.int64),
+        *(example(("K",), M, size) for size in (4, half, half)),
+    ]
+    name = "visual.patch_embed.proj.weight"
+    stored = (config.hidden_size, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
+    whole = StoredWeight(name, stored, _ir_dtype(DTYPES[precision]))
+    derived = {name: Reshaped(whole, (config.hidden_size, config.row_width))}
+    made = capture_module(in_precision(model, precision), Signature(list(VISION_INPUTS), inputs, [FEATURES]), derived)
+    unroll(made, ["visual.blocks.0"], [(f"visual.blocks.{i}", 0) for i in range(config.depth)])
+    return made
+
+
+def in_precision(model: Module, precision: str) -> Module:
     model.eval().to(DTYPES[precision])
     for name, parameter in model.named_parameters():
         if name.endswith(ALWAYS_FP32):
@@ -94,7 +133,7 @@ def _in_precision(model: Module, precision: str) -> Module:
     return model
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     """An example argument and the names of its leading dynamic sizes."""
 
     value: torch.Tensor
@@ -106,26 +145,40 @@ class Signature:
     """Inputs and outputs of a graph before its states, in the order of the module's forward; its states come last in both."""
 
     input_names: list[str]
-    inputs: list[_Input]
+    inputs: list[Input]
     output_names: list[str]
-    config: TextConfig
-    state: State
+    state: State | None = None
 
 
-def _ids(*dims: str) -> _Input:
-    return _Input(torch.zeros(*(_EXAMPLE[dim] for dim in dims), dtype=torch.int64, device="meta"), dims)
+def example(dims: tuple[str, ...], *sizes: int, dtype: torch.dtype = torch.float32) -> Input:
+    """An argument of dynamic sizes `dims`, then fixed ones."""
+    return Input(torch.zeros(*(_EXAMPLE[dim] for dim in dims), *sizes, dtype=dtype, device="meta"), dims)
 
 
-def _tables(config: TextConfig) -> list[_Input]:
-    return [_Input(torch.zeros(_EXAMPLE["S"], config.rotary_dim // 2, device="meta"), ("S",)) for _ in ("cos", "sin")]
+def _ids(*dims: str) -> Input:
+    return example(dims, dtype=torch.int64)
 
 
-def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str, Weight] | None = None) -> ir.Model:
+def _tables(config: TextConfig) -> list[Input]:
+    return [example(("S",), config.rotary_dim // 2) for _ in TABLES]
+
+
+def _features(config: TextConfig, precision: str) -> list[Input]:
+    """Rows that stand for tokens of pictures, and where."""
+    return [example(("K",), config.hidden_size, dtype=DTYPES[precision]), _ids("K")]
+
+
+def capture_module(module: torch.nn.Module, signature: Signature, derived: Mapping[str, Weight] | None = None) -> ir.Model:
     """`derived` are parameters that the checkpoint does not have under their name."""
     dim = {name: torch.export.Dim(name) for name in _EXAMPLE}
-    arguments = (*(given.value for given in signature.inputs), signature.state)
-    states = [{key: {axis: dim[name] for axis, name in _STATE_DIMS[key].items()} for key in layer} for layer in signature.state]
-    dynamic = (*({axis: dim[name] for axis, name in enumerate(given.dims)} for given in signature.inputs), states)
+    arguments: tuple[Any, ...] = tuple(given.value for given in signature.inputs)
+    dynamic: tuple[Any, ...] = tuple({axis: dim[name] for axis, name in enumerate(given.dims)} for given in signature.inputs)
+    if signature.state is not None:
+        # Behind the inputs that every module has; features and places come after it.
+        at = len(arguments) - 2 * (FEATURES in signature.input_names)
+        states = [{key: {axis: dim[name] for axis, name in _STATE_DIMS[key].items()} for key in layer} for layer in signature.state]
+        arguments = (*arguments[:at], signature.state, *arguments[at:])
+        dynamic = (*dynamic[:at], states, *dynamic[at:])
     with _quiet(), torch.no_grad():
         program = torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
         exported = torch.onnx.export(
@@ -145,8 +198,9 @@ def _capture(module: torch.nn.Module, signature: Signature, derived: Mapping[str
 def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, derived: Mapping[str, Weight]) -> ir.Model:
     """Give inputs, outputs and initializers the names of the contract, and lazy weights for storage."""
     graph = model.graph
-    keys = [list(layer) for layer in signature.state]
-    inputs = [*signature.input_names, *state_names(keys)]
+    keys = [list(layer) for layer in signature.state or ()]
+    before = [name for name in signature.input_names if signature.state is None or name not in (FEATURES, PLACES)]
+    inputs = [*before, *state_names(keys), *(name for name in signature.input_names if name not in before)]
     outputs = [*signature.output_names, *state_names(keys, after=True)]
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         if len(values) != len(names):
@@ -161,7 +215,6 @@ def _named(model: ir.Model, module: torch.nn.Module, signature: Signature, deriv
             raise CaptureError("the traced graph has a constant that is not a parameter", where=name, fix=REPORT)
         tensor = parameters[name]
         value.const_value = WeightTensor(derived.get(name) or StoredWeight(name, tuple(tensor.shape), _ir_dtype(tensor.dtype)), name)
-    _simplify_row_choice(model)
     return model
 
 

@@ -13,6 +13,13 @@ import numpy as np
 from qwen_export.graphs.config import TextConfig
 
 
+def rotary_axes(config: TextConfig) -> tuple[int, ...]:
+    """Which position of a token turns each of the R/2 frequencies: 0 time, 1 height, 2 width. They alternate, and time has what the
+    sections leave over. (Qwen3.5 reference: apply_interleaved_mrope.)"""
+    section = config.rope.mrope_section
+    return tuple(axis if (axis := i % 3) and i < 3 * section[axis] else 0 for i in range(config.rotary_dim // 2))
+
+
 def rotary_frequencies(config: TextConfig) -> tuple[list[float], float]:
     """The R/2 frequencies (fp32 values) in radians per position, and the factor on cos and sin."""
     rope, R = config.rope, config.rotary_dim

@@ -11,25 +11,28 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from qwen_export.errors import REPORT, CaptureError
-from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY, point_name
+from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight, weight_of
 
 # Where torch.onnx notes the modules that a node comes from.
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-def unroll(model: ir.Model, kinds: Sequence[str], layer_types: Sequence[str]) -> None:
-    """`model` is the decoder traced with layers `kinds`, each kind once. Makes it, in place, the decoder with layers `layer_types`."""
+def unroll(model: ir.Model, traced: Sequence[str], layers: Sequence[tuple[str, int]]) -> None:
+    """`model` is traced with the layers `traced`, names of modules, one of each kind. Makes it, in place, the model with the layers
+    `layers`: the name of each, and the index of its kind in `traced`."""
     graph = model.graph
-    templates = [_Template(graph, index) for index in range(len(kinds))]
+    templates = [_Template(graph, name) for name in traced]
     stream = templates[0].entry()
+    for value in [output for node in graph for output in node.outputs if output.name == EMBEDDING]:
+        value.name = f"{EMBEDDING}.table"
     stream.name = EMBEDDING
     last, end = templates[-1].exit(), templates[-1].nodes[-1]
     made: list[ir.Node] = []
     inputs: list[ir.Value] = []
     outputs: list[ir.Value] = []
-    for layer, kind in enumerate(layer_types):
-        copy = templates[list(kinds).index(kind)].copy(layer, stream)
+    for name, kind in layers:
+        copy = templates[kind].copy(name, stream)
         made += copy.nodes
         inputs += copy.inputs
         outputs += copy.outputs
@@ -53,14 +56,14 @@ class _Copy:
 
 
 class _Template:
-    """The traced layer `index`."""
+    """The traced layer of this name."""
 
-    def __init__(self, graph: ir.Graph, index: int) -> None:
-        self._graph, self._prefix = graph, f"layers.{index}."
-        scope = f"'layers.{index}'"
+    def __init__(self, graph: ir.Graph, name: str) -> None:
+        self._graph, self._prefix = graph, f"{name}."
+        scope = f"'{name}'"
         self.nodes = [node for node in graph if scope in node.metadata_props.get(_SCOPES, "")]
         if not self.nodes:
-            raise CaptureError("the trace has no nodes of a layer", where=f"layer {index}", fix=REPORT)
+            raise CaptureError("the trace has no nodes of a layer", where=name, fix=REPORT)
         self._inside = {value for node in self.nodes for value in node.outputs}
         self.inputs = [value for value in graph.inputs if (value.name or "").startswith(self._prefix)]
         self.outputs = [value for value in graph.outputs if (value.name or "").startswith(self._prefix)]
@@ -101,9 +104,9 @@ class _Template:
             )
         return next(iter(values))
 
-    def copy(self, layer: int, stream: ir.Value) -> _Copy:
-        """The nodes once more, for layer `layer` behind `stream`."""
-        prefix = f"layers.{layer}."
+    def copy(self, layer: str, stream: ir.Value) -> _Copy:
+        """The nodes once more, for the layer of that name behind `stream`."""
+        prefix = f"{layer}."
         new: dict[ir.Value, ir.Value] = {self.entry(): stream}
         for value in self.inputs:
             new[value] = ir.Value(name=self._renamed(value, prefix), shape=value.shape, type=value.type)
@@ -119,7 +122,7 @@ class _Template:
                 new[old] = value
             nodes.append(copy)
         for point, value in self.points().items():
-            new[value].name = point_name(layer, point)
+            new[value].name = f"{layer}.{point}"
         return _Copy(nodes, [new[v] for v in self.inputs], [new[v] for v in self.outputs], new[self.exit()])
 
     def _renamed(self, value: ir.Value, prefix: str) -> str:

@@ -37,5 +37,14 @@ TOP_LOGITS, TOP_IDS = "top_logits", "top_ids"
 TOP_COUNT = 64
 """K, where the vocabulary has as many: twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once."""
 
+VISION = "vision"
+"""The graph of the tower, in bundles that read pictures. A call has B slices of one size, of K tokens of M patches each."""
+VISION_INPUTS = ("rows", "index", "weight", "patch_cos", "patch_sin")
+"""Its inputs: patches f32[B,K,M,W]; rows of the table of positions i64[K,M,4] and their weights f32[K,M,4]; cos and sin of the angles of
+each patch f32[K,M,D/2]."""
+
+FEATURES, PLACES = "features", "places"
+"""What the tower made, [B,K,H]; decoder and draft head of such a bundle read [K,H] of it for K of their B*T tokens, at rows i64[K]."""
+
 NEXT = ".next"
 """What the name of a state's output adds to that of its input."""

@@ -14,6 +14,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "chat": ("prompt_toolkit",),
     "plot": ("matplotlib",),
     "sign": ("cryptography",),
+    "vision": ("PIL",),
+    "video": ("av",),
     "gguf": ("gguf",),
     "hub": ("huggingface_hub",),
     "modelscope": ("modelscope",),

@@ -33,6 +33,7 @@ from qwen_export.manifest_types import (
     StateSpec,
     TargetSpec,
     TensorSpec,
+    VisionSpec,
     WeightSpec,
 )
 
@@ -62,6 +63,7 @@ __all__ = (
     "StateSpec",
     "TargetSpec",
     "TensorSpec",
+    "VisionSpec",
     "WeightSpec",
     "check_hash",
     "check_references",

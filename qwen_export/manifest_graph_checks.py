@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+from qwen_export.bundle_contract import FEATURES, PLACES
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
+from qwen_export.manifest_vision_checks import TOWER, check_vision
 from qwen_export.stages import joined_graphs, links, stage_groups, stage_name
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
-_INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", "length", "last_slot", "total_length", "accepted", "commit", "logit_rows"))
+_CONTROLS = ("length", "last_slot", "total_length", "accepted", "commit", "logit_rows")
+_INPUTS = frozenset(("input_ids", "hidden", "cos", "sin", *_CONTROLS, FEATURES, PLACES))
 _LENGTHS = (("length",), ("last_slot", "total_length"))
 """Inputs that tell how many tokens each sequence has, by the kernel of attention: a graph has those of one."""
 _OUTPUTS = frozenset(("logits", "hidden", "hidden_out", "top_logits", "top_ids"))
@@ -24,6 +27,8 @@ def check_graphs(manifest: Manifest) -> None:
     """Raise ValueError where a graph's inputs, outputs or states do not fit."""
     static = "prefill" in manifest.graphs
     for name, graph in manifest.graphs.items():
+        if name == TOWER:
+            continue
         role, dot, number = name.partition(".")
         if role not in ROLES or (not static and role not in ("decoder", "mtp")):
             raise ValueError(f"graphs has one of an unknown role: {name}")
@@ -34,9 +39,10 @@ def check_graphs(manifest: Manifest) -> None:
     for role, names in stage_groups(manifest.graphs).items():
         if names != [role]:
             _check_stages(manifest, role, names)
-    whole = joined_graphs(manifest.graphs)
+    whole = joined_graphs({name: graph for name, graph in manifest.graphs.items() if name != TOWER})
     if "decoder" not in whole:
         raise ValueError("graphs has no decoder")
+    check_vision(manifest, whole["decoder"])
     for name, graph in whole.items():
         _check_signature(name, graph, static=static)
         _check_states(manifest, name, graph)
@@ -143,6 +149,7 @@ def _check_shapes(manifest: Manifest, name: str, graph: GraphSpec) -> None:
         "logits": drafted if head else model["vocab_size"],
         "hidden": model.get("hidden_size"),
         "hidden_out": model.get("hidden_size"),
+        FEATURES: model.get("hidden_size"),
         "cos": len(manifest.rotary.inv_freq),
         "sin": len(manifest.rotary.inv_freq),
     }

@@ -9,8 +9,8 @@ from typing import Any
 SCHEMA_VERSION = 3
 OLDEST_SCHEMA = 3
 """Before it a graph had logits [B,N,V], `logit_rows` counted within a sequence, and manifests had no digest."""
-DIMS = ("B", "T", "S", "N", "P")
-"""Dynamic dims of a graph: sequences, new tokens, cache slots, rows of logits, pending tokens."""
+DIMS = ("B", "T", "S", "N", "P", "K")
+"""Dynamic dims of a graph: sequences or slices, new tokens, cache slots, rows of logits, pending tokens, tokens of pictures."""
 MODEL_SIZES = ("max_position_embeddings", "num_attention_heads", "vocab_size")
 """Values of the model configuration that runtimes read."""
 ROPE_SCALING = "rope_scaling"
@@ -103,10 +103,46 @@ class SpeculationSpec:
 
 @dataclass(frozen=True)
 class RotarySpec:
-    """Angle of frequency i at position p is p * inv_freq[i]; cos and sin are multiplied by `scaling`."""
+    """Angle of frequency i at position p is p * inv_freq[i]; cos and sin are multiplied by `scaling`. A token of a picture has three
+    positions (time, height, width), and `axes` says which of them turns frequency i; empty where all tokens have one position."""
 
     inv_freq: tuple[float, ...]
     scaling: float
+    axes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """How the bundle sees. A picture is cut into patches of `patch_size` pixels, a video into those of `temporal_patch_size` frames;
+    merge_size^2 patches become one token. Pixels are brought to (level / 255 - mean) / std. `grid` is the side of the tower's table of
+    positions, `head_dim` the width of its attention heads, of which the whole rotates.
+
+    Pictures have `min_pixels` to `max_pixels`, videos `video_min_pixels` to `video_max_pixels` in all frames, which are taken at `fps`, of
+    them `min_frames` to `max_frames`. The rest are token ids: what stands for a patch of a picture, of a video, and what is around them."""
+
+    image_token: int
+    video_token: int
+    start_token: int
+    end_token: int
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    grid: int
+    head_dim: int
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    min_pixels: int = 65536
+    max_pixels: int = 16777216
+    video_min_pixels: int = 4096
+    video_max_pixels: int = 25165824
+    fps: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+
+    @property
+    def factor(self) -> int:
+        """Sides of pictures are multiples of so many pixels, one token each way."""
+        return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
@@ -164,6 +200,8 @@ class Manifest:
     speculation: SpeculationSpec | None = None
     engine: EngineSpec | None = None
     """Where the graphs are engines of TensorRT."""
+    vision: VisionSpec | None = None
+    """Where the bundle reads pictures."""
     verification: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
 

@@ -49,6 +49,8 @@ class Target:
     delta_chunk: int = 64
     engines: bool = False
     fp32_products: str = "fp32"
+    vision_passes: tuple[PassStep, ...] = ()
+    """The same for the vision tower; empty: the target reads no pictures."""
 
 
 _REMOVE_DEAD = "graphs.passes.remove_dead:remove_dead"
@@ -118,6 +120,20 @@ ONNXRUNTIME = Target(
         ),
         PassStep("plugins.onnxruntime.pick_top_logits:pick_top_logits", "last, so that no pass moves the outputs behind it"),
         PassStep(_REMOVE_DEAD, "weights that were replaced by packed or folded ones would be written otherwise"),
+    ),
+    vision_passes=(
+        _RECOGNIZE_LINEAR,
+        PassStep(
+            "plugins.onnxruntime.onnxruntime_lowerings:lower_tower",
+            "after the products are recognized, and with them in one walk over the graph",
+            finds="picture_attention",
+        ),
+        PassStep("plugins.onnxruntime.quantize_products:quantize_products", "rewrites the plugin's products, which exist from here on"),
+        PassStep(
+            "plugins.onnxruntime.keep_stored_bf16:keep_stored_bf16",
+            "after quantization: it is for the matrices that are not quantized",
+        ),
+        PassStep(_REMOVE_DEAD, "weights that were replaced by packed ones would be written otherwise"),
     ),
 )
 

@@ -10,22 +10,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Unpack
 
+from qwen_export.bundle_contract import VISION
 from qwen_export.errors import BundleError, QwenExportError
-from qwen_export.manifest import GENERATION_CONFIG, Manifest, load_manifest
+from qwen_export.manifest import GENERATION_CONFIG, Manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
-from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
-from qwen_export.runtimes.backends.integrity import ensure_whole
-from qwen_export.runtimes.backends.native_libraries import check_native
-from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
+from qwen_export.runtimes.backends.open_graphs import OpenOptions
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
-from qwen_export.runtimes.decoding.static_graphs import HEAD_GRAPHS, HEAD_STEP, STEP, VERIFY, is_static
-from qwen_export.runtimes.option_checks import check_devices, check_speculate, check_weight_budget
+from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP, is_static
+from qwen_export.runtimes.open_bundle import Speculate, open_bundle
 from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults, read_generation_config
@@ -42,8 +40,9 @@ from qwen_export.runtimes.text.chat_template import ChatTemplate
 from qwen_export.runtimes.text.stopping import stop_ids
 from qwen_export.runtimes.text.text_files import TextFiles
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
+from qwen_export.runtimes.vision.chat_media import MediaOptions
+from qwen_export.runtimes.vision.sight import Sight
 
-Speculate = str | int
 _NO_OPTIONS = AnswerOptions()
 
 
@@ -81,23 +80,8 @@ def load(
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
     directory = Path(bundle)
-    manifest = load_manifest(directory)
-    manifest = for_device(manifest, device)
-    ensure_whole(directory, manifest)
-    for number in devices or (device_id,):
-        check_runnable(manifest, number)
-    check_limits(manifest, max_context, threads)
-    check_native(directory, manifest, native)
-    check_speculate(speculate, manifest)
-    check_weight_budget(weight_budget, manifest)
-    # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
-    repack = repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
-    idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    check_devices(devices, manifest)
-    options = OpenOptions(
-        threads, repack, device_id, tuple(devices), later=(VERIFY,) if speculate == "off" else (), weight_budget=weight_budget
-    )
-    sessions = open_graphs(directory, manifest, options, [name for name in manifest.graphs if name not in idle])
+    options = OpenOptions(threads, repack, device_id, tuple(devices), weight_budget=weight_budget)
+    manifest, sessions = open_bundle(directory, options, max_context, speculate, device, native)
     return Model(directory, manifest, sessions, max_context, speculate)
 
 
@@ -193,6 +177,12 @@ class Model:
         own = stop_ids(self.tokenizer, self.text_files.special_tokens.get("eos_token"))
         return own | frozenset(self.generation_defaults.stop_ids) | frozenset(self.manifest.stop_ids)
 
+    @cached_property
+    def sight(self) -> Sight | None:
+        """What pictures are read with, None where the bundle reads text only."""
+        spec = self.manifest.vision
+        return Sight(self._sessions[VISION], spec, lambda text: self.tokenizer.encode_plain(text)) if spec is not None else None
+
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""
         facts = ModelFacts.from_template(self.template) if self.text_files.templates else ModelFacts(None, False)
@@ -215,12 +205,14 @@ class Model:
         stop: Sequence[str] | None = None,
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
+        media: MediaOptions | None = None,
         **template: Unpack[TemplateOptions],
     ) -> Generation:
         """Answer a chat. Iterate over the result for the text of the answer, or over its `events()` for reasoning as well.
 
-        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each, text only (see `chat_messages.py`).
-        `tools`: JSON schemas of functions. A prompt that continues the last one is not read again.
+        `messages`: `{"role", "content"[, "reasoning_content", "tool_calls", "tool_call_id"]}` each (see `chat_messages.py`), with pictures
+        where the bundle sees (`media_parts.py`); `media` are limits for these. `tools`: JSON schemas of functions. A prompt that continues
+        the last one is not read again.
 
         `template`: `enable_thinking` and `preserve_thinking`, which None leaves to the checkpoint's template; `template_kwargs` are its
         other variables (`reasoning_effort`). `continue_final_message`: go on inside the last message, behind its content or the field that
@@ -240,6 +232,7 @@ class Model:
                 stop=stop,
                 answer=answer,
                 progress=progress,
+                media=media,
                 **template,
             )
         )
@@ -255,13 +248,15 @@ class Model:
         answer: AnswerOptions = _NO_OPTIONS,
         progress: Callable[[int, int], None] | None = None,
         constraint: Constraint | None = None,
+        media: MediaOptions | None = None,
         **template: Unpack[TemplateOptions],
     ) -> Prepared:
         """What answering a chat takes, for an engine: the parameters of `stream`. `constraint`: what the answer must obey, instead of the
         `form` of `answer`. A mapping as `sampling` replaces single values of `recommended`."""
-        prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, **template)
+        prompt = chat_prompt(messages, self.template, self.tokenizer, tools=tools, sees=self.sight is not None, **template)
+        seen = self.sight.see(prompt, media) if self.sight is not None and prompt.media else None
         wanted = Wanted(
-            prompt.ids,
+            seen.ids if seen else prompt.ids,
             self._sampling(sampling, prompt.thinking),
             answer,
             max_new_tokens,
@@ -269,9 +264,10 @@ class Model:
             tools or (),
             prompt.thinking,
             constraint,
-            prompt.mark_at,
+            seen.mark_at if seen else prompt.mark_at,
             bool(messages) and messages[-1].get("role") == "user",
             progress,
+            seen.pictures if seen else None,
         )
         return self._preparation.prepare(wanted)
 

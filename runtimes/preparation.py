@@ -9,6 +9,7 @@ from typing import Any
 from qwen_export.errors import ParameterError
 from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.decoding.generation import Request
+from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
 from qwen_export.runtimes.sampling.constraint import Constraint
 from qwen_export.runtimes.sampling.generation_config import GenerationDefaults
 from qwen_export.runtimes.sampling.logprobs import LogprobRecorder, PromptRecorder
@@ -40,6 +41,7 @@ class Wanted:
     mark_at: int | None = None
     user_turn: bool = True
     progress: Callable[[int, int], None] | None = None
+    pictures: PromptPictures | None = None
 
     @property
     def may_call(self) -> bool:
@@ -88,6 +90,8 @@ class Preparation:
             progress=wanted.progress,
             user_turn=wanted.user_turn,
             named_stop_ids=named - self._stop_ids,
+            pictures=wanted.pictures,
+            media=wanted.pictures.media if wanted.pictures is not None else (),
             prompt_recorder=None if options.prompt_logprobs is None else PromptRecorder(options.prompt_logprobs, tokenizer.vocab_size),
         )
         return Prepared(

@@ -21,7 +21,7 @@ from tests.support.manifests import edit_manifest, write_raw
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") else ()
-FILES = ("model.weights", "decoder.onnx", "mtp.onnx", *TEXT_FILES, *PLUGINS)
+FILES = ("model.weights", "decoder.onnx", "mtp.onnx", "vision.onnx", *TEXT_FILES, *PLUGINS)
 Refused = Callable[..., None]
 
 

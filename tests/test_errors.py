@@ -60,6 +60,7 @@ REASONS = {
     "manifest_checks": {"ValueError"},
     "manifest_graph_checks": {"ValueError"},
     "manifest_parsing": {"ValueError"},
+    "manifest_vision_checks": {"ValueError"},
     "safetensors_header": {"ValueError"},
     "generation_config": {"ValueError"},
     "tool_values": {"ValueError"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +18,7 @@ import pytest
 
 from qwen_export.extras import EXTRAS
 from qwen_export.graphs.config import parse_config
+from tests.support.built_packages import PROJECT, copied_tree, packaged
 from tests.support.family import tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +80,6 @@ def test_no_bare_import_of_a_top_level_folder(tree: str) -> None:
 
 
 NATIVE = {".cc", ".h", ".cu", ".cuh", ".sh"}
-PROJECT = ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "Makefile", "constraints.txt")
 
 
 def native_sources() -> set[str]:
@@ -89,23 +88,7 @@ def native_sources() -> set[str]:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What packages are made of, without libraries that were compiled here."""
-    copy = tmp_path / "source"
-    for name in TREES:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.ptx"))
-    for name in PROJECT:
-        shutil.copy(ROOT / name, copy / name)
-    return copy
-
-
-def packaged(tree: Path, kind: str) -> Path:
-    """The sdist or wheel that setuptools makes of a source tree."""
-    out = tree.parent / kind
-    code = f"import setuptools.build_meta as build; build.build_{kind}({str(out)!r})"
-    out.mkdir(exist_ok=True)
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tree)
-    (made,) = out.iterdir()
-    return made
+    return copied_tree(tmp_path / "source")
 
 
 def wheel_names(wheel: Path) -> set[str]:
@@ -173,7 +156,8 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 
 # The line between the runtime and the compiler
 
-ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs"}
+# PIL and av when a picture or video is decoded, and not before.
+ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL", "av"}
 ROOMS = {"server": {*EXTRAS["serve"], *ALLOWED}, "structured": {"llguidance", *ALLOWED}}
 """What rooms of an extra may import besides, when they are used."""
 GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras", "stages")

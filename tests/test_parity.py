@@ -6,8 +6,6 @@ Logits of these checkpoints have a standard deviation of about 0.6.
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-import transformers
-from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
 from qwen_export import build
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
@@ -29,6 +25,7 @@ from qwen_export.graphs.models.model_state import empty_state
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support.family import FAMILY, tiny_config
+from tests.support.references import reference_model
 from tests.support.synthesize import synthesize
 
 TOLERANCE = 1e-4
@@ -101,20 +98,6 @@ def error(got: Logits, expected: Logits) -> float:
     assert got.shape == expected.shape
     assert 0.3 < expected.std() < 1.5
     return float(np.abs(got - expected).max())
-
-
-def reference_model(checkpoint: Path) -> Any:
-    """The checkpoint in transformers, fp32, every weight of it found."""
-    flat = open_checkpoint(checkpoint).config.vision is None
-    kind: Any = Qwen3_5ForCausalLM if flat else Qwen3_5ForConditionalGeneration
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, found = kind.from_pretrained(str(checkpoint), dtype=torch.float32, local_files_only=True, output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["mismatched_keys"]
-    return model.eval()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -148,7 +148,7 @@ def test_wrong_reads_are_refused_before_anything_changes(make_model: Callable[[s
         ([Read(0, [5]), Read(1, [6] * 99, commit=False, logits=0)], ParameterError, "too long"),
         ([Read(0, [5]), Read(1, [6], positions=[1, 2])], ParameterError, "one position per token"),
         ([Read(0, [5] * 94, logits=0), Read(1, [6])], ContextOverflow, "context is full"),
-        ([Read(0, [5]), Read(1, [6], embeddings=np.zeros((1, 64), np.float32))], QwenExportError, "token ids only"),
+        ([Read(0, [5]), Read(1, [6], features=np.zeros((1, 64), np.float32))], ParameterError, "one feature per place"),
     ]
     for reads, kind, message in wrong:
         if kind is ContextOverflow and decoder.chunk < 94:

@@ -12,12 +12,16 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.logical_tensor import PLAIN_TYPES
 from qwen_export.graphs.checkpoint.stored_heads import why_no_draft_head
 from qwen_export.graphs.checkpoint.stored_prefixes import MTP_PREFIX, VISION_PREFIX, unknown_prefixes
-from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table
+from qwen_export.graphs.checkpoint.tensor_table import LayerLayout, Layout, decoder_layer, tensor_table, vision_tower
 from qwen_export.graphs.config import FULL, CheckpointConfig, TextConfig
+from qwen_export.graphs.vision_config import VisionConfig
 
 _NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
 _FIRST_EXPERT, _GROUPED_INPUTS = "mlp.experts.0.", "linear_attn.in_proj_qkvz."
 _SHOWN = 4
+_MLX = "The tensor is stored as MLX stores it. Give the release that the MLX model was converted from."
+_VISION = "visual."
+"""What the names of the vision tower begin with, in those of the modules."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,20 @@ def mtp_tensors(config: TextConfig, stored: StoredLayout) -> Iterator[tuple[str,
         yield f"mtp.{name}.weight", (hidden,)
 
 
+def vision_tensors(config: VisionConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same for the vision tower."""
+    for name, shape in vision_tower(config.keys()):
+        yield name.removeprefix("model."), shape
+
+
+def no_tower(checkpoint: Checkpoint) -> str:
+    """Why the checkpoint has no vision tower; "" where it has one."""
+    if checkpoint.config.vision is None:
+        return "config.json describes no vision tower"
+    stored = any(name.startswith(VISION_PREFIX) for name in checkpoint.tensors)
+    return "" if stored else f"config.json describes a vision tower, but no tensor {VISION_PREFIX}* is stored"
+
+
 def _keys(config: TextConfig) -> dict[str, Any]:
     """The configuration by the keys of a config.json."""
     values = asdict(config)
@@ -98,23 +116,28 @@ def no_draft_head(checkpoint: Checkpoint) -> str:
 
 
 def stored_name(config: CheckpointConfig, name: str) -> str:
-    """The checkpoint's name of a tensor of decoder or draft head."""
+    """The checkpoint's name of a tensor of decoder, draft head or vision tower."""
+    if name.startswith(_VISION):
+        return VISION_PREFIX + name.removeprefix(_VISION)
     return name if name == "lm_head.weight" or name.startswith(MTP_PREFIX) else config.text_prefix + name
 
 
 def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
-    """The dtype of each tensor that is stored for decoder and draft head, by its name among the modules."""
+    """The dtype of each tensor that is stored for decoder, draft head and vision tower, by its name among the modules."""
     config, have, stored = checkpoint.config, checkpoint.weights, StoredLayout.of(checkpoint)
     names = [name for name, _ in (*stored_tensors(config.text, stored), *mtp_tensors(config.text, stored))]
-    return {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
+    found = {name: have[stored_name(config, name)].dtype for name in names if stored_name(config, name) in have}
+    tower = {name: weight.dtype for name, weight in have.items() if name.startswith(VISION_PREFIX)}
+    return found | {_VISION + name.removeprefix(VISION_PREFIX): dtype for name, dtype in tower.items()}
 
 
-def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True) -> None:
-    """Raise CheckpointError unless every tensor of the decoder and, with `mtp`, of its draft head is stored in its shape, and no tensor is
-    stored that has no use."""
+def check_tensors(checkpoint: Checkpoint, *, mtp: bool = True, vision: VisionConfig | None = None) -> None:
+    """Raise CheckpointError unless every tensor of the decoder and, with `mtp`, of its draft head, and of the tower `vision` is stored in
+    its shape, and no tensor is stored that has no use."""
     config = checkpoint.config
     stored = StoredLayout.of(checkpoint)
     tensors = [*stored_tensors(config.text, stored), *(mtp_tensors(config.text, stored) if mtp and has_mtp(checkpoint) else ())]
+    tensors += vision_tensors(vision) if vision is not None else ()
     wanted = {stored_name(config, name): shape for name, shape in tensors}
     have = checkpoint.weights
     missing = [name for name in wanted if name not in have]
@@ -163,13 +186,17 @@ def _missing(checkpoint: Checkpoint, missing: list[str], wanted: int, unused: li
     fix = "Is a shard missing, or is config.json from another model?"
     if all(name.startswith(MTP_PREFIX) for name in missing):
         fix += " To build without the draft head, give {mtp}."
+    if all(name.startswith(VISION_PREFIX) for name in missing):
+        fix += " To build for text only, give {vision} as False."
     return CheckpointError(what, where=where, got=f"without {_some(missing)}", fix=fix)
 
 
 def _misshaped(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
     fix = "Use the config.json of the model that the tensors are from."
     if name.endswith(".conv1d.weight") and len(got) == 3 and got == (expected[0], expected[2], expected[1]):
-        fix = "The tensor is stored as MLX stores it. Give the release that the MLX model was converted from."
+        fix = _MLX
+    if name.endswith(".patch_embed.proj.weight") and len(got) == 5 and (got[0], got[4], *got[1:4]) == expected:
+        fix = _MLX
     return CheckpointError("a tensor has another shape than in config.json", where=name, got=got, expected=expected, fix=fix)
 
 

@@ -75,7 +75,7 @@ def tensor_table(config: dict[str, Any], layout: Layout | None = None) -> Iterat
 
     yield from default_dtype(text_tensors())
     if layout.with_vision and "vision_config" in config:
-        yield from default_dtype(_vision(config["vision_config"]))
+        yield from default_dtype(vision_tower(config["vision_config"]))
     if layout.with_mtp and text.get("mtp_num_hidden_layers", text["model_type"] == "qwen3_next"):
         yield from default_dtype(_mtp(text, fused_experts=layout.fused_mtp_experts))
 
@@ -163,7 +163,8 @@ def _mtp(text: dict[str, Any], *, fused_experts: bool) -> Iterator[tuple[str, tu
         yield f"mtp.{name}.weight", (hidden,)
 
 
-def _vision(vision: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def vision_tower(vision: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of a vision tower; `vision` has the keys of a vision_config."""
     width, inner, patch = vision["hidden_size"], vision["intermediate_size"], vision["patch_size"]
     merged = width * vision["spatial_merge_size"] ** 2
 

@@ -18,6 +18,7 @@ from qwen_export.graphs.config import FULL, TextConfig
 from qwen_export.graphs.models.model_state import State
 from qwen_export.graphs.models.norm_layer import ZeroCenteredRmsNorm
 from qwen_export.graphs.models.text_model import DecoderLayer
+from qwen_export.graphs.ops.place_features_op import place_features
 
 
 class _Head(nn.Module):
@@ -44,12 +45,24 @@ class MtpHead(nn.Module):
         self.draft_head = nn.Linear(config.hidden_size, draft_vocab, bias=False)
 
     def forward(
-        self, input_ids: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, length: Tensor, logit_rows: Tensor, state: State
+        self,
+        input_ids: Tensor,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        length: Tensor,
+        logit_rows: Tensor,
+        state: State,
+        features: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, State]:
         """input_ids i64[B,T], the token after each row's; hidden [B,T,H]; cos, sin f32[S,R/2]; length i64[B], rows read before;
-        logit_rows i64[N], as in the decoder -> logits [N,draft_vocab], hidden [B,T,H], next state."""
+        logit_rows i64[N], features [K,H] and places i64[K] as in the decoder -> logits [N,draft_vocab], hidden [B,T,H], next state."""
         mtp = self.mtp
-        x = torch.cat([mtp.pre_fc_norm_embedding(self.embed_tokens(input_ids)), mtp.pre_fc_norm_hidden(hidden)], dim=-1)
+        embedded = self.embed_tokens(input_ids)
+        if features is not None:
+            embedded = place_features(embedded, features, places)
+        x = torch.cat([mtp.pre_fc_norm_embedding(embedded), mtp.pre_fc_norm_hidden(hidden)], dim=-1)
         x, after = mtp.layers[0](mtp.fc(x), state[0], cos, sin, length)
         out = mtp.norm(x)
         return self.draft_head(out.flatten(0, 1).index_select(0, logit_rows)), out, [after]

@@ -10,7 +10,7 @@ import torch
 
 from qwen_export.graphs.models.model_state import State, empty_state
 from qwen_export.graphs.models.text_model import TextModel
-from qwen_export.graphs.rotary import rotary_frequencies
+from qwen_export.graphs.rotary import rotary_axes, rotary_frequencies
 
 
 class EagerSequence:
@@ -18,15 +18,22 @@ class EagerSequence:
 
     def __init__(self, model: TextModel, capacity: int) -> None:
         self.model = model
-        frequencies, scaling = rotary_frequencies(model.config)
-        angles = torch.arange(capacity, dtype=torch.float32)[:, None] * torch.tensor(frequencies, dtype=torch.float32)
-        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
+        self.place(np.repeat(np.arange(capacity)[:, None], 3, axis=1))
         self.state: State = empty_state(model.config, 1, capacity, model.embed_tokens.weight.dtype)
         self.length = 0
 
+    def place(self, positions: npt.NDArray[np.integer]) -> None:
+        """The rotary positions of all tokens, [capacity,3], where they are not those of text."""
+        frequencies, scaling = rotary_frequencies(self.model.config)
+        axes = list(rotary_axes(self.model.config)) if self.model.config.rope.mrope_section else [0]
+        angles = torch.from_numpy(positions.astype(np.float32)[:, axes]) * torch.tensor(frequencies, dtype=torch.float32)
+        self.cos, self.sin = angles.cos() * scaling, angles.sin() * scaling
+
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Read tokens; logits of all of them, f32[T,V]."""
+    def read(
+        self, ids: Sequence[int], features: npt.NDArray[np.float32] | None = None, places: npt.NDArray[np.int64] | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Read tokens; logits of all of them, f32[T,V]. `features` [K,H] stand for the tokens at `places`, [K] positions in `ids`."""
         T = len(ids)
         count = torch.tensor([T])
         logits, _, self.state = self.model(
@@ -38,6 +45,8 @@ class EagerSequence:
             count,
             torch.arange(T),
             self.state,
+            None if features is None else torch.from_numpy(features),
+            None if places is None else torch.from_numpy(places),
         )
         # Committed at once: nothing stays pending.
         for layer in self.state:

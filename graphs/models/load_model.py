@@ -14,10 +14,12 @@ from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.text_model import TextModel
+from qwen_export.graphs.models.vision_model import VisionModel
 from qwen_export.graphs.quantization.fp8 import rounded
 from qwen_export.graphs.quantization.packing import Floats, dequantize
 from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.scale_search import quantize
+from qwen_export.graphs.vision_config import parse_vision
 from qwen_export.graphs.weights.expression import TensorSource, Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
 
@@ -41,6 +43,16 @@ def load_mtp(checkpoint: Checkpoint, decoder: TextModel, draft_vocab: int, quant
     return _filled(model, checkpoint, shared, quantization)
 
 
+def load_tower(checkpoint: Checkpoint, quantization: PrecisionPlan | None = None) -> VisionModel:
+    """The vision tower, likewise."""
+    config = checkpoint.config
+    tower = parse_vision(config.vision or {}, config.text.hidden_size, str(checkpoint.path))
+    check_tensors(checkpoint, mtp=False, vision=tower)
+    with torch.device("meta"):
+        model = VisionModel(tower)
+    return _filled(model, checkpoint, quantization=quantization)
+
+
 Module = TypeVar("Module", bound=torch.nn.Module)
 
 
@@ -52,7 +64,8 @@ def _filled(
         for name, parameter in model.named_parameters():
             if name not in weights:
                 weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
-                weights[name] = torch.from_numpy(parameter_values(weight, reader, quantization))
+                # The patch embedding is stored as a convolution.
+                weights[name] = torch.from_numpy(parameter_values(weight, reader, quantization)).reshape(parameter.shape)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 

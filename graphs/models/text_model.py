@@ -12,6 +12,7 @@ from qwen_export.graphs.models.mlp_layer import Mlp
 from qwen_export.graphs.models.model_state import State
 from qwen_export.graphs.models.moe_layer import MoeMlp
 from qwen_export.graphs.models.norm_layer import ZeroCenteredRmsNorm
+from qwen_export.graphs.ops.place_features_op import place_features
 
 
 class DecoderLayer(nn.Module):
@@ -70,10 +71,15 @@ class TextModel(nn.Module):
         commit: Tensor,
         logit_rows: Tensor,
         state: State,
+        features: Tensor | None = None,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, State]:
         """input_ids i64[B,T]; cos, sin f32[S,R/2], a row per cache slot; length, accepted, commit i64[B]; logit_rows i64[N], which
-        of the B*T rows need logits: row t of sequence b is b*T + t -> logits [N,V], hidden [B,T,H] after the final norm, next state."""
+        of the B*T rows need logits: row t of sequence b is b*T + t; features [K,H], what stands for the tokens of rows `places` i64[K]
+        instead of their embeddings -> logits [N,V], hidden [B,T,H] after the final norm, next state."""
         x = self.embed_tokens(input_ids)
+        if features is not None:
+            x = place_features(x, features, places)
         after: State = []
         for layer, before in zip(self.layers, state, strict=True):
             x, now = layer(x, before, cos, sin, length, accepted, commit)

@@ -53,13 +53,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "embedding": ("embed_tokens.weight",),
     "lm_head": ("lm_head.weight",),
     "mtp": ("mtp.*_proj.weight", "mtp.fc.weight", "mtp.*.mlp.experts.*"),
+    "vision": ("visual.blocks.*.attn.*.weight", "visual.*.linear_fc?.weight"),
 }
 """The groups, and the parameters of each: the first group that matches has it."""
 
 _MATRICES, _SET, KEPT = "matrices", "set ", "kept"
 _EXPERT, _HALVES = re.compile(r"\.experts\.\d+\."), re.compile(r"\.(gate|up)_proj\.weight$")
 _STORED_QUANTIZED = "stored quantized"
-_HIGH = ("in_proj_ab", "router")
+_HIGH = ("in_proj_ab", "router", "vision")
 _SEE = "Correct the file that {plan_file} names; docs/quantization.md has an example."
 _NEVER = {"router": "a changed choice of experts costs more than its bytes save"}
 

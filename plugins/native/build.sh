@@ -8,13 +8,19 @@ set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 : "${NVCC:=nvcc}" "${ARCHS:=80 89 90 120}" "${JOBS:=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)}"
 command -v "$NVCC" >/dev/null || { echo "error: there is no CUDA compiler $NVCC. Install CUDA 13, or set NVCC." >&2; exit 1; }
-code=""
-for arch in $ARCHS; do code="$code -gencode=arch=compute_$arch,code=sm_$arch"; newest=$arch; done
+code="" flags=""
+for arch in $ARCHS; do
+  newest=$arch
+  # Compute capability 9.0 has instructions that only its own code may use: prompts do.
+  if [ "$arch" = 90 ]; then arch=90a flags=-DQWEN_SM90A; fi
+  code="$code -gencode=arch=compute_$arch,code=sm_$arch"
+done
 echo "compiling the CUDA plugin for compute capabilities $ARCHS; several minutes on 2 cores"
 begun=$(date +%s)
 # shellcheck disable=SC2086
 "$NVCC" -O3 -std=c++17 -shared -cudart=static --threads "$JOBS" $code "-gencode=arch=compute_$newest,code=compute_$newest" \
-  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall ${NVCC_FLAGS:-} \
+  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-} \
   "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/quant.cu" "$here/quant_moe.cu" "$here/top_logits.cu" \
-  "$here/cublas.cc" "$here/quant_ops.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
+  "$here/attention.cu" \
+  "$here/cublas.cc" "$here/quant_ops.cc" "$here/attention_op.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
 echo "compiled libqwen_export_cuda.so in $(($(date +%s) - begun)) s"

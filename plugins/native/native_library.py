@@ -32,7 +32,7 @@ _CPU_OPS = (
     *("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"),
     *("GatedAttention", "DeltaNetTransaction", "TopLogits"),
 )
-_CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe"), _HALF) | {
+_CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", "GatedAttention"), _HALF) | {
     "QuantGather": frozenset({"float16"}),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,

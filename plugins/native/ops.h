@@ -4,7 +4,8 @@
 
 namespace qwen {
 
-// The ops of quant_ops.cc.
+// The ops of quant_ops.cc, and of attention_op.cc.
 void add_quantized(Domain& domain);
+void add_attention(Domain& domain);
 
 }  // namespace qwen

@@ -6,15 +6,16 @@ namespace qwen {
 
 namespace {
 
-// Parts of a row, at most one per thread of the second kernel.
-constexpr int kThreads = 1024, kSmallest = 256;
+// Parts of a row, at most one per thread of the second kernel. With at least K parts few entries reach the bound; rows of fewer parts are short.
+constexpr int kThreads = 1024;
 // Entries that reach the bound and are sorted; more only where very many are equal.
 constexpr int kRoom = 4096;
+// So many are put in order by counting those before each, more by sorting.
+constexpr int kCounted = 512;
+// Leading bits of the bound: sign, exponent and some more.
+constexpr int kBoundBits = 20;
 
-int part_size(int V) {
-  const int least = (V + kThreads - 1) / kThreads;
-  return least <= kSmallest ? kSmallest : (least + 31) / 32 * 32;
-}
+int part_size(int V) { return ((V + kThreads - 1) / kThreads + 31) / 32 * 32; }
 
 // Larger numbers are better: by value, NaN above all, then by lower id. 0 is no entry.
 __device__ inline uint64_t order(float x, int id) {
@@ -53,72 +54,104 @@ __global__ void part_maxima(const float* __restrict__ logits, uint64_t* __restri
   if (part >= parts) return;
   const float* row = logits + size_t(blockIdx.y) * V;
   uint64_t found = 0;
+#pragma unroll 8
   for (int i = part * size + lane; i < min(V, (part + 1) * size); i += 32) found = larger(found, order(row[i], i));
 #pragma unroll
   for (int step = 16; step; step /= 2) found = larger(found, __shfl_xor_sync(0xffffffffu, found, step));
   if (lane == 0) best[size_t(blockIdx.y) * parts + part] = found;
 }
 
-// One block per row: the K-th of the parts' maxima is a bound that K entries reach; what reaches it is collected and sorted.
+// One block per row: the K-th of the parts' maxima is a bound that K entries reach; what reaches it is collected and put in order.
 __global__ void __launch_bounds__(kThreads) select(const float* __restrict__ logits, const uint64_t* __restrict__ best, float* values,
                                                    int32_t* ids, int V, int size, int parts, int K) {
   __shared__ uint64_t entries[kRoom];
-  __shared__ int count;
+  __shared__ float found_values[kCounted];
+  __shared__ int reaching[kThreads];  // parts of which an entry reaches the bound
+  __shared__ int reaching_count, count;
   wait_for_previous();
+  let_next_start();
   const int thread = threadIdx.x, lane = thread % 32;
   const float* row = logits + size_t(blockIdx.x) * V;
-  // The maxima, once by part and once sorted.
-  __shared__ uint64_t maxima[kThreads];
-  maxima[thread] = entries[thread] = thread < parts ? best[size_t(blockIdx.x) * parts + thread] : 0;
-  if (thread == 0) count = 0;
+  values += size_t(blockIdx.x) * K, ids += size_t(blockIdx.x) * K;
+  if (thread == 0) reaching_count = count = 0;
+  // Upper half of the entry: the value alone. Equal values of other ids reach the bound, too.
+  const uint32_t mine = thread < parts ? uint32_t(best[size_t(blockIdx.x) * parts + thread] >> 32) : 0;
+  // The K-th largest, bit by bit; 0, below every entry, where there are fewer parts. The last bits would keep out few more.
+  uint32_t least = 0;
+#pragma unroll
+  for (int bit = 31; bit >= 32 - kBoundBits; bit--) {
+    const uint32_t higher = least | 1u << bit;
+    if (__syncthreads_count(mine >= higher) >= K) least = higher;
+  }
+  if (thread < parts && mine >= least) reaching[atomicAdd(&reaching_count, 1)] = thread;
   __syncthreads();
-  sort_descending(entries, kThreads);
-  // 0, below every entry, where there are fewer parts.
-  const uint64_t least = entries[K - 1];
-  __syncthreads();
-  for (int part = thread / 32; part < parts; part += kThreads / 32) {
-    if (maxima[part] < least) continue;
-    for (int i = part * size + lane; i < min(V, (part + 1) * size); i += 32) {
-      const uint64_t entry = order(row[i], i);
-      if (entry < least) continue;
-      const int at = atomicAdd(&count, 1);
-      if (at < kRoom) entries[at] = entry;
+  // A warp reads two parts at a time, and all it reads of them before it looks at it.
+  constexpr int kWarps = kThreads / 32, kTogether = 8;
+  for (int at = thread / 32; at < reaching_count; at += 2 * kWarps) {
+    const int first[2] = {reaching[at] * size, at + kWarps < reaching_count ? reaching[at + kWarps] * size : V};
+    for (int offset = lane; offset < size; offset += 32 * kTogether) {
+      float x[2][kTogether];
+#pragma unroll
+      for (int i = 0; i < 2 * kTogether; i++) {
+        const int within = offset + i % kTogether * 32, id = first[i / kTogether] + within;
+        x[i / kTogether][i % kTogether] = within < size && id < V ? row[id] : -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * kTogether; i++) {
+        const int within = offset + i % kTogether * 32, id = first[i / kTogether] + within;
+        const float value = x[i / kTogether][i % kTogether];
+        const uint64_t entry = order(value, id);
+        if (within >= size || id >= V || uint32_t(entry >> 32) < least) continue;
+        const int place = atomicAdd(&count, 1);
+        if (place < kRoom) entries[place] = entry;
+        if (place < kCounted) found_values[place] = value;
+      }
     }
   }
   __syncthreads();
   const int found = count;
+  if (found <= kCounted) {
+    if (thread < found) {
+      const uint64_t entry = entries[thread];
+      int before = 0;
+#pragma unroll 8
+      for (int i = 0; i < found; i++) before += entries[i] > entry;
+      if (before < K) ids[before] = id_of(entry), values[before] = found_values[thread];
+    }
+    return;
+  }
   if (found <= kRoom) {
-    int padded = 64;
+    int padded = kCounted;
     while (padded < found) padded *= 2;
     for (int i = found + thread; i < padded; i += kThreads) entries[i] = 0;
     __syncthreads();
     sort_descending(entries, padded);
   } else {
-    // No bound, because there are few parts: the largest below the last one, K times.
+    // Very many equal ones: the largest below the last one, K times.
+    __shared__ uint64_t largest[kThreads];
     uint64_t last = ~uint64_t(0);
     for (int k = 0; k < K; k++) {
-      uint64_t mine = 0;
+      uint64_t next = 0;
       for (int i = thread; i < V; i += kThreads) {
         const uint64_t entry = order(row[i], i);
-        if (entry < last) mine = larger(mine, entry);
+        if (entry < last) next = larger(next, entry);
       }
-      maxima[thread] = mine;
+      largest[thread] = next;
       __syncthreads();
       for (int step = kThreads / 2; step; step /= 2) {
-        if (thread < step) maxima[thread] = larger(maxima[thread], maxima[thread + step]);
+        if (thread < step) largest[thread] = larger(largest[thread], largest[thread + step]);
         __syncthreads();
       }
-      last = maxima[0];
+      last = largest[0];
       if (thread == 0) entries[k] = last;
       __syncthreads();
     }
   }
   for (int k = thread; k < K; k += kThreads) {
     const int id = id_of(entries[k]);
-    ids[size_t(blockIdx.x) * K + k] = id;
-    values[size_t(blockIdx.x) * K + k] = row[id];
+    ids[k] = id;
+    values[k] = row[id];
   }
-  let_next_start();
 }
 
 }  // namespace

@@ -50,6 +50,15 @@ def _plugin_cuda_limit(config: TextConfig) -> str:
     return ""
 
 
+def _plugin_attention_limit(config: TextConfig) -> str:
+    """A lane of a warp has D / 32 values of a head, which turn with those of one other lane."""
+    D, R = config.head_dim, config.rotary_dim
+    if D not in (32, 64, 128, 256) or R % (D // 16):
+        takes = "heads of 32, 64, 128 or 256 values, of which a multiple of a sixteenth turns"
+        return f"the native attention takes {takes}, and this model has {D} and {R}"
+    return ""
+
+
 def _builtin_cuda_limit(config: TextConfig) -> str:
     """ONNX Runtime 1.31's CUDA kernel leaves a state [Dv,Dk], which only shows where they differ."""
     Dk, Dv = config.linear_key_head_dim, config.linear_value_head_dim
@@ -70,6 +79,7 @@ _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
+_MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -104,11 +114,23 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
                 transaction=False,
             ),
         ),
-        "gated_attention": (Choice("builtin_cuda", (_GQA,), _rotary_limit),),
+        "gated_attention": (
+            Choice("plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit),
+            Choice("builtin_cuda", (_GQA,), _rotary_limit),
+        ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
     },
 }
+
+
+VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "cpu": {
+        "picture_attention": (Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI))),),
+        "place_features": (Choice("scatter", (Kernel("ScatterND", _AI),)),),
+    },
+}
+"""What a bundle that reads pictures needs besides."""
 
 
 OPTIONAL = ("top_logits",)
@@ -131,6 +153,20 @@ def choose(
             chosen[op] = candidates[reasons.index("")]
         elif op not in OPTIONAL:
             refusals.append(f"{op}: {'; or '.join(reasons)}")
+    return chosen, refusals
+
+
+def choose_vision(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:
+    """The lowering of each op of a bundle that reads pictures, and a message for each that has none."""
+    chosen, refusals = {}, []
+    if kernels.device not in VISION_CHOICES:
+        return {}, [f"the vision tower has no lowering for device {kernels.device} yet"]
+    for op, candidates in VISION_CHOICES[kernels.device].items():
+        missing = [[k.message(precision) for k in choice.kernels if not k.available(kernels, precision)] for choice in candidates]
+        if [] in missing:
+            chosen[op] = candidates[missing.index([])]
+        else:
+            refusals.append(f"{op}: {kernels.source} has no {kernels.device} kernel of {'; or of '.join(map(', '.join, missing))}")
     return chosen, refusals
 
 

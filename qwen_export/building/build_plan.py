@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen_export.building.stage_plan import plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
+from qwen_export.building.vision_plan import VisionPlan, plan_vision
 from qwen_export.building.weight_sizes import BYTES, group_sizes, weight_sizes
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
@@ -68,6 +69,8 @@ class BuildPlan:
     """The version of the ONNX standard."""
     engine: EngineOptions | None = None
     """How the graphs are compiled, None where the target's runtime does that."""
+    vision: VisionPlan = field(default_factory=VisionPlan)
+    """How the bundle reads pictures, or why it does not."""
     stages: tuple[int, ...] = (0,)
     """The first layer of each stage of the decoder."""
     checkpoint_notes: tuple[str, ...] = ()
@@ -82,7 +85,8 @@ class BuildPlan:
     def notes(self) -> list[str]:
         """For people: notes on the checkpoint, the precision plan where something is quantized, and why there is no draft head."""
         table = as_table(self.quantization, self.group_sizes) if self.quantization else []
-        return [*self.checkpoint_notes, *table, *([f"no draft head: {self.no_head}"] if self.no_head else [])]
+        missing = [("draft head", self.no_head), ("pictures", self.vision.reason)]
+        return [*self.checkpoint_notes, *table, *(f"no {what}: {why}" for what, why in missing if why)]
 
     @property
     def plugins(self) -> tuple[Path, ...]:
@@ -107,13 +111,15 @@ def plan_build(
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
+    vision: bool | None = None,
     plan_file: Path | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
     stages: int = 1,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `options`, `engine`
-    and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `options`,
+    `engine` and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is
+    wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -149,7 +155,10 @@ def plan_build(
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
-    tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored))]
+    seen = kernels_for(device) if chosen.vision_passes and device in chosen.devices else None
+    sight, blind = plan_vision(checkpoint, chosen, seen, activations, vision)
+    reasons += blind
+    tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored)), *sight.tensors()]
     if quantization is not None:
         check_one_format(quantization, (name for name, _ in tensors))
         if chosen.static:
@@ -164,20 +173,21 @@ def plan_build(
             fix="Change what is named, or choose another {target}, {device} or {precision}; `qwen-export inspect` lists what can be built.",
         )
     head = not form.no_head
-    check_tensors(checkpoint, mtp=head)
+    check_tensors(checkpoint, mtp=head, vision=sight.config)
     size = BYTES[activations]
     if quantization is not None and checkpoint.config.quantization:
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
         if chosen.engines:  # they have no zeros
             quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
-    sizes = weight_sizes(checkpoint, activations, form.choices, quantization, tensors, standard=chosen.static)
+    choices = form.choices | sight.choices
+    sizes = weight_sizes(checkpoint, activations, choices, quantization, tensors, standard=chosen.static)
     groups = group_sizes(sizes)
     return BuildPlan(
         chosen,
         device,
         precision,
         context,
-        form.choices,
+        choices,
         bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
         cache_bytes_per_token=cache_bytes_per_token(config, size, head=head),
@@ -185,7 +195,8 @@ def plan_build(
         no_head=form.no_head,
         quantization=quantization,
         group_sizes=groups,
-        graphs=form.graphs,
+        graphs={**form.graphs, **sight.graphs},
+        vision=sight,
         stages=plan_stages(stages, config, sizes, form.graphs),
         opset=form.opset,
         engine=compiled if chosen.engines else None,

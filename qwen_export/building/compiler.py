@@ -43,6 +43,7 @@ def build(
     mtp: bool = True,
     draft_vocab: int | None = None,
     lookup: bool = False,
+    vision: bool | None = None,
     plan_file: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
@@ -62,7 +63,8 @@ def build(
     `lora`: adapters that are merged into the weights in this order, as the directory that PEFT wrote, or DIR:SCALE.
     `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
-    without a head, too, the graph can verify drafts that come from the text. `dump_ir` is a directory for one text file per compiler
+    without a head, too, the graph can verify drafts that come from the text. `vision`: with the checkpoint's vision tower, to read
+    pictures; None where the checkpoint has one and the target can. `dump_ir` is a directory for one text file per compiler
     phase.
 
     With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
@@ -88,6 +90,7 @@ def build(
         mtp=mtp,
         draft_vocab=draft_vocab,
         lookup=lookup,
+        vision=vision,
         plan_file=Path(plan_file) if plan_file else None,
         options=options,
         engine=engine,

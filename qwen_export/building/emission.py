@@ -20,7 +20,7 @@ from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.formats.format_table import storage_summary
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
-from qwen_export.graphs.rotary import rotary_frequencies
+from qwen_export.graphs.rotary import rotary_axes, rotary_frequencies
 from qwen_export.graphs.weights.block_budget import block_budget
 from qwen_export.graphs.weights.journal import Journal
 from qwen_export.graphs.weights.weight_writer import Resume, weight_bytes, write_weights
@@ -164,7 +164,7 @@ def write_manifest(
             this_platform() if plan.plugins else "",
         ),
         max_context=plan.max_context,
-        rotary=RotarySpec(tuple(inv_freq), scaling),
+        rotary=RotarySpec(tuple(inv_freq), scaling, rotary_axes(text) if plan.vision.spec is not None else ()),
         graphs={name: _graph_spec(plan, name, model) for name, model in models.items()},
         files=files,
         references=references,
@@ -172,6 +172,7 @@ def write_manifest(
         stop_ids=stop_ids(source.text_directory, text.eos_token_ids),
         speculation=plan.speculation,
         engine=_engine_spec(plan, models),
+        vision=plan.vision.spec,
         precision_plan=_quantized_forms(source, plan.quantization)
         | {
             "weights": _weight_types(models.values(), plan.activations),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.pass_pipeline import run_passes
-from qwen_export.graphs.call_sizes import DECODER, HEAD
-from qwen_export.graphs.capture import capture_decoder, capture_mtp
+from qwen_export.graphs.call_sizes import DECODER, HEAD, TOWER
+from qwen_export.graphs.capture import capture_decoder, capture_mtp, capture_vision
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_dtypes
 from qwen_export.graphs.models.draft_head_model import mtp_config
@@ -38,7 +39,8 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
             opset=plan.opset,
         )
         models[name] = traced[graph.module].clone()
-        run_passes(models[name], plan.target, context, dump / name if dump else None)
+        target = replace(plan.target, passes=plan.target.vision_passes) if graph.module == TOWER else plan.target
+        run_passes(models[name], target, context, dump / name if dump else None)
     if len(plan.stages) > 1:
         stages = cut_stages(models.pop(DECODER), plan.stages)
         models = {stage_name(DECODER, number): stage for number, stage in enumerate(stages)} | models
@@ -46,12 +48,16 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
 
 
 def _capture(source: Checkpoint, plan: BuildPlan, module: str) -> ir.Model:
-    text = source.config.text
+    text, features = source.config.text, plan.vision.spec is not None
+    if module == TOWER:
+        if plan.vision.config is None:
+            raise ValueError("a plan without pictures has no tower")
+        return capture_vision(plan.vision.config, plan.activations)
     if module == HEAD:
         if plan.speculation is None:
             raise ValueError("a plan without speculation has no draft head")
-        model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab)
+        model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab, features=features)
     else:
-        model = capture_decoder(text, plan.activations)
+        model = capture_decoder(text, plan.activations, features=features)
     resolve_layout(model, text, StoredLayout.of(source))
     return model

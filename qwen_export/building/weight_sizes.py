@@ -47,7 +47,7 @@ def weight_sizes(
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width
         else:
-            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) == 2 else ""
+            read_by = "moe" if ".mlp.experts." in name else "linear" if len(shape) in (2, 5) else ""
             keeps = read_by in native and stored[name] == "BF16"
             nbytes = prod(shape) * BYTES["bf16" if keeps else precision]
         sizes[name] = WeightSize(prod(shape), nbytes)

@@ -18,8 +18,8 @@ def is_bundle(path: Path) -> bool:
 
 def inspect_bundle(path: str | Path) -> dict[str, Any]:
     """A JSON-able report: `model`, `target`, `precision` (the types of weights, activations and states), `sequence` (memory), `graphs` with
-    the tokens of a call (None: any number) and the slots of the caches, `files`, `speculation`, `engine` and `verification` as in the
-    manifest. Raises BundleError where the manifest cannot be read."""
+    the tokens of a call (None: any number) and the slots of the caches, `files`, `speculation`, `engine`, `pictures` and `verification` as
+    in the manifest. Raises BundleError where the manifest cannot be read."""
     directory = Path(path)
     manifest = load_manifest(directory)
     model, target = manifest.model, manifest.target
@@ -55,6 +55,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "sequence": _sequence(manifest),
         "speculation": _speculation(manifest),
         "engine": _engine(manifest),
+        "pictures": _pictures(manifest),
         "verification": {key: manifest.verification[key] for key in ("when", "passed") if key in manifest.verification},
     }
 
@@ -85,6 +86,20 @@ def _speculation(manifest: Manifest) -> dict[str, int] | None:
     if manifest.speculation is None:
         return None
     return {"max_draft": manifest.speculation.max_draft, "draft_vocab": manifest.speculation.draft_vocab}
+
+
+def _pictures(manifest: Manifest) -> dict[str, int] | None:
+    """How large pictures are seen, None where the bundle reads text only."""
+    spec = manifest.vision
+    if spec is None:
+        return None
+    per_token = spec.factor**2
+    return {
+        "min_pixels": spec.min_pixels,
+        "max_pixels": spec.max_pixels,
+        "pixels_per_token": per_token,
+        "most_tokens": spec.max_pixels // per_token,
+    }
 
 
 def _engine(manifest: Manifest) -> dict[str, Any] | None:

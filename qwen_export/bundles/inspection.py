@@ -26,7 +26,7 @@ def inspect_checkpoint(
 ) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
-    bundle and of a run, and whether it would have a draft head, or why not. `rope_scaling` as in `build`;
+    bundle and of a run, and whether it would have a draft head and read pictures, or why not. `rope_scaling` as in `build`;
     `targets`: only these, if any; `sms`: the compute capabilities that engines would be for."""
     checkpoint = open_checkpoint(path, rope_scaling)
     text = checkpoint.config.text
@@ -128,5 +128,7 @@ def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOp
                         "lowerings": lowerings,
                         "draft_head": not plan.no_head,
                         "no_draft_head": plan.no_head,
+                        "pictures": plan.vision.spec is not None,
+                        "no_pictures": plan.vision.reason,
                         "quantized_matrices": _becomes(plan),
                     }

@@ -60,6 +60,11 @@ if TYPE_CHECKING:
     help="Merge this PEFT adapter into the weights, at SCALE of its strength; may be given several times, in order.",
 )
 @click.option("--mtp/--no-mtp", default=True, show_default=True, help="With the checkpoint's draft head, for speculative decoding.")
+@click.option(
+    "--vision/--no-vision",
+    default=None,
+    help="With the checkpoint's vision tower, to read pictures; by default where it has one and the target can.",
+)
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
@@ -100,6 +105,7 @@ def command(
     mtp: bool,
     draft_vocab: int | None,
     lookup: bool,
+    vision: bool | None,
     plan_file: Path | None,
     dump_ir: Path | None,
     opset: int | None,
@@ -156,6 +162,7 @@ def command(
             mtp=mtp,
             draft_vocab=draft_vocab,
             lookup=lookup,
+            vision=vision,
             plan_file=plan_file,
             dump_ir=dump_ir,
             weights=weights,

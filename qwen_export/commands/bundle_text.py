@@ -25,6 +25,7 @@ def bundle_text(report: dict[str, Any]) -> str:
         _line("precision", "; ".join(formats) or report["precision"]),
         _line("needs", _needs(report)),
         _line("drafts", _drafts(report["speculation"])),
+        _line("pictures", _pictures(report["pictures"])),
     ]
     width = max(map(len, report["graphs"]))
     for number, (name, graph) in enumerate(report["graphs"].items()):
@@ -106,6 +107,12 @@ def _drafts(speculation: dict[str, int] | None) -> str:
         else "from the text (run --speculate lookup)"
     )
     return f"up to {speculation['max_draft']} a round, {by}"
+
+
+def _pictures(pictures: dict[str, int] | None) -> str:
+    if pictures is None:
+        return "none: it reads text only"
+    return f"a token per {pictures['pixels_per_token']} pixels, up to {pictures['most_tokens']} tokens each"
 
 
 def _verified(verification: dict[str, Any]) -> str:

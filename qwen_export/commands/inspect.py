@@ -66,17 +66,18 @@ def _text(report: dict[str, Any]) -> str:
             lines += [f"{'':32}{count} matrices {what}" for what, count in entry["quantized_matrices"].items()]
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
-    return "\n".join([*lines, *_no_draft_head(report["targets"])])
+    missing = [line for what in ("draft head", "pictures") for line in _without(report["targets"], what)]
+    return "\n".join([*lines, *missing])
 
 
-def _no_draft_head(targets: list[dict[str, Any]]) -> list[str]:
-    """A line for each reason why supported builds have no draft head."""
+def _without(targets: list[dict[str, Any]], what: str) -> list[str]:
+    """A line for each reason why supported builds have no draft head, or read no pictures."""
     without: dict[str, list[str]] = {}
-    supported = [entry for entry in targets if entry["supported"]]
+    supported, key = [entry for entry in targets if entry["supported"]], f"no_{what.replace(' ', '_')}"
     for entry in supported:
-        if entry["no_draft_head"]:
-            without.setdefault(entry["no_draft_head"], []).append(f"{entry['target']} {entry['device']} {entry['precision']}")
+        if entry[key]:
+            without.setdefault(entry[key], []).append(f"{entry['target']} {entry['device']} {entry['precision']}")
     return [
-        f"no draft head: {why}" if len(builds) == len(supported) else f"no draft head on {', '.join(builds)}: {why}"
+        f"no {what}: {why}" if len(builds) == len(supported) else f"no {what} on {', '.join(builds)}: {why}"
         for why, builds in without.items()
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 @click.option("--prompt-file", type=click.Path(path_type=Path), metavar="FILE", help="Read the prompt from a UTF-8 file instead.")
 @click.option("--chat", is_flag=True, help="Ask through the chat template; otherwise PROMPT is continued as it is.")
 @template_options("(implies --chat)")
+@click.option(
+    "--image",
+    "images",
+    type=str,
+    multiple=True,
+    metavar="FILE",
+    help="A picture that PROMPT is about (implies --chat); repeatable, in this order.",
+)
+@click.option("--video", "videos", multiple=True, metavar="FILE", help="A video that PROMPT is about, behind the pictures; repeatable.")
+@click.option("--max-pixels", type=int, metavar="N", help="Scale pictures down to so many pixels; 1024 of them are a token.")
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
 @sampling_options
 @answer_options
@@ -47,6 +57,9 @@ def command(
     prompt_file: Path | None,
     chat: bool,
     template: dict[str, Any],
+    images: tuple[str, ...],
+    videos: tuple[str, ...],
+    max_pixels: int | None,
     max_new_tokens: int | None,
     sampling: dict[str, Any],
     answer: AnswerFlags,
@@ -62,12 +75,15 @@ def command(
         raise click.UsageError("--logprobs needs --json")
     with needed_for("run"):
         from qwen_export.runtimes.model import load
+        from qwen_export.runtimes.vision.chat_media import MediaOptions
+
     tools, options = answer.tools(), answer.options()
     text = read_prompt(prompt, prompt_file)
     hash_with_progress(bundle)
     model = load(bundle, max_context=max_context, **loading)
-    chats = chat or bool(template) or answer.needs_chat
-    messages = _messages(text, template.pop("system", None)) if chats else []
+    chats = chat or bool(template or images or videos) or answer.needs_chat
+    messages = _messages(text, images, videos, template.pop("system", None)) if chats else []
+    media = None if max_pixels is None else MediaOptions(max_pixels=max_pixels)
     params = _sampling(model, sampling, template, chats)
 
     def generation(number: int, progress: Callable[[int, int], None]) -> Generation:
@@ -75,7 +91,7 @@ def command(
         seeded = params if params.seed is None else dataclasses.replace(params, seed=params.seed + number)
         common: dict[str, Any] = {"sampling": seeded, "max_new_tokens": max_new_tokens, "stop": answer.stop, "answer": options}
         if chats:
-            return model.stream(messages, tools=tools, progress=progress, **common, **template)
+            return model.stream(messages, tools=tools, progress=progress, media=media, **common, **template)
         return model.complete(text, progress=progress, **common)
 
     generations, results = [], []
@@ -97,8 +113,10 @@ def command(
         click.echo(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def _messages(prompt: str, system: str | None) -> list[dict[str, Any]]:
-    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": prompt}]
+def _messages(prompt: str, images: Sequence[str], videos: Sequence[str], system: str | None) -> list[dict[str, Any]]:
+    media = [{"type": kind, kind: file} for kind, files in (("image", images), ("video", videos)) for file in files]
+    content = [*media, {"type": "text", "text": prompt}] if media else prompt
+    return [*([{"role": "system", "content": system}] if system is not None else []), {"role": "user", "content": content}]
 
 
 def _sampling(model: Model, given: dict[str, Any], template: dict[str, Any], chats: bool) -> SamplingParams:

@@ -103,13 +103,15 @@ def _ranges(session: Any, address: str, headers: dict[str, str]) -> Callable[[in
 @contextmanager
 def _reported(name: HubName, options: HubOptions) -> Iterator[None]:
     """Errors of the hub and of the network as ours; no bars where none are wanted."""
-    import httpx
     from huggingface_hub import errors
     from huggingface_hub.utils import disable_progress_bars
 
     if not options.bars:
         disable_progress_bars()
 
+    # Of the library that huggingface_hub sends requests with: releases differ.
+    bases = [kind for kind in errors.HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"]
+    network: tuple[type[Exception], ...] = (*(kind for kind in bases if issubclass(kind, Exception)), OSError)
     where = f"{name}" + (f" at {options.revision}" if options.revision else "")
 
     def failed(what: str, error: Exception, fix: str) -> CheckpointError:
@@ -126,7 +128,7 @@ def _reported(name: HubName, options: HubOptions) -> Iterator[None]:
         raise failed("the model has no such revision", error, "Give a branch, a tag or a commit as {revision}.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise failed("there is no such directory, and the model is not in the cache", error, _ONLINE) from error
-    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except network as error:
         raise failed("there is no such directory, and the model could not be downloaded", error, f"Try again. {_ONLINE}") from error
 
 

@@ -1,9 +1,10 @@
 """Proof that a bundle is the model it was built from.
 
 The compiled artifact is run through its own runtime and compared with the eager modules in fp32, and with transformers where that is
-installed: a prompt in one call, the same prompt in chunks, token by token, after a rewind, and greedy continuation. The result is stored
-in the bundle's manifest. Where weights are quantized, the reference of these runs has the values that the codes stand for, so that a wrong
-code shows however coarse the format is; what the format costs is a check of its own, against the weights of the checkpoint.
+installed: a prompt in one call, the same prompt in chunks, token by token, after a rewind, and greedy continuation; and the vision tower
+with a prompt that holds pictures. The result is stored in the bundle's manifest. Where weights are quantized, the reference of these runs
+has the values that the codes stand for, so that a wrong code shows however coarse the format is; what the format costs is a check of its
+own, against the weights of the checkpoint.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen_export.building.build_plan import activation_precision
 from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.adapters.adapter_hash import recorded_adapters
@@ -38,6 +40,10 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.model import Model, load
 from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
+from qwen_export.verification.tower_check import FEATURE_TOLERANCE, PictureRun, eager_features, eager_logits, run_pictures
+
+if TYPE_CHECKING:
+    from qwen_export.graphs.models.text_model import TextModel
 
 # Largest allowed |error| of a logit, in standard deviations of the reference's logits. transformers itself, in fp16 and bf16, is off by
 # 0.05 and 0.34 on the 0.8B shape.
@@ -110,6 +116,16 @@ def verify(
     checks += [compared(name, against, got, rows[: len(ids)], "activations") for name, got in run.logits.items()]
     checks.append(run.rewind)
     checks.append(_greedy(run.chosen, rows[len(ids) - 1 : -1], limit))
+    if run.pictures is not None:
+        plan = reference_plan(source, manifest.precision_plan) if quantized else None
+        wanted = eager_features(source, manifest, run.pictures, plan)
+        share = FEATURE_TOLERANCE[arithmetic(manifest, activation_precision(manifest.target.precision, manifest.target.device))]
+        checks += [
+            _logits("vision tower", against, got, exact, share * float(np.abs(exact).max()))
+            for got, exact in zip(run.pictures.features, wanted, strict=True)
+        ]
+        rows = eager_logits(_streamed(source, plan, say, "eager with pictures"), run.pictures, wanted)
+        checks.append(compared("pictures", against, run.pictures.logits, rows, "activations"))
     skipped = _no_transformers(source)
     if not skipped:
         say("transformers", 0, 0)
@@ -129,11 +145,13 @@ def verify(
 
 @dataclasses.dataclass(frozen=True)
 class _BundleRun:
-    """What the bundle made of a text: logits [T,V] by the way it was read, the check of going back, and the tokens that follow."""
+    """What the bundle made of a text: logits [T,V] by the way it was read, the check of going back, and the tokens that follow; and of
+    pictures, where it reads them."""
 
     logits: dict[str, Logits]
     rewind: Check
     chosen: list[int]
+    pictures: PictureRun | None
 
 
 def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
@@ -149,7 +167,7 @@ def _run_bundle(model: Model, ids: list[int], say: Report) -> _BundleRun:
     while len(chosen) < GREEDY_TOKENS:
         say("greedy continuation, tokens", len(chosen), GREEDY_TOKENS)
         chosen.append(decoder.step([chosen[-1]])[0].argmax())
-    return _BundleRun(logits, rewind, chosen)
+    return _BundleRun(logits, rewind, chosen, run_pictures(model))
 
 
 def reference_checkpoint(manifest: Manifest, reference: str | Path, lora: Sequence[str | Path | AdapterSource] = ()) -> Checkpoint:
@@ -241,10 +259,14 @@ def _greedy(chosen: list[int], rows: Logits, limit: float) -> Check:
 def _eager(source: Checkpoint, quantization: PrecisionPlan | None, ids: list[int], say: Report, name: str) -> Logits:
     """Logits [T,V] of the eager modules in fp32 with the checkpoint's weights, or what a plan makes of them."""
     from qwen_export.graphs.models.eager_sequence import EagerSequence
+
+    return EagerSequence(_streamed(source, quantization, say, name), len(ids)).read(ids)
+
+
+def _streamed(source: Checkpoint, quantization: PrecisionPlan | None, say: Report, name: str) -> TextModel:
     from qwen_export.verification.streamed_decoder import streamed_decoder
 
-    model = streamed_decoder(source, quantization, lambda layer, count: say(f"{name}, layers", layer, count))
-    return EagerSequence(model, len(ids)).read(ids)
+    return streamed_decoder(source, quantization, lambda layer, count: say(f"{name}, layers", layer, count))
 
 
 def _no_transformers(source: Checkpoint) -> str:

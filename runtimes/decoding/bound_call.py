@@ -117,5 +117,6 @@ class BoundCall:
         # A recorded step keeps the value it was recorded with: the number of cache rows is right for all of them.
         write("total_length", [self._cache_rows if self.recorded else max(lengths) + self._T])
         for name, value in controls.items():
-            write(name, value)
+            if value:
+                write(name, value)
         self._controls.send()

@@ -39,13 +39,15 @@ def plan_calls(
 
     Reads in neighboring slots share a call where all commit or none does: their memory is one piece. `lengths`: tokens that each slot has,
     `capacity`: tokens that it has room for, padding included. `alone(slot)`: the sequence shares no call, whatever it reads; nor does a
-    read with positions of its own."""
+    read with positions of its own, or with pictures."""
     if len(reads) == 1:
         return [[0]]
 
     def joins(call: Sequence[int], index: int) -> bool:
         last, read = reads[call[-1]], reads[index]
         if read.slot != last.slot + 1 or read.commit != last.commit or read.positions is not None or last.positions is not None:
+            return False
+        if read.places or last.places:
             return False
         if alone(read.slot) or alone(last.slot):
             return False

@@ -15,7 +15,8 @@ _QUANTIZED_CHUNK, _MOE_CHUNK = 96, 512
 class CallShape(NamedTuple):
     """`b` sequences from slot `first` on, `T` new tokens each, logits of the last `rows`. `commit`: the tokens enter the state.
     `pending`, `stride`: the set of pending inputs that the call reads; `leaves`: the stride of the other one, where it leaves its own, 0
-    where it commits. `own`: its sequence has rotary tables of its own. `turn`: which of several equal calls that run at a time."""
+    where it commits. `own`: its sequence has rotary tables of its own. `turn`: which of several equal calls that run at a time.
+    `features`: tokens of pictures."""
 
     b: int
     T: int
@@ -27,15 +28,19 @@ class CallShape(NamedTuple):
     leaves: int = 0
     own: bool = False
     turn: int = 0
+    features: int = 0
 
     def comes_back(self, chunk: int) -> bool:
         """Steps, drafts, whole chunks and powers of two do; odd sizes of prompts' ends do not."""
-        return not self.commit or self.T in (1, chunk) or _is_power(self.T)
+        return not self.commit or ((self.T in (1, chunk) or _is_power(self.T)) and self.features in (0, self.T))
 
-    def repeats(self, slots: int) -> bool:
-        """Whether a call is worth recording: a verify, or a step of all sequences or the first 1, 2, 4, 8, ..."""
-        step = self.T == 1 and self.rows == 1 and self.first == 0
-        return not self.commit or (step and (self.b == slots or _is_power(self.b)))
+    def repeats(self, slots: int, width: int) -> bool:
+        """Whether a call is worth recording: a verify behind one as long, or a step of all sequences or the first 1, 2, 4, 8, ...
+        `width`: the stride of a set that single sequences fill."""
+        if not self.commit:
+            return self.stride == self.leaves
+        step = self.T == 1 and self.rows == 1 and self.first == 0 and self.stride == width
+        return step and (self.b == slots or _is_power(self.b))
 
 
 # Stages read pieces of a prompt side by side: so many tokens are one piece, and so many pieces one read. Filling and emptying the stages

@@ -74,6 +74,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    sees: bool = False
+    """Whether reads may have features of pictures."""
     shares_pasts: bool = False
     """Whether several tokens of several sequences, each behind its own past, share a call."""
     idle_rows: int = 0
@@ -371,10 +373,8 @@ class Decoder(ABC):
                     expected=f"at most {self.chunk}",
                     fix="Read them with prefill(), or in several reads.",
                 )
-            if read.embeddings is not None:
-                raise QwenExportError(
-                    "the graphs of this bundle read token ids only", got="embeddings", fix="Give token ids, without pictures or video."
-                )
+            if len(read.places) and not self.sees:
+                raise QwenExportError("the graphs of this bundle read text only", got="pictures", fix="Build it again with {vision}.")
         if len(reads) > 1 and len({read.slot for read in reads}) < len(reads):
             raise ParameterError("a slot is read twice in one run", parameter="reads", fix="Put the tokens of a slot into one read.")
         for read in reads:

@@ -12,11 +12,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_export.errors import ParameterError
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Row
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
+
+Feature = npt.NDArray[np.generic]
+"""One row of the tower's results, [H]."""
 
 WAITING = 256
 """Plain steps whose hidden states wait, besides those of one prompt chunk: so few calls that a stream without drafts is not slower."""
@@ -35,6 +39,8 @@ class DraftHead(ABC):
         """Rows that the head's cache holds of the text that the decoder has read, by slot."""
         self._bases = [0] * slots
         """The position whose hidden state is the log's first row; the last row is that of the last token read."""
+        self._seen: list[dict[int, Feature]] = [{} for _ in range(slots)]
+        """What stands for tokens of pictures that the head has not read, by slot and position."""
         self.binding_s = 0.0
         """Seconds spent on bindings, and on recording them."""
 
@@ -62,6 +68,10 @@ class DraftHead(ABC):
         row = self._row_bytes
         self._log.copy_from(hidden, self._at(slot, self._known(slot) - count - self._bases[slot]), start * row, count * row)
 
+    def see(self, slot: int, start: int, features: npt.NDArray[np.generic], places: Sequence[int]) -> None:
+        """The decoder reads features of pictures as tokens `start` + `places` of the sequence: the head needs them, too."""
+        self._seen[slot].update((start + place, row) for place, row in zip(places, features, strict=True))
+
     def cut(self, slot: int) -> None:
         self.lengths[slot] = min(self.lengths[slot], max(0, self._known(slot) - 1))
 
@@ -72,6 +82,7 @@ class DraftHead(ABC):
         return self._log.read(self._at(slot, known - 1 - self._bases[slot]), self._row_bytes) if known else np.zeros(0, np.uint8)
 
     def load(self, slot: int, waiting: Bytes) -> None:
+        self._seen[slot].clear()
         self._bases[slot] = self.lengths[slot] = max(0, self._known(slot) - 1)
         self._log.write(waiting, self._at(slot, 0))
 
@@ -112,7 +123,15 @@ class DraftHead(ABC):
     def _read(self, slot: int, tokens: Sequence[int], rows: int) -> Row:
         made = self._read_rows(slot, tokens, self._at(slot, self.lengths[slot] - self._bases[slot]), rows)
         self.lengths[slot] += len(tokens)
+        if self._seen[slot]:  # row i has read token i + 1
+            self._seen[slot] = {at: row for at, row in self._seen[slot].items() if at > self.lengths[slot]}
         return made
+
+    def _features(self, slot: int, start: int, count: int) -> tuple[list[int], list[Feature]]:
+        """Which of `count` rows, from the one `start` behind those that are read, pair a token of a picture, and what stands for it."""
+        seen, first = self._seen[slot], self.lengths[slot] + 1 + start
+        places = [place for place in range(count) if first + place in seen] if seen else []
+        return places, [seen[first + place] for place in places]
 
     @abstractmethod
     def _read_rows(self, slot: int, tokens: Sequence[int], at: int, rows: int) -> Row:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from qwen_export.bundle_contract import FEATURES
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.bound_call import BoundCall, LogitsMemory, wanted_rows
@@ -20,6 +21,7 @@ from qwen_export.runtimes.decoding.call_plan import Sharing, plan_calls
 from qwen_export.runtimes.decoding.call_shape import PIECES, CallShape, prompt_piece
 from qwen_export.runtimes.decoding.decoder import Decoder, Logits
 from qwen_export.runtimes.decoding.dynamic_draft_head import DynamicDraftHead
+from qwen_export.runtimes.decoding.features_memory import features_memory, rows_of
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.prompt_pieces import PromptPieces
 from qwen_export.runtimes.decoding.read import Read
@@ -27,12 +29,14 @@ from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
-from qwen_export.runtimes.memory.buffers import Buffer, Bytes
-from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, settle
+from qwen_export.runtimes.memory.buffers import Buffer, Bytes, as_bytes
+from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back, settle
 
 _LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
 _CPU_IDLE_ROWS = 3
+_WARM_ROWS = 8
+"""Sequences up to which verifies in common are made ready before the first answer; with more, drafts rarely pay."""
 _PADDING = {"cpu": _CPU_IDLE_ROWS, "cuda": 256}
 
 
@@ -74,20 +78,18 @@ class DynamicDecoder(Decoder):
         shape = (max(self._piece, batch), int(hidden.shape[-1]) if hidden else 0)
         self._hidden = [session.device_of("hidden").buffer(hidden.dtype, shape) for _ in range(turns)] if hidden else []
         self._pieces = PromptPieces(self._piece, turns, self._hidden, self.tables, self._transaction, self._call)
+        self._features = features_memory(session, self._piece)
+        self.sees = self._features is not None
         self.head = (
             DynamicDraftHead(head_session, self, self.tables, self._room, self._sharing.padding) if head_session is not None else None
         )
 
     def read(self, ids: Sequence[int], slot: int = 0) -> Logits:
         """Read at most `chunk` tokens; returns the logits of all of them, f32[T,V]."""
-        made = []
-        for start in range(0, len(ids), self._piece):
-            part = ids[start : start + self._piece]
-            [rows] = self.run([Read(slot, part, logits=len(part))])
-            made.append(rows.array)
-            if len(part) < len(ids):
-                made[-1] = made[-1].copy()  # the next call writes to the same memory
-        return made[0] if len(made) == 1 else np.concatenate(made)
+        parts = [ids[start : start + self._piece] for start in range(0, max(1, len(ids)), self._piece)]
+        if len(parts) == 1:
+            return self.run([Read(slot, ids, logits=len(ids))])[0].array
+        return np.concatenate([self.run([Read(slot, part, logits=len(part))])[0].array.copy() for part in parts])
 
     def plan(self, reads: Sequence[Read]) -> list[list[int]]:
         return plan_calls(reads, self._sharing, self.lengths, self.tables.own, self._room.rows)
@@ -115,7 +117,7 @@ class DynamicDecoder(Decoder):
                 for slot in slots:
                     self.head.reserve(slot, 1)
             pending, stride = self._transaction.gather(slots)
-            shape = CallShape(b, 1, 1, first, True, pending, stride)
+            shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
             call = self._call(shape)
             rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
             if self.observer is not None:
@@ -132,8 +134,10 @@ class DynamicDecoder(Decoder):
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
         one, b, counts = reads[0], len(reads), [len(read.ids) for read in reads]
-        if b == 1 and counts[0] > self._piece:
+        if b == 1 and counts[0] > self._piece and not one.places:
             return [self._pieces.read(one, self.sequences[one.slot], self.head)]
+        if b == 1 and counts[0] > self._piece:  # features have memory for one call
+            return [self._execute([part])[0] for part in one.parts(self._piece, self.sequences[one.slot].length)][-1:]
         first, slots, T = one.slot, range(one.slot, one.slot + b), max(counts)
         sequences = self.sequences[first : first + b]
         with Change(sequences):
@@ -149,16 +153,22 @@ class DynamicDecoder(Decoder):
                     self.head.reserve(slot, count)
                 if one.positions is not None or self.tables.own(slot):
                     self.tables.place(slot, self.sequences[slot].length, one.positions, T)
-            shape = CallShape(b, T, max(read.logits for read in reads), first, one.commit, pending, stride, leaves, self.tables.own(first))
+            own, logits = self.tables.own(first), max(read.logits for read in reads)
+            stride = stride or leaves or self._transaction.width
+            shape = CallShape(b, T, logits, first, one.commit, pending, stride, leaves, own, features=len(one.places))
             call = self._call(shape)
+            if one.features is not None and self._features is not None:
+                self._features.write(as_bytes(one.features))
             if b == 1:
-                rows = self._launch(call, shape, one.ids, counts)
+                rows = self._launch(call, shape, one.ids, counts, places=one.places)
             else:
                 ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
                 rows = self._launch(call, shape, ids, counts, [read.logits for read in reads])
             if self.observer is not None:
                 self.observer(sequences[0].length, T, call.results)
             for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
+                if self.head is not None and read.features is not None:
+                    self.head.see(slot, sequence.length, read.features, read.places)
                 sequence.extend(read.ids, read.media, commit=read.commit)
                 if read.commit:
                     self._transaction.committed(slot)
@@ -169,7 +179,13 @@ class DynamicDecoder(Decoder):
         return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
     def _launch(
-        self, call: BoundCall, shape: CallShape, ids: Sequence[int], counts: Sequence[int], logits: Sequence[int] | None = None
+        self,
+        call: BoundCall,
+        shape: CallShape,
+        ids: Sequence[int],
+        counts: Sequence[int],
+        logits: Sequence[int] | None = None,
+        places: Sequence[int] = (),
     ) -> Rows:
         slots = range(shape.first, shape.first + shape.b)
         return call.run(
@@ -178,6 +194,7 @@ class DynamicDecoder(Decoder):
             logits and wanted_rows(shape.T, counts, logits, shape.rows),
             accepted=[self._transaction.accepted[slot] for slot in slots],
             commit=counts if shape.commit else [0] * shape.b,
+            places=places,
         )
 
     def _accept(self, count: int, slot: int) -> None:
@@ -208,11 +225,14 @@ class DynamicDecoder(Decoder):
         else:
             for pending in (0, 1) if longest > 1 else (0,):
                 for count in sorted({1 << power for power in range(self.batch.bit_length())} | {self.batch}):
-                    shape = CallShape(count, 1, 1, 0, True, pending, self._transaction.width)
-                    if shape not in self._calls:
-                        self._bind(shape)
+                    shapes = [CallShape(count, 1, 1, 0, True, pending, self._transaction.width)]
+                    if self.shares_pasts and count <= _WARM_ROWS:
+                        shapes += [CallShape(count, T, T, 0, False, pending, T, T) for T in range(2, longest + 1)]
+                    for shape in shapes:
+                        if shape not in self._calls:
+                            self._bind(shape)
         if self.head is not None and longest > 1:
-            self.head.prepare(longest)
+            self.head.prepare(longest, min(self.batch, _WARM_ROWS) if self.shares_pasts else 1)
 
     @property
     def records(self) -> bool:
@@ -299,13 +319,10 @@ class DynamicDecoder(Decoder):
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
         settle(self.session.device)
 
-    @property
-    def _one_gpu(self) -> bool:
-        """Whether all states are on one GPU: copies of states on several go through the host."""
-        return self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
-
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
-        return DeviceCopies(nbytes, self.session.device.index) if on_device and self._one_gpu else HostCopies()
+        """Where states are on several devices, copies go through the host."""
+        one_gpu = self.session.device.kind == "cuda" and len({self.session.device_of(name) for name in self.states}) == 1
+        return DeviceCopies(nbytes, self.session.device.index) if on_device and one_gpu else HostCopies()
 
     def _cache_names(self) -> list[str]:
         return list(self._caches())
@@ -365,24 +382,19 @@ class DynamicDecoder(Decoder):
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
         places += [place for slot in slots for place in self._transaction.held(slot).values()]
-        kept = []
-        for buffer, offset, nbytes in places:
-            copy = buffer.alike(nbytes)
-            copy.copy_from(buffer, 0, offset, nbytes)
-            kept.append((buffer, offset, copy))
-        try:
+        with put_back(places):
             self._launch(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
-        finally:
-            for buffer, offset, copy in kept:
-                buffer.copy_from(copy, offset, 0, copy.nbytes)
 
     def _bound(self, shape: CallShape) -> BoundCall:
-        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride}
+        dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride, "K": shape.features}
         states = {name: buffer.rows(shape.first, shape.b) for name, buffer in self.states.items()}
+        if self._features is not None:
+            states[FEATURES] = rows_of(self._features, shape.features)
         inputs = states | self.tables.of(shape.first) | self._transaction.inputs(shape.pending, shape.stride, shape.first, shape.b)
         outputs = {state.after: states[state.name] for state in self.session.spec.states if not state.pending}
         outputs |= self._transaction.outputs(shape.pending, shape.leaves, shape.first, dims)
         if self._hidden:
             hidden = self._hidden[shape.turn]
             outputs["hidden"] = hidden.part(hidden.dtype, (shape.b, shape.T, hidden.shape[-1]))
-        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=shape.repeats(self.batch))
+        repeated = shape.repeats(self.batch, self._transaction.width)
+        return BoundCall(self.session, dims, shape.first, inputs, outputs, self._logits, repeated=repeated)

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.sampling.logprobs import PromptRecorder
@@ -89,10 +90,10 @@ class Statistics:
 
 @dataclass
 class Request:
-    """A prompt, and when to stop. `media` are its pictures and videos. `mark_at`: tokens of the prompt that the next turn's prompt will
-    begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of `time.monotonic()` after which an engine ends the
-    answer. `progress` is called while the prompt is read, with the tokens read so far and all of them. `named_stop_ids`: those of
-    `stop_ids` that the caller named."""
+    """A prompt, and when to stop. `media` are its pictures and videos, `pictures` is what stands for their tokens. `mark_at`: tokens of the
+    prompt that the next turn's prompt will begin with; `user_turn`: they end with a turn of the user. `deadline`: seconds of
+    `time.monotonic()` after which an engine ends the answer. `progress` is called while the prompt is read, with the tokens read so far
+    and all of them. `named_stop_ids`: those of `stop_ids` that the caller named."""
 
     ids: Sequence[int]
     sampler: Sampler
@@ -103,6 +104,7 @@ class Request:
     reason: Finish = "cancelled"
     """What `Statistics.finish` becomes when `cancelled` is set."""
     media: tuple[Media, ...] = ()
+    pictures: PromptPictures | None = None
     progress: Callable[[int, int], None] | None = None
     user_turn: bool = True
     deadline: float | None = None
@@ -173,7 +175,8 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
     started = time.perf_counter()
     statistics.prompt_tokens = len(request.ids)
     history = TokenHistory(request.ids)
-    read = reuse.read(Prompt(tuple(request.ids), request.media), request.mark_at, request.go_on, request.prompt_recorder)
+    prompt = Prompt(tuple(request.ids), request.media)
+    read = reuse.read(prompt, request.mark_at, request.go_on, request.prompt_recorder, request.pictures)
     statistics.reused_tokens = read.reused
     if read.rows is None:
         statistics.finish = request.reason

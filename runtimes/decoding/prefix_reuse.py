@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Rows
-from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures, prompt_read
 from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.decoding.snapshot import Mark
 from qwen_export.runtimes.sampling.logprobs import PromptRecorder
@@ -42,9 +42,10 @@ class PrefixReuse:
         mark_at: int | None = None,
         go_on: Continue = lambda read: True,
         recorder: PromptRecorder | None = None,
+        pictures: PromptPictures | None = None,
     ) -> Reading:
-        """Bring the sequence to `prompt`, setting a mark after `mark_at` of its tokens. `reused` tokens did not have to be read: none where
-        a recorder gets the logits of all."""
+        """Bring the sequence to `prompt`, with what its `pictures` add, setting a mark after `mark_at` of its tokens. `reused` tokens did
+        not have to be read: none where a recorder gets the logits of all."""
         if recorder is None:
             self._go_back(prompt)
         else:
@@ -60,9 +61,9 @@ class PrefixReuse:
             for start, stop, logits in self.decoder.parts(cut - position, self.slot, chunk, want_logits=last):
                 if not go_on(position + start):
                     return Reading(None, reused)
-                media = tuple(m for m in prompt.media if position + start < m.start + m.count <= position + stop)
-                ids, wanted = prompt.ids[position + start : position + stop], logits if recorder is None else stop - start
-                [rows] = self.decoder.run([Read(self.slot, ids, logits=wanted, media=media)])
+                wanted = logits if recorder is None else stop - start
+                read = prompt_read(self.slot, prompt.ids, position + start, position + stop, prompt.media, pictures, wanted)
+                [rows] = self.decoder.run([read])
                 if recorder is not None:
                     recorder.add(rows, prompt.ids[position + start + 1 : position + stop + 1])
                     rows = rows.part(stop - start - 1)

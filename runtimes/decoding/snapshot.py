@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwen_export.runtimes.decoding.rotary_tables import Positions
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.memory.buffers import Bytes
 from qwen_export.runtimes.memory.copies import Kept
@@ -24,7 +25,7 @@ class Mark:
     pending: dict[str, Kept] = field(default_factory=dict)
     waiting: Bytes = field(default_factory=lambda: np.zeros(0, np.uint8))
     media: tuple[Media, ...] = ()
-    positions: tuple[int, ...] | None = None
+    positions: Positions | None = None
 
     @property
     def prompt(self) -> Prompt:

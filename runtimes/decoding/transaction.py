@@ -75,10 +75,11 @@ class Transaction:
         return made
 
     def gather(self, slots: Iterable[int]) -> tuple[int, int]:
-        """Bring what is pending in these slots into one set; returns which, and its stride."""
+        """Bring what is pending in these slots into one set; returns which, and its stride. 0 and 0 where nothing is pending: then it does
+        not matter what a call reads."""
         pending = [slot for slot in slots if self.accepted[slot]]
         if not pending:
-            return 0, self.width
+            return 0, 0
         which = self._set_of[pending[0]]
         moving = [slot for slot in pending if self._set_of[slot] != which]
         if moving:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from qwen_export.runtimes.memory import cuda_memory
@@ -56,6 +59,21 @@ def put(target: Buffer, offset: int, pitch: int, kept: Kept, height: int = 1) ->
     rows = kept.reshape(height, width)
     for row in range(height):
         target.write(rows[row], offset + row * pitch)
+
+
+@contextmanager
+def put_back(places: Iterable[tuple[Buffer, int, int]]) -> Iterator[None]:
+    """What is in these places, from a byte on and so many bytes, is there again afterwards. The copies stay on the device."""
+    kept = []
+    for buffer, offset, nbytes in places:
+        copy = buffer.alike(nbytes)
+        copy.copy_from(buffer, 0, offset, nbytes)
+        kept.append((buffer, offset, copy))
+    try:
+        yield
+    finally:
+        for buffer, offset, copy in kept:
+            buffer.copy_from(copy, offset, 0, copy.nbytes)
 
 
 def settle(device: Device) -> None:

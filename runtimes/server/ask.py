@@ -13,11 +13,15 @@ from qwen_export.runtimes.model import Model
 from qwen_export.runtimes.server.message_media import check_media
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
+from qwen_export.runtimes.vision.chat_media import MediaOptions
+from qwen_export.runtimes.vision.picture_source import MediaAccess
 
 _LARGE = 100_000
 """Characters of a text that is not worth a look."""
 _SHRINK = 4
 """How much shorter the tokenizer's normalization may make a text, with room."""
+_MEDIA = MediaOptions(MediaAccess(files=False), max_pixels=2 << 20)
+"""Clients send pictures themselves and read no file of this machine. One of 2 megapixels has the engine's thread for seconds on a CPU."""
 Prompt = str | Sequence[int]
 
 
@@ -87,6 +91,7 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
             stop=ask.stop,
             answer=ask.limited_options,
             template_kwargs=known or None,
+            media=_MEDIA,
             **ask.template,
         )
     return first.several(ask.n)

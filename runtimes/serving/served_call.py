@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.decoding.sequence import Media, Prompt
+from qwen_export.runtimes.decoding.prompt_pictures import prompt_read, read_at
+from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.decoding.snapshot import Snapshot
 from qwen_export.runtimes.sampling.token_history import TokenHistory
 from qwen_export.runtimes.serving.token_stream import Inbox
@@ -50,9 +53,13 @@ class ServedCall:
         limit = self.request.max_new_tokens
         return None if limit is None else limit - self.statistics.new_tokens
 
-    def media(self, start: int, stop: int) -> tuple[Media, ...]:
-        """Those that tokens `start` .. `stop - 1` complete."""
-        return tuple(m for m in self.request.media if start < m.start + m.count <= stop)
+    def verify(self, start: int, ids: Sequence[int]) -> Read:
+        """The open read of token `start` of the text, the last, and of drafts behind it."""
+        return read_at(self.slot, ids, start, self.request.media, self.request.pictures, logits=len(ids), commit=False)
+
+    def read(self, start: int, stop: int, logits: int = 1) -> Read:
+        """The read of tokens `start` .. `stop - 1` of the text."""
+        return prompt_read(self.slot, self.text, start, stop, self.request.media, self.request.pictures, logits)
 
     def give(self, tokens: list[int], now: float) -> list[int]:
         """Tokens of a step that were there at `now`, of which those up to the end of the answer are given out. They join the text;

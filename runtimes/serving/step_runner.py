@@ -186,6 +186,8 @@ class StepRunner:
         calls, places, tokens, sequences = [], [], [], self.decoder.sequences
         first = next(one if isinstance(one, int) else one.slot for one in group)
         pictures = any(not isinstance(one, int) and one.request.media for one in group)
+        if pictures:
+            group = [one for one in group if isinstance(one, int) or self._sees(one)]
         for place, one in enumerate(group):
             if isinstance(one, int):
                 self._clear(one)
@@ -194,6 +196,8 @@ class StepRunner:
                 places.append(place)
                 calls.append(one)
                 tokens.append(one.text[len(sequences[one.slot].tokens)])
+        if not calls:
+            return 0
         for call in calls:
             if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
                 call.request.sampler.ahead(call.history)
@@ -213,10 +217,21 @@ class StepRunner:
         """As `Decoder.advance`, where a token may be the last one of a picture."""
         reads = []
         for one, token in zip(group, tokens, strict=True):
-            slot = one if isinstance(one, int) else one.slot
-            length = self.decoder.sequences[slot].length
-            reads.append(Read(slot, (token,), media=() if isinstance(one, int) else one.media(length, length + 1)))
+            reads.append(Read(one, (token,)) if isinstance(one, int) else self._read_one(one))
         return JoinedRows(self.decoder.run(reads))
+
+    def _read_one(self, call: ServedCall) -> Read:
+        length = self.decoder.sequences[call.slot].length
+        return call.read(length, length + 1)
+
+    def _sees(self, call: ServedCall) -> bool:
+        """Whether the picture that the next token may belong to could be encoded; a call whose picture could not has failed."""
+        try:
+            self._read_one(call)
+        except Exception as error:
+            self._failed(call, error)
+            return False
+        return True
 
     def _clear(self, slot: int) -> None:
         sequence = self.decoder.sequences[slot]
@@ -253,7 +268,7 @@ class StepRunner:
                 continue
             made, length = drafts.get(slot, ()), sequences[slot].length
             ids = (one.text[-1], *(draft.token for draft in made))
-            reads.append(Read(slot, ids, commit=False, logits=len(ids), media=one.media(length, length + 1)))
+            reads.append(one.verify(length, ids))
         for indices in self.decoder.plan(reads):
             members = [(group[index], reads[index]) for index in indices]
             calls = [one for one, read in members if isinstance(one, ServedCall) and read.logits]
@@ -305,10 +320,19 @@ class StepRunner:
 
     def _alike(self, stops: Sequence[tuple[ServedCall, int]]) -> list[list[tuple[ServedCall, int]]]:
         """Parts, those in one list that share a call. One whose log probabilities are wanted has calls of its own."""
-        going = [(call, stop) for call, stop in stops if not call.statistics.finish and self._left(call, stop)]
-        alone = [[(call, stop)] for call, stop in going if call.request.prompt_recorder is not None]
-        going = [(call, stop) for call, stop in going if call.request.prompt_recorder is None]
-        plan = self.decoder.plan([self._part(call, stop) for call, stop in going]) if going else []
+        alone, going, reads = [], [], []
+        for call, stop in stops:
+            if call.statistics.finish or not self._left(call, stop):
+                continue
+            if call.request.prompt_recorder is not None:
+                alone.append([(call, stop)])
+                continue
+            try:
+                reads.append(self._part(call, stop))
+                going.append((call, stop))
+            except Exception as error:  # its picture could not be encoded
+                self._failed(call, error)
+        plan = self.decoder.plan(reads) if reads else []
         return [*alone, *([going[index] for index in indices] for indices in plan)]
 
     def _left(self, call: ServedCall, stop: int) -> int:
@@ -317,7 +341,7 @@ class StepRunner:
 
     def _part(self, call: ServedCall, stop: int) -> Read:
         begin = self.decoder.sequences[call.slot].length
-        return Read(call.slot, call.text[begin:stop], logits=int(stop == len(call.text)), media=call.media(begin, stop))
+        return call.read(begin, stop, int(stop == len(call.text)))
 
     def _run_parts(self, group: Sequence[tuple[ServedCall, int]]) -> int:
         """Parts that share a call; returns the tokens of all."""
@@ -346,8 +370,7 @@ class StepRunner:
         try:
             recorder = call.request.prompt_recorder
             for start, stop, logits in decoder.parts(count, slot, decoder.logit_tokens if recorder else None, want_logits=last):
-                ids, wanted = call.text[begin + start : begin + stop], stop - start if recorder else logits
-                [rows] = decoder.run([Read(slot, ids, logits=wanted, media=call.media(begin + start, begin + stop))])
+                [rows] = decoder.run([call.read(begin + start, begin + stop, stop - start if recorder else logits)])
                 if recorder is not None:
                     recorder.add(rows, call.ids[begin + start + 1 : begin + stop + 1].tolist())
                     rows = rows.part(stop - start - 1)

@@ -1,7 +1,8 @@
 """Chat messages as callers and protocols write them, checked, and brought to the form that templates know.
 
 role         `developer` is `system`, where the template does not know it; `function` is `tool`
-content      a text or a list of text parts (`text`, `input_text`, `output_text`, `refusal`); none or missing is the empty text
+content      a text or a list of text parts (`text`, `input_text`, `output_text`, `refusal`), and of pictures where the bundle sees
+             (`media_parts.py`); none or missing is the empty text
 reasoning    is `reasoning_content`
 tool calls   arguments as a mapping or as JSON text (`parse_arguments`)
 tool results in the order of the calls that they answer: templates write no ids
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qwen_export.errors import ParameterError
+from qwen_export.runtimes.text.media_parts import media_part
 
 Message = Mapping[str, Any]
 
@@ -88,8 +90,9 @@ def _bad(where: str, what: str, got: str, expected: str) -> ParameterError:
     return ParameterError(what, parameter="messages", where=where, got=got, expected=expected, fix=f"Give {expected}.")
 
 
-def normalize_messages(messages: Sequence[Message], template_source: str) -> list[dict[str, Any]]:
-    """A copy in the form that templates know. Raises ParameterError for parts that are not text: pictures would not be seen."""
+def normalize_messages(messages: Sequence[Message], template_source: str, *, sees: bool = False) -> list[dict[str, Any]]:
+    """A copy in the form that templates know. Raises ParameterError for parts that the bundle cannot read: what is not text, or, where it
+    `sees`, neither text nor a picture or video (`media_parts.py`)."""
     check_messages(messages)
     normal: list[dict[str, Any]] = []
     for i, message in enumerate(messages):
@@ -101,11 +104,15 @@ def normalize_messages(messages: Sequence[Message], template_source: str) -> lis
         content = copy.get("content")
         copy["content"] = "" if content is None else content
         if isinstance(content, (list, tuple)):
-            copy["content"] = [_text_part(part, f"messages[{i}].content[{j}]") for j, part in enumerate(content)]
+            copy["content"] = [_part(part, f"messages[{i}].content[{j}]", sees=sees) for j, part in enumerate(content)]
         if isinstance(copy.get("reasoning"), str) and copy.get("reasoning_content") is None:
             copy["reasoning_content"] = copy["reasoning"]
         normal.append(copy)
     return _in_order_of_calls(normal)
+
+
+def _part(part: Mapping[str, Any], where: str, *, sees: bool) -> dict[str, Any]:
+    return (media_part(part, where) if sees else None) or _text_part(part, where)
 
 
 def _text_part(part: Mapping[str, Any], where: str) -> dict[str, Any]:

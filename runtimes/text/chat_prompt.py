@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from qwen_export.errors import ParameterError, TemplateError
 from qwen_export.runtimes.text.chat_messages import Message, check_tools, content_text, merge_system_messages, normalize_messages
 from qwen_export.runtimes.text.chat_template import ChatTemplate, thinking_prefix
+from qwen_export.runtimes.text.media_parts import MediaPart, take_media
 from qwen_export.runtimes.text.shielding import shield_messages, shield_values
 from qwen_export.runtimes.text.text_tokenizer import TextTokenizer
 
@@ -27,11 +28,13 @@ class TemplateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """`mark_at`: tokens that the next turn's prompt will begin with, None if unknown. `thinking`: the answer starts as reasoning."""
+    """`mark_at`: tokens that the next turn's prompt will begin with, None if unknown. `thinking`: the answer starts as reasoning. `media`:
+    pictures and videos, each of which is one placeholder token in `ids`, in the same order."""
 
     ids: list[int]
     mark_at: int | None
     thinking: bool
+    media: tuple[MediaPart, ...] = ()
 
 
 def chat_prompt(
@@ -44,12 +47,15 @@ def chat_prompt(
     preserve_thinking: bool | None = None,
     continue_final_message: bool | str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    sees: bool = False,
 ) -> ChatPrompt:
-    """The prompt of a chat; for the parameters see `Model.stream`. Raises ParameterError and TemplateError."""
+    """The prompt of a chat; for the parameters see `Model.stream`. `sees`: messages may have pictures. Raises ParameterError
+    and TemplateError."""
     check_tools(tools)
     variables = _variables(template, template_kwargs, enable_thinking=enable_thinking, preserve_thinking=preserve_thinking)
     variables = shield_values(variables, tokenizer)
-    normal = normalize_messages(messages, template.source)
+    normal = normalize_messages(messages, template.source, sees=sees)
+    media = tuple(take_media(normal))
     safe = shield_messages(normal, tokenizer)
     safe_tools = None if tools is None else shield_values(list(tools), tokenizer)
     carry_on = _continued(normal, continue_final_message)
@@ -59,7 +65,7 @@ def chat_prompt(
     else:
         prompt, before = _render(template, safe, safe_tools, variables)
     ids = tokenizer.encode(prompt, parameter="messages")
-    return ChatPrompt(ids, _mark(prompt, ids, before, template, tokenizer, safe_tools, variables), thinking_prefix(prompt))
+    return ChatPrompt(ids, _mark(prompt, ids, before, template, tokenizer, safe_tools, variables), thinking_prefix(prompt), media)
 
 
 def _render(

@@ -32,6 +32,7 @@ FAST = (
     "test_logit_rows.py",
     "test_ops.py",
     "test_pass_pipeline.py",
+    "test_picture_pixels.py",
     "test_quantization_kernels.py",
     "test_reasoning.py",
     "test_runtime.py",

@@ -159,7 +159,7 @@ def make_attention(
     ratio: int, *, kv_heads: int = 2, lengths: tuple[int, ...] = (0, 5), T: int = 3, S: int = 11, D: int = 8, R: int = 4
 ) -> Attention:
     """Cached keys and values up to each sequence's length; the slots behind are NaN. Angles of slot s are its position's, as for text."""
-    B, S, kv_heads = len(lengths), 11, 2
+    B = len(lengths)
     heads = ratio * kv_heads
     k_cache, v_cache = noise(60, B, kv_heads, S, D), noise(61, B, kv_heads, S, D)
     for i, length in enumerate(lengths):

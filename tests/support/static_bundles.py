@@ -10,7 +10,8 @@ import torch
 
 from qwen_export.manifest import load_manifest
 from tests.support.graph_driver import GraphDriver
-from tests.test_parity import Logits, reference_model
+from tests.support.references import reference_model
+from tests.test_parity import Logits
 
 Reference = Callable[[list[int]], Logits]
 

@@ -12,14 +12,21 @@ from `reasoning_content` or split out of the content; tools as JSON lines; calls
 from __future__ import annotations
 
 _FAMILY = """
-{%- set say = namespace(query=-1, open=false) %}
-{%- macro text_of(content) %}
+{%- set say = namespace(query=-1, open=false, pictures=0, videos=0) %}
+{%- macro text_of(content, count=false, system=false) %}
     {%- if content is string %}
         {{- content }}
     {%- elif content is iterable and content is not mapping %}
         {%- for part in content %}
             {%- if part.type == 'image' or 'image_url' in part %}
-                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+                {%- if system %}
+                    {{- raise_exception('A system message cannot hold a picture.') }}
+                {%- endif %}
+                {%- set say.pictures = say.pictures + (1 if count else 0) %}
+                {{- ('Picture ' ~ say.pictures ~ ': ' if add_vision_id else '') ~ '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {%- set say.videos = say.videos + (1 if count else 0) %}
+                {{- ('Video ' ~ say.videos ~ ': ' if add_vision_id else '') ~ '<|vision_start|><|video_pad|><|vision_end|>' }}
             {%- elif 'text' in part %}
                 {{- part.text }}
             {%- else %}
@@ -38,7 +45,7 @@ _FAMILY = """
 {%- if say.query < 0 %}
     {{- raise_exception('There is no user query in the messages.') }}
 {%- endif %}
-{%- set system = text_of(messages[0].content) | trim if messages[0].role == 'system' else '' %}
+{%- set system = text_of(messages[0].content, false, true) | trim if messages[0].role == 'system' else '' %}
 @@EFFORT@@
 {%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n\\nCallable functions:\\n<tools>' }}
@@ -50,7 +57,7 @@ _FAMILY = """
     {{- '<|im_start|>system\\n' ~ system ~ '<|im_end|>\\n' }}
 {%- endif %}
 {%- for message in messages %}
-    {%- set content = text_of(message.content) | trim %}
+    {%- set content = text_of(message.content, true) | trim %}
     {%- if message.role == 'system' %}
         {%- if not loop.first %}
             {{- raise_exception('A system message must be the first.') }}

@@ -51,7 +51,7 @@ def test_a_conversation_with_several_lines_and_commands(demo_bundle: Path, tmp_p
         terminal.press(f"/load {saved}\r")
         terminal.until("loaded 5 messages")
         terminal.press("/image cat.png\r")
-        terminal.until("takes text only")
+        terminal.until("this bundle takes text only")
         terminal.press("/nonsense\r")
         terminal.until("there is no such command: got /nonsense")
         terminal.press("/quit\r")

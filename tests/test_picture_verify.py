@@ -1,0 +1,32 @@
+"""`verify` sees the tower: a bundle whose tower is another one fails, and the check that fails is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qwen_export import build
+from qwen_export.manifest import hash_file, load_manifest, write_manifest
+from qwen_export.verification.logit_check import verify
+from tests.support.family import tiny_config
+from tests.support.synthesize import synthesize
+
+
+def failed(bundle: Path, checkpoint: Path) -> set[str]:
+    return {check["name"] for check in verify(bundle, checkpoint)["checks"] if not check["passed"]}
+
+
+@pytest.mark.parametrize("weight", ["visual.blocks.1.norm1.bias", "visual.merger.linear_fc2.bias"])
+def test_a_changed_weight_of_the_tower_is_found(tmp_path: Path, weight: str) -> None:
+    checkpoint = synthesize(tiny_config(linear_key_head_dim=32, linear_value_head_dim=32), tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "bundle")
+    assert not failed(bundle, checkpoint)
+    manifest = load_manifest(bundle)
+    place = next(w for w in manifest.graphs["vision"].weights if w.name == weight)
+    with (bundle / place.file).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(b"\0\0\x80\x3f")  # 1.0
+    manifest.files[place.file] = hash_file(bundle / place.file)
+    write_manifest(bundle, manifest)
+    assert failed(bundle, checkpoint) == {"vision tower", "pictures"}
