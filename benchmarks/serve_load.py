@@ -59,7 +59,8 @@ def over_http(port: int, given: list[dict[str, Any]], starts: list[float] | None
 
 
 def through_engine(model: Model, engine: Engine, given: list[dict[str, Any]]) -> float:
-    """Tokens per second from the first request to the last end."""
+    """Tokens per second while all streams answer: from the last first token to the first end. When prompts are read depends on when they
+    arrive, which is not what HTTP costs."""
     from qwen_export.runtimes.structured.answer_options import AnswerOptions
 
     options = AnswerOptions(ignore_eos=True)
@@ -69,17 +70,29 @@ def through_engine(model: Model, engine: Engine, given: list[dict[str, Any]]) ->
         )
         for body in given
     ]
-    began = time.perf_counter()
     streams = [engine.submit(one.request) for one in prepared]
+
+    def made() -> int:
+        return sum(stream.statistics.new_tokens for stream in streams)
+
+    while not all(stream.statistics.new_tokens for stream in streams):
+        time.sleep(_POLL_S)
+    began, before = time.perf_counter(), made()
+    while not any(stream.statistics.finish for stream in streams):
+        time.sleep(_POLL_S)
+    speed = (made() - before) / (time.perf_counter() - began)
     while not all(stream.statistics.finish for stream in streams):
         time.sleep(_POLL_S)
-    return sum(stream.statistics.new_tokens for stream in streams) / (time.perf_counter() - began)
+    return speed
 
 
 def http_speed(answers: list[dict[str, Any]]) -> float:
     """The same, as the client sees it."""
-    span = max(answer["arrivals"][-1] for answer in answers) - min(answer["sent"] for answer in answers)
-    return float(sum(answer["tokens"] for answer in answers) / span)
+    began, ended = max(answer["arrivals"][0] for answer in answers), min(answer["arrivals"][-1] for answer in answers)
+    if ended <= began:
+        raise SystemExit("the first answer ended before the last one began: give more --new-tokens, or fewer --prompt-words")
+    tokens = sum(answer["tokens"] / len(answer["arrivals"]) * sum(began < at <= ended for at in answer["arrivals"]) for answer in answers)
+    return float(tokens / (ended - began))
 
 
 def percentiles(values: Any) -> tuple[float, float]:
@@ -147,8 +160,8 @@ def main() -> None:
     parser.add_argument("--streams", default="8,32")
     parser.add_argument("--rates", default="", help="requests per second, comma-separated; empty: without the second table")
     parser.add_argument("--seconds", type=float, default=10, help="of the open loop")
-    parser.add_argument("--prompt-words", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--prompt-words", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--speculate", default="off")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.server.serving_metrics import ServingMetrics
 from qwen_export.runtimes.server.wire_errors import HttpError, Refusal, refusal_of, starting, stopping
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.structured.answer_options import AnswerForm, AnswerOptions
 from qwen_export.runtimes.text.tool_calls import ToolCallParser
 
 Phase = Literal["starting", "ready", "stopping"]
@@ -55,6 +57,8 @@ class Service:
             report(what)
             done()
         self.progress = ""
+        # Seconds for a large vocabulary, and only forms need it: nothing waits.
+        self._threads.submit(_make_forms_ready, model)
 
     def _warm(self, model: Model, engine: Engine) -> None:
         for _ in engine.answer(model.prepare_text("a", max_new_tokens=_WARM_TOKENS)):
@@ -182,6 +186,12 @@ class Service:
         seconds = [choice.statistics.total_s for choice in choices.all if choice.statistics.total_s]
         if seconds:
             self._seconds += 0.1 * (max(seconds) - self._seconds)
+
+
+def _make_forms_ready(model: Model) -> None:
+    """Make the table of tokens that forms are compiled with."""
+    with contextlib.suppress(QwenExportError):  # without llguidance requests with forms say so
+        model.prepare_text("a", answer=AnswerOptions(form=AnswerForm("choice", ("a",))))
 
 
 def _parser(ask: Ask) -> ToolCallParser | None:
