@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from qwen_export import build
+from qwen_export.bundle_contract import LAST_SLOT
+from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.read import Read
 from tests.support.gpus import gpu_count
@@ -84,3 +86,35 @@ def test_batches_with_drafts(bundle: Path) -> None:
     other = model.decoder(3, drafts=True)
     other.restore(together.snapshot(1), 2)
     np.testing.assert_allclose(other.run([Read(2, [40])])[0].array, together.run([Read(1, [40])])[0].array, atol=0.05)
+
+
+@pytest.mark.parametrize("devices", [[0], [0, 1]], ids=str)
+@pytest.mark.parametrize("stages", [2, 4])
+def test_stages_give_the_logits_of_one_graph(demo_checkpoint: Path, bundle: Path, tmp_path: Path, stages: int, devices: list[int]) -> None:
+    """On one GPU and on two; a prompt of several pieces, steps of a batch, drafts."""
+    if gpu_count() < len(devices):
+        pytest.skip("one GPU")
+    cut = build(demo_checkpoint, tmp_path / "stages", device="cuda", precision="fp16", stages=stages)
+    if any(tensor.name == LAST_SLOT for tensor in load_manifest(cut).graphs["mtp"].inputs):
+        pytest.skip("the attention of this bundle takes one GPU")
+    prompt = np.random.default_rng(1).integers(0, 4000, 3000).tolist()
+
+    def logits(path: Path, places: list[int]) -> list[np.ndarray]:
+        with load(path, devices=places, max_context=4096, speculate=3) as model:
+            decoder = model.decoder(2, drafts=True)
+            # The same pieces in both: products of other sizes round differently.
+            parts = [prompt[at : at + 1024] for at in range(0, 3000, 1024)]
+            if len(places) > 1:
+                seen = [decoder.prefill(prompt, 0).copy()]
+            else:
+                for part in parts[:-1]:
+                    decoder.prefill(part, 0, want_logits=False)
+                seen = [decoder.prefill(parts[-1], 0).copy()]
+            decoder.prefill(prompt[:5], 1)
+            seen.append(decoder.verify(prompt[:4], 0).array.copy())
+            decoder.accept(3, 0)
+            seen.append(decoder.step([1, 2]).array.copy())
+            return seen
+
+    for have, want in zip(logits(cut, devices), logits(bundle, []), strict=True):
+        np.testing.assert_array_equal(have, want)

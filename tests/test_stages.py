@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from qwen_export import build
 from qwen_export.building.stage_plan import balanced_starts
+from qwen_export.commands.cli import main
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.manifest import load_manifest
 from qwen_export.manifest_checks import check
 from qwen_export.manifest_parsing import parse
 from qwen_export.runtimes import SamplingParams, load
+from qwen_export.runtimes.backends.stage_memory import needed_by_stage
 from qwen_export.runtimes.backends.staged_session import StagedSession
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.decoding.read import Read
@@ -153,3 +155,14 @@ def test_stages_that_run_side_by_side_give_the_same(bundles: dict[int, Path], mo
     for n in (2, 4):
         for have, want in zip(logits(bundles[n]), whole, strict=True):
             np.testing.assert_array_equal(have, want)
+
+
+def test_check_names_what_each_device_needs(bundles: dict[int, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    main(["check", str(bundles[4])])
+    assert "on cpu:0" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match="1"):
+        main(["run", str(bundles[2]), "--devices", "0,0", "a"])
+    assert "fewer --devices" in capfd.readouterr().err
+    needs = needed_by_stage(load_manifest(bundles[4]))
+    assert len(needs) == 4
+    assert sum(needs) >= needed_by_stage(load_manifest(bundles[1]))[0]

@@ -24,6 +24,7 @@ from qwen_export.extras import needed_for
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
 @click.option("--cache-memory", type=Gigabytes(), metavar="GB", help="Memory for states, caches and shared beginnings.")
 @click.option("--prefix-memory", type=Gigabytes(), metavar="GB", help="The part of it for beginnings that prompts share; default 1.")
+@click.option("--prefix-on-device", is_flag=True, help="Keep these beginnings in the GPU's memory, where there is one.")
 @load_options()
 @verbosity_options
 def command(
@@ -34,6 +35,7 @@ def command(
     max_context: int | None,
     cache_memory: int | None,
     prefix_memory: int | None,
+    prefix_on_device: bool,
     loading: dict[str, Any],
 ) -> None:
     """Answer every line of REQUESTS, a file in OpenAI's batch format, into ANSWERS.jsonl in the same order.
@@ -51,7 +53,9 @@ def command(
         total = sum(1 for line in file if line.strip())
     lines = failed = tokens = 0
     # No reader waits for a token: prompts are read as fast as it goes.
-    engine = Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=prefix_memory, stall=float("inf"))
+    engine = Engine.of(
+        model, slots, cache_memory=cache_memory, prefix_memory=prefix_memory, prefix_on_device=prefix_on_device, stall=float("inf")
+    )
     with progress("requests") as report, engine:
 
         def done(line: dict[str, Any]) -> None:

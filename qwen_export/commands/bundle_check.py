@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ from qwen_export.manifest import Manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, free_memory, needed_memory
 from qwen_export.runtimes.backends.native_libraries import ALLOW, check_native, is_known
 from qwen_export.runtimes.backends.onnxruntime.load_plugins import load_plugins
+from qwen_export.runtimes.backends.stage_memory import free_on, needed_by_stage
+from qwen_export.runtimes.backends.stage_placement import stage_devices
+from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.option_checks import check_devices
 from qwen_export.runtimes.text_check import check_text
 
 
@@ -27,7 +31,14 @@ class Finding:
 
 
 def check_bundle(
-    bundle: Path, manifest: Manifest, *, key: Path | None = None, device: str | None = None, device_id: int = 0, native: str | None = None
+    bundle: Path,
+    manifest: Manifest,
+    *,
+    key: Path | None = None,
+    device: str | None = None,
+    device_id: int = 0,
+    devices: Sequence[int] = (),
+    native: str | None = None,
 ) -> Iterator[Finding]:
     """Check what `run` needs, of a bundle whose files were hashed. Raises QwenExportError at the first part that does not fit."""
     total = sum(entry.size for entry in manifest.files.values())
@@ -41,7 +52,8 @@ def check_bundle(
         text = f"{len(manifest.references)} checkpoint files, {size(outside)}, unchanged since the build"
         yield Finding("outside", text, {"count": len(manifest.references), "bytes": outside})
     manifest = for_device(manifest, device)
-    backend = check_runnable(manifest, device_id)
+    check_devices(devices, manifest)
+    backend = check_runnable(manifest, devices[0] if devices else device_id)
     yield Finding("backend", backend, backend)
     if manifest.plugins:
         check_native(bundle, manifest, native or ALLOW)  # the line says what a notice would
@@ -51,11 +63,34 @@ def check_bundle(
         yield Finding("native", lines, origin)
     text = check_text(bundle, manifest.files)
     yield Finding("text", text, text)
-    yield _memory(bundle, manifest)
+    yield _memory(bundle, manifest) if len(needed_by_stage(manifest)) < 2 else _stage_memory(bundle, manifest, devices or (device_id,))
     verified = manifest.verification
     verdict = "passed" if verified.get("passed") is True else "FAILED"
     said = f"{verified.get('when', '')}: {verdict}" if verified else "not yet: run `qwen-export verify` where the checkpoint is"
     yield Finding("verified", said, verified.get("passed"))
+
+
+def _stage_memory(bundle: Path, manifest: Manifest, devices: Sequence[int]) -> Finding:
+    """What each device needs for its stages, and has."""
+    needs: dict[Device, int] = {}
+    for place, need in zip(stage_devices(manifest, devices), needed_by_stage(manifest), strict=True):
+        needs[place] = needs.get(place, 0) + need
+    have = {place: free_on(place) for place in needs}
+    short = [place for place, free in have.items() if free is not None and free < needs[place]]
+    if short:
+        most = max(needed_by_stage(manifest))
+        raise BundleError(
+            "there is too little free memory for the stages of the bundle",
+            where=str(bundle),
+            got=", ".join(f"{size(have[place] or 0)} on {place}" for place in short),
+            expected=", ".join(f"{size(needs[place])} on {place}" for place in short),
+            fix=f"Load it with more {{devices}}: {len(needed_by_stage(manifest))} with at least {size(most)} each hold it.",
+        )
+    free = {str(place): value for place, value in have.items()}
+    text = ", ".join(
+        f"{size(need)} on {place}" + (f" ({size(value)} free)" if (value := have[place]) else "") for place, need in needs.items()
+    )
+    return Finding("memory", text, {"needed": {str(place): need for place, need in needs.items()}, "free": free})
 
 
 def _memory(bundle: Path, manifest: Manifest) -> Finding:

@@ -8,12 +8,15 @@ from typing import Any
 
 import click
 
-from qwen_export.commands.param_types import Gigabytes, Speculation
+from qwen_export.commands.param_types import Gigabytes, Numbers, Speculation
 
 _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda", "dml"]), help="Run on another device than the bundle is for, where its operators allow."
 )
 _DEVICE_ID = click.option("--device-id", type=click.IntRange(0, 1023), default=0, metavar="N", help="Which GPU, from 0.")
+_DEVICES = click.option(
+    "--devices", type=Numbers(least=0), default=(), metavar="N,N,...", help="Which GPUs, for the stages of a bundle that has several."
+)
 _NATIVE = click.option(
     "--native/--no-native",
     "native",
@@ -41,7 +44,7 @@ _SPEED = (
 
 def load_options(*, speed: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options, as `loading`: keyword arguments of `runtimes.load`. `speed`: with those that change speed and memory only."""
-    names = ("device", "device_id", "native", *(("threads", "repack", "weight_budget", "speculate") if speed else ()))
+    names = ("device", "device_id", "devices", "native", *(("threads", "repack", "weight_budget", "speculate") if speed else ()))
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
@@ -50,7 +53,7 @@ def load_options(*, speed: bool = True) -> Callable[[Callable[..., Any]], Callab
             loading["native"] = {None: None, True: "allow", False: "refuse"}[loading["native"]]
             return command(*arguments, loading=loading, **values)
 
-        for option in reversed((*(_SPEED if speed else ()), _DEVICE, _DEVICE_ID, _NATIVE)):
+        for option in reversed((*(_SPEED if speed else ()), _DEVICE, _DEVICE_ID, _DEVICES, _NATIVE)):
             called = option(called)
         return called
 

@@ -10,17 +10,23 @@ import click
 
 
 class Numbers(click.ParamType):
-    """Comma-separated positive integers."""
+    """Comma-separated integers, positive ones unless `least` says otherwise."""
 
     name = "N,N,..."
+
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
         try:
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             numbers = ()
-        if not numbers or min(numbers) < 1:
-            self.fail(f"{value!r} is not a list of positive integers such as 128,512", param, ctx)
+        if value == ():
+            return ()
+        if not numbers or min(numbers) < self.least:
+            kind, example = ("positive integers", "128,512") if self.least else ("numbers of devices", "0,1")
+            self.fail(f"{value!r} is not a list of {kind} such as {example}", param, ctx)
         return numbers
 
 

@@ -73,7 +73,7 @@ def _answer(conversation: Conversation, question: str, view: AnswerView, interac
     finally:
         view.end()
         if generation is not None:
-            conversation.record(question, generation)
+            conversation.record(generation)
     return ended or (shown_finish(generation.statistics.finish) if generation is not None else "interrupted")
 
 

@@ -32,25 +32,39 @@ class Conversation:
     system: str | None = None
     thinking: bool | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    """Files that the next question is about."""
     statistics: Statistics | None = None
     """Of the last answer."""
+    _asked: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model reads pictures."""
+        return "vision" in self.model.manifest.graphs
 
     def ask(self, question: str, progress: Callable[[int, int], None]) -> Generation:
-        """Begin the answer to a question. Nothing is kept of it before `record`."""
-        messages = [*self.all_messages(), {"role": "user", "content": question}]
+        """Begin the answer to a question about the pictures that were named before. Nothing is kept of it before `record`."""
+        self._asked = self._question(question)
+        self.pictures = []
+        messages = [*self.all_messages(), self._asked]
         thinks = self.thinking if self.thinking is not None else self.model.template.thinks_by_default()
         sampling = dataclasses.replace(self.model.recommended(thinks), **self.sampling)
         return self.model.stream(messages, enable_thinking=self.thinking, sampling=sampling, progress=progress, **self.options)
 
-    def record(self, question: str, generation: Generation) -> None:
-        """Keep a question with what there is of its answer; a question without any is dropped."""
+    def _question(self, text: str) -> dict[str, Any]:
+        pictures = [{"type": "image", "image": path} for path in self.pictures]
+        return {"role": "user", "content": [*pictures, {"type": "text", "text": text}] if pictures else text}
+
+    def record(self, generation: Generation) -> None:
+        """Keep the last question with what there is of its answer; a question without any is dropped."""
         self.statistics = generation.statistics
         if not (generation.content or generation.reasoning):
             return
         answer = {"role": "assistant", "content": generation.content}
         if generation.reasoning:
             answer["reasoning_content"] = generation.reasoning
-        self.messages += [{"role": "user", "content": question}, answer]
+        self.messages += [self._asked, answer]
 
     def all_messages(self) -> list[dict[str, Any]]:
         """The system message, where there is one, and all others."""
@@ -58,11 +72,13 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget questions and answers. The settings stay."""
-        self.messages, self.statistics = [], None
+        self.messages, self.pictures, self.statistics = [], [], None
 
     def save(self, path: Path) -> None:
         """Write a JSON file in the form of a chat request: `messages`, and `enable_thinking` where it was chosen. The file appears whole,
-        or what was there stays. Raises QwenExportError."""
+        or what was there stays; a file that is no conversation is not replaced. Raises QwenExportError."""
+        if path.exists():
+            _require_conversation(path)
         saved: dict[str, Any] = {"messages": self.all_messages()}
         if self.thinking is not None:
             saved["enable_thinking"] = self.thinking
@@ -83,21 +99,40 @@ class Conversation:
     def load(self, path: Path) -> None:
         """Go on with a conversation from `save`, or with the messages of any chat request. Raises QwenExportError, and nothing changes
         then."""
-        from qwen_export.runtimes.text.chat_messages import check_messages
-
         saved = _read(path)
-        messages = saved.get("messages") if isinstance(saved, dict) else saved
-        try:
-            check_messages(messages)  # type: ignore[arg-type]
-        except ParameterError as error:
-            raise _unusable(path, f"{error.what} ({error.got})") from error
-        assert isinstance(messages, list)
+        messages = _messages_of(saved, path)
         system = messages[0].get("content") if messages[0]["role"] == "system" else None
         if system is not None and not isinstance(system, str):
             system = "".join(part.get("text", "") for part in system)
         thinking = saved.get("enable_thinking", self.thinking) if isinstance(saved, dict) else self.thinking
         self.system, self.thinking, self.statistics = system, thinking if isinstance(thinking, bool) else None, None
         self.messages = [dict(message) for message in messages[messages[0]["role"] == "system" :]]
+
+
+def _messages_of(saved: Any, path: Path) -> list[Any]:
+    from qwen_export.runtimes.text.chat_messages import check_messages
+
+    messages: Any = saved.get("messages") if isinstance(saved, dict) else saved
+    try:
+        check_messages(messages)
+    except ParameterError as error:
+        raise _unusable(path, f"{error.what} ({error.got})") from error
+    assert isinstance(messages, list)
+    return messages
+
+
+def _require_conversation(path: Path) -> None:
+    try:
+        saved = _read(path)
+        if not isinstance(saved, dict) or saved.get("messages") != []:
+            _messages_of(saved, path)
+    except QwenExportError as error:
+        raise QwenExportError(
+            "the file exists, and is no conversation",
+            where=str(path),
+            got=error.got,
+            fix="Give another name, or remove the file.",
+        ) from error
 
 
 def _read(path: Path) -> Any:

@@ -106,11 +106,14 @@ def _reset(conversation: Conversation, argument: str) -> str:
 
 
 def _image(conversation: Conversation, argument: str) -> str:
-    raise QwenExportError(
-        "this conversation takes text only",
-        got="/image",
-        fix="Describe the picture in words.",
-    )
+    if not conversation.sees:
+        raise QwenExportError("this bundle takes text only", got="/image", fix="Describe the picture in words.")
+    path = _path(argument, "/image photo.jpg")
+    if not path.is_file():
+        raise QwenExportError("there is no such file", where=str(path), fix="Check the path.")
+    conversation.pictures.append(str(path.resolve()))
+    count = len(conversation.pictures)
+    return f"{count} picture{'s' * (count != 1)} for the next question"
 
 
 def _quit(conversation: Conversation, argument: str) -> str:
@@ -120,7 +123,7 @@ def _quit(conversation: Conversation, argument: str) -> str:
 COMMANDS = {
     "think": SlashCommand("on|off|auto", "whether the model reasons before it answers", _think),
     "system": SlashCommand("TEXT", "the system message from now on; `-` removes it, nothing shows it", _system),
-    "image": SlashCommand("FILE", "not available: bundles read text only", _image),
+    "image": SlashCommand("FILE", "a picture for the next question, where the model reads pictures", _image),
     "save": SlashCommand("FILE", "write the conversation as JSON", _save),
     "load": SlashCommand("FILE", "go on with a saved conversation", _load),
     "stats": SlashCommand("", "speed of the last answer, and how much of the context is used", _stats),

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from qwen_export.manifest import Manifest, file_path
 from qwen_export.runtimes.backends.session import Session
+from qwen_export.runtimes.backends.stage_placement import graph_devices
 from qwen_export.runtimes.backends.staged_session import StagedSession
-from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 from qwen_export.stages import stage_groups
 
@@ -39,7 +39,7 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
     from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRuntimeSession
 
     plugins = [file_path(bundle, name) for name in manifest.plugins]
-    weights, devices = MappedWeights(bundle, manifest), graph_devices(manifest, options)
+    weights, devices = MappedWeights(bundle, manifest), graph_devices(manifest, options.device_ids or (options.device_id,))
 
     def session(name: str) -> Session:
         graph, device = manifest.graphs[name], devices[name]
@@ -90,13 +90,3 @@ def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: I
     else:
         opened = {name: session(name) for name in names}
     return {role: opened[role] if group == [role] else StagedSession([opened[name] for name in group]) for role, group in groups.items()}
-
-
-def graph_devices(manifest: Manifest, options: OpenOptions) -> dict[str, Device]:
-    """Where each graph is loaded. Stages are spread evenly over the devices, in order; all other graphs are where the last stage is."""
-    kind, ids = manifest.target.device, options.device_ids or (options.device_id,)
-    places = {name: Device(kind, ids[-1]) for name in manifest.graphs}
-    for names in stage_groups(manifest.graphs).values():
-        if len(names) > 1:
-            places |= {name: Device(kind, ids[number * len(ids) // len(names)]) for number, name in enumerate(names)}
-    return places

@@ -72,7 +72,7 @@ class CacheRoom:
 
     def reach_all(self, slots: Sequence[int], lengths: Sequence[int], more: int, most: int) -> None:
         """The same for several slots that have so many tokens and get up to `more`, to `most` together."""
-        if self.alone:
+        if self.alone and max(lengths) + more > self._step:
             for slot, length in zip(slots, lengths, strict=True):
                 self.reach(slot, min(most, length + more))
 

@@ -50,7 +50,7 @@ class CudaBuffer(Buffer):
 
     def zero(self, offset: int, nbytes: int) -> None:
         use_device(self.index)
-        cuda_memory.zero(self.address + offset, nbytes)
+        cuda_memory.zero_later(self.address + offset, nbytes)
 
     def copy_from(self, other: Buffer, offset: int, start: int, nbytes: int) -> None:
         if isinstance(other, CudaBuffer) and other.index != self.index:

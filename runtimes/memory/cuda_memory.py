@@ -50,9 +50,8 @@ def too_little(nbytes: int) -> BundleError:
     )
 
 
-def zero(address: int, nbytes: int) -> None:
+def zero_later(address: int, nbytes: int) -> None:
     call("cuMemsetD8Async", address, 0, nbytes, 0)
-    wait()
 
 
 def wait() -> None:

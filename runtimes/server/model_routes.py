@@ -37,7 +37,8 @@ def model_routes(service: Service) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         made = {"id": name, "object": "model", "created": service.created, "owned_by": "qwen-export", "root": service.names[0]}
-        return {**made, "parent": None, "max_model_len": service.engine.statistics.longest}
+        capabilities = {"vision": "vision" in service.model.manifest.graphs}
+        return {**made, "parent": None, "max_model_len": service.engine.statistics.longest, "capabilities": capabilities}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:

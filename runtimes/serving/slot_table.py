@@ -80,7 +80,7 @@ class SlotTable:
 
     def _leave(self, call: ServedCall) -> None:
         del self.calls[call.slot]
-        if self._releases:
+        if self._releases and self.decoder.held_bytes(call.slot):
             self.decoder.release(call.slot)
         call.slot = -1
 

@@ -187,6 +187,25 @@ def test_broken_and_full_storage_end_nothing(opened: Open) -> None:
     browser.shows("no room", "#problem")
 
 
+def test_a_browser_that_keeps_nothing(opened: Open) -> None:
+    browser, _ = opened([answer({"content": "ok"})])
+    code = """for (const name of ["localStorage", "sessionStorage"])
+      Object.defineProperty(window, name, { get() { throw new DOMException("no", "SecurityError"); } });"""
+    made = browser.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": code})
+    browser.driver.refresh()
+    browser.shows("scripted", "#model")
+    browser.ask("Hi")
+    browser.shows("ok", ".markdown")
+    browser.until(lambda: [e.text for e in browser.all("#conversations .title")] == ["Hi"])
+    browser.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", made)
+
+
+def test_a_stream_that_is_no_json_is_a_problem(opened: Open) -> None:
+    browser, _ = opened([[{"content": "Half"}, {"raw": "{"}]])
+    browser.ask("Hi")
+    browser.shows("cannot be read", ".foot")
+
+
 def test_an_answer_can_be_made_again(opened: Open) -> None:
     browser, server = opened([answer({"content": "bad"}), answer({"content": "good"})])
     browser.ask("Hi")

@@ -42,6 +42,7 @@ def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
     found = client.models.list()
     assert found.object == "list" and [model.id for model in found.data] == ["demo"]
     assert http.get("/v1/models/demo").json()["max_model_len"] == 1024
+    assert http.get("/v1/models/demo").json()["capabilities"] == {"vision": False}
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("absent")
     assert caught.value.code == "model_not_found"

@@ -15,7 +15,8 @@ POLICY = "default-src 'self'; script-src 'self'; style-src 'self'; img-src 'self
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 Piece = dict[str, Any]
-"""A delta of a chunk; {"finish": reason}, {"usage": ...}, {"error": ...}; {"wait": event} holds the answer until it is set."""
+"""A delta of a chunk; {"finish": reason}, {"usage": ...}, {"error": ...}; {"wait": event} holds the answer until it is set;
+{"raw": text}."""
 
 
 class ScriptedServer:
@@ -83,7 +84,7 @@ class ScriptedServer:
                     chunk = {"choices": [{"index": 0, "delta": {}, "finish_reason": piece["finish"]}]}
                 else:
                     chunk = {"choices": [{"index": 0, "delta": piece, "finish_reason": None}]}
-                data = "[DONE]" if piece == {} else json.dumps(chunk)
+                data = "[DONE]" if piece == {} else piece.get("raw") or json.dumps(chunk)
                 self.wfile.write(f"data: {data}\n\n".encode())
                 self.wfile.flush()
 

@@ -84,3 +84,13 @@ def test_a_chat_request_of_another_program_can_be_loaded(demo_bundle: Path, tmp_
     saved = json.loads((tmp_path / "out.json").read_text())
     assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant", "user", "assistant"]
     assert saved["enable_thinking"] is False
+
+
+def test_saving_replaces_conversations_only(demo_bundle: Path, tmp_path: Path) -> None:
+    other, own = tmp_path / "notes.txt", tmp_path / "c.json"
+    other.write_text("precious")
+    lines = f"/save {own}\nHi\n/save {own}\n/save {other}\n/save {tmp_path / 'no' / 'such'}\n"
+    done = chat(demo_bundle, lines, *SHORT)
+    assert done.returncode == 1 and "is no conversation" in done.stderr and "cannot be saved" in done.stderr
+    assert other.read_text() == "precious" and len(json.loads(own.read_text())["messages"]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.json", "notes.txt"]

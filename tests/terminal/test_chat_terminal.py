@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import stat
 import sys
@@ -13,7 +14,7 @@ import pytest
 if sys.platform == "win32":
     pytest.skip("needs a pseudo terminal", allow_module_level=True)
 
-from tests.support.screen import Terminal
+from tests.support.screen import ROOT, Terminal
 
 SHORT = ("--greedy", "--no-thinking", "--max-new-tokens", "12")
 PROMPT = "\n>"
@@ -50,7 +51,7 @@ def test_a_conversation_with_several_lines_and_commands(demo_bundle: Path, tmp_p
         terminal.press(f"/load {saved}\r")
         terminal.until("loaded 5 messages")
         terminal.press("/image cat.png\r")
-        terminal.until("takes text only")
+        terminal.until("this bundle takes text only")
         terminal.press("/nonsense\r")
         terminal.until("there is no such command: got /nonsense")
         terminal.press("/quit\r")
@@ -129,3 +130,10 @@ def test_reasoning_is_dim_and_an_error_ends_nothing(demo_bundle: Path, home: dic
         terminal.until("The user asks", "(context full)", "/reset")
         terminal.press("\x04")
         assert terminal.ends() == 0
+
+
+def test_a_terminal_needs_the_extra_and_says_so(demo_bundle: Path, tmp_path: Path, home: dict[str, str]) -> None:
+    (tmp_path / "prompt_toolkit.py").write_text("raise ModuleNotFoundError(name='prompt_toolkit')")
+    with Terminal("chat", demo_bundle, **home, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)])) as terminal:
+        terminal.until("needs the extra `chat`", "pip install '.[chat]'")
+        assert terminal.ends() == 1

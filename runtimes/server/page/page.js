@@ -164,9 +164,8 @@ async function answer() {
     }
   } catch (error) {
     if (error.name === "AbortError") message.problem = "stopped";
-    else if (error instanceof ServerError) failure = error.message;
-    else throw error;
-    if (failure && error.status === 401) settings();
+    else failure = error instanceof ServerError ? error.message : `the answer cannot be read: ${error.message}`;
+    if (error.status === 401) settings();
   } finally {
     draw.end();
     const near = isNearEnd();

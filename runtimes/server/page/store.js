@@ -6,6 +6,28 @@ const KEY = "qwen-export.key";
 
 export const DEFAULTS = { model: "", system: "", thinking: "auto", temperature: "", max_tokens: "", tools: "", theme: "auto" };
 
+// A browser may refuse both; then nothing outlives the page.
+const local = storageOf("localStorage");
+const session = storageOf("sessionStorage");
+
+function storageOf(name) {
+  try {
+    window[name].length;
+    return window[name];
+  } catch {
+    const kept = new Map();
+    return {
+      get length() {
+        return kept.size;
+      },
+      key: (i) => [...kept.keys()][i],
+      getItem: (key) => kept.get(key) ?? null,
+      setItem: (key, value) => kept.set(key, value),
+      removeItem: (key) => kept.delete(key),
+    };
+  }
+}
+
 function read(storage, key) {
   try {
     return JSON.parse(storage.getItem(key));
@@ -24,23 +46,23 @@ function write(storage, key, value) {
 }
 
 export function readSettings() {
-  const stored = read(localStorage, SETTINGS);
+  const stored = read(local, SETTINGS);
   const settings = { ...DEFAULTS };
   for (const name of Object.keys(DEFAULTS)) if (typeof stored?.[name] === "string") settings[name] = stored[name];
   return settings;
 }
 
 export function writeSettings(settings) {
-  return write(localStorage, SETTINGS, settings);
+  return write(local, SETTINGS, settings);
 }
 
 export function readKey() {
-  const key = read(sessionStorage, KEY);
+  const key = read(session, KEY);
   return typeof key === "string" ? key : "";
 }
 
 export function writeKey(key) {
-  return write(sessionStorage, KEY, key);
+  return write(session, KEY, key);
 }
 
 export function newConversation() {
@@ -50,16 +72,16 @@ export function newConversation() {
 export function readConversations() {
   // The last changed one first.
   const found = [];
-  for (let i = 0; i < localStorage.length; i += 1) {
-    const key = localStorage.key(i);
-    const value = key.startsWith(CONVERSATION) ? read(localStorage, key) : null;
+  for (let i = 0; i < local.length; i += 1) {
+    const key = local.key(i);
+    const value = key.startsWith(CONVERSATION) ? read(local, key) : null;
     if (isConversation(value) && key === CONVERSATION + value.id) found.push(value);
   }
   return found.sort((a, b) => b.changed - a.changed);
 }
 
 export function readConversation(id) {
-  const value = read(localStorage, CONVERSATION + id);
+  const value = read(local, CONVERSATION + id);
   return isConversation(value) ? value : null;
 }
 
@@ -72,7 +94,7 @@ export function writeConversation(conversation) {
   // Without its images, where there is no room for them.
   conversation.changed = Date.now();
   const key = CONVERSATION + conversation.id;
-  return write(localStorage, key, conversation) || write(localStorage, key, withoutImages(conversation));
+  return write(local, key, conversation) || write(local, key, withoutImages(conversation));
 }
 
 function withoutImages(conversation) {
@@ -83,7 +105,7 @@ function withoutImages(conversation) {
 }
 
 export function deleteConversation(id) {
-  localStorage.removeItem(CONVERSATION + id);
+  local.removeItem(CONVERSATION + id);
 }
 
 export function isConversationKey(key) {
