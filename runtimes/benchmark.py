@@ -35,6 +35,7 @@ def benchmark(
     text: str | None = None,
     device: str | None = None,
     device_id: int = 0,
+    devices: Sequence[int] = (),
     native: str | None = None,
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
@@ -55,6 +56,7 @@ def benchmark(
         weight_budget=weight_budget,
         device=device,
         device_id=device_id,
+        devices=devices,
         native=native,
     )
     load_s = time.perf_counter() - started

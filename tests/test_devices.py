@@ -63,6 +63,7 @@ def test_stages_are_on_their_devices(demo_checkpoint: Path, tmp_path: Path, driv
         decoder.restore(decoder.snapshot(), 1)
         answers.append(np.array(decoder.step([8, 9])))
         assert sessions.bound - {("cpu", 0)} == {("cuda", 0), ("cuda", 1)}
+        assert sessions.ran == {(index, driver.context_of(index)) for index in (0, 1)}
         assert isinstance(decoder, DynamicDecoder)
         layers = {name: buffer.index for name, buffer in decoder.states.items() if isinstance(buffer, CudaBuffer)}
     stage_of = {state.name: n for n in range(2) for state in load_manifest(bundle).graphs[f"decoder.{n}"].states}

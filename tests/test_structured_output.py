@@ -180,6 +180,34 @@ def test_log_probabilities_are_the_models_under_a_form(models: dict[str, Model])
     assert min(found[0]) < -1.0
 
 
+def test_what_is_allowed_does_not_depend_on_drafts_that_were_taken_back(models: dict[str, Model]) -> None:
+    """Random texts of a form: forwards, with drafts that are left again, against a constraint that sees each text once."""
+    model = models["plain"]
+    prepared = model.prepare_text("x", answer=options(AnswerForm("json_object")))
+    structural = {token for token in range(model.tokenizer.vocab_size) if set(model.tokenizer.decode([token])) & set('{}[]":,')}
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        tried = prepared.again(seed).request.sampler.constraint
+        assert tried is not None
+        text: list[int] = []
+        for step in range(60):
+            draft = list(text)
+            for _ in range(int(rng.integers(1, 5))):
+                mask = tried.allowed(np.array(draft, np.int64))
+                if mask is None:
+                    break
+                ids = np.flatnonzero(mask.array(model.tokenizer.vocab_size))  # type: ignore[union-attr]
+                some = [token for token in ids.tolist() if token in structural] if rng.random() < 0.7 else []
+                draft.append(int(rng.choice(some or ids)))
+            fresh = prepared.again(seed).request.sampler.constraint
+            assert fresh is not None
+            if model.stop_ids & set(draft):
+                draft = draft[: next(i for i, token in enumerate(draft) if token in model.stop_ids)]
+            got, expected = (one.allowed(np.array(draft, np.int64)) for one in (tried, fresh))
+            assert np.array_equal(*(one.array(8192) for one in (got, expected)))  # type: ignore[union-attr]
+            text = draft[: len(text) + int(rng.integers(0, 3))] if step % 5 else draft
+
+
 def test_a_limit_cuts_the_form(models: dict[str, Model]) -> None:
     for model in models.values():
         answer = model.stream(CHAT, enable_thinking=False, sampling=SAMPLED, max_new_tokens=2, answer=options(FORMS["schema"]))

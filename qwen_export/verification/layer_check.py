@@ -29,6 +29,7 @@ from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.model import Model
+from qwen_export.runtimes.option_checks import check_devices
 from qwen_export.verification.layer_comparison import comparators, compare
 from qwen_export.verification.layer_graphs import layer_graphs
 from qwen_export.verification.logit_check import arithmetic, reference_checkpoint, reference_plan
@@ -79,6 +80,7 @@ def verify_layers(
     *,
     device: str | None = None,
     device_id: int = 0,
+    devices: Sequence[int] = (),
     native: str | None = None,
     lora: Sequence[str | Path | AdapterSource] = (),
 ) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def verify_layers(
     and `warnings`. Nothing is written to the bundle.
 
     Needs memory for the bundle and for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model, and
-    where the bundle cannot show its layers."""
+    where the bundle cannot show its layers, as one in stages. `device`, `device_id`, `devices` and `native` as in `runtimes.load`."""
     from qwen_export.verification.streamed_decoder import streamed_decoder
 
     tell = report or (lambda text, done, total: None)
@@ -100,6 +102,7 @@ def verify_layers(
     source = reference_checkpoint(manifest, reference, lora)
     ensure_whole(directory, manifest)
     manifest = for_device(manifest, device)
+    check_devices(devices, manifest)
     check_runnable(manifest, device_id)
     check_native(directory, manifest, native)
     text = source.config.text

@@ -19,7 +19,8 @@ from qwen_export.errors import VerifyError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.layer_points import OUTPUT, point_name, point_widths
 from qwen_export.manifest import GraphSpec, Manifest, TensorSpec, file_path, hash_file
-from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS
+from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, STEP
+from qwen_export.stages import stage_groups
 
 _INPUT = "input_ids"
 
@@ -31,6 +32,13 @@ def layer_graphs(bundle: Path, manifest: Manifest, config: TextConfig) -> Iterat
 
     Raises VerifyError for a bundle whose graphs do not name their layers, or that has no graphs to compile."""
     names = [name for name in DECODER_GRAPHS if name in manifest.graphs]
+    if not names:
+        raise VerifyError(
+            "the layers of a bundle in stages cannot be compared one by one",
+            where=str(bundle),
+            got=f"{len(stage_groups(manifest.graphs)[STEP])} stages",
+            fix="Verify it without {per_layer}, or build it again without {stages}.",
+        )
     with TemporaryDirectory(prefix="qwen-export-layers-") as directory:
         there = Path(directory)
         changed = replace(manifest, graphs={name: _with_points(bundle, manifest, name, config, there) for name in names})

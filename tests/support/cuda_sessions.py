@@ -9,6 +9,8 @@ from typing import Any
 import onnxruntime as ort
 import pytest
 
+from qwen_export.runtimes.memory import cuda_driver
+
 
 class Binding:
     """Bindings of ONNX Runtime that take the memory of a GPU for that of the host, and note which one it was."""
@@ -30,9 +32,12 @@ class CudaSession:
 
     bound: set[tuple[str, int]]
     providers: list[Any]
+    ran: set[tuple[int, int]]
+    """The devices that calls were for, and the contexts that the thread had then: kernels of plugins go by the latter."""
 
     def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
         CudaSession.providers = providers
+        self._index = int(providers[0][1]["device_id"])
         self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:
@@ -42,6 +47,7 @@ class CudaSession:
         return Binding(self._native.io_binding(), CudaSession.bound)
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        CudaSession.ran.add((self._index, cuda_driver.current_context()))
         self._native.run_with_iobinding(binding.native)
 
 
@@ -54,5 +60,5 @@ def cuda_sessions() -> Iterator[type[CudaSession]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ort, "InferenceSession", CudaSession)
         patch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-        CudaSession.bound = set()
+        CudaSession.bound, CudaSession.ran = set(), set()
         yield CudaSession

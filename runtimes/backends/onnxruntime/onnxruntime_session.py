@@ -16,6 +16,7 @@ from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
+from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.directml_buffer import DmlBuffer
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
@@ -216,6 +217,9 @@ class OnnxRuntimeCall:
 
     def run(self) -> None:
         started = time.perf_counter()
+        if self._session.device.kind == "cuda":
+            # Kernels of plugins look up the thread's device, which is that of the last copy.
+            use_device(self._session.device.index)
         try:
             with self._session.turn:
                 self._session.native.run_with_iobinding(self._binding, self._options)
