@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.errors import UnsupportedError
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import hash_file, load_manifest, write_manifest
 from qwen_export.verification.logit_check import verify
 from tests.support.family import tiny_config
@@ -30,3 +33,15 @@ def test_a_changed_weight_of_the_tower_is_found(tmp_path: Path, weight: str) -> 
     manifest.files[place.file] = hash_file(bundle / place.file)
     write_manifest(bundle, manifest)
     assert failed(bundle, checkpoint) == {"vision tower", "pictures"}
+
+
+def test_tokens_of_pictures_outside_the_vocabulary(tmp_path: Path) -> None:
+    """Such a checkpoint reads text; pictures are refused before any work where they are asked for."""
+    config = tiny_config(vocab_size=64)
+    config["image_token_id"] = 64
+    checkpoint = open_checkpoint(synthesize(config, tmp_path / "checkpoint"))
+    plan = plan_build(checkpoint)
+    assert plan.vision.spec is None
+    assert any("vocabulary" in note for note in plan.notes)
+    with pytest.raises(UnsupportedError, match="vocabulary"):
+        plan_build(checkpoint, vision=True)

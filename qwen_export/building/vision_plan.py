@@ -52,7 +52,11 @@ def plan_vision(
     if not checkpoint.config.text.rope.mrope_section:
         return _left_out("config.json has no mrope_section, by which pictures have positions", wanted)
     config = parse_vision(checkpoint.config.vision or {}, checkpoint.config.text.hidden_size, str(checkpoint.path / "config.json"))
-    return VisionPlan(config, vision_spec(config, checkpoint.config.raw, checkpoint.path), choices), []
+    spec, vocabulary = vision_spec(config, checkpoint.config.raw, checkpoint.path), checkpoint.config.text.vocab_size
+    outside = [token for token in (spec.image_token, spec.video_token, spec.start_token, spec.end_token) if token >= vocabulary]
+    if outside:
+        return _left_out(f"config.json has tokens of pictures that are not among the {vocabulary} of the vocabulary: {outside}", wanted)
+    return VisionPlan(config, spec, choices), []
 
 
 def _left_out(reason: str, wanted: bool | None) -> tuple[VisionPlan, list[str]]:
