@@ -239,6 +239,11 @@ def example_arguments(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         return x, logits, tensor(noise(82, 6, 8, 16), dtype), tensor(noise(83, 6, 16, 4), dtype), 2
     if name == "gated_attention":
         return make_attention(4).arguments(dtype)
+    if name == "picture_attention":
+        angles = [tensor(noise(seed, 3, 2, 4), torch.float32) for seed in (90, 91)]
+        return tensor(noise(92, 2, 6, 3 * 2 * 8), dtype), *angles, 2
+    if name == "place_features":
+        return tensor(noise(93, 2, 3, 16), dtype), tensor(noise(94, 2, 16), dtype), torch.tensor([1, 4])
     mixer = make_mixer(2)
     return delta_net_arguments(mixer, make_tokens(mixer, 2, 3), *make_state(mixer, 2), make_tokens(mixer, 2, 2), [0, 2], [0, 3], dtype)
 

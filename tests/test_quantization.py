@@ -209,7 +209,7 @@ def test_every_matrix_has_a_group_and_nothing_else_has() -> None:
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_the_defaults_leave_gates_and_router_alone(precision: str) -> None:
     plan = default_plan(precision)
-    assert {group for group in GROUPS if plan.groups[group].quant is None} == {"in_proj_ab", "router"}
+    assert {group for group in GROUPS if plan.groups[group].quant is None} == {"in_proj_ab", "router", "vision"}
     assert PrecisionPlan.from_json({"weights": "fp32; as stored", "activations": "fp32"} | plan.to_json()) == plan
 
 
@@ -318,7 +318,7 @@ def test_a_quantized_bundle_computes_what_its_codes_say(precision: str, tied: bo
     assert PrecisionPlan.from_json(manifest.precision_plan).groups["mlp"].format == precision
     result = verify(bundle, checkpoint)
     assert result["passed"], result
-    assert sum(check["against"] == "eager, quant." for check in result["checks"]) == 3
+    assert sum(check["against"] == "eager, quant." for check in result["checks"]) == 6, "three of text, three of pictures"
 
 
 @needs_plugin

@@ -156,8 +156,11 @@ def error(got: Array, wanted: Array) -> float:
 def check_case(library: str, case: Case) -> None:
     """Right beside float64, and the same bits when the caches are updated in place."""
     wanted, got, together = expected(case), call(library, case), call_in_place(library, case)
+    # A score s that is rounded in fp32 changes the weight of its key by up to s * 2^-24, and is the sum of D such products.
+    largest = np.sqrt(case.shape.D) * np.abs(case.tensors["q_norm"]).max() * np.abs(case.tensors["k_norm"]).max()
+    tolerance = max(TOLERANCE, float(largest) * 2**-22)
     for name in OUTPUTS:
-        assert error(got[name], wanted[name]) < TOLERANCE, name
+        assert error(got[name], wanted[name]) < tolerance, name
         assert np.array_equal(got[name], together[name], equal_nan=True), f"{name} differs in place"
 
 

@@ -37,7 +37,7 @@ class CudaSession:
 
     def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
         CudaSession.providers = providers
-        self._index = int(providers[0][1]["device_id"])
+        self._index = int(providers[0][1]["device_id"]) if isinstance(providers[0], tuple) else None
         self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:
@@ -47,7 +47,8 @@ class CudaSession:
         return Binding(self._native.io_binding(), CudaSession.bound)
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
-        CudaSession.ran.add((self._index, cuda_driver.current_context()))
+        if self._index is not None:
+            CudaSession.ran.add((self._index, cuda_driver.current_context()))
         self._native.run_with_iobinding(binding.native)
 
 

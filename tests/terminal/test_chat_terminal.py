@@ -39,7 +39,7 @@ def test_a_conversation_with_several_lines_and_commands(demo_bundle: Path, tmp_p
         terminal.press("one\\\rtwo\x1b\rthree\x1b[200~\nfour\nfive\x1b[201~\r")
         terminal.until("(length)", count=2)
         terminal.press("/stats\r")
-        terminal.until("12 new tokens", "reused", "of 8192 tokens")
+        terminal.until("12 new", "reused", "of 8192 tokens")
         terminal.press("/think on\r")
         terminal.until("thinking: on")
         terminal.press("/system Answer in French.\r")
