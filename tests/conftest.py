@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 
 from qwen_export.building.compiler import build
 from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.runtimes.memory import cuda_driver
+from tests.support.fake_driver import FakeDriver
 from tests.support.family import tiny_config
 from tests.support.fast_tests import FAST
 from tests.support.synthesize import synthesize
@@ -130,3 +133,24 @@ def fake_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def wide_heads(tmp_path: Path) -> Path:
     """A tiny checkpoint with the DeltaNet heads of the family, which the CUDA kernel is made for."""
     return synthesize(tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128), tmp_path / "wide")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
+    """A driver with two GPUs, whose memory is that of the host."""
+    fake = FakeDriver(devices=2)
+    cuda_driver.forget_driver()
+    monkeypatch.setattr(cuda_driver, "load_driver", lambda: fake)
+    yield fake
+    gc.collect()
+    cuda_driver.forget_driver()
+
+
+@pytest.fixture(scope="session")
+def dense_q8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense demo as a GGUF file. Shared: copy it before changing anything."""
+    from gguf.constants import GGMLQuantizationType
+
+    from tests.support.gguf_files import DENSE, written
+
+    return written(DENSE, tmp_path_factory.mktemp("gguf") / "demo-dense-Q8_0.gguf", GGMLQuantizationType.Q8_0)

@@ -10,25 +10,15 @@ import pytest
 
 from qwen_export.bundles.bundle_summary import inspect_bundle
 from qwen_export.commands.bundle_text import bundle_text
-from qwen_export.commands.cli import main
 from qwen_export.runtimes import load
+from tests.support.command_line import caller
 from tests.support.manifests import write_raw
 
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Any:
     """Run a command; returns exit code, stdout, stderr."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
+    return caller(capfd)
 
 
 def test_inspect_says_what_can_be_built(run: Any, tiny_checkpoint: Path) -> None:

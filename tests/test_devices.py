@@ -5,9 +5,7 @@ The driver is a fake whose memory is that of the host, so the CPU's kernels can 
 
 from __future__ import annotations
 
-import gc
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +21,6 @@ from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.device import Device
 from tests.support.cuda_sessions import cuda_sessions
 from tests.support.fake_driver import FakeDriver
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    fake = FakeDriver(devices=2)
-    cuda_driver.forget_driver()
-    monkeypatch.setattr(cuda_driver, "load_driver", lambda: fake)
-    yield fake
-    gc.collect()
-    cuda_driver.forget_driver()
 
 
 def test_a_model_on_the_second_gpu_touches_no_other(demo_bundle: Path, driver: FakeDriver) -> None:

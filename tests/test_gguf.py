@@ -22,22 +22,9 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.llama_cpp.gguf_header import read_gguf
 from qwen_export.plugins.native.native_library import find_library
-from tests.support.gguf_files import matrices, write_gguf
-from tests.support.source_tree import ROOT
+from tests.support.gguf_files import DENSE, MOE, matrices, write_gguf, written
 
-DENSE, MOE = ROOT / "examples" / "demo-dense", ROOT / "examples" / "demo-moe"
-ARCHITECTURES = {DENSE: "qwen35", MOE: "qwen35moe"}
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="plugins/native/cpu/build.sh was not run")
-
-
-def written(source: Path, file: Path, kind: Kind, **options: Any) -> Path:
-    write_gguf(source, file, matrices(kind), architecture=ARCHITECTURES[source], **options)
-    return file
-
-
-@pytest.fixture(scope="module")
-def dense_q8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(DENSE, tmp_path_factory.mktemp("gguf") / "demo-dense-Q8_0.gguf", Kind.Q8_0)
 
 
 def values(checkpoint: Checkpoint) -> dict[str, npt.NDArray[np.float32]]:

@@ -21,24 +21,11 @@ from qwen_export.plugins.native.native_library import find_library
 from qwen_export.runtimes import load
 from qwen_export.verification.logit_check import verify
 from tests.support.family import tiny_config
-from tests.support.gguf_files import matrices, write_gguf
+from tests.support.gguf_files import DENSE, MOE, matrices, write_gguf, written
 from tests.support.packed_matrices import stored_bytes
-from tests.support.source_tree import ROOT
 from tests.support.synthesize import synthesize
 
-DENSE, MOE = ROOT / "examples" / "demo-dense", ROOT / "examples" / "demo-moe"
-ARCHITECTURES = {DENSE: "qwen35", MOE: "qwen35moe"}
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="plugins/native/cpu/build.sh was not run")
-
-
-def written(source: Path, file: Path, kind: Kind, **options: Any) -> Path:
-    write_gguf(source, file, matrices(kind), architecture=ARCHITECTURES[source], **options)
-    return file
-
-
-@pytest.fixture(scope="module")
-def dense_q8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(DENSE, tmp_path_factory.mktemp("gguf") / "demo-dense-Q8_0.gguf", Kind.Q8_0)
 
 
 @needs_plugin

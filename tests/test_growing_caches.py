@@ -18,7 +18,6 @@ from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.decoding.read import Read
-from qwen_export.runtimes.memory import cuda_driver
 from qwen_export.runtimes.memory.growing_buffer import GrowingBuffer
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.serving.engine import Engine
@@ -27,16 +26,6 @@ from tests.support.fake_driver import PAGE, FakeDriver
 
 CONTEXT = 200
 PREFIXES = 4 << 20
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
-    fake = FakeDriver(devices=2)
-    cuda_driver.forget_driver()
-    monkeypatch.setattr(cuda_driver, "load_driver", lambda: fake)
-    yield fake
-    gc.collect()
-    cuda_driver.forget_driver()
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.weights.expression import Stacked
 from qwen_export.plugins.emitter import Emitter, Shared
-from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.attention_cpu import head_norm_weight, rotary_input
+from qwen_export.plugins.onnxruntime.gated_attention_node import gated_attention_node
 from qwen_export.plugins.rewrite import Replacement, layer_prefix, producing_linear, query_and_gate
 
 
 def lower_attention_plugin_cuda(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """Given  y, K', V' = gated_attention(linear(x, Wq), linear(x, Wk), linear(x, Wv), ..., length)
     Result linear (q|k|v|gate), qwen.native::GatedAttention"""
-    config, prefix = context.config, f"{layer_prefix(node)}.self_attn"
+    prefix = f"{layer_prefix(node)}.self_attn"
     emit = Emitter(graph, prefix, shared)
     given = dict(zip(gated_attention.inputs, node.inputs, strict=True))
     x, packed = producing_linear(given["q_gate"])
@@ -29,15 +29,5 @@ def lower_attention_plugin_cuda(graph: ir.Graph, node: ir.Node, context: PassCon
     projection = emit.linear(x, Stacked(rows), f"{prefix}.in_proj")
     norms = (head_norm_weight(graph, given["q_norm"]), head_norm_weight(graph, given["k_norm"]))
     tables = [rotary_input(graph, name, context.activation) for name in TABLES]
-    y, k_cache, v_cache = emit(
-        NATIVE,
-        "GatedAttention",
-        [projection, None, None, None, *norms, *tables, given["k_cache"], given["v_cache"], given[LENGTH]],
-        3,
-        dtype=context.activation,
-        num_heads=config.num_attention_heads,
-        kv_num_heads=config.num_key_value_heads,
-        scale=config.head_dim**-0.5,
-        epsilon=config.rms_norm_eps,
-    )
-    return emit.nodes, [y, k_cache, v_cache]
+    caches = (given["k_cache"], given["v_cache"], given[LENGTH])
+    return gated_attention_node(emit, [projection, None, None, None, *norms, *tables, *caches], context)

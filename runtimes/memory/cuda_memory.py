@@ -28,26 +28,26 @@ def allocate_raw(nbytes: int) -> int:
     cuda_driver.ensure_context()
     address = ctypes.c_ulonglong()
     code = cuda_driver.driver().cuMemAlloc_v2(ctypes.byref(address), max(1, nbytes))
+    require_memory(code, nbytes)
+    return int(address.value)
+
+
+def require_memory(code: int, nbytes: int) -> None:
+    """Raise BundleError where the driver has not given `nbytes` of memory; `code` is what it returned."""
     if code == cuda_driver.OUT_OF_MEMORY:
-        raise too_little(nbytes)
+        free_bytes, total = cuda_driver.memory_info()
+        raise BundleError(
+            "the GPU has too little free memory",
+            got=f"{_size(free_bytes)} free of {_size(total)}",
+            expected=f"{_size(nbytes)} in one piece",
+            fix=_SMALLER,
+        )
     if code:
         raise BundleError(
             "the GPU gives no memory",
             got=cuda_driver.error_text(code),
             fix="Look at the GPU with `nvidia-smi`, and start this program again.",
         )
-    return int(address.value)
-
-
-def too_little(nbytes: int) -> BundleError:
-    """The error for so many bytes that the GPU does not have."""
-    free_bytes, total = cuda_driver.memory_info()
-    return BundleError(
-        "the GPU has too little free memory",
-        got=f"{_size(free_bytes)} free of {_size(total)}",
-        expected=f"{_size(nbytes)} in one piece",
-        fix=_SMALLER,
-    )
 
 
 def zero_later(address: int, nbytes: int) -> None:

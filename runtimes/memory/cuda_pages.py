@@ -8,10 +8,9 @@ from __future__ import annotations
 import ctypes
 from ctypes import Structure, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_ushort, c_void_p
 
-from qwen_export.errors import BundleError
 from qwen_export.runtimes.memory import cuda_driver
 from qwen_export.runtimes.memory.cuda_driver import call, use_device
-from qwen_export.runtimes.memory.cuda_memory import too_little
+from qwen_export.runtimes.memory.cuda_memory import require_memory
 
 _PINNED, _ON_DEVICE, _READ_AND_WRITE, _MINIMUM = 1, 1, 3, 0
 
@@ -79,14 +78,7 @@ def map_pages(address: int, nbytes: int, device_id: int) -> None:
     use_device(device_id)
     handle = c_ulonglong()
     code = cuda_driver.driver().cuMemCreate(ctypes.byref(handle), nbytes, ctypes.byref(_properties(device_id)), 0)
-    if code == cuda_driver.OUT_OF_MEMORY:
-        raise too_little(nbytes)
-    if code:
-        raise BundleError(
-            "the GPU gives no memory",
-            got=cuda_driver.error_text(code),
-            fix="Look at the GPU with `nvidia-smi`, and start this program again.",
-        )
+    require_memory(code, nbytes)
     try:
         call("cuMemMap", address, nbytes, 0, handle.value, 0)
     finally:  # the mapping keeps the memory

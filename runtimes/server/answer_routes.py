@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
@@ -15,16 +15,24 @@ from qwen_export.runtimes.server.completion_answer import CompletionWriter, whol
 from qwen_export.runtimes.server.completion_request import CompletionBody, completion_ask
 from qwen_export.runtimes.server.messages_answer import MessagesWriter, whole_message
 from qwen_export.runtimes.server.messages_request import CountBody, MessagesBody, messages_ask, thinks
-from qwen_export.runtimes.server.request_body import read_body
+from qwen_export.runtimes.server.request_body import AnswerBody, read_body
 from qwen_export.runtimes.server.responses_answer import ResponsesWriter, whole_response
 from qwen_export.runtimes.server.responses_request import ResponsesBody, responses_ask
 from qwen_export.runtimes.server.service import Service
 from qwen_export.runtimes.server.wire_errors import HttpError
 
+Asked = TypeVar("Asked", bound=AnswerBody)
+
 
 def answer_routes(service: Service) -> APIRouter:
     router = APIRouter()
     settings = service.settings
+
+    async def begun(request: Request, kind: type[Asked]) -> tuple[Asked, str]:
+        """The request, and the name of the model that it will be answered under."""
+        service.check_open()
+        body = await read_body(request, kind, settings)
+        return body, service.served_name(body.model)
 
     def answered(choices: Choices, writer: Any, render: Any, stream: bool) -> Response:
         done = partial(service.finished, choices)
@@ -34,9 +42,7 @@ def answer_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        service.check_open()
-        body = await read_body(request, ChatBody, settings)
-        model = service.served_name(body.model)
+        body, model = await begun(request, ChatBody)
         choices = await service.submit(chat_ask(body))
         options = body.stream_options
         usage, always = (options.include_usage, options.continuous_usage_stats) if options else (False, False)
@@ -45,9 +51,7 @@ def answer_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        service.check_open()
-        body = await read_body(request, CompletionBody, settings)
-        model = service.served_name(body.model)
+        body, model = await begun(request, CompletionBody)
         ask = completion_ask(body)
         decode = service.model.tokenizer.decode
         choices = await service.submit(ask)
@@ -57,9 +61,7 @@ def answer_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        service.check_open()
-        body = await read_body(request, ResponsesBody, settings)
-        model = service.served_name(body.model)
+        body, model = await begun(request, ResponsesBody)
         choices = await service.submit(responses_ask(body))
         writer = partial(ResponsesWriter, choices, body, model)
         return answered(choices, writer, lambda pieces: whole_response(choices, pieces, body, model), body.stream)
@@ -70,9 +72,7 @@ def answer_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/messages")
     async def messages(request: Request) -> Response:
-        service.check_open()
-        body = await read_body(request, MessagesBody, settings)
-        model = service.served_name(body.model)
+        body, model = await begun(request, MessagesBody)
         choices = await service.submit(messages_ask(body))
         thinking = thinks(body)
         writer = partial(MessagesWriter, choices, model, thinking=thinking)

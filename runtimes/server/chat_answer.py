@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qwen_export.runtimes.server.answer_choices import Choice, Choices, Piece
+from qwen_export.runtimes.server.chunk_writer import ChunkWriter
 from qwen_export.runtimes.server.server_settings import ServerSettings
-from qwen_export.runtimes.server.wire_errors import Refusal
-from qwen_export.runtimes.server.wire_json import DONE, data_line, dump, new_id, quoted, shown
+from qwen_export.runtimes.server.wire_json import dump, new_id, quoted, shown
 from qwen_export.runtimes.structured.answer_events import Candidate, TokenLogprob
 from qwen_export.runtimes.text.reasoning import Content, Reasoning
 from qwen_export.runtimes.text.tool_calls import CallArguments, CallStarted
 
 
-class ChatWriter:
+class ChatWriter(ChunkWriter):
     """Chunks. `usage`: a last chunk with the tokens of all choices; `always`: each chunk has them."""
 
     def __init__(self, choices: Choices, model: str, settings: ServerSettings, *, usage: bool, always: bool) -> None:
@@ -65,14 +65,6 @@ class ChatWriter:
         reason = f'"{finish.finish}", "stop_reason": {dump(finish.stop_reason)}' if finish else "null"
         usage = f', "usage": {dump(self._choices.usage.openai())}' if self._always else self._common
         return f'{self._begin[choice.index]}{delta}}}, "logprobs": {logprobs}, "finish_reason": {reason}}}]{usage}}}\n\n'
-
-    def end(self) -> bytes:
-        if not self._usage:
-            return DONE
-        return f'{self._head}"choices": [], "usage": {dump(self._choices.usage.openai())}}}\n\n'.encode() + DONE
-
-    def error(self, refusal: Refusal) -> bytes:
-        return data_line(refusal.openai()) + DONE
 
 
 @dataclass

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from qwen_export.runtimes.server.answer_choices import Choice, Choices, Piece
+from qwen_export.runtimes.server.chunk_writer import ChunkWriter
 from qwen_export.runtimes.server.completion_request import CompletionBody
-from qwen_export.runtimes.server.wire_errors import Refusal
-from qwen_export.runtimes.server.wire_json import DONE, data_line, dump, new_id, quoted, shown
+from qwen_export.runtimes.server.wire_json import dump, new_id, quoted, shown
 from qwen_export.runtimes.structured.answer_events import TokenLogprob
 from qwen_export.runtimes.text.reasoning import Content
 
@@ -47,7 +47,7 @@ class _Text:
         return made
 
 
-class CompletionWriter:
+class CompletionWriter(ChunkWriter):
     """Chunks. `prompts`: the texts of the prompts."""
 
     def __init__(self, choices: Choices, body: CompletionBody, model: str, prompts: Sequence[str]) -> None:
@@ -71,14 +71,6 @@ class CompletionWriter:
         written = f'"index": {choice.index}, "text": {quoted(text)}, "logprobs": {dump(logprobs)}, "finish_reason": {end}'
         usage = f', "usage": {dump(self._choices.usage.openai())}' if self._always else ', "usage": null' if self._usage else ""
         return f'{self._head}"choices": [{{{written}}}]{usage}}}\n\n'.encode()
-
-    def end(self) -> bytes:
-        if not self._usage:
-            return DONE
-        return f'{self._head}"choices": [], "usage": {dump(self._choices.usage.openai())}}}\n\n'.encode() + DONE
-
-    def error(self, refusal: Refusal) -> bytes:
-        return data_line(refusal.openai()) + DONE
 
 
 def whole_completion(choices: Choices, pieces: list[Piece], body: CompletionBody, model: str, prompts: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.message_media import data_part
-from qwen_export.runtimes.server.request_body import Body
+from qwen_export.runtimes.server.request_body import AnswerBody
 from qwen_export.runtimes.server.sampling_body import wrong
 from qwen_export.runtimes.server.wire_errors import HttpError
 from qwen_export.runtimes.structured.answer_options import AnswerForm, AnswerOptions, ToolChoice, ToolName
@@ -21,10 +21,9 @@ from qwen_export.runtimes.structured.answer_options import AnswerForm, AnswerOpt
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
-class CountBody(Body):
+class CountBody(AnswerBody):
     """What /v1/messages/count_tokens reads."""
 
-    model: str = ""
     messages: list[dict[str, Any]]
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list)

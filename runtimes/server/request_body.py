@@ -23,6 +23,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
 
+class AnswerBody(Body):
+    """What is asked of a model, by its name; "" for the one that is served."""
+
+    model: str = ""
+
+
 BodyKind = TypeVar("BodyKind", bound=Body)
 
 

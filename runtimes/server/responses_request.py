@@ -14,7 +14,7 @@ from pydantic import Field
 
 from qwen_export.runtimes.server.ask import Ask
 from qwen_export.runtimes.server.chat_request import tool_choice
-from qwen_export.runtimes.server.request_body import Body
+from qwen_export.runtimes.server.request_body import AnswerBody
 from qwen_export.runtimes.server.sampling_body import answer_form, wrong
 from qwen_export.runtimes.server.wire_errors import HttpError
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
@@ -22,8 +22,7 @@ from qwen_export.runtimes.structured.answer_options import AnswerOptions
 _log = logging.getLogger("qwen_export.server")
 
 
-class ResponsesBody(Body):
-    model: str = ""
+class ResponsesBody(AnswerBody):
     input: str | list[dict[str, Any]]
     instructions: str | None = None
     tools: list[dict[str, Any]] = Field(default_factory=list)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from qwen_export.errors import ParameterError
-from qwen_export.runtimes.server.request_body import Body
+from qwen_export.runtimes.server.request_body import AnswerBody, Body
 from qwen_export.runtimes.server.wire_errors import HttpError
 from qwen_export.runtimes.structured.answer_options import AnswerForm, FormKind
 
@@ -33,8 +33,7 @@ class StreamOptions(Body):
     continuous_usage_stats: bool = False
 
 
-class SamplingBody(Body):
-    model: str = ""
+class SamplingBody(AnswerBody):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from qwen_export import build
-from qwen_export.commands.cli import main
 from qwen_export.commands.progress import LINE_EVERY_S, line_reports
 from qwen_export.commands.speed_plot import readable_labels
 from qwen_export.errors import ParameterError
@@ -23,6 +22,7 @@ from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import load
 from qwen_export.runtimes.backends.compatibility import check_limits, needed_memory
 from qwen_export.runtimes.backends.integrity import forget
+from tests.support.command_line import caller
 
 GREEDY = ("--greedy", "--max-new-tokens", "4")
 
@@ -30,17 +30,7 @@ GREEDY = ("--greedy", "--max-new-tokens", "4")
 @pytest.fixture
 def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Any:
     """Run a command; returns exit code, stdout, stderr."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfdbinary.readouterr()
-        return code, out.decode("utf-8", "replace"), err.decode("utf-8", "replace")
-
-    return call
+    return caller(capfdbinary, "replace")
 
 
 def process(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:

@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qwen_export.graphs.ops.gated_attention_op import gated_attention
+from tests.support.plugin_session import plugin_session
 
 Array = npt.NDArray[Any]
 
@@ -104,13 +105,7 @@ def session(library: str, shape: Shape, threads: int = 2) -> ort.InferenceSessio
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in zip(OUTPUTS, (3, 4, 4), strict=True)]
     counts = {"num_heads": shape.Hq, "kv_num_heads": shape.Hkv, "scale": shape.D**-0.5, "epsilon": EPSILON}
     node = helper.make_node("GatedAttention", list(INPUTS), list(OUTPUTS), domain="qwen.native", **counts)
-    graph = helper.make_graph([node], "attention", given, made)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plugin_session(library, node, given, made, threads)
 
 
 def call(library: str, case: Case, threads: int = 2) -> dict[str, Array]:

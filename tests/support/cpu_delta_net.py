@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper
 
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
+from tests.support.plugin_session import plugin_session
 
 Array = npt.NDArray[Any]
 
@@ -105,13 +106,7 @@ def session(library: str, key_heads: int, names: tuple[str, ...], threads: int =
     ]
     made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name, rank in zip(OUTPUTS, (3, 3, 4), strict=True)]
     node = helper.make_node("DeltaNetTransaction", list(names), list(OUTPUTS), domain="qwen.native", key_heads=key_heads, epsilon=EPSILON)
-    graph = helper.make_graph([node], "delta_net", given, made)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plugin_session(library, node, given, made, threads)
 
 
 def names_of(case: Case) -> tuple[str, ...]:

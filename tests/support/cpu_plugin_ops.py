@@ -16,6 +16,8 @@ import onnxruntime as ort
 from ml_dtypes import bfloat16
 from onnx import TensorProto, helper
 
+from tests.support.plugin_session import plugin_session
+
 Array = npt.NDArray[Any]
 
 EPSILON = 1e-6
@@ -35,13 +37,7 @@ def session(library: str, op: str, weight: str, extras: tuple[str, ...], threads
     node = helper.make_node(op, names, ["y"], domain="qwen.native", epsilon=EPSILON)
     given = [helper.make_tensor_value_info(name, _ELEMENT[weight] if name == "w" else TensorProto.FLOAT, None) for name in names if name]
     made = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])]
-    graph = helper.make_graph([node], op, given, made)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plugin_session(library, node, given, made, threads)
 
 
 def call(library: str, op: str, x: Array, w: Array, threads: int = 2, **extras: Array | None) -> Array:

@@ -33,11 +33,13 @@ class CudaSession:
     bound: set[tuple[str, int]]
     providers: list[Any]
     ran: set[tuple[int, int]]
-    """The devices that calls were for, and the contexts that the thread had then: kernels of plugins go by the latter."""
+    """The devices that sessions and calls were for, and the contexts that the thread had then: kernels of plugins go by the latter when
+    they are made and when they run."""
 
     def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
         CudaSession.providers = providers
         self._index = int(providers[0][1]["device_id"]) if isinstance(providers[0], tuple) else None
+        self._note_context()
         self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
 
     def __getattr__(self, name: str) -> Any:
@@ -47,9 +49,12 @@ class CudaSession:
         return Binding(self._native.io_binding(), CudaSession.bound)
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
+        self._note_context()
+        self._native.run_with_iobinding(binding.native)
+
+    def _note_context(self) -> None:
         if self._index is not None:
             CudaSession.ran.add((self._index, cuda_driver.current_context()))
-        self._native.run_with_iobinding(binding.native)
 
 
 real_session = ort.InferenceSession

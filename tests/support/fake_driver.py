@@ -8,6 +8,7 @@ not carried out, and a failing allocation says so.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ class FakeDriver:
 
     def __init__(self, memory: int = 1 << 30, sm: tuple[int, int] = (8, 9), cuda: int = 13000, devices: int = 1) -> None:
         self.memory, self.sm, self.cuda, self.devices = memory, sm, cuda, devices
-        self.context: int | None = None
+        self._current = threading.local()
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         self.streams: set[int] = set()
@@ -67,6 +68,15 @@ class FakeDriver:
         self._next = 1000
         for name in cuda_driver.FUNCTIONS:
             setattr(self, name, _Function(getattr(self, "_" + name.removesuffix("_v2"))))
+
+    @property
+    def context(self) -> int | None:
+        """The calling thread's."""
+        return getattr(self._current, "context", None)
+
+    @context.setter
+    def context(self, value: int | None) -> None:
+        self._current.context = value
 
     @staticmethod
     def context_of(device: int) -> int:

@@ -15,6 +15,10 @@ import torch
 from gguf.constants import GGMLQuantizationType as Kind
 from safetensors.torch import load_file
 
+from tests.support.source_tree import ROOT
+
+DENSE, MOE = ROOT / "examples" / "demo-dense", ROOT / "examples" / "demo-moe"
+ARCHITECTURES = {DENSE: "qwen35", MOE: "qwen35moe"}
 Array = npt.NDArray[Any]
 KindOf = Callable[[str, tuple[int, ...]], Kind]
 """The element type of a tensor, by its name in the file and its shape."""
@@ -238,3 +242,9 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return encoded
+
+
+def written(source: Path, file: Path, kind: Kind, **options: Any) -> Path:
+    """One of the demo checkpoints, with matrices of one kind."""
+    write_gguf(source, file, matrices(kind), architecture=ARCHITECTURES[source], **options)
+    return file

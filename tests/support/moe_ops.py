@@ -18,6 +18,7 @@ from ml_dtypes import bfloat16
 from onnx import TensorProto, helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
+from tests.support.plugin_session import plugin_session
 
 Array = npt.NDArray[Any]
 
@@ -65,13 +66,7 @@ def _session(library: str, op: str, element: str, attributes: tuple[tuple[str, i
     node = helper.make_node(op, ["x", "logits", "gate_up", "down"], ["y"], domain="qwen.native", **dict(attributes))
     kinds = {"x": "float32", "logits": "float32", "gate_up": element, "down": element}
     given = [helper.make_tensor_value_info(name, _ELEMENTS[kind], None) for name, kind in kinds.items()]
-    graph = helper.make_graph([node], op, given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plugin_session(library, node, given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], threads)
 
 
 def call(library: str, layer: Layer, x: Array, logits: Array, threads: int = 2) -> Array:

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
+from tests.support.plugin_session import plugin_session
 
 Array = npt.NDArray[Any]
 
@@ -33,13 +34,7 @@ def session(library: str, op: str, format: QuantFormat, N: int, K: int, inputs: 
     attributes: dict[str, Any] = format.attributes(N, K) | ({} if op == "QuantGather" else {"epsilon": EPSILON})
     node = helper.make_node(op, inputs, ["y"], domain="qwen.native", **attributes)
     given = [helper.make_tensor_value_info(name, _ELEMENTS.get(name, TensorProto.FLOAT), None) for name in inputs if name]
-    graph = helper.make_graph([node], op, given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)], ir_version=10)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(library)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return plugin_session(library, node, given, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)], threads)
 
 
 def run(made: ort.InferenceSession, **tensors: Array) -> Array:

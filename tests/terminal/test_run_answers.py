@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from qwen_export.commands.cli import main
 from qwen_export.terminal.call_collector import CallCollector
+from tests.support.command_line import caller
 
 GREEDY = ("--greedy", "--max-new-tokens", "16")
 
@@ -22,17 +22,7 @@ GREEDY = ("--greedy", "--max-new-tokens", "16")
 @pytest.fixture
 def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Any:
     """Run a command; returns exit code, stdout, stderr."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        code = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capfdbinary.readouterr()
-        return code, out.decode(), err.decode()
-
-    return call
+    return caller(capfdbinary)
 
 
 @pytest.fixture

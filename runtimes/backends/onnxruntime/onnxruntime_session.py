@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
+from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
@@ -39,10 +40,8 @@ HOST_INPUTS = ("total_length",)
 _HOST = Device("cpu")
 
 
-class OnnxRuntimeSession:
+class OnnxRuntimeSession(WholeSession):
     """One compiled graph, loaded by ONNX Runtime."""
-
-    overlaps = False
 
     def __init__(
         self,
@@ -131,6 +130,7 @@ class OnnxRuntimeSession:
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
             graph: str | bytes = str(path) if folder is None else path.read_bytes()
+            self.enter_device()
             native = ort.InferenceSession(graph, options, providers=providers)
             check_signature(native, self.spec, path)
             return native
@@ -144,6 +144,11 @@ class OnnxRuntimeSession:
                 fix="Run `qwen-export check` on the bundle.",
             ) from error
 
+    def enter_device(self) -> None:
+        """Kernels of plugins look up the thread's device, when they are made and when they run: have it be the session's."""
+        if self.device.kind == "cuda":
+            use_device(self.device.index)
+
     @property
     def records(self) -> bool:
         return self.device.kind == "cuda"
@@ -151,32 +156,15 @@ class OnnxRuntimeSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
-    def device_of(self, name: str) -> Device:
-        return self.device
-
-    def stage_of(self, name: str) -> int:
-        return 0
-
-    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self.buffer(dtype, shape)
-
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
         self._graphs += repeated
         return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        busy = self.busy_s
-        try:
-            yield
-        finally:
-            self.busy_s = busy
 
     def close(self) -> None:
         self._closed, self._native, self._weights = True, None, {}
 
 
-class OnnxRuntimeCall:
+class OnnxRuntimeCall(WholeCall):
     """Bindings of one session. `graph`: the number under which CUDA graphs of the call are recorded."""
 
     def __init__(self, session: OnnxRuntimeSession, graph: str) -> None:
@@ -209,17 +197,9 @@ class OnnxRuntimeCall:
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""
 
-    def start(self) -> None:
-        self.run()
-
-    def finish(self) -> None:
-        """Nothing: `start` has waited."""
-
     def run(self) -> None:
         started = time.perf_counter()
-        if self._session.device.kind == "cuda":
-            # Kernels of plugins look up the thread's device, which is that of the last copy.
-            use_device(self._session.device.index)
+        self._session.enter_device()
         try:
             with self._session.turn:
                 self._session.native.run_with_iobinding(self._binding, self._options)

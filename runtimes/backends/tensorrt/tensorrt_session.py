@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec
 from qwen_export.runtimes.backends.tensorrt.tensorrt_engines import Context, Engine
+from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
@@ -19,10 +18,9 @@ from qwen_export.runtimes.memory.stream_buffer import StreamBuffer
 _FETCHED = (TOP_LOGITS, TOP_IDS)
 
 
-class TensorRTSession:
+class TensorRTSession(WholeSession):
     """One graph of a bundle. Sessions of one bundle share `engines`."""
 
-    overlaps = False
     records = False  # a call's second run is the recording, and runs once
 
     def __init__(self, engine: Engine) -> None:
@@ -34,15 +32,6 @@ class TensorRTSession:
         self.binding_s = 0.0
         """Seconds of calls that were also prepared, once for each: contexts, kernels compiled on this machine, recording."""
 
-    def device_of(self, name: str) -> Device:
-        return self.device
-
-    def stage_of(self, name: str) -> int:
-        return 0
-
-    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self.buffer(dtype, shape)
-
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Memory on the session's device."""
         use_device(self.engine.engines.stream.device_id)
@@ -52,19 +41,11 @@ class TensorRTSession:
         """Bindings for one set of buffers. `repeated` has no effect here: shapes are fixed, so every call that comes back is recorded."""
         return TensorRTCall(self)
 
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        busy = self.busy_s
-        try:
-            yield
-        finally:
-            self.busy_s = busy
-
     def close(self) -> None:
         """Nothing: engines are released in order, when the last reference to their bundle goes."""
 
 
-class TensorRTCall:
+class TensorRTCall(WholeCall):
     """A set of bindings that is run again and again. The first run is queued kernel by kernel, which lets the library finish what it does
     once; the second is recorded as a CUDA graph, which runs from then on. No call runs more often than requested."""
 
@@ -102,12 +83,6 @@ class TensorRTCall:
     def recorded(self) -> bool:
         """Whether the call runs as a CUDA graph."""
         return self._context is not None and self._context.recording is not None
-
-    def start(self) -> None:
-        self.run()
-
-    def finish(self) -> None:
-        """Nothing: `start` has waited."""
 
     def run(self) -> None:
         """Run and wait. The largest logits are on the host then."""
