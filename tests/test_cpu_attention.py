@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from hypothesis import strategies as st
 from qwen_export.plugins.native.native_library import find_library
 from tests.support import cpu_attention as op
 from tests.support.cpu_attention import Case, Shape, make_case
+from tests.support.instruction_sets import check_in_instruction_set
 from tests.support.kernel_families import needs_plugin
 
 ROOT = Path(__file__).parent.parent
@@ -108,8 +106,7 @@ def test_other_instruction_sets(library: str, isa: str) -> None:
     """The best one of this machine is what the other tests run."""
     if platform.machine() != "x86_64":
         pytest.skip("one instruction set on this machine")
-    script = [sys.executable, "-m", "tests.support.cpu_attention", library]
-    subprocess.run(script, cwd=ROOT, env={**os.environ, "QWEN_EXPORT_CPU_SET": isa}, check=True, timeout=300)
+    check_in_instruction_set(op, library, isa)
 
 
 @pytest.mark.parametrize(

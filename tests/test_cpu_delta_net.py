@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +33,7 @@ from qwen_export.targets import ONNXRUNTIME
 from tests.support import cpu_delta_net as op
 from tests.support.cpu_delta_net import Case, Shape, make_case
 from tests.support.family import tiny_config
+from tests.support.instruction_sets import check_in_instruction_set
 from tests.support.kernel_families import lengths
 
 ROOT = Path(__file__).parent.parent
@@ -168,8 +167,7 @@ def test_other_instruction_sets(library: str, isa: str) -> None:
     """The best one of this machine is what the other tests run."""
     if platform.machine() != "x86_64":
         pytest.skip("one instruction set on this machine")
-    script = [sys.executable, "-m", "tests.support.cpu_delta_net", library]
-    subprocess.run(script, cwd=ROOT, env={**os.environ, "QWEN_EXPORT_CPU_SET": isa}, check=True, timeout=300)
+    check_in_instruction_set(op, library, isa)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,11 +26,11 @@ from qwen_export.runtimes.backends.compatibility import check_runnable, this_pla
 from qwen_export.verification.logit_check import verify
 from tests.support import cpu_plugin_ops as ops
 from tests.support.family import tiny_config
+from tests.support.instruction_sets import check_in_instruction_set
 from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 
 CPU = library.LIBRARIES["cpu"]
-SCRIPT = Path(ops.__file__)
 SMALL = tiny_config(layers=2, layer_types=[LINEAR, FULL])
 
 
@@ -62,9 +59,7 @@ def operators(checkpoint: Path, precision: str = "fp32") -> Counter[str]:
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "base"])
 def test_ops_in_every_instruction_set(plugin: Path, instructions: str) -> None:
     """Machines that lack one take the next lower; on other processors than x86 all three are the same."""
-    environment = os.environ | {"QWEN_EXPORT_CPU_SET": instructions}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(plugin)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    check_in_instruction_set(ops, plugin, instructions)
 
 
 def test_a_row_is_the_same_on_any_number_of_threads(plugin: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,6 +38,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support import moe_ops
 from tests.support.answers import drafted, plain
 from tests.support.family import FAMILY, tiny_config
+from tests.support.instruction_sets import check_in_instruction_set
 from tests.support.quantizers import Quantizer, block_fp8, gptq, quantize_checkpoint
 from tests.support.synthesize import synthesize
 from tests.test_demo_bundles import HELD_OUT
@@ -102,10 +100,7 @@ def test_the_native_op_selects_what_torch_selects_among_equals() -> None:
 @pytest.mark.parametrize("instructions", ["base", "avx2", "avx512"])
 def test_the_native_op_in_every_form(instructions: str) -> None:
     """fp32, bf16, int4 and int8 weights, one token to many; equal tokens give equal bits."""
-    script = Path(moe_ops.__file__)
-    root = str(Path(__file__).parent.parent)
-    environment = os.environ | {"QWEN_EXPORT_CPU_SET": instructions, "PYTHONPATH": root}
-    subprocess.run([sys.executable, str(script), str(NATIVE)], check=True, env=environment, cwd=root)
+    check_in_instruction_set(moe_ops, str(NATIVE), instructions)
 
 
 # ---- layouts

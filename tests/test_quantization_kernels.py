@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.plugins.native.native_library import find_library
 from tests.support import quant_ops
+from tests.support.instruction_sets import check_in_instruction_set
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,10 +26,7 @@ def library() -> str:
 @pytest.mark.parametrize("instructions", ["base", "avx2", "avx512"])
 def test_every_form_against_numpy(library: str, instructions: str) -> None:
     """Products, SwiGLU and gathers of 24 formats over 18 numbers of rows; a set that the machine lacks falls back to the next."""
-    environment = os.environ | {"QWEN_EXPORT_CPU_SET": instructions, "PYTHONPATH": str(ROOT)}
-    script = ROOT / "tests" / "support" / "quant_ops.py"
-    done = subprocess.run([sys.executable, script, library], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    check_in_instruction_set(quant_ops, library, instructions)
 
 
 def test_a_matrix_of_another_size_than_its_format_is_refused(library: str) -> None:

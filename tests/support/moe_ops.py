@@ -1,6 +1,6 @@
 """Moe and QuantMoe of the CPU plugin against float64. A process has one instruction set, so this is also a script:
 
-QWEN_EXPORT_CPU_SET=base python tests/support/moe_ops.py LIBRARY
+QWEN_EXPORT_CPU_SET=base python -m tests.support.moe_ops LIBRARY
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Quantized products of the CPU plugin against numpy. A process has one instruction set, so this is also a script:
 
-QWEN_EXPORT_CPU_SET=base python tests/support/quant_ops.py LIBRARY
+QWEN_EXPORT_CPU_SET=base python -m tests.support.quant_ops LIBRARY
 """
 
 from __future__ import annotations
