@@ -37,6 +37,7 @@ float largest(const float* x, int count) {
 
 void quantize_tile(const QuantFormat& format, const float* x, const float* norm, float epsilon, float* scratch, QuantTile tile) {
   const int64_t K = format.K;
+  if (tile.rows < tile.slots) std::memset(tile.codes, 0, QuantTile::bytes(format, tile.slots));
   for (int m = 0; m < tile.rows; m++, x += K) {
     if (norm != nullptr) {
       const float scale = 1.0f / std::sqrt(mean_of_squares(x, K) + epsilon);
@@ -50,14 +51,17 @@ void quantize_tile(const QuantFormat& format, const float* x, const float* norm,
       const float most = largest(values, format.block);
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
       int32_t sum = 0;
-      int8_t* codes = tile.codes + (block * format.block * tile.rows) + m * 4;
       for (int k = 0; k < format.block; k += 32) {
         alignas(32) int8_t made[32];
         for (int i = 0; i < 32; i++) made[i] = int8_t(int32_t(std::nearbyint(values[k + i] * inverse)));
         for (int i = 0; i < 32; i++) sum += made[i];
-        for (int i = 0; i < 8; i++) std::memcpy(codes + (k / 4 + i) * tile.rows * 4, made + 4 * i, 4);
+        const int64_t at = block * format.block + k;
+        if (tile.unit == 4)
+          for (int i = 0; i < 8; i++) std::memcpy(tile.codes + ((at / 4 + i) * tile.slots + m) * 4, made + 4 * i, 4);
+        else
+          std::memcpy(tile.codes + (at / tile.unit * tile.slots + m) * tile.unit + at % tile.unit, made, 32);
       }
-      const int64_t at = block * tile.rows + m;
+      const int64_t at = block * tile.slots + m;
       tile.scales[at] = most / 127.0f;
       if (format.zeros) {
         tile.corrections[at] = float(sum);
