@@ -130,7 +130,7 @@ def _ints(graph: ir.Graph, values: list[int]) -> ir.Value:
     name = "ints_" + "_".join(str(value).replace("-", "m") for value in values)
     if name not in graph.initializers:
         tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-        graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor))
     return graph.initializers[name]
 
 
