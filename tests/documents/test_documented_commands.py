@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -79,3 +80,16 @@ def test_commands_stand_in_blocks_that_are_marked() -> None:
             elif re.match(r"\s*(\$ )?qwen-export [a-z]", line) and (inside == "" or (inside is None and line.startswith("    "))):
                 strays.append(f"{page.relative_to(ROOT)}:{number}")
     assert not strays
+
+
+def test_extras_that_are_installed_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    texts = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in pages()}
+    named = {
+        (name, extra)
+        for name, text in texts.items()
+        for found in re.findall(r"\.(?:whl\)\")?\[([a-z,-]+)\]", text)
+        for extra in found.split(",")
+    }
+    assert named and not [pair for pair in named if pair[1] not in extras]
+    assert not [name for name, text in texts.items() if re.search(r"pip install '?qwen-export", text)], "no package index has it"
