@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import signal
@@ -75,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. An expected failure is one line on stderr and exit code 1, wrong usage 2, an interrupt 130, and a reader of the output
     that has gone 141 without a message."""
     signal.signal(signal.SIGTERM, _terminate)
+    _print_utf8()
     logger = logging.getLogger("qwen_export")
     logger.handlers, logger.propagate = [_Notices()], False
     try:
@@ -108,6 +110,15 @@ def main(arguments: list[str] | None = None) -> None:
             _fail("the output cannot be written: the device is full. Free space, or write to another one.")
         place = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{place}. Check the path, its permissions and the space on the disk.")
+
+
+def _print_utf8() -> None:
+    """Files and pipes get UTF-8, as they are read. Windows' own encoding there is a code page that has few characters, and an answer would
+    end with an error at the first one that it lacks."""
+    if sys.flags.ignore_environment or not os.environ.get("PYTHONIOENCODING"):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+                stream.reconfigure(encoding="utf-8")
 
 
 def _fail(message: str, code: int = 1) -> None:
