@@ -27,7 +27,7 @@ from qwen_export.plugins.standard.standard_quantized import ensure_whole_blocks,
 
 _ROWS_OF_A_GATHER = 64
 """Measured with ONNX Runtime 1.31 on two cores, fp32 matrices of 1024 x 2048."""
-ROUND_BYTES = 256 << 20
+ROUND_BYTES = 128 << 20
 """What the gathered matrices of one kind take at most, as fp32."""
 _I32, _U8 = ir.DataType.INT32, ir.DataType.UINT8
 
