@@ -136,8 +136,12 @@ class QuantLinearKernel {
       for (int m = 0; m < tile.rows; m++) {
         const int64_t at = (row + m) * N + n;
         const float* values = results->values + m * kPanelRows;
-        if (residual != nullptr)
+        if (residual != nullptr && count == kPanelRows)
+          for (int64_t i = 0; i < kPanelRows; i++) y[at + i] = values[i] + residual[at + i];
+        else if (residual != nullptr)
           for (int64_t i = 0; i < count; i++) y[at + i] = values[i] + residual[at + i];
+        else if (count == kPanelRows)
+          std::memcpy(y + at, values, sizeof(float) * kPanelRows);
         else
           std::memcpy(y + at, values, sizeof(float) * size_t(count));
       }
