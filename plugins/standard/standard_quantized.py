@@ -117,4 +117,4 @@ def _quant(chosen: GroupFormat) -> QuantFormat:
 
 def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
-    return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight
+    return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.given else weight

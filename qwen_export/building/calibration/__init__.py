@@ -1,0 +1,1 @@
+"""Reading a text to choose the codes of quantized matrices."""
