@@ -1,4 +1,4 @@
-"""Codes that a text chooses: what they gain, that a bundle with them is verified and the same every time, and what is refused."""
+"""Bundles whose codes a text chooses: verified, the same every time, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,6 @@ from qwen_export.building.build_plan import plan_build
 from qwen_export.bundles.inspection import inspect_checkpoint
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
-from qwen_export.graphs.quantization.calibrated_codes import CodeFile, grid_values
-from qwen_export.graphs.quantization.gptq import InputMoments, quantize_for_inputs
-from qwen_export.graphs.quantization.packing import QuantFormat, dequantize
-from qwen_export.graphs.quantization.scale_search import quantize
 from qwen_export.manifest import CALIBRATION, WEIGHTS, load_manifest
 from qwen_export.plugins.native.native_library import find_library
 from qwen_export.verification.logit_check import verify
@@ -29,7 +25,6 @@ from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
 needs_plugin = pytest.mark.skipif(find_library("cpu") is None, reason="plugins/native/cpu/build.sh was not run")
-FORMATS = (QuantFormat(4, 32), QuantFormat(4, 64, True), QuantFormat(8, 128))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -64,59 +59,6 @@ def checkpoint(directory: Path, *, moe: bool = False, **stored: bool) -> Path:
     # All experts for every token: else the rounding of inputs to 8 bits changes which ones a token gets, which is not what is tested here.
     config = tiny_config(vision=False, moe=moe, **({"num_experts_per_tok": 8} if moe else {}))
     return synthesize(config, directory / "checkpoint", tokenizer=write_tiny_tokenizer(directory / "tokenizer"), **stored)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_outputs_for_correlated_inputs_are_closer_than_without_a_text(format: QuantFormat) -> None:
-    rng = np.random.default_rng(0)
-    mixed = rng.standard_normal((24, 200)).astype(np.float32)
-    x = rng.standard_normal((1000, 24)).astype(np.float32) @ mixed + 0.1 * rng.standard_normal((1000, 200)).astype(np.float32)
-    w = rng.standard_t(5, (48, 200)).astype(np.float32)
-    moments = InputMoments(200)
-    moments.add(torch.from_numpy(x))
-    errors = [
-        float(np.square(x @ (w - dequantize(format, *grid)).T).mean())
-        for grid in (quantize_for_inputs(format, w, moments.feedback()), quantize(format, w, "search"))
-    ]
-    assert errors[0] < 0.5 * errors[1]
-
-
-@pytest.mark.parametrize("tokens", [64, 300, 1000])
-def test_few_tokens_of_independent_inputs_do_no_harm(tokens: int) -> None:
-    rng, format = np.random.default_rng(0), QuantFormat(4, 32)
-    sizes = np.exp(0.7 * rng.standard_normal(256)).astype(np.float32)
-    seen, others = (rng.standard_normal((n, 256)).astype(np.float32) * sizes for n in (tokens, 2000))
-    w = rng.standard_t(5, (64, 256)).astype(np.float32)
-    moments = InputMoments(256)
-    moments.add(torch.from_numpy(seen))
-    errors = [
-        float(np.square(others @ (w - dequantize(format, *grid)).T).mean())
-        for grid in (quantize_for_inputs(format, w, moments.feedback()), quantize(format, w, "search"))
-    ]
-    assert errors[0] < errors[1]
-
-
-def test_inputs_that_are_all_zero_leave_the_codes_of_a_search() -> None:
-    format, w = QuantFormat(4, 32), np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
-    found, searched = quantize_for_inputs(format, w, InputMoments(64).feedback()), quantize(format, w, "search")
-    assert np.array_equal(found[0], searched[0])
-
-
-@pytest.mark.parametrize("format", (*FORMATS, QuantFormat(4, 32, True)), ids=str)
-def test_a_file_of_codes_gives_back_what_was_put_in(format: QuantFormat, tmp_path: Path) -> None:
-    rng, file = np.random.default_rng(0), CodeFile(tmp_path / "codes", "key")
-    grids = [quantize(format, rng.standard_normal((7, 45)).astype(np.float32), "search") for _ in range(3)]
-    file.add("plain", -1, format, grids[0], searched=False)
-    entries = [file.add("stack", i, format, grids[i + 1], searched=False) for i in range(2)]
-    rows = file.codes("plain", 2, 5)
-    assert rows is not None
-    assert np.array_equal(grid_values(rows), dequantize(format, *grids[0])[2:5])
-    file.restore(entries, file.end)
-    stack = file.codes("stack", 0, 2)
-    assert stack is not None
-    assert np.array_equal(grid_values(stack)[1], dequantize(format, *grids[2]))
-    assert file.codes("other", 0, 1) is None
-    file.close()
 
 
 @needs_plugin

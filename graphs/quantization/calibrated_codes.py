@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from qwen_export.errors import BuildError
 from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat, dequantize
 from qwen_export.graphs.weights.expression import TensorSource
@@ -97,6 +98,7 @@ class CodeFile:
     def __init__(self, path: Path, key: str) -> None:
         self.key = key
         path.touch(mode=0o600)
+        self._path = path
         self._file, self._lock = path.open("r+b", buffering=0), threading.Lock()
         self._entries: dict[tuple[str, int], Entry] = {}
         self._stacks: set[str] = set()
@@ -172,7 +174,11 @@ class CodeFile:
         with self._lock:
             self._file.seek(offset)
             if self._file.readinto(data.data) != count:
-                raise EOFError("the file of calibrated codes ends early")
+                raise BuildError(
+                    "the file of calibrated codes ends early",
+                    where=str(self._path),
+                    fix="Is the disk full? Remove the directory that holds it, and build again.",
+                )
         return data
 
 

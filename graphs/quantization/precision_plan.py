@@ -59,7 +59,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """The groups, and the parameters of each: the first group that matches has it."""
 
 GPTQ = "gptq"
-"""The method whose codes are chosen with a text (gptq.py)."""
+"""The method whose codes are chosen with a text (gptq_codes.py)."""
 CALIBRATED_GROUPS = ("in_proj_ab", "deltanet", "attention", "shared_expert", "experts", "mlp", "lm_head", "mtp")
 """The groups that may have it: products of activations that a text has."""
 

@@ -1,1 +1,3 @@
-"""Reading a text to choose the codes of quantized matrices."""
+"""A text chooses the codes of quantized matrices.
+`calibrate_model.py` goes through the model, layer by layer, with activations in files.
+"""

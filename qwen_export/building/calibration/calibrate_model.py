@@ -33,7 +33,7 @@ from qwen_export.graphs.config import FULL
 from qwen_export.graphs.models.draft_head_model import MtpHead, mtp_config
 from qwen_export.graphs.models.norm_layer import ZeroCenteredRmsNorm
 from qwen_export.graphs.quantization.calibrated_codes import CodeFile
-from qwen_export.graphs.quantization.gptq import InputMoments
+from qwen_export.graphs.quantization.gptq_codes import InputMoments
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.graphs.rotary import rotary_frequencies
 from qwen_export.manifest import CALIBRATION

@@ -39,7 +39,10 @@ def read_text(calibrate: str | Path, checkpoint: Path) -> CalibrationText:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise ParameterError(
-            "the calibration text is not UTF-8", parameter="calibrate", got=f"{path}: {error}"[:200], fix="Convert the file."
+            "the calibration text is not UTF-8",
+            parameter="calibrate",
+            got=f"{path}: {error}"[:200],
+            fix="Convert the file that {calibrate} names.",
         ) from error
     files = TextFiles(checkpoint, error=CheckpointError)
     ids = files.tokenizer.encode(text)

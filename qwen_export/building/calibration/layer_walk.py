@@ -25,7 +25,7 @@ from qwen_export.graphs.models.model_state import empty_state
 from qwen_export.graphs.models.moe_layer import MoeMlp
 from qwen_export.graphs.models.text_model import DecoderLayer
 from qwen_export.graphs.ops.moe_op import route
-from qwen_export.graphs.quantization.gptq import InputMoments
+from qwen_export.graphs.quantization.gptq_codes import InputMoments
 
 _MIXER_INPUTS = {
     FULL: [f"self_attn.{name}_proj.weight" for name in "qkv"],

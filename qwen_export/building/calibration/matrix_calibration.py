@@ -16,7 +16,7 @@ from qwen_export.graphs.checkpoint.tensor_names import StoredLayout
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.models.load_model import parameter_values
 from qwen_export.graphs.quantization.calibrated_codes import CalibratedSource, CodeFile
-from qwen_export.graphs.quantization.gptq import Feedback, InputMoments, quantize_for_inputs
+from qwen_export.graphs.quantization.gptq_codes import Feedback, InputMoments, quantize_for_inputs
 from qwen_export.graphs.quantization.packing import Floats
 from qwen_export.graphs.quantization.precision_plan import GPTQ, PrecisionPlan
 from qwen_export.graphs.quantization.scale_search import quantize

@@ -27,9 +27,6 @@ DAMPING = 0.01
 _BLOCK = 128
 # Columns whose corrections are applied to the rest together.
 
-Grid = tuple[Bytes, Array, Bytes | None]
-"""Codes u8[N,K], scales [N,blocks], zeros u8[N,blocks] or None."""
-
 
 class InputMoments:
     """H f32[K,K] of the inputs of a product, and from how many tokens."""
@@ -70,7 +67,7 @@ class Feedback:
     importance: Floats
 
 
-def quantize_for_inputs(format: QuantFormat, values: Floats, feedback: Feedback) -> Grid:
+def quantize_for_inputs(format: QuantFormat, values: Floats, feedback: Feedback) -> tuple[Bytes, Array, Bytes | None]:
     """values f32[N,K] -> codes, scales and zeros, as `quantize` gives them."""
 
     _, scales, zeros = quantize(format, values, "search", importance=feedback.importance)
