@@ -8,7 +8,7 @@ from typing import Any
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import state_bytes
 
-_FORMATS = ("weights", "activations", "recurrent state", "attention cache")
+_FORMATS = ("weights", "calibration", "activations", "recurrent state", "attention cache")
 
 
 def is_bundle(path: Path) -> bool:
