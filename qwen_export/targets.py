@@ -148,6 +148,9 @@ _STAMP_OPSET = PassStep(
     "plugins.standard.stamp_opset:stamp_opset", "after all rewrites, before the check that reads the version", finds="a graph"
 )
 
+_CHECK_STANDARD = PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")
+_CHECK_DIRECTML = PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")
+
 _STANDARD_PASSES = (
     _FIX_SIZES,
     _RECOGNIZE_LINEAR,
@@ -168,13 +171,29 @@ _STANDARD_PASSES = (
     _STAMP_OPSET,
 )
 
+_STANDARD_TOWER = (
+    PassStep(
+        "plugins.standard.fold_shapes:fold_shapes", "first: the check reads constants where the trace has computed them", finds="constants"
+    ),
+    _RECOGNIZE_LINEAR,
+    PassStep(
+        "plugins.standard.standard_lowerings:lower_tower",
+        "after the products are recognized, and with them in one walk over the graph",
+        finds="picture_attention",
+    ),
+    PassStep("plugins.standard.standard_pictures:decompose_gelu", "anywhere: nothing else looks for Gelu", finds="Gelu"),
+    _REPLACED,
+    _STAMP_OPSET,
+)
+
 ONNX = Target(
     name="onnx",
     backend="onnxruntime",
     minimum_backend="1.22.0",
     devices=("cpu",),
     precisions=("fp32", "fp16", "int8", "int4"),
-    passes=(*_STANDARD_PASSES, PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")),
+    passes=(*_STANDARD_PASSES, _CHECK_STANDARD),
+    vision_passes=(*_STANDARD_TOWER, _CHECK_STANDARD),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
     prompt_tokens=256,
@@ -187,7 +206,8 @@ DIRECTML = Target(
     minimum_backend="1.22.0",
     devices=("dml",),
     precisions=("fp16", "fp32", "int8", "int4"),
-    passes=(*_STANDARD_PASSES, PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")),
+    passes=(*_STANDARD_PASSES, _CHECK_DIRECTML),
+    vision_passes=(*_STANDARD_TOWER, _CHECK_DIRECTML),
     static=True,
     opsets=(20, 21),
 )
@@ -215,7 +235,7 @@ TENSORRT = Target(
         PassStep("plugins.tensorrt.add_top_logits:add_top_logits", "after the rewrites, so that no pass moves the outputs behind it"),
         _REPLACED,
         _STAMP_OPSET,
-        PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written"),
+        _CHECK_STANDARD,
     ),
     static=True,
     opsets=(24,),
