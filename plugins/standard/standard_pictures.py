@@ -15,10 +15,15 @@ from qwen_export.plugins.rewrite import Replacement
 
 def lower_picture_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """picture_attention -> rotation, products and a masked softmax, queries in parts. The graph gets an input `real_tokens`."""
+    return attention(graph, node, shared, Emitter)
+
+
+def attention(graph: ir.Graph, node: ir.Node, shared: Shared, kind: type[Emitter]) -> Replacement:
+    """The same by an emitter of some kind."""
     qkv, cos, sin = node.inputs
     if qkv is None or cos is None or sin is None:
         raise TypeError("picture_attention has an input that is missing")
-    emit = Emitter(graph, str(node.name), shared)
+    emit = kind(graph, str(node.name), shared)
     count = emit.shared(REAL_TOKENS, lambda: _new_input(graph))
     return emit.nodes, [emit_picture_attention(emit, qkv, cos, sin, count, node.attributes.get_int("heads"))]
 

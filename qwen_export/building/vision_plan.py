@@ -57,6 +57,8 @@ def plan_vision(
         return VisionPlan(), [f"pictures: {missing}"] if wanted else []
     if not target.vision_passes or (kernels is None and not target.static):
         return _left_out(f"target {target.name} has no lowering of the vision tower yet", wanted)
+    if wanted is None and not target.vision_unasked:
+        return _left_out(f"target {target.name} has it on request only (vision)", wanted)
     choices, refused = choose_vision(kernels, precision) if kernels is not None else (choose_standard_vision(), list[str]())
     if refused:
         return _left_out("; ".join(refused), wanted)
