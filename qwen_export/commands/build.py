@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     "--picture-tokens",
     type=Numbers(),
     metavar="N,N",
-    help="Sizes of pictures that the tower gets a graph for, in tokens of 32 x 32 pixels; default 64,256,1024; targets onnx and directml.",
+    help="Sizes of pictures that the tower gets a graph for, in tokens of 32 x 32 pixels; default 64,256,1024; not target onnxruntime.",
 )
 @click.option(
     "--weights",
