@@ -146,22 +146,20 @@ def plan_build(
     if precision in QUANTIZED and precision in chosen.precisions:
         whole = UNQUANTIZED if chosen.engines else ()
         quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole, calibrated=calibrate is not None)
-    compiled = engine or EngineOptions()
+    compiled, fixed = engine or EngineOptions(), options or StaticOptions()
     if chosen.engines:
         reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(
-            chosen, config, context, wishes, options or StaticOptions(), activations, compiled, quantized=quantization is not None
-        )
+        form = _static_form(chosen, config, context, wishes, fixed, activations, compiled, quantized=quantization is not None)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
-    seen = kernels_for(device) if chosen.vision_passes and device in chosen.devices else None
-    sight, blind = plan_vision(checkpoint, chosen, seen, activations, vision)
+    seen = kernels_for(device) if chosen.vision_passes and not chosen.static and device in chosen.devices else None
+    sight, blind = plan_vision(checkpoint, chosen, seen, activations, vision, fixed.picture_tokens)
     reasons += blind
     tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored)), *sight.tensors()]
     if quantization is not None:

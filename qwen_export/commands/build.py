@@ -14,7 +14,7 @@ from qwen_export.commands.calibration_flag import calibration_option
 from qwen_export.commands.engine_flags import engine_options
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
-from qwen_export.commands.param_types import Gigabytes
+from qwen_export.commands.param_types import Gigabytes, Numbers
 from qwen_export.commands.progress import progress
 from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.engine_options import EngineOptions
@@ -79,6 +79,12 @@ if TYPE_CHECKING:
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
 @click.option(
+    "--picture-tokens",
+    type=Numbers(),
+    metavar="N,N",
+    help="Sizes of pictures that the tower gets a graph for, in tokens of 32 x 32 pixels; default 64,256,1024; not target onnxruntime.",
+)
+@click.option(
     "--weights",
     default="copy",
     show_default=True,
@@ -115,6 +121,7 @@ def command(
     chunk: int | None,
     step_tokens: int | None,
     decompose: tuple[str, ...],
+    picture_tokens: tuple[int, ...] | None,
     weights: str,
     stages: int,
     jobs: int | None,
@@ -134,9 +141,11 @@ def command(
         from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 
     device = device or TARGETS[target].devices[0]
-    options = StaticOptions(chunk, step_tokens, opset, decompose)
+    options = StaticOptions(chunk, step_tokens, opset, decompose, picture_tokens or StaticOptions.picture_tokens)
     if not TARGETS[target].static and options != StaticOptions():
-        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for targets with graphs of fixed sizes")
+        raise click.UsageError(
+            "--opset, --chunk, --step-tokens, --decompose and --picture-tokens are for targets with graphs of fixed sizes"
+        )
     if not TARGETS[target].engines and engine != EngineOptions():
         raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
     if sign is not None:
