@@ -9,7 +9,7 @@ from qwen_export.bundle_contract import is_tower
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import state_bytes
 
-_FORMATS = ("weights", "activations", "recurrent state", "attention cache")
+_FORMATS = ("weights", "calibration", "activations", "recurrent state", "attention cache")
 
 
 def is_bundle(path: Path) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
+from qwen_export.commands.calibration_flag import calibration_option
 from qwen_export.commands.engine_flags import engine_options
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="TOML file that overrides which matrices int8 or int4 quantizes, and how.",
 )
+@calibration_option
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option(
     "--max-context", type=click.IntRange(1), metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit."
@@ -113,6 +115,7 @@ def command(
     lookup: bool,
     vision: bool | None,
     plan_file: Path | None,
+    calibrate: str | None,
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
@@ -150,9 +153,9 @@ def command(
     named, checkpoint = checkpoint, local_checkpoint(checkpoint, hub_access)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
-    left = output.absolute().parent / f".{output.name}.partial" / "journal"
-    if left.is_file() and left.stat().st_size:
-        notice(f"going on with the finished weights that an interrupted build has left in {left.parent}")
+    left = output.absolute().parent / f".{output.name}.partial"
+    if any(journal.stat().st_size for journal in left.glob("journal*")):
+        notice(f"going on with the finished weights that an interrupted build has left in {left}")
     with progress() as report:
 
         def planned(plan: BuildPlan) -> None:
@@ -173,6 +176,7 @@ def command(
             lookup=lookup,
             vision=vision,
             plan_file=plan_file,
+            calibrate=calibrate,
             dump_ir=dump_ir,
             weights=weights,
             stages=stages,
