@@ -89,10 +89,11 @@ def _with_outputs(bundle: Path, manifest: Manifest, name: str) -> Iterator[tuple
     kind = ir.DataType.from_short_name(_SHORT[manifest.precision_plan["activations"]])
     outputs = []
     for value in [value for node in model.graph for value in node.outputs if (value.name or "").endswith(f".{OUTPUT}")]:
-        width = widths[2] if (widths := value.shape) is not None and isinstance(widths[2], int) else "W"
-        value.type, value.shape = ir.TensorType(value.dtype or kind), ir.Shape(["B", "L", width])
+        sizes = tuple(d if isinstance(d, int) else "W" for d in value.shape) if value.shape is not None else ("W",)
+        dims: tuple[int | str, ...] = sizes if name != VISION else ("B", "L", sizes[-1])
+        value.type, value.shape = ir.TensorType(value.dtype or kind), ir.Shape(dims)
         model.graph.outputs.append(value)
-        outputs.append(TensorSpec(str(value.name), (value.dtype or kind).name.lower(), ("B", "L", width)))
+        outputs.append(TensorSpec(str(value.name), (value.dtype or kind).name.lower(), dims))
     with TemporaryDirectory(prefix="qwen-export-tower-") as directory:
         there = Path(directory)
         ir.save(model, there / "vision.onnx")
