@@ -15,6 +15,9 @@ from qwen_export.plugins.onnxruntime.onnxruntime_choices import choose_vision
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import Kernels
 from qwen_export.targets import Target
 
+ON_REQUEST = ("cuda",)
+"""Devices whose builds have no tower unless it is asked for: no GPU has run these graphs yet."""
+
 
 @dataclass(frozen=True)
 class VisionPlan:
@@ -46,6 +49,8 @@ def plan_vision(
         return VisionPlan(), [f"pictures: {missing}"] if wanted else []
     if kernels is None or not target.vision_passes:
         return _left_out(f"target {target.name} has no lowering of the vision tower yet", wanted)
+    if kernels.device in ON_REQUEST and not wanted:
+        return _left_out(f"on {kernels.device} they are new, and built on request (vision) only", wanted)
     choices, refused = choose_vision(kernels, precision)
     if refused:
         return _left_out("; ".join(refused), wanted)

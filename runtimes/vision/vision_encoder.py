@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.bundle_contract import FEATURES, VISION_INPUTS
+from qwen_export.errors import BundleError
 from qwen_export.manifest import VisionSpec
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.stop_signal import StopSignal
@@ -89,4 +90,23 @@ class VisionEncoder:
         with stop.ends(call.stop):
             call.run()
         made = output.read()
-        return (made.view(np.float32) if self._dtype == "float" else made.view(np.uint16)).reshape(shape)
+        features = (made.view(np.float32) if self._dtype == "float" else made.view(np.uint16)).reshape(shape)
+        if not _finite(features, self._dtype):
+            raise BundleError(
+                "the vision tower made values that are not finite of a picture",
+                got=f"{shape[1]} tokens in {self._dtype}",
+                expected="finite values",
+                fix="Build in bf16 or fp32: the largest value of fp16 is 65504. `qwen-export verify --per-layer` shows where it is passed.",
+            )
+        return features
+
+
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
+"""All ones in values that are not finite."""
+
+
+def _finite(features: Features, dtype: str) -> bool:
+    if dtype == "float":
+        return bool(np.isfinite(features).all())
+    exponent = np.uint16(_EXPONENTS[dtype])
+    return not ((features.view(np.uint16) & exponent) == exponent).any()
