@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from qwen_export import build
@@ -58,3 +59,13 @@ def test_tokens_of_pictures_outside_the_vocabulary(tmp_path: Path) -> None:
     assert any("vocabulary" in note for note in plan.notes)
     with pytest.raises(UnsupportedError, match="vocabulary"):
         plan_build(checkpoint, vision=True)
+
+
+def test_a_tower_for_cuda_is_built_on_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """On ONNX Runtime's attention, which keeps no scores; a width that the native products do not take is left to FusedMatMul."""
+    assert "on request" in plan_build(open_checkpoint(tiny_checkpoint), device="cuda", precision="fp16").vision.reason
+    bundle = build(tiny_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16", vision=True, mtp=False)
+    graph = onnx.load(bundle / load_manifest(bundle).graphs["vision"].file, load_external_data=False).graph
+    assert {"MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "Gelu"} <= {node.op_type for node in graph.node}
+    assert not [node for node in graph.node if node.domain == "qwen"]
+    assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT16}

@@ -2,7 +2,8 @@
 crashes the process when its TensorRT provider finds no TensorRT.
 
 Only operators that some lowering emits are listed. CUDA: those of onnxruntime-gpu 1.31.1, run in fp16 and bf16 on an H200; its
-GroupQueryAttention takes no fp32. Those of the vision tower are read off its library and have not run. CPU: as the registry of onnxruntime 1.31.1 answers. The target box looks again when it loads the graph.
+GroupQueryAttention takes no fp32. Those of the vision tower are read off its library and have not run. CPU: as the registry of onnxruntime
+1.31.1 answers. The target box looks again when it loads the graph.
 """
 
 from __future__ import annotations
