@@ -3,19 +3,20 @@
 python benchmarks/pictures.py time BUNDLE --sizes 512,1024 --rounds 3       # preparation, tower, prompt, first token
 python benchmarks/pictures.py beside BUNDLE --size 1024 --streams 1,4       # time between tokens of others meanwhile
 python benchmarks/pictures.py memory BUNDLE --size 4096                     # peak memory of one picture, in a fresh process
+python -m benchmarks.pictures parity BUNDLE --checkpoint CHECKPOINT         # the tower of an fp32 bundle beside transformers
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import resource
 import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from measured_process import peak_rss_mb
 from PIL import Image
 
 from qwen_export.runtimes import Model, SamplingParams, load
@@ -23,6 +24,7 @@ from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.serving.engine import Engine
 from qwen_export.runtimes.vision.picture import Picture, open_picture
+from qwen_export.runtimes.vision.picture_size import Bounds
 from qwen_export.runtimes.vision.prompt_expansion import Medium, expand_prompt
 
 GREEDY = SamplingParams(greedy=True)
@@ -69,6 +71,11 @@ def first_token(model: Model, data: bytes) -> dict[str, float]:
     return {"prepare": prepared, "tower": tower, "prompt": total - prepared - tower, "first": total, "tokens": statistics.prompt_tokens}
 
 
+def peak_rss_mb() -> float:
+    """Of this process so far, in 2^20 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def _statistics() -> Any:
     from qwen_export.runtimes.decoding.generation import Statistics
 
@@ -111,10 +118,31 @@ def beside(model: Model, side: int, streams: int) -> tuple[float, float, float, 
     return alone, float(np.median(gaps)), float(np.percentile(gaps, 95)), late.statistics.first_token_s
 
 
+def parity(model: Model, checkpoint: Path, sizes: list[int]) -> None:
+    """Largest error of a feature, as a share of the largest feature, on noise of the exact size; wide pictures, too."""
+    import torch
+
+    from tests.support.references import reference_model
+
+    assert model.sight is not None
+    spec, tower = model.sight.spec, reference_model(checkpoint).model.visual
+    for side in sizes:
+        for height, width in ((side, side), (side // 2, 2 * side)):
+            pixels = np.random.default_rng(side).integers(0, 256, (height, width, 3), dtype=np.uint8)
+            picture = open_picture(pixels, spec, bounds=Bounds(1, height * width))
+            rows = torch.from_numpy(picture.rows(spec)[0])
+            with torch.no_grad():
+                grid = torch.tensor([[1, picture.grid.rows, picture.grid.columns]])
+                expected = tower(rows, grid_thw=grid).pooler_output.numpy()
+            got = model.sight.encoder.features(picture).view(np.float32)
+            print(f"{width}x{height}: {np.abs(got - expected).max() / np.abs(expected).max():.1e}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["time", "beside", "memory"])
+    parser.add_argument("what", choices=["time", "beside", "memory", "parity"])
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--sizes", default="512,1024")
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--streams", default="1,4")
@@ -129,6 +157,8 @@ def main() -> None:
         for streams in (int(part) for part in given.streams.split(",")):
             alone, middle, high, first = beside(model, given.size, streams)
             print(f"{streams:7}  {1000 * alone:18.1f}  {middle / alone:40.2f} x, {high / alone:.2f} x  {first:30.1f}")
+    elif given.what == "parity":
+        parity(model, given.checkpoint, [int(part) for part in given.sizes.split(",")])
     else:
         assert model.sight is not None
         picture = open_picture(np.zeros((given.size, given.size, 3), np.uint8), model.sight.spec)

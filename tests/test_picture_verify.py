@@ -69,3 +69,17 @@ def test_a_tower_for_cuda_is_built_on_request(tiny_checkpoint: Path, tmp_path: P
     assert {"MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "Gelu"} <= {node.op_type for node in graph.node}
     assert not [node for node in graph.node if node.domain == "qwen"]
     assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_tower_in_eight_bits(tmp_path: Path) -> None:
+    """Where the plan says so. Products whose inputs are no whole blocks, as 4304 values are not, stay as they are stored."""
+    config = tiny_config(linear_key_head_dim=32, linear_value_head_dim=32)
+    config["vision_config"] |= {"hidden_size": 128, "num_heads": 4, "intermediate_size": 272}
+    checkpoint = synthesize(config, tmp_path / "checkpoint")
+    (tmp_path / "plan.toml").write_text('[vision]\nformat = "int8"\n')
+    bundle = build(checkpoint, tmp_path / "bundle", precision="int8", plan_file=tmp_path / "plan.toml")
+    manifest = load_manifest(bundle)
+    assert manifest.precision_plan["vision"].startswith("int8")
+    assert any(weight.name.startswith("visual") and "int8" in weight.name for weight in manifest.graphs["vision"].weights)
+    assert not failed(bundle, checkpoint)
+    assert verify_layers(bundle, checkpoint)["passed"]
