@@ -64,7 +64,7 @@ def test_more_bits_per_pixel_are_read() -> None:
 
 def test_a_video_of_too_many_pixels_is_not_decoded() -> None:
     with pytest.raises(ParameterError, match=r"too long.*got 30 frames of 6144 pixels.*at most 100000"):
-        decode_video(video(30), SPEC, RULES._replace(decoded=100_000), "")
+        decode_video(video(30), SPEC, FrameRules(2.0, 4, 768, RULES.pixels, 100_000), "")
 
 
 def test_frames_can_be_given() -> None:
