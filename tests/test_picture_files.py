@@ -83,19 +83,24 @@ def test_gray_black_and_white_and_print_colors() -> None:
     np.testing.assert_array_equal(decode_picture(encoded(gray), "")[1], np.asarray(gray))
     assert set(np.unique(decode_picture(encoded(gray.convert("1")), ""))) == {0, 255}
     print_colors = Image.merge("CMYK", [Image.new("L", (4, 4), level) for level in (0, 255, 255, 0)])
-    assert decode_picture(encoded(print_colors, "TIFF"), "")[:, 0, 0].tolist() == [255, 0, 0]
+    for kind, near in (("TIFF", 0), ("JPEG", 3)):
+        np.testing.assert_allclose(decode_picture(encoded(print_colors, kind), "")[:, 0, 0].astype(int), [255, 0, 0], atol=near)
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped() -> None:
     levels = np.array([[0, 128, 30000, 65535]], np.uint16)
     planes = decode_picture(encoded(Image.fromarray(levels)), "")
     assert planes[0, 0].tolist() == [0, 0, 117, 255]
+    pixels = np.full((4, 4, 3), 30000, ">u2")
+    assert decode_picture(_png(4, 4, 16, b"".join(b"\0" + row.tobytes() for row in pixels)), "")[:, 0, 0].tolist() == [117] * 3
 
 
-def test_the_first_frame_of_an_animation() -> None:
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    assert decode_picture(data, "")[:, 0, 0].tolist() == [255, 0, 0]
+@pytest.mark.parametrize(("kind", "near"), [("GIF", 0), ("PNG", 0), ("WEBP", 2), ("MPO", 2), ("TIFF", 0)])
+def test_the_first_frame_of_an_animation(kind: str, near: int) -> None:
+    """Or of several pictures in one file, as phones store the brightest parts beside a photo (MPO)."""
+    frames = [Image.new("RGB", (16, 16), color) for color in ("red", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    np.testing.assert_allclose(decode_picture(data, "")[:, 0, 0].astype(int), [255, 0, 0], atol=near)
 
 
 def test_every_way_to_give_a_picture(tmp_path: Path) -> None:
@@ -122,11 +127,15 @@ def test_bounds_can_be_given() -> None:
 
 
 def _png_header(width: int, height: int) -> bytes:
+    return _png(width, height, 8, b"\0" * 100)
+
+
+def _png(width: int, height: int, bits: int, rows: bytes) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 REFUSED = {
@@ -140,6 +149,12 @@ REFUSED = {
     "a bomb": (_png_header(40000, 40000), "too large"),
     "a bomb below Pillow's limit": (_png_header(12000, 11000), "too large"),
     "too narrow": (encoded(Image.new("RGB", (20000, 1))), "too narrow"),
+    "too narrow, upright": (encoded(Image.new("RGB", (1, 20000))), "too narrow"),
+    "AVIF": (b"\0\0\0\x20ftypavif" + bytes(100), "a format that is not read"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(100), "a format that is not read"),
+    "half a GIF": (encoded(photo(64, 64), "GIF")[:500], "is damaged"),
+    "half a WebP": (encoded(photo(64, 64), "WEBP")[:500], "is damaged"),
+    "a video": (b"\0\0\0\x20ftypisom" + bytes(100), "a format that is not read"),
     "floating point": (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "no levels of a display"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx
 import pytest
 
 from qwen_export import build
@@ -58,3 +59,27 @@ def test_tokens_of_pictures_outside_the_vocabulary(tmp_path: Path) -> None:
     assert any("vocabulary" in note for note in plan.notes)
     with pytest.raises(UnsupportedError, match="vocabulary"):
         plan_build(checkpoint, vision=True)
+
+
+def test_a_tower_for_cuda_is_built_on_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """On ONNX Runtime's attention, which keeps no scores; a width that the native products do not take is left to FusedMatMul."""
+    assert "on request" in plan_build(open_checkpoint(tiny_checkpoint), device="cuda", precision="fp16").vision.reason
+    bundle = build(tiny_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16", vision=True, mtp=False)
+    graph = onnx.load(bundle / load_manifest(bundle).graphs["vision"].file, load_external_data=False).graph
+    assert {"MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "Gelu"} <= {node.op_type for node in graph.node}
+    assert not [node for node in graph.node if node.domain == "qwen"]
+    assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT16}
+
+
+def test_a_tower_in_eight_bits(tmp_path: Path) -> None:
+    """Where the plan says so. Products whose inputs are no whole blocks, as 4304 values are not, stay as they are stored."""
+    config = tiny_config(linear_key_head_dim=32, linear_value_head_dim=32)
+    config["vision_config"] |= {"hidden_size": 128, "num_heads": 4, "intermediate_size": 272}
+    checkpoint = synthesize(config, tmp_path / "checkpoint")
+    (tmp_path / "plan.toml").write_text('[vision]\nformat = "int8"\n')
+    bundle = build(checkpoint, tmp_path / "bundle", precision="int8", plan_file=tmp_path / "plan.toml")
+    manifest = load_manifest(bundle)
+    assert manifest.precision_plan["vision"].startswith("int8")
+    assert any(weight.name.startswith("visual") and "int8" in weight.name for weight in manifest.graphs["vision"].weights)
+    assert not failed(bundle, checkpoint)
+    assert verify_layers(bundle, checkpoint)["passed"]

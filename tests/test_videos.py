@@ -49,6 +49,24 @@ def test_sizes_count_all_frames(given: tuple[int, int, int], expected: tuple[int
     assert frame_size(*given, 32, 2, RULES.pixels) == expected
 
 
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_frames_that_come_at_no_fixed_rate_have_their_own_times(kind: str) -> None:
+    """Ten in the first second, then one each second: by its number the last frame would be at 1.7 s, and it is at 8 s."""
+    when = [100 * i for i in range(10)] + [1000 * i for i in range(1, 9)]
+    found = decode_video(video(18, 10, kind=kind, milliseconds=when), SPEC, RULES, "")
+    assert found.seconds[0] < 1 and 4.5 < found.seconds[-1] <= 8 and list(found.seconds) == sorted(found.seconds)
+
+
+def test_more_bits_per_pixel_are_read() -> None:
+    found = decode_video(video(8, pixels_as="yuv420p10le"), SPEC, RULES, "")
+    np.testing.assert_allclose(found.pixels[-1, 0, -8:, -8:].mean(), 42, atol=8)
+
+
+def test_a_video_of_too_many_pixels_is_not_decoded() -> None:
+    with pytest.raises(ParameterError, match=r"too long.*got 30 frames of 6144 pixels.*at most 100000"):
+        decode_video(video(30), SPEC, FrameRules(2.0, 4, 768, RULES.pixels, 100_000), "")
+
+
 def test_frames_can_be_given() -> None:
     frames = [np.full((64, 64, 3), level, np.uint8) for level in (0, 100, 200)]
     found = frames_as_given(frames, SPEC, RULES, "")

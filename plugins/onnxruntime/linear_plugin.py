@@ -20,9 +20,10 @@ _RESIDUAL_INPUT = 2
 
 
 def lower_linear_plugin(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """qwen::linear(x, w) -> qwen.native::Linear(x, w), or FusedMatMul(x, w, transB=1) where it does not take the width of the result"""
+    """qwen::linear(x, w) -> qwen.native::Linear(x, w), or FusedMatMul(x, w, transB=1) where it does not take the width of the result, or
+    of x: towers have widths of their own"""
     weight = weight_of(node.inputs[1])
-    if weight is not None and weight.shape[0] % context.choices[LINEAR_OP].columns:
+    if weight is not None and any(width % context.choices[LINEAR_OP].columns for width in weight.shape):
         return lower_linear_builtin(graph, node, context, shared)
     product = new_node(NATIVE, LINEAR, list(node.inputs), like=node.outputs[0], epsilon=0.0)
     return [product], list(product.outputs)

@@ -124,12 +124,13 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 }
 
 
-VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
-    "cpu": {
-        "picture_attention": (Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI))),),
-        "place_features": (Choice("scatter", (Kernel("ScatterND", _AI),)),),
-    },
+_TOWER: dict[str, tuple[Choice, ...]] = {
+    "picture_attention": (Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI))),),
+    "place_features": (Choice("scatter", (Kernel("ScatterND", _AI),)),),
 }
+# On CUDA MultiHeadAttention is flash attention, for heads of up to 256 values that are a multiple of 8, and in fp32 memory-efficient
+# attention: no scores are kept, as on the CPU.
+VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {"cpu": _TOWER, "cuda": _TOWER}
 """What a bundle that reads pictures needs besides."""
 
 

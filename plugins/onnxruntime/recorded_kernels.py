@@ -2,7 +2,8 @@
 crashes the process when its TensorRT provider finds no TensorRT.
 
 Only operators that some lowering emits are listed. CUDA: those of onnxruntime-gpu 1.31.1, run in fp16 and bf16 on an H200; its
-GroupQueryAttention takes no fp32. CPU: as the registry of onnxruntime 1.31.1 answers. The target box looks again when it loads the graph.
+GroupQueryAttention takes no fp32. Those of the vision tower are read off its library and have not run. CPU: as the registry of onnxruntime
+1.31.1 answers. The target box looks again when it loads the graph.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ _CUDA: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
         {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})},
         {"T": frozenset({"bfloat16"}), "T_CACHE": frozenset({"bfloat16"})},
     ],
+    **{(_MS, op): [{"T": _FLOATS}] for op in ("MultiHeadAttention", "RotaryEmbedding")},
+    **{("", op): [{"T": _FLOATS}] for op in ("Gelu", "LayerNormalization", "ScatterND")},
 }
 _FLOAT, _FLOAT_OR_HALF = frozenset({"float"}), frozenset({"float", "float16"})
 _CPU: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {

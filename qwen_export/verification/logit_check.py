@@ -41,7 +41,7 @@ from qwen_export.runtimes.model import Model, load
 from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 from qwen_export.verification.bundle_codes import BundleCodes
-from qwen_export.verification.tower_check import FEATURE_TOLERANCE, PictureRun, eager_features, eager_logits, run_pictures
+from qwen_export.verification.tower_check import FEATURE_TOLERANCE, ROUNDED_TO_BYTES, PictureRun, eager_features, eager_logits, run_pictures
 
 if TYPE_CHECKING:
     from qwen_export.graphs.models.text_model import TextModel
@@ -122,6 +122,8 @@ def verify(
         plan = reference_plan(source, manifest, directory) if quantized else None
         wanted = eager_features(source, manifest, run.pictures, plan)
         share = FEATURE_TOLERANCE[arithmetic(manifest, activation_precision(manifest.target.precision, manifest.target.device))]
+        if plan is not None and plan.groups["vision"].quant is not None and manifest.target.device == "cpu":
+            share = ROUNDED_TO_BYTES
         checks += [
             _logits("vision tower", against, got, exact, share * float(np.abs(exact).max()))
             for got, exact in zip(run.pictures.features, wanted, strict=True)

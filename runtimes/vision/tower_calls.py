@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.bundle_contract import FEATURES, REAL_TOKENS, VISION_INPUTS
+from qwen_export.errors import BundleError
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.stop_signal import StopSignal
 from qwen_export.runtimes.memory.buffers import Buffer, as_bytes
@@ -104,4 +105,23 @@ def _called(session: Session, inputs: Inputs, shape: tuple[int, ...], stop: Stop
     with stop.ends(call.stop):
         call.run()
     data = made.read()
-    return (data.view(np.float32) if output.dtype == "float" else data.view(np.uint16)).reshape(whole)
+    features = (data.view(np.float32) if output.dtype == "float" else data.view(np.uint16)).reshape(whole)
+    if not _finite(features, output.dtype):
+        raise BundleError(
+            "the vision tower made values that are not finite of a picture",
+            got=f"{shape[1]} tokens in {output.dtype}",
+            expected="finite values",
+            fix="Build in bf16 or fp32: the largest value of fp16 is 65504. `qwen-export verify --per-layer` shows where it is passed.",
+        )
+    return features
+
+
+_EXPONENTS = {"float16": 0x7C00, "bfloat16": 0x7F80}
+"""All ones in values that are not finite."""
+
+
+def _finite(features: Features, dtype: str) -> bool:
+    if dtype == "float":
+        return bool(np.isfinite(features).all())
+    exponent = np.uint16(_EXPONENTS[dtype])
+    return not ((features.view(np.uint16) & exponent) == exponent).any()

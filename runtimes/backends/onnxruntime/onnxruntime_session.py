@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from qwen_export.bundle_contract import LAST_SLOT
+from qwen_export.bundle_contract import FEATURES, LAST_SLOT
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
@@ -26,6 +26,8 @@ from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 # CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`. Attention is flash attention (1): the
 # default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
 _OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
+# The tower: no call comes again, in fp32 its attention is the memory-efficient one (2), and memory is what one picture needs.
+_TOWER_OPTIONS = {"sdpa_kernel": "3", "arena_extend_strategy": "kSameAsRequested"}
 # ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue").
 _ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
@@ -79,7 +81,7 @@ class OnnxRuntimeSession(WholeSession):
             options.enable_mem_pattern = False
         if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        providers = _providers(ort, device)
+        providers = _providers(ort, device, tower=any(tensor.name == FEATURES for tensor in spec.outputs))
         if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
             _require_one_gpu(device.index, str(path))
         for plugin in plugins:
@@ -250,7 +252,7 @@ def _register(options: Any, plugin: Path) -> None:
         ) from error
 
 
-def _providers(ort: Any, device: Device) -> list[Any]:
+def _providers(ort: Any, device: Device, *, tower: bool) -> list[Any]:
     name = PROVIDERS[device.kind]
     if name not in ort.get_available_providers():
         raise BundleError(
@@ -260,7 +262,8 @@ def _providers(ort: Any, device: Device) -> list[Any]:
         )
     if device.is_host:
         return [name]
-    return [(name, {"device_id": str(device.index)} | _OPTIONS[device.kind]), PROVIDERS["cpu"]]
+    options = _TOWER_OPTIONS if tower and device.kind == "cuda" else _OPTIONS[device.kind]
+    return [(name, {"device_id": str(device.index)} | options), PROVIDERS["cpu"]]
 
 
 def _require_one_gpu(index: int, where: str) -> None:
