@@ -125,7 +125,7 @@ def train_joint(args: argparse.Namespace, device: torch.device) -> None:
     log, step, progress, last = Log(args.run / "joint.csv"), 0, 0.0, time.time()
     text = torch.zeros((), device=device)
     while progress < 1:
-        set_schedule(optimizers, step, progress)
+        set_schedule(optimizers, step, progress, args.warmup)
         with torch.autocast(device.type, torch.bfloat16):
             loss, values = answer_loss(net, moved(next(pictures), device), head)
             if step % args.text_every == 0:
@@ -176,7 +176,7 @@ def train_mtp(args: argparse.Namespace, device: torch.device) -> None:
     pictures, texts = picture_batches(args), iter(Batches(args.tokens, args.length, args.text_rows, device, seed=1))
     log, step, progress = Log(args.run / "mtp.csv"), 0, 0.0
     while progress < 1:
-        set_schedule(optimizers, step, progress)
+        set_schedule(optimizers, step, progress, args.warmup)
         with torch.autocast(device.type, torch.bfloat16):
             loss, values = mtp_loss(net, next(texts), True)
             batch = moved(next(pictures), device)
@@ -212,7 +212,8 @@ def main() -> None:
     parser.add_argument("--adam-lr", type=float, default=0.0005)
     parser.add_argument("--tower-muon-lr", type=float, default=0.01)
     parser.add_argument("--tower-adam-lr", type=float, default=0.0015)
-    parser.add_argument("--held-out", type=int, default=12, help="batches measured at every row of the log")
+    parser.add_argument("--warmup", type=int, default=100, help="steps; fewer for a run of some hundred steps")
+    parser.add_argument("--held-out", type=int, default=6, help="batches measured at every row of the log")
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--save-every", type=float, default=60.0)
