@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from picture_chats import REPORT_TOOL, asked_of, open_writer, with_picture
-from picture_marks import HELD_OUT, STILL_SIZES, Words, draw_still, draw_video
+from picture_marks import EVERYTHING, HELD_OUT, ONE_SHAPE, Subjects, Words, draw_still, draw_video
 from picture_questions import GOALS
 from scenes import Scene
 from train_tower import TOKENIZER
@@ -39,13 +39,17 @@ ASKED = (
 """Kinds of questions, and the scenes in which they are asked."""
 
 
-def scenes(topic: str, count: int, words: Words) -> Iterator[Scene]:
+def scenes(topic: str, count: int, words: Words, subjects: Subjects = EVERYTHING) -> Iterator[Scene]:
     for i in range(count):
         seed = HELD_OUT + 1_000_003 * (1 + i)
         if topic == "video":
             yield draw_video(seed, 4 + 2 * (i % 2))
         else:
-            yield draw_still(seed, STILL_SIZES[i % len(STILL_SIZES)], words, {topic: 1})
+            yield draw_still(seed, subjects.sizes[i % len(subjects.sizes)], words, {topic: 1})
+
+
+def asked(subjects: Subjects) -> list[tuple[str, str]]:
+    return [(asks, topic) for asks, topic in ASKED if (subjects.videos if topic == "video" else topic in subjects.topics)]
 
 
 def messages_of(scene: Scene, question: str) -> list[dict[str, Any]]:
@@ -55,10 +59,10 @@ def messages_of(scene: Scene, question: str) -> list[dict[str, Any]]:
     return [{"role": "user", "content": media}]
 
 
-def share_right(model: Any, asks: str, topic: str, count: int, words: Words, shown: int) -> float:
+def share_right(model: Any, asks: str, topic: str, count: int, words: Words, subjects: Subjects, shown: int) -> float:
     """Percent of exact answers. `shown`: print so many wrong ones."""
     rng, right = random.Random(0), 0
-    for scene in scenes(topic, count, words):
+    for scene in scenes(topic, count, words, subjects):
         wanted = asked_of(scene, asks, rng)
         answer = answer_of(model, messages_of(scene, wanted.question))
         right += answer == wanted.answer
@@ -91,13 +95,16 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="pictures of each kind")
     parser.add_argument("--show", type=int, default=0, help="wrong answers of each kind to print")
     parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--one-shape", action="store_true", help="of a model that was trained so")
     args = parser.parse_args()
+    subjects = ONE_SHAPE if args.one_shape else EVERYTHING
     words, table = open_writer(TOKENIZER).words, dict[str, list[float]]()
     for bundle in args.bundles:
         with load(str(bundle)) as model:
-            for asks, topic in ASKED:
-                table.setdefault(f"{asks}, {topic}", []).append(share_right(model, asks, topic, args.count, words, args.show))
-            for name, value in other_forms(model, args.count, words).items():
+            for asks, topic in asked(subjects):
+                right = share_right(model, asks, topic, args.count, words, subjects, args.show)
+                table.setdefault(f"{asks}, {topic}", []).append(right)
+            for name, value in other_forms(model, args.count, words).items() if subjects.tools else ():
                 table.setdefault(name, []).append(value)
     print("| asked, scene | goal | " + " | ".join(bundle.name for bundle in args.bundles) + " |")
     print("|---|" + "---|" * (1 + len(args.bundles)))

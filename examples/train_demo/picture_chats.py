@@ -179,7 +179,7 @@ def batch_of(rows: Sequence[Row], size: tuple[int, int], multiple: int) -> Pictu
 class PictureBatches(IterableDataset[PictureBatch]):
     """Conversations about pictures of one size per batch, the same for the same seeds. Each worker draws every so many-th batch."""
 
-    def __init__(self, tokenizer: Path, rows: int, subjects: Subjects = EVERYTHING, first: int = 0, multiple: int = 32) -> None:
+    def __init__(self, tokenizer: Path, rows: int, subjects: Subjects = EVERYTHING, first: int = 0, multiple: int = 16) -> None:
         self.tokenizer, self.rows, self.subjects, self.first, self.multiple = tokenizer, rows, subjects, first, multiple
 
     def __iter__(self) -> Iterator[PictureBatch]:

@@ -46,8 +46,8 @@ class Subjects:
 
 
 EVERYTHING = Subjects({"one": 3, "many": 3, "two": 3, "text": 7, "chart": 2})
-SHAPES_ONLY = Subjects({"one": 1, "many": 1, "two": 1}, ((64, 64),), videos=0.0, tools=0.0)
-"""Learned on a CPU in minutes: to try a change before it costs a GPU."""
+ONE_SHAPE = Subjects({"one": 1}, ((64, 64),), videos=0.0, tools=0.0)
+"""To try a change on a CPU before it costs a GPU."""
 
 
 @cache

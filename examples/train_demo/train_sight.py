@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from model import Qwen
 from optim import make_optimizers, set_schedule
 from picture_chats import PictureBatch, PictureBatches, open_writer
-from picture_marks import EVERYTHING, HELD_OUT, SHAPES_ONLY, Subjects, family_config
+from picture_marks import EVERYTHING, HELD_OUT, ONE_SHAPE, Subjects, family_config
 from safetensors.torch import load_file
 from seeing import SeeingQwen
 from torch import Tensor, nn
@@ -113,7 +113,6 @@ def train_joint(args: argparse.Namespace, device: torch.device) -> None:
     tower = torch.load(args.run / "tower.pt", map_location="cpu")
     net.visual.load_state_dict({name.removeprefix("tower."): value for name, value in tower.items() if name.startswith("tower.")})
     head.load_state_dict({name.removeprefix("head."): value for name, value in tower.items() if name.startswith("head.")})
-    scale_features(net, head)
     net, head, teacher = net.to(device), head.to(device), teacher.to(device).requires_grad_(False)
     net.mtp.requires_grad_(False)
     optimizers = make_optimizers(net.model, args.muon_lr, args.adam_lr)
@@ -148,19 +147,8 @@ def train_joint(args: argparse.Namespace, device: torch.device) -> None:
             last = time.time()
 
 
-@torch.no_grad()
-def scale_features(net: SeeingQwen, head: MarkHead) -> None:
-    """Bring the tower's features to the size of the embeddings beside which they will stand; the head reads them as before."""
-    drawer = PictureBatches(TOKENIZER, 32, SHAPES_ONLY)
-    features = net.features(drawer.made(0, open_writer(TOKENIZER)).drawn)
-    factor = float(net.model.embed_tokens.weight.pow(2).mean().sqrt() / features.pow(2).mean().sqrt())
-    for parameter in net.visual.merger.linear_fc2.parameters():
-        parameter.mul_(factor)
-    head.out.weight.div_(factor)
-
-
 def subjects(args: argparse.Namespace) -> Subjects:
-    return SHAPES_ONLY if args.shapes_only else EVERYTHING
+    return ONE_SHAPE if args.one_shape else EVERYTHING
 
 
 def picture_batches(args: argparse.Namespace) -> Iterator[PictureBatch]:
@@ -202,7 +190,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, default=Path("build/tokens"))
     parser.add_argument("--run", type=Path, default=Path("build/run/demo-vision"))
     parser.add_argument("--seconds", type=float, default=240.0)
-    parser.add_argument("--shapes-only", action="store_true", help="the subjects that a CPU learns in minutes")
+    parser.add_argument("--one-shape", action="store_true", help="draw one shape in small pictures: to try a change on a CPU")
     parser.add_argument("--rows", type=int, default=256, help="conversations of a step")
     parser.add_argument("--text-rows", type=int, default=16, help="windows of a text batch")
     parser.add_argument("--length", type=int, default=1028, help="tokens of a window")
@@ -210,8 +198,8 @@ def main() -> None:
     parser.add_argument("--text-weight", type=float, default=1.0)
     parser.add_argument("--muon-lr", type=float, default=0.004)
     parser.add_argument("--adam-lr", type=float, default=0.0005)
-    parser.add_argument("--tower-muon-lr", type=float, default=0.01)
-    parser.add_argument("--tower-adam-lr", type=float, default=0.0015)
+    parser.add_argument("--tower-muon-lr", type=float, default=0.004)
+    parser.add_argument("--tower-adam-lr", type=float, default=0.0005)
     parser.add_argument("--warmup", type=int, default=100, help="steps; fewer for a run of some hundred steps")
     parser.add_argument("--held-out", type=int, default=6, help="batches measured at every row of the log")
     parser.add_argument("--workers", type=int, default=12)

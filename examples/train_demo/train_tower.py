@@ -24,7 +24,7 @@ from optim import make_optimizers, set_schedule
 from picture_marks import (
     EVERYTHING,
     HELD_OUT,
-    SHAPES_ONLY,
+    ONE_SHAPE,
     SLOTS,
     VIDEO_SIZE,
     Labels,
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> None:
     if args.start:
         both.load_state_dict(torch.load(args.start, map_location=device))
     optimizers = make_optimizers(both, args.muon_lr, args.adam_lr)
-    source = DrawnBatches(args.rows, SHAPES_ONLY if args.shapes_only else EVERYTHING)
+    source = DrawnBatches(args.rows, ONE_SHAPE if args.one_shape else EVERYTHING)
     batches = in_workers(source, args.workers)
     held_out = [drawn(HELD_OUT // args.rows + i, args.rows, source.words, source.subjects) for i in range(8)]
     known: dict[tuple[int, int], Places] = {}
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("build/run/demo-vision"))
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--shapes-only", action="store_true", help="the subjects that a CPU learns in minutes")
+    parser.add_argument("--one-shape", action="store_true", help="draw one shape in small pictures: to try a change on a CPU")
     parser.add_argument("--start", type=Path, help="continue from a tower.pt")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
