@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The recipe of demo-vision on one GPU, in about six minutes: sight.sh TOKENS RUN OUT. TOKENS is what tokenizer.py encode wrote, OUT the new
-# checkpoint. Seconds of the phases: TOWER, JOINT, MTP.
+# The recipe of demo-vision on one GPU, six minutes of training: sight.sh TOKENS RUN OUT. TOKENS is what tokenizer.py encode wrote, OUT the
+# new checkpoint; these are absolute paths. Seconds of the phases: TOWER, JOINT, MTP.
 set -euo pipefail
 tokens=$1 run=$2 out=$3
 cd "$(dirname "$0")"
