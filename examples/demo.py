@@ -1,10 +1,13 @@
 """What `make demo` runs: build the small model that comes with the project, prove the build, complete a function, answer a question.
 
+A checkpoint that sees also describes a picture.
+
 python examples/demo.py [CHECKPOINT] [BUNDLE]
 """
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ FUNCTION = '''import os
 def read_lines(path):
     """Return the lines of the file at path, without their line ends."""
 '''
+PICTURE = ROOT / "examples" / "picture.png"
 QUESTION = "What does the function os.path.join do?"
 
 
@@ -31,6 +35,8 @@ def main() -> None:
     print(FUNCTION, end="", flush=True)
     step("run", bundle, FUNCTION, "--greedy", "--max-new-tokens", "64")
     step("run", bundle, QUESTION, "--no-thinking", "--greedy", "--max-new-tokens", "64")
+    if "vision_config" in json.loads((Path(checkpoint) / "config.json").read_text()):
+        step("run", bundle, "What do you see?", "--image", str(PICTURE), "--no-thinking", "--greedy", "--max-new-tokens", "64")
 
 
 def step(*arguments: str) -> None:

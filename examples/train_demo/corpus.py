@@ -3,6 +3,9 @@
     python corpus.py fetch --work build/corpus      # PyPI wheels and Debian packages, a few minutes
     python corpus.py build --work build/corpus      # writes {code,docs}.{train,heldout}.jsonl and NOTICE
 
+`fetch --first 24` takes only so many packages, and a third as many of documentation: enough to keep a trained model's
+text as it is (train_sight.py).
+
 Each jsonl line is {"source", "path", "text"}. A file is held out when the hash of its source and path says so, never by content,
 and a held-out file most of whose lines also occur in the training files is dropped.
 """
@@ -52,8 +55,9 @@ class Document:
         return self.hash % 1000 < HELDOUT_PER_MILLE
 
 
-def fetch(work: Path) -> None:
-    """Download what is missing into work/wheels and work/debs; a name no registry has is reported and skipped."""
+def fetch(work: Path, first: int | None = None) -> None:
+    """Download what is missing into work/wheels and work/debs; a name no registry has is reported and skipped. `first`: only so many
+    wheels, and a third as many Debian packages."""
     wheels, debs = work / "wheels", work / "debs"
     wheels.mkdir(parents=True, exist_ok=True)
     debs.mkdir(parents=True, exist_ok=True)
@@ -72,13 +76,13 @@ def fetch(work: Path) -> None:
         return name if done.returncode else ""
 
     with ThreadPoolExecutor(6) as pool:
-        missing = [name for name in pool.map(wheel, dict.fromkeys(PYPI)) if name]
+        missing = [name for name in pool.map(wheel, list(dict.fromkeys(PYPI))[:first]) if name]
 
     def package(name: str) -> bool:
         command = ["apt-get", "-q", "download", name]
         return bool(list(debs.glob(f"{name}_*.deb"))) or not subprocess.run(command, cwd=debs, capture_output=True).returncode
 
-    missing += [name for name in DEBIAN if not package(name)]
+    missing += [name for name in list(DEBIAN)[: None if first is None else first // 3] if not package(name)]
     for deb in debs.glob("*.deb"):
         target = debs / deb.name.split("_")[0]
         if not target.exists():
@@ -218,10 +222,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["fetch", "build"])
     parser.add_argument("--work", type=Path, default=Path("build/corpus"))
+    parser.add_argument("--first", type=int, help="fetch only so many packages")
     parser.add_argument("--notice", type=Path, default=Path(__file__).parent / "NOTICE")
     args = parser.parse_args()
     if args.step == "fetch":
-        fetch(args.work)
+        fetch(args.work, args.first)
     else:
         build(args.work, args.notice)
 

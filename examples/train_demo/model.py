@@ -28,8 +28,10 @@ class Qwen(nn.Module):
 
     def hidden(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """ids [B,T] -> hidden before and after the final norm [B,T,H], and the mean load-balancing loss."""
-        cos, sin = rope(torch.arange(ids.shape[1], device=ids.device), self.config)
-        x = self.model.embed_tokens(ids)
+        return self.hidden_of(self.model.embed_tokens(ids), *rope(torch.arange(ids.shape[1], device=ids.device), self.config))
+
+    def hidden_of(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from what stands for the tokens, x [B,T,H], and their angles, [T,rotary_dim] or [B,1,T,rotary_dim]."""
         balance = x.new_zeros(())
         for layer in self.model.layers:
             x, term = layer(x, cos, sin)

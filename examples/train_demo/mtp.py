@@ -33,11 +33,14 @@ class MTPHead(nn.Module):
             eye = torch.eye(self.fc.out_features, device=self.fc.weight.device)
             self.fc.weight.normal_(0, 0.01).add_(torch.cat((eye, eye), 1), alpha=0.5)
 
-    def chain(self, embeddings: list[Tensor], hidden: Tensor, post_norm: bool = True) -> list[Tensor]:
+    def chain(
+        self, embeddings: list[Tensor], hidden: Tensor, post_norm: bool = True, angles: tuple[Tensor, Tensor] | None = None
+    ) -> list[Tensor]:
         """All steps of every chain at once.
 
         embeddings[s] [B,N,H]: of token i+1+s for chain i; hidden [B,N,H]: main-model state of slot i, after the final norm if
         `post_norm`. Returns the normed output [B,N,H] of each step; with `post_norm` false the next step is fed the un-normed output.
+        `angles`: cos and sin of all slots, [B,1,N+steps-1 or more,rotary_dim], where they are not those of a text.
         """
         layer = self.layers[0]
         n, device = hidden.shape[1], hidden.device
@@ -48,7 +51,10 @@ class MTPHead(nn.Module):
         outputs: list[Tensor] = []
         for step, embedding in enumerate(embeddings):
             x = self.fc(torch.cat((self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)), -1))
-            cos, sin = rope(torch.arange(step, step + n, device=device), self.config)
+            if angles is None:
+                cos, sin = rope(torch.arange(step, step + n, device=device), self.config)
+            else:
+                cos, sin = (one[..., step : step + n, :] for one in angles)
             q, k, v, gate = layer.self_attn.project(layer.input_layernorm(x), cos, sin)
             keys.append(k)
             values.append(v)

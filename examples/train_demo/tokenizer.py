@@ -141,10 +141,10 @@ def encode(work: Path, out: Path, tokens: Path) -> None:
                     ids += _encode_batch(tokenizer, batch, separator)
                     batch = []
             ids += _encode_batch(tokenizer, batch, separator)
-            array = np.concatenate(ids)
+            array = np.concatenate([np.zeros(0, np.uint16), *ids])
             np.save(tokens / f"{stream}.{split}.npy", array)
             sizes[f"{stream}.{split}"] = {"tokens": len(array), "bytes": size}
-            print(f"{stream}.{split}: {len(array) / 1e6:.2f} M tokens, {size / len(array):.2f} bytes per token")
+            print(f"{stream}.{split}: {len(array) / 1e6:.2f} M tokens, {size / max(len(array), 1):.2f} bytes per token")
     (tokens / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
 
 

@@ -80,25 +80,33 @@ def draft_loss(student: Tensor, weight: Tensor, teacher: Tensor, row_weight: Ten
     return ((0.5 * hard + 0.5 * soft) * row_weight).sum() / norm, (agree * row_weight).sum() / norm
 
 
-def mtp_loss(net: Qwen, batch: Tensor, post_norm: bool, steps: int = 3) -> tuple[Tensor, dict[str, Tensor]]:
+def mtp_loss(
+    net: Qwen, batch: Tensor, post_norm: bool, steps: int = 3, seen: tuple[Tensor, Tensor, Tensor] | None = None, rows: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Distil the main model's next-token choices into the head, for `steps` chained drafts from every slot.
+
+    `seen`: what stands for the tokens of a batch with pictures, and its angles (seeing.py). `rows` [B,T]: slots that count.
 
     A chain only ever continues the main model's own greedy text at run time, so a row whose tokens all equal the greedy ones counts four
     times as much as one that left the greedy path.
     """
     with torch.no_grad():
-        pre, post, _ = net.hidden(batch)
+        x = net.model.embed_tokens(batch) if seen is None else seen[0]
+        pre, post, _ = net.hidden(batch) if seen is None else net.hidden_of(*seen)
         teacher = net.logits(post)
         greedy = teacher.argmax(-1)
         n = batch.shape[1] - steps - 1
-        embeddings = [net.model.embed_tokens(batch[:, 1 + s : 1 + s + n]) for s in range(steps)]
+        embeddings = [x[:, 1 + s : 1 + s + n] for s in range(steps)]
         on_path = torch.ones_like(batch[:, :n], dtype=torch.bool)
-    outputs = net.mtp.chain(embeddings, (post if post_norm else pre)[:, :n], post_norm)
+        weight = torch.ones_like(batch[:, :n], dtype=torch.float32) if rows is None else rows[:, :n].float()
+    outputs = net.mtp.chain(embeddings, (post if post_norm else pre)[:, :n], post_norm, None if seen is None else seen[1:])
     total = torch.zeros((), device=batch.device)
     logs: dict[str, Tensor] = {}
     for s, output in enumerate(outputs):
         on_path = on_path & (batch[:, 1 + s : 1 + s + n] == greedy[:, s : s + n])
-        loss, agree = draft_loss(output, net.model.embed_tokens.weight, teacher[:, 1 + s : 1 + s + n], 0.25 + 0.75 * on_path.float())
+        loss, agree = draft_loss(
+            output, net.model.embed_tokens.weight, teacher[:, 1 + s : 1 + s + n], weight * (0.25 + 0.75 * on_path.float())
+        )
         total = total + loss / steps
         logs[f"agree{s + 1}"] = agree.detach()
     return total, {"loss": total.detach(), **logs}
