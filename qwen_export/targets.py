@@ -174,7 +174,11 @@ ONNX = Target(
     minimum_backend="1.22.0",
     devices=("cpu",),
     precisions=("fp32", "fp16", "int8", "int4"),
-    passes=(*_STANDARD_PASSES, PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")),
+    passes=(
+        *_STANDARD_PASSES,
+        PassStep("plugins.standard.nbits_function:define_nbits", "before the check, which takes other operators with a function only"),
+        PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written"),
+    ),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
     prompt_tokens=256,

@@ -37,6 +37,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
             quantization=plan.quantization,
             sizes=graph.sizes,
             opset=plan.opset,
+            draft_vocab=plan.speculation.draft_vocab if plan.speculation is not None else 0,
         )
         models[name] = traced[graph.module].clone()
         target = replace(plan.target, passes=plan.target.vision_passes) if graph.module == TOWER else plan.target
