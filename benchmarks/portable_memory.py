@@ -3,9 +3,9 @@ per graph, as ONNX Runtime's Python sessions do it.
 
     python -m benchmarks.portable_memory BUNDLE [BUNDLE ...] [--tokens 512] [--rounds 3] [--threads 2]
 
-Each form runs in processes of its own, in turns: load, a prompt, steps, verifies, and the draft head's graphs. `anonymous` and `file` are
-what the process has at the end, besides what it had before the bundle was loaded; MB are 2^20 bytes. Linux only. Times are the best of
-all rounds: CPU seconds of all threads.
+Each form runs in processes of its own, in turns: load, a prompt, steps, verifies, and the draft head's graphs. `open` is what the process
+has when all graphs are open, `end` what it has at the end, with states, caches and activations; both are anonymous and file pages, besides
+what it had before the bundle was loaded. MB are 2^20 bytes. Linux only. Times are the best of all rounds: CPU seconds of all threads.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def child(bundle: Path, form: str, tokens: int, threads: int) -> dict[str, float
     before, started = status(), time.perf_counter()
     model = load(bundle, threads=threads)
     measured = {"load": time.perf_counter() - started}
+    opened = status()
     decoder = model.decoder(drafts=True)
     assert isinstance(decoder, StaticDecoder)
     decoder.warm()
@@ -74,10 +75,9 @@ def child(bundle: Path, form: str, tokens: int, threads: int) -> dict[str, float
         decoder.head.first({0: ids[0]})
     after = status()
     return measured | {
-        "anonymous": after["RssAnon"] - before["RssAnon"],
-        "file": after["RssFile"] - before["RssFile"],
+        "open": opened["VmRSS"] - before["VmRSS"],
+        "end": after["VmRSS"] - before["VmRSS"],
         "peak": after["VmHWM"] - before["VmRSS"],
-        "states": decoder.fixed_bytes / 2**20,
     }
 
 
@@ -96,7 +96,7 @@ def main() -> None:
         manifest = load_manifest(bundle)
         weights = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".weights")) / 2**20
         print(f"\n{bundle.name}: {len(manifest.graphs)} graphs, weights {weights:.0f} MB")
-        print("| | anonymous | file | resident / weights | peak / weights | load | prompt | step | verify |\n|---|" + "---|" * 8)
+        print("| | open MB | open / weights | end / weights | peak / weights | load | prompt | step | verify |\n|---|" + "---|" * 8)
         rows: dict[str, list[dict[str, float]]] = {form: [] for form in FORMS}
         for _ in range(options.rounds):
             for form, results in rows.items():
@@ -104,14 +104,11 @@ def main() -> None:
                 command += ["--tokens", options.tokens, "--threads", options.threads]
                 results.append(json.loads(subprocess.check_output([str(part) for part in command])))
         for form, results in rows.items():
-            memory = max(results, key=lambda r: r["anonymous"] + r["file"])
+            memory = {name: max(r[name] for r in results) for name in ("open", "end", "peak")}
             best = {name: min(r[name] for r in results) for name in ("load", "prompt", "step", "verify") if name in results[0]}
-            resident = memory["anonymous"] + memory["file"]
+            shares = " | ".join(f"{memory[name] / weights:.2f}" for name in memory)
             times = " | ".join(f"{best[name]:.3f}" if name in best else "" for name in ("load", "prompt", "step", "verify"))
-            print(
-                f"| {FORMS[form]} | {memory['anonymous']:.0f} | {memory['file']:.0f} | {resident / weights:.2f} "
-                f"| {memory['peak'] / weights:.2f} | {times} |"
-            )
+            print(f"| {FORMS[form]} | {memory['open']:.0f} | {shares} | {times} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from qwen_export import manifest_checks, manifest_parsing
 from qwen_export.errors import BundleError
+from qwen_export.long_paths import reachable
 from qwen_export.manifest_types import (
     ADAPTERS,
     DIMS,
@@ -134,7 +135,7 @@ def _read(path: Path, most: int) -> bytes:
 def load_manifest(bundle: str | Path) -> Manifest:
     """Read a bundle's manifest and check it against its digest, and every field against the others. The other files are not hashed: see
     `runtimes.backends.integrity`. Raises BundleError."""
-    directory = Path(bundle)
+    directory = reachable(Path(bundle))
     path = directory / MANIFEST
     if not path.is_file():
         raise BundleError("this is not a bundle: it has no manifest.json", where=str(bundle), fix="Make one with `qwen-export build`.")
@@ -192,7 +193,7 @@ def _check_digest(path: Path, sha256: str, stored: list[str]) -> None:
 
 def file_path(bundle: Path, name: str) -> Path:
     """The path of a listed file. Raises BundleError when it would be outside the bundle."""
-    pure = PurePosixPath(name)
+    pure, bundle = PurePosixPath(name), reachable(bundle)
     path = bundle / pure
     if pure.is_absolute() or ".." in pure.parts or any(c in name for c in "\\:\0") or not name:
         raise BundleError(

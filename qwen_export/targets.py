@@ -148,7 +148,7 @@ _STAMP_OPSET = PassStep(
     "plugins.standard.stamp_opset:stamp_opset", "after all rewrites, before the check that reads the version", finds="a graph"
 )
 
-_STANDARD_PASSES = (
+_STANDARD_REWRITES = (
     _FIX_SIZES,
     _RECOGNIZE_LINEAR,
     _FOLD_VIEWS,
@@ -165,7 +165,6 @@ _STANDARD_PASSES = (
         "after the products: a tied embedding shares the codes of the LM head",
     ),
     _REPLACED,
-    _STAMP_OPSET,
 )
 
 ONNX = Target(
@@ -175,7 +174,8 @@ ONNX = Target(
     devices=("cpu",),
     precisions=("fp32", "fp16", "int8", "int4"),
     passes=(
-        *_STANDARD_PASSES,
+        *_STANDARD_REWRITES,
+        _STAMP_OPSET,
         PassStep("plugins.standard.nbits_function:define_nbits", "before the check, which takes other operators with a function only"),
         PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written"),
     ),
@@ -191,7 +191,12 @@ DIRECTML = Target(
     minimum_backend="1.22.0",
     devices=("dml",),
     precisions=("fp16", "fp32", "int8", "int4"),
-    passes=(*_STANDARD_PASSES, PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")),
+    passes=(
+        *_STANDARD_REWRITES,
+        PassStep("plugins.directml.unshare_concat:unshare_concat", "after all rewrites: it decides on the readers of a value"),
+        _STAMP_OPSET,
+        PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written"),
+    ),
     static=True,
     opsets=(20, 21),
 )

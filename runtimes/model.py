@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Unpack
 
 from qwen_export.bundle_contract import VISION
 from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.long_paths import reachable
 from qwen_export.manifest import GENERATION_CONFIG, Manifest
 from qwen_export.runtimes.answer import Generation as Generation
 from qwen_export.runtimes.answer import Prepared
@@ -79,7 +80,7 @@ def load(
 
     Raises BundleError, in one message, for a bundle that is damaged or cannot run here, and ParameterError for a parameter that the bundle
     does not have."""
-    directory = Path(bundle)
+    directory = reachable(Path(bundle))
     options = OpenOptions(threads, repack, device_id, tuple(devices), weight_budget=weight_budget)
     manifest, sessions = open_bundle(directory, options, max_context, speculate, device, native)
     return Model(directory, manifest, sessions, max_context, speculate)

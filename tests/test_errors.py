@@ -33,6 +33,8 @@ from qwen_export.runtimes.server.inherited_socket import inherited_socket
 from qwen_export.runtimes.serving.engine import Engine
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_prompt import chat_prompt
+from qwen_export.runtimes.vision.chat_media import MediaOptions
+from qwen_export.runtimes.vision.picture_source import MediaAccess
 from qwen_export.verification.layer_check import verify_layers
 from qwen_export.verification.logit_check import verify
 from tests.support.raises import FLAG, PARAMETER, Made, errors_made
@@ -99,7 +101,7 @@ def public_parameters() -> set[str]:
     calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, *CALLS)
     for kind in (Model, Decoder, DraftHead, Engine):
         calls += tuple(value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
-    options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read)
+    options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read, MediaOptions, MediaAccess)
     names = ALSO | {name for call in calls for name in inspect.signature(call).parameters}
     return names | {field.name for option in options for field in fields(option)}
 

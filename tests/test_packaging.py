@@ -99,7 +99,7 @@ def wheel_names(wheel: Path) -> set[str]:
 def expected_wheel() -> set[str]:
     modules = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
     page = {f"qwen_export/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtimes" / "server" / "page").iterdir()}
-    data = {"qwen_export/py.typed", "qwen_export/plugins/directml/operators.json"}
+    data = {"qwen_export/py.typed", "qwen_export/bundles/run.ps1", "qwen_export/plugins/directml/operators.json"}
     return modules | data | page | {f"qwen_export/{p}" for p in native_sources()}
 
 
@@ -160,7 +160,7 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL", "av"}
 ROOMS = {"server": {*EXTRAS["serve"], *ALLOWED}, "structured": {"llguidance", *ALLOWED}}
 """What rooms of an extra may import besides, when they are used."""
-GROUND = ("bundle_contract", "version", "errors", "manifest", "manifest_types", "element_types", "extras", "stages")
+GROUND = ("bundle_contract", "version", "errors", "long_paths", "manifest", "manifest_types", "element_types", "extras", "stages")
 
 
 @pytest.mark.parametrize("path", sources("runtimes"), ids=lambda path: path.stem)

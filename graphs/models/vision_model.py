@@ -92,14 +92,23 @@ class VisionModel(nn.Module):
     def forward(self, rows: Tensor, index: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """rows f32[B,K,M,W]; index i64[K,M,4], rows of the table of positions, and their weights f32[K,M,4]; cos, sin f32[K,M,D/2]
         -> features [B,K,H]."""
+        x = self.begin(rows, index, weight)
+        for block in self.visual.blocks:
+            x = block(x, cos, sin)
+        return self.end(x)
+
+    def begin(self, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """What the first block reads, [B,K*M,d]."""
         tower = self.visual
         patches = rows.flatten(1, 2).to(tower.patch_embed.proj.weight.dtype)
         # The sum is fp32 at any precision.
         positions = (tower.pos_embed(index.flatten(0, 1)) * weight.flatten(0, 1).unsqueeze(-1)).sum(-2)
-        x = tower.patch_embed.proj(patches)
-        x = x + positions.to(x.dtype)
-        for block in tower.blocks:
-            x = block(x, cos, sin)
-        merged = tower.merger.norm(x).unflatten(1, (-1, self.config.merged)).flatten(2, 3)
-        features: Tensor = tower.merger(merged)
+        x: Tensor = tower.patch_embed.proj(patches)
+        return x + positions.to(x.dtype)
+
+    def end(self, x: Tensor) -> Tensor:
+        """The features, from what the last block gives."""
+        merger = self.visual.merger
+        merged = merger.norm(x).unflatten(1, (-1, self.config.merged)).flatten(2, 3)
+        features: Tensor = merger(merged)
         return features

@@ -11,16 +11,19 @@ from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.directml_limits import limit
 from qwen_export.plugins.directml.directml_operators import DirectmlKernel, operator_table
+from qwen_export.plugins.directml.unshare_concat import hazards
 
 _SHOWN = 5
 
 
 def check_operators(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a lowered graph
-    Result the same. Raises UnsupportedError with node and reason where DirectML would leave a node to the CPU, or a shape is dynamic."""
+    Result the same. Raises UnsupportedError with node and reason where DirectML would leave a node to the CPU or compute other values,
+    and where a shape is dynamic."""
     reasons = [f"{node.op_type} {node.name or ''}: {reason}" for node in model.graph if (reason := refusal(node, context.opset))]
     signature = (*model.graph.inputs, *model.graph.outputs)
     reasons += [f"{v.name}: its shape {v.shape} is not static" for v in signature if v.shape is None or not v.shape.is_static()]
+    reasons += [f"{hazard}, after {hazard.writer.op_type} has written over it" for hazard in hazards(model.graph)]
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
         raise UnsupportedError(

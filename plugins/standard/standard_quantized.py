@@ -42,9 +42,9 @@ def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
 
 
 def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str, *, even_rows: bool = True) -> None:
-    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks, and with `even_rows` of the whole bytes, that
-    DequantizeLinear reads."""
-    N, K = weight.shape
+    """Raise ConfigError where a matrix [N,K], or matrices [E,N,K], are not made of the whole blocks, and with `even_rows` of the whole
+    bytes, that DequantizeLinear reads."""
+    N, K = weight.shape[-2:]
     if K % chosen.block or (even_rows and N % 2):
         raise ConfigError(
             "a quantized matrix is not made of whole blocks",
@@ -59,7 +59,7 @@ def nbits_product(
     emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen: GroupFormat, context: PassContext, **attributes: int
 ) -> ir.Value:
     """x [..,K] times a matrix [N,K], as a product over its codes."""
-    (N, K), format = weight.shape, _quant(chosen)
+    (N, K), format = weight.shape, quant_of(chosen)
     inputs = [x, *nbits_parts(emit.graph, name, weight, chosen, context.activation)]
     (y,) = emit(MICROSOFT, "MatMulNBits", inputs, like=x, K=K, N=N, bits=format.bits, block_size=format.block, **attributes)
     return y
@@ -79,10 +79,10 @@ def rounded_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chose
 def nbits_parts(graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType) -> list[ir.Value]:
     """Codes, scales and, where the format has them, zeros, as MatMulNBits takes them."""
     whole = weight.of if isinstance(weight, FirstRows | LastRows) else weight  # rows at an end are stored where the whole is
-    format = _quant(chosen)
+    format = quant_of(chosen)
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(_exact(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
+        made = kind(exact_weight(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", replace(weight, of=made) if isinstance(weight, FirstRows | LastRows) else made)
 
     parts = [part("codes", NBitsCodes), part("scales", BlockScales, False, activation)]
@@ -105,7 +105,7 @@ def quantize_embedding(model: ir.Model, context: PassContext) -> Outcome:
             continue
         name, ids = node.inputs[0].name or "embedding", cast(ir.Value, node.inputs[1])
         emit = Emitter(model.graph, name.removesuffix(".weight"))
-        if linear == "turned_product" and _quant(chosen).bits == 8:
+        if linear == "turned_product" and quant_of(chosen).bits == 8:
             x = _rows_of_bytes(
                 emit, nbits_parts(model.graph, name, weight, chosen, context.activation), ids, weight.shape[1], context.activation
             )
@@ -136,7 +136,7 @@ def quantized_parts(
     graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
 ) -> list[ir.Value]:
     """Codes, scales and, where the format has them, zeros, as DequantizeLinear takes them; turned: of the matrix [K,N]."""
-    of, format = _exact(weight, chosen), _quant(chosen)
+    of, format = exact_weight(weight, chosen), quant_of(chosen)
     parts: dict[str, Weight] = {
         "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.searcher),
         "scales": BlockScales(of, format, chosen.method, turned, activation, search=chosen.searcher),
@@ -146,12 +146,13 @@ def quantized_parts(
     return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
 
 
-def _quant(chosen: GroupFormat) -> QuantFormat:
+def quant_of(chosen: GroupFormat) -> QuantFormat:
+    """The blocks of a format that quantizes."""
     if chosen.quant is None:
         raise TypeError("the matrix is not quantized")
     return chosen.quant
 
 
-def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
+def exact_weight(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
     return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight

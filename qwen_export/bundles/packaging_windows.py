@@ -6,20 +6,18 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path, PurePosixPath
 
 from qwen_export.bundles.shipped_modules import shipped_modules
-from qwen_export.errors import QwenExportError
+from qwen_export.bundles.windows_wheels import PYTHONS, fetch_wheels
+from qwen_export.errors import ParameterError, QwenExportError
 from qwen_export.manifest import DIGEST, MANIFEST, SIGNATURE, Manifest, load_manifest
 from qwen_export.runtimes.backends.integrity import ensure_whole
 
-PYTHON = "3.12"
-"""The Python that the wheels are for, and that run.ps1 asks for."""
 PINNED = {"dml": "onnxruntime-directml==1.24.4", "cpu": "onnxruntime"}
 _SHARED = ("numpy", "tokenizers", "jinja2", "click", "rich", "psutil", "platformdirs")
 _WINDOWS_ONLY = ("colorama==0.4.6",)
@@ -34,8 +32,11 @@ Progress = Callable[[str, int], None]
 """Called with a file's name and the bytes just packed."""
 
 
-def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = False, progress: Progress | None = None) -> Path:
-    """Write the zip file `output` and return its path. With `wheels` pip fetches the wheels for win_amd64 into it.
+def package_windows(
+    bundle: str | Path, output: str | Path, *, wheels: bool = False, python: str = PYTHONS[1], progress: Progress | None = None
+) -> Path:
+    """Write the zip file `output` and return its path. With `wheels` pip fetches the wheels for win_amd64 into it. `python` is the version
+    that they are for, and that run.ps1 runs.
 
     The bundle is hashed first. Raises QwenExportError; on any failure no file is left at `output`."""
     say = progress or (lambda name, count: None)
@@ -44,6 +45,14 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
         raise QwenExportError("the package for Windows is a zip file", got=str(output), fix="Give {output} a name that ends in .zip.")
     if destination.exists():
         raise QwenExportError("the output exists already", where=str(output), fix="Give another {output}.")
+    if python not in PYTHONS:
+        raise ParameterError(
+            "packages for Windows are not made for this Python",
+            parameter="python",
+            got=python,
+            expected=", ".join(PYTHONS),
+            fix="Give one of these.",
+        )
     manifest = load_manifest(directory)
     if manifest.target.device not in PINNED:
         raise QwenExportError(
@@ -70,7 +79,7 @@ def package_windows(bundle: str | Path, output: str | Path, *, wheels: bool = Fa
     os.close(descriptor)
     try:
         with zipfile.ZipFile(name, "w", allowZip64=True) as archive, tempfile.TemporaryDirectory() as fetched:
-            for inside, source in package_files(directory, manifest, Path(fetched) if wheels else None):
+            for inside, source in package_files(directory, manifest, python, Path(fetched) if wheels else None):
                 _add(archive, f"{folder}/{inside}", source, say)
         os.replace(name, destination)
     except OSError as error:
@@ -92,33 +101,24 @@ def requirements(device: str) -> str:
     return "\n".join([backend if "==" in backend else f"{backend}=={importlib.metadata.version(backend)}", *lines, *_WINDOWS_ONLY]) + "\n"
 
 
-def package_files(directory: Path, manifest: Manifest, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
+def package_files(directory: Path, manifest: Manifest, python: str, fetched: Path | None) -> Iterator[tuple[str, Path | str]]:
     """Names inside the package with their file, or text."""
     for name in (MANIFEST, DIGEST, SIGNATURE, *manifest.files):
         if (directory / name).exists():
             yield f"bundle/{name}", directory / name
     wanted = requirements(manifest.target.device)
     yield "requirements.txt", wanted
-    yield "run.ps1", _RUN
-    yield "README.txt", _README
+    script = resources.files("qwen_export.bundles").joinpath("run.ps1").read_text(encoding="utf-8")
+    yield "run.ps1", script.replace("PYVERSION", python)
+    yield "README.txt", _README.replace("PYVERSION", python)
+    yield "app/__main__.py", _MAIN
     for module, path in shipped_modules().items():
         inside = module.replace(".", "/")
         yield f"app/{inside}/__init__.py" if path.name == "__init__.py" else f"app/{inside}.py", path
     if fetched is not None:
-        _download(wanted, fetched)
+        fetch_wheels(wanted, fetched, python)
         for path in sorted(fetched.glob("*.whl")):
             yield f"wheels/{path.name}", path
-
-
-def _download(wanted: str, directory: Path) -> None:
-    listed = directory / "requirements.txt"
-    listed.write_text(wanted, encoding="utf-8")
-    platform = ["--only-binary=:all:", "--platform", "win_amd64", "--python-version", PYTHON, "--implementation", "cp"]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(directory), *platform, "--requirement", str(listed)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), done.stderr.strip()[-200:])
-        raise QwenExportError("pip could not fetch the wheels for Windows", got=reason, fix="Leave out {wheels}, or check the network.")
 
 
 def _safe_folder(stem: str) -> str:
@@ -144,35 +144,17 @@ def _add(archive: zipfile.ZipFile, name: str, source: Path | str, say: Progress)
             say(name, len(block))
 
 
-_RUN = r"""# Runs the bundle: .\run.ps1 "Why is the sky blue?" --chat
-# The first run sets up an environment beside this file, from wheels\ where it is there, else from the network.
-$ErrorActionPreference = 'Stop'
-[Console]::OutputEncoding = [System.Text.UTF8Encoding]::new()
-$env:PYTHONUTF8 = '1'
-$here = $PSScriptRoot
-$long = (Get-ItemProperty 'HKLM:\SYSTEM\CurrentControlSet\Control\FileSystem' -ErrorAction SilentlyContinue).LongPathsEnabled
-if ($here.Length -gt 100 -and $long -ne 1) {
-    throw "The path $here is too long for Windows without long paths. Move this folder, for example to C:\qwen."
-}
-$python = Join-Path $here 'env\Scripts\python.exe'
-$ready = Join-Path $here 'env\ready'
-if (-not (Test-Path -LiteralPath $ready)) {
-    & py -PYVERSION -m venv (Join-Path $here 'env')
-    if ($LASTEXITCODE) { throw 'Python PYVERSION is needed: winget install Python.Python.PYVERSION' }
-    $wheels = Join-Path $here 'wheels'
-    $source = if (Test-Path -LiteralPath $wheels) { @('--no-index', '--find-links', $wheels) } else { @() }
-    & $python -m pip install --disable-pip-version-check --quiet @source -r (Join-Path $here 'requirements.txt')
-    if ($LASTEXITCODE) { throw 'The packages could not be installed.' }
-    New-Item -ItemType File $ready | Out-Null
-}
-$env:PYTHONPATH = Join-Path $here 'app'
-& $python -m qwen_export run (Join-Path $here 'bundle') @args
-exit $LASTEXITCODE
-""".replace("PYVERSION", PYTHON)
+_MAIN = """import json
+import os
 
-_README = f"""A Qwen model for Windows, made by qwen-export.
+from qwen_export.commands.cli import main
 
-Needs 64-bit Windows 10 or 11 and Python {PYTHON} (python.org, or: winget install Python.Python.{PYTHON}).
+main(["run", os.path.join(os.path.dirname(os.path.dirname(__file__)), "bundle"), *json.loads(os.environ.pop("QWEN_EXPORT_ARGUMENTS"))])
+"""
+
+_README = """A Qwen model for Windows, made by qwen-export.
+
+Needs 64-bit Windows 10 or 11 and Python PYVERSION (python.org, or: winget install Python.Python.PYVERSION).
 In this folder, in PowerShell:
 
     powershell -ExecutionPolicy Bypass -File .\\run.ps1 "Why is the sky blue?" --chat

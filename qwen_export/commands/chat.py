@@ -13,6 +13,7 @@ from qwen_export.commands.flags import flag
 from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
+from qwen_export.commands.media_flags import media_options
 from qwen_export.commands.output import detail, notice, verbosity_options
 from qwen_export.commands.print_answer import plain_view
 from qwen_export.errors import QwenExportError
@@ -25,6 +26,7 @@ from qwen_export.terminal.questions import HINT, HISTORY, piped_questions, termi
 
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Model
+    from qwen_export.runtimes.vision.chat_media import MediaOptions
 
 TERMINATED = 143
 """Exit code of shells for a process that SIGTERM has ended."""
@@ -36,6 +38,7 @@ TERMINATED = 143
 @click.option("--max-new-tokens", type=int, metavar="N", help="Of an answer; default: until the model stops or the context is full.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer; repeatable.")
 @sampling_options
+@media_options
 @click.option("--plain", is_flag=True, help="Show answers as they are written, without Markdown; for screen readers.")
 @click.option("--history/--no-history", default=True, help="Keep questions for later conversations, in a file of the user. Default: keep.")
 @click.option("--max-context", type=int, metavar="N", help="Overrides the bundle's cache capacity.")
@@ -47,6 +50,7 @@ def command(
     max_new_tokens: int | None,
     stop: tuple[str, ...],
     sampling: dict[str, Any],
+    media: MediaOptions,
     plain: bool,
     history: bool,
     max_context: int | None,
@@ -62,7 +66,7 @@ def command(
         if interactive:
             import prompt_toolkit  # noqa: F401 - before the bundle is loaded
     hash_with_progress(bundle)
-    options = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "stop": list(stop) or None, "media": media}
     options |= {name: template[name] for name in ("preserve_thinking", "template_kwargs") if name in template}
     with load(bundle, max_context=max_context, **loading) as model:
         conversation = Conversation(model, sampling, options, template.get("system"), template.get("enable_thinking"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib
+import io
 import logging
 import os
 import signal
@@ -18,11 +19,12 @@ from typing import Any
 import click
 
 from qwen_export import __version__
+from qwen_export.commands.examples import epilog
 from qwen_export.commands.flags import flag
 from qwen_export.errors import Interrupted, QwenExportError
 from qwen_export.extras import missing_extra
 
-COMMANDS = ("inspect", "build", "verify", "run", "chat", "serve", "batch", "bench", "check", "package", "rebuild")
+COMMANDS = ("inspect", "build", "verify", "run", "chat", "serve", "batch", "bench", "check", "package", "rebuild", "completion")
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of shells for a process that SIGINT or SIGPIPE has ended."""
 
@@ -43,7 +45,9 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"qwen_export.commands.{name}").command
+        command: click.Command = importlib.import_module(f"qwen_export.commands.{name}").command
+        command.epilog = epilog(name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -75,6 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point. An expected failure is one line on stderr and exit code 1, wrong usage 2, an interrupt 130, and a reader of the output
     that has gone 141 without a message."""
     signal.signal(signal.SIGTERM, _terminate)
+    _print_utf8()
     logger = logging.getLogger("qwen_export")
     logger.handlers, logger.propagate = [_Notices()], False
     try:
@@ -108,6 +113,15 @@ def main(arguments: list[str] | None = None) -> None:
             _fail("the output cannot be written: the device is full. Free space, or write to another one.")
         place = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{place}. Check the path, its permissions and the space on the disk.")
+
+
+def _print_utf8() -> None:
+    """Files and pipes get UTF-8, as they are read. Windows' own encoding there is a code page that has few characters, and an answer would
+    end with an error at the first one that it lacks."""
+    if sys.flags.ignore_environment or not os.environ.get("PYTHONIOENCODING"):
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and not stream.isatty():
+                stream.reconfigure(encoding="utf-8")
 
 
 def _fail(message: str, code: int = 1) -> None:

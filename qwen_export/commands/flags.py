@@ -11,6 +11,7 @@ _OTHER = {
     "hardware_compatibility": "--hardware-compat",
     "version_compatible": "--version-compat",
     "sms": "--sm",
+    "hosts": "--media-host",
     "tiling": "--tiling-level",
     "plugins": "--plugin",
     "native": "--native",

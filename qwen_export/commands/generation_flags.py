@@ -38,7 +38,7 @@ _SAMPLING_NAMES = (
 
 def sampling_options(command: Command) -> Command:
     """How tokens are chosen, as `sampling`: the fields of SamplingParams that were given."""
-    return _gathered(command, "sampling", _SAMPLING, _SAMPLING_NAMES)
+    return gathered(command, "sampling", _SAMPLING, _SAMPLING_NAMES)
 
 
 def template_options(note: str = "") -> Callable[[Command], Command]:
@@ -72,12 +72,12 @@ def template_options(note: str = "") -> Callable[[Command], Command]:
                 template["template_kwargs"] = dict(template["template_kwargs"])
             return command(*arguments, template=template, **values)
 
-        return _gathered(called, "template", options, ("system", "enable_thinking", "preserve_thinking", "template_kwargs"))
+        return gathered(called, "template", options, ("system", "enable_thinking", "preserve_thinking", "template_kwargs"))
 
     return decorate
 
 
-def _gathered(command: Command, name: str, options: tuple[Any, ...], members: tuple[str, ...]) -> Command:
+def gathered(command: Command, name: str, options: tuple[Any, ...], members: tuple[str, ...]) -> Command:
     """The command with the options, whose given values reach it as the one argument `name`."""
 
     @wraps(command)

@@ -19,11 +19,12 @@ from qwen_export.manifest import load_manifest
 @click.option("--sign", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this private ed25519 key (PEM).")
 @click.option("--windows", is_flag=True, help="A zip file for a Windows machine, with the runtime and a script.")
 @click.option("--wheels", is_flag=True, help="With --windows: the wheels too, for a machine without a network.")
+@click.option("--python", metavar="VERSION", help="With --windows: the Python that it runs with there, 3.11 to 3.13. Default: 3.12.")
 @verbosity_options
-def command(bundle: Path, output: Path, force: bool, sign: Path | None, windows: bool, wheels: bool) -> None:
+def command(bundle: Path, output: Path, force: bool, sign: Path | None, windows: bool, wheels: bool, python: str | None) -> None:
     """Copy BUNDLE, and the weights that it refers to, to a bundle that needs no other files; with --windows make a package for Windows."""
-    if wheels and not windows:
-        raise click.UsageError("--wheels goes with --windows")
+    if (wheels or python) and not windows:
+        raise click.UsageError(f"{'--wheels' if wheels else '--python'} goes with --windows")
     if windows and (force or sign):
         raise click.UsageError("--force and --sign are for bundles: remove the zip file, or sign the bundle before it is packaged")
     with needed_for("package"):
@@ -38,7 +39,7 @@ def command(bundle: Path, output: Path, force: bool, sign: Path | None, windows:
             report(name, done, max(done, total))
 
         if windows:
-            package_windows(bundle, output, wheels=wheels, progress=copied)
+            package_windows(bundle, output, wheels=wheels, progress=copied, **({} if python is None else {"python": python}))
         else:
             package(bundle, output, force=force, sign=sign, progress=copied)
     made = output.stat().st_size if windows else sum(entry.size for entry in load_manifest(output).files.values())

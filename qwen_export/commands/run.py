@@ -15,6 +15,7 @@ from qwen_export.commands.answer_flags import AnswerFlags, answer_options
 from qwen_export.commands.generation_flags import sampling_options, template_options
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
+from qwen_export.commands.media_flags import media_options
 from qwen_export.commands.output import verbosity_options
 from qwen_export.commands.print_answer import json_answer, print_answer, prompt_progress, read_prompt_first, usage
 from qwen_export.commands.prompt_source import read_prompt
@@ -23,6 +24,7 @@ from qwen_export.extras import needed_for
 if TYPE_CHECKING:
     from qwen_export.runtimes.model import Generation, Model
     from qwen_export.runtimes.sampling.sampler import SamplingParams
+    from qwen_export.runtimes.vision.chat_media import MediaOptions
 
 
 @click.command("run")
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     help="A picture that PROMPT is about (implies --chat); repeatable, in this order.",
 )
 @click.option("--video", "videos", multiple=True, metavar="FILE", help="A video that PROMPT is about, behind the pictures; repeatable.")
-@click.option("--max-pixels", type=int, metavar="N", help="Scale pictures down to so many pixels; 1024 of them are a token.")
+@media_options
 @click.option("--max-new-tokens", type=int, metavar="N", help="Default: until the model stops or the context is full, both exit code 0.")
 @sampling_options
 @answer_options
@@ -59,7 +61,7 @@ def command(
     template: dict[str, Any],
     images: tuple[str, ...],
     videos: tuple[str, ...],
-    max_pixels: int | None,
+    media: MediaOptions,
     max_new_tokens: int | None,
     sampling: dict[str, Any],
     answer: AnswerFlags,
@@ -75,7 +77,6 @@ def command(
         raise click.UsageError("--logprobs needs --json")
     with needed_for("run"):
         from qwen_export.runtimes.model import load
-        from qwen_export.runtimes.vision.chat_media import MediaOptions
 
     tools, options = answer.tools(), answer.options()
     text = read_prompt(prompt, prompt_file)
@@ -83,7 +84,6 @@ def command(
     model = load(bundle, max_context=max_context, **loading)
     chats = chat or bool(template or images or videos) or answer.needs_chat
     messages = _messages(text, images, videos, template.pop("system", None)) if chats else []
-    media = None if max_pixels is None else MediaOptions(max_pixels=max_pixels)
     params = _sampling(model, sampling, template, chats)
 
     def generation(number: int, progress: Callable[[int, int], None]) -> Generation:

@@ -13,6 +13,7 @@ import click
 
 from qwen_export.commands.hashing import hash_with_progress
 from qwen_export.commands.load_options import load_options
+from qwen_export.commands.media_flags import server_media_options
 from qwen_export.commands.output import notice, verbosity_options
 from qwen_export.commands.param_types import Gigabytes
 from qwen_export.errors import ParameterError
@@ -64,6 +65,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 @click.option(
     "--drain", default=30.0, show_default=True, type=click.FloatRange(0), metavar="S", help="For answers in progress when it stops."
 )
+@server_media_options
 @click.option("--page/--no-page", default=True, show_default=True, help="A page to chat at /.")
 @load_options()
 @verbosity_options
@@ -136,6 +138,7 @@ def _settings(loopback: bool, options: dict[str, Any]) -> Any:
         answer_timeout_s=options["answer_timeout"],
         write_timeout_s=options["write_timeout"],
         page=options["page"],
+        media=options["media"],
     )
 
 

@@ -32,8 +32,8 @@ class Conversation:
     system: str | None = None
     thinking: bool | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
-    """Files that the next question is about."""
+    attached: list[dict[str, str]] = field(default_factory=list)
+    """Pictures and videos that the next question is about, as parts of a message."""
     statistics: Statistics | None = None
     """Of the last answer."""
     _asked: dict[str, Any] = field(default_factory=dict)
@@ -43,18 +43,25 @@ class Conversation:
         """Whether the model reads pictures."""
         return "vision" in self.model.manifest.graphs
 
+    def attach(self, kind: str, path: Path) -> None:
+        """A picture or video file for the next question. Raises QwenExportError for one that cannot be read."""
+        part = {"type": kind, kind: str(path.resolve())}
+        sight = self.model.sight
+        if sight is not None:
+            sight.check(part, self.options.get("media"))
+        self.attached.append(part)
+
     def ask(self, question: str, progress: Callable[[int, int], None]) -> Generation:
-        """Begin the answer to a question about the pictures that were named before. Nothing is kept of it before `record`."""
+        """Begin the answer to a question about what was attached before. Nothing is kept of it before `record`."""
         self._asked = self._question(question)
-        self.pictures = []
+        self.attached = []
         messages = [*self.all_messages(), self._asked]
         thinks = self.thinking if self.thinking is not None else self.model.template.thinks_by_default()
         sampling = dataclasses.replace(self.model.recommended(thinks), **self.sampling)
         return self.model.stream(messages, enable_thinking=self.thinking, sampling=sampling, progress=progress, **self.options)
 
     def _question(self, text: str) -> dict[str, Any]:
-        pictures = [{"type": "image", "image": path} for path in self.pictures]
-        return {"role": "user", "content": [*pictures, {"type": "text", "text": text}] if pictures else text}
+        return {"role": "user", "content": [*self.attached, {"type": "text", "text": text}] if self.attached else text}
 
     def record(self, generation: Generation) -> None:
         """Keep the last question with what there is of its answer; a question without any is dropped."""
@@ -72,7 +79,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget questions and answers. The settings stay."""
-        self.messages, self.pictures, self.statistics = [], [], None
+        self.messages, self.attached, self.statistics = [], [], None
 
     def save(self, path: Path) -> None:
         """Write a JSON file in the form of a chat request: `messages`, and `enable_thinking` where it was chosen. The file appears whole,

@@ -106,14 +106,23 @@ def _reset(conversation: Conversation, argument: str) -> str:
 
 
 def _image(conversation: Conversation, argument: str) -> str:
+    return _attach(conversation, "image", _path(argument, "/image photo.jpg"))
+
+
+def _video(conversation: Conversation, argument: str) -> str:
+    return _attach(conversation, "video", _path(argument, "/video clip.mp4"))
+
+
+def _attach(conversation: Conversation, kind: str, path: Path) -> str:
     if not conversation.sees:
-        raise QwenExportError("this bundle takes text only", got="/image", fix="Describe the picture in words.")
-    path = _path(argument, "/image photo.jpg")
+        raise QwenExportError("this bundle takes text only", got=f"/{kind}", fix="Describe what is to be seen in words.")
     if not path.is_file():
         raise QwenExportError("there is no such file", where=str(path), fix="Check the path.")
-    conversation.pictures.append(str(path.resolve()))
-    count = len(conversation.pictures)
-    return f"{count} picture{'s' * (count != 1)} for the next question"
+    conversation.attach(kind, path)
+    kinds = {"image": "picture", "video": "video"}
+    counts = {name: sum(part["type"] == found for part in conversation.attached) for found, name in kinds.items()}
+    listed = " and ".join(f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count)
+    return f"{listed} for the next question"
 
 
 def _quit(conversation: Conversation, argument: str) -> str:
@@ -124,6 +133,7 @@ COMMANDS = {
     "think": SlashCommand("on|off|auto", "whether the model reasons before it answers", _think),
     "system": SlashCommand("TEXT", "the system message from now on; `-` removes it, nothing shows it", _system),
     "image": SlashCommand("FILE", "a picture for the next question, where the model reads pictures", _image),
+    "video": SlashCommand("FILE", "a video for it", _video),
     "save": SlashCommand("FILE", "write the conversation as JSON", _save),
     "load": SlashCommand("FILE", "go on with a saved conversation", _load),
     "stats": SlashCommand("", "speed of the last answer, and how much of the context is used", _stats),

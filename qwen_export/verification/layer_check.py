@@ -33,6 +33,7 @@ from qwen_export.runtimes.option_checks import check_devices
 from qwen_export.verification.layer_comparison import comparators, compare
 from qwen_export.verification.layer_graphs import layer_graphs
 from qwen_export.verification.logit_check import arithmetic, reference_checkpoint, reference_plan
+from qwen_export.verification.tower_layers import TowerPart, tower_parts
 
 # Largest allowed error of a layer's output that is its own, as a share of that output, by activations. Measured on the demo and on random
 # checkpoints: 6e-7 in fp32, 8e-4 in fp16, 2e-2 where products round their input to 8 bits, as quantized ones on the CPU do. Steps of bf16
@@ -53,9 +54,10 @@ Report = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class LayerResult:
-    """One row: the embedding, a layer (`layer` is its index), or what follows the last. `error`: of its output, as a share, from the same
-    input; `drift`: likewise against the eager model that read the text alone; `reach`: the largest |value| of the eager model in it, `at`
-    which point, and that as a share of what fp16 holds. `passed` None: not judged, as `note` says; `origin`: the first point that is off.
+    """One row: the embedding, a layer (`layer` is its index), what follows the last, or a part of the vision tower. `error`: of its output,
+    as a share, from the same input; `drift`: likewise against the eager model that read the text alone; `reach`: the largest |value| of the
+    eager model in it, `at` which point, and that as a share of what fp16 holds. `passed` None: not judged, as `note` says; `origin`: the
+    first point that is off.
     """
 
     name: str
@@ -125,6 +127,9 @@ def verify_layers(
     activations = manifest.precision_plan["activations"]
     tolerance = _ROUNDED_TO_BYTES if quantized and manifest.target.device == "cpu" else TOLERANCE[arithmetic(manifest, activations)]
     rows = _rows(source, seen, alone, beside, tolerance)
+    if manifest.vision is not None:
+        say("pictures")
+        rows += [_tower_row(part, tolerance) for part in tower_parts(directory, manifest, source, plan, device_id)]
     failed = [row.name for row in rows if row.passed is False]
     return {
         "passed": not failed,
@@ -236,6 +241,20 @@ def _row(
         origin=origin,
         note=note,
     )
+
+
+def _tower_row(part: TowerPart, tolerance: float) -> LayerResult:
+    at = max(part.reaches, key=part.reaches.__getitem__)
+    reach = part.reaches[at]
+    facts: dict[str, Any] = {"name": part.name, "layer": None, "kind": "vision", "reach": reach, "at": at, "fp16_share": reach / FP16_MAX}
+    if not np.isfinite(part.own).all():
+        unjudged: dict[str, Any] = {"tokens": 0, "max_abs_error": None, "error": None, "drift": None}
+        return LayerResult(**facts, **unjudged, passed=None, note="reads values that are not finite")
+    if not np.isfinite(part.got).all():
+        unjudged = {"tokens": 0, "max_abs_error": None, "error": None, "drift": None}
+        return LayerResult(**facts, **unjudged, passed=False, origin=OUTPUT, note="values are not finite")
+    own, drift = (compare({at: part.got}, {at: other}, {at: tolerance})[at] for other in (part.own, part.alone))
+    return LayerResult(**facts, tokens=len(part.got), max_abs_error=own.max_abs, error=own.share, drift=drift.share, passed=own.passed)
 
 
 def _head(before: str, seen: _Seen, alone: Observation, beside: Observation, tolerance: float) -> LayerResult:

@@ -48,7 +48,7 @@ def run_pictures(model: Model) -> PictureRun | None:
     if sight is None:
         return None
     spec, dtype = sight.spec, next(t.dtype for t in model.manifest.graphs["decoder"].inputs if t.name == FEATURES)
-    pictures = tuple(_picture(a * spec.factor, b * spec.factor, spec, seed) for seed, (a, b) in enumerate(_TOKENS))
+    pictures = small_pictures(spec)
     random, vocabulary = np.random.default_rng(1), model.manifest.model["vocab_size"]
     ids = list[int]()
     for _ in pictures:
@@ -65,6 +65,11 @@ def run_pictures(model: Model) -> PictureRun | None:
     features = [sight.encoder.features(picture) for picture in pictures]
     wide = tuple(decode(as_bytes(one), dtype, one.shape) for one in features)
     return PictureRun(pictures, wide, prompt, np.concatenate(parts))
+
+
+def small_pictures(spec: VisionSpec) -> tuple[Picture, ...]:
+    """Of noise, of different sizes."""
+    return tuple(_picture(a * spec.factor, b * spec.factor, spec, seed) for seed, (a, b) in enumerate(_TOKENS))
 
 
 def _picture(height: int, width: int, spec: VisionSpec, seed: int) -> Picture:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from qwen_export.long_paths import reachable
 from qwen_export.manifest import MANIFEST, Manifest, check_hash, check_sizes, file_path
 
 Fingerprint = list[int]
@@ -52,6 +53,7 @@ def _fingerprint(path: Path) -> Fingerprint:
 
 def _identity(bundle: Path) -> str:
     """Of a manifest's contents and place: a changed manifest makes everything unknown again."""
+    bundle = reachable(bundle)
     return hashlib.sha256(str(bundle.resolve()).encode() + (bundle / MANIFEST).read_bytes()).hexdigest()[:32]
 
 

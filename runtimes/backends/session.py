@@ -32,6 +32,9 @@ class Call(Protocol):
     def run(self) -> None:
         """Run and wait. Raises BundleError when the backend fails; what the call writes is undefined then."""
 
+    def stop(self) -> None:
+        """End a run early, from another thread: it raises then. Nothing where the backend cannot, or the call is `repeated`."""
+
 
 class Session(Protocol):
     """One compiled graph, loaded on one device."""

@@ -162,6 +162,10 @@ class StagedCall:
         finally:
             self._session.busy_s += time.perf_counter() - started
 
+    def stop(self) -> None:
+        for call in self._calls:
+            call.stop()
+
     def start(self) -> None:
         """Begin with the first stage as soon as it is free. Of two calls that were started, each stage runs the earlier one first."""
         for number in range(len(self._calls)):

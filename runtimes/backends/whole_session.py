@@ -49,3 +49,6 @@ class WholeCall(ABC):
 
     def finish(self) -> None:  # noqa: B027 - nothing is left to do
         """Nothing: `start` has waited."""
+
+    def stop(self) -> None:  # noqa: B027 - most backends run a call to its end
+        """Nothing."""

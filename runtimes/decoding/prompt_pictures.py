@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,15 @@ import numpy.typing as npt
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.rotary_tables import Positions
 from qwen_export.runtimes.decoding.sequence import Media
+from qwen_export.runtimes.decoding.stop_signal import StopSignal
 
 Features = npt.NDArray[np.generic]
+
+
+class Encode(Protocol):
+    """The rows that stand for a picture or video, [tokens, H]. With a signal that is given it raises, and what is left is not done."""
+
+    def __call__(self, stop: StopSignal | None = None, /) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,7 @@ class SeenMedia:
 
     media: Media
     places: npt.NDArray[np.int64]
-    features: Callable[[], Features]
+    features: Encode
 
 
 @dataclass(frozen=True)
@@ -37,13 +45,15 @@ class PromptPictures:
     def media(self) -> tuple[Media, ...]:
         return tuple(one.media for one in self.seen)
 
-    def features(self, start: int, stop: int) -> tuple[Features | None, list[int]]:
-        """What stands for tokens of pictures among tokens `start` .. `stop - 1`, and for which of them, counted from `start`."""
+    def features(self, start: int, stop: int, encoded: Mapping[int, Features] | None = None) -> tuple[Features | None, list[int]]:
+        """What stands for tokens of pictures among tokens `start` .. `stop - 1`, and for which of them, counted from `start`. `encoded`:
+        features that were made before, by the place in `seen`."""
         parts, places = [], list[int]()
-        for one in self.seen:
+        for i, one in enumerate(self.seen):
             first, last = np.searchsorted(one.places, (start, stop)).tolist()
             if first < last:
-                parts.append(one.features()[first:last])
+                made = encoded.get(i) if encoded is not None else None
+                parts.append((one.features() if made is None else made)[first:last])
                 places += (one.places[first:last] - start).tolist()
         return (np.concatenate(parts) if len(parts) > 1 else parts[0]) if parts else None, places
 
@@ -65,10 +75,17 @@ class PromptPictures:
 
 
 def prompt_read(
-    slot: int, text: Sequence[int], start: int, stop: int, media: Sequence[Media], pictures: PromptPictures | None, logits: int = 1
+    slot: int,
+    text: Sequence[int],
+    start: int,
+    stop: int,
+    media: Sequence[Media],
+    pictures: PromptPictures | None,
+    logits: int = 1,
+    encoded: Mapping[int, Features] | None = None,
 ) -> Read:
     """The read of tokens `start` .. `stop - 1` of a text, which begins with a prompt and its pictures."""
-    return read_at(slot, text[start:stop], start, media, pictures, logits=logits)
+    return read_at(slot, text[start:stop], start, media, pictures, logits=logits, encoded=encoded)
 
 
 def read_at(
@@ -80,11 +97,12 @@ def read_at(
     *,
     logits: int,
     commit: bool = True,
+    encoded: Mapping[int, Features] | None = None,
 ) -> Read:
     """The read of these tokens as those from `start` on, of which some may be behind the prompt."""
     stop = start + len(ids)
     completed = tuple(m for m in media if start < m.start + m.count <= stop)
     if pictures is None:
         return Read(slot, ids, commit, logits, media=completed)
-    features, places = pictures.features(start, stop)
+    features, places = pictures.features(start, stop, encoded)
     return Read(slot, ids, commit, logits, features, places, completed, pictures.places_at(start, stop))

@@ -5,23 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.answer import Prepared
 from qwen_export.runtimes.model import Model
-from qwen_export.runtimes.server.message_media import check_media
+from qwen_export.runtimes.server.message_media import check_media, has_media
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.vision.chat_media import MediaOptions
-from qwen_export.runtimes.vision.picture_source import MediaAccess
 
 _LARGE = 100_000
 """Characters of a text that is not worth a look."""
 _SHRINK = 4
 """How much shorter the tokenizer's normalization may make a text, with room."""
-_MEDIA = MediaOptions(MediaAccess(files=False), max_pixels=2 << 20)
-"""Clients send pictures themselves and read no file of this machine. One of 2 megapixels has the engine's thread for seconds on a CPU."""
 Prompt = str | Sequence[int]
 
 
@@ -52,6 +50,11 @@ class Ask:
             return options
         return replace(options, thinking_budget=self.max_tokens // 2)
 
+    @cached_property
+    def sees(self) -> bool:
+        """Whether there is something to fetch or decode, which may take seconds."""
+        return has_media(self.messages or ())
+
     @property
     def count(self) -> int:
         """Answers in all."""
@@ -61,7 +64,10 @@ class Ask:
 def prepare(model: Model, ask: Ask, longest: int, settings: ServerSettings) -> list[list[Prepared]]:
     """For each prompt its answers. `longest`: tokens of a sequence. Raises QwenExportError for what cannot be answered."""
     _check_size(model, ask, longest)
-    return [[_fitted(prepared, longest, settings) for prepared in _answers(model, ask, prompt)] for prompt in ask.prompts or [""]]
+    media = settings.media
+    # What does not fit the context is refused before all of it is decoded.
+    media = replace(media, max_media_tokens=min(longest, media.max_media_tokens or longest))
+    return [[_fitted(prepared, longest, settings) for prepared in _answers(model, ask, prompt, media)] for prompt in ask.prompts or [""]]
 
 
 def _check_size(model: Model, ask: Ask, longest: int) -> None:
@@ -77,11 +83,11 @@ def _check_size(model: Model, ask: Ask, longest: int) -> None:
         )
 
 
-def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
+def _answers(model: Model, ask: Ask, prompt: Prompt, media: MediaOptions) -> list[Prepared]:
     if ask.messages is None:
         first = model.prepare_text(prompt, sampling=ask.sampling, max_new_tokens=ask.max_tokens, stop=ask.stop, answer=ask.options)
     else:
-        check_media(ask.messages)
+        check_media(ask.messages, media.access)
         known = {name: value for name, value in ask.variables.items() if name in model.template.variables}
         first = model.prepare_chat(
             ask.messages,
@@ -91,7 +97,7 @@ def _answers(model: Model, ask: Ask, prompt: Prompt) -> list[Prepared]:
             stop=ask.stop,
             answer=ask.limited_options,
             template_kwargs=known or None,
-            media=_MEDIA,
+            media=media,
             **ask.template,
         )
     return first.several(ask.n)

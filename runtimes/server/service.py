@@ -25,6 +25,7 @@ Phase = Literal["starting", "ready", "stopping"]
 
 _WARM_TOKENS = 4
 _QUEUE_PER_SLOT = 4
+_MEDIA_THREADS = 4
 _LONGEST_RETRY_S = 60
 
 
@@ -46,6 +47,8 @@ class Service:
         self._seconds = 1.0
         """What an answer took lately."""
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._media_threads = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
+        """Texts do not wait for hosts that send pictures, and for large files."""
 
     def prepare(self, model: Model, engine: Engine, report: Callable[[str], None] = lambda text: None) -> None:
         """Do now what would otherwise make the first requests slow."""
@@ -157,7 +160,8 @@ class Service:
         choices: list[Choice] = []
         try:
             loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._threads, prepare, self.model, ask, self.engine.statistics.longest, self.settings)
+            threads = self._media_threads if ask.sees else self._threads
+            prepared = await loop.run_in_executor(threads, prepare, self.model, ask, self.engine.statistics.longest, self.settings)
             self.check_open()
             for number, answers in enumerate(prepared):
                 for one in answers:
@@ -177,7 +181,8 @@ class Service:
     async def prompt_ids(self, ask: Ask) -> list[int]:
         """The tokens of a prompt, which is not answered."""
         loop = asyncio.get_running_loop()
-        [[prepared]] = await loop.run_in_executor(self._threads, prepare, self.model, ask, 1 << 62, self.settings)
+        threads = self._media_threads if ask.sees else self._threads
+        [[prepared]] = await loop.run_in_executor(threads, prepare, self.model, ask, 1 << 62, self.settings)
         return list(prepared.request.ids)
 
     def finished(self, choices: Choices) -> None:

@@ -26,6 +26,7 @@ from qwen_export.runtimes.serving.batch_drafts import DraftCounts
 from qwen_export.runtimes.serving.chunk_budget import STALL
 from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
 from qwen_export.runtimes.serving.memory_plan import plan_memory
+from qwen_export.runtimes.serving.picture_thread import PictureThread
 from qwen_export.runtimes.serving.prefix_cache import PrefixCache
 from qwen_export.runtimes.serving.scheduler import Scheduler
 from qwen_export.runtimes.serving.served_call import ServedCall
@@ -73,7 +74,7 @@ class Engine:
         self._closing: Finish | None = None
         self._error: Exception | None = None
         self._calls: dict[int, ServedCall] = {}
-        self._deliveries, self._shared = Deliveries(), SharedPrompts()
+        self._deliveries, self._shared, self._pictures = Deliveries(), SharedPrompts(), PictureThread()
         self.statistics = EngineStatistics()
         ready: SimpleQueue[Exception | None] = SimpleQueue()
         self._thread = threading.Thread(
@@ -227,6 +228,7 @@ class Engine:
             while not self._arrivals.empty():
                 if (call_left := self._arrivals.get()) is not None:
                     self._end(call_left, self._closing or "error", self._error and ended_by(self._error))
+        self._pictures.close()
         self._deliveries.send()
 
     def _set_up(
@@ -280,12 +282,14 @@ class Engine:
         for call in self._shared.released():
             self._enqueue(call)
         self._change_slots()
+        for failed, error in self._pictures.release(self._scheduler):
+            self._end(failed, "error", ended_by(error))
         scheduler, calls = self._scheduler, self._calls
         running = scheduler.running
         if running:
-            texts = [calls[key] for key, job in running.items() if job.left > 1]
+            texts = [calls[job.key] for job in scheduler.texts]
             longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
-            step = scheduler.plan(*self._runner.budget.tokens(len(running) - len(texts), longest))
+            step = scheduler.plan(*self._runner.budget.tokens(len(scheduler.rows), longest))
             rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
             self._runner.occupied = frozenset(self._table.calls)
             self._runner.run(rows, parts)
@@ -332,6 +336,7 @@ class Engine:
         changes = self._scheduler.admit()
         for key in changes.leave:
             self.statistics.preemptions += 1
+            self._pictures.leave(self._calls[key])
             try:
                 self._table.save(self._calls[key])
             except Exception as error:
@@ -346,6 +351,7 @@ class Engine:
                 continue
             call.statistics.queued_s = call.statistics.queued_s or time.perf_counter() - call.started
             self._scheduler.entered(key, read, cuts)
+            self._pictures.enter(call, read, self._scheduler)
 
     # ---- what steps report ----
 
@@ -369,6 +375,7 @@ class Engine:
 
     def _end(self, call: ServedCall, finish: Finish, error: BaseException | None = None, *, queued: bool = True) -> None:
         call.statistics.finish = call.statistics.finish or finish
+        self._pictures.leave(call)
         if queued and self._calls.pop(call.key, None) is not None:
             if call.slot >= 0:
                 self._table.drop(call)

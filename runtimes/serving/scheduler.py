@@ -39,18 +39,25 @@ class Changes(NamedTuple):
 
 @dataclass(slots=True)
 class Job:
-    """`cuts`: positions, ascending, where a read must end. `reserve`: tokens that the job is expected to add soon."""
+    """`cuts`: positions, ascending, where a read must end. `bound`: tokens that may be read now, None for all. `reserve`: tokens that the
+    job is expected to add soon."""
 
     key: int
     known: int
     read: int = 0
     slot: int | None = None
     cuts: tuple[int, ...] = ()
+    bound: int | None = None
     reserve: int = 0
 
     @property
     def left(self) -> int:
         return self.known - self.read
+
+    @property
+    def readable(self) -> int:
+        """Tokens that may be read now."""
+        return self.left if self.bound is None else min(self.left, self.bound - self.read)
 
 
 class Scheduler:
@@ -86,6 +93,10 @@ class Scheduler:
         job = self.running[key]
         job.read, job.cuts = read, tuple(sorted(cut for cut in cuts if read < cut < job.known))
 
+    def bind(self, key: int, bound: int | None) -> None:
+        """A running job may be read up to a position for now; None takes that back."""
+        self.running[key].bound = bound
+
     def has(self, key: int, read: int, known: int) -> None:
         """The counts of a job after a step."""
         job = self._jobs[key]
@@ -108,9 +119,19 @@ class Scheduler:
     def _release(self, job: Job) -> None:
         assert job.slot is not None
         heappush(self._free, job.slot)
-        job.slot, job.read, job.cuts = None, 0, ()
+        job.slot, job.read, job.cuts, job.bound = None, 0, (), None
 
     # ---- what is next ----
+
+    @property
+    def rows(self) -> list[int]:
+        """Jobs of whose text one token is left."""
+        return [job.key for job in self.running.values() if job.left == 1 and job.readable]
+
+    @property
+    def texts(self) -> list[Job]:
+        """Jobs with more of a text to read, the oldest first."""
+        return sorted((job for job in self.running.values() if job.left > 1 and job.readable > 0), key=lambda job: job.key)
 
     @property
     def waiting(self) -> int:
@@ -147,10 +168,9 @@ class Scheduler:
 
     def plan(self, budget: int, least: int = 1) -> Step:
         """The next step: `budget` tokens of texts, of which each part counts at least `least`. Every step reads some of a text, if there
-        is one. The oldest text and the one that is nearest to its end take turns to be first: a long prompt neither waits for ever nor
-        makes all others wait."""
-        rows = [job.key for job in self.running.values() if job.left == 1]
-        texts = sorted((job for job in self.running.values() if job.left > 1), key=lambda job: job.key)
+        is one that may be read. The oldest text and the one that is nearest to its end take turns to be first: a long prompt neither
+        waits for ever nor makes all others wait."""
+        rows, texts = self.rows, self.texts
         if not texts:
             return Step(rows, [])
         self._turn ^= 1
@@ -171,4 +191,4 @@ class Scheduler:
     def _part(job: Job, most: int) -> int:
         """Tokens of a job's next read: up to its next cut."""
         end = next((cut for cut in job.cuts if cut > job.read), job.known)
-        return min(most, end - job.read)
+        return min(most, end - job.read, job.readable)

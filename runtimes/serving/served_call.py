@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from qwen_export.runtimes.decoding.generation import Request, Statistics
-from qwen_export.runtimes.decoding.prompt_pictures import prompt_read, read_at
+from qwen_export.runtimes.decoding.prompt_pictures import Features, prompt_read, read_at
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Prompt
 from qwen_export.runtimes.decoding.snapshot import Snapshot
@@ -30,6 +30,8 @@ class ServedCall:
         self.history = TokenHistory(request.ids)
         self.acceptance = acceptance_for(request.sampler)
         self.choice = request.sampler.choice
+        self.encoded: dict[int, Features] = {}
+        """What was made of its pictures and videos, by their places among them."""
         self.slot = -1
         self.entered = False
         self.snapshot: Snapshot | None = None
@@ -55,11 +57,13 @@ class ServedCall:
 
     def verify(self, start: int, ids: Sequence[int]) -> Read:
         """The open read of token `start` of the text, the last, and of drafts behind it."""
-        return read_at(self.slot, ids, start, self.request.media, self.request.pictures, logits=len(ids), commit=False)
+        return read_at(
+            self.slot, ids, start, self.request.media, self.request.pictures, logits=len(ids), commit=False, encoded=self.encoded
+        )
 
     def read(self, start: int, stop: int, logits: int = 1) -> Read:
         """The read of tokens `start` .. `stop - 1` of the text."""
-        return prompt_read(self.slot, self.text, start, stop, self.request.media, self.request.pictures, logits)
+        return prompt_read(self.slot, self.text, start, stop, self.request.media, self.request.pictures, logits, self.encoded)
 
     def give(self, tokens: list[int], now: float) -> list[int]:
         """Tokens of a step that were there at `now`, of which those up to the end of the answer are given out. They join the text;

@@ -186,8 +186,6 @@ class StepRunner:
         calls, places, tokens, sequences = [], [], [], self.decoder.sequences
         first = next(one if isinstance(one, int) else one.slot for one in group)
         pictures = any(not isinstance(one, int) and one.request.media for one in group)
-        if pictures:
-            group = [one for one in group if isinstance(one, int) or self._sees(one)]
         for place, one in enumerate(group):
             if isinstance(one, int):
                 self._clear(one)
@@ -196,8 +194,6 @@ class StepRunner:
                 places.append(place)
                 calls.append(one)
                 tokens.append(one.text[len(sequences[one.slot].tokens)])
-        if not calls:
-            return 0
         for call in calls:
             if call.request.sampler.constraint is not None and len(sequences[call.slot].tokens) + 1 == len(call.text):
                 call.request.sampler.ahead(call.history)
@@ -217,21 +213,9 @@ class StepRunner:
         """As `Decoder.advance`, where a token may be the last one of a picture."""
         reads = []
         for one, token in zip(group, tokens, strict=True):
-            reads.append(Read(one, (token,)) if isinstance(one, int) else self._read_one(one))
+            length = 0 if isinstance(one, int) else self.decoder.sequences[one.slot].length
+            reads.append(Read(one, (token,)) if isinstance(one, int) else one.read(length, length + 1))
         return JoinedRows(self.decoder.run(reads))
-
-    def _read_one(self, call: ServedCall) -> Read:
-        length = self.decoder.sequences[call.slot].length
-        return call.read(length, length + 1)
-
-    def _sees(self, call: ServedCall) -> bool:
-        """Whether the picture that the next token may belong to could be encoded; a call whose picture could not has failed."""
-        try:
-            self._read_one(call)
-        except Exception as error:
-            self._failed(call, error)
-            return False
-        return True
 
     def _clear(self, slot: int) -> None:
         sequence = self.decoder.sequences[slot]
@@ -327,11 +311,8 @@ class StepRunner:
             if call.request.prompt_recorder is not None:
                 alone.append([(call, stop)])
                 continue
-            try:
-                reads.append(self._part(call, stop))
-                going.append((call, stop))
-            except Exception as error:  # its picture could not be encoded
-                self._failed(call, error)
+            reads.append(self._part(call, stop))
+            going.append((call, stop))
         plan = self.decoder.plan(reads) if reads else []
         return [*alone, *([going[index] for index in indices] for indices in plan)]
 

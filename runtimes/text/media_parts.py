@@ -4,7 +4,8 @@
     {"type": "image_url", "image_url": {"url": SOURCE}}         or the source itself; type "input_image" likewise
     {"type": "video", "video": SOURCE}
 
-`min_pixels` and `max_pixels` of a part replace those of the model. What a SOURCE may be is decided where it is opened.
+`min_pixels` and `max_pixels` of a part replace those of the model; OpenAI's `"detail": "low"` stands for 512 x 512 pixels at most. What a
+SOURCE may be is decided where it is opened.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _IMAGE_KEYS, _VIDEO_KEYS = ("image", "image_url"), ("video", "video_url")
 _IMAGE_TYPES, _VIDEO_TYPES = ("image", "image_url", "input_image"), ("video", "video_url", "input_video")
 _SOURCES = ("url", "path", "base64")
 _KEPT = "media_part"
+_LOW_DETAIL = 512 * 512
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def _kept(name: str, part: Mapping[str, Any], keys: Sequence[str], where: str) -
     given = [key for key in (*keys, *_SOURCES) if part.get(key) is not None]
     source = part[given[0]] if given else None
     encoded = bool(given) and given[0] == "base64"
+    low = part.get("detail") == "low"
     if isinstance(source, Mapping):
+        low = low or source.get("detail") == "low"
         encoded = source.get("url") is None and source.get("base64") is not None
         source = source.get("url", source.get("base64"))
     if source is None or len(given) > 1:
@@ -61,6 +65,8 @@ def _kept(name: str, part: Mapping[str, Any], keys: Sequence[str], where: str) -
             fix="Give one path, address, data URL or picture.",
         )
     least, most, fps = (_number(part, key, where) for key in ("min_pixels", "max_pixels", "fps"))
+    if low and name == IMAGE:
+        most = min(_LOW_DETAIL, most or _LOW_DETAIL)
     return MediaPart(name, source, where, encoded, None if least is None else int(least), None if most is None else int(most), fps)
 
 

@@ -28,8 +28,8 @@ MOST_DECODED = 128_000_000
 """Pixels of a picture before it is scaled: a file of some kilobytes may hold billions."""
 
 
-def decode_picture(data: bytes, where: str) -> Pixels:
-    """u8[3,H,W] of an encoded file. Raises ParameterError, and MissingExtra where Pillow is not installed."""
+def decode_picture(data: bytes, where: str, most: int = MOST_DECODED) -> Pixels:
+    """u8[3,H,W] of an encoded file of at most `most` pixels. Raises ParameterError, and MissingExtra where Pillow is not installed."""
     with needed_for("decoding pictures"):
         from PIL import Image
     if not data:
@@ -39,7 +39,7 @@ def decode_picture(data: bytes, where: str) -> Pixels:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures, whose size is checked here, and of small damages
             with Image.open(io.BytesIO(data), formats=known) as picture:
-                return planes_of(picture, where)
+                return planes_of(picture, where, most)
     except Image.UnidentifiedImageError as error:
         if data.startswith(_BEGINNINGS):
             raise _bad("a picture is damaged", where, _signature(data), "Save or send it again.") from error
@@ -53,15 +53,15 @@ def decode_picture(data: bytes, where: str) -> Pixels:
         raise _bad("a picture is damaged", where, f"{type(error).__name__}: {error}", "Save or send it again.") from error
 
 
-def planes_of(picture: PillowImage.Image, where: str) -> Pixels:
+def planes_of(picture: PillowImage.Image, where: str, most: int = MOST_DECODED) -> Pixels:
     """u8[3,H,W] of a picture that Pillow has opened. Raises ParameterError, and what Pillow raises for damaged files."""
     from PIL import Image
 
     width, height = picture.size
     if width < 1 or height < 1:
         raise _bad("a picture has no pixels", where, f"{width}x{height}", "Give a picture with pixels.")
-    if width * height > MOST_DECODED:
-        raise _bad("a picture is too large", where, f"{width}x{height} pixels", f"Scale it down to {MOST_DECODED} pixels at most.")
+    if width * height > most:
+        raise _bad("a picture is too large", where, f"{width}x{height} pixels", f"Scale it down to {most} pixels at most.")
     picture.load()
     picture = _turned(picture)
     if picture.mode == "F" or (picture.mode == "I" and not _sixteen_bits(picture)):

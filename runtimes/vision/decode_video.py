@@ -42,12 +42,14 @@ class VideoFrames(NamedTuple):
 
 
 class FrameRules(NamedTuple):
-    """How frames are chosen: `fps` of them per second, at least `least` and at most `most`; `pixels` bounds those of all frames."""
+    """How frames are chosen: `fps` of them per second, at least `least` and at most `most`; `pixels` bounds those of all frames.
+    `decoded`: pixels that all frames of the file have together, 0 for no limit."""
 
     fps: float
     least: int
     most: int
     pixels: Bounds
+    decoded: int = 0
 
 
 def decode_video(data: bytes, spec: VisionSpec, rules: FrameRules, where: str) -> VideoFrames:
@@ -78,7 +80,7 @@ def frames_as_given(frames: Sequence[Any], spec: VisionSpec, rules: FrameRules, 
 def _decoded(av: Any, data: bytes, spec: VisionSpec, rules: FrameRules, where: str) -> VideoFrames:
     with _open(av, data) as file:
         stream = _stream(file, where)
-        counted, rate = int(stream.frames), float(stream.average_rate or 0)
+        counted, rate, area = int(stream.frames), float(stream.average_rate or 0), stream.width * stream.height
     if not counted:
         counted = _count(av, data)
     if not 0 < rate < 10_000:
@@ -86,6 +88,9 @@ def _decoded(av: Any, data: bytes, spec: VisionSpec, rules: FrameRules, where: s
     for _ in range(2):
         if counted > MOST_FRAMES:
             raise _bad("a video is too long", where, f"{counted} frames", f"Cut it to {MOST_FRAMES} frames.")
+        if rules.decoded and counted * area > rules.decoded:
+            size = f"{counted} frames of {area} pixels"
+            raise _bad("a video is too long", where, size, "Cut it, or scale it down.", f"at most {rules.decoded} pixels in all")
         _check_count(counted, where)
         wanted = frame_indices(counted, rate, rules)
         frames, times, seen = _chosen(av, data, wanted, spec, rules, where)

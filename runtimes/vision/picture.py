@@ -11,10 +11,10 @@ import numpy as np
 
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import VisionSpec
-from qwen_export.runtimes.vision.decode_picture import decode_picture, planes_of, planes_of_array
+from qwen_export.runtimes.vision.decode_picture import MOST_DECODED, decode_picture, planes_of, planes_of_array
 from qwen_export.runtimes.vision.patch_rows import Rows, patch_rows
 from qwen_export.runtimes.vision.picture_size import Bounds, picture_size
-from qwen_export.runtimes.vision.picture_source import MediaAccess, read_source
+from qwen_export.runtimes.vision.picture_source import MediaAccess, named_source, read_source
 from qwen_export.runtimes.vision.resample import Pixels, resized
 
 
@@ -52,10 +52,12 @@ def open_picture(
     *,
     access: MediaAccess | None = None,
     bounds: Bounds | None = None,
+    most_decoded: int = MOST_DECODED,
 ) -> Picture:
     """`source`: a path, a data URL, an address, encoded bytes, a picture of Pillow, or an array u8[H,W,3]. `bounds` replace those of the
-    model. Raises ParameterError for what cannot be read, in one message."""
-    planes = _planes(source, access or MediaAccess(), where)
+    model; `most_decoded`: pixels before it is scaled. Raises ParameterError for what cannot be read, in one message."""
+    where = named_source(source, where)
+    planes = _planes(source, access or MediaAccess(), where, most_decoded)
     _, high, wide = planes.shape
     height, width = picture_size(high, wide, spec.factor, bounds or Bounds(spec.min_pixels, spec.max_pixels), where)
     return made_picture(resized(planes, height, width)[None], spec)
@@ -70,15 +72,15 @@ def made_picture(frames: Pixels, spec: VisionSpec) -> Picture:
     return Picture(frames, grid, digest.digest())
 
 
-def _planes(source: Any, access: MediaAccess, where: str) -> Pixels:
+def _planes(source: Any, access: MediaAccess, where: str, most: int) -> Pixels:
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return decode_picture(bytes(source), where)
+        return decode_picture(bytes(source), where, most)
     if isinstance(source, (str, os.PathLike)):
-        return decode_picture(read_source(source, access, where), where)
+        return decode_picture(read_source(source, access, where), where, most)
     if isinstance(source, np.ndarray):
         return planes_of_array(source, where)
     if type(source).__module__.split(".")[0] == "PIL":
-        return planes_of(source, where)
+        return planes_of(source, where, most)
     raise ParameterError(
         "a picture cannot be read",
         parameter="messages",

@@ -11,22 +11,32 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from qwen_export.errors import ParameterError
+from qwen_export.runtimes.vision.fetch_media import fetched
 
 MOST_BYTES = 256 << 20
-_TIMEOUT_S = 20.0
+TIMEOUT_S = 20.0
 
 
 @dataclass(frozen=True)
 class MediaAccess:
-    """What the pictures and videos of a request may come from. `files`: paths on this machine. `hosts`: names of hosts whose http and
-    https addresses are read, none by default; a request may make this machine ask them. `most_bytes`: of one encoded file."""
+    """What the pictures and videos of a request may come from. `files`: paths on this machine, with `root` those below this directory.
+    `hosts`: names of hosts whose http and https addresses are read, none by default, since a request makes this machine ask them; "*" is
+    any host with a public address. `most_bytes` of one encoded file, which a host must send within `timeout_s` seconds."""
 
     files: bool = True
+    root: Path | None = None
     hosts: tuple[str, ...] = ()
     most_bytes: int = MOST_BYTES
+    timeout_s: float = TIMEOUT_S
+
+
+def named_source(source: object, where: str) -> str:
+    """Where a picture is, for messages: of a path or an address the source itself, too."""
+    if not isinstance(source, (str, os.PathLike)) or str(source)[:5].lower() == "data:":
+        return where
+    return ", ".join(filter(None, (where, _short(str(source)))))
 
 
 def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str) -> bytes:
@@ -38,7 +48,7 @@ def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str)
     if scheme == "data":
         return _limited(_data_url(text, where, access.most_bytes), access, where)
     if scheme in ("http", "https"):
-        return _fetched(text, access, where)
+        return fetched(text, access.hosts, access.most_bytes, access.timeout_s, where)
     if not access.files:
         raise _bad(
             "pictures and videos are not read from files of this machine",
@@ -52,6 +62,17 @@ def read_source(source: str | os.PathLike[str], access: MediaAccess, where: str)
 
 def _file(path: Path, access: MediaAccess, where: str) -> bytes:
     try:
+        if access.root is not None:
+            root = access.root.resolve()
+            path = (root / path).resolve()  # links that lead out of it count where they lead
+            if not path.is_relative_to(root):
+                raise _bad(
+                    "a file is outside the directory that may be read",
+                    where,
+                    _short(str(path)),
+                    "a file below it",
+                    "Copy the file there, or send the picture itself: data:image/png;base64,...",
+                )
         if not path.is_file():
             raise _bad("there is no such file", where, _short(str(path)), "a file", "Correct the path.")
         size = path.stat().st_size
@@ -83,47 +104,6 @@ def decoded_base64(text: str, where: str, most: int = MOST_BYTES) -> bytes:
         return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise _bad("a file is not valid base64", where, _short(text), "base64", "Encode the bytes of the file again.") from error
-
-
-class _SameHost(HTTPRedirectHandler):
-    """Follows redirections to hosts that are allowed only."""
-
-    def __init__(self, hosts: tuple[str, ...], where: str) -> None:
-        self._hosts, self._where = hosts, where
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):  # type: ignore[no-untyped-def]
-        _require_host(newurl, self._hosts, self._where)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _fetched(url: str, access: MediaAccess, where: str) -> bytes:
-    _require_host(url, access.hosts, where)
-    try:
-        opener = build_opener(_SameHost(access.hosts, where))
-        with opener.open(Request(url, headers={"User-Agent": "qwen-export"}), timeout=_TIMEOUT_S) as answer:
-            data = answer.read(access.most_bytes + 1)
-    except (OSError, ValueError) as error:  # URLError and HTTPError are OSErrors
-        if isinstance(error, ParameterError):
-            raise
-        raise _bad("a file could not be fetched", where, f"{_short(url)}: {error}", "its bytes", "Send the picture itself.") from error
-    return _limited(bytes(data), access, where)
-
-
-def _require_host(url: str, hosts: tuple[str, ...], where: str) -> None:
-    try:
-        parts = urlsplit(url)
-        host = (parts.hostname or "").lower()
-    except ValueError:
-        host = ""
-    if not host or parts.scheme.lower() not in ("http", "https") or host not in {name.lower() for name in hosts}:
-        allowed = ", ".join(hosts)
-        raise _bad(
-            "pictures and videos are not fetched from this host",
-            where,
-            _short(url),
-            f"an address of {allowed}" if allowed else "a data URL or a path",
-            "Send the picture itself, or allow the host with MediaAccess(hosts=...).",
-        )
 
 
 def _limited(data: bytes, access: MediaAccess, where: str) -> bytes:

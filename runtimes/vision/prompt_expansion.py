@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -46,10 +47,11 @@ def expand_prompt(
     mark_at: int | None,
     media: Sequence[Medium],
     spec: VisionSpec,
-    features: Callable[[Picture], Features],
+    features: Callable[..., Features],
     encode: Callable[[str], list[int]],
 ) -> ExpandedPrompt:
-    """`media` in the order of their placeholders. `features` is the tower, `encode` makes ids of a text. Raises ParameterError where the
+    """`media` in the order of their placeholders. `features` is the tower, which takes a Picture and a
+    signal to stop, or none; `encode` makes ids of a text. Raises ParameterError where the
     placeholders are not those of the media."""
     tokens = (spec.image_token, spec.video_token)
     found = [i for i, token in enumerate(ids) if token in tokens]
@@ -90,7 +92,7 @@ class _Writer:
         self.positions.append(np.repeat(np.arange(self.p, self.p + len(ids))[:, None], 3, axis=1))
         self.p += len(ids)
 
-    def medium(self, medium: Medium, features: Callable[[Picture], Features], encode: Callable[[str], list[int]]) -> None:
+    def medium(self, medium: Medium, features: Callable[..., Features], encode: Callable[[str], list[int]]) -> None:
         start, grid, places = len(self.ids), medium.picture.grid, []
         if medium.video:
             for seconds in medium.seconds:
@@ -100,7 +102,7 @@ class _Writer:
         else:
             places.append(self._slice(grid, self._spec.image_token))
         where = Media(start, len(self.ids) - start, medium.picture.digest)
-        self.seen.append(SeenMedia(where, np.concatenate(places), lambda: features(medium.picture)))
+        self.seen.append(SeenMedia(where, np.concatenate(places), partial(features, medium.picture)))
 
     def _slice(self, grid: Grid, token: int) -> np.ndarray:
         a, b = grid.rows // self._spec.merge_size, grid.columns // self._spec.merge_size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from qwen_export.manifest import VisionSpec
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.text.chat_prompt import ChatPrompt
+from qwen_export.runtimes.text.media_parts import media_part, take_media
 from qwen_export.runtimes.vision.chat_media import MediaOptions, open_media
 from qwen_export.runtimes.vision.prompt_expansion import ExpandedPrompt, expand_prompt
 from qwen_export.runtimes.vision.vision_encoder import VisionEncoder
@@ -18,6 +20,10 @@ class Sight:
     def __init__(self, session: Session, spec: VisionSpec, encode: Callable[[str], list[int]]) -> None:
         self.spec, self.encoder = spec, VisionEncoder(session, spec)
         self._encode = encode
+
+    def check(self, part: Mapping[str, Any], options: MediaOptions | None = None) -> None:
+        """Read a picture or video as `see` would. Raises ParameterError for what cannot be read."""
+        open_media(take_media([{"content": [media_part(part, "")]}]), self.spec, options or MediaOptions())
 
     def see(self, prompt: ChatPrompt, options: MediaOptions | None = None) -> ExpandedPrompt:
         """The prompt with a token for each part of its pictures. They are decoded and scaled now; the tower reads each when the prompt is

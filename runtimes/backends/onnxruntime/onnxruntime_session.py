@@ -171,9 +171,9 @@ class OnnxRuntimeCall(WholeCall):
         import onnxruntime as ort
 
         self._session = session
-        # None costs 80 us less than options without entries.
-        self._options = ort.RunOptions() if session.device.kind == "cuda" else None
-        if self._options is not None:
+        # None costs 80 us less than options without entries; calls that do not come again are long, and can be stopped.
+        self._options = ort.RunOptions() if session.device.kind == "cuda" or graph == _NO_GRAPH else None
+        if session.device.kind == "cuda" and self._options is not None:
             self._options.add_run_config_entry("gpu_graph_id", graph)
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
@@ -193,6 +193,10 @@ class OnnxRuntimeCall(WholeCall):
             return
         device = self._session.device
         self._binding.bind_output(name, device.kind, device.index, ELEMENTS[self._outputs[name].dtype][1], buffer.shape, buffer.address)
+
+    def stop(self) -> None:
+        if self._options is not None:
+            self._options.terminate = True  # looked at before each node
 
     def prepare(self) -> None:
         """Nothing: the first run of a call of fixed shapes is like the others."""

@@ -1,0 +1,99 @@
+"""Graphs of a few nodes around Concat: those that DirectML 1.15.4 computes wrongly without `unshare_concat`, and their neighbors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import onnx.parser
+from onnx import helper
+
+from tests.support.standard_graphs import Array
+
+_HEADER = '<ir_version: 9, opset_import: ["" : 20]> graph '
+
+
+@dataclass(frozen=True)
+class Case:
+    """`overwritten`: the values that an elementwise operator writes over before their last reader."""
+
+    name: str
+    text: str
+    overwritten: tuple[str, ...] = ()
+    model: onnx.ModelProto = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", onnx.parser.parse_model(_HEADER + self.text))
+
+
+def feeds_of(model: onnx.ModelProto, seed: int = 0) -> dict[str, Array]:
+    """Random values for the inputs of a graph of static shapes, small enough for exp in fp16."""
+    rng = np.random.default_rng(seed)
+    return {
+        value.name: (rng.standard_normal([d.dim_value for d in value.type.tensor_type.shape.dim]) * 0.3).astype(
+            helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        )
+        for value in model.graph.input
+    }
+
+
+CASES = (
+    Case(
+        "an output of the graph",
+        """(float[4,64] x, float[64,4] w, float[4,4] old) => (float[4,4] p, float[8,4] e)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  e = Exp(c) }""",
+        ("p",),
+    ),
+    Case(
+        "an operator of two inputs",
+        """(float[4,64] x, float[64,4] w, float[4,4] old, float[4] k) => (float[4,4] p, float[8,4] e)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  e = Add(c, k) }""",
+        ("p",),
+    ),
+    Case(
+        "another reader",
+        """(float[4,64] x, float[64,4] w, float[4,4] old, float[4,8] m) => (float[4,8] f, float[8,4] e)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  e = Exp(c)  f = MatMul(p, m) }""",
+        ("p",),
+    ),
+    Case(
+        "both parts",
+        """(float[4,64] x, float[64,4] w, float[64,2] v) => (float[4,4] p, float[4,2] q, float[4,6] e)
+        { p = MatMul(x, w)  q = MatMul(x, v)  c = Concat<axis = -1>(q, p)  e = Sigmoid(c) }""",
+        ("q", "p"),
+    ),
+    Case(
+        "views of part and result",
+        """(float[4,64] x, float[64,4] w, float[1,4,4] old) => (float[4,4] p, float[32] e)
+        <int64[3] three = {1, 4, 4}, int64[1] flat = {32}>
+        { p = MatMul(x, w)  r = Reshape(p, three)  c = Concat<axis = 1>(old, r)  s = Reshape(c, flat)  e = Exp(s) }""",
+        ("r",),
+    ),
+    Case(
+        "a reader that the other part is computed from",
+        """(float[4,64] x, float[64,4] w) => (float[8,4] e)
+        { p = MatMul(x, w)  o = Sigmoid(p)  c = Concat<axis = 0>(o, p)  e = Exp(c) }""",
+    ),
+    Case(
+        "such a reader and a later one",
+        """(float[4,64] x, float[64,4] w) => (float[8,4] e, float[4,4] f)
+        { p = MatMul(x, w)  o = Sigmoid(p)  c = Concat<axis = 0>(o, p)  e = Exp(c)  f = Tanh(p) }""",
+        ("p",),
+    ),
+    Case(
+        "the result is an output",
+        """(float[4,64] x, float[64,4] w, float[4,4] old) => (float[4,4] p, float[8,4] c, float[8,4] e)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  e = Exp(c) }""",
+    ),
+    Case(
+        "two readers of the result",
+        """(float[4,64] x, float[64,4] w, float[4,4] old, float[4,8] m) => (float[4,4] p, float[8,4] e, float[8,8] f)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  e = Exp(c)  f = MatMul(c, m) }""",
+    ),
+    Case(
+        "no elementwise operator",
+        """(float[4,64] x, float[64,4] w, float[4,4] old, float[4,8] m) => (float[4,4] p, float[8,8] f)
+        { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  f = MatMul(c, m) }""",
+    ),
+)
