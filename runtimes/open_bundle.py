@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_export.bundle_contract import HEAD_GRAPHS, VERIFY, VISION
+from qwen_export.bundle_contract import HEAD_GRAPHS, VERIFY, is_tower
 from qwen_export.manifest import Manifest, load_manifest
 from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
@@ -35,7 +35,7 @@ def open_bundle(
     static = is_static(manifest)
     repack = options.repack or (static and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    later = (VISION, *((VERIFY,) if speculate == "off" else ()))
+    later = (*filter(is_tower, manifest.graphs), *((VERIFY,) if speculate == "off" else ()))
     return manifest, open_graphs(
         directory,
         manifest,
