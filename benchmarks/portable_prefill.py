@@ -277,7 +277,15 @@ def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk:
     def run_scan() -> None:
         results["scan"] = scan.run([last], given)[0]
 
-    times = alternately(rounds, chunked=run_chunked, scan=run_scan)
+    plugin = load(build(checkpoint, directory / "plugin", target="onnxruntime", precision="fp32", max_context=tokens), threads=threads)
+    own = plugin.decoder()
+
+    def run_plugin() -> None:
+        own.reset()
+        own.prefill(ids.tolist())
+
+    times = alternately(rounds, chunked=run_chunked, scan=run_scan, plugin=run_plugin)
+    times["share_of_plugin"] = times["plugin"] / times["chunked"]
     return times | {"max_abs_difference": float(np.abs(results["chunked"] - results["scan"]).max())}
 
 

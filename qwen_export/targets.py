@@ -152,6 +152,9 @@ _STAMP_OPSET = PassStep(
     "plugins.standard.stamp_opset:stamp_opset", "after all rewrites, before the check that reads the version", finds="a graph"
 )
 
+_DEFINE_NBITS = PassStep(
+    "plugins.standard.nbits_function:define_nbits", "before the check, which takes other operators with a function only"
+)
 _CHECK_STANDARD = PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")
 _CHECK_DIRECTML = PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")
 _UNSHARE_CONCAT = PassStep("plugins.directml.unshare_concat:unshare_concat", "after all rewrites: it decides on the readers of a value")
@@ -195,8 +198,8 @@ ONNX = Target(
     minimum_backend="1.22.0",
     devices=("cpu",),
     precisions=("fp32", "fp16", "int8", "int4"),
-    passes=(*_STANDARD_REWRITES, _STAMP_OPSET, _CHECK_STANDARD),
-    vision_passes=(*_STANDARD_TOWER, _STAMP_OPSET, _CHECK_STANDARD),
+    passes=(*_STANDARD_REWRITES, _STAMP_OPSET, _DEFINE_NBITS, _CHECK_STANDARD),
+    vision_passes=(*_STANDARD_TOWER, _STAMP_OPSET, _DEFINE_NBITS, _CHECK_STANDARD),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
     prompt_tokens=256,

@@ -32,9 +32,13 @@ def open_bundle(
     check_weight_budget(options.weight_budget, manifest)
     check_devices(options.device_ids, manifest)
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
-    repack = options.repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
+    static = is_static(manifest)
+    repack = options.repack or (static and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
     later = (*filter(is_tower, manifest.graphs), *((VERIFY,) if speculate == "off" else ()))
     return manifest, open_graphs(
-        directory, manifest, replace(options, repack=repack, later=later), [name for name in manifest.graphs if name not in idle]
+        directory,
+        manifest,
+        replace(options, repack=repack, packed_once=repack and static, later=later),
+        [name for name in manifest.graphs if name not in idle],
     )

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen_export.runtimes.backends.onnxruntime.onnxruntime_library import FUNCTIONS
+
 NATIVE = Path(__file__).parents[1] / "plugins" / "native"
 COMPILER = shutil.which("c++")
 SYSTEM = ("/usr/include/onnxruntime", "/usr/local/include/onnxruntime")
@@ -51,16 +53,35 @@ int main() {}
 """
 
 
-@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
-def test_the_declarations_are_those_of_the_installed_headers(tmp_path: Path) -> None:
+def _headers() -> list[str]:
+    """The folders that have ONNX Runtime's headers."""
     folders = [
         folder for folder in (os.environ.get("ORT_INCLUDE_DIR"), *SYSTEM) if folder and Path(folder, "onnxruntime_c_api.h").is_file()
     ]
     if not folders:
         pytest.skip("ONNX Runtime's headers are not installed (Debian: libonnxruntime-dev), and ORT_INCLUDE_DIR names none")
+    return folders
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_the_declarations_are_those_of_the_installed_headers(tmp_path: Path) -> None:
+    folders = _headers()
     source = tmp_path / "comparison.cc"
     source.write_text(COMPARISON)
     command = [str(COMPILER), "-std=c++17", "-fsyntax-only", f"-I{NATIVE}", f"-I{folders[0]}", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
+@pytest.mark.skipif(COMPILER is None, reason="there is no C++ compiler")
+def test_the_functions_that_the_runtime_calls_are_at_their_places(tmp_path: Path) -> None:
+    folders = _headers()
+    source = tmp_path / "places.cc"
+    asserts = "".join(
+        f'static_assert(offsetof(OrtApi, {name}) == {place} * sizeof(void*), "{name}");\n' for name, (place, _) in FUNCTIONS.items()
+    )
+    source.write_text(f"#include <cstddef>\n#include <onnxruntime_c_api.h>\n{asserts}int main() {{}}\n")
+    command = [str(COMPILER), "-std=c++17", "-fsyntax-only", f"-I{folders[0]}", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
 

@@ -232,6 +232,20 @@ class FirstRows(DerivedWeight):
 
 
 @dataclass(frozen=True)
+class LastRows(DerivedWeight):
+    """The rows from `first` on. Shares the bytes of the whole where that is written too."""
+
+    of: Weight
+    first: int
+
+    def __post_init__(self) -> None:
+        _set(self, shape=(self.of.shape[0] - self.first, *self.of.shape[1:]), dtype=self.of.dtype)
+
+    def rows(self, source: TensorSource, start: int, stop: int) -> Array:
+        return self.of.rows(source, self.first + start, self.first + stop)
+
+
+@dataclass(frozen=True)
 class Stacked(StackOfWeights):
     """Several weights of equal row shape on top of each other: one matrix product instead of several."""
 
@@ -333,7 +347,7 @@ def retyped(weight: Weight, dtype: ir.DataType) -> Weight | None:
     """The same stored elements in another element type, None for a weight that is computed from them."""
     if isinstance(weight, StoredWeight):
         return replace(weight, dtype=dtype)
-    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows | Interleaved):
+    if isinstance(weight, Reshaped | Transposed | HeadRows | FirstRows | LastRows | Interleaved):
         inner = retyped(weight.of, dtype)
         return replace(weight, of=inner) if inner is not None else None
     if isinstance(weight, Stacked | StackedMatrices):
@@ -359,6 +373,7 @@ __all__: Sequence[str] = (
     "FirstRows",
     "HeadRows",
     "Interleaved",
+    "LastRows",
     "NegativeExp",
     "Offset",
     "Reshaped",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qwen_export.graphs.weights.expression import FirstRows, TensorSource, Weight, weight_of
+from qwen_export.graphs.weights.expression import FirstRows, LastRows, TensorSource, Weight, weight_of
 from qwen_export.graphs.weights.hashed_file import HashedFile, Prefix
 from qwen_export.graphs.weights.journal import Finished, Identity, Journal, key_of
 from qwen_export.graphs.weights.read_ahead import BUDGET_BYTES, ReadAhead
@@ -70,7 +70,7 @@ def write_weights(
                 place = None
     begins = {place.weight: place.begin for place in places}
     for value, weight in lazy_weights(models):
-        value.const_value = external(path, begins[_whole(weight)], weight, value.name or "")
+        value.const_value = external(path, begins[_whole(weight)] + _offset(weight), weight, value.name or "")
     return file.entry
 
 
@@ -94,8 +94,13 @@ def distinct_weights(models: Sequence[ir.Model]) -> dict[Weight, str]:
 
 
 def _whole(weight: Weight) -> Weight:
-    """What is stored for a weight: rows at the front of another are read from its bytes."""
-    return weight.of if isinstance(weight, FirstRows) else weight
+    """What is stored for a weight: rows at an end of another are read from its bytes."""
+    return weight.of if isinstance(weight, FirstRows | LastRows) else weight
+
+
+def _offset(weight: Weight) -> int:
+    """Where in what is stored for it a weight begins, in bytes."""
+    return weight.of.nbytes - weight.nbytes if isinstance(weight, LastRows) else 0
 
 
 @dataclass(frozen=True)

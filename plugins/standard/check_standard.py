@@ -1,4 +1,4 @@
-"""A graph for any runtime has nothing but operators of the ONNX standard, and neither loops nor branches."""
+"""A graph for any runtime has nothing but operators of the ONNX standard and functions of these, and neither loops nor branches."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
 def check_standard(model: ir.Model, context: PassContext) -> Outcome:
     """Given  a lowered graph
-    Result the same. Raises CaptureError for a node that the standard does not have at the graph's opset, and for control flow."""
-    plugged = context.choices["gated_delta_net"].name == "plugin"
-    for node in model.graph:
-        known = (not node.domain and onnx.defs.has(node.op_type, context.opset)) or (plugged and (node.domain, node.op_type) in OWN)
+    Result the same. Raises CaptureError for a node that neither the standard has at the graph's opset nor the model defines, and for
+           control flow."""
+    own = OWN if context.choices["gated_delta_net"].name == "plugin" else ()
+    defined = {(domain, name) for domain, name, _ in model.functions} | set(own)
+    for node in (*model.graph, *(node for function in model.functions.values() for node in function)):
+        known = (node.domain, node.op_type) in defined or (not node.domain and onnx.defs.has(node.op_type, context.opset))
         if not known or node.op_type in _CONTROL_FLOW:
             raise CaptureError(
                 "a graph of standard operators has another node",

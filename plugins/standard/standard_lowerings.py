@@ -23,7 +23,7 @@ from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, offset_weight, producing_linear, query_and_gate
 from qwen_export.plugins.standard.standard_experts import lower_experts
 from qwen_export.plugins.standard.standard_pictures import lower_picture_attention, lower_place_features
-from qwen_export.plugins.standard.standard_quantized import chosen_format, dequantized_product, nbits_product
+from qwen_export.plugins.standard.standard_quantized import chosen_format, nbits_product, rounded_product
 
 _FEW_ROWS = 2, 64
 """Where the turned product is the faster one, measured with ONNX Runtime 1.31 and matrices of 1024 to 100000 rows."""
@@ -132,12 +132,12 @@ def lower_gemm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Sha
 
 
 def lower_turned_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantized: MatMul with DequantizeLinear.
+    """qwen::linear -> (W x^T)^T for a few rows, else Gemm. Quantized: MatMulNBits.
 
     ONNX Runtime's CPU products copy a right-hand matrix into another order first, which for few rows costs more than the product; the
     left-hand one they read in place. With 4 rows this is a third of Gemm's time for a large matrix, with one row Gemm is as fast."""
     emit, x, value, weight = linear_parts(graph, node, shared)
-    product = _quantized_product(emit, x, value, weight, context, dequantized_product)
+    product = _quantized_product(emit, x, value, weight, context, rounded_product)
     if product is not None:
         return emit.nodes, [product]
     rows = x.shape[-2] if x.shape is not None else 0

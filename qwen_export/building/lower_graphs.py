@@ -39,6 +39,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
             quantization=plan.quantization,
             sizes=graph.sizes,
             opset=plan.opset,
+            draft_vocab=plan.speculation.draft_vocab if plan.speculation is not None else 0,
         )
         # A tower's trace is short, and has the sizes that the graph is for.
         models[name] = _capture_tower(source, plan, graph.sizes) if graph.module == TOWER else traced[graph.module].clone()

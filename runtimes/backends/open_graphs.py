@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen_export.manifest import Manifest, file_path
 from qwen_export.runtimes.backends.session import Session
@@ -15,16 +16,19 @@ from qwen_export.runtimes.backends.staged_session import StagedSession
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 from qwen_export.stages import stage_groups
 
+if TYPE_CHECKING:
+    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_library import OnnxRuntimeLibrary
+
 Sessions = Callable[[str], Session]
 """Opens the graph of a name. Sessions of one bundle share its weights."""
 
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """`threads` and `repack` are for ONNX Runtime on the CPU, `device_id` is the number of the GPU, `device_ids`
-    those for the stages of a bundle that has several. `graphs`: their directory, if
-    not in the bundle. `later`: graphs that need not be open before they are called. `weight_budget`: bytes on the GPU for weights of
-    engines that can leave them in host memory, None for all."""
+    """`threads`, `repack` and `packed_once` are for ONNX Runtime on the CPU: with the last, graphs of static shapes share what they make of
+    the weights, where the installed ONNX Runtime can. `device_id` is the number of the GPU, `device_ids` those for the stages of a bundle
+    that has several. `graphs`: their directory, if not in the bundle. `later`: graphs that need not be open before they are called.
+    `weight_budget`: bytes on the GPU for weights of engines that can leave them in host memory, None for all."""
 
     threads: int | None = None
     repack: bool = False
@@ -33,29 +37,37 @@ class OpenOptions:
     graphs: Path | None = None
     later: Collection[str] = ()
     weight_budget: int | None = None
+    packed_once: bool = False
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
     from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRuntimeSession
+    from qwen_export.runtimes.backends.onnxruntime.packed_once_session import PackedOnceSession, PackedWeights
 
     plugins = [file_path(bundle, name) for name in manifest.plugins]
     weights, devices = MappedWeights(bundle, manifest), graph_devices(manifest, options.device_ids or (options.device_id,))
 
+    library = _packing_library(manifest, options)
+    packed = PackedWeights(library, weights) if library is not None else None
+
     def session(name: str) -> Session:
         graph, device = manifest.graphs[name], devices[name]
+        path, folder = file_path(options.graphs or bundle, graph.file), bundle if options.graphs is not None else None
+        later = name in options.later
+        if packed is not None:
+            return PackedOnceSession(path, graph, options.threads, packed, folder=folder, later=later)
         return OnnxRuntimeSession(
-            file_path(options.graphs or bundle, graph.file),
-            graph,
-            device,
-            options.threads,
-            plugins,
-            weights=weights,
-            repack=options.repack,
-            folder=bundle if options.graphs is not None else None,
-            later=name in options.later,
+            path, graph, device, options.threads, plugins, weights=weights, repack=options.repack, folder=folder, later=later
         )
 
     return session
+
+
+def _packing_library(manifest: Manifest, options: OpenOptions) -> OnnxRuntimeLibrary | None:
+    """What opens sessions that share what they pack, None where sessions are those of the Python binding."""
+    from qwen_export.runtimes.backends.onnxruntime.onnxruntime_library import packing_library
+
+    return packing_library() if options.packed_once and not manifest.plugins and manifest.target.device == "cpu" else None
 
 
 def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
@@ -80,11 +92,12 @@ def open_backend(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
 
 def open_graphs(bundle: Path, manifest: Manifest, options: OpenOptions, names: Iterable[str]) -> dict[str, Session]:
     """Sessions of these graphs by name, one for all stages of a graph. Stages load side by side, and so do all graphs where ONNX Runtime
-    repacks weights into the order of its kernels, since it does that with one core per graph."""
+    repacks weights into the order of its kernels, since it does that with one core per graph. Graphs that share what is packed wait for
+    each other anyway."""
     session, names = open_backend(bundle, manifest, options), list(names)
     groups = stage_groups(names)
     repacks = options.repack and manifest.target.device == "cpu" and manifest.target.backend == "onnxruntime"
-    if repacks or any(len(group) > 1 for group in groups.values()):
+    if (repacks and _packing_library(manifest, options) is None) or any(len(group) > 1 for group in groups.values()):
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             opened = dict(zip(names, threads.map(session, names), strict=True))
     else:
