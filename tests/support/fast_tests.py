@@ -30,6 +30,7 @@ FAST = (
     "test_hub.py",
     "test_graph_invariants.py",
     "test_logit_rows.py",
+    "test_openvino.py",
     "test_ops.py",
     "test_pass_pipeline.py",
     "test_picture_pixels.py",

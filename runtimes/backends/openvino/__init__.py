@@ -1,1 +1,3 @@
-"""OpenVINO: runs the graphs of target `onnx`, which are standard ONNX, when it is asked for."""
+"""OpenVINO on the CPU, for bundles of target `onnx`.
+Its graphs are compiled when a bundle is loaded.
+"""
