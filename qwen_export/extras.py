@@ -10,6 +10,7 @@ from qwen_export.errors import QwenExportError
 EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "polygraphy"),
     "onnxruntime": ("onnxruntime",),
+    "openvino": ("openvino",),
     "serve": ("fastapi", "starlette", "uvicorn", "httptools", "prometheus_client", "llguidance", "pydantic"),
     "chat": ("prompt_toolkit",),
     "plot": ("matplotlib",),

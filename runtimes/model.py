@@ -55,6 +55,7 @@ def load(
     repack: bool = False,
     speculate: Speculate = "auto",
     device: str | None = None,
+    runtime: str | None = None,
     device_id: int = 0,
     devices: Sequence[int] = (),
     weight_budget: int | None = None,
@@ -75,6 +76,8 @@ def load(
     `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with weight streaming; what does not fit waits in host
     memory and is copied in every call. None keeps all weights on the GPU.
 
+    `runtime`: "openvino" runs the graphs of a bundle of target `onnx` on OpenVINO instead of ONNX Runtime.
+
     `native`: "refuse" loads no bundle that has a native library of its own, which is code that runs in this process; "allow" loads it
     silently; None loads it, with a logged warning where no build of this user made it.
 
@@ -82,7 +85,7 @@ def load(
     does not have."""
     directory = reachable(Path(bundle))
     options = OpenOptions(threads, repack, device_id, tuple(devices), weight_budget=weight_budget)
-    manifest, sessions = open_bundle(directory, options, max_context, speculate, device, native)
+    manifest, sessions = open_bundle(directory, options, max_context, speculate, device, runtime, native)
     return Model(directory, manifest, sessions, max_context, speculate)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qwen_export.bundle_contract import HEAD_GRAPHS, VERIFY, is_tower
 from qwen_export.manifest import Manifest, load_manifest
-from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
+from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device, for_runtime
 from qwen_export.runtimes.backends.integrity import ensure_whole
 from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_graphs
@@ -19,10 +19,16 @@ Speculate = str | int
 
 
 def open_bundle(
-    directory: Path, options: OpenOptions, max_context: int | None, speculate: Speculate, device: str | None, native: str | None
+    directory: Path,
+    options: OpenOptions,
+    max_context: int | None,
+    speculate: Speculate,
+    device: str | None,
+    runtime: str | None,
+    native: str | None,
 ) -> tuple[Manifest, dict[str, Session]]:
     """The manifest, and sessions of the graphs that are needed. The parameters are those of `load`; raises what that does."""
-    manifest = for_device(load_manifest(directory), device)
+    manifest = for_runtime(for_device(load_manifest(directory), device), runtime)
     ensure_whole(directory, manifest)
     for number in options.device_ids or (options.device_id,):
         check_runnable(manifest, number)

@@ -157,7 +157,7 @@ def test_messages_name_scripts_that_the_package_has() -> None:
 # The line between the runtime and the compiler
 
 # PIL and av when a picture or video is decoded, and not before.
-ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "psutil", "platformdirs", "PIL", "av"}
+ALLOWED = {"numpy", "tokenizers", "jinja2", "onnxruntime", "openvino", "psutil", "platformdirs", "PIL", "av"}
 ROOMS = {"server": {*EXTRAS["serve"], *ALLOWED}, "structured": {"llguidance", *ALLOWED}}
 """What rooms of an extra may import besides, when they are used."""
 GROUND = ("bundle_contract", "version", "errors", "long_paths", "manifest", "manifest_types", "element_types", "extras", "stages")

@@ -254,6 +254,7 @@ def test_onnxruntime_without_its_optimizer_gives_the_same_tokens(bundle: Path, r
     assert unoptimized(bundle).greedy(ids, GREEDY) == expected_tokens(reference, ids, GREEDY)
 
 
+@pytest.mark.openvino
 def test_openvino_gives_the_same_tokens(bundle: Path, reference: Reference) -> None:
     openvino = pytest.importorskip("openvino", reason="pip install 'qwen-export[openvino]'")
     logging.getLogger("openvino").setLevel(logging.ERROR)

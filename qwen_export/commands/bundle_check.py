@@ -11,7 +11,7 @@ from qwen_export.bundles.signatures import check_signature
 from qwen_export.commands.output import size
 from qwen_export.errors import BundleError
 from qwen_export.manifest import Manifest, manifest_digest
-from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, free_memory, needed_memory
+from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, for_runtime, free_memory, needed_memory
 from qwen_export.runtimes.backends.native_libraries import ALLOW, check_native, is_known
 from qwen_export.runtimes.backends.onnxruntime.load_plugins import load_plugins
 from qwen_export.runtimes.backends.stage_memory import free_on, needed_by_stage
@@ -36,6 +36,7 @@ def check_bundle(
     *,
     key: Path | None = None,
     device: str | None = None,
+    runtime: str | None = None,
     device_id: int = 0,
     devices: Sequence[int] = (),
     native: str | None = None,
@@ -51,7 +52,7 @@ def check_bundle(
         outside = sum(reference.size for reference in manifest.references.values())
         text = f"{len(manifest.references)} checkpoint files, {size(outside)}, unchanged since the build"
         yield Finding("outside", text, {"count": len(manifest.references), "bytes": outside})
-    manifest = for_device(manifest, device)
+    manifest = for_runtime(for_device(manifest, device), runtime)
     check_devices(devices, manifest)
     backend = check_runnable(manifest, devices[0] if devices else device_id)
     yield Finding("backend", backend, backend)

@@ -13,6 +13,7 @@ from qwen_export.commands.param_types import Gigabytes, Numbers, Speculation
 _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda", "dml"]), help="Run on another device than the bundle is for, where its operators allow."
 )
+_RUNTIME = click.option("--runtime", type=click.Choice(["onnxruntime", "openvino"]), help="What runs a bundle of target onnx.")
 _DEVICE_ID = click.option("--device-id", type=click.IntRange(0, 1023), default=0, metavar="N", help="Which GPU, from 0.")
 _DEVICES = click.option(
     "--devices", type=Numbers(least=0), default=(), metavar="N,N,...", help="Which GPUs, for the stages of a bundle that has several."
@@ -44,7 +45,7 @@ _SPEED = (
 
 def load_options(*, speed: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The options, as `loading`: keyword arguments of `runtimes.load`. `speed`: with those that change speed and memory only."""
-    names = ("device", "device_id", "devices", "native", *(("threads", "repack", "weight_budget", "speculate") if speed else ()))
+    names = ("device", "runtime", "device_id", "devices", "native", *(("threads", "repack", "weight_budget", "speculate") if speed else ()))
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(command)
@@ -53,7 +54,7 @@ def load_options(*, speed: bool = True) -> Callable[[Callable[..., Any]], Callab
             loading["native"] = {None: None, True: "allow", False: "refuse"}[loading["native"]]
             return command(*arguments, loading=loading, **values)
 
-        for option in reversed((*(_SPEED if speed else ()), _DEVICE, _DEVICE_ID, _DEVICES, _NATIVE)):
+        for option in reversed((*(_SPEED if speed else ()), _DEVICE, _RUNTIME, _DEVICE_ID, _DEVICES, _NATIVE)):
             called = option(called)
         return called
 

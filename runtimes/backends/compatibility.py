@@ -15,6 +15,9 @@ from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVID
 from qwen_export.runtimes.memory.buffers import ELEMENTS
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 
+RUNTIMES = ("onnxruntime", "openvino")
+"""Backends that run the graphs of the portable target."""
+PORTABLE = "onnx"
 _PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "dml": "onnxruntime-directml"}
 
 
@@ -91,8 +94,15 @@ def _check_tensorrt(manifest: Manifest, device_id: int) -> str:
     return check_tensorrt(manifest, device_id)
 
 
+def _check_openvino(manifest: Manifest, device_id: int) -> str:
+    from qwen_export.runtimes.backends.openvino.openvino_compatibility import check_openvino
+
+    return check_openvino(manifest)
+
+
 _CHECKS: dict[str, Callable[[Manifest, int], str]] = {
     "onnxruntime": _check_onnxruntime,
+    "openvino": _check_openvino,
     "tensorrt": _check_tensorrt,
     "tensorrt-rtx": _check_tensorrt,
 }
@@ -119,6 +129,22 @@ def for_device(manifest: Manifest, device: str | None) -> Manifest:
     return replace(manifest, target=replace(manifest.target, device=device))
 
 
+def for_runtime(manifest: Manifest, runtime: str | None) -> Manifest:
+    """The manifest for another backend than the bundle was compiled for; None leaves it. Raises ParameterError where the bundle's graphs
+    have more than standard operators."""
+    if runtime is None or runtime == manifest.target.backend:
+        return manifest
+    if runtime not in RUNTIMES or manifest.target.name != PORTABLE:
+        raise ParameterError(
+            "the bundle does not run on this runtime" if runtime in RUNTIMES else "the runtime is not known",
+            parameter="runtime",
+            got=runtime,
+            expected=manifest.target.backend if runtime in RUNTIMES else ", ".join(RUNTIMES),
+            fix=f"Leave it out, or build the checkpoint for {{target}} {PORTABLE}.",
+        )
+    return replace(manifest, target=replace(manifest.target, backend=runtime))
+
+
 def check_limits(manifest: Manifest, max_context: int | None = None, threads: int | None = None) -> None:
     """Raise ParameterError for a context or a number of threads that this machine cannot serve, before anything is allocated."""
     most = max(64, 4 * (os.cpu_count() or 1))
@@ -130,7 +156,7 @@ def check_limits(manifest: Manifest, max_context: int | None = None, threads: in
         raise ParameterError(
             "the context is out of range", parameter="max_context", got=max_context, expected="at least 1 token", fix="Raise {max_context}."
         )
-    if manifest.target.device != "cpu" or manifest.target.backend != "onnxruntime":
+    if manifest.target.device != "cpu" or manifest.target.backend not in RUNTIMES:
         return
     context = min(max_context or manifest.max_context, manifest.model["max_position_embeddings"])
     need, have = state_bytes(manifest, context), psutil_memory().total
@@ -173,7 +199,7 @@ def state_bytes(manifest: Manifest, context: int, *, drafts: bool = True) -> int
 
 def free_memory(manifest: Manifest) -> int | None:
     """Bytes that are free where the bundle's weights and states will be; None where that is not known."""
-    if manifest.target.backend != "onnxruntime":
+    if manifest.target.backend not in RUNTIMES:
         return memory_info()[0]
     return int(psutil_memory().available) if manifest.target.device == "cpu" else None
 

@@ -78,8 +78,22 @@ def _tensorrt(bundle: Path, manifest: Manifest, options: OpenOptions) -> Session
     return lambda name: TensorRTSession(engines.open(name))
 
 
+def _openvino(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
+    from qwen_export.runtimes.backends.openvino.openvino_options import openvino_options
+    from qwen_export.runtimes.backends.openvino.openvino_session import OpenVinoSession
+
+    properties = openvino_options(manifest, options.threads)
+
+    def session(name: str) -> Session:
+        graph = manifest.graphs[name]
+        return OpenVinoSession(file_path(options.graphs or bundle, graph.file), graph, properties, later=name in options.later)
+
+    return session
+
+
 _OPEN: dict[str, Callable[[Path, Manifest, OpenOptions], Sessions]] = {
     "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
 }

@@ -31,6 +31,7 @@ FAST = (
     "test_gptq.py",
     "test_graph_invariants.py",
     "test_logit_rows.py",
+    "test_openvino.py",
     "test_ops.py",
     "test_pass_pipeline.py",
     "test_picture_pixels.py",
