@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,12 @@ WORK = ROOT / "work"
 # Nothing may end on the CPU unseen; the rest is as the runtime's sessions have it.
 STRICT = {"session.disable_cpu_ep_fallback": "1", "session.disable_prepacking": "1"}
 
-_ENVIRONMENT = {"WINEPREFIX": "/wine", "WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml,winedbg.exe=;d3d12,d3d12core=n", "VKD3D_DEBUG": "none"}
+_ENVIRONMENT = {
+    "WINEPREFIX": "/wine",
+    "WINEDEBUG": "-all",
+    "WINEDLLOVERRIDES": "mscoree,mshtml,winedbg.exe=;d3d12,d3d12core=n",
+    "VKD3D_DEBUG": "none",
+}
 _ELEMENTS = {
     np.dtype(helper.tensor_dtype_to_np_dtype(code)): code
     for code in (
@@ -53,6 +59,8 @@ class WineServer:
         command = [str(ENTER), str(ROOT), "env", *names, "sh", "-c", "cd /work && exec xvfb-run -a wine onnxruntime_server.exe"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self._names = itertools.count()
+        self.folder = Path(tempfile.mkdtemp(dir=WORK))
+        self.exchange = self.folder / "exchange"
         self.version = self._answer("starting")
 
     def ask(self, *fields: object) -> str:
@@ -90,7 +98,7 @@ class WineServer:
 
     def run(self, model: onnx.ModelProto, feeds: Mapping[str, npt.NDArray[Any]], entries: Mapping[str, str] = STRICT) -> dict[str, Any]:
         """All outputs of a model with static shapes, in one call."""
-        path = WORK / "model.onnx"
+        path = self.folder / "model.onnx"
         onnx.save(model, path)
         session, call = self.open(path, entries), self.name("call")
         self.ask("bind", call, session)
@@ -121,6 +129,7 @@ class WineServer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
+        shutil.rmtree(self.folder)
 
 
 class WineTensor:
@@ -132,12 +141,12 @@ class WineTensor:
 
     def write(self, array: npt.NDArray[Any]) -> None:
         assert array.dtype == self.dtype and array.shape == self.shape, (array.dtype, array.shape, self.dtype, self.shape)
-        (WORK / "exchange").write_bytes(array.tobytes())
-        self.server.ask("write", self.name, "exchange")
+        self.server.exchange.write_bytes(array.tobytes())
+        self.server.ask("write", self.name, self.server.exchange.relative_to(WORK))
 
     def read(self) -> npt.NDArray[Any]:
-        self.server.ask("read", self.name, "exchange")
-        return np.fromfile(WORK / "exchange", self.dtype).reshape(self.shape)
+        self.server.ask("read", self.name, self.server.exchange.relative_to(WORK))
+        return np.fromfile(self.server.exchange, self.dtype).reshape(self.shape)
 
     def drop(self) -> None:
         self.server.ask("drop", self.name)
