@@ -14,10 +14,11 @@ from qwen_export.building.build_plan import plan_build
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.plugins.directml.check_operators import refusal
+from qwen_export.plugins.directml.sliced_values import sliced_values
 from qwen_export.plugins.directml.unshare_concat import hazards, unshare_concat
 from tests.directml.random_graphs import random_graph
-from tests.directml.wine_server import WineServer
-from tests.support.concat_graphs import CASES, Case, feeds_of
+from tests.directml.wine_server import ServerError, WineServer
+from tests.support.directml_graphs import CASES, SLICED, Case, feeds_of
 from tests.support.source_tree import ROOT
 from tests.support.standard_graphs import Array
 
@@ -73,12 +74,23 @@ def test_graphs_without_the_defect_are_right_as_they_are(case: Case, server: Win
     assert not wrong(server.run(case.model, feeds_of(case.model)), on_the_cpu(case.model))
 
 
+@pytest.mark.parametrize("case", SLICED, ids=lambda case: case.name)
+def test_graphs_that_are_refused_do_not_compile(case: Case, server: WineServer) -> None:
+    if case.refused:
+        with pytest.raises(ServerError, match="80070057"):
+            server.run(case.model, feeds_of(case.model))
+    else:
+        assert not wrong(server.run(case.model, feeds_of(case.model)), on_the_cpu(case.model))
+
+
 @pytest.mark.parametrize("first", range(0, GRAPHS, PER_TEST))
 def test_random_graphs_are_right(first: int, server: WineServer, context: PassContext) -> None:
     bad = {}
     for seed in range(first, first + PER_TEST):
         model = random_graph(seed)
         assert not [reason for node in ir.from_proto(model).graph if (reason := refusal(node, 20))]
+        if list(sliced_values(ir.from_proto(rewritten(model, context)).graph)):
+            continue
         found = wrong(server.run(rewritten(model, context), feeds_of(model)), on_the_cpu(model))
         if found:
             bad[seed] = found
