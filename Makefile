@@ -16,13 +16,15 @@ SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* plugins/native/c
 # The kernels are compiled while pip downloads.
 MAKEFLAGS += --jobs=2
 
-.PHONY: help demo test test-fast test-builtin native lint clean
+.PHONY: help demo test test-fast test-builtin test-documents native lint docs clean
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
 	@echo "make test    run the tests"
 	@echo "make test-fast     run some of every package, in about a minute"
 	@echo "make test-builtin  run the tests of the runtime without this project's CPU kernels"
+	@echo "make test-documents  run the commands that the documents show"
+	@echo "make docs    make the site of the documents, in build/site"
 	@echo "make native  compile the kernels for this machine's CPU (demo and test do it)"
 	@echo "make lint    ruff and mypy"
 	@echo "make clean   remove build/ and $(VENV)"
@@ -41,6 +43,14 @@ RUNTIME_TESTS := $(addprefix tests/test_,runtime.py speculation.py sequences.py 
 
 test-builtin: $(STAMP)
 	QWEN_EXPORT_CPU_PLUGIN= $(BIN)/python -m pytest -q -n 2 $(RUNTIME_TESTS) $(ARGS)
+
+# Each page's commands, from its first to its last.
+test-documents: $(STAMP) native
+	$(BIN)/python -m pytest -q -n 2 -m documents tests/documents $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 native: $(LIBRARY)
 

@@ -192,7 +192,10 @@ DIRECTML = Target(
     precisions=("fp16", "fp32", "int8", "int4"),
     passes=(
         *_STANDARD_REWRITES,
-        PassStep("plugins.directml.unshare_concat:unshare_concat", "after all rewrites: it decides on the readers of a value"),
+        PassStep("plugins.directml.gather_parts:gather_parts", "after all rewrites: it decides on the readers of a value"),
+        PassStep(
+            "plugins.directml.unshare_concat:unshare_concat", "the same; after gather_parts, since its Split gives a value a second reader"
+        ),
         _STAMP_OPSET,
         PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written"),
     ),

@@ -20,6 +20,7 @@ from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.quantization.fp8 import Fp8Codes, Fp8Scales, rounded
 from qwen_export.graphs.weights.expression import Reshaped, StoredWeight, add_weight
 from qwen_export.plugins.decompose.decompose_delta_net import DeltaNetSizes, emit_gated_delta_net
+from qwen_export.plugins.decompose.decompose_experts import ExpertSizes
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.decompose.split_product import SplitEmitter
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
@@ -132,7 +133,7 @@ def test_every_pair_reaches_its_expert(T: int, E: int, K: int) -> None:
     """Few pairs one by one, many in blocks; uneven loads, experts without tokens."""
     H, width = 16, 8
     rng = np.random.default_rng([T, E])
-    sizes = experts.ExpertSizes(T, H, E, K, width)
+    sizes = ExpertSizes(T, H, E, K, width, experts.ROWS_OF_A_GATHER)
     assert (sizes.block > 1) == (T > 1)
     shapes = {"x": (1, T, H), "logits": (1, T, E), "gate_up": (E, 2 * width, H), "down": (E, H, width)}
     data = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

@@ -17,7 +17,7 @@ from qwen_export.errors import UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.plugins.directml.check_operators import check_operators
-from qwen_export.plugins.directml.sliced_values import sliced_values
+from qwen_export.plugins.directml.gather_parts import gather_parts, overwritten_parts
 from qwen_export.plugins.directml.unshare_concat import hazards, unshare_concat
 from tests.support.directml_graphs import CASES, SLICED, Case, feeds_of
 from tests.support.source_tree import ROOT
@@ -68,5 +68,11 @@ def test_the_graph_of_drafts_has_twelve_and_others_none() -> None:
 
 
 @pytest.mark.parametrize("case", SLICED, ids=lambda case: case.name)
-def test_graphs_that_do_not_compile_are_refused(case: Case) -> None:
-    assert bool(list(sliced_values(ir.from_proto(case.model).graph))) == case.refused
+def test_parts_that_would_be_overwritten_are_copied(case: Case, context: PassContext) -> None:
+    model = ir.from_proto(case.model)
+    outcome = gather_parts(model, context)
+    assert outcome.changed == bool(case.refused or case.overwritten)
+    assert not list(overwritten_parts(model.graph))
+    feeds = feeds_of(case.model)
+    for new, old in zip(run(ir.to_proto(model), feeds), run(case.model, feeds), strict=True):
+        assert np.array_equal(new, old)

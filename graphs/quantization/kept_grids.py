@@ -58,9 +58,11 @@ def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
 
 
 def block_of(grid: Grid, columns: int) -> int | None:
-    """The largest block of the kernels that is inside one group wherever it begins; None where there is none."""
+    """The largest block of the kernels that is inside one group wherever it begins, and of those that fill a row one that does; None where
+    there is none."""
     whole_row = grid.group >= columns
-    return next((block for block in reversed(BLOCKS) if whole_row or grid.group % block == 0), None)
+    inside = [block for block in reversed(BLOCKS) if whole_row or grid.group % block == 0]
+    return next((block for block in inside if columns % block == 0), inside[0] if inside else None)
 
 
 def _matrix(name: str) -> str:

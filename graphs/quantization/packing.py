@@ -67,10 +67,10 @@ class QuantFormat:
         return {"bits": self.bits, "block": self.block, "zeros": int(self.zeros), "wide_scales": int(self.wide_scales), "N": N, "K": K}
 
 
-def part_bytes(format: QuantFormat, N: int, K: int, scale_bytes: int) -> int:
-    """Codes, scales and zeros of a matrix [N,K] in separate tensors (standard_blocks.py)."""
+def part_bytes(format: QuantFormat, N: int, K: int, scale_bytes: int, zero_bits: int) -> int:
+    """Codes, scales and zeros of a matrix [N,K] in separate tensors (standard_blocks.py, expert_blocks.py)."""
     blocks = N * format.blocks(K)
-    return N * K * format.bits // 8 + blocks * scale_bytes + (blocks * format.bits // 8 if format.zeros else 0)
+    return N * K * format.bits // 8 + blocks * scale_bytes + (blocks * zero_bits // 8 if format.zeros else 0)
 
 
 def pack(format: QuantFormat, codes: Bytes, scales: Array, zeros: Bytes | None = None) -> Bytes:

@@ -17,7 +17,7 @@ def standard_reasons(plan: PrecisionPlan, tensors: Iterable[tuple[str, tuple[int
     reasons = []
     for name, shape in tensors:
         chosen = plan.of(name)
-        if chosen.quant is None or len(shape) != 2:
+        if chosen.quant is None or len(shape) not in (2, 3):
             continue
         if shape[-1] % chosen.block:
             reasons.append(f"{name} has rows of {shape[-1]} values, which are not whole blocks of {chosen.block}: {_CHANGE}")

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
 
 from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.passes.pass_context import PassContext, new_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.shared_memory import ELEMENTWISE, VIEWS, ancestors, only_reader, views
+from qwen_export.plugins.directml.static_values import integers, size_along
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def unshare_concat(model: ir.Model, context: PassContext) -> Outcome:
     while hazard := next(hazards(graph), None):
         concat, part = hazard.concat, hazard.part
         before, axis = ancestors(hazard.joined), concat.attributes.get_int("axis")
-        split = _split(graph, concat, [_size(model, value, axis) for value in concat.inputs], axis)
+        split = _split(graph, concat, [size_along(model, value, axis) for value in concat.inputs], axis)
         taken = split.outputs[list(concat.inputs).index(part)]
         taken.type, taken.shape = part.type, part.shape
         kept = {concat, hazard.joined, *before}
@@ -115,7 +115,7 @@ def _reshape(graph: ir.Graph, taken: ir.Value, view: ir.Value) -> ir.Value:
     if view.shape is None or not view.shape.is_static():
         raise CaptureError("the shape of a view of a Concat's input is unknown", where=str(view.name), got=view.shape, fix=REPORT)
     sizes = list(view.shape.numpy())
-    node = new_node("", "Reshape", [taken, _ints(graph, sizes)], like=taken)
+    node = new_node("", "Reshape", [taken, integers(graph, sizes)], like=taken)
     node.name = f"{taken.name}.as.{view.name}"
     node.outputs[0].name, node.outputs[0].shape = f"{node.name}.0", ir.Shape(sizes)
     producer = taken.producer()
@@ -125,15 +125,6 @@ def _reshape(graph: ir.Graph, taken: ir.Value, view: ir.Value) -> ir.Value:
     return node.outputs[0]
 
 
-def _ints(graph: ir.Graph, values: list[int]) -> ir.Value:
-    """An int64 vector, under the name that emitters give it."""
-    name = "ints_" + "_".join(str(value).replace("-", "m") for value in values)
-    if name not in graph.initializers:
-        tensor = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-        graph.register_initializer(ir.Value(name=name, shape=ir.Shape([len(values)]), type=ir.TensorType(tensor.dtype), const_value=tensor))
-    return graph.initializers[name]
-
-
 def _split(graph: ir.Graph, concat: ir.Node, sizes: list[int], axis: int) -> ir.Node:
     """The inputs of a Concat out of its result."""
     c = concat.outputs[0]
@@ -141,18 +132,9 @@ def _split(graph: ir.Graph, concat: ir.Node, sizes: list[int], axis: int) -> ir.
     made = next((node for node in c.consumers() if node.name == name), None)
     if made is not None:
         return made
-    split = new_node("", "Split", [c, _ints(graph, sizes)], len(sizes), like=c, axis=axis)
+    split = new_node("", "Split", [c, integers(graph, sizes)], len(sizes), like=c, axis=axis)
     split.name = name
     for i, value in enumerate(split.outputs):
         value.name = f"{split.name}.{i}"
     graph.insert_after(concat, split)
     return split
-
-
-def _size(model: ir.Model, value: ir.Value | None, axis: int) -> int:
-    if value is not None and value.shape is None:
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
-    size = value.shape[axis] if value is not None and value.shape is not None else None
-    if not isinstance(size, int):
-        raise CaptureError("the size of a Concat's input is unknown", where=str(value and value.name), got=size, fix=REPORT)
-    return size

@@ -12,20 +12,16 @@ _LINEAR = {"onnx": "turned_product", "directml": "gemm"}
 _ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}
 
 
-def choose_standard(target: str, config: TextConfig, opset: int, decompose: Collection[str]) -> tuple[dict[str, Choice], list[str]]:
-    """The lowering of each op for target "onnx" or "directml", and a message for each op that has none."""
-    if config.is_moe:
-        return {}, [
-            f"target {target} has no mixture-of-experts layers: standard operators would read every expert for every token; "
-            "target onnxruntime takes them"
-        ]
+def choose_standard(target: str, config: TextConfig, opset: int, decompose: Collection[str]) -> dict[str, Choice]:
+    """The lowering of each op for target "onnx" or "directml"."""
     chosen = {
         "linear": _LINEAR[target],
         "rms_norm": _norm(target, opset, decompose),
         "gated_delta_net": "chunked",
         "gated_attention": _ATTENTION[target],
+        **({"moe": "gathered"} if config.is_moe else {}),
     }
-    return {op: Choice(name, ()) for op, name in chosen.items()}, []
+    return {op: Choice(name, ()) for op, name in chosen.items()}
 
 
 def _norm(target: str, opset: int, decompose: Collection[str]) -> str:

@@ -21,6 +21,7 @@ from qwen_export.plugins.decompose.decompose_norm import emit_rms_norm, norm_wei
 from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, offset_weight, producing_linear, query_and_gate
+from qwen_export.plugins.standard.standard_experts import lower_experts
 from qwen_export.plugins.standard.standard_quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
@@ -172,6 +173,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "chunked"): lower_delta_net,
     ("gated_attention", "scattered_cache"): lower_attention,
     ("gated_attention", "one_token_kernel"): lower_one_token_attention,
+    ("moe", "gathered"): lower_experts,
     ("rms_norm", "decomposed"): lower_decomposed_norm,
     ("rms_norm", "rms_normalization"): lower_rms_normalization,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
@@ -187,4 +189,4 @@ def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
-    return lower_ops(model, context, ("rms_norm", LINEAR), LOWERINGS)
+    return lower_ops(model, context, ("moe", "rms_norm", LINEAR), LOWERINGS)

@@ -34,9 +34,9 @@ def chosen_format(weight: Weight, context: PassContext) -> GroupFormat | None:
 
 
 def ensure_whole_blocks(weight: Weight, chosen: GroupFormat, where: str, *, even_rows: bool = True) -> None:
-    """Raise ConfigError where a matrix [N,K] is not made of the whole blocks, and with `even_rows` of the whole bytes, that
-    DequantizeLinear reads."""
-    N, K = weight.shape
+    """Raise ConfigError where a matrix [N,K], or matrices [E,N,K], are not made of the whole blocks, and with `even_rows` of the whole
+    bytes, that DequantizeLinear reads."""
+    N, K = weight.shape[-2:]
     if K % chosen.block or (even_rows and N % 2):
         raise ConfigError(
             "a quantized matrix is not made of whole blocks",
@@ -58,10 +58,10 @@ def nbits_product(emit: Emitter, x: ir.Value, name: str, weight: Weight, chosen:
     """The same as one node of ONNX Runtime."""
     N, K = weight.shape
     whole = weight.of if isinstance(weight, FirstRows) else weight  # rows at the front are stored where the whole is
-    format, graph = _quant(chosen), emit.graph
+    format, graph = quant_of(chosen), emit.graph
 
     def part(label: str, kind: type[Weight], *more: object) -> ir.Value:
-        made = kind(_exact(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
+        made = kind(exact_weight(whole, chosen), format, chosen.method, *more, search=chosen.searcher)  # type: ignore[call-arg]
         return add_weight(graph, f"{name}.nbits_{label}", made if whole is weight else FirstRows(made, N))
 
     inputs = [x, part("codes", NBitsCodes), part("scales", BlockScales, False, context.activation)]
@@ -99,7 +99,7 @@ def quantized_parts(
     graph: ir.Graph, name: str, weight: Weight, chosen: GroupFormat, activation: ir.DataType, *, turned: bool = False
 ) -> list[ir.Value]:
     """Codes, scales and, where the format has them, zeros, as DequantizeLinear takes them; turned: of the matrix [K,N]."""
-    of, format = _exact(weight, chosen), _quant(chosen)
+    of, format = exact_weight(weight, chosen), quant_of(chosen)
     parts: dict[str, Weight] = {
         "codes": BlockCodes(of, format, chosen.method, turned, search=chosen.searcher),
         "scales": BlockScales(of, format, chosen.method, turned, activation, search=chosen.searcher),
@@ -109,12 +109,13 @@ def quantized_parts(
     return [add_weight(graph, f"{name}.{label}", part) for label, part in parts.items()]
 
 
-def _quant(chosen: GroupFormat) -> QuantFormat:
+def quant_of(chosen: GroupFormat) -> QuantFormat:
+    """The blocks of a format that quantizes."""
     if chosen.quant is None:
         raise TypeError("the matrix is not quantized")
     return chosen.quant
 
 
-def _exact(weight: Weight, chosen: GroupFormat) -> Weight:
+def exact_weight(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
     return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight

@@ -14,6 +14,7 @@ from qwen_export.graphs.quantization.precision_plan import FP8, INT4, STORED, Gr
 from qwen_export.graphs.weights.expression import Weight, add_weight
 from qwen_export.plugins.decompose import decompose_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
+from qwen_export.plugins.decompose.decompose_experts import ExpertSizes
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
@@ -124,7 +125,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
         raise TypeError("moe has an input that is missing")
     emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
     E, H, width = static_shape(down)
-    sizes = experts.ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width)
+    sizes = ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width, experts.ROWS_OF_A_GATHER)
     return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
 
 

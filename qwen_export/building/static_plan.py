@@ -62,7 +62,7 @@ def plan_static(
     opset = possible[0] if options.opset is None else options.opset
     reasons: list[str] = []
     if choices is None:
-        choices, reasons = choose_standard(target.name, config, opset, options.decompose)
+        choices = choose_standard(target.name, config, opset, options.decompose)
     if opset not in target.opsets:
         reasons.append(f"target {target.name} has no opset {opset}, only {', '.join(map(str, sorted(target.opsets)))}")
     elif opset not in possible:

@@ -42,7 +42,8 @@ def weight_sizes(
         elif format is not None and standard:
             # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
             copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1
-            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision])
+            zero_bits = 8 if ".mlp.experts." in name else format.bits
+            nbytes = copies * part_bytes(format, prod(shape[:-1]), shape[-1], BYTES[precision], zero_bits)
         elif format is not None:
             panels, width = format.packed_shape(prod(shape[:-1]), shape[-1])
             nbytes = panels * width

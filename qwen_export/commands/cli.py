@@ -19,11 +19,12 @@ from typing import Any
 import click
 
 from qwen_export import __version__
+from qwen_export.commands.examples import epilog
 from qwen_export.commands.flags import flag
 from qwen_export.errors import Interrupted, QwenExportError
 from qwen_export.extras import missing_extra
 
-COMMANDS = ("inspect", "build", "verify", "run", "chat", "serve", "batch", "bench", "check", "package", "rebuild")
+COMMANDS = ("inspect", "build", "verify", "run", "chat", "serve", "batch", "bench", "check", "package", "rebuild", "completion")
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """Exit codes of shells for a process that SIGINT or SIGPIPE has ended."""
 
@@ -44,7 +45,9 @@ class _LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"qwen_export.commands.{name}").command
+        command: click.Command = importlib.import_module(f"qwen_export.commands.{name}").command
+        command.epilog = epilog(name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

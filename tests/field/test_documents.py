@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tomllib
 from pathlib import Path
 
-import pytest
-
-from qwen_export.commands.cli import COMMANDS
 from qwen_export.verification.layer_check import TOLERANCE as LAYER_TOLERANCE
 from qwen_export.verification.logit_check import RMS_TOLERANCE
 
@@ -49,29 +45,3 @@ def test_the_tolerances_of_the_documents_are_those_of_the_code() -> None:
     limits = re.search(r"^\| limit \| ([0-9e.-]+) \| ([0-9e.-]+) \|", architecture, re.M)
     if limits:
         assert [float(value) for value in limits.groups()] == [LAYER_TOLERANCE["fp32"], LAYER_TOLERANCE["fp16"]]
-
-
-def blocks(language: str) -> list[str]:
-    """The blocks of code in the README."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", readme, re.M | re.S)
-
-
-def test_the_readme_names_commands_and_extras_that_exist() -> None:
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    lines = "\n".join(blocks(""))
-    assert set(re.findall(r"^qwen-export +(\S+)", lines, re.M)) == set(COMMANDS) - {"package", "rebuild"}
-    assert set(re.findall(r"\[([a-z,-]+)\]", lines)) <= set(extras)
-    assert "pip install qwen-export" not in lines and "pip install 'qwen-export" not in lines, "no package index has it"
-
-
-def test_the_python_lines_of_the_readme_run_after_its_commands(
-    demo_checkpoint: Path, demo_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    [code] = blocks("python")
-    monkeypatch.chdir(tmp_path)
-    Path("Qwen3.5-0.8B").symlink_to(demo_checkpoint)
-    Path("bundles").mkdir()
-    Path("bundles/qwen").symlink_to(demo_bundle)  # what the commands have left
-    exec(compile(code.replace("enable_thinking=False", "enable_thinking=False, max_new_tokens=8"), "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()

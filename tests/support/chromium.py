@@ -75,14 +75,15 @@ class Browser:
 
 
 @contextmanager
-def chromium(width: int = 1100, height: int = 800) -> Iterator[Browser]:
+def chromium(width: int = 1100, height: int = 800, *flags: str) -> Iterator[Browser]:
+    """A browser with a window of this size, in pixels; `flags` are further ones of its command line."""
     from selenium import webdriver
 
     paths = found()
     assert paths is not None
     options = webdriver.ChromeOptions()
     options.binary_location = paths[0]
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},{height}", *flags):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths[1]))

@@ -125,6 +125,12 @@ SLICED = (
         { m = MatMul(x, w)  k = Unsqueeze(m, z)  s = Slice(k, a, b, o)  r = Reshape(s, flat)  y = Tanh(r) }""",
         refused=True,
     ),
+    Case(
+        "a gate, along the last axis",
+        """(float[6,2] x, float[2,6] w) => (float[6,3] y) <int64[2] sizes = {3, 3}>
+        { m = MatMul(x, w)  g, u = Split<axis = 1>(m, sizes)  s = Sigmoid(g)  y = Mul(s, u) }""",
+        ("g",),
+    ),
     Case("two readers of the part", _MATMUL + "s = Slice(m, a, b, z)  u = Sigmoid(s)  y = Mul(s, u) }"),
     Case(
         "another reader of the whole",
