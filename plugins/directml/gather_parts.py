@@ -38,7 +38,7 @@ def gather_parts(model: ir.Model, context: PassContext) -> Outcome:
             outcome.skip(node, "it cuts along several axes, with steps, or at places that are not constant")
             continue
         axis, cuts = ranges
-        gathers = []
+        gathers: list[ir.Node] = []
         for part, (start, stop) in zip(node.outputs, cuts, strict=True):
             gather = new_node("", "Gather", [node.inputs[0], positions(graph, start, stop)], like=part, axis=axis)
             gather.name, gather.outputs[0].shape = f"{node.name or node.op_type}.part{len(gathers)}", part.shape

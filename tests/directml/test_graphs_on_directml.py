@@ -13,7 +13,6 @@ import pytest
 from qwen_export.building.build_plan import plan_build
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.passes.pass_context import PassContext
-from qwen_export.plugins.directml.check_operators import refusal
 from qwen_export.plugins.directml.gather_parts import gather_parts
 from qwen_export.plugins.directml.unshare_concat import hazards, unshare_concat
 from tests.directml.random_graphs import random_graph
@@ -91,7 +90,6 @@ def test_random_graphs_are_right(first: int, server: WineServer, context: PassCo
     bad = {}
     for seed in range(first, first + PER_TEST):
         model = random_graph(seed)
-        assert not [reason for node in ir.from_proto(model).graph if (reason := refusal(node, 20))]
         found = wrong(server.run(rewritten(model, context), feeds_of(model)), on_the_cpu(model))
         if found:
             bad[seed] = found
