@@ -11,7 +11,7 @@ PYTHONS := python3 python3.14 python3.13 python3.12 python3.11
 
 # Kernels for the CPU (plugins/native/cpu), compiled on this machine. Optional: without them bundles use ONNX Runtime's.
 LIBRARY := plugins/native/libqwen_export_cpu.so
-SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* plugins/native/cpu/kernels/*)
+SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* $(addprefix plugins/native/cpu/kernels/,*.* tiles/*))
 
 # The kernels are compiled while pip downloads.
 MAKEFLAGS += --jobs=2

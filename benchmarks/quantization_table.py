@@ -50,15 +50,18 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> Logits:
     return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
-class Held:
-    """The held-out windows and what the fp32 bundle says of them."""
+def held_out(bundle: Path, windows: int, length: int) -> list[list[int]]:
+    """Windows of the text."""
+    tokenizer = load(bundle, threads=2).tokenizer
+    ids = tokenizer.encode("\n".join(path.read_text(encoding="utf-8") for path in TEXT))
+    return [ids[start : start + length] for start in np.linspace(0, len(ids) - length, windows).astype(int)]
 
-    def __init__(self, bundle: Path, windows: int, length: int) -> None:
-        tokenizer = load(bundle, threads=2).tokenizer
-        ids = tokenizer.encode("\n".join(path.read_text(encoding="utf-8") for path in TEXT))
-        starts = np.linspace(0, len(ids) - length, windows).astype(int)
-        self.windows = [ids[start : start + length] for start in starts]
-        self.bundle = bundle
+
+class Held:
+    """Windows of tokens, and what the fp32 bundle says of them."""
+
+    def __init__(self, bundle: Path, windows: list[list[int]]) -> None:
+        self.windows, self.bundle = windows, bundle
 
     def measure(self, name: str, bundle: Path) -> Row:
         """Both bundles over all windows."""
@@ -160,7 +163,8 @@ def main() -> None:
     moe = "num_experts" in json.loads((options.checkpoint / "config.json").read_text())
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        held = Held(build(options.checkpoint, work / "fp32", mtp=False), options.windows, options.length)
+        bundle = build(options.checkpoint, work / "fp32", mtp=False)
+        held = Held(bundle, held_out(bundle, options.windows, options.length))
         rows = [held.measure("fp32", work / "fp32")]
         for number, (title, (precision, overrides)) in enumerate(plans(moe).items()):
             if options.only and options.only not in title:

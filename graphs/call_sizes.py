@@ -12,7 +12,7 @@ DECODER, HEAD, TOWER = "decoder", "mtp", "vision"
 class CallSizes:
     """The sizes of a graph with static shapes, which reads one sequence: T new tokens, P pending ones, S cache slots, N rows of logits:
     all T, none, or 1 that `logit_rows` chooses. `padded`: a call may have fewer than T real tokens; `commit` is their number. `hidden`:
-    a graph reads the hidden states. `chunk`: tokens that the delta rule takes at a time."""
+    a graph reads the hidden states. `chunk`: tokens that the delta rule takes at a time. Of a tower: T tokens of a slice."""
 
     T: int
     P: int

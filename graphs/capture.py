@@ -106,16 +106,16 @@ def capture_mtp(config: TextConfig, precision: str, draft_vocab: int, *, feature
     return made
 
 
-def capture_vision(config: VisionConfig, precision: str) -> ir.Model:
-    """Trace the vision tower."""
+def capture_vision(config: VisionConfig, precision: str, tokens: int | None = None) -> ir.Model:
+    """Trace the vision tower, for any number of slices and tokens, or for one slice of so many `tokens`."""
     with torch.device("meta"):
         model = VisionModel(replace(config, depth=1))
     M, half = config.merged, config.head_dim // 2
-    inputs = [
-        example(("B", "K"), M, config.row_width),
-        example(("K",), M, 4, dtype=torch.int64),
-        *(example(("K",), M, size) for size in (4, half, half)),
-    ]
+    sizes, last = (("B", "K"), ("K",)), (config.row_width, 4, 4, half, half)
+    kinds = (torch.float32, torch.int64, torch.float32, torch.float32, torch.float32)
+    inputs = [example(sizes[i > 0], M, size, dtype=kind) for i, (size, kind) in enumerate(zip(last, kinds, strict=True))]
+    if tokens is not None:
+        inputs = [_fixed(given, {"B": 1, "K": tokens}) for given in inputs]
     name = "visual.patch_embed.proj.weight"
     stored = (config.hidden_size, 3, config.temporal_patch_size, config.patch_size, config.patch_size)
     whole = StoredWeight(name, stored, _ir_dtype(DTYPES[precision]))
@@ -153,6 +153,12 @@ class Signature:
 def example(dims: tuple[str, ...], *sizes: int, dtype: torch.dtype = torch.float32) -> Input:
     """An argument of dynamic sizes `dims`, then fixed ones."""
     return Input(torch.zeros(*(_EXAMPLE[dim] for dim in dims), *sizes, dtype=dtype, device="meta"), dims)
+
+
+def _fixed(given: Input, sizes: Mapping[str, int]) -> Input:
+    """The same argument with no dynamic sizes."""
+    leading = [sizes[dim] for dim in given.dims]
+    return Input(given.value.new_zeros(*leading, *given.value.shape[len(leading) :]), ())
 
 
 def _ids(*dims: str) -> Input:

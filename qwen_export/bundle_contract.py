@@ -38,13 +38,27 @@ TOP_COUNT = 64
 """K, where the vocabulary has as many: twice and more what samplers keep (top-k 20), and as many as the CUDA kernel sorts at once."""
 
 VISION = "vision"
-"""The graph of the tower, in bundles that read pictures. A call has B slices of one size, of K tokens of M patches each."""
+"""The graph of the tower, in bundles that read pictures. A call has B slices of one size, of K tokens of M patches each. A bundle with
+fixed shapes has a graph for each of some K, which reads one slice of at most so many tokens."""
 VISION_INPUTS = ("rows", "index", "weight", "patch_cos", "patch_sin")
 """Its inputs: patches f32[B,K,M,W]; rows of the table of positions i64[K,M,4] and their weights f32[K,M,4]; cos and sin of the angles of
 each patch f32[K,M,D/2]."""
 
+REAL_TOKENS = "real_tokens"
+"""Input of a tower with fixed shapes: how many of its K tokens the slice has, i32[1]."""
+
 FEATURES, PLACES = "features", "places"
-"""What the tower made, [B,K,H]; decoder and draft head of such a bundle read [K,H] of it for K of their B*T tokens, at rows i64[K]."""
+"""What the tower made, [B,K,H]; decoder and draft head of such a bundle read [K,H] of it for K of their B*T tokens, at rows i64[K]. With
+fixed shapes they read [T,H], a row for each token, and i32[T]: 1 for the tokens whose row counts."""
 
 NEXT = ".next"
 """What the name of a state's output adds to that of its input."""
+
+
+def tower_name(tokens: int) -> str:
+    """The graph of a tower with fixed shapes."""
+    return f"{VISION}_{tokens}"
+
+
+def is_tower(graph: str) -> bool:
+    return graph == VISION or graph.startswith(f"{VISION}_")

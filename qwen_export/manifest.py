@@ -40,6 +40,7 @@ from qwen_export.manifest_types import (
 
 __all__ = (
     "ADAPTERS",
+    "CALIBRATION",
     "CHAT_TEMPLATE",
     "DIGEST",
     "DIMS",
@@ -83,6 +84,7 @@ _LARGEST = 64 << 20
 """Bytes of a manifest. That of a model of 400 billion parameters has some megabytes."""
 
 WEIGHTS = "model.weights"
+CALIBRATION = "calibration.json"
 TOKENIZER, CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG = (
     "tokenizer.json",
     "chat_template.jinja",

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from qwen_export.bundle_contract import FEATURES, PLACES
+from qwen_export.bundle_contract import FEATURES, PLACES, is_tower
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
-from qwen_export.manifest_vision_checks import TOWER, check_vision
+from qwen_export.manifest_vision_checks import check_vision
 from qwen_export.stages import joined_graphs, links, stage_groups, stage_name
 
 ROLES = ("decoder", "verify", "prefill", "mtp", "mtp_verify", "mtp_prefill")
@@ -27,7 +27,7 @@ def check_graphs(manifest: Manifest) -> None:
     """Raise ValueError where a graph's inputs, outputs or states do not fit."""
     static = "prefill" in manifest.graphs
     for name, graph in manifest.graphs.items():
-        if name == TOWER:
+        if is_tower(name):
             continue
         role, dot, number = name.partition(".")
         if role not in ROLES or (not static and role not in ("decoder", "mtp")):
@@ -39,7 +39,7 @@ def check_graphs(manifest: Manifest) -> None:
     for role, names in stage_groups(manifest.graphs).items():
         if names != [role]:
             _check_stages(manifest, role, names)
-    whole = joined_graphs({name: graph for name, graph in manifest.graphs.items() if name != TOWER})
+    whole = joined_graphs({name: graph for name, graph in manifest.graphs.items() if not is_tower(name)})
     if "decoder" not in whole:
         raise ValueError("graphs has no decoder")
     check_vision(manifest, whole["decoder"])
@@ -180,7 +180,8 @@ def _check_static(manifest: Manifest) -> None:
         )
     if slots and manifest.max_context > min(slots.values()):
         raise ValueError("max_context is larger than the slots of the caches")
-    tokens = {name: next(int(t.shape[1]) for t in graph.inputs if t.name == "input_ids") for name, graph in manifest.graphs.items()}
+    graphs = {name: graph for name, graph in manifest.graphs.items() if not is_tower(name)}
+    tokens = {name: next(int(t.shape[1]) for t in graph.inputs if t.name == "input_ids") for name, graph in graphs.items()}
     if slots and max(tokens.values()) > min(slots.values()):
         raise ValueError("a graph reads more tokens than the caches have slots")
     if tokens["decoder"] != 1 or tokens.get("mtp", 1) != 1:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 DECOMPOSABLE = ("rmsnorm",)
 """Values of --decompose: ops that have a node of their own in the standard, and that several simple nodes can replace."""
+BUILT_IN_TEXT = "built-in"
+"""The value of --calibrate that stands for the text of this package."""
 _WITHOUT_FP8 = PRECISIONS[:-1]
 
 
@@ -51,6 +53,8 @@ class Target:
     fp32_products: str = "fp32"
     vision_passes: tuple[PassStep, ...] = ()
     """The same for the vision tower; empty: the target reads no pictures."""
+    vision_unasked: bool = True
+    """Whether a build has the tower where nothing is said about it."""
 
 
 _REMOVE_DEAD = "graphs.passes.remove_dead:remove_dead"
@@ -148,6 +152,15 @@ _STAMP_OPSET = PassStep(
     "plugins.standard.stamp_opset:stamp_opset", "after all rewrites, before the check that reads the version", finds="a graph"
 )
 
+_CHECK_STANDARD = PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")
+_CHECK_DIRECTML = PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")
+_OWN_MEMORY = (
+    PassStep("plugins.directml.gather_parts:gather_parts", "after all rewrites: it decides on the readers of a value"),
+    PassStep(
+        "plugins.directml.unshare_concat:unshare_concat", "the same; after gather_parts, since its Split gives a value a second reader"
+    ),
+)
+
 _STANDARD_REWRITES = (
     _FIX_SIZES,
     _RECOGNIZE_LINEAR,
@@ -167,17 +180,28 @@ _STANDARD_REWRITES = (
     _REPLACED,
 )
 
+_FOLD_SHAPES = PassStep(
+    "plugins.standard.fold_shapes:fold_shapes", "first: later passes read constants where the trace computes them", finds="constants"
+)
+_TOWER_WHY = "after the products are recognized, and with them in one walk over the graph"
+_DECOMPOSE_GELU = PassStep("plugins.standard.standard_pictures:decompose_gelu", "anywhere: nothing else looks for Gelu", finds="Gelu")
+
+_STANDARD_TOWER = (
+    _FOLD_SHAPES,
+    _RECOGNIZE_LINEAR,
+    PassStep("plugins.standard.standard_lowerings:lower_tower", _TOWER_WHY, finds="picture_attention"),
+    _DECOMPOSE_GELU,
+    _REPLACED,
+)
+
 ONNX = Target(
     name="onnx",
     backend="onnxruntime",
     minimum_backend="1.22.0",
     devices=("cpu",),
     precisions=("fp32", "fp16", "int8", "int4"),
-    passes=(
-        *_STANDARD_REWRITES,
-        _STAMP_OPSET,
-        PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written"),
-    ),
+    passes=(*_STANDARD_REWRITES, _STAMP_OPSET, _CHECK_STANDARD),
+    vision_passes=(*_STANDARD_TOWER, _STAMP_OPSET, _CHECK_STANDARD),
     static=True,
     opsets=(21, 18, 19, 20, 22, 23, 24),
     prompt_tokens=256,
@@ -190,15 +214,8 @@ DIRECTML = Target(
     minimum_backend="1.22.0",
     devices=("dml",),
     precisions=("fp16", "fp32", "int8", "int4"),
-    passes=(
-        *_STANDARD_REWRITES,
-        PassStep("plugins.directml.gather_parts:gather_parts", "after all rewrites: it decides on the readers of a value"),
-        PassStep(
-            "plugins.directml.unshare_concat:unshare_concat", "the same; after gather_parts, since its Split gives a value a second reader"
-        ),
-        _STAMP_OPSET,
-        PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written"),
-    ),
+    passes=(*_STANDARD_REWRITES, *_OWN_MEMORY, _STAMP_OPSET, _CHECK_DIRECTML),
+    vision_passes=(*_STANDARD_TOWER, *_OWN_MEMORY, _STAMP_OPSET, _CHECK_DIRECTML),
     static=True,
     opsets=(20, 21),
 )
@@ -226,8 +243,18 @@ TENSORRT = Target(
         PassStep("plugins.tensorrt.add_top_logits:add_top_logits", "after the rewrites, so that no pass moves the outputs behind it"),
         _REPLACED,
         _STAMP_OPSET,
-        PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written"),
+        _CHECK_STANDARD,
     ),
+    vision_passes=(
+        _FOLD_SHAPES,
+        _RECOGNIZE_LINEAR,
+        PassStep("plugins.tensorrt.tensorrt_lowerings:lower_tower", _TOWER_WHY, finds="picture_attention"),
+        _DECOMPOSE_GELU,
+        _REPLACED,
+        _STAMP_OPSET,
+        _CHECK_STANDARD,
+    ),
+    vision_unasked=False,  # its engines have been built, and not been run
     static=True,
     opsets=(24,),
     prompt_tokens=512,

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Unpack
 
-from qwen_export.bundle_contract import VISION
+from qwen_export.bundle_contract import is_tower
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.long_paths import reachable
 from qwen_export.manifest import GENERATION_CONFIG, Manifest
@@ -182,7 +182,8 @@ class Model:
     def sight(self) -> Sight | None:
         """What pictures are read with, None where the bundle reads text only."""
         spec = self.manifest.vision
-        return Sight(self._sessions[VISION], spec, lambda text: self.tokenizer.encode_plain(text)) if spec is not None else None
+        towers = [session for name, session in self._sessions.items() if is_tower(name)]
+        return Sight(towers, spec, lambda text: self.tokenizer.encode_plain(text)) if spec is not None else None
 
     def recommended(self, thinking: bool) -> SamplingParams:
         """Sampling parameters for this model in one mode, when the caller names none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from qwen_export.bundle_contract import HEAD_GRAPHS, VERIFY, VISION
+from qwen_export.bundle_contract import HEAD_GRAPHS, VERIFY, is_tower
 from qwen_export.manifest import Manifest, load_manifest
 from qwen_export.runtimes.backends.compatibility import check_limits, check_runnable, for_device
 from qwen_export.runtimes.backends.integrity import ensure_whole
@@ -34,7 +34,7 @@ def open_bundle(
     # ONNX Runtime multiplies with blocks of codes fast only in an order of its own.
     repack = options.repack or (is_static(manifest) and manifest.target.precision.startswith("int"))
     idle = HEAD_GRAPHS if speculate in ("off", "lookup") else ()
-    later = (VISION, *((VERIFY,) if speculate == "off" else ()))
+    later = (*filter(is_tower, manifest.graphs), *((VERIFY,) if speculate == "off" else ()))
     return manifest, open_graphs(
         directory, manifest, replace(options, repack=repack, later=later), [name for name in manifest.graphs if name not in idle]
     )

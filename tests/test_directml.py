@@ -35,7 +35,7 @@ CAPACITY, CHUNK, GREEDY = 160, 16, 8
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthesize(tiny(value_ratio=2, query_ratio=4), tmp_path_factory.mktemp("directml") / "checkpoint", with_mtp=False)
+    return synthesize(tiny(value_ratio=2, query_ratio=4, vision=False), tmp_path_factory.mktemp("directml") / "checkpoint", with_mtp=False)
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,7 @@ def test_every_target_keeps_the_names_of_the_points(
     for library in LIBRARIES.values():
         monkeypatch.setenv(library.variable, str(tmp_path / "library") if plugin else "")
     source = open_checkpoint(checkpoint)
-    models = lower(source, plan_build(source, target, device, precision, max_context=128))
+    models = lower(source, plan_build(source, target, device, precision, max_context=128, vision=False))
     there = names(models[STEP])
     for layer in range(LAYERS):
         for point in POINTS:

@@ -97,7 +97,7 @@ def test_the_native_op_selects_what_torch_selects_among_equals() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("instructions", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["base", "base_tiles", "avx2", "avx512", "amx"])
 def test_the_native_op_in_every_form(instructions: str) -> None:
     """fp32, bf16, int4 and int8 weights, one token to many; equal tokens give equal bits."""
     check_in_instruction_set(moe_ops, str(NATIVE), instructions)

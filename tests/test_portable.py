@@ -32,7 +32,9 @@ GREEDY = 8
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), tmp_path_factory.mktemp("portable") / "checkpoint", with_mtp=False)
+    return synthesize(
+        tiny(value_ratio=2, query_ratio=4, tied=True, vision=False), tmp_path_factory.mktemp("portable") / "checkpoint", with_mtp=False
+    )
 
 
 @pytest.fixture(scope="module")

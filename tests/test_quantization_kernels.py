@@ -23,9 +23,9 @@ def library() -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("instructions", ["base", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["base", "base_tiles", "avx2", "avx512", "amx"])
 def test_every_form_against_numpy(library: str, instructions: str) -> None:
-    """Products, SwiGLU and gathers of 24 formats over 18 numbers of rows; a set that the machine lacks falls back to the next."""
+    """Products, SwiGLU and gathers of 24 formats over 14 numbers of rows; a set that the machine lacks falls back to the next."""
     check_in_instruction_set(quant_ops, library, instructions)
 
 

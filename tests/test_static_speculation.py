@@ -155,7 +155,7 @@ def test_marks_and_snapshots_inside_a_round_are_exact(model: Model, prompts: lis
 @pytest.mark.parametrize("tied", [True, False])
 def test_head_and_decoder_share_embedding_and_lm_head(make_checkpoint: Any, tmp_path: Path, tied: bool) -> None:
     checkpoint = make_checkpoint(tiny_config(tied=tied))
-    manifest = load_manifest(build(checkpoint, tmp_path / "bundle", target="onnx", max_context=64, draft_vocab=100))
+    manifest = load_manifest(build(checkpoint, tmp_path / "bundle", target="onnx", max_context=64, draft_vocab=100, vision=False))
     places = {name: {weight.name: weight.offset for weight in graph.weights} for name, graph in manifest.graphs.items()}
     whole = "embed_tokens.weight" if tied else "lm_head.weight"
     for name in ("mtp", "mtp_verify"):
@@ -165,7 +165,7 @@ def test_head_and_decoder_share_embedding_and_lm_head(make_checkpoint: Any, tmp_
 
 
 def test_a_build_may_leave_the_head_out(make_checkpoint: Any, tmp_path: Path) -> None:
-    bundle = build(make_checkpoint(tiny_config()), tmp_path / "bundle", target="onnx", max_context=64, mtp=False)
+    bundle = build(make_checkpoint(tiny_config()), tmp_path / "bundle", target="onnx", max_context=64, mtp=False, vision=False)
     manifest = load_manifest(bundle)
     assert set(manifest.graphs) == {"decoder", "prefill"} and manifest.speculation is None
     assert "hidden" not in {tensor.name for graph in manifest.graphs.values() for tensor in graph.outputs}

@@ -58,7 +58,8 @@ def ground() -> set[str]:
 
 def passes() -> set[str]:
     """The modules of passes, which are imported by their names in the lists of targets."""
-    return {f"qwen_export.{step.function.partition(':')[0]}" for target in TARGETS.values() for step in target.passes}
+    steps = [step for target in TARGETS.values() for step in (*target.passes, *target.vision_passes)]
+    return {f"qwen_export.{step.function.partition(':')[0]}" for step in steps}
 
 
 def arrows() -> dict[str, set[str]]:

@@ -33,6 +33,7 @@ from qwen_export.runtimes.backends.tensorrt.tensorrt_library import Library, loa
 from tests.test_parity import small_release_config
 
 SMS = EngineOptions(sms=("89", "120"))
+ONE = EngineOptions(sms=("89",))
 SIZES = StaticOptions(chunk=128, step_tokens=3)
 
 
@@ -128,6 +129,15 @@ def test_layers_of_a_mixture_of_experts(library: Library, tmp_path: Path) -> Non
     assert built["decoder"].layers["TOPK"] == 4 + 1, "one choice of experts a layer, and the logits'"
     assert built["prefill"].layers["CUMULATIVE"] == 2 * 3, "pairs are counted into blocks; nothing reads what the last layer's would make"
     assert "MOE" not in built["prefill"].layers
+
+
+def test_a_tower_of_fixed_size(library: Library, tmp_path: Path) -> None:
+    """Pictures are read on request only: engines have been compiled, and not been run."""
+    checkpoint = synthesize(tiny_config(), tmp_path / "sees")
+    options = replace(SIZES, picture_tokens=(64,))
+    built = compiled(library, checkpoint, tmp_path, "fp16", ("vision_64", "decoder"), options=options, vision=True, engine=ONE)
+    assert {"rows", "real_tokens"} < set(built["vision_64"].inputs) and {"features", "places"} < set(built["decoder"].inputs)
+    assert built["vision_64"].layers["SOFTMAX"] == 2
 
 
 def test_two_layers_of_the_08b(library: Library, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tenso
 from qwen_export.graphs.models.draft_head_model import MtpHead
 from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.models.vision_model import VisionModel
+from qwen_export.graphs.quantization.calibrated_codes import with_codes
 from qwen_export.graphs.quantization.fp8 import rounded
 from qwen_export.graphs.quantization.packing import Floats, dequantize
 from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
@@ -61,11 +62,12 @@ def _filled(
 ) -> Module:
     weights, stored = dict(shared or {}), StoredLayout.of(checkpoint)
     with CheckpointReader(checkpoint) as reader:
+        values = with_codes(reader, quantization.codes if quantization else None)
         for name, parameter in model.named_parameters():
             if name not in weights:
                 weight = parameter_weight(checkpoint.config.text, stored, name, tuple(parameter.shape), ir.DataType.FLOAT)
                 # The patch embedding is stored as a convolution.
-                weights[name] = torch.from_numpy(parameter_values(weight, reader, quantization)).reshape(parameter.shape)
+                weights[name] = torch.from_numpy(parameter_values(weight, values, quantization)).reshape(parameter.shape)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -83,6 +85,6 @@ def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
     matrix = values.reshape(-1, values.shape[-1])
     if chosen.format == FP8:
         return rounded(matrix).reshape(values.shape)
-    if chosen.quant is None or chosen.kept:
+    if chosen.quant is None or chosen.given:
         return values
     return dequantize(chosen.quant, *quantize(chosen.quant, matrix, chosen.method, chosen.search)).reshape(values.shape)

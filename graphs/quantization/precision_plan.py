@@ -5,7 +5,7 @@
     [mlp]
     format = "int4"         # int4, int8, fp8 (a scale per row; TensorRT only), or stored: as the checkpoint has it
     block = 64              # values of a row that share a scale: 32, 64, 128
-    method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block
+    method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block; gptq: calibrated
     zeros = true            # a zero per block beside the scale
     keep = false            # also quantize again what the checkpoint stores as integers that could be kept (kept_grids.py)
 
@@ -33,6 +33,7 @@ from qwen_export.graphs.quantization.packing import BLOCKS, QuantFormat
 from qwen_export.graphs.quantization.scale_search import METHODS, NUMPY_SEARCH, ScaleSearch
 
 if TYPE_CHECKING:
+    from qwen_export.graphs.quantization.calibrated_codes import CalibratedCodes
     from qwen_export.graphs.weights.expression import Weight
 
 STORED, INT8, INT4, FP8 = "stored", "int8", "int4", "fp8"
@@ -56,6 +57,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "vision": ("visual.blocks.*.attn.*.weight", "visual.*.linear_fc?.weight"),
 }
 """The groups, and the parameters of each: the first group that matches has it."""
+
+GPTQ = "gptq"
+"""The method whose codes are chosen with a text (gptq_codes.py)."""
+CALIBRATED_GROUPS = ("in_proj_ab", "deltanet", "attention", "shared_expert", "experts", "mlp", "lm_head", "mtp")
+"""The groups that may have it: products of activations that a text has."""
 
 _MATRICES, _SET, KEPT = "matrices", "set ", "kept"
 _EXPERT, _HALVES = re.compile(r"\.experts\.\d+\."), re.compile(r"\.(gate|up)_proj\.weight$")
@@ -87,12 +93,12 @@ class GroupFormat:
     @property
     def searcher(self) -> ScaleSearch:
         """Who searches, for the weight's expression: one name for all where nothing is searched."""
-        return self.search if self.method == "search" else NUMPY_SEARCH
+        return self.search if self.method in ("search", GPTQ) else NUMPY_SEARCH
 
     @property
-    def kept(self) -> bool:
-        """Whether codes, scales and zeros are those of the checkpoint."""
-        return self.method == KEPT
+    def given(self) -> bool:
+        """Whether codes, scales and zeros are given with the weights: those of the checkpoint, or of a calibration."""
+        return self.method in (KEPT, GPTQ)
 
     def with_keys(self, keys: Mapping[str, Any]) -> GroupFormat:
         """This format with some values replaced. Another number of bits brings the method that suits it, unless one is given."""
@@ -127,7 +133,9 @@ class PrecisionPlan:
     outcome: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """For people: per group what becomes of the matrices that the checkpoint stores quantized, and of how many."""
     search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
-    """Who searches the scales of the method "search"."""
+    """Who searches the scales of the methods "search" and "gptq"."""
+    codes: CalibratedCodes | None = field(default=None, compare=False, repr=False)
+    """Those of the method "gptq", once there are any."""
 
     def of(self, name: str) -> GroupFormat:
         """The format of one stored matrix."""
@@ -157,7 +165,23 @@ class PrecisionPlan:
         for pattern, keys in self.matrices.items():
             if any(fnmatchcase(other, pattern) or fnmatchcase(other, f"{pattern}.weight") for other in called):
                 chosen = self.groups[group].with_keys(keys)
+        if chosen.method == GPTQ and group not in CALIBRATED_GROUPS:
+            return replace(chosen, method="search")
         return chosen
+
+    def calibrated(self) -> PrecisionPlan:
+        """This plan, in which a text chooses the codes of 4 bits that would be searched without one."""
+
+        def changed(keys: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {**keys, "method": GPTQ} if keys.get("format") == INT4 and keys.get("method", "search") == "search" else keys
+
+        groups = {
+            name: replace(chosen, method=GPTQ)
+            if name in CALIBRATED_GROUPS and chosen.format == INT4 and chosen.method == "search"
+            else chosen
+            for name, chosen in self.groups.items()
+        }
+        return replace(self, groups=groups, matrices={pattern: changed(keys) for pattern, keys in self.matrices.items()})
 
     def to_json(self) -> dict[str, str]:
         """For the manifest."""
@@ -208,26 +232,25 @@ def default_plan(precision: str) -> PrecisionPlan:
     return PrecisionPlan({group: high.get(group, usual) for group in GROUPS})
 
 
-def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collection[str] = ()) -> PrecisionPlan:
+def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collection[str] = (), calibrated: bool = False) -> PrecisionPlan:
     """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format. `stored`: groups that stay
-    as they are unless the file has them.
+    as they are unless the file has them. `calibrated`: with a text.
 
     Raises ConfigError with the key that is wrong."""
     plan = default_plan(precision)
     plan = replace(plan, groups={**plan.groups, **dict.fromkeys(stored, GroupFormat())})
     given = _read(file) if file is not None else {}
     plan = _overridden(plan, given, str(file))
-    if tied:
-        if "lm_head" in given and plan.groups["lm_head"] != plan.groups["embedding"]:
-            raise ConfigError(
-                "the head of this checkpoint is its embedding, and a plan cannot give them two formats",
-                where=str(file),
-                got=str(plan.groups["lm_head"]),
-                expected=str(plan.groups["embedding"]),
-                fix="Set [embedding] alone.",
-            )
-        plan = replace(plan, groups={**plan.groups, "lm_head": plan.groups["embedding"]})
-    return plan
+    if tied and "lm_head" in given and plan.groups["lm_head"] != plan.groups["embedding"]:
+        raise ConfigError(
+            "the head of this checkpoint is its embedding, and a plan cannot give them two formats",
+            where=str(file),
+            got=str(plan.groups["lm_head"]),
+            expected=str(plan.groups["embedding"]),
+            fix="Set [embedding] alone.",
+        )
+    plan = plan.calibrated() if calibrated else plan
+    return replace(plan, groups={**plan.groups, "lm_head": plan.groups["embedding"]}) if tied else plan
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -251,6 +274,15 @@ def _overridden(plan: PrecisionPlan, given: dict[str, Any], where: str) -> Preci
             raise ConfigError(
                 "the precision plan names no such group", where=where, got=shown(name), expected=", ".join([*GROUPS, _MATRICES]), fix=_SEE
             )
+    for name in groups.keys() - {*CALIBRATED_GROUPS}:
+        if groups[name].method == GPTQ:
+            raise ConfigError(
+                f"[{name}] cannot be calibrated",
+                where=where,
+                got=GPTQ,
+                expected=", ".join(METHODS),
+                fix="Set another method in {plan_file}.",
+            )
     for name, reason in _NEVER.items():
         if groups[name].format != STORED:
             raise ConfigError(
@@ -273,7 +305,7 @@ def _checked(keys: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     allowed: dict[str, Iterable[Any]] = {
         "format": FORMATS,
         "block": BLOCKS,
-        "method": METHODS,
+        "method": (*METHODS, GPTQ),
         "zeros": (True, False),
         "keep": (True, False),
     }

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
 from qwen_export.graphs.quantization.packing import PANEL_ROWS, Array, Bytes, Floats, QuantFormat, pack
-from qwen_export.graphs.quantization.precision_plan import KEPT, GroupFormat
+from qwen_export.graphs.quantization.precision_plan import GPTQ, KEPT, GroupFormat
 from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch, quantize
-from qwen_export.graphs.weights.expression import BLOCK_BYTES, DerivedWeight, StackedMatrices, TensorSource, Weight, retyped
+from qwen_export.graphs.weights.expression import BLOCK_BYTES, DerivedWeight, TensorSource, Weight, retyped
 
 
 class GridSource(TensorSource, Protocol):
@@ -27,7 +27,7 @@ def packed_weight(of: Weight, chosen: GroupFormat) -> Weight:
     """The matrix [N,K], or the matrices [E,N,K], in the chosen format: quantized, or with the codes of the checkpoint."""
     if chosen.quant is None:
         raise TypeError("the weight is not quantized")
-    if chosen.kept:  # integers of 8 bits and all scales are exact in fp32, and not in every other type
+    if chosen.given:  # integers of 8 bits and all scales are exact in fp32, and not in every other type
         of = cast(Weight, retyped(of, ir.DataType.FLOAT))
     return (Quantized if len(of.shape) == 2 else QuantizedMatrices)(of, chosen.quant, chosen.method, search=chosen.searcher)
 
@@ -36,19 +36,19 @@ def grid_rows(
     of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat, method: str, search: ScaleSearch
 ) -> tuple[Bytes, Array, Bytes | None]:
     """Codes, scales and zeros of rows start..stop-1 of a matrix, as `quantize` gives them: computed, or those of the checkpoint."""
-    if method == KEPT:
+    if method in (KEPT, GPTQ):
         return _stored_grid(of, source, start, stop, format)
     return quantize(format, of.rows(source, start, stop).astype(np.float32, copy=False), method, search)
 
 
 def _stored_grid(of: Weight, source: TensorSource, start: int, stop: int, format: QuantFormat) -> tuple[Bytes, Array, Bytes | None]:
-    """Codes, scales and zeros of rows of `of` as the checkpoint has them. The expression has which rows of which tensors: it is evaluated
+    """Codes, scales and zeros of rows of `of` as the source has them. The expression has which rows of which tensors: it is evaluated
     over rows of codes, scales and zeros side by side."""
     K = of.shape[-1]
     blocks = format.blocks(K)
     sides = of.rows(_Grids(cast(GridSource, source), format), start, stop)
-    codes, scales = sides[:, :K].astype(np.uint8), sides[:, K : K + blocks].astype(format.scale_dtype)
-    return codes, scales, sides[:, K + blocks :].astype(np.uint8) if format.zeros else None
+    codes, scales = sides[..., :K].astype(np.uint8), sides[..., K : K + blocks].astype(format.scale_dtype)
+    return codes, scales, sides[..., K + blocks :].astype(np.uint8) if format.zeros else None
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class _Grids:
                 where=name,
                 fix="Set keep = false for its group in {plan_file}.",
             )
-        K = codes.codes.shape[1]
+        K = codes.codes.shape[-1]
         group = np.arange(self.format.blocks(K)) * self.format.block // codes.group
-        sides = [codes.codes.astype(np.float32), codes.scales[:, group]]
+        sides = [codes.codes.astype(np.float32), codes.scales[..., group]]
         if self.format.zeros:
             middle = np.full(codes.scales.shape, self.format.offset, np.uint8)
-            sides.append((middle if codes.zeros is None else codes.zeros)[:, group].astype(np.float32))
-        return np.concatenate(sides, axis=1)
+            sides.append((middle if codes.zeros is None else codes.zeros)[..., group].astype(np.float32))
+        return np.concatenate(sides, axis=-1)
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,9 @@ class QuantizedMatrices(DerivedWeight):
         object.__setattr__(self, "dtype", ir.DataType.UINT8)
 
     def rows(self, source: TensorSource, start: int, stop: int) -> Array:
-        if self.method == KEPT:
-            parts = cast(StackedMatrices, self.of).parts[start:stop]
-            return np.stack([pack(self.format, *_stored_grid(part, source, 0, part.shape[0], self.format)) for part in parts])
+        if self.method in (KEPT, GPTQ):
+            codes, scales, zeros = _stored_grid(self.of, source, start, stop, self.format)
+            return np.stack([pack(self.format, codes[e], scales[e], None if zeros is None else zeros[e]) for e in range(stop - start)])
         experts = self.of.rows(source, start, stop).astype(np.float32, copy=False)
         return np.stack([pack(self.format, *quantize(self.format, expert, self.method, self.search)) for expert in experts])
 

@@ -42,17 +42,28 @@ class NumpySearch:
     name: str = f"numpy {np.__version__}"
 
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
-        high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
-        last = np.float32(top)
-        widest = (-np.where(high > -low, high, low) / last).astype(np.float32, copy=False)
-        return _best_scale(w, widest, shares, -last, last - 1)
+        return _best_scale(w, w, shares, np.float32(top))
+
+
+@dataclass(frozen=True)
+class _WeightedSearch:
+    """The same for the error that is weighted by `importance` f32[n,block]."""
+
+    importance: Floats
+    name: str = NumpySearch.name
+
+    def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
+        return _best_scale(w, w * self.importance, shares, np.float32(top), self.importance)
 
 
 NUMPY_SEARCH = NumpySearch()
 
 
-def quantize(format: QuantFormat, values: Floats, method: str, search: ScaleSearch = NUMPY_SEARCH) -> tuple[Bytes, Array, Bytes | None]:
+def quantize(
+    format: QuantFormat, values: Floats, method: str, search: ScaleSearch = NUMPY_SEARCH, importance: Floats | None = None
+) -> tuple[Bytes, Array, Bytes | None]:
     """values f32[N,K] -> codes u8[N,K], scales [N,blocks] in the format's dtype, zeros u8[N,blocks] where the format has them.
+    `importance` f32[K], of the error of each column: the method "search" then finds the least weighted error, in numpy.
 
     Raises CheckpointError for a block whose scale is too large for fp16."""
     N, K = values.shape
@@ -62,12 +73,15 @@ def quantize(format: QuantFormat, values: Floats, method: str, search: ScaleSear
     scales = np.empty((N, blocks), format.scale_dtype)
     zeros = np.empty((N, blocks), np.uint8) if format.zeros else None
     step = max(1, _CHUNK // width)
+    weights = None if importance is None else np.pad(importance, (0, width - K)).reshape(blocks, format.block)
     for start in range(0, N, step):
         rows = values[start : start + step]
         if width != K:
             rows = np.pad(rows, ((0, 0), (0, width - K)))
         w = np.ascontiguousarray(rows, np.float32).reshape(-1, format.block)
-        q, scale, zero = _with_zeros(format, w, method) if format.zeros else _symmetric(format, w, method, search)
+        by_column = None if weights is None else np.tile(weights, (len(rows), 1))
+        searcher = search if by_column is None else _WeightedSearch(by_column)
+        q, scale, zero = _with_zeros(format, w, method, by_column) if format.zeros else _symmetric(format, w, method, searcher)
         codes[start : start + step] = q.reshape(-1, width)
         scales[start : start + step] = scale.reshape(-1, blocks)
         if zeros is not None and zero is not None:
@@ -98,20 +112,28 @@ def _symmetric(format: QuantFormat, w: Floats, method: str, search: ScaleSearch)
     return q.astype(np.uint8), rounded, None
 
 
-def _best_scale(w: Floats, widest: Floats, shares: Sequence[float], low: np.float32, high: np.float32) -> Floats:
+def _best_scale(w: Floats, weighted: Floats, shares: Sequence[float], top: np.float32, importance: Floats | None = None) -> Floats:
+    """`weighted` is w * importance, w without one."""
+    high, low = _along_rows(np.maximum, w), _along_rows(np.minimum, w)
+    widest = (-np.where(high > -low, high, low) / top).astype(np.float32, copy=False)
     best, gain = np.zeros_like(widest), np.full_like(widest, -1)
     q = np.empty_like(w)
     inverse = _inverse(widest)
     for share in shares:
         np.multiply(w, (inverse / np.float32(share))[:, None], out=q)
         np.rint(q, out=q)
-        np.clip(q, low, high, out=q)
-        dot, square = np.einsum("ij,ij->i", w, q), np.einsum("ij,ij->i", q, q)
-        square = np.maximum(square, np.float32(1e-30))
+        np.clip(q, -top, top - 1, out=q)
+        dot, square = np.einsum("ij,ij->i", weighted, q), _square(q, importance)
         better = dot * dot / square > gain
         gain = np.where(better, dot * dot / square, gain)
         best = np.where(better, dot / square, best)
     return best
+
+
+def _square(q: Floats, importance: Floats | None) -> Floats:
+    """<q,q>, weighted, above zero."""
+    found = np.einsum("ij,ij->i", q, q) if importance is None else np.einsum("ij,ij->i", q * importance, q)
+    return np.maximum(found, np.float32(1e-30))
 
 
 def _along_rows(extreme: np.ufunc, w: Floats) -> Floats:
@@ -122,11 +144,12 @@ def _along_rows(extreme: np.ufunc, w: Floats) -> Floats:
     return w[:, 0]
 
 
-def _with_zeros(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Array, Bytes]:
+def _with_zeros(format: QuantFormat, w: Floats, method: str, importance: Floats | None) -> tuple[Bytes, Array, Bytes]:
     """A zero per block, so that codes cover exactly the values there are. Zero itself stays a value, as it is in every such format."""
     top = np.float32(2 * format.offset - 1)
     high, low = np.maximum(_along_rows(np.maximum, w), 0), np.minimum(_along_rows(np.minimum, w), 0)
     shares = (1.0,) if method == "rtn" else _SHARES
+    weighted = w if importance is None else w * importance
     best: tuple[Floats, Floats] | None = None
     gain = np.full(len(w), -1, np.float32)
     for share in shares:
@@ -134,7 +157,7 @@ def _with_zeros(format: QuantFormat, w: Floats, method: str) -> tuple[Bytes, Arr
         inverse = _inverse(scale)
         zero = np.clip(np.rint(-low * np.float32(share) * inverse), 0, top)
         q = np.clip(np.rint(w * inverse[:, None]) + zero[:, None], 0, top) - zero[:, None]
-        dot, square = np.einsum("ij,ij->i", w, q), np.maximum(np.einsum("ij,ij->i", q, q), np.float32(1e-30))
+        dot, square = np.einsum("ij,ij->i", weighted, q), _square(q, importance)
         fitted = scale if method == "rtn" else np.where(dot > 0, dot / square, scale)
         better = dot * dot / square > gain
         gain = np.where(better, dot * dot / square, gain)

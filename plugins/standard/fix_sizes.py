@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qwen_export.bundle_contract import ACCEPTED, COMMIT, HIDDEN, HIDDEN_OUT, LENGTH, LOGIT_ROWS, LOGITS, NEXT
+from qwen_export.bundle_contract import ACCEPTED, COMMIT, HIDDEN, HIDDEN_OUT, LENGTH, LOGIT_ROWS, LOGITS, NEXT, PLACES
 from qwen_export.graphs.models.model_state import PENDING
 from qwen_export.graphs.ops.gated_delta_net_op import gated_delta_net
 from qwen_export.graphs.ops.op_schema import DOMAIN
@@ -14,20 +14,21 @@ from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.remove_dead import remove_dead
 
-_COUNTS = (LENGTH, ACCEPTED, COMMIT, LOGIT_ROWS)
+_COUNTS = (LENGTH, ACCEPTED, COMMIT, LOGIT_ROWS, PLACES)
 _HIDDEN = (HIDDEN, HIDDEN_OUT)
 # Operators whose results torch.onnx leaves without a type, though they have that of the first input.
 _SAME_TYPE = ("Sigmoid",)
 
 
 def fix_sizes(model: ir.Model, context: PassContext) -> Outcome:
-    """Given  a captured graph with dims B T S N P
+    """Given  a captured graph with dims B T S N P K
     Result the same with B = 1 and the sizes of the context; counts are i32. Without pending tokens (P = 0) their inputs and `accepted`
-           are gone; where calls are never padded, `commit` too. Where the logits are those of all tokens, in order, or there are none,
+           are gone; where calls are never padded, `commit` too. Features of pictures have a row for each of the T tokens.
+           Where the logits are those of all tokens, in order, or there are none,
            `logit_rows` is gone. Hidden states are an output where they are wanted."""
     sizes, graph = context.static, model.graph
     outcome = Outcome()
-    known = {"B": 1, "T": sizes.T, "B*T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P}
+    known = {"B": 1, "T": sizes.T, "B*T": sizes.T, "S": sizes.S, "N": sizes.N, "P": sizes.P, "K": sizes.T}
     for value in [*graph.inputs, *(output for node in graph for output in node.outputs)]:
         if value.shape is not None and not value.shape.is_static():
             outcome.changed += 1

@@ -24,6 +24,11 @@ def choose_standard(target: str, config: TextConfig, opset: int, decompose: Coll
     return {op: Choice(name, ()) for op, name in chosen.items()}
 
 
+def choose_standard_vision() -> dict[str, Choice]:
+    """The same for the ops of a bundle that reads pictures."""
+    return {op: Choice(name, ()) for op, name in (("picture_attention", "masked_parts"), ("place_features", "where"))}
+
+
 def _norm(target: str, opset: int, decompose: Collection[str]) -> str:
     if "rmsnorm" in decompose:
         return "decomposed"

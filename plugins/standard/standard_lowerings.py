@@ -22,6 +22,7 @@ from qwen_export.plugins.decompose.delta_rule import delta_rule
 from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, offset_weight, producing_linear, query_and_gate
 from qwen_export.plugins.standard.standard_experts import lower_experts
+from qwen_export.plugins.standard.standard_pictures import lower_picture_attention, lower_place_features
 from qwen_export.plugins.standard.standard_quantized import chosen_format, dequantized_product, nbits_product
 
 _FEW_ROWS = 2, 64
@@ -174,6 +175,8 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_attention", "scattered_cache"): lower_attention,
     ("gated_attention", "one_token_kernel"): lower_one_token_attention,
     ("moe", "gathered"): lower_experts,
+    ("picture_attention", "masked_parts"): lower_picture_attention,
+    ("place_features", "where"): lower_place_features,
     ("rms_norm", "decomposed"): lower_decomposed_norm,
     ("rms_norm", "rms_normalization"): lower_rms_normalization,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
@@ -189,4 +192,9 @@ def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
-    return lower_ops(model, context, ("moe", "rms_norm", LINEAR), LOWERINGS)
+    return lower_ops(model, context, ("moe", "place_features", "rms_norm", LINEAR), LOWERINGS)
+
+
+def lower_tower(model: ir.Model, context: PassContext) -> Outcome:
+    """Lower the ops of a vision tower."""
+    return lower_ops(model, context, ("picture_attention", LINEAR), LOWERINGS)

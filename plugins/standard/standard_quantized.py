@@ -118,4 +118,4 @@ def quant_of(chosen: GroupFormat) -> QuantFormat:
 
 def exact_weight(weight: Weight, chosen: GroupFormat) -> Weight:
     """Integers of a checkpoint and their scales are exact in fp32, and not in every other type."""
-    return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.kept else weight
+    return cast(Weight, retyped(weight, ir.DataType.FLOAT)) if chosen.given else weight

@@ -21,6 +21,7 @@ from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
 from qwen_export.plugins.emitter import Emitter, Shared, static_shape
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, regroup_pending
+from qwen_export.plugins.standard import standard_pictures as pictures
 from qwen_export.plugins.standard.standard_lowerings import (
     attention_parts,
     is_matrix,
@@ -187,7 +188,14 @@ def _dequantized(emit: Emitter, value: ir.Value, weight: Weight, format: GroupFo
     return emit("", "DequantizeLinear", parts, dtype=context.activation, **attributes)[0]
 
 
+def lower_picture_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+    """picture_attention as on the targets with standard operators; of fp32, operands in two parts."""
+    return pictures.attention(graph, node, shared, SplitEmitter if _exact(context) else Emitter)
+
+
 LOWERINGS: dict[tuple[str, str], Lowering] = {
+    ("picture_attention", "masked_parts"): lower_picture_attention,
+    ("place_features", "where"): pictures.lower_place_features,
     ("gated_delta_net", "fused_layers"): lower_delta_net,
     ("gated_delta_net", "plugin"): lower_delta_net_plugin,
     ("gated_attention", "native"): lower_attention,
@@ -206,4 +214,9 @@ def lower_mixers(model: ir.Model, context: PassContext) -> Outcome:
 
 def lower_simple_ops(model: ir.Model, context: PassContext) -> Outcome:
     """Lower everything else of domain qwen."""
-    return lower_ops(model, context, ("moe", "rms_norm", LINEAR), LOWERINGS)
+    return lower_ops(model, context, ("moe", "place_features", "rms_norm", LINEAR), LOWERINGS)
+
+
+def lower_tower(model: ir.Model, context: PassContext) -> Outcome:
+    """Lower the ops of a vision tower."""
+    return lower_ops(model, context, ("picture_attention", LINEAR), LOWERINGS)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qwen_export.building.calibration.calibration_plan import CalibrationPlan, calibration_reasons, plan_calibration
 from qwen_export.building.stage_plan import plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
@@ -75,6 +76,8 @@ class BuildPlan:
     """The first layer of each stage of the decoder."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
+    calibration: CalibrationPlan | None = None
+    """With which text codes are chosen, None where weights alone choose them."""
 
     @property
     def activations(self) -> str:
@@ -86,6 +89,7 @@ class BuildPlan:
         """For people: notes on the checkpoint, the precision plan where something is quantized, and why there is no draft head."""
         table = as_table(self.quantization, self.group_sizes) if self.quantization else []
         missing = [("draft head", self.no_head), ("pictures", self.vision.reason)]
+        table += [self.calibration.note] if self.calibration else []
         return [*self.checkpoint_notes, *table, *(f"no {what}: {why}" for what, why in missing if why)]
 
     @property
@@ -113,13 +117,14 @@ def plan_build(
     lookup: bool = False,
     vision: bool | None = None,
     plan_file: Path | None = None,
+    calibrate: str | Path | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
     stages: int = 1,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `options`,
-    `engine` and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is
-    wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `calibrate`,
+    `options`, `engine` and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError
+    where it is wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -140,23 +145,21 @@ def plan_build(
     activations, quantization = activation_precision(precision, device), None
     if precision in QUANTIZED and precision in chosen.precisions:
         whole = UNQUANTIZED if chosen.engines else ()
-        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole)
-    compiled = engine or EngineOptions()
+        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole, calibrated=calibrate is not None)
+    compiled, fixed = engine or EngineOptions(), options or StaticOptions()
     if chosen.engines:
         reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
     elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
-        form = _static_form(
-            chosen, config, context, wishes, options or StaticOptions(), activations, compiled, quantized=quantization is not None
-        )
+        form = _static_form(chosen, config, context, wishes, fixed, activations, compiled, quantized=quantization is not None)
     elif device in chosen.devices and precision in chosen.precisions:
         form = _free_form(device, precision, config, wishes, quantization)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
-    seen = kernels_for(device) if chosen.vision_passes and device in chosen.devices else None
-    sight, blind = plan_vision(checkpoint, chosen, seen, activations, vision)
+    seen = kernels_for(device) if chosen.vision_passes and not chosen.static and device in chosen.devices else None
+    sight, blind = plan_vision(checkpoint, chosen, seen, activations, vision, fixed.picture_tokens)
     reasons += blind
     tensors = [*stored_tensors(config, stored), *(() if form.no_head else mtp_tensors(config, stored)), *sight.tensors()]
     if quantization is not None:
@@ -165,6 +168,7 @@ def plan_build(
             reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides the precisions {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
+    reasons += calibration_reasons(chosen, precision, quantization, calibrate)
     if reasons:
         raise UnsupportedError(
             "this checkpoint cannot be built for this target",
@@ -179,6 +183,9 @@ def plan_build(
         quantization = keep_stored(quantization, checkpoint, [name for name, _ in tensors])
         if chosen.engines:  # they have no zeros
             quantization = replace(quantization, kept={name: kept for name, kept in quantization.kept.items() if not kept.zeros})
+    calibration = None
+    if quantization is not None and calibrate is not None:
+        calibration = plan_calibration(config, quantization, calibrate, tensors)
     choices = form.choices | sight.choices
     sizes = weight_sizes(checkpoint, activations, choices, quantization, tensors, standard=chosen.static)
     groups = group_sizes(sizes)
@@ -201,6 +208,7 @@ def plan_build(
         opset=form.opset,
         engine=compiled if chosen.engines else None,
         checkpoint_notes=checkpoint.notes,
+        calibration=calibration,
     )
 
 

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from qwen_export.building.build_plan import BuildPlan, plan_build
+from qwen_export.building.calibration.calibration_text import read_text
 from qwen_export.building.engines import for_this_machine, ready_library
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
@@ -45,6 +46,7 @@ def build(
     lookup: bool = False,
     vision: bool | None = None,
     plan_file: str | Path | None = None,
+    calibrate: str | Path | None = None,
     dump_ir: str | Path | None = None,
     force: bool = False,
     weights: str = "copy",
@@ -59,7 +61,8 @@ def build(
     """Compile a checkpoint into a bundle at `output` and return its path. `checkpoint`: a directory, a GGUF file, or an id of the hub.
 
     `precision` is the dtype of weights and activations (recurrent states stay fp32); "int8" and "int4" quantize weights as their plan says,
-    which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `max_context` is the capacity of the caches in tokens.
+    which the TOML file `plan_file` overrides (graphs.quantization.precision_plan). `calibrate`: a text file, or "built-in", that the model
+    reads to choose the codes of 4 bits. `max_context` is the capacity of the caches in tokens.
     `lora`: adapters that are merged into the weights in this order, as the directory that PEFT wrote, or DIR:SCALE.
     `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
@@ -92,6 +95,7 @@ def build(
         lookup=lookup,
         vision=vision,
         plan_file=Path(plan_file) if plan_file else None,
+        calibrate=calibrate,
         options=options,
         engine=engine,
         stages=stages,
@@ -102,6 +106,7 @@ def build(
     check_text_assets(source.text_directory)
     with TemporaryDirectory(prefix="qwen-export-text-") as folder:  # as the bundle will have them
         check_text(Path(folder), copy_text_assets(source.text_directory, Path(folder)))
+    text = None if calibrate is None else read_text(calibrate, source.text_directory)
     if plan.engine is not None:
         if weights == "reference":
             raise UnsupportedError(
@@ -117,6 +122,7 @@ def build(
     if planned is not None:
         planned(plan)
     with signals_held():  # what is behind these takes seconds to load
+        from qwen_export.building.calibration.calibrate_model import calibrated
         from qwen_export.building.emission import write_files, write_manifest
         from qwen_export.building.lower_graphs import lower
         from qwen_export.graphs.weights.referred_weights import refer_to_checkpoint
@@ -125,9 +131,10 @@ def build(
         say("capturing the graph", 0, 0)
         models = lower(source, plan, Path(dump_ir) if dump_ir else None)
         references = refer_to_checkpoint(list(models.values()), source, staging) if weights == "reference" else {}
-        files = write_files(source, plan, models, staging, say, jobs, max_memory)
-        files |= {name: hash_file(staging / name) for name in references}
-        write_manifest(source, plan, models, files, references, staging)
+        with calibrated(source, plan, text, models, staging, say) as (plan, extra):
+            files = write_files(source, plan, models, staging, say, jobs, max_memory)
+        files |= {name: hash_file(staging / name) for name in (*references, *extra)}
+        write_manifest(source, plan, models, files, references, staging, text)
     return Path(output)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
+from qwen_export.building.calibration.calibration_text import CalibrationText
 from qwen_export.building.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
 from qwen_export.building.staging import journal_path
 from qwen_export.building.text_assets import copy_text_assets, stop_ids
@@ -19,6 +20,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.formats.format_table import storage_summary
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
+from qwen_export.graphs.quantization.calibrated_codes import with_codes
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.graphs.rotary import rotary_axes, rotary_frequencies
 from qwen_export.graphs.weights.block_budget import block_budget
@@ -74,9 +76,10 @@ def write_files(
 
     with CheckpointReader(source) as reader:
         budget, files = block_budget(graphs, max_memory), dict[str, FileEntry]()
+        values = with_codes(reader, plan.quantization.codes if plan.quantization else None)
         for number, (name, readers) in enumerate(weight_files(models).items()):
-            resume = Resume(Journal(journal_path(staging, number)), reader.identity)
-            files[name] = write_weights(readers, reader, staging / name, progress, jobs=jobs, budget=budget, resume=resume)
+            resume = Resume(Journal(journal_path(staging, number)), values.identity)
+            files[name] = write_weights(readers, values, staging / name, progress, jobs=jobs, budget=budget, resume=resume)
     for model in models.values():
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
@@ -144,6 +147,7 @@ def write_manifest(
     files: dict[str, FileEntry],
     references: dict[str, Reference],
     staging: Path,
+    calibration: CalibrationText | None = None,
 ) -> None:
     text = source.config.text
     inv_freq, scaling = rotary_frequencies(text)
@@ -180,7 +184,8 @@ def write_manifest(
             "recurrent state": "fp32",
             "attention cache": plan.activations,
         }
-        | (plan.quantization.to_json() if plan.quantization else {}),
+        | (plan.quantization.to_json() if plan.quantization else {})
+        | ({"calibration": str(calibration)} if calibration else {}),
         source={"architecture": source.config.architecture, "lowerings": {op: choice.name for op, choice in plan.choices.items()}}
         | ({ROPE_SCALING: source.rope_scaling} if source.rope_scaling else {})
         | ({ADAPTERS: adapter_facts(source.adapters)} if source.adapters else {}),

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.pass_pipeline import run_passes
-from qwen_export.graphs.call_sizes import DECODER, HEAD, TOWER
+from qwen_export.graphs.call_sizes import DECODER, HEAD, TOWER, CallSizes
 from qwen_export.graphs.capture import capture_decoder, capture_mtp, capture_vision
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_dtypes
@@ -24,7 +24,9 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
     """The plan's graphs by name, after the target's passes. Several graphs of one module share one trace. `dump` gets a folder per graph,
     with a text file per phase."""
     text, stored = source.config.text, stored_dtypes(source)
-    traced = {module: _capture(source, plan, module) for module in dict.fromkeys(graph.module for graph in plan.graphs.values())}
+    traced = {
+        module: _capture(source, plan, module) for module in {graph.module: None for graph in plan.graphs.values()} if module != TOWER
+    }
     models: dict[str, ir.Model] = {}
     for name, graph in plan.graphs.items():
         config = mtp_config(text) if graph.module == HEAD else text
@@ -38,7 +40,8 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
             sizes=graph.sizes,
             opset=plan.opset,
         )
-        models[name] = traced[graph.module].clone()
+        # A tower's trace is short, and has the sizes that the graph is for.
+        models[name] = _capture_tower(source, plan, graph.sizes) if graph.module == TOWER else traced[graph.module].clone()
         target = replace(plan.target, passes=plan.target.vision_passes) if graph.module == TOWER else plan.target
         run_passes(models[name], target, context, dump / name if dump else None)
     if len(plan.stages) > 1:
@@ -49,10 +52,6 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
 
 def _capture(source: Checkpoint, plan: BuildPlan, module: str) -> ir.Model:
     text, features = source.config.text, plan.vision.spec is not None
-    if module == TOWER:
-        if plan.vision.config is None:
-            raise ValueError("a plan without pictures has no tower")
-        return capture_vision(plan.vision.config, plan.activations)
     if module == HEAD:
         if plan.speculation is None:
             raise ValueError("a plan without speculation has no draft head")
@@ -60,4 +59,12 @@ def _capture(source: Checkpoint, plan: BuildPlan, module: str) -> ir.Model:
     else:
         model = capture_decoder(text, plan.activations, features=features)
     resolve_layout(model, text, StoredLayout.of(source))
+    return model
+
+
+def _capture_tower(source: Checkpoint, plan: BuildPlan, sizes: CallSizes | None) -> ir.Model:
+    if plan.vision.config is None:
+        raise ValueError("a plan without pictures has no tower")
+    model = capture_vision(plan.vision.config, plan.activations, sizes.T if sizes is not None else None)
+    resolve_layout(model, source.config.text, StoredLayout.of(source))
     return model

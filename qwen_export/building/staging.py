@@ -21,7 +21,7 @@ from qwen_export.errors import BuildError, Interrupted
 from qwen_export.manifest import MANIFEST
 
 JOURNAL = "journal"
-"""Beside the staged directory: notes of what is finished. Without it nothing is kept."""
+"""Beside the staged directory: notes of what is finished, in files whose names begin so. Without them nothing is kept."""
 
 
 def journal_path(staging: Path, number: int) -> Path:
@@ -79,7 +79,7 @@ def _work_directory(destination: Path) -> Iterator[Path]:
         try:
             yield work
         except KeyboardInterrupt as interrupt:
-            if not (work / JOURNAL).exists() or not (work / JOURNAL).stat().st_size:
+            if not any(journal.stat().st_size for journal in work.glob(f"{JOURNAL}*")):
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())

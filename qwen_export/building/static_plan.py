@@ -24,12 +24,14 @@ _SLOT_MULTIPLE = 64
 @dataclass(frozen=True)
 class StaticOptions:
     """`chunk`: tokens per prompt call; None is the target's default. `step_tokens`: tokens that one verify reads, 1 for none; None is 4
-    with speculation, else 1. `opset` None is the target's default. `decompose`: ops to build from simple ones, see DECOMPOSABLE."""
+    with speculation, else 1. `opset` None is the target's default. `decompose`: ops to build from simple ones, see DECOMPOSABLE.
+    `picture_tokens`: tokens of the largest picture of each graph of the vision tower; smaller ones are filled up to the next size."""
 
     chunk: int | None = None
     step_tokens: int | None = None
     opset: int | None = None
     decompose: tuple[str, ...] = ()
+    picture_tokens: tuple[int, ...] = (64, 256, 1024)
 
     def verified_tokens(self, *, speculates: bool) -> int:
         """Tokens that one verify reads; 1: there is none."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qwen_export.bundle_contract import is_tower
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import state_bytes
 
-_FORMATS = ("weights", "activations", "recurrent state", "attention cache")
+_FORMATS = ("weights", "calibration", "activations", "recurrent state", "attention cache")
 
 
 def is_bundle(path: Path) -> bool:
@@ -94,11 +95,13 @@ def _pictures(manifest: Manifest) -> dict[str, int] | None:
     if spec is None:
         return None
     per_token = spec.factor**2
+    towers = [graph.outputs[0].shape[1] for name, graph in manifest.graphs.items() if is_tower(name)]
+    most = min([spec.max_pixels // per_token, max((size for size in towers if isinstance(size, int)), default=spec.max_pixels)])
     return {
         "min_pixels": spec.min_pixels,
-        "max_pixels": spec.max_pixels,
+        "max_pixels": min(spec.max_pixels, most * per_token),
         "pixels_per_token": per_token,
-        "most_tokens": spec.max_pixels // per_token,
+        "most_tokens": most,
     }
 
 

@@ -17,17 +17,22 @@ from qwen_export.graphs.checkpoint.formats.plain_tensor import plain
 from qwen_export.graphs.checkpoint.stored_prefixes import MTP_PREFIX, VISION_PREFIX
 from qwen_export.graphs.checkpoint.tensor_names import decoder_tensors
 from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.quantization.precision_plan import INT4
 from qwen_export.graphs.rope_config import RopeConfig
 from qwen_export.targets import TARGETS, Target
 
 
 def inspect_checkpoint(
-    path: str | Path, rope_scaling: str | None = None, targets: Collection[str] = (), sms: tuple[str, ...] = ()
+    path: str | Path,
+    rope_scaling: str | None = None,
+    targets: Collection[str] = (),
+    sms: tuple[str, ...] = (),
+    calibrate: str | None = None,
 ) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
     bundle and of a run, and whether it would have a draft head and read pictures, or why not. `rope_scaling` as in `build`;
-    `targets`: only these, if any; `sms`: the compute capabilities that engines would be for."""
+    `targets`: only these, if any; `sms`: the compute capabilities that engines would be for; `calibrate`: as in `build`, for int4."""
     checkpoint = open_checkpoint(path, rope_scaling)
     text = checkpoint.config.text
     parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
@@ -54,7 +59,7 @@ def inspect_checkpoint(
         "notes": list(checkpoint.notes),
         "bytes": checkpoint.nbytes,
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
-        "targets": list(_targets(checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms))),
+        "targets": list(_targets(checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms), calibrate)),
     }
 
 
@@ -109,13 +114,14 @@ def why_not(error: QwenExportError) -> str:
     return error.got if isinstance(error, UnsupportedError) and error.got else str(error)
 
 
-def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions) -> Iterator[dict[str, Any]]:
+def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions, calibrate: str | None) -> Iterator[dict[str, Any]]:
     for target in targets:
         for device in target.devices:
             for precision in target.precisions:
                 entry: dict[str, Any] = {"target": target.name, "device": device, "precision": precision}
+                text = calibrate if precision == INT4 else None
                 try:
-                    plan = plan_build(checkpoint, target.name, device, precision, engine=engine)
+                    plan = plan_build(checkpoint, target.name, device, precision, engine=engine, calibrate=text)
                 except QwenExportError as error:
                     yield entry | {"supported": False, "why": why_not(error)}
                 else:
@@ -131,4 +137,5 @@ def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOp
                         "pictures": plan.vision.spec is not None,
                         "no_pictures": plan.vision.reason,
                         "quantized_matrices": _becomes(plan),
+                        "calibration": plan.calibration.note if plan.calibration else "",
                     }

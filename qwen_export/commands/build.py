@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
+from qwen_export.commands.calibration_flag import calibration_option
 from qwen_export.commands.engine_flags import engine_options
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
-from qwen_export.commands.param_types import Gigabytes
+from qwen_export.commands.param_types import Gigabytes, Numbers
 from qwen_export.commands.progress import progress
 from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.engine_options import EngineOptions
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     metavar="FILE",
     help="TOML file that overrides which matrices int8 or int4 quantizes, and how.",
 )
+@calibration_option
 @click.option("--device", default=None, type=click.Choice(["cpu", "cuda", "dml"]), help="Default: cpu, or the only device of the target.")
 @click.option(
     "--max-context", type=click.IntRange(1), metavar="N", help="Capacity of the caches in tokens; default 32768 or the model's limit."
@@ -77,6 +79,12 @@ if TYPE_CHECKING:
     "--decompose", multiple=True, type=click.Choice(DECOMPOSABLE), help="Build this op from simple ones; targets onnx and directml."
 )
 @click.option(
+    "--picture-tokens",
+    type=Numbers(),
+    metavar="N,N",
+    help="Sizes of pictures that the tower gets a graph for, in tokens of 32 x 32 pixels; default 64,256,1024; not target onnxruntime.",
+)
+@click.option(
     "--weights",
     default="copy",
     show_default=True,
@@ -107,11 +115,13 @@ def command(
     lookup: bool,
     vision: bool | None,
     plan_file: Path | None,
+    calibrate: str | None,
     dump_ir: Path | None,
     opset: int | None,
     chunk: int | None,
     step_tokens: int | None,
     decompose: tuple[str, ...],
+    picture_tokens: tuple[int, ...] | None,
     weights: str,
     stages: int,
     jobs: int | None,
@@ -131,9 +141,11 @@ def command(
         from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 
     device = device or TARGETS[target].devices[0]
-    options = StaticOptions(chunk, step_tokens, opset, decompose)
+    options = StaticOptions(chunk, step_tokens, opset, decompose, picture_tokens or StaticOptions.picture_tokens)
     if not TARGETS[target].static and options != StaticOptions():
-        raise click.UsageError("--opset, --chunk, --step-tokens and --decompose are for targets with graphs of fixed sizes")
+        raise click.UsageError(
+            "--opset, --chunk, --step-tokens, --decompose and --picture-tokens are for targets with graphs of fixed sizes"
+        )
     if not TARGETS[target].engines and engine != EngineOptions():
         raise click.UsageError("options of engines, from --sm on, are for the targets tensorrt and tensorrt-rtx")
     if sign is not None:
@@ -141,9 +153,9 @@ def command(
     named, checkpoint = checkpoint, local_checkpoint(checkpoint, hub_access)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
-    left = output.absolute().parent / f".{output.name}.partial" / "journal"
-    if left.is_file() and left.stat().st_size:
-        notice(f"going on with the finished weights that an interrupted build has left in {left.parent}")
+    left = output.absolute().parent / f".{output.name}.partial"
+    if any(journal.stat().st_size for journal in left.glob("journal*")):
+        notice(f"going on with the finished weights that an interrupted build has left in {left}")
     with progress() as report:
 
         def planned(plan: BuildPlan) -> None:
@@ -164,6 +176,7 @@ def command(
             lookup=lookup,
             vision=vision,
             plan_file=plan_file,
+            calibrate=calibrate,
             dump_ir=dump_ir,
             weights=weights,
             stages=stages,

@@ -10,6 +10,7 @@ import click
 
 from qwen_export.bundles.bundle_summary import inspect_bundle, is_bundle
 from qwen_export.commands.bundle_text import bundle_text
+from qwen_export.commands.calibration_flag import calibration_option
 from qwen_export.commands.engine_flags import compute_capabilities
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import count, mixers, size, verbosity_options
@@ -23,14 +24,23 @@ from qwen_export.targets import TARGETS
 @click.option("--target", multiple=True, type=click.Choice(list(TARGETS)), help="Only this target; may be given several times.")
 @click.option("--sm", metavar="LIST", help="As if engines were built for these compute capabilities, like 86,120.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
+@calibration_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @hub_options
 @verbosity_options
-def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: str | None, as_json: bool, hub_access: HubOptions) -> None:
+def command(
+    path: Path,
+    target: tuple[str, ...],
+    sm: str | None,
+    rope_scaling: str | None,
+    calibrate: str | None,
+    as_json: bool,
+    hub_access: HubOptions,
+) -> None:
     """Say what CHECKPOINT is and what each target can do with it, or what BUNDLE was built for. Reads headers only."""
     bundle = is_bundle(path)
-    if bundle and (target or sm or rope_scaling):
-        raise click.UsageError("--target, --sm and --rope-scaling are for checkpoints, and this is a bundle")
+    if bundle and (target or sm or rope_scaling or calibrate):
+        raise click.UsageError("--target, --sm, --rope-scaling and --calibrate are for checkpoints, and this is a bundle")
     if bundle:
         report = inspect_bundle(path)
     else:
@@ -39,7 +49,7 @@ def command(path: Path, target: tuple[str, ...], sm: str | None, rope_scaling: s
             from qwen_export.downloads.local_checkpoint import inspected_checkpoint
 
         with inspected_checkpoint(path, hub_access) as checkpoint:
-            report = inspect_checkpoint(checkpoint, rope_scaling, target, compute_capabilities(sm))
+            report = inspect_checkpoint(checkpoint, rope_scaling, target, compute_capabilities(sm), calibrate)
     click.echo(json.dumps(report, indent=1) if as_json else (bundle_text if bundle else _text)(report))
 
 
@@ -64,6 +74,7 @@ def _text(report: dict[str, Any]) -> str:
             memory = f"bundle {size(entry['bundle_bytes'])}, run {size(entry['run_bytes'])} at {entry['max_context']} tokens"
             lines.append(f"  yes  {name:24} {memory}")
             lines += [f"{'':32}{count} matrices {what}" for what, count in entry["quantized_matrices"].items()]
+            lines += [f"{'':32}{note}" for note in [entry["calibration"]] if note]
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
     missing = [line for what in ("draft head", "pictures") for line in _without(report["targets"], what)]

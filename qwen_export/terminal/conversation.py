@@ -41,7 +41,7 @@ class Conversation:
     @property
     def sees(self) -> bool:
         """Whether the model reads pictures."""
-        return "vision" in self.model.manifest.graphs
+        return self.model.manifest.vision is not None
 
     def attach(self, kind: str, path: Path) -> None:
         """A picture or video file for the next question. Raises QwenExportError for one that cannot be read."""

@@ -120,7 +120,7 @@ def verify_layers(
         del decoder, session
     say("eager model")
     quantized = manifest.target.precision in QUANTIZED
-    plan = reference_plan(source, manifest.precision_plan) if quantized else None
+    plan = reference_plan(source, manifest, directory) if quantized else None
     model = streamed_decoder(source, plan, lambda layer, count: tell("eager model, layers", layer, count))
     alone = observe(model, ids)
     beside = observe(model, ids, seen.streams())

@@ -33,13 +33,14 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, stored_tensors
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED, PrecisionPlan
-from qwen_export.manifest import ADAPTERS, ROPE_SCALING, Manifest, load_manifest, write_manifest
+from qwen_export.manifest import ADAPTERS, CALIBRATION, ROPE_SCALING, Manifest, load_manifest, write_manifest
 from qwen_export.plugins.native.native_search import find_search
 from qwen_export.runtimes.backends.compatibility import psutil_memory
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.model import Model, load
 from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
+from qwen_export.verification.bundle_codes import BundleCodes
 from qwen_export.verification.tower_check import FEATURE_TOLERANCE, PictureRun, eager_features, eager_logits, run_pictures
 
 if TYPE_CHECKING:
@@ -113,12 +114,12 @@ def verify(
     if quantized:
         checks.append(compared("quantization", against, run.logits["prefill"], plain, manifest.target.precision))
         against = "eager, quant."
-        rows = _eager(source, reference_plan(source, manifest.precision_plan), text, say, "eager, quantized weights")
+        rows = _eager(source, reference_plan(source, manifest, directory), text, say, "eager, quantized weights")
     checks += [compared(name, against, got, rows[: len(ids)], "activations") for name, got in run.logits.items()]
     checks.append(run.rewind)
     checks.append(_greedy(run.chosen, rows[len(ids) - 1 : -1], limit))
     if run.pictures is not None:
-        plan = reference_plan(source, manifest.precision_plan) if quantized else None
+        plan = reference_plan(source, manifest, directory) if quantized else None
         wanted = eager_features(source, manifest, run.pictures, plan)
         share = FEATURE_TOLERANCE[arithmetic(manifest, activation_precision(manifest.target.precision, manifest.target.device))]
         checks += [
@@ -285,14 +286,15 @@ def _no_transformers(source: Checkpoint) -> str:
     return f"it needs {need / 2**30:.1f} GiB of memory, and {have / 2**30:.1f} GiB are free" if need > have else ""
 
 
-def reference_plan(source: Checkpoint, entries: dict[str, str]) -> PrecisionPlan:
-    """The precision plan of a bundle that was built from `source`."""
+def reference_plan(source: Checkpoint, manifest: Manifest, bundle: Path) -> PrecisionPlan:
+    """The precision plan of a bundle that was built from `source`, with the codes that were calibrated for it."""
+    entries = manifest.precision_plan
     plan, search = PrecisionPlan.from_json(entries), find_search()
     if search is not None:
         plan = dataclasses.replace(plan, search=search)
-    if not PrecisionPlan.keeps(entries):
-        return plan
-    return keep_stored(plan, source, [name for name, _ in stored_tensors(source.config.text, StoredLayout.of(source))])
+    if PrecisionPlan.keeps(entries):
+        plan = keep_stored(plan, source, [name for name, _ in stored_tensors(source.config.text, StoredLayout.of(source))])
+    return dataclasses.replace(plan, codes=BundleCodes(bundle, manifest, plan)) if CALIBRATION in manifest.files else plan
 
 
 def _transformers(source: Checkpoint, ids: list[int], scaled: bool) -> Logits:

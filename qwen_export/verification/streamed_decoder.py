@@ -18,6 +18,7 @@ from qwen_export.graphs.checkpoint.checkpoint_reader import CheckpointReader
 from qwen_export.graphs.checkpoint.tensor_names import StoredLayout, check_tensors
 from qwen_export.graphs.models.load_model import parameter_values
 from qwen_export.graphs.models.text_model import TextModel
+from qwen_export.graphs.quantization.calibrated_codes import with_codes
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.graphs.weights.expression import Weight
 from qwen_export.graphs.weights.stored_layout import parameter_weight
@@ -61,7 +62,8 @@ class _Values:
     def read(self, weight: Weight, start: int | None = None, stop: int | None = None) -> Tensor:
         """All of a weight, or rows of it."""
         with CheckpointReader(self._checkpoint) as reader:
-            return torch.from_numpy(parameter_values(weight, reader, self._quantization, start, stop))
+            values = with_codes(reader, self._quantization.codes if self._quantization else None)
+            return torch.from_numpy(parameter_values(weight, values, self._quantization, start, stop))
 
 
 def _stream(module: nn.Module, prefix: str, values: _Values, starts: Callable[[], object]) -> None:

@@ -34,11 +34,13 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class PictureRun:
-    """What a bundle made of two pictures: `features` [tokens,H] of each, and `logits` [T,V] of a prompt with both."""
+    """What a bundle made of two pictures: `features` [tokens,H] of each, and of a prompt with both the `logits` of the tokens from `first`
+    on."""
 
     pictures: tuple[Picture, ...]
     features: tuple[Floats, ...]
     prompt: ExpandedPrompt
+    first: int
     logits: Floats
 
 
@@ -58,13 +60,18 @@ def run_pictures(model: Model) -> PictureRun | None:
     media = [Medium(picture, "") for picture in pictures]
     prompt = expand_prompt(ids, None, media, spec, sight.encoder.features, lambda text: [])
     decoder, parts = model.decoder(), []
-    half = len(prompt.ids) // 2
-    for start, stop in ((0, half), (half, len(prompt.ids))):
-        read = prompt_read(0, prompt.ids, start, stop, prompt.pictures.media, prompt.pictures, stop - start)
-        parts.append(decoder.run([read])[0].array.copy())
+    half, end = len(prompt.ids) // 2, len(prompt.ids)
+    # Where a call has the logits of few tokens only, another graph reads the first half, without logits.
+    few = decoder.logit_tokens < half
+    step = decoder.logit_tokens if few else end - half
+    for start, stop in ((0, half), *((start, min(end, start + step)) for start in range(half, end, step))):
+        logits = 0 if few and stop == half else stop - start
+        read = prompt_read(0, prompt.ids, start, stop, prompt.pictures.media, prompt.pictures, logits)
+        rows = decoder.run([read])[0]
+        parts += [rows.array[:logits].copy()] if logits else []
     features = [sight.encoder.features(picture) for picture in pictures]
     wide = tuple(decode(as_bytes(one), dtype, one.shape) for one in features)
-    return PictureRun(pictures, wide, prompt, np.concatenate(parts))
+    return PictureRun(pictures, wide, prompt, half * few, np.concatenate(parts))
 
 
 def small_pictures(spec: VisionSpec) -> tuple[Picture, ...]:
@@ -99,10 +106,10 @@ def eager_features(source: Checkpoint, manifest: Manifest, run: PictureRun, quan
 
 
 def eager_logits(model: TextModel, run: PictureRun, features: list[Floats]) -> Floats:
-    """The logits of the prompt, by the eager decoder with the eager tower's features."""
+    """The same logits, by the eager decoder with the eager tower's features."""
     from qwen_export.graphs.models.eager_sequence import EagerSequence
 
     places = np.concatenate([one.places for one in run.prompt.pictures.seen])
     sequence = EagerSequence(model, len(run.prompt.ids))
     sequence.place(run.prompt.pictures.positions)
-    return sequence.read(run.prompt.ids, np.concatenate(features), places)
+    return sequence.read(run.prompt.ids, np.concatenate(features), places)[run.first :]

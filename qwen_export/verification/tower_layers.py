@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qwen_export.bundle_contract import FEATURES, VISION, VISION_INPUTS
+from qwen_export.bundle_contract import FEATURES, VISION, VISION_INPUTS, is_tower
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.layer_points import MIXER, OUTPUT, PRODUCT
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
@@ -22,6 +22,7 @@ from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.memory.buffers import Buffer, as_bytes, decode
 from qwen_export.runtimes.vision.patch_positions import patch_positions
+from qwen_export.runtimes.vision.tower_calls import filled_inputs
 from qwen_export.verification.tower_check import small_pictures
 
 if TYPE_CHECKING:
@@ -55,25 +56,35 @@ def tower_parts(
 
     from qwen_export.graphs.models.load_model import load_tower
 
-    if manifest.vision is None or VISION not in manifest.graphs:
+    if manifest.vision is None:
         return []
     tower = load_tower(source, quantization)
     picture = small_pictures(manifest.vision)[0]
     tokens = picture.grid.tokens(manifest.vision.merge_size)
+    name, size = _graph_for(manifest, tokens)
     inputs = dict(patch_positions(picture.grid.rows, picture.grid.columns, manifest.vision))
     inputs[VISION_INPUTS[0]] = picture.rows(manifest.vision).reshape(1, tokens, manifest.vision.merge_size**2, -1)
-    with _with_outputs(bundle, manifest) as (there, changed):
-        session = open_backend(bundle, changed, OpenOptions(graphs=there, device_id=device_id))(VISION)
-        got = _run(session, inputs)
+    with _with_outputs(bundle, manifest, name) as (there, changed):
+        session = open_backend(bundle, changed, OpenOptions(graphs=there, device_id=device_id))(name)
+        got = _run(session, filled_inputs(inputs, size) if size else inputs)
         session.close()
+    got = {key: values[: len(values) * tokens // size] for key, values in got.items()} if size else got
     with torch.no_grad():
         return list(_compared(tower, [torch.from_numpy(inputs[name]) for name in VISION_INPUTS], got))
 
 
+def _graph_for(manifest: Manifest, tokens: int) -> tuple[str, int]:
+    """The graph that reads a picture of so many tokens, and how many it is filled up to; 0 where it has any number."""
+    if VISION in manifest.graphs:
+        return VISION, 0
+    sizes = {name: int(graph.outputs[0].shape[1]) for name, graph in manifest.graphs.items() if is_tower(name)}
+    return min(((name, size) for name, size in sizes.items() if size >= tokens), key=lambda graph: graph[1])
+
+
 @contextmanager
-def _with_outputs(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Manifest]]:
+def _with_outputs(bundle: Path, manifest: Manifest, name: str) -> Iterator[tuple[Path, Manifest]]:
     """The tower's graph with the stream behind each block as an output."""
-    spec = manifest.graphs[VISION]
+    spec = manifest.graphs[name]
     model = ir.load(file_path(bundle, spec.file))
     kind = ir.DataType.from_short_name(_SHORT[manifest.precision_plan["activations"]])
     outputs = []
@@ -86,7 +97,7 @@ def _with_outputs(bundle: Path, manifest: Manifest) -> Iterator[tuple[Path, Mani
         there = Path(directory)
         ir.save(model, there / "vision.onnx")
         graph = replace(spec, file="vision.onnx", outputs=(*spec.outputs, *outputs))
-        yield there, replace(manifest, graphs={VISION: graph})
+        yield there, replace(manifest, graphs={name: graph})
 
 
 def _run(session: Session, inputs: dict[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from qwen_export.bundle_contract import FEATURES
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.session import Session
@@ -51,6 +52,7 @@ class StaticDecoder(Decoder):
         self.tables.fill(rows)
         self._states = [StaticStates(self._graphs) for _ in range(batch)]
         self._accepted = [0] * batch
+        self.sees = any(spec.name == FEATURES for spec in prompt.spec.inputs)
         head = {name: sessions[name] for name in HEAD_GRAPHS if name in sessions}
         self.head = StaticDraftHead(head, self, self.tables) if drafts and head else None
 
@@ -133,6 +135,7 @@ class StaticDecoder(Decoder):
             accepted=[self._accepted[slot]],
             commit=[count if read.commit else 0],
         )
+        self._place(graph, slot, read, start, stop)
         self._states[slot].run(name, self.tables.of(slot))
         if self.observer is not None:
             self.observer(sequence.length, count, graph.results)
@@ -141,6 +144,18 @@ class StaticDecoder(Decoder):
         if self.head is not None:
             self.head.append(slot, graph.results["hidden"], 0, count)
         return graph.logits()
+
+    def _place(self, graph: StaticGraph, slot: int, read: Read, start: int, stop: int) -> None:
+        """What pictures have for tokens `start` .. `stop - 1` of a read, for the graph and the draft head."""
+        chosen = [i for i, place in enumerate(read.places) if start <= place < stop]
+        places = [read.places[i] - start for i in chosen]
+        if read.features is None or not chosen:
+            graph.place((), ())
+            return
+        features = read.features[chosen]
+        graph.place(list(features), places)
+        if self.head is not None:
+            self.head.see(slot, self.sequences[slot].length, features, places)
 
     def _accept(self, count: int, slot: int) -> None:
         self._accepted[slot] = count

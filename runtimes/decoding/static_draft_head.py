@@ -54,6 +54,7 @@ class StaticDraftHead(DraftHead):
         for slot, token in tokens.items():
             if self._drafts is not None:
                 self._graphs[HEAD_STEP].controls["hidden"].copy_from(self._drafts, 0, slot * self._row_bytes, self._row_bytes)
+            self._graphs[HEAD_STEP].place((), ())
             row = self._call(slot, HEAD_STEP, [token], self.lengths[slot] + depth - 1)
             made[slot] = row if len(tokens) == 1 else _copied(row)
         return made
@@ -71,6 +72,8 @@ class StaticDraftHead(DraftHead):
             part = tokens[start : start + size]
             row = self._row_bytes
             self._graphs[name].controls["hidden"].copy_from(self._log, 0, at + start * row, len(part) * row)
+            places, features = self._features(slot, start, len(part))
+            self._graphs[name].place(features, places)
             made = self._call(slot, name, part, self.lengths[slot] + start)
         return made
 

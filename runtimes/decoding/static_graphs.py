@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.bundle_contract import DECODER_GRAPHS as DECODER_GRAPHS
+from qwen_export.bundle_contract import FEATURES, PLACES
 from qwen_export.bundle_contract import HEAD_GRAPHS as HEAD_GRAPHS
 from qwen_export.bundle_contract import HEAD_PROMPT as HEAD_PROMPT
 from qwen_export.bundle_contract import HEAD_STEP as HEAD_STEP
@@ -20,6 +21,7 @@ from qwen_export.bundle_contract import STEP as STEP
 from qwen_export.bundle_contract import VERIFY as VERIFY
 from qwen_export.manifest import READ_AGAIN, Manifest
 from qwen_export.runtimes.backends.session import Call, Session
+from qwen_export.runtimes.decoding.features_memory import PlacedFeatures
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.decoding.rotary_tables import TABLES
 from qwen_export.runtimes.memory.buffers import Buffer
@@ -42,6 +44,7 @@ class StaticGraph:
         self.results = {t.name: buffer(t.dtype, fixed(t.shape)) for t in session.spec.outputs if t.name not in after}
         self.T = self.controls["input_ids"].shape[1]
         results = self.results
+        self._pictures = PlacedFeatures(self.controls[FEATURES], self.controls[PLACES]) if FEATURES in self.controls else None
         self._logits = LogitsBuffers(results["logits"], results.get(TOP_LOGITS), results.get(TOP_IDS)) if "logits" in results else None
 
     def set(self, **values: Sequence[int]) -> None:
@@ -49,6 +52,11 @@ class StaticGraph:
         for name, value in values.items():
             if name in self.controls:
                 self.controls[name].write_ints(value)
+
+    def place(self, features: Sequence[npt.NDArray[np.generic]], places: Sequence[int]) -> None:
+        """What stands for the tokens at `places` of the next call instead of their embeddings, a row for each; none for a call of text."""
+        if self._pictures is not None:
+            self._pictures.place(features, places)
 
     def padded(self, ids: Sequence[int]) -> list[int]:
         """As many token ids as the graph takes."""

@@ -37,7 +37,7 @@ def model_routes(service: Service) -> APIRouter:
 
     def card(name: str) -> dict[str, Any]:
         made = {"id": name, "object": "model", "created": service.created, "owned_by": "qwen-export", "root": service.names[0]}
-        capabilities = {"vision": "vision" in service.model.manifest.graphs}
+        capabilities = {"vision": service.model.manifest.vision is not None}
         return {**made, "parent": None, "max_model_len": service.engine.statistics.longest, "capabilities": capabilities}
 
     @router.get("/v1/models")

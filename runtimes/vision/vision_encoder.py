@@ -6,34 +6,26 @@ import threading
 from collections import OrderedDict
 
 import numpy as np
-import numpy.typing as npt
 
-from qwen_export.bundle_contract import FEATURES, VISION_INPUTS
+from qwen_export.bundle_contract import VISION_INPUTS
 from qwen_export.manifest import VisionSpec
-from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.stop_signal import StopSignal
-from qwen_export.runtimes.memory.buffers import Buffer, as_bytes
 from qwen_export.runtimes.vision.patch_positions import patch_positions
 from qwen_export.runtimes.vision.picture import Picture
+from qwen_export.runtimes.vision.tower_calls import Features, TowerCalls
 
 KEPT_BYTES = 256 << 20
 """Of features that are kept for pictures that come again, as all pictures of a conversation do in each of its turns."""
-_CALL_PATCHES = 16384
-"""Slices of a video share a call up to so many patches: more of them cost memory, and are not faster."""
-
-Features = npt.NDArray[np.generic]
 
 
 class VisionEncoder:
-    """Over the graph `vision` of a bundle. May be shared by threads."""
+    """Over the tower of a bundle. May be shared by threads."""
 
-    def __init__(self, session: Session, spec: VisionSpec, kept_bytes: int = KEPT_BYTES) -> None:
-        self.session, self.spec, self._limit = session, spec, kept_bytes
+    def __init__(self, tower: TowerCalls, spec: VisionSpec, kept_bytes: int = KEPT_BYTES) -> None:
+        self.tower, self.spec, self._limit = tower, spec, kept_bytes
         self._kept: OrderedDict[bytes, Features] = OrderedDict()
         self._bytes = 0
-        self._lock, self._tower = threading.Lock(), threading.Lock()
-        output = next(tensor for tensor in session.spec.outputs if tensor.name == FEATURES)
-        self._dtype, self._width = output.dtype, int(output.shape[-1])
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self.encoded = 0
         """Pictures and videos that the tower has read so far."""
 
@@ -43,7 +35,7 @@ class VisionEncoder:
         kept = self._find(picture)
         if kept is not None:
             return kept
-        with self._tower:
+        with self._turn:
             kept = self._find(picture)  # another thread may have wanted the same
             if kept is not None:
                 return kept
@@ -68,25 +60,9 @@ class VisionEncoder:
         spec, grid = self.spec, picture.grid
         M, K = spec.merge_size**2, grid.tokens(spec.merge_size)
         positions = patch_positions(grid.rows, grid.columns, spec)
-        at_once, parts = max(1, _CALL_PATCHES // (K * M)), []
+        at_once, parts = self.tower.at_once(K, M), []
         for start in range(0, grid.slices, at_once):
             rows = picture.rows(spec, start, at_once)
-            inputs = {VISION_INPUTS[0]: rows.reshape(len(rows), K, M, -1), **positions}
-            parts.append(self._call(inputs, (len(rows), K, self._width), stop).reshape(-1, self._width))
+            made = self.tower.run({VISION_INPUTS[0]: rows.reshape(len(rows), K, M, -1), **positions}, stop)
+            parts.append(made.reshape(-1, made.shape[-1]))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
-
-    def _call(self, inputs: dict[str, npt.NDArray[np.generic]], shape: tuple[int, ...], stop: StopSignal) -> Features:
-        """Every picture may have a size of its own, so that nothing is kept from call to call."""
-        call, memory = self.session.call(repeated=False), list[Buffer]()
-        for spec in self.session.spec.inputs:
-            array = inputs[spec.name]
-            buffer = self.session.buffer(spec.dtype, array.shape)
-            buffer.write(as_bytes(array))
-            call.bind_input(spec.name, buffer)
-            memory.append(buffer)
-        output = self.session.buffer(self._dtype, shape)
-        call.bind_output(FEATURES, output)
-        with stop.ends(call.stop):
-            call.run()
-        made = output.read()
-        return (made.view(np.float32) if self._dtype == "float" else made.view(np.uint16)).reshape(shape)

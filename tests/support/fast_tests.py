@@ -28,6 +28,7 @@ FAST = (
     "test_gated_attention_op.py",
     "test_gguf.py",
     "test_hub.py",
+    "test_gptq.py",
     "test_graph_invariants.py",
     "test_logit_rows.py",
     "test_ops.py",

@@ -20,8 +20,8 @@ from tests.support.plugin_session import plugin_session
 Array = npt.NDArray[Any]
 
 EPSILON = 1e-6
-# Every remainder of a tile, and more than one tile.
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33)
+# Every remainder of a tile, and more than one tile; from 32 on in tile registers, where the set has them, the last one full or not.
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 43)
 SHAPES = ((37, 100), (48, 416))
 FORMATS = tuple(QuantFormat(*given) for given in product((4, 8), (32, 64, 128), (False, True), (False, True)))
 # An activation that lies between two codes may go to either: fp32 here, float64 in the reference.
@@ -41,13 +41,18 @@ def run(made: ort.InferenceSession, **tensors: Array) -> Array:
     return np.asarray(made.run(None, tensors)[0])
 
 
-def random_matrix(format: QuantFormat, N: int, K: int) -> tuple[Array, Array]:
-    """A packed matrix of arbitrary codes, scales of both signs and zeros, and what it stands for."""
+def random_codes(format: QuantFormat, N: int, K: int) -> tuple[Array, Array, Array | None]:
+    """Arbitrary codes [N,K], scales of both signs and zeros [N,blocks]."""
     rng = np.random.default_rng(N * 10000 + K)
     blocks, top = format.blocks(K), 1 << format.bits
     codes = rng.integers(0, top, (N, K)).astype(np.uint8)
     scales = (rng.normal(size=(N, blocks)) / K**0.5 / top).astype(format.scale_dtype)
-    zeros = rng.integers(0, top, (N, blocks)).astype(np.uint8) if format.zeros else None
+    return codes, scales, rng.integers(0, top, (N, blocks)).astype(np.uint8) if format.zeros else None
+
+
+def random_matrix(format: QuantFormat, N: int, K: int) -> tuple[Array, Array]:
+    """A packed matrix of arbitrary codes, and what it stands for."""
+    codes, scales, zeros = random_codes(format, N, K)
     return pack(format, codes, scales, zeros), dequantize(format, codes, scales, zeros)
 
 
@@ -60,6 +65,32 @@ def rounded(x: Array, block: int) -> Array:
     scale = np.abs(blocks).max(axis=2, keepdims=True) / 127
     codes = np.rint(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
     return np.asarray((codes * scale).reshape(M, -1)[:, :K])
+
+
+def blocks_of(values: Array, block: int) -> Array:
+    """[rows, K] as [rows, blocks, block], zeros behind K."""
+    rows, K = values.shape
+    padded = np.zeros((rows, -(-K // block) * block), values.dtype)
+    padded[:, :K] = values
+    return padded.reshape(rows, -1, block)
+
+
+def exact_bits(format: QuantFormat, x: Array, w: tuple[Array, Array, Array | None]) -> list[Array]:
+    """The product by quant.h: sums of blocks as integers, blocks one after the other in fp32, with fused multiply-adds and without."""
+    codes, scales, zeros = w
+    values = blocks_of(x, format.block)
+    most = np.abs(values).max(axis=2)
+    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 0)
+    a, a_scales = np.rint(values * inverse[..., None]).astype(np.int64), most / np.float32(127)
+    zero = np.full(scales.shape, 1 << (format.bits - 1)) if zeros is None else zeros.astype(np.int64)
+    b = blocks_of(codes.astype(np.int64), format.block) - zero[..., None]
+    sums = np.einsum("mbk,nbk->bmn", a, b).astype(np.float32)
+    fused = unfused = np.zeros(sums.shape[1:], np.float32)
+    for i, block in enumerate(sums):
+        scale = scales[:, i].astype(np.float32) * a_scales[:, i, None]
+        fused = (block.astype(np.longdouble) * scale + fused).astype(np.float32)
+        unfused = block * scale + unfused
+    return [fused, unfused]
 
 
 def expected(op: str, format: QuantFormat, x: Array, w: Array, residual: Array | None = None, norm: Array | None = None) -> Array:
@@ -111,6 +142,18 @@ def check_swiglu(library: str) -> None:
             assert np.array_equal(run(made, x=x[:M], w=packed, norm=norm), whole[:M]), ("bits differ", format, N, K, M)
 
 
+def check_bits(library: str) -> None:
+    """Every instruction set gives the bits of plain integers, few rows and many: sets differ in fused multiply-adds only."""
+    for format, (N, K) in product(FORMATS, SHAPES):
+        w = random_codes(format, N, K)
+        x = np.random.default_rng(4).normal(size=(ROWS[-1], K)).astype(np.float32)
+        x[1] = 0
+        made, packed = session(library, "QuantLinear", format, N, K, ("x", "w")), pack(format, *w)
+        wanted = exact_bits(format, x, w)
+        for M in (1, ROWS[-1]):
+            assert any(np.array_equal(run(made, x=x[:M], w=packed), bits[:M]) for bits in wanted), ("bits differ", format, N, K, M)
+
+
 def check_prefix(library: str) -> None:
     """The first rows of a packed matrix are a packed matrix: a draft head reads part of the head."""
     for format in FORMATS:
@@ -126,4 +169,5 @@ def check_prefix(library: str) -> None:
 if __name__ == "__main__":
     check_products(sys.argv[1])
     check_swiglu(sys.argv[1])
+    check_bits(sys.argv[1])
     check_prefix(sys.argv[1])

@@ -19,7 +19,7 @@ from tests.test_parity import tiny
 def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The graphs that the engines stand for, in a bundle that ONNX Runtime runs."""
     directory = tmp_path_factory.mktemp("portable")
-    checkpoint = synthesize(tiny(value_ratio=2, query_ratio=4, tied=True), directory / "checkpoint")
+    checkpoint = synthesize(tiny(value_ratio=2, query_ratio=4, tied=True, vision=False), directory / "checkpoint")
     options = StaticOptions(CHUNK, step_tokens=WIDTH)
     return build(checkpoint, directory / "bundle", target="onnx", max_context=CAPACITY, options=options)
 

@@ -2,7 +2,7 @@
 # Builds libqwen_export_cpu.so in the folder above, where `qwen-export build --device cpu` finds it. Needs a C++17 compiler and nothing else.
 #   CXX, CXXFLAGS   the compiler, gcc or clang, and its optimization
 #   JOBS            files compiled at a time; default one per core
-# Files in kernels/ are compiled once per instruction set (isa.h).
+# Files in kernels/ are compiled once per instruction set, those in kernels/tiles/ for sets with tiles (isa.h).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 : "${CXX:=c++}" "${CXXFLAGS:=-O3}" "${JOBS:=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)}"
@@ -11,19 +11,34 @@ command -v "$CXX" >/dev/null || { echo "error: there is no C++ compiler $CXX. In
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-case $(uname -m) in
-  x86_64) sets="base: avx2:-mavx2,-mfma,-mf16c avx512:-mavx512f,-mavx512bw,-mavx512dq,-mavx512vl,-mavx512vnni,-mavx2,-mfma,-mf16c" ;;
-  *) sets="base:" ;;
+avx512=-mavx512f,-mavx512bw,-mavx512dq,-mavx512vl,-mavx512vnni,-mavx2,-mfma,-mf16c
+sets=base: tile_sets=base: defines=
+case $(uname -sm) in
+  *x86_64) sets="base: avx2:-mavx2,-mfma,-mf16c avx512:$avx512" ;;
 esac
-# One line per object: its name, the source and the flags.
-{
-  for source in *.cc; do echo "$(basename "$source" .cc) $source"; done
-  for source in kernels/*.cc; do
-    for set in $sets; do
+# Tiles need a compiler and an assembler of 2020 or later, and Linux, which the library asks for them.
+amx=$avx512,-mamx-tile,-mamx-int8
+if [ "$(uname -sm)" = "Linux x86_64" ] && echo 'void f() { __asm__ volatile("tdpbssd %tmm2, %tmm1, %tmm0"); }' > "$work/probe.cc" &&
+   "$CXX" $(echo "$amx" | tr ',' ' ') -c "$work/probe.cc" -o "$work/probe.o" 2> "$work/probe.log"; then
+  tile_sets="base: amx:$amx" defines=-DQWEN_AMX
+else
+  echo "note: without kernels for AMX, which this compiler or system does not have"
+fi
+rm -f "$work/probe.o"
+
+# Lines of the objects of $1 for the sets $2: name, source and flags.
+objects() {
+  for source in "$1"/*.cc; do
+    for set in $2; do
       # gcc 12 warns about its own AVX-512 header.
-      echo "$(basename "$source" .cc)_${set%%:*} $source -Wno-uninitialized -Wno-maybe-uninitialized -DQWEN_SET=${set%%:*} $(echo "${set#*:}" | tr ',' ' ')"
+      echo "$(basename "$source" .cc)_${set%%:*} $source -Wno-uninitialized -Wno-maybe-uninitialized $defines -DQWEN_SET=${set%%:*} $(echo "${set#*:}" | tr ',' ' ')"
     done
   done
+}
+{
+  for source in *.cc; do echo "$(basename "$source" .cc) $source $defines"; done
+  objects kernels "$sets"
+  objects kernels/tiles "$tile_sets"
 } > "$work/objects"
 
 count=$(wc -l < "$work/objects" | tr -d ' ')

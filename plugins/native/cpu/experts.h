@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "product.h"
-#include "quant.h"
+#include "quant_form.h"
 
 namespace qwen {
 
@@ -67,62 +67,63 @@ struct QuantExperts {
   const uint8_t* w;
   QuantFormat format;  // of the matrix of one expert
 
-  size_t input_bytes(size_t rows) const { return (rows + tile_rows() - 1) / tile_rows() * tile_bytes(); }
+  size_t input_bytes(size_t rows) const {
+    const QuantForm form(format, int64_t(rows));
+    return size_t(form.count()) * form.tile_bytes();
+  }
 
   void prepare(const float* const* rows, size_t count, void* input) const {
     static const auto quantize = QWEN_BEST(quantize_tile);
     static thread_local std::vector<float> gathered, scratch;
-    const size_t K = size_t(format.K);
-    gathered.resize(tile_rows() * K);
+    const QuantForm form(format, int64_t(count));
+    const size_t K = size_t(format.K), most = size_t(form.tile_rows());
+    gathered.resize(most * K);
     scratch.resize(size_t(format.padded()));
-    for (size_t start = 0; start < count; start += tile_rows()) {
-      const size_t here = std::min(tile_rows(), count - start);
+    for (size_t start = 0; start < count; start += most) {
+      const size_t here = std::min(most, count - start);
       for (size_t i = 0; i < here; i++) std::memcpy(gathered.data() + i * K, rows[start + i], K * sizeof(float));
-      quantize(format, gathered.data(), nullptr, 0, scratch.data(), tile(input, start, count));
+      quantize(format, gathered.data(), nullptr, 0, scratch.data(), form.tile(input, int64_t(start / most)));
     }
   }
 
   void swiglu(size_t e, const void* input, size_t rows, size_t first, size_t last, float* out) const {
-    static const auto panel = QWEN_BEST(quant_panel);
     static const auto activate = QWEN_BEST(quant_swiglu);
     const size_t columns = size_t(format.N) / 2;
-    for (size_t start = 0; start < rows; start += tile_rows()) {
-      const QuantTile x = tile(const_cast<void*>(input), start, rows);
-      for (size_t n = first; n < last; n += unit) {
-        alignas(64) float gate[kMostTileRows * kPanelRows], up[kMostTileRows * kPanelRows];
-        panel(format, at(e, n), x, gate);
-        panel(format, at(e, columns + n), x, up);
-        activate(gate, up, x.rows * kPanelRows, gate);
-        for (int i = 0; i < x.rows; i++) std::memcpy(out + (start + size_t(i)) * columns + n, gate + i * kPanelRows, unit * sizeof(float));
-      }
-    }
+    over_panels<2>(e, input, rows, first, last, columns, [&](size_t row, size_t n, int count, float* gate, float* up) {
+      activate(gate, up, count * kPanelRows, gate);
+      for (int i = 0; i < count; i++) std::memcpy(out + (row + size_t(i)) * columns + n, gate + i * kPanelRows, unit * sizeof(float));
+    });
   }
 
   void product(size_t e, const void* input, size_t rows, size_t first, size_t last, float* out) const {
-    static const auto panel = QWEN_BEST(quant_panel);
-    for (size_t start = 0; start < rows; start += tile_rows()) {
-      const QuantTile x = tile(const_cast<void*>(input), start, rows);
-      for (size_t n = first; n < last; n += unit) {
-        alignas(64) float values[kMostTileRows * kPanelRows];
-        panel(format, at(e, n), x, values);
-        const size_t count = std::min(unit, last - n);
-        for (int i = 0; i < x.rows; i++)
-          std::memcpy(out + (start + size_t(i)) * (last - first) + (n - first), values + i * kPanelRows, count * sizeof(float));
-      }
-    }
+    over_panels<1>(e, input, rows, first, last, 0, [&](size_t row, size_t n, int count, float* values, float*) {
+      const size_t width = std::min(unit, last - n);
+      for (int i = 0; i < count; i++)
+        std::memcpy(out + (row + size_t(i)) * (last - first) + (n - first), values + i * kPanelRows, width * sizeof(float));
+    });
   }
 
   size_t row_bytes() const { return format.panel_bytes() / kPanelRows; }
 
  private:
-  static size_t tile_rows() {
-    static const size_t rows = size_t(QWEN_BEST(quant_tile_rows)());
-    return rows;
+  // task(row, n, rows, results of columns n .. n + 15, and of n + between ..) for each tile and panel.
+  template <int SETS, typename Task>
+  void over_panels(size_t e, const void* input, size_t rows, size_t first, size_t last, size_t between, const Task& task) const {
+    const QuantForm form(format, int64_t(rows));
+    const Panels panels(form, int64_t(SETS * ((last - first + unit - 1) / unit)));
+    const auto place = [&](size_t n, size_t set) { return int64_t((n - first) / unit * SETS + set); };
+    for (size_t n = first; n < last; n += unit)
+      for (size_t set = 0; set < SETS; set++) panels.open(at(e, n + set * between), place(n, set));
+    for (int64_t t = 0; t < form.count(); t++) {
+      const QuantTile x = form.tile(const_cast<void*>(input), t);
+      for (size_t n = first; n < last; n += unit) {
+        alignas(64) float results[SETS][kTileSlots * kPanelRows];
+        for (size_t set = 0; set < SETS; set++) panels.product(at(e, n + set * between), place(n, set), x, results[set]);
+        task(size_t(t * form.tile_rows()), n, x.rows, results[0], results[SETS - 1]);
+      }
+    }
   }
-  size_t tile_bytes() const { return aligned(QuantTile::bytes(format, int(tile_rows()))); }
-  QuantTile tile(void* input, size_t start, size_t rows) const {
-    return QuantTile::at(static_cast<char*>(input) + start / tile_rows() * tile_bytes(), format, int(std::min(tile_rows(), rows - start)));
-  }
+
   const uint8_t* at(size_t e, size_t row) const {
     return w + (e * size_t(format.panels()) + row / unit) * format.panel_bytes();
   }

@@ -25,7 +25,8 @@
 namespace qwen {
 
 constexpr int kPanelRows = 16;
-constexpr int kMostTileRows = 8;
+constexpr int kMostLaneRows = 8;
+constexpr int kTileSlots = 16, kMostTileDepth = 64;  // rows of a tile register and its bytes
 constexpr int kQuantUnit = 32;   // blocks are multiples of this
 constexpr int kGroupBlocks = 4;  // blocks whose scales are stored together
 
@@ -46,28 +47,31 @@ struct QuantFormat {
   int offset() const { return 1 << (bits - 1); }  // the zero of formats without zeros
 };
 
-// Rows of quantized activations that share one reading of a panel, interleaved: up to quant_tile_rows(), as the registers allow.
+// Some rows of quantized activations, in the order of one of the two kinds of products:
+//
+//   lanes   up to quant_tile_rows() rows, as the registers allow, share one reading of a panel; `unit` is 4 and `slots` is `rows`
+//   tiles   up to 16 rows, in tile registers; `unit` is the depth of a tile; unused slots are zeros
 struct QuantTile {
-  int rows = 0;
-  int8_t* codes = nullptr;       // [padded / 4][rows][4]
-  float* scales = nullptr;       // [blocks][rows]
-  float* corrections = nullptr;  // [blocks][rows]: with zeros the sum of the codes as fp32, else what the integer sum starts with, as int32
+  int rows = 0, slots = 0, unit = 0;
+  int8_t* codes = nullptr;       // [padded / unit][slots][unit]
+  float* scales = nullptr;       // [blocks][slots]
+  float* corrections = nullptr;  // [blocks][slots]: with zeros the sum of the codes as fp32, else, for lanes, what the sum starts with, as int32
 
-  static size_t bytes(const QuantFormat& format, int rows) {
-    return size_t(rows) * (size_t(format.padded()) + size_t(format.blocks()) * 2 * sizeof(float));
+  static size_t bytes(const QuantFormat& format, int slots) {
+    return size_t(slots) * (size_t(format.padded()) + size_t(format.blocks()) * 2 * sizeof(float));
   }
-  static QuantTile at(void* memory, const QuantFormat& format, int rows) {
+  static QuantTile at(void* memory, const QuantFormat& format, int rows, int slots, int unit) {
     QuantTile tile;
-    tile.rows = rows;
+    tile.rows = rows, tile.slots = slots, tile.unit = unit;
     tile.codes = static_cast<int8_t*>(memory);
-    tile.scales = reinterpret_cast<float*>(tile.codes + size_t(rows) * format.padded());
-    tile.corrections = tile.scales + size_t(rows) * format.blocks();
+    tile.scales = reinterpret_cast<float*>(tile.codes + size_t(slots) * format.padded());
+    tile.corrections = tile.scales + size_t(slots) * format.blocks();
     return tile;
   }
 };
 
-// quant_tile_rows: the most rows of a tile, at most kMostTileRows.
-// quantize_tile: rows x [tile.rows, K] into the tile, after an RMS norm with weight `norm` [K] where that is given. `scratch`: padded() values.
+// quant_tile_rows: the most rows of a tile in lanes, at most kMostLaneRows.
+// quantize_tile: rows x [tile.rows, K] into the tile of either kind, after an RMS norm with weight `norm` [K] where that is given. `scratch`: padded() values.
 // quant_panel: one panel times one tile: out [tile.rows, 16].
 // quant_swiglu: out [rows, 16] = silu(gate) * up, over one panel's worth of results.
 // quant_row: row `row` of a matrix as fp32 [K].
@@ -81,5 +85,32 @@ struct QuantTile {
   }
 QWEN_SETS(QWEN_QUANT)
 #undef QWEN_QUANT
+
+// What a product fetches of the panel that is opened next: it comes from memory, and opening it would wait.
+struct Ahead {
+  const uint8_t* from = nullptr;
+  int lines = 0;  // of 64 bytes, per block
+};
+
+// quant_open_panel: a panel as quant_tile_product reads it, quant_open_bytes() of memory aligned to 64 bytes.
+// quant_tiles_begin, quant_tiles_end: around the products of a thread.
+// quant_tile_product: one panel times one tile: out [rows up to 8 or 16, 16], the bits of quant_panel. Meanwhile fetches `ahead.lines` lines of
+// memory per block.
+#define QWEN_QUANT_TILES(SET)                                                                                     \
+  namespace SET {                                                                                                 \
+  void quant_open_panel(const QuantFormat& format, const uint8_t* panel, uint8_t* memory);                        \
+  void quant_tiles_begin(const QuantFormat& format);                                                              \
+  void quant_tile_product(const QuantFormat& format, const uint8_t* opened, const QuantTile& tile, const Ahead& ahead, float* out); \
+  void quant_tiles_end();                                                                                         \
+  }
+QWEN_TILE_SETS(QWEN_QUANT_TILES)
+#undef QWEN_QUANT_TILES
+
+// The part of a block that one tile takes.
+inline int quant_tile_depth(const QuantFormat& format) { return format.block % kMostTileDepth == 0 ? kMostTileDepth : kQuantUnit; }
+
+inline size_t quant_open_bytes(const QuantFormat& format) {
+  return size_t(kPanelRows) * (size_t(format.padded()) + size_t(format.blocks()) * 2 * sizeof(float));
+}
 
 }  // namespace qwen

@@ -9,17 +9,19 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #include "operator.h"
 #include "ops.h"
-#include "quant.h"
+#include "quant_form.h"
 
 namespace qwen {
 namespace {
 
 // About as much as stays in a core's second cache beside the activations of a few tiles.
 constexpr size_t kGroupBytes = 48 << 10;
+// Of a product in tile registers: a task has up to so many tiles, which its panels read again and again, and up to so many panels, fewer where
+// that leaves few tasks.
+constexpr int64_t kTilesOfTask = 16, kPanelsOfTask = 16, kTasks = 64;
 
 QuantFormat format_of(const Attributes& info) {
   QuantFormat format;
@@ -41,62 +43,77 @@ const uint8_t* packed_input(const Call& call, size_t index, const QuantFormat& f
   return call.input<uint8_t>(index);
 }
 
-// Memory of one thread that calls session.Run, kept from call to call: the allocator would return it to the system each time.
-char* workspace(size_t bytes) {
-  struct Block {
-    std::unique_ptr<char[]> memory;
-    size_t size = 0;
-  };
-  static thread_local Block block;
-  if (block.size < bytes + 64) {
-    block.memory.reset();
-    block.memory.reset(new char[bytes + 64]);
-    block.size = bytes + 64;
-  }
-  const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
-  return block.memory.get() + (64 - address % 64) % 64;
-}
-
-// All rows of a call, quantized, in tiles of up to 8.
+// All rows of a call, quantized, in tiles.
 class Activations {
  public:
-  Activations(const Call& call, const QuantFormat& format, const float* x, const float* norm, float epsilon, int64_t M) : format_(format), M_(M) {
+  Activations(const Call& call, const QuantFormat& format, const float* x, const float* norm, float epsilon, int64_t M) : form(format, M) {
     static const auto quantize = QWEN_BEST(quantize_tile);
-    tile_bytes_ = (QuantTile::bytes(format, tile_rows()) + 63) / 64 * 64;
-    const size_t scratch_bytes = (sizeof(float) * format.padded() + 63) / 64 * 64;
-    memory_ = workspace(size_t(tiles()) * (tile_bytes_ + scratch_bytes));
-    char* scratch = memory_ + size_t(tiles()) * tile_bytes_;
-    call.parallel(size_t(tiles()), [&](size_t t) {
-      quantize(format, x + int64_t(t) * tile_rows() * format.K, norm, epsilon, reinterpret_cast<float*>(scratch + t * scratch_bytes), tile(int64_t(t)));
+    static thread_local ThreadMemory memory;
+    const size_t scratch_bytes = (sizeof(float) * format.padded() + 63) / 64 * 64, tiles_bytes = size_t(form.count()) * form.tile_bytes();
+    memory_ = memory.at_least(tiles_bytes + size_t(form.count()) * scratch_bytes);
+    char* scratch = memory_ + tiles_bytes;
+    call.parallel(size_t(form.count()), [&](size_t t) {
+      quantize(format, x + int64_t(t) * form.tile_rows() * format.K, norm, epsilon, reinterpret_cast<float*>(scratch + t * scratch_bytes), tile(int64_t(t)));
     });
   }
 
-  static int64_t tile_rows() {
-    static const int rows = QWEN_BEST(quant_tile_rows)();
-    return rows;
-  }
-  int64_t tiles() const { return (M_ + tile_rows() - 1) / tile_rows(); }
-  QuantTile tile(int64_t t) const {
-    return QuantTile::at(memory_ + size_t(t) * tile_bytes_, format_, int(std::min(tile_rows(), M_ - t * tile_rows())));
-  }
+  QuantTile tile(int64_t t) const { return form.tile(memory_, t); }
+
+  const QuantForm form;
 
  private:
-  const QuantFormat& format_;
-  int64_t M_;
-  size_t tile_bytes_ = 0;
   char* memory_ = nullptr;
 };
 
-// task(panel, tile, index of the tile) for every pair; a group of panels stays in the cache while the tiles go by.
-template <typename Task>
-void over_panels(const Call& call, const Activations& activations, int64_t panels, size_t panel_bytes, const Task& task) {
-  const int64_t group = std::max<int64_t>(1, int64_t(kGroupBytes / panel_bytes));
-  call.parallel(size_t((panels + group - 1) / group), [&](size_t index) {
-    const int64_t begin = int64_t(index) * group, end = std::min(panels, begin + group);
-    for (int64_t t = 0; t < activations.tiles(); t++) {
-      const QuantTile tile = activations.tile(t);
-      for (int64_t panel = begin; panel < end; panel++) task(panel, tile, t);
+// Rows of results, and what is added to them. A result that comes from memory would hold up what is stored behind it.
+struct Output {
+  float* y;               // [M,N]
+  const float* residual;  // [M,N] or null
+  int64_t N;
+
+  void fetch(int64_t panel, int64_t row, int rows) const {
+    for (int64_t at = row * N + panel * kPanelRows, end = at + rows * N; at < end; at += N) {
+      __builtin_prefetch(y + at, 1, 3);
+      if (residual != nullptr) __builtin_prefetch(residual + at, 0, 3);
     }
+  }
+};
+
+struct Result {
+  alignas(64) float values[kTileSlots * kPanelRows];
+};
+
+// Each pair of a tile and of a panel at one place in every of SETS parts of the matrix, `panels` long: task(panel, tile, its first row, results).
+// A group of panels stays in the cache while tiles go by.
+template <int SETS, typename Task>
+void over_panels(const Call& call, const Activations& activations, const uint8_t* packed, int64_t panels, const Output& output, const Task& task) {
+  const QuantForm& form = activations.form;
+  const int64_t tiles = form.count(), together = form.tiles() ? kTilesOfTask : tiles, parts = (tiles + together - 1) / together;
+  const int64_t group = form.tiles() ? std::clamp<int64_t>(panels * parts / kTasks, 1, kPanelsOfTask)
+                                     : std::max<int64_t>(1, int64_t(kGroupBytes / (SETS * Panels::bytes(form))));
+  const auto stored = [&](int64_t panel, int set) { return packed + size_t(set * panels + panel) * form.format().panel_bytes(); };
+  call.parallel(size_t((panels + group - 1) / group * parts), [&](size_t index) {
+    const int64_t begin = int64_t(index) / parts * group, end = std::min(panels, begin + group);
+    const int64_t first = int64_t(index) % parts * together, last = std::min(tiles, first + together);
+    const Panels opened(form, SETS);
+    const auto one = [&](int64_t panel, int64_t t) {
+      const QuantTile tile = activations.tile(t);
+      if (form.tiles()) output.fetch(panel, t * form.tile_rows(), tile.rows);
+      Result results[SETS];
+      for (int set = 0; set < SETS; set++) {
+        const Ahead ahead = opened.ahead(panel + 1 < end ? stored(panel + 1, set) : nullptr, t - first, last - first);
+        opened.product(stored(panel, set), set, tile, results[set].values, ahead);
+      }
+      task(panel, tile, t * form.tile_rows(), results);
+    };
+    if (form.tiles())  // an open panel stays in the first cache
+      for (int64_t panel = begin; panel < end; panel++) {
+        for (int set = 0; set < SETS; set++) opened.open(stored(panel, set), set);
+        for (int64_t t = first; t < last; t++) one(panel, t);
+      }
+    else
+      for (int64_t t = first; t < last; t++)
+        for (int64_t panel = begin; panel < end; panel++) one(panel, t);
   });
 }
 
@@ -105,7 +122,6 @@ class QuantLinearKernel {
   explicit QuantLinearKernel(const Attributes& info) : format_(format_of(info)), epsilon_(info.real("epsilon")) {}
 
   void compute(Call& call) {
-    static const auto product = QWEN_BEST(quant_panel);
     Shape shape = call.shape(0);
     expect(!shape.empty() && shape.back() == format_.K, "QuantLinear: x [...,K] and the packed matrix do not fit");
     const int64_t M = rows_of(shape), N = format_.N;
@@ -115,17 +131,19 @@ class QuantLinearKernel {
     float* y = call.output<float>(0, shape);
     if (M == 0) return;
     const Activations activations(call, format_, x, norm, epsilon_, M);
-    over_panels(call, activations, format_.panels(), format_.panel_bytes(), [&](int64_t panel, const QuantTile& tile, int64_t t) {
-      alignas(64) float out[kMostTileRows * kPanelRows];
-      product(format_, packed + size_t(panel) * format_.panel_bytes(), tile, out);
+    over_panels<1>(call, activations, packed, format_.panels(), {y, residual, N}, [&](int64_t panel, const QuantTile& tile, int64_t row, const Result* results) {
       const int64_t n = panel * kPanelRows, count = std::min<int64_t>(kPanelRows, N - n);
       for (int m = 0; m < tile.rows; m++) {
-        const int64_t at = (t * Activations::tile_rows() + m) * N + n;
-        const float* row = out + m * kPanelRows;
-        if (residual != nullptr)
-          for (int64_t i = 0; i < count; i++) y[at + i] = row[i] + residual[at + i];
+        const int64_t at = (row + m) * N + n;
+        const float* values = results->values + m * kPanelRows;
+        if (residual != nullptr && count == kPanelRows)
+          for (int64_t i = 0; i < kPanelRows; i++) y[at + i] = values[i] + residual[at + i];
+        else if (residual != nullptr)
+          for (int64_t i = 0; i < count; i++) y[at + i] = values[i] + residual[at + i];
+        else if (count == kPanelRows)
+          std::memcpy(y + at, values, sizeof(float) * kPanelRows);
         else
-          std::memcpy(y + at, row, sizeof(float) * size_t(count));
+          std::memcpy(y + at, values, sizeof(float) * size_t(count));
       }
     });
   }
@@ -142,7 +160,6 @@ class QuantSwiGluKernel {
   }
 
   void compute(Call& call) {
-    static const auto product = QWEN_BEST(quant_panel);
     static const auto swiglu = QWEN_BEST(quant_swiglu);
     Shape shape = call.shape(0);
     expect(!shape.empty() && shape.back() == format_.K, "QuantSwiGlu: x [...,K] and the packed matrix do not fit");
@@ -153,13 +170,11 @@ class QuantSwiGluKernel {
     float* y = call.output<float>(0, shape);
     if (M == 0) return;
     const Activations activations(call, format_, x, norm, epsilon_, M);
-    over_panels(call, activations, panels, 2 * format_.panel_bytes(), [&](int64_t panel, const QuantTile& tile, int64_t t) {
-      alignas(64) float gate[kMostTileRows * kPanelRows], up[kMostTileRows * kPanelRows];
-      product(format_, packed + size_t(panel) * format_.panel_bytes(), tile, gate);
-      product(format_, packed + size_t(panels + panel) * format_.panel_bytes(), tile, up);
-      swiglu(gate, up, tile.rows * kPanelRows, gate);
+    over_panels<2>(call, activations, packed, panels, {y, nullptr, N}, [&](int64_t panel, const QuantTile& tile, int64_t row, Result* gate_up) {
+      float* const gate = gate_up[0].values;
+      swiglu(gate, gate_up[1].values, tile.rows * kPanelRows, gate);
       for (int m = 0; m < tile.rows; m++)
-        std::memcpy(y + (t * Activations::tile_rows() + m) * N + panel * kPanelRows, gate + m * kPanelRows, sizeof(float) * kPanelRows);
+        std::memcpy(y + (row + m) * N + panel * kPanelRows, gate + m * kPanelRows, sizeof(float) * kPanelRows);
     });
   }
 

@@ -76,6 +76,7 @@ inline Floats subtract_product(Floats c, Floats a, Floats b) { return _mm512_fnm
 inline Floats load_scales(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Floats load_scales(const float* p) { return _mm512_loadu_ps(p); }
 inline Floats load_zeros(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
+inline Ints load_ints(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 
 #elif defined(__AVX2__)
@@ -118,6 +119,7 @@ inline Floats subtract_product(Floats c, Floats a, Floats b) { return _mm256_fnm
 inline Floats load_scales(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Floats load_scales(const float* p) { return _mm256_loadu_ps(p); }
 inline Floats load_zeros(const uint8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
+inline Ints load_ints(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 
 #else
@@ -168,6 +170,7 @@ inline Floats subtract_product(Floats c, Floats a, Floats b) { return each<Float
 inline Floats load_scales(const uint16_t* p) { return each<Floats>([=](int i) { return half_to_float(p[i]); }); }
 inline Floats load_scales(const float* p) { return each<Floats>([=](int i) { return p[i]; }); }
 inline Floats load_zeros(const uint8_t* p) { return each<Floats>([=](int i) { return float(p[i]); }); }
+inline Ints load_ints(const int32_t* p) { return each<Ints>([=](int i) { return p[i]; }); }
 inline void store(float* p, Floats x) { std::memcpy(p, x.v, sizeof(x.v)); }
 
 #endif

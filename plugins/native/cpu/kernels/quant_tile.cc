@@ -22,6 +22,11 @@ float mean_of_squares(const float* x, int64_t K) {
 }
 
 float largest(const float* x, int count) {
+#if defined(__AVX512F__)
+  __m512 most = _mm512_setzero_ps();
+  for (int k = 0; k < count; k += 16) most = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(x + k)), most);
+  return _mm512_reduce_max_ps(most);
+#else
   float parts[16] = {};
   for (int k = 0; k < count; k += 16)
     for (int i = 0; i < 16; i++) {
@@ -31,12 +36,31 @@ float largest(const float* x, int count) {
   float result = 0;
   for (float part : parts) result = part > result ? part : result;
   return result;
+#endif
+}
+
+// 32 values times `inverse`, rounded to the nearest even, into `made`; returns their sum.
+inline int32_t round_unit(const float* values, float inverse, int8_t* made) {
+#if defined(__AVX512F__)
+  const __m512 by = _mm512_set1_ps(inverse);
+  const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values), by));
+  const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + 16), by));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(made), _mm512_cvtepi32_epi8(low));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(made + 16), _mm512_cvtepi32_epi8(high));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+#else
+  int32_t sum = 0;
+  for (int i = 0; i < kQuantUnit; i++) made[i] = int8_t(int32_t(std::nearbyint(values[i] * inverse)));
+  for (int i = 0; i < kQuantUnit; i++) sum += made[i];
+  return sum;
+#endif
 }
 
 }  // namespace
 
 void quantize_tile(const QuantFormat& format, const float* x, const float* norm, float epsilon, float* scratch, QuantTile tile) {
   const int64_t K = format.K;
+  if (tile.rows < tile.slots) std::memset(tile.codes, 0, QuantTile::bytes(format, tile.slots));
   for (int m = 0; m < tile.rows; m++, x += K) {
     if (norm != nullptr) {
       const float scale = 1.0f / std::sqrt(mean_of_squares(x, K) + epsilon);
@@ -50,14 +74,16 @@ void quantize_tile(const QuantFormat& format, const float* x, const float* norm,
       const float most = largest(values, format.block);
       const float inverse = most > 0 ? 127.0f / most : 0.0f;
       int32_t sum = 0;
-      int8_t* codes = tile.codes + (block * format.block * tile.rows) + m * 4;
       for (int k = 0; k < format.block; k += 32) {
-        alignas(32) int8_t made[32];
-        for (int i = 0; i < 32; i++) made[i] = int8_t(int32_t(std::nearbyint(values[k + i] * inverse)));
-        for (int i = 0; i < 32; i++) sum += made[i];
-        for (int i = 0; i < 8; i++) std::memcpy(codes + (k / 4 + i) * tile.rows * 4, made + 4 * i, 4);
+        alignas(32) int8_t made[kQuantUnit];
+        sum += round_unit(values + k, inverse, made);
+        const int64_t at = block * format.block + k;
+        if (tile.unit == 4)
+          for (int i = 0; i < 8; i++) std::memcpy(tile.codes + ((at / 4 + i) * tile.slots + m) * 4, made + 4 * i, 4);
+        else
+          std::memcpy(tile.codes + (at / tile.unit * tile.slots + m) * tile.unit + at % tile.unit, made, 32);
       }
-      const int64_t at = block * tile.rows + m;
+      const int64_t at = block * tile.slots + m;
       tile.scales[at] = most / 127.0f;
       if (format.zeros) {
         tile.corrections[at] = float(sum);

@@ -1,0 +1,114 @@
+// The two kinds of quantized products (quant.h) behind one face, for the ops: a row has the same bits in both.
+//
+//   lanes   panels as they are stored, rows a few at a time; decode steps, drafts, small batches
+//   tiles   a panel is opened once, to signed bytes, and then takes 16 rows at a time; prompts and larger batches, where has_tiles()
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#include "quant.h"
+
+namespace qwen {
+
+// Memory that a thread keeps from call to call, aligned to 64 bytes: the allocator would return it to the system each time.
+class ThreadMemory {
+ public:
+  char* at_least(size_t bytes) {
+    if (size_ < bytes + 64) {
+      memory_.reset();
+      memory_.reset(new char[size_ = bytes + 64]);
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (64 - address % 64) % 64;
+  }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  size_t size_ = 0;
+};
+
+// How M rows are multiplied.
+class QuantForm {
+ public:
+  QuantForm(const QuantFormat& format, int64_t M) : format_(&format), M_(M), tiles_(has_tiles() && M >= kFewestInTiles) {}
+
+  bool tiles() const { return tiles_; }
+  const QuantFormat& format() const { return *format_; }
+  int64_t tile_rows() const {
+    static const int lanes = QWEN_BEST(quant_tile_rows)();
+    return tiles_ ? kTileSlots : lanes;
+  }
+  int64_t count() const { return (M_ + tile_rows() - 1) / tile_rows(); }
+  size_t tile_bytes() const { return (QuantTile::bytes(*format_, int(tile_rows())) + 63) / 64 * 64; }
+
+  // Tile `t` of those whose memory begins at `memory`.
+  QuantTile tile(void* memory, int64_t t) const {
+    const int rows = int(std::min(tile_rows(), M_ - t * tile_rows()));
+    void* const at = static_cast<char*>(memory) + size_t(t) * tile_bytes();
+    if (!tiles_) return QuantTile::at(at, *format_, rows, rows, 4);
+    return QuantTile::at(at, *format_, rows, kTileSlots, quant_tile_depth(*format_));
+  }
+
+ private:
+  // Fewer do not pay for opening the matrix: at 16 rows both kinds take the same time, at 96 tiles 0.6 of it.
+  static constexpr int64_t kFewestInTiles = 32;
+  const QuantFormat* format_;
+  int64_t M_;
+  bool tiles_;
+};
+
+// Some panels of a matrix in one thread, ready for products with all tiles of a form. One at a time in a thread.
+class Panels {
+ public:
+  // Bytes of a panel as the form reads it.
+  static size_t bytes(const QuantForm& form) {
+    return form.tiles() ? (quant_open_bytes(form.format()) + 63) / 64 * 64 : form.format().panel_bytes();
+  }
+
+  // Room for `count` panels.
+  Panels(const QuantForm& form, int64_t count) : form_(form) {
+    if (!form.tiles()) return;
+    static const auto begin = QWEN_TILES(quant_tiles_begin);
+    static thread_local ThreadMemory memory;
+    opened_ = reinterpret_cast<uint8_t*>(memory.at_least(size_t(count) * bytes(form)));
+    begin(form.format());
+  }
+  ~Panels() {
+    static const auto end = QWEN_TILES(quant_tiles_end);
+    if (form_.tiles()) end();
+  }
+  Panels(const Panels&) = delete;
+  Panels& operator=(const Panels&) = delete;
+
+  // Before products with the stored panel, which goes into place `place`.
+  void open(const uint8_t* stored, int64_t place) const {
+    static const auto open = QWEN_TILES(quant_open_panel);
+    if (form_.tiles()) open(form_.format(), stored, opened_ + size_t(place) * bytes(form_));
+  }
+
+  // What the product with tile `t` of so many fetches of the panel that is opened after them; null: nothing.
+  Ahead ahead(const uint8_t* next, int64_t t, int64_t tiles) const {
+    if (next == nullptr || !form_.tiles()) return {};
+    const int64_t products = tiles * form_.format().blocks(), lines = (int64_t(form_.format().panel_bytes()) / 64 + products - 1) / products;
+    return {next + t * form_.format().blocks() * lines * 64, int(lines)};
+  }
+
+  // out [16, 16], of which tile.rows rows count.
+  void product(const uint8_t* stored, int64_t place, const QuantTile& tile, float* out, const Ahead& ahead = {}) const {
+    static const auto lanes = QWEN_BEST(quant_panel);
+    static const auto tiles = QWEN_TILES(quant_tile_product);
+    if (form_.tiles())
+      tiles(form_.format(), opened_ + size_t(place) * bytes(form_), tile, ahead, out);
+    else
+      lanes(form_.format(), stored, tile, out);
+  }
+
+ private:
+  const QuantForm form_;
+  uint8_t* opened_ = nullptr;
+};
+
+}  // namespace qwen
