@@ -82,10 +82,10 @@ class DirectmlBinding(ModuleType):
 
 class _Options:
     def __init__(self) -> None:
-        self._entries: dict[str, str] = {}
+        self.entries: dict[str, str] = {}
 
     def add_session_config_entry(self, key: str, value: str) -> None:
-        self._entries[key] = value
+        self.entries[key] = value
 
     def add_external_initializers(self, names: Sequence[str], values: Sequence[Any]) -> None:
         assert not names, "weights are read from the file beside the graph"
@@ -116,11 +116,11 @@ class _Value:
 
 class _Session:
     def __init__(self, module: DirectmlBinding, path: str, options: _Options, providers: Sequence[Any]) -> None:
-        settings = {key: value for key, value in vars(options).items() if not key.startswith("_")}
-        module.opened.append(Opened(Path(path).stem, tuple(providers), options._entries, settings))
+        settings = {key: value for key, value in vars(options).items() if key != "entries"}
+        module.opened.append(Opened(Path(path).stem, tuple(providers), options.entries, settings))
         self._module, self._graph = module, Path(path).stem
         self._signature = onnx.load(path, load_external_data=False).graph
-        self._handle = module.machine.open(Path(path), options._entries)
+        self._handle = module.machine.open(Path(path), options.entries)
         weakref.finalize(self, module.machine.close, self._handle)
 
     def get_inputs(self) -> list[real.NodeArg]:
