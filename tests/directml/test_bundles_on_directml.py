@@ -46,6 +46,7 @@ KINDS = (
     Kind("dense-int8", "demo-dense", "int8", 0.06),
     Kind("dense-int4", "demo-dense", "int4", 0.06),
     Kind("experts-fp16", "demo-moe", "fp16", 0.03),
+    Kind("experts-int4", "demo-moe", "int4", 0.06),
 )
 
 

@@ -66,6 +66,8 @@ class WineServer:
     def ask(self, *fields: object) -> str:
         stdin = self._process.stdin
         assert stdin is not None
+        if stdin.closed:  # what is collected after the end was released with the process
+            return ""
         try:
             stdin.write("\t".join(map(str, fields)) + "\n")
             stdin.flush()
