@@ -244,6 +244,7 @@ def _simplify_row_choice(model: ir.Model) -> None:
     shape = ir.Value(name=tensor.name, shape=ir.Shape([2]), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(shape)
     flat.replace_input_with(1, shape)
+    flat.attributes.pop("allowzero", None)  # no size is 0, and DirectML does not take it beside -1
     gather.replace_input_with(1, rows)
     RemoveUnusedNodesPass()(model)
 

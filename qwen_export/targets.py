@@ -157,7 +157,12 @@ _DEFINE_NBITS = PassStep(
 )
 _CHECK_STANDARD = PassStep("plugins.standard.check_standard:check_standard", "last: it checks what is written")
 _CHECK_DIRECTML = PassStep("plugins.directml.check_operators:check_operators", "last: it checks what is written")
-_UNSHARE_CONCAT = PassStep("plugins.directml.unshare_concat:unshare_concat", "after all rewrites: it decides on the readers of a value")
+_OWN_MEMORY = (
+    PassStep("plugins.directml.gather_parts:gather_parts", "after all rewrites: it decides on the readers of a value"),
+    PassStep(
+        "plugins.directml.unshare_concat:unshare_concat", "the same; after gather_parts, since its Split gives a value a second reader"
+    ),
+)
 
 _STANDARD_REWRITES = (
     _FIX_SIZES,
@@ -212,8 +217,8 @@ DIRECTML = Target(
     minimum_backend="1.22.0",
     devices=("dml",),
     precisions=("fp16", "fp32", "int8", "int4"),
-    passes=(*_STANDARD_REWRITES, _UNSHARE_CONCAT, _STAMP_OPSET, _CHECK_DIRECTML),
-    vision_passes=(*_STANDARD_TOWER, _UNSHARE_CONCAT, _STAMP_OPSET, _CHECK_DIRECTML),
+    passes=(*_STANDARD_REWRITES, *_OWN_MEMORY, _STAMP_OPSET, _CHECK_DIRECTML),
+    vision_passes=(*_STANDARD_TOWER, *_OWN_MEMORY, _STAMP_OPSET, _CHECK_DIRECTML),
     static=True,
     opsets=(20, 21),
 )

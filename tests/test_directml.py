@@ -154,6 +154,8 @@ def test_the_table_says_where_it_is_from() -> None:
         (lambda: node("Reshape", [value("x"), constant("s", [4])]), 20, ""),
         (lambda: node("Reshape", [value("x"), constant("s", [4])]), 23, "opset 23 means version 23"),
         (lambda: node("Reshape", [value("x"), value("s", ir.DataType.INT64)]), 21, "input 1 must be a constant"),
+        (lambda: node("Reshape", [value("x"), constant("s", [-1])], allowzero=1), 21, "no size may be -1"),
+        (lambda: node("Reshape", [value("x"), constant("s", [4])], allowzero=1), 21, ""),
         (lambda: node("Sigmoid", [value("x", ir.DataType.BFLOAT16)]), 21, "x is bfloat16, and DirectML takes float, float16"),
         (lambda: node("Sigmoid", [value("x")]), 21, ""),
         (lambda: node("Softplus", [value("x")]), 21, ""),

@@ -1,4 +1,5 @@
-"""What DirectML's kernels demand of a node beyond its type, read from the provider's sources (same commit as operators.json)."""
+"""What DirectML's kernels demand of a node beyond its type, read from the provider's sources (same commit as operators.json) or seen when
+it ran (tests/directml)."""
 
 from __future__ import annotations
 
@@ -49,6 +50,14 @@ def _matmul_nbits(node: ir.Node) -> str:
     return "K must be a multiple of the block size" if node.attributes.get_int("K") % node.attributes.get_int("block_size") else ""
 
 
+def _reshape(node: ir.Node) -> str:
+    """Seen with 1.24.4: the session cannot be opened ("Invalid parameter")."""
+    sizes = node.inputs[1].const_value if node.inputs[1] is not None else None
+    if sizes is None or not node.attributes.get_int("allowzero", 0):
+        return ""
+    return "with allowzero, no size may be -1" if -1 in sizes.numpy() else ""
+
+
 def _one_output(node: ir.Node) -> str:
     """DmlOperatorLayerNormalization.cpp, QueryLayerNormalization."""
     return "" if len([value for value in node.outputs if value.name]) == 1 else "only with one output"
@@ -57,6 +66,7 @@ def _one_output(node: ir.Node) -> str:
 _CHECKS: dict[str, Callable[[ir.Node], str]] = {
     "GroupQueryAttention": _group_query_attention,
     "MatMulNBits": _matmul_nbits,
+    "Reshape": _reshape,
     "SimplifiedLayerNormalization": _one_output,
     "LayerNormalization": _one_output,
 }

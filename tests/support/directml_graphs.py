@@ -1,4 +1,4 @@
-"""Graphs of a few nodes around Concat: those that DirectML 1.15.4 computes wrongly without `unshare_concat`, and their neighbors."""
+"""Graphs of a few nodes that DirectML 1.15.4 computes wrongly without `unshare_concat`, or does not compile, and their neighbors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _HEADER = '<ir_version: 9, opset_import: ["" : 20]> graph '
 
 @dataclass(frozen=True)
 class Case:
-    """`overwritten`: the values that an elementwise operator writes over before their last reader."""
+    """`overwritten`: the values that an elementwise operator writes over before their last reader. With `refused` no session is opened."""
 
     name: str
     text: str
     overwritten: tuple[str, ...] = ()
+    refused: bool = False
     model: onnx.ModelProto = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +72,13 @@ CASES = (
         ("r",),
     ),
     Case(
+        "a part of a part",
+        """(float[4,64] x, float[64,4] w, float[4,4] q, float[1,4,4] r) => (float[4,4] p, float[1,12,4] e)
+        <int64[1] zero = {0}>
+        { p = MatMul(x, w)  c = Concat<axis = 0>(p, q)  u = Unsqueeze(c, zero)  d = Concat<axis = 1>(u, r)  e = Exp(d) }""",
+        ("p",),
+    ),
+    Case(
         "a reader that the other part is computed from",
         """(float[4,64] x, float[64,4] w) => (float[8,4] e)
         { p = MatMul(x, w)  o = Sigmoid(p)  c = Concat<axis = 0>(o, p)  e = Exp(c) }""",
@@ -95,5 +103,48 @@ CASES = (
         "no elementwise operator",
         """(float[4,64] x, float[64,4] w, float[4,4] old, float[4,8] m) => (float[4,4] p, float[8,8] f)
         { p = MatMul(x, w)  c = Concat<axis = 0>(old, p)  f = MatMul(c, m) }""",
+    ),
+)
+
+
+_MATMUL = "(float[6,2] x, float[2,6] w) => (float[4,6] y) <int64[1] a = {2}, int64[1] b = {6}, int64[1] z = {0}> { m = MatMul(x, w) "
+
+SLICED = (
+    Case("Slice under an elementwise operator", _MATMUL + "s = Slice(m, a, b, z)  y = Exp(s) }", refused=True),
+    Case("Slice under two of them", _MATMUL + "s = Slice(m, a, b, z)  u = Sigmoid(s)  y = Sqrt(u) }", refused=True),
+    Case(
+        "Split, of which one part is read",
+        """(float[6,2] x, float[2,6] w) => (float[2,6] y) <int64[2] sizes = {2, 4}>
+        { m = MatMul(x, w)  r, s = Split<axis = 0>(m, sizes)  y = Sigmoid(r) }""",
+        refused=True,
+    ),
+    Case(
+        "views between them",
+        """(float[6,2] x, float[2,6] w) => (float[4,6] y)
+        <int64[1] a = {2}, int64[1] b = {6}, int64[1] o = {1}, int64[1] z = {0}, int64[2] flat = {4, 6}>
+        { m = MatMul(x, w)  k = Unsqueeze(m, z)  s = Slice(k, a, b, o)  r = Reshape(s, flat)  y = Tanh(r) }""",
+        refused=True,
+    ),
+    Case(
+        "a gate, along the last axis",
+        """(float[6,2] x, float[2,6] w) => (float[6,3] y) <int64[2] sizes = {3, 3}>
+        { m = MatMul(x, w)  g, u = Split<axis = 1>(m, sizes)  s = Sigmoid(g)  y = Mul(s, u) }""",
+        ("g",),
+    ),
+    Case("two readers of the part", _MATMUL + "s = Slice(m, a, b, z)  u = Sigmoid(s)  y = Mul(s, u) }"),
+    Case(
+        "another reader of the whole",
+        """(float[6,2] x, float[2,6] w) => (float[4,6] y, float[6,6] m) <int64[1] a = {2}, int64[1] b = {6}, int64[1] z = {0}>
+        { m = MatMul(x, w)  s = Slice(m, a, b, z)  y = Exp(s) }""",
+    ),
+    Case(
+        "an input of the graph",
+        """(float[6,6] m) => (float[4,6] y) <int64[1] a = {2}, int64[1] b = {6}, int64[1] z = {0}>
+        { s = Slice(m, a, b, z)  y = Exp(s) }""",
+    ),
+    Case(
+        "Gather",
+        """(float[6,2] x, float[2,6] w) => (float[4,6] y) <int32[4] rows = {2, 3, 4, 5}>
+        { m = MatMul(x, w)  s = Gather<axis = 0>(m, rows)  y = Exp(s) }""",
     ),
 )
