@@ -357,7 +357,7 @@ def test_an_operator_that_the_backend_lacks(bundle_copy: Path, is_refused: Refus
     ("field", "value", "mentions"),
     [
         ("minimum_backend", "99.0.0", ("older than the bundle needs", "99.0.0")),
-        ("backend", "openvino", ("backend", "openvino")),
+        ("backend", "tvm", ("backend", "tvm")),
         ("device", "tpu", ("device", "tpu", "cpu")),
         ("device", "cuda", ("cuda", "CUDAExecutionProvider")),
     ],

@@ -99,7 +99,8 @@ def wheel_names(wheel: Path) -> set[str]:
 def expected_wheel() -> set[str]:
     modules = {module_name(path).replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py") for path in sources(*TREES)}
     page = {f"qwen_export/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "runtimes" / "server" / "page").iterdir()}
-    data = {"qwen_export/py.typed", "qwen_export/bundles/run.ps1", "qwen_export/plugins/directml/operators.json"}
+    folders = {"bundles": "run.ps1", "plugins/directml": "operators.json", "building/calibration": "calibration.txt"}
+    data = {"qwen_export/py.typed", *(f"qwen_export/{folder}/{name}" for folder, name in folders.items())}
     return modules | data | page | {f"qwen_export/{p}" for p in native_sources()}
 
 

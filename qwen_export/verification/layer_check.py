@@ -22,7 +22,7 @@ from qwen_export.graphs.layer_points import EMBEDDING, MIXER, OUTPUT, POINTS, PR
 from qwen_export.graphs.models.observed_layers import Floats, Observation, observe
 from qwen_export.graphs.quantization.precision_plan import QUANTIZED
 from qwen_export.manifest import load_manifest
-from qwen_export.runtimes.backends.compatibility import check_runnable, for_device
+from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, for_runtime
 from qwen_export.runtimes.backends.integrity import ensure_whole
 from qwen_export.runtimes.backends.native_libraries import check_native
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
@@ -81,6 +81,7 @@ def verify_layers(
     report: Report | None = None,
     *,
     device: str | None = None,
+    runtime: str | None = None,
     device_id: int = 0,
     devices: Sequence[int] = (),
     native: str | None = None,
@@ -103,7 +104,7 @@ def verify_layers(
     manifest = load_manifest(directory)
     source = reference_checkpoint(manifest, reference, lora)
     ensure_whole(directory, manifest)
-    manifest = for_device(manifest, device)
+    manifest = for_runtime(for_device(manifest, device), runtime)
     check_devices(devices, manifest)
     check_runnable(manifest, device_id)
     check_native(directory, manifest, native)

@@ -80,13 +80,15 @@ def verify(
     report: Report | None = None,
     *,
     device: str | None = None,
+    runtime: str | None = None,
     device_id: int = 0,
     devices: Sequence[int] = (),
     native: str | None = None,
     lora: Sequence[str | Path | AdapterSource] = (),
 ) -> dict[str, Any]:
     """Run every check; the result has `passed`, `logit_std`, `checks` and `skipped`, and is written to the bundle's manifest. `device`,
-    `device_id`, `devices` and `native` as in `runtimes.load`; `lora`: where the adapters of the bundle are now, if they have moved.
+    `runtime`, `device_id`, `devices` and `native` as in `runtimes.load`; `lora`: where the adapters of the bundle are now, if they have
+    moved.
 
     Needs memory for the bundle, then for one layer of the checkpoint in fp32. Raises VerifyError when the checkpoint is another model."""
     say = report or (lambda text, done, total: None)
@@ -97,7 +99,8 @@ def verify(
     ids = np.random.default_rng(0).integers(0, manifest.model["vocab_size"], PROMPT_TOKENS).tolist()
     say("loading the bundle", 0, 0)
     capacity = min(_CAPACITY, manifest.max_context)
-    run = _run_bundle(load(directory, max_context=capacity, device=device, device_id=device_id, devices=devices, native=native), ids, say)
+    model = load(directory, max_context=capacity, device=device, runtime=runtime, device_id=device_id, devices=devices, native=native)
+    run = _run_bundle(model, ids, say)
     quantized = manifest.target.precision in QUANTIZED
     text = [*ids, *run.chosen]
     # One call, since a call reads the whole checkpoint: a later token changes nothing before it.

@@ -67,10 +67,11 @@ def test_an_odd_vocabulary_on_standard_operators(make_checkpoint: Make, tmp_path
     plan = tmp_path / "plan.toml"
     plan.write_text(f'[lm_head]\nformat = "{head.split()[0]}"\nzeros = {str("zeros" in head).lower()}\n')
     bundle = build(path, tmp_path / "bundle", target="onnx", precision="int4", plan_file=plan, max_context=64)
-    quantized = load_decoder(open_checkpoint(path), reference_plan(open_checkpoint(path), load_manifest(bundle).precision_plan))
+    quantized = load_decoder(open_checkpoint(path), reference_plan(open_checkpoint(path), load_manifest(bundle), bundle))
     tokens = unoptimized(bundle).greedy(IDS, 4)
     wanted = EagerSequence(quantized, 32).read([*IDS, *tokens])[len(IDS) - 1 : -1]
-    assert all(row.max() - row[token] < 1e-3 for row, token in zip(wanted, tokens, strict=True))
+    # ONNX Runtime rounds what a product of codes reads to 8 bits: near-ties may go the other way, a wrong code would be off by far more.
+    assert all(row.max() - row[token] < 0.1 * wanted.std() for row, token in zip(wanted, tokens, strict=True))
 
 
 @pytest.mark.parametrize("target", ["onnx", "directml"])

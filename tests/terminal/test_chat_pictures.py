@@ -25,9 +25,9 @@ def seeing(asked: list[Any]) -> Any:
         return SimpleNamespace(content="A dot.", reasoning="", statistics=None)
 
     template = SimpleNamespace(thinks_by_default=lambda: False)
-    manifest = SimpleNamespace(graphs={"vision": None})
+    manifest = SimpleNamespace(graphs={"vision": None}, vision=SPEC)
     sight = Sight.__new__(Sight)
-    sight.spec = SPEC
+    sight.spec, sight.encoder = SPEC, SimpleNamespace(tower=SimpleNamespace(largest=None))  # type: ignore[assignment]
     return SimpleNamespace(manifest=manifest, template=template, recommended=lambda thinks: SamplingParams(), stream=stream, sight=sight)
 
 
