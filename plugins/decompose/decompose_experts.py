@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qwen_export.plugins.emitter import Emitter
+from qwen_export.graphs.passes.pass_context import PassContext
+from qwen_export.plugins.emitter import Emitter, Shared, static_shape
 
 _BLOCKS = (8, 16, 32, 64, 128, 256)
 _I32, _I64 = ir.DataType.INT32, ir.DataType.INT64
@@ -49,6 +50,29 @@ class ExpertSizes:
 
     def _blocks_of(self, b: int) -> int:
         return self.pairs if b == 1 else -(-self.pairs // b) + min(self.E, self.pairs)
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """A node `moe`: x [T,H], the router's logits [T,E], gate_up [E,2I,H] and down [E,H,I], with where its nodes are emitted."""
+
+    emit: Emitter
+    x: ir.Value
+    logits: ir.Value
+    gate_up: ir.Value
+    down: ir.Value
+    sizes: ExpertSizes
+
+
+def routed_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, rows_of_a_gather: int) -> RoutedExperts:
+    """What all targets that lower `moe` to standard nodes begin with."""
+    x, logits, gate_up, down = node.inputs
+    if x is None or logits is None or gate_up is None or down is None:
+        raise TypeError("moe has an input that is missing")
+    emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
+    E, H, width = static_shape(down)
+    sizes = ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width, rows_of_a_gather)
+    return RoutedExperts(emit, x, logits, gate_up, down, sizes)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from qwen_export.graphs.quantization.expert_blocks import ExpertCodes, ExpertSca
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.weights.expression import Weight, add_weight, weight_of
-from qwen_export.plugins.decompose.decompose_experts import ExpertSizes, Places, emit_experts, token_of_pair
-from qwen_export.plugins.emitter import Emitter, Shared, static_shape
+from qwen_export.plugins.decompose.decompose_experts import ExpertSizes, Places, emit_experts, routed_experts, token_of_pair
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Replacement
 from qwen_export.plugins.standard.standard_quantized import ensure_whole_blocks, exact_weight, quant_of
 
@@ -37,13 +37,9 @@ Gathered = Callable[[ir.Value, int], ir.Value]
 
 def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """moe -> TopK, gathered matrices, batched products."""
-    x, logits, gate_up, down = node.inputs
-    if x is None or logits is None or gate_up is None or down is None:
-        raise TypeError("moe has an input that is missing")
-    emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
-    E, H, width = static_shape(down)
-    sizes = ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width, _ROWS_OF_A_GATHER)
-    matrices = _gathered(emit, gate_up, context), _gathered(emit, down, context)
+    moe = routed_experts(graph, node, context, shared, _ROWS_OF_A_GATHER)
+    emit, sizes = moe.emit, moe.sizes
+    matrices = _gathered(emit, moe.gate_up, context), _gathered(emit, moe.down, context)
 
     def multiply(rows: ir.Value, expert: ir.Value) -> ir.Value:
         return _in_rounds(emit, rows, expert, *matrices, sizes)
@@ -51,7 +47,7 @@ def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: 
     def tokens(places: Places, owner: ir.Value) -> ir.Value:
         return _tokens(emit, places, owner, sizes)
 
-    return emit.nodes, [emit_experts(emit, x, logits, sizes, multiply, tokens)]
+    return emit.nodes, [emit_experts(emit, moe.x, moe.logits, sizes, multiply, tokens)]
 
 
 def rounds(sizes: ExpertSizes) -> list[int]:

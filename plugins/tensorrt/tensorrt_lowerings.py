@@ -14,12 +14,12 @@ from qwen_export.graphs.quantization.precision_plan import FP8, INT4, STORED, Gr
 from qwen_export.graphs.weights.expression import Weight, add_weight
 from qwen_export.plugins.decompose import decompose_delta_net as delta_net
 from qwen_export.plugins.decompose.batched_chunks import batched_chunks
-from qwen_export.plugins.decompose.decompose_experts import ExpertSizes
+from qwen_export.plugins.decompose.decompose_experts import routed_experts
 from qwen_export.plugins.decompose.delta_rule import DeltaRule, delta_rule
 from qwen_export.plugins.decompose.reduced_step import reduced_step
 from qwen_export.plugins.decompose.split_product import SplitEmitter, split
 from qwen_export.plugins.decompose.summed_product import SummedEmitter
-from qwen_export.plugins.emitter import Emitter, Shared, static_shape
+from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, regroup_pending
 from qwen_export.plugins.standard import standard_pictures as pictures
 from qwen_export.plugins.standard.standard_lowerings import (
@@ -121,13 +121,8 @@ def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Sha
 
 def lower_experts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """moe -> TopK, gathered matrices, batched products."""
-    x, logits, gate_up, down = node.inputs
-    if x is None or logits is None or gate_up is None or down is None:
-        raise TypeError("moe has an input that is missing")
-    emit = Emitter(graph, (gate_up.name or "experts").removesuffix(".gate_up_proj"), shared)
-    E, H, width = static_shape(down)
-    sizes = ExpertSizes(context.static.T, H, E, node.attributes.get_int("top_k"), width, experts.ROWS_OF_A_GATHER)
-    return emit.nodes, [experts.emit_experts(emit, x, logits, gate_up, down, sizes)]
+    moe = routed_experts(graph, node, context, shared, experts.ROWS_OF_A_GATHER)
+    return moe.emit.nodes, [experts.emit_experts(moe.emit, moe.x, moe.logits, moe.gate_up, moe.down, moe.sizes)]
 
 
 def lower_product(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
