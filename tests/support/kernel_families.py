@@ -17,9 +17,9 @@ FAMILIES = ("plugin", "builtin", "onnx")
 TOLERANCE = {
     # A row has the same bits alone, in a batch and in a prompt: sums are taken in one order.
     "plugin": 0.0,
-    # The others choose the order of a sum by the shape of the call.
-    "builtin": 5e-5,
-    "onnx": 5e-5,
+    # The others choose the order of a sum by the shape of the call, and by the processor. Seen: 6.1e-5 where it has AMX.
+    "builtin": 1e-4,
+    "onnx": 1e-4,
 }
 """Largest difference of a logit, absolute, and of an entry of a state, as a share of it, between two ways to read the same tokens."""
 
