@@ -48,13 +48,13 @@ if step sources; then
 fi
 
 if step libraries; then
-    mkdir -p "$root/work" "$root/build/wheel"
+    mkdir -p "$root/directml" "$root/build/wheel"
     pip download -q --no-deps --only-binary=:all: --platform win_amd64 --python-version 3.12 --implementation cp -d "$root/build/wheel" \
         "onnxruntime-directml==$version"
     python3 -c 'import sys, zipfile
 for name in (file := zipfile.ZipFile(sys.argv[1])).namelist():
     if name.endswith(".dll"): open(sys.argv[2] + "/" + name.split("/")[-1], "wb").write(file.read(name))' \
-        "$root"/build/wheel/onnxruntime_directml-"$version"-*.whl "$root/work"
+        "$root"/build/wheel/onnxruntime_directml-"$version"-*.whl "$root/directml"
     finish libraries
 fi
 
@@ -68,13 +68,13 @@ done
 
 if step direct3d; then
     rm -rf "$root/build/direct3d" && mkdir "$root/build/direct3d"
-    inside sh -c 'cd /build/direct3d && sh /build/windows/build_d3d12.sh /build/sources /work/d3d12.dll' > "$root.log" 2>&1 || fail "see $root.log"
+    inside sh -c 'cd /build/direct3d && sh /build/windows/build_d3d12.sh /build/sources /directml/d3d12.dll' > "$root.log" 2>&1 || fail "see $root.log"
     finish direct3d
 fi
 
 if step server; then
     inside x86_64-w64-mingw32-g++ -O1 -w -static -I/build/onnxruntime/usr/include/onnxruntime \
-        -o /work/onnxruntime_server.exe /build/windows/onnxruntime_server.cpp -lpsapi
+        -o /directml/onnxruntime_server.exe /build/windows/onnxruntime_server.cpp -lpsapi
     finish server
 fi
 

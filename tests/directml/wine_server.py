@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 ENTER = Path(__file__).with_name("enter.sh")
 ROOT = Path(os.environ.get("DIRECTML_ROOT", Path(__file__).parents[2] / "build" / "directml"))
-WORK = ROOT / "work"
+WORK = ROOT / "directml"
 """The folder that both sides see: models and values."""
 
 # Nothing may end on the CPU unseen; the rest is as the runtime's sessions have it.
@@ -56,7 +56,7 @@ class WineServer:
         for code in _ELEMENTS.values():
             onnx.save(_identity(code), WORK / f"identity{code}.onnx")
         names = [f"{key}={value}" for key, value in _ENVIRONMENT.items()]
-        command = [str(ENTER), str(ROOT), "env", *names, "sh", "-c", "cd /work && exec xvfb-run -a wine onnxruntime_server.exe"]
+        command = [str(ENTER), str(ROOT), "env", *names, "sh", "-c", "cd /directml && exec xvfb-run -a wine onnxruntime_server.exe"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         self._names = itertools.count()
         self.folder = Path(tempfile.mkdtemp(dir=WORK))
