@@ -26,7 +26,7 @@ from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.memory.device import BUFFERS
 from qwen_export.runtimes.memory.directml_buffer import DmlBuffer
 from qwen_export.verification.logit_check import TOLERANCE
-from tests.support.static_bundles import Reference, reference_logits, unoptimized
+from tests.support.static_bundles import Reference, reference_logits, steps_around_a_snapshot, unoptimized
 from tests.support.synthesize import synthesize
 from tests.test_parity import prompt, tiny
 
@@ -84,14 +84,9 @@ def test_buffers_of_the_devices_allocator(bundle: Path, reference: Reference, mo
     """The path that DirectML takes, with the CPU's allocator: values bound as such, written and read whole."""
     monkeypatch.setattr(DmlBuffer, "device", "cpu")
     monkeypatch.setitem(BUFFERS, "cpu", DmlBuffer)
-    ids, machine = prompt(40), load(bundle, threads=1, device="cpu").decoder()
-    machine.prefill(ids[:30])
-    snapshot = machine.snapshot()
-    first = machine.step([ids[30]])[0].copy()
-    machine.reset()
-    machine.prefill(ids[5:])
-    machine.restore(snapshot)
-    assert np.array_equal(machine.step([ids[30]])[0], first)
+    ids = prompt(40)
+    first, again = steps_around_a_snapshot(load(bundle, threads=1, device="cpu").decoder(), ids)
+    assert np.array_equal(again, first)
     expected = reference(ids)[30]
     assert np.abs(first - expected).max() <= TOLERANCE["fp16"] * expected.std()
 

@@ -16,6 +16,7 @@ from qwen_export.manifest import load_manifest
 from qwen_export.runtimes import SamplingParams, load
 from tests.support.directml_binding import PROVIDER, CpuMachine, DirectmlBinding
 from tests.support.source_tree import ROOT
+from tests.support.static_bundles import steps_around_a_snapshot
 
 GREEDY = SamplingParams(greedy=True)
 PROMPT = "import os\nimport os\n"
@@ -79,13 +80,6 @@ def test_the_text_is_that_of_the_cpu(bundle: Path, binding: DirectmlBinding, spe
 
 def test_states_go_back_and_come_again(bundle: Path, binding: DirectmlBinding) -> None:
     """Snapshots and marks read and write parts of values that the device gives whole."""
-    ids = list(range(5, 45))
     with binding.installed():
-        machine = load(bundle, speculate="off").decoder()
-        machine.prefill(ids[:30])
-        snapshot = machine.snapshot()
-        first = machine.step([ids[30]])[0].copy()
-        machine.reset()
-        machine.prefill(ids[5:])
-        machine.restore(snapshot)
-        assert np.array_equal(machine.step([ids[30]])[0], first)
+        first, again = steps_around_a_snapshot(load(bundle, speculate="off").decoder(), list(range(5, 45)))
+        assert np.array_equal(again, first)

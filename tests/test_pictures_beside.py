@@ -98,43 +98,41 @@ def test_a_picture_that_fails_ends_its_request_alone(model: Model) -> None:
         assert len(list(engine.submit(request(model, "again ", photo(64, 64, 9))))) == 8
 
 
-@pytest.mark.parametrize("way", ["cancelled", "deadline"])
-def test_a_request_that_ends_stops_its_picture(model: Model, way: str) -> None:
-    begun, stopped = threading.Event(), threading.Event()
+class Endless:
+    """A tower that ends when it is stopped, and not before."""
 
-    def endless(encode: Callable[[], Features], stop: StopSignal | None) -> Features:
+    def __init__(self) -> None:
+        self.begun, self.stopped = threading.Event(), threading.Event()
+
+    def __call__(self, encode: Callable[[], Features], stop: StopSignal | None) -> Features:
         assert stop is not None
-        with stop.ends(stopped.set):
-            begun.set()
-            assert stopped.wait(60)
+        with stop.ends(self.stopped.set):
+            self.begun.set()
+            assert self.stopped.wait(60)
         raise QwenExportError("stopped", fix="Nothing.")
 
+
+@pytest.mark.parametrize("way", ["cancelled", "deadline"])
+def test_a_request_that_ends_stops_its_picture(model: Model, way: str) -> None:
+    endless = Endless()
     with Engine.of(model, 2) as engine:
         seeing = request(model, "a ", photo(64, 64, 4), photo(64, 64, 5), around=endless)
         if way == "deadline":
             seeing.deadline = 0.0
         stream = engine.submit(seeing)
         if way == "cancelled":
-            assert begun.wait(60)
+            assert endless.begun.wait(60)
             stream.cancel()
         assert list(stream) == [] and stream.statistics.finish == way
-        assert way == "deadline" or stopped.wait(60)
+        assert way == "deadline" or endless.stopped.wait(60)
         assert len(list(engine.submit(request(model, "b ", photo(64, 64, 6))))) == 8
 
 
 def test_an_engine_that_closes_stops_its_pictures(model: Model) -> None:
-    begun, stopped = threading.Event(), threading.Event()
-
-    def endless(encode: Callable[[], Features], stop: StopSignal | None) -> Features:
-        assert stop is not None
-        with stop.ends(stopped.set):
-            begun.set()
-            assert stopped.wait(60)
-        raise QwenExportError("stopped", fix="Nothing.")
-
+    endless = Endless()
     engine = Engine.of(model, 1)
     stream = engine.submit(request(model, photo(64, 64, 4), around=endless))
-    assert begun.wait(60)
+    assert endless.begun.wait(60)
     engine.close()
     assert list(stream) == [] and stream.statistics.finish == "abandoned"
 

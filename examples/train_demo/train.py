@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from layers import load_config
 from model import Qwen
-from optim import make_optimizers, set_schedule
+from optim import make_optimizers, set_schedule, update
 from torch import Tensor
 
 ROWS_OF_EIGHT = {"code": 6, "docs": 1, "chat": 1}  # share of each stream in a batch
@@ -169,11 +169,7 @@ def run(args: argparse.Namespace) -> None:
         while progress < 1.0 and (args.max_steps is None or step < args.max_steps):
             set_schedule(optimizers, step, progress)
             loss, logs = forward(next(batches))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            update(loss, trained.parameters(), optimizers)
             step += 1
             tokens += args.rows * args.length
             if step % args.log_every == 0:

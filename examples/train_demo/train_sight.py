@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from model import Qwen
-from optim import make_optimizers, set_schedule
+from optim import make_optimizers, set_schedule, update
 from picture_chats import PictureBatch, PictureBatches, open_writer
 from picture_marks import EVERYTHING, HELD_OUT, ONE_SHAPE, Subjects, family_config
 from safetensors.torch import load_file
@@ -130,11 +130,7 @@ def train_joint(args: argparse.Namespace, device: torch.device) -> None:
             if step % args.text_every == 0:
                 text = text_loss(net, teacher, next(texts))
                 loss = loss + args.text_weight * text
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*net.parameters(), *head.parameters()], 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(loss, [*net.parameters(), *head.parameters()], optimizers)
         step += 1
         progress = (time.time() - log.start) / args.seconds
         if step % args.log_every == 0 or progress >= 1:
@@ -171,11 +167,7 @@ def train_mtp(args: argparse.Namespace, device: torch.device) -> None:
             with torch.no_grad():
                 seen = net.seen(batch, net.features(batch.drawn))
             answers, agreed = mtp_loss(net, batch.ids, True, seen=seen, rows=batch.learned)
-        (loss + 0.25 * answers).backward()
-        torch.nn.utils.clip_grad_norm_(net.mtp.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(loss + 0.25 * answers, net.mtp.parameters(), optimizers)
         step += 1
         progress = (time.time() - log.start) / args.seconds
         if step % args.log_every == 0 or progress >= 1:

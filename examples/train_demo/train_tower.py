@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from optim import make_optimizers, set_schedule
+from optim import make_optimizers, set_schedule, update
 from picture_marks import (
     EVERYTHING,
     HELD_OUT,
@@ -167,11 +167,7 @@ def run(args: argparse.Namespace) -> None:
         while progress < 1:
             set_schedule(optimizers, step, progress)
             loss, logs = measured(next(batches))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            update(loss, both.parameters(), optimizers)
             step += 1
             progress = (time.time() - start) / args.seconds
             if step % args.log_every == 0 or progress >= 1:

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import cast
 
 import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.quantization.packing import Array, QuantFormat
-from qwen_export.graphs.quantization.precision_plan import KEPT
 from qwen_export.graphs.quantization.quantized_weights import grid_rows
 from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch
-from qwen_export.graphs.weights.expression import DerivedWeight, StackedMatrices, TensorSource, Weight
+from qwen_export.graphs.weights.expression import DerivedWeight, TensorSource, Weight
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,7 @@ class _ExpertPart(DerivedWeight):
         return np.stack([self._values(*self._grid(source, expert)) for expert in range(start, stop)]).astype(self.dtype.numpy(), copy=False)
 
     def _grid(self, source: TensorSource, expert: int) -> tuple[Array, Array, Array | None]:
-        kept = self.method == KEPT
-        matrix = cast(StackedMatrices, self.of).parts[expert] if kept else _OneExpert(self.of, expert)
-        return grid_rows(matrix, source, 0, self.shape[1], self.format, self.method, self.search)
+        return grid_rows(_OneExpert(self.of, expert), source, 0, self.shape[1], self.format, self.method, self.search)
 
     def elements(self, start: int, stop: int) -> int:
         """Those of the experts, which take the memory while the block is made."""

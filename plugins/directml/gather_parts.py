@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from qwen_export.graphs.passes.pass_context import PassContext, new_node, replace_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.shared_memory import ELEMENTWISE, only_reader, views
-from qwen_export.plugins.directml.static_values import positions, size_along
+from qwen_export.plugins.directml.static_values import size_along
+from qwen_export.plugins.emitter import Emitter
 
 
 def overwritten_parts(graph: ir.Graph) -> Iterator[ir.Node]:
@@ -40,7 +42,8 @@ def gather_parts(model: ir.Model, context: PassContext) -> Outcome:
         axis, cuts = ranges
         gathers: list[ir.Node] = []
         for part, (start, stop) in zip(node.outputs, cuts, strict=True):
-            gather = new_node("", "Gather", [node.inputs[0], positions(graph, start, stop)], like=part, axis=axis)
+            places = Emitter(graph, "").array(f"positions_{start}_to_{stop}", np.arange(start, stop, dtype=np.int64))
+            gather = new_node("", "Gather", [node.inputs[0], places], like=part, axis=axis)
             gather.name, gather.outputs[0].shape = f"{node.name or node.op_type}.part{len(gathers)}", part.shape
             gathers.append(gather)
         replace_node(graph, node, gathers, [gather.outputs[0] for gather in gathers])

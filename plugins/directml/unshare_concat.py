@@ -16,7 +16,8 @@ from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.passes.pass_context import PassContext, new_node
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.shared_memory import ELEMENTWISE, VIEWS, ancestors, only_reader, views
-from qwen_export.plugins.directml.static_values import integers, size_along
+from qwen_export.plugins.directml.static_values import size_along
+from qwen_export.plugins.emitter import Emitter
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _reshape(graph: ir.Graph, taken: ir.Value, view: ir.Value) -> ir.Value:
     if view.shape is None or not view.shape.is_static():
         raise CaptureError("the shape of a view of a Concat's input is unknown", where=str(view.name), got=view.shape, fix=REPORT)
     sizes = list(view.shape.numpy())
-    node = new_node("", "Reshape", [taken, integers(graph, sizes)], like=taken)
+    node = new_node("", "Reshape", [taken, Emitter(graph, "").ints(*sizes)], like=taken)
     node.name = f"{taken.name}.as.{view.name}"
     node.outputs[0].name, node.outputs[0].shape = f"{node.name}.0", ir.Shape(sizes)
     producer = taken.producer()
@@ -132,7 +133,7 @@ def _split(graph: ir.Graph, concat: ir.Node, sizes: list[int], axis: int) -> ir.
     made = next((node for node in c.consumers() if node.name == name), None)
     if made is not None:
         return made
-    split = new_node("", "Split", [c, integers(graph, sizes)], len(sizes), like=c, axis=axis)
+    split = new_node("", "Split", [c, Emitter(graph, "").ints(*sizes)], len(sizes), like=c, axis=axis)
     split.name = name
     for i, value in enumerate(split.outputs):
         value.name = f"{split.name}.{i}"

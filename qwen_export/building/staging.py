@@ -29,6 +29,16 @@ def journal_path(staging: Path, number: int) -> Path:
     return staging.parent / (f"{JOURNAL}.{number}" if number else JOURNAL)
 
 
+def unfinished(destination: Path) -> Path | None:
+    """The directory of an interrupted build to `destination` that has finished work, None where there is none."""
+    work = _work_path(destination.absolute())
+    return work if any(journal.stat().st_size for journal in work.glob(f"{JOURNAL}*")) else None
+
+
+def _work_path(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.partial"
+
+
 _CONTENTS, _LOCK = "bundle", "lock"
 
 
@@ -69,7 +79,7 @@ def staged_directory(destination: Path, *, replace: bool = False, keep: tuple[st
 def _work_directory(destination: Path) -> Iterator[Path]:
     """`.NAME.partial`, or a directory of another name while another build is at work there."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    work = destination.parent / f".{destination.name}.partial"
+    work = _work_path(destination)
     with contextlib.ExitStack() as stack:
         lock = _lock(work)
         if lock is None:
@@ -79,7 +89,7 @@ def _work_directory(destination: Path) -> Iterator[Path]:
         try:
             yield work
         except KeyboardInterrupt as interrupt:
-            if not any(journal.stat().st_size for journal in work.glob(f"{JOURNAL}*")):
+            if unfinished(destination) is None:
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             kept = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())

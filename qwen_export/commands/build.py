@@ -136,6 +136,7 @@ def command(
     with needed_for("build"):
         from qwen_export.building.build_plan import default_precision
         from qwen_export.building.compiler import build
+        from qwen_export.building.staging import unfinished
         from qwen_export.building.static_plan import StaticOptions
         from qwen_export.downloads.local_checkpoint import local_checkpoint
         from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
@@ -153,8 +154,8 @@ def command(
     named, checkpoint = checkpoint, local_checkpoint(checkpoint, hub_access)
     if precision is None:
         precision = default_precision(open_checkpoint(checkpoint, rope_scaling), target, device)
-    left = output.absolute().parent / f".{output.name}.partial"
-    if any(journal.stat().st_size for journal in left.glob("journal*")):
+    left = unfinished(output)
+    if left is not None:
         notice(f"going on with the finished weights that an interrupted build has left in {left}")
     with progress() as report:
 

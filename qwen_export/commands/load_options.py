@@ -9,11 +9,12 @@ from typing import Any
 import click
 
 from qwen_export.commands.param_types import Gigabytes, Numbers, Speculation
+from qwen_export.targets import RUNTIMES
 
 _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda", "dml"]), help="Run on another device than the bundle is for, where its operators allow."
 )
-_RUNTIME = click.option("--runtime", type=click.Choice(["onnxruntime", "openvino"]), help="What runs a bundle of target onnx.")
+_RUNTIME = click.option("--runtime", type=click.Choice(RUNTIMES), help="What runs a bundle of target onnx.")
 _DEVICE_ID = click.option("--device-id", type=click.IntRange(0, 1023), default=0, metavar="N", help="Which GPU, from 0.")
 _DEVICES = click.option(
     "--devices", type=Numbers(least=0), default=(), metavar="N,N,...", help="Which GPUs, for the stages of a bundle that has several."

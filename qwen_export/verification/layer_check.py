@@ -248,12 +248,11 @@ def _tower_row(part: TowerPart, tolerance: float) -> LayerResult:
     at = max(part.reaches, key=part.reaches.__getitem__)
     reach = part.reaches[at]
     facts: dict[str, Any] = {"name": part.name, "layer": None, "kind": "vision", "reach": reach, "at": at, "fp16_share": reach / FP16_MAX}
-    if not np.isfinite(part.own).all():
+    if not (np.isfinite(part.own).all() and np.isfinite(part.got).all()):
         unjudged: dict[str, Any] = {"tokens": 0, "max_abs_error": None, "error": None, "drift": None}
+        if np.isfinite(part.own).all():
+            return LayerResult(**facts, **unjudged, passed=False, origin=OUTPUT, note="values are not finite")
         return LayerResult(**facts, **unjudged, passed=None, note="reads values that are not finite")
-    if not np.isfinite(part.got).all():
-        unjudged = {"tokens": 0, "max_abs_error": None, "error": None, "drift": None}
-        return LayerResult(**facts, **unjudged, passed=False, origin=OUTPUT, note="values are not finite")
     own, drift = (compare({at: part.got}, {at: other}, {at: tolerance})[at] for other in (part.own, part.alone))
     return LayerResult(**facts, tokens=len(part.got), max_abs_error=own.max_abs, error=own.share, drift=drift.share, passed=own.passed)
 

@@ -17,12 +17,12 @@ from qwen_export.bundle_contract import FEATURES, VISION, VISION_INPUTS, is_towe
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.layer_points import MIXER, OUTPUT, PRODUCT
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
-from qwen_export.manifest import GraphSpec, Manifest, TensorSpec, file_path
+from qwen_export.manifest import Manifest, TensorSpec, file_path
 from qwen_export.runtimes.backends.open_graphs import OpenOptions, open_backend
 from qwen_export.runtimes.backends.session import Session
-from qwen_export.runtimes.memory.buffers import Buffer, as_bytes, decode
+from qwen_export.runtimes.memory.buffers import decode
 from qwen_export.runtimes.vision.patch_positions import patch_positions
-from qwen_export.runtimes.vision.tower_calls import filled_inputs
+from qwen_export.runtimes.vision.tower_calls import filled_inputs, run_once
 from qwen_export.verification.tower_check import small_pictures
 
 if TYPE_CHECKING:
@@ -102,23 +102,10 @@ def _with_outputs(bundle: Path, manifest: Manifest, name: str) -> Iterator[tuple
 
 
 def _run(session: Session, inputs: dict[str, npt.NDArray[np.generic]]) -> dict[str, Floats]:
-    spec: GraphSpec = session.spec
-    call, memory = session.call(repeated=False), list[Buffer]()
-    for tensor in spec.inputs:
-        array = inputs[tensor.name]
-        buffer = session.buffer(tensor.dtype, array.shape)
-        buffer.write(as_bytes(array))
-        call.bind_input(tensor.name, buffer)
-        memory.append(buffer)
     _, tokens, merged, _ = inputs[VISION_INPUTS[0]].shape
-    made: dict[str, Buffer] = {}
-    for tensor in spec.outputs:
-        rows = tokens if tensor.name == FEATURES else tokens * merged
-        made[tensor.name] = session.buffer(tensor.dtype, (1, rows, int(tensor.shape[-1])))
-        call.bind_output(tensor.name, made[tensor.name])
-    call.run()
-    kinds = {tensor.name: tensor.dtype for tensor in spec.outputs}
-    return {name: decode(buffer.read(), kinds[name], buffer.shape)[0] for name, buffer in made.items()}
+    rows = {tensor.name: tokens if tensor.name == FEATURES else tokens * merged for tensor in session.spec.outputs}
+    made = run_once(session, inputs, {tensor.name: (1, rows[tensor.name], int(tensor.shape[-1])) for tensor in session.spec.outputs})
+    return {name: decode(buffer.read(), buffer.dtype, buffer.shape)[0] for name, buffer in made.items()}
 
 
 def _compared(tower: VisionModel, given: list[torch.Tensor], got: dict[str, Floats]) -> Iterator[TowerPart]:

@@ -14,9 +14,8 @@ from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS, has_provider, installed, version
 from qwen_export.runtimes.memory.buffers import ELEMENTS
 from qwen_export.runtimes.memory.cuda_driver import memory_info
+from qwen_export.targets import RUNTIMES
 
-RUNTIMES = ("onnxruntime", "openvino")
-"""Backends that run the graphs of the portable target."""
 PORTABLE = "onnx"
 _PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "dml": "onnxruntime-directml"}
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.device import Device
 
@@ -36,6 +39,39 @@ class WholeSession(ABC):
             yield
         finally:
             self.busy_s = busy
+
+
+class LateSession(WholeSession):
+    """A graph that is opened at once, or with `later` before its first call, which most runs may never make."""
+
+    def __init__(self, *, later: bool) -> None:
+        """The last thing that a constructor does: it opens the graph."""
+        self.busy_s = 0.0
+        """Seconds spent in calls so far."""
+        self.binding_s = 0.0
+        """Seconds that calls cost once, besides: opening a graph `later`."""
+        self._closed = False
+        self._native: Any = None
+        if not later:
+            self._native = self._open()
+
+    @abstractmethod
+    def _open(self) -> Any:
+        """The backend's own session."""
+
+    @property
+    def native(self) -> Any:
+        """The backend's own session; opened now if it was not. Raises QwenExportError for a model that is closed."""
+        if self._closed:
+            raise QwenExportError("the model is closed", fix="Load the bundle again.")
+        if self._native is None:
+            started = time.perf_counter()
+            self._native = self._open()
+            self.binding_s += time.perf_counter() - started
+        return self._native
+
+    def close(self) -> None:
+        self._closed, self._native = True, None
 
 
 class WholeCall(ABC):

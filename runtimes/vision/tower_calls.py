@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.bundle_contract import FEATURES, REAL_TOKENS, VISION_INPUTS
+from qwen_export.bundle_contract import REAL_TOKENS, VISION_INPUTS
 from qwen_export.errors import BundleError
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.decoding.stop_signal import StopSignal
@@ -90,7 +90,8 @@ def _filled(values: npt.NDArray[np.generic], axis: int, size: int) -> npt.NDArra
     return np.pad(values, more)
 
 
-def _called(session: Session, inputs: Inputs, shape: tuple[int, ...], stop: StopSignal) -> Features:
+def run_once(session: Session, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]], stop: StopSignal | None = None) -> dict[str, Buffer]:
+    """A call that does not come again. `shapes`: of its outputs, which are returned."""
     call, memory = session.call(repeated=False), list[Buffer]()
     for spec in session.spec.inputs:
         array = inputs[spec.name]
@@ -98,13 +99,18 @@ def _called(session: Session, inputs: Inputs, shape: tuple[int, ...], stop: Stop
         buffer.write(as_bytes(array))
         call.bind_input(spec.name, buffer)
         memory.append(buffer)
-    output = next(tensor for tensor in session.spec.outputs if tensor.name == FEATURES)
-    whole = (*shape, int(output.shape[-1]))
-    made = session.buffer(output.dtype, whole)
-    call.bind_output(FEATURES, made)
-    with stop.ends(call.stop):
+    made = {spec.name: session.buffer(spec.dtype, shapes[spec.name]) for spec in session.spec.outputs}
+    for name, buffer in made.items():
+        call.bind_output(name, buffer)
+    with (stop or StopSignal()).ends(call.stop):
         call.run()
-    data = made.read()
+    return made
+
+
+def _called(session: Session, inputs: Inputs, shape: tuple[int, ...], stop: StopSignal) -> Features:
+    [output] = session.spec.outputs
+    whole = (*shape, int(output.shape[-1]))
+    data = run_once(session, inputs, {output.name: whole}, stop)[output.name].read()
     features = (data.view(np.float32) if output.dtype == "float" else data.view(np.uint16)).reshape(whole)
     if not _finite(features, output.dtype):
         raise BundleError(

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime as ort
 import torch
 
 from qwen_export.manifest import load_manifest
+from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support.graph_driver import GraphDriver
 from tests.support.references import reference_model
 from tests.test_parity import Logits
@@ -38,3 +40,14 @@ def unoptimized(bundle: Path) -> GraphDriver:
     }
     outputs = {name: [output.name for output in graph.get_outputs()] for name, graph in graphs.items()}
     return GraphDriver(bundle, lambda name, feeds: dict(zip(outputs[name], graphs[name].run(None, feeds), strict=True)))
+
+
+def steps_around_a_snapshot(machine: Decoder, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the step behind `ids[:30]`, at once and after the sequence went to another text and came back."""
+    machine.prefill(ids[:30])
+    snapshot = machine.snapshot()
+    first = machine.step([ids[30]])[0].copy()
+    machine.reset()
+    machine.prefill(ids[5:])
+    machine.restore(snapshot)
+    return first, machine.step([ids[30]])[0]

@@ -51,6 +51,11 @@ def text_path(calibrate: str | Path) -> Path:
     return path
 
 
+def text_name(path: Path) -> str:
+    """Of the file, for people."""
+    return BUILT_IN_TEXT if path == BUILT_IN_FILE else path.name
+
+
 def calibration_reasons(target: Target, precision: str, plan: PrecisionPlan | None, calibrate: str | Path | None) -> list[str]:
     """Why the plan cannot be calibrated, or not be left uncalibrated."""
     if plan is None:
@@ -73,5 +78,4 @@ def plan_calibration(
     widest = max(config.value_dim, config.num_attention_heads * config.head_dim, config.intermediate_size)
     activations = 4 * WINDOW * MOST_WINDOWS * (3 * config.hidden_size + widest)
     codes = sum(prod(shape) * chosen.bits_per_weight(shape[-1]) for name, shape in matrices.items() if (chosen := plan.of(name).quant))
-    name = BUILT_IN_TEXT if path == BUILT_IN_FILE else path.name
-    return CalibrationPlan(name, sha256(path.read_bytes()).hexdigest(), matrices, activations + int(codes) // 8)
+    return CalibrationPlan(text_name(path), sha256(path.read_bytes()).hexdigest(), matrices, activations + int(codes) // 8)

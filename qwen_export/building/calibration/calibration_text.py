@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.building.calibration.calibration_plan import BUILT_IN_FILE, MOST_WINDOWS, WINDOW, text_path
+from qwen_export.building.calibration.calibration_plan import MOST_WINDOWS, WINDOW, text_name, text_path
 from qwen_export.errors import CheckpointError, ParameterError
 from qwen_export.runtimes.text.text_files import TextFiles
-from qwen_export.targets import BUILT_IN_TEXT
 
 LEAST_TOKENS = 256
 """Without so many nothing can be learned."""
@@ -57,5 +56,4 @@ def read_text(calibrate: str | Path, checkpoint: Path) -> CalibrationText:
     length = min(WINDOW, len(ids))
     count = min(MOST_WINDOWS, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(int)
-    name = BUILT_IN_TEXT if path == BUILT_IN_FILE else path.name
-    return CalibrationText(name, sha256(data).hexdigest(), np.array([ids[start : start + length] for start in starts], np.int64))
+    return CalibrationText(text_name(path), sha256(data).hexdigest(), np.array([ids[start : start + length] for start in starts], np.int64))

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.bundle_contract import FEATURES, LAST_SLOT
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
-from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
+from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
@@ -42,7 +42,7 @@ HOST_INPUTS = ("total_length",)
 _HOST = Device("cpu")
 
 
-class OnnxRuntimeSession(WholeSession):
+class OnnxRuntimeSession(LateSession):
     """One compiled graph, loaded by ONNX Runtime."""
 
     def __init__(
@@ -88,35 +88,16 @@ class OnnxRuntimeSession(WholeSession):
             _register(options, plugin)
         self.spec, self.device = spec, device
         self._graphs = 0
-        self.busy_s = 0.0
-        """Seconds spent in calls so far."""
-        self.binding_s = 0.0
-        """Seconds that calls of fixed shapes cost once, besides: opening a graph `later`."""
         self._opening = (path, options, providers, weights, repack, folder)
-        self._native: Any = None
         self._weights: dict[str, Any] = {}
-        self._closed = False
         self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
         """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
-        if not later:
-            self._native = self._open(*self._opening)
+        super().__init__(later=later)
 
-    @property
-    def native(self) -> Any:
-        """ONNX Runtime's session; opened now if it was not."""
-        if self._closed:
-            raise QwenExportError("the model is closed", fix="Load the bundle again.")
-        if self._native is None:
-            started = time.perf_counter()
-            self._native = self._open(*self._opening)
-            self.binding_s += time.perf_counter() - started
-        return self._native
-
-    def _open(
-        self, path: Path, options: Any, providers: list[Any], weights: MappedWeights | None, repack: bool, folder: Path | None
-    ) -> Any:
+    def _open(self) -> Any:
         import onnxruntime as ort
 
+        path, options, providers, weights, repack, folder = self._opening
         try:
             if weights is not None and self.device.is_host and not repack:
                 self._weights = _values(ort, self.spec.weights, weights)
@@ -163,7 +144,8 @@ class OnnxRuntimeSession(WholeSession):
         return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
 
     def close(self) -> None:
-        self._closed, self._native, self._weights = True, None, {}
+        super().close()
+        self._weights = {}
 
 
 class OnnxRuntimeCall(WholeCall):

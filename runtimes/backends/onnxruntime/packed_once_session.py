@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_library import OnnxRuntimeFailure, OnnxRuntimeLibrary
-from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
+from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights, weight_bytes
@@ -63,7 +63,7 @@ class _Tensor:
     shape: tuple[int, ...]
 
 
-class PackedOnceSession(WholeSession):
+class PackedOnceSession(LateSession):
     """One graph of static shapes, loaded by ONNX Runtime."""
 
     records = False
@@ -74,32 +74,17 @@ class PackedOnceSession(WholeSession):
         """`folder`: the directory that the graph's weights are in, where it is another than the graph's. With `later` the graph is loaded
         before its first call, which most runs may never make."""
         self.spec, self.device = spec, Device("cpu")
-        self.busy_s = 0.0
-        self.binding_s = 0.0
         self._path, self._threads, self._weights, self._folder = path, threads or 0, weights, folder or path.parent
-        self._native: int | None = None
         self._values: list[int] = []
         self._calls: weakref.WeakSet[PackedOnceCall] = weakref.WeakSet()
-        self._closed = False
-        if not later:
-            self._open()
+        super().__init__(later=later)
 
     @property
     def library(self) -> OnnxRuntimeLibrary:
         return self._weights.library
 
-    @property
-    def native(self) -> int:
-        """ONNX Runtime's session; opened now if it was not."""
-        if self._closed:
-            raise QwenExportError("the model is closed", fix="Load the bundle again.")
-        if self._native is None:
-            started = time.perf_counter()
-            self._open()
-            self.binding_s += time.perf_counter() - started
-        return self._native or 0
-
-    def _open(self) -> None:
+    def _open(self) -> int:
+        """The handle of ONNX Runtime's session."""
         library, options = self.library, self.library.made("CreateSessionOptions")
         graph = self._path.read_bytes()
         try:
@@ -127,6 +112,7 @@ class PackedOnceSession(WholeSession):
         finally:
             library.release("SessionOptions", options)
         self._weights.settle(self.spec)
+        return int(self._native)
 
     def _configure(self, options: int) -> None:
         library = self.library
@@ -187,8 +173,8 @@ class PackedOnceSession(WholeSession):
         return made
 
     def close(self) -> None:
-        self._closed = True
         self._release()
+        super().close()
 
     def __del__(self) -> None:
         if hasattr(self, "_calls"):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError
 from qwen_export.manifest import GraphSpec
-from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
+from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
 from qwen_export.runtimes.memory.buffers import NUMPY, Buffer
 from qwen_export.runtimes.memory.device import Device
 
 
-class OpenVinoSession(WholeSession):
+class OpenVinoSession(LateSession):
     """One graph, compiled for the CPU. `options`: properties of OpenVINO (`openvino_options.py`). With `later` it is compiled before its
     first call, which most runs may never make."""
 
@@ -24,27 +24,10 @@ class OpenVinoSession(WholeSession):
 
     def __init__(self, path: Path, spec: GraphSpec, options: dict[str, Any], *, later: bool = False) -> None:
         self.spec, self.device = spec, Device("cpu")
-        self.busy_s = 0.0
-        self.binding_s = 0.0
-        """Seconds that calls cost once, besides: compiling a graph `later`."""
         self._path, self._options = path, options
-        self._compiled: Any = None
-        self._closed = False
-        if not later:
-            self._compiled = self._compile()
+        super().__init__(later=later)
 
-    @property
-    def compiled(self) -> Any:
-        """OpenVINO's compiled model; made now if it was not."""
-        if self._closed:
-            raise QwenExportError("the model is closed", fix="Load the bundle again.")
-        if self._compiled is None:
-            started = time.perf_counter()
-            self._compiled = self._compile()
-            self.binding_s += time.perf_counter() - started
-        return self._compiled
-
-    def _compile(self) -> Any:
+    def _open(self) -> Any:
         import openvino
 
         try:
@@ -63,16 +46,13 @@ class OpenVinoSession(WholeSession):
     def call(self, *, repeated: bool) -> OpenVinoCall:
         return OpenVinoCall(self)
 
-    def close(self) -> None:
-        self._closed, self._compiled = True, None
-
 
 class OpenVinoCall(WholeCall):
     """An infer request of a session."""
 
     def __init__(self, session: OpenVinoSession) -> None:
         self._session = session
-        self._request = session.compiled.create_infer_request()
+        self._request = session.native.create_infer_request()
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
         self._bind(name, buffer)
