@@ -24,7 +24,7 @@ LEFT_OUT = (
     ),
     (r"Qwen/|unsloth/|OWNER/", "needs a hub"),
     (r"--device cuda|--target tensorrt|bundles/(cuda|rtx)|\brebuild\b", "needs a GPU"),
-    (r"benchmarks[./]|examples/|tests/|plugins/native|build/corpus|build/tok|\$model|build/run|^for |^done", "takes minutes"),
+    (r"benchmarks[./]|examples/|tests/|plugins/native|build/corpus|build/tok|build/vision|\$model|build/run|^for |^done", "takes minutes"),
     (r"--runtime openvino", "needs OpenVINO"),
     (r"--max-context 1010000", "needs a checkpoint with that context"),
     (r"\.gguf|--lora|gptq", "needs a file that others make"),

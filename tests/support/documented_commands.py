@@ -75,7 +75,7 @@ def write_readers_files(folder: Path) -> None:
     """What pages take for granted beside a checkpoint: a picture, a video, a text, requests, keys, a precision plan."""
     (folder / "photo.png").write_bytes(encoded(photo(64, 96)))
     (folder / "clip.mp4").write_bytes(video(8))
-    (folder / "notes.txt").write_text("a b c\n", encoding="utf-8")
+    (folder / "letters.txt").write_text("a b c d e f g h\n" * 100, encoding="utf-8")
     (folder / "requests.jsonl").write_text(json.dumps(REQUEST) + "\n", encoding="utf-8")
     (folder / "keys").write_text("a-key-of-a-test\n", encoding="utf-8")
     (folder / "plan.toml").write_text("[mlp]\nblock = 64\n", encoding="utf-8")
