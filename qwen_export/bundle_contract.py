@@ -51,6 +51,9 @@ FEATURES, PLACES = "features", "places"
 """What the tower made, [B,K,H]; decoder and draft head of such a bundle read [K,H] of it for K of their B*T tokens, at rows i64[K]. With
 fixed shapes they read [T,H], a row for each token, and i32[T]: 1 for the tokens whose row counts."""
 
+RUNTIMES = ("onnxruntime", "openvino")
+"""Backends that run the graphs of the portable target."""
+
 NEXT = ".next"
 """What the name of a state's output adds to that of its input."""
 

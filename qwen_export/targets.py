@@ -8,8 +8,6 @@ from typing import NamedTuple
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4", "fp8")
 DECOMPOSABLE = ("rmsnorm",)
 """Values of --decompose: ops that have a node of their own in the standard, and that several simple nodes can replace."""
-RUNTIMES = ("onnxruntime", "openvino")
-"""Backends that run the graphs of the portable target."""
 BUILT_IN_TEXT = "built-in"
 """The value of --calibrate that stands for the text of this package."""
 _WITHOUT_FP8 = PRECISIONS[:-1]

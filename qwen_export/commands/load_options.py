@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from qwen_export.bundle_contract import RUNTIMES
 from qwen_export.commands.param_types import Gigabytes, Numbers, Speculation
-from qwen_export.targets import RUNTIMES
 
 _DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda", "dml"]), help="Run on another device than the bundle is for, where its operators allow."

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from qwen_export.bundle_contract import RUNTIMES
 from qwen_export.element_types import stored_bytes
 from qwen_export.errors import BundleError, ParameterError
 from qwen_export.manifest import Manifest
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS, has_provider, installed, version
 from qwen_export.runtimes.memory.buffers import ELEMENTS
 from qwen_export.runtimes.memory.cuda_driver import memory_info
-from qwen_export.targets import RUNTIMES
 
 PORTABLE = "onnx"
 _PACKAGES = {"cpu": "onnxruntime", "cuda": "onnxruntime-gpu", "dml": "onnxruntime-directml"}
