@@ -32,8 +32,9 @@ SHORT = 128
 """Tokens before the steps that are timed, and in the prompt of each stream."""
 
 
-def config_of(size: str, layers: int | None) -> dict[str, Any]:
-    config = copy.deepcopy(SIZES[size])
+def config_of(released: dict[str, Any], layers: int | None) -> dict[str, Any]:
+    """A copy of a configuration, of the first `layers` layers."""
+    config = copy.deepcopy(released)
     text = config.get("text_config", config)
     if layers is not None:
         text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
@@ -48,7 +49,7 @@ def made(size: str, arguments: argparse.Namespace) -> list[Path]:
         bundle = arguments.work / f"{size}-{arguments.precision}-{stages}"
         if not bundle.exists():
             if not checkpoint.exists():
-                synthesize(config_of(size, arguments.layers), checkpoint, with_vision=False, with_mtp=False)
+                synthesize(config_of(SIZES[size], arguments.layers), checkpoint, with_vision=False, with_mtp=False)
             started = time.perf_counter()
             build(checkpoint, bundle, device=arguments.device, precision=arguments.precision, mtp=False, stages=stages)
             print(f"built {bundle.name} in {time.perf_counter() - started:.0f} s", flush=True)
