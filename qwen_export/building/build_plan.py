@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen_export.building.calibration.calibration_plan import CalibrationPlan, calibration_reasons, plan_calibration
+from qwen_export.building.host_experts import host_expert_reasons
 from qwen_export.building.sequence_bytes import cache_bytes_per_token, state_bytes
 from qwen_export.building.stage_plan import Stage, StageCosts, plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
@@ -75,6 +76,8 @@ class BuildPlan:
     """How the bundle reads pictures, or why it does not."""
     stages: tuple[Stage, ...] = ()
     """Of the decoder, in order; one where it is not cut."""
+    host_experts: bool = False
+    """Whether routed experts are inputs of the graphs, which a GPU may read from host memory."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
     calibration: CalibrationPlan | None = None
@@ -123,10 +126,11 @@ def plan_build(
     engine: EngineOptions | None = None,
     stages: int | None = None,
     device_memory: int | None = None,
+    host_experts: bool = False,
 ) -> BuildPlan:
     """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `calibrate`,
-    `options`, `engine`, `stages` and `device_memory` as in `build`, but that memory which is not given is not looked up. `plan_file`
-    overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which is not given is not looked up.
+    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -170,6 +174,7 @@ def plan_build(
             reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides the precisions {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
+    reasons += host_expert_reasons(chosen, config, quantization, stages) if host_experts else []
     reasons += calibration_reasons(chosen, precision, quantization, calibrate)
     if reasons:
         raise UnsupportedError(
@@ -210,8 +215,9 @@ def plan_build(
             stages,
             StageCosts.of(config, sizes, context, size, head=head),
             form.graphs,
-            device_memory if device == "cuda" else None,
+            device_memory if device == "cuda" and not host_experts else None,
         ),
+        host_experts=host_experts,
         opset=form.opset,
         engine=compiled if chosen.engines else None,
         checkpoint_notes=checkpoint.notes,

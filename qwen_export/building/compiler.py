@@ -57,6 +57,7 @@ def build(
     engine: EngineOptions | None = None,
     stages: int | None = None,
     device_memory: int | None = None,
+    host_experts: bool = False,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -76,7 +77,8 @@ def build(
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
     may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `stages`: into
     how many consecutive graphs the decoder is cut, each for a device of its own; None for as many as weights, a full context and working
-    memory need on GPUs of `device_memory` bytes, by default those of the smallest GPU of this machine; one where it has none. `planned` is
+    memory need on GPUs of `device_memory` bytes, by default those of the smallest GPU of this machine; one where it has none.
+    `host_experts`: routed experts, quantized, may stay in host memory, from which the GPU reads them (`load`, weight_budget). `planned` is
     called with the plan before the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
@@ -103,6 +105,7 @@ def build(
         engine=engine,
         stages=stages,
         device_memory=device_memory or (present_memory() if device == "cuda" and stages is None else None),
+        host_experts=host_experts,
     )
     search = find_search()
     if plan.quantization is not None and search is not None:

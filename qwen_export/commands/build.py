@@ -100,6 +100,9 @@ if TYPE_CHECKING:
     help="Cut the decoder into N graphs, for as many GPUs; by default as many as its memory needs.",
 )
 @device_memory_option
+@click.option(
+    "--host-experts", is_flag=True, help="Let routed experts stay in host memory, where the GPU has too little (run --weight-budget)."
+)
 @click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
@@ -131,6 +134,7 @@ def command(
     weights: str,
     stages: int | None,
     device_memory: int | None,
+    host_experts: bool,
     jobs: int | None,
     max_memory: int | None,
     force: bool,
@@ -191,6 +195,7 @@ def command(
             weights=weights,
             stages=stages,
             device_memory=device_memory,
+            host_experts=host_experts,
             jobs=jobs,
             max_memory=max_memory,
             force=force,
