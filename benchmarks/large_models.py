@@ -20,8 +20,10 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ import onnx_ir as ir
 
 from benchmarks.build_memory import generate_values, sparse_checkpoint
 from benchmarks.measured_process import peak_rss_mb, run_measured
-from benchmarks.stages import SHORT, config_of
+from benchmarks.stages import SHORT, config_of, through_engines
 from qwen_export.graphs.weights.expression import StoredWeight, Weight, WeightTensor
 from qwen_export.graphs.weights.weight_writer import lazy_weights
 from qwen_export.manifest import load_manifest
@@ -156,7 +158,7 @@ def measure(model: Model, arguments: argparse.Namespace) -> None:
         times.append(time.perf_counter() - started)
     if not np.isfinite(logits).all() or logits.std() == 0:
         raise SystemExit("the logits are not finite, or all the same")
-    best = sorted(times[1:])[len(times[1:]) // 2]
+    best = median(times[1:])
     print(f"prefill {len(prompt)}: {len(prompt) / best:.0f} tok/s, the first time {times[0]:.2f} s")
     rates = []
     for _ in range(arguments.rounds + 1):
@@ -166,12 +168,20 @@ def measure(model: Model, arguments: argparse.Namespace) -> None:
         for _ in range(arguments.new_tokens):
             token = int(decoder.step([token])[0].argmax())
         rates.append(arguments.new_tokens / (time.perf_counter() - started))
-    print(f"decode: {sorted(rates[1:])[len(rates[1:]) // 2]:.1f} tok/s", flush=True)
+    print(f"decode: {median(rates[1:]):.1f} tok/s", flush=True)
     del decoder
     prompts = chance.integers(0, vocabulary, (arguments.streams, SHORT)).tolist()
     with Engine.of(model, arguments.streams, prefix_memory=0) as engine:
         rates = [through_engine(engine, prompts, arguments.new_tokens)[0] for _ in range(arguments.rounds + 1)]
-    print(f"engine, {arguments.streams} streams: {sorted(rates[1:])[len(rates[1:]) // 2]:.1f} tok/s", flush=True)
+    print(f"engine, {arguments.streams} streams: {median(rates[1:]):.1f} tok/s", flush=True)
+    share = arguments.streams // arguments.stages
+    if arguments.stages > 1 and share:
+        with ExitStack() as stack:
+            engines = [stack.enter_context(Engine.of(model, share, prefix_memory=0)) for _ in range(arguments.stages)]
+            for engine in engines:  # what is recorded is recorded while no other thread uses the GPUs
+                through_engine(engine, prompts[:share], arguments.new_tokens)
+            rates = [through_engines(engines, prompts, arguments.new_tokens) for _ in range(arguments.rounds + 1)]
+        print(f"{arguments.stages} engines, {share} streams each: {median(rates[1:]):.1f} tok/s together", flush=True)
 
 
 def run(bundle: Path, arguments: argparse.Namespace) -> None:
