@@ -14,6 +14,8 @@ import copy
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,8 +34,9 @@ SHORT = 128
 """Tokens before the steps that are timed, and in the prompt of each stream."""
 
 
-def config_of(size: str, layers: int | None) -> dict[str, Any]:
-    config = copy.deepcopy(SIZES[size])
+def config_of(released: dict[str, Any], layers: int | None) -> dict[str, Any]:
+    """A copy of a configuration, of the first `layers` layers."""
+    config = copy.deepcopy(released)
     text = config.get("text_config", config)
     if layers is not None:
         text |= {"num_hidden_layers": layers, "layer_types": text["layer_types"][:layers]}
@@ -48,7 +51,7 @@ def made(size: str, arguments: argparse.Namespace) -> list[Path]:
         bundle = arguments.work / f"{size}-{arguments.precision}-{stages}"
         if not bundle.exists():
             if not checkpoint.exists():
-                synthesize(config_of(size, arguments.layers), checkpoint, with_vision=False, with_mtp=False)
+                synthesize(config_of(SIZES[size], arguments.layers), checkpoint, with_vision=False, with_mtp=False)
             started = time.perf_counter()
             build(checkpoint, bundle, device=arguments.device, precision=arguments.precision, mtp=False, stages=stages)
             print(f"built {bundle.name} in {time.perf_counter() - started:.0f} s", flush=True)
@@ -72,6 +75,40 @@ def alternate(name: str, runs: Sequence[Callable[[], float]], rounds: int, unit:
     ratio = median(row[1] / row[0] for row in seen)
     spread = f"{min(row[1] / row[0] for row in seen):.2f}-{max(row[1] / row[0] for row in seen):.2f}"
     print(f"{name:24} {one:10.1f} {several:10.1f} {unit}  {ratio:5.2f}  ({spread})", flush=True)
+
+
+def through_engines(engines: Sequence[Engine], prompts: Sequence[Sequence[int]], new_tokens: int) -> float:
+    """Tokens per second of engines that share the streams. Those of one model take turns in each stage: while one is in the second, the
+    other is in the first."""
+    share = len(prompts) // len(engines)
+    parts = [prompts[number * share : (number + 1) * share] for number in range(len(engines))]
+    with ThreadPoolExecutor(len(engines)) as threads:
+        return sum(threads.map(lambda engine, part: through_engine(engine, part, new_tokens)[0], engines, parts))
+
+
+def measure_engines(models: Sequence[Model], streams: int, arguments: argparse.Namespace) -> None:
+    """One engine on each, and on the stages as many engines as there are stages, with a share of the streams each."""
+    prompts = np.random.default_rng(1).integers(0, models[0].manifest.model["vocab_size"], (streams, SHORT)).tolist()
+    with ExitStack() as stack:
+        engines = [stack.enter_context(Engine.of(model, streams, prefix_memory=0)) for model in models]
+        runs = [lambda engine=engine: through_engine(engine, prompts, arguments.new_tokens)[0] for engine in engines]
+        alternate(f"engine, {streams} streams", runs, arguments.rounds)
+    if streams % arguments.stages:
+        return
+    share = streams // arguments.stages
+    with ExitStack() as stack:
+        one = stack.enter_context(Engine.of(models[0], streams, prefix_memory=0))
+        several = [stack.enter_context(Engine.of(models[1], share, prefix_memory=0)) for _ in range(arguments.stages)]
+        for engine in several:  # what is recorded is recorded while no other thread uses the GPUs
+            through_engine(engine, prompts[:share], arguments.new_tokens)
+        alternate(
+            f"{arguments.stages} engines, {share} each",
+            [
+                lambda: through_engine(one, prompts, arguments.new_tokens)[0],
+                lambda: through_engines(several, prompts, arguments.new_tokens),
+            ],
+            arguments.rounds,
+        )
 
 
 def compare(models: Sequence[Model], arguments: argparse.Namespace) -> None:
@@ -104,14 +141,7 @@ def compare(models: Sequence[Model], arguments: argparse.Namespace) -> None:
     print(f"largest difference of the logits of that prompt: {np.abs(last[0] - last[1]).max():.3g} of {np.abs(last[0]).max():.3g}")
     decoders.clear()
     for streams in arguments.streams:
-        prompts = chance.integers(0, vocabulary, (streams, SHORT)).tolist()
-        engines = [Engine.of(model, streams, prefix_memory=0) for model in models]
-        try:
-            runs = [lambda engine=engine, prompts=prompts: through_engine(engine, prompts, arguments.new_tokens)[0] for engine in engines]
-            alternate(f"engine, {streams} streams", runs, arguments.rounds)
-        finally:
-            for engine in engines:
-                engine.close()
+        measure_engines(models, streams, arguments)
 
 
 def main() -> None:

@@ -112,6 +112,8 @@ def _check_weights(manifest: Manifest) -> None:
             end = weight.offset + _bytes(manifest, weight, where)
             file = places.setdefault(weight.file, {})
             file[weight.offset] = max(end, file.get(weight.offset, 0))
+        if not set(graph.bound) <= seen or set(graph.bound) & {tensor.name for tensor in graph.inputs}:
+            raise ValueError(f"graph {name} binds what is no weight of it")
     for name, file in places.items():
         last = 0
         for begin in sorted(file):

@@ -90,6 +90,8 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
     states: tuple[StateSpec, ...]
     weights: tuple[WeightSpec, ...] = ()
+    bound: tuple[str, ...] = ()
+    """Names of weights that are inputs of the graph, beyond `inputs`: the runtime binds them, and a GPU may read them from host memory."""
 
 
 @dataclass(frozen=True)

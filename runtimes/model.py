@@ -73,8 +73,8 @@ def load(
     every draft; "lookup" drafts what followed the same words earlier in the text, with any bundle that was built for speculation; "off"
     reads token by token. The text is the same, but for near-ties between kernels.
 
-    `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with weight streaming; what does not fit waits in host
-    memory and is copied in every call. None keeps all weights on the GPU.
+    `weight_budget`: bytes of GPU memory for the weights of a bundle that was built with weight streaming or host experts; the GPU reads the
+    rest from host memory in every call. None keeps all weights on the GPU, or of host experts what fits beside one full context.
 
     `runtime`: "openvino" runs the graphs of a bundle of target `onnx` on OpenVINO instead of ONNX Runtime.
 

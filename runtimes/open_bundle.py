@@ -45,6 +45,6 @@ def open_bundle(
     return manifest, open_graphs(
         directory,
         manifest,
-        replace(options, repack=repack, packed_once=repack and static, later=later),
+        replace(options, repack=repack, packed_once=repack and static, later=later, context=max_context),
         [name for name in manifest.graphs if name not in idle],
     )

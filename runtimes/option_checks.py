@@ -38,6 +38,7 @@ def check_speculate(value: str | int, manifest: Manifest) -> None:
 
 def check_weight_budget(value: int | None, manifest: Manifest) -> None:
     streams = manifest.engine is not None and manifest.engine.options.get("weight_streaming")
+    streams = streams or (manifest.target.device == "cuda" and any(graph.bound for graph in manifest.graphs.values()))
     if value is not None and value < 0:
         raise ParameterError(
             "the memory for weights is negative",
@@ -50,7 +51,7 @@ def check_weight_budget(value: int | None, manifest: Manifest) -> None:
         raise ParameterError(
             "the bundle's weights cannot wait in host memory",
             parameter="weight_budget",
-            fix="Build it for TensorRT with {weight_streaming} and embedded {engine_weights}.",
+            fix="Build it for {device} cuda with {host_experts}, or for TensorRT with {weight_streaming} and embedded {engine_weights}.",
         )
 
 

@@ -76,6 +76,24 @@ def test_an_engine_over_stages_gives_the_texts_of_the_whole(bundles: dict[int, P
     assert texts(bundles[2]) == texts(bundles[1])
 
 
+def test_two_engines_share_the_stages(bundles: dict[int, Path]) -> None:
+    """While one batch is in the second stage, the other is in the first; each gets the texts that it has alone."""
+    prompts = [list(range(1, n)) for n in (3, 5, 9, 30)]
+
+    def request(ids: list[int]) -> Request:
+        return Request(ids, Sampler(SamplingParams(greedy=True)), frozenset(), 12)
+
+    with load(bundles[1], threads=1, max_context=CONTEXT, speculate="off") as model, Engine.of(model, slots=2) as engine:
+        expected = [list(engine.submit(request(ids))) for ids in prompts]
+    with (
+        load(bundles[2], threads=1, max_context=CONTEXT, speculate="off") as model,
+        Engine.of(model, slots=2) as first,
+        Engine.of(model, slots=2) as second,
+    ):
+        streams = [engine.submit(request(ids)) for engine, ids in zip((first, second, first, second), prompts, strict=True)]
+        assert [list(stream) for stream in streams] == expected
+
+
 def test_each_stage_has_its_layers_and_weights(bundles: dict[int, Path]) -> None:
     manifest = load_manifest(bundles[4])
     assert [name for name in manifest.graphs if name != "mtp"] == ["decoder.0", "decoder.1", "decoder.2", "decoder.3"]

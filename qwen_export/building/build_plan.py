@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen_export.building.calibration.calibration_plan import CalibrationPlan, calibration_reasons, plan_calibration
-from qwen_export.building.stage_plan import plan_stages
+from qwen_export.building.host_experts import host_expert_reasons
+from qwen_export.building.sequence_bytes import cache_bytes_per_token, state_bytes
+from qwen_export.building.stage_plan import Stage, StageCosts, plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
 from qwen_export.building.vision_plan import VisionPlan, plan_vision
@@ -23,7 +25,7 @@ from qwen_export.graphs.checkpoint.tensor_names import (
     no_draft_head,
     stored_tensors,
 )
-from qwen_export.graphs.config import FULL, TextConfig
+from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
@@ -72,8 +74,10 @@ class BuildPlan:
     """How the graphs are compiled, None where the target's runtime does that."""
     vision: VisionPlan = field(default_factory=VisionPlan)
     """How the bundle reads pictures, or why it does not."""
-    stages: tuple[int, ...] = (0,)
-    """The first layer of each stage of the decoder."""
+    stages: tuple[Stage, ...] = ()
+    """Of the decoder, in order; one where it is not cut."""
+    host_experts: bool = False
+    """Whether routed experts are inputs of the graphs, which a GPU may read from host memory."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
     calibration: CalibrationPlan | None = None
@@ -120,11 +124,13 @@ def plan_build(
     calibrate: str | Path | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
-    stages: int = 1,
+    stages: int | None = None,
+    device_memory: int | None = None,
+    host_experts: bool = False,
 ) -> BuildPlan:
     """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `calibrate`,
-    `options`, `engine` and `stages` as in `build`. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError
-    where it is wrong."""
+    `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which is not given is not looked up.
+    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -168,6 +174,7 @@ def plan_build(
             reasons += standard_reasons(quantization, tensors, engines=chosen.engines)
     if plan_file is not None and precision not in QUANTIZED:
         reasons.append(f"a precision plan overrides the precisions {', '.join(QUANTIZED[:-1])} or {QUANTIZED[-1]}, not {precision}")
+    reasons += host_expert_reasons(chosen, config, quantization, stages) if host_experts else []
     reasons += calibration_reasons(chosen, precision, quantization, calibrate)
     if reasons:
         raise UnsupportedError(
@@ -204,7 +211,13 @@ def plan_build(
         group_sizes=groups,
         graphs={**form.graphs, **sight.graphs},
         vision=sight,
-        stages=plan_stages(stages, config, sizes, form.graphs),
+        stages=plan_stages(
+            stages,
+            StageCosts.of(config, sizes, context, size, head=head),
+            form.graphs,
+            device_memory if device == "cuda" and not host_experts else None,
+        ),
+        host_experts=host_experts,
         opset=form.opset,
         engine=compiled if chosen.engines else None,
         checkpoint_notes=checkpoint.notes,
@@ -351,15 +364,3 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
     if odd:
         reasons.append(f"quantized feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
     return reasons
-
-
-def state_bytes(config: TextConfig, size: int) -> int:
-    """Recurrent states (fp32) and convolution histories of one sequence."""
-    layers = sum(kind != FULL for kind in config.layer_types)
-    recurrent = 4 * config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
-    return layers * (recurrent + size * (config.linear_conv_kernel_dim - 1) * config.conv_dim)
-
-
-def cache_bytes_per_token(config: TextConfig, size: int, *, head: bool = False) -> int:
-    """Keys and values of one token over all attention layers, that of the draft head among them with `head`."""
-    return (sum(kind == FULL for kind in config.layer_types) + head) * 2 * size * config.num_key_value_heads * config.head_dim

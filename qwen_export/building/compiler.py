@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qwen_export.building.build_plan import BuildPlan, plan_build
 from qwen_export.building.calibration.calibration_text import read_text
 from qwen_export.building.engines import for_this_machine, ready_library
+from qwen_export.building.stage_plan import present_memory
 from qwen_export.building.staging import signals_held, staged_directory
 from qwen_export.building.static_plan import StaticOptions
 from qwen_export.building.text_assets import check_text_assets, copy_text_assets
@@ -54,7 +55,9 @@ def build(
     max_memory: int | None = None,
     options: StaticOptions | None = None,
     engine: EngineOptions | None = None,
-    stages: int = 1,
+    stages: int | None = None,
+    device_memory: int | None = None,
+    host_experts: bool = False,
     planned: Callable[[BuildPlan], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -73,8 +76,10 @@ def build(
     With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
     may use meanwhile, in bytes. `options` are those of targets with static shapes, `engine` those of targets with engines. `stages`: into
-    how many consecutive graphs the decoder is cut, each for a device of its own. `planned` is called with the plan before the work
-    begins, `report` while it goes on.
+    how many consecutive graphs the decoder is cut, each for a device of its own; None for as many as weights, a full context and working
+    memory need on GPUs of `device_memory` bytes, by default those of the smallest GPU of this machine; one where it has none.
+    `host_experts`: routed experts, quantized, may stay in host memory, from which the GPU reads them (`load`, weight_budget). `planned` is
+    called with the plan before the work begins, `report` while it goes on.
 
     Raises QwenExportError; on any failure no bundle is left behind. After an interrupt the next build to `output` goes on with the
     weights that are finished."""
@@ -99,6 +104,8 @@ def build(
         options=options,
         engine=engine,
         stages=stages,
+        device_memory=device_memory or (present_memory() if device == "cuda" and stages is None else None),
+        host_experts=host_experts,
     )
     search = find_search()
     if plan.quantization is not None and search is not None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from qwen_export.building.build_plan import BuildPlan
 from qwen_export.building.calibration.calibration_text import CalibrationText
 from qwen_export.building.engines import compile_graph, engine_file, engine_spec, mapped, onnx_file
+from qwen_export.building.host_experts import expert_weights, with_inputs
 from qwen_export.building.staging import journal_path
 from qwen_export.building.text_assets import copy_text_assets, stop_ids
 from qwen_export.engine_options import BOUND, EMBEDDED, EngineOptions
@@ -84,7 +85,7 @@ def write_files(
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
             model.opset_imports.setdefault(node.domain, 1)
-    graph_files = _write_engines(plan, models, staging, say) if plan.engine is not None else _write_onnx(models, staging)
+    graph_files = _write_engines(plan, models, staging, say) if plan.engine is not None else _write_onnx(plan, models, staging)
     if plan.engine is not None and _weights_inside(plan):
         del files[WEIGHTS]
         (staging / WEIGHTS).unlink()
@@ -110,9 +111,9 @@ def _file(plan: BuildPlan, graph: str) -> str:
     return engine_file(graph) if plan.engine is not None else onnx_file(graph)
 
 
-def _write_onnx(models: dict[str, ir.Model], staging: Path) -> list[str]:
+def _write_onnx(plan: BuildPlan, models: dict[str, ir.Model], staging: Path) -> list[str]:
     for graph, model in models.items():
-        ir.save(model, staging / onnx_file(graph))
+        ir.save(with_inputs(model) if plan.host_experts else model, staging / onnx_file(graph))
     return [onnx_file(graph) for graph in models]
 
 
@@ -234,7 +235,8 @@ def _graph_spec(plan: BuildPlan, name: str, model: ir.Model) -> GraphSpec:
     outputs = tuple(spec(v) for v in model.graph.outputs)
     names = {t.name for t in outputs}
     states = tuple(_state_spec(model, t) for t in inputs if f"{t.name}.next" in names)
-    return GraphSpec(_file(plan, name), inputs, outputs, states, () if _weights_inside(plan) else tuple(_weight_specs(model)))
+    weights = () if _weights_inside(plan) else tuple(_weight_specs(model))
+    return GraphSpec(_file(plan, name), inputs, outputs, states, weights, expert_weights(model) if plan.host_experts else ())
 
 
 # Operators of static graphs that write one buffer in place where input and output share it. The results of others may be written while

@@ -46,7 +46,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
         target = replace(plan.target, passes=plan.target.vision_passes) if graph.module == TOWER else plan.target
         run_passes(models[name], target, context, dump / name if dump else None)
     if len(plan.stages) > 1:
-        stages = cut_stages(models.pop(DECODER), plan.stages)
+        stages = cut_stages(models.pop(DECODER), [stage.first for stage in plan.stages])
         models = {stage_name(DECODER, number): stage for number, stage in enumerate(stages)} | models
     return models
 

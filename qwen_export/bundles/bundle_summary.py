@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qwen_export.bundle_contract import is_tower
+from qwen_export.bundle_contract import STEP, is_tower
 from qwen_export.manifest import MANIFEST, ROPE_SCALING, SIGNATURE, GraphSpec, Manifest, load_manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import state_bytes
+from qwen_export.runtimes.backends.stage_memory import GPU_WORKSPACE, needed_by_stage
+from qwen_export.runtimes.memory.mapped_weights import weight_bytes
+from qwen_export.stages import stage_groups
 
 _FORMATS = ("weights", "calibration", "activations", "recurrent state", "attention cache")
 
@@ -43,6 +46,7 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "precision": target.precision,
         "formats": {name: manifest.precision_plan[name] for name in _FORMATS if name in manifest.precision_plan},
         "max_context": manifest.max_context,
+        "stages": _stages(manifest),
         "graphs": {name: _graph(manifest, graph) for name, graph in manifest.graphs.items()},
         "manifest": {
             "schema": manifest.schema,
@@ -59,6 +63,18 @@ def inspect_bundle(path: str | Path) -> dict[str, Any]:
         "pictures": _pictures(manifest),
         "verification": {key: manifest.verification[key] for key in ("when", "passed") if key in manifest.verification},
     }
+
+
+def _stages(manifest: Manifest) -> list[dict[str, int]]:
+    """Layers and bytes of each stage of the decoder, those on a GPU with a full context; of one stage where it is not cut."""
+    names, found, first = stage_groups(manifest.graphs).get(STEP, []), [], 0
+    for name, need in zip(names, needed_by_stage(manifest) if names else [], strict=True):
+        graph = manifest.graphs[name]
+        layers = len({state.name.split(".")[1] for state in graph.states})
+        weights = sum({(weight.file, weight.offset): weight_bytes(weight) for weight in graph.weights}.values())
+        found.append({"first_layer": first, "last_layer": first + layers - 1, "weight_bytes": weights, "gpu_bytes": need + GPU_WORKSPACE})
+        first += layers
+    return found
 
 
 def _graph(manifest: Manifest, graph: GraphSpec) -> dict[str, Any]:

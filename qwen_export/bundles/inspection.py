@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_export.building.build_plan import BuildPlan, plan_build
+from qwen_export.building.stage_plan import present_memory
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import QwenExportError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint, open_checkpoint
@@ -28,11 +29,13 @@ def inspect_checkpoint(
     targets: Collection[str] = (),
     sms: tuple[str, ...] = (),
     calibrate: str | None = None,
+    device_memory: int | None = None,
 ) -> dict[str, Any]:
     """A JSON-able report: `model` (with the decoder's parameters, and those that one token uses), `parts` (parameters and bytes of text,
     mtp, vision), `quantization`, and per target, device and precision whether it is supported, why not, and the estimated bytes of the
     bundle and of a run, and whether it would have a draft head and read pictures, or why not. `rope_scaling` as in `build`;
-    `targets`: only these, if any; `sms`: the compute capabilities that engines would be for; `calibrate`: as in `build`, for int4."""
+    `targets`: only these, if any; `sms`: the compute capabilities that engines would be for; `calibrate`: as in `build`, for int4;
+    `device_memory`: as in `build`, for the number of stages."""
     checkpoint = open_checkpoint(path, rope_scaling)
     text = checkpoint.config.text
     parameters = sum(prod(shape) for _, shape in decoder_tensors(text))
@@ -59,7 +62,11 @@ def inspect_checkpoint(
         "notes": list(checkpoint.notes),
         "bytes": checkpoint.nbytes,
         "files": len({tensor.file for tensor in checkpoint.tensors.values()}),
-        "targets": list(_targets(checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms), calibrate)),
+        "targets": list(
+            _targets(
+                checkpoint, [TARGETS[name] for name in targets or TARGETS], EngineOptions(sms), calibrate, device_memory or present_memory()
+            )
+        ),
     }
 
 
@@ -114,14 +121,18 @@ def why_not(error: QwenExportError) -> str:
     return error.got if isinstance(error, UnsupportedError) and error.got else str(error)
 
 
-def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions, calibrate: str | None) -> Iterator[dict[str, Any]]:
+def _targets(
+    checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOptions, calibrate: str | None, device_memory: int | None
+) -> Iterator[dict[str, Any]]:
     for target in targets:
         for device in target.devices:
             for precision in target.precisions:
                 entry: dict[str, Any] = {"target": target.name, "device": device, "precision": precision}
                 text = calibrate if precision == INT4 else None
                 try:
-                    plan = plan_build(checkpoint, target.name, device, precision, engine=engine, calibrate=text)
+                    plan = plan_build(
+                        checkpoint, target.name, device, precision, engine=engine, calibrate=text, device_memory=device_memory
+                    )
                 except QwenExportError as error:
                     yield entry | {"supported": False, "why": why_not(error)}
                 else:
@@ -138,4 +149,5 @@ def _targets(checkpoint: Checkpoint, targets: Iterable[Target], engine: EngineOp
                         "no_pictures": plan.vision.reason,
                         "quantized_matrices": _becomes(plan),
                         "calibration": plan.calibration.note if plan.calibration else "",
+                        "stages": [stage.facts for stage in plan.stages],
                     }

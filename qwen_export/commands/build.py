@@ -11,11 +11,13 @@ import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
 from qwen_export.commands.calibration_flag import calibration_option
+from qwen_export.commands.device_memory_flag import device_memory_option
 from qwen_export.commands.engine_flags import engine_options
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import notice, size, verbosity_options
 from qwen_export.commands.param_types import Gigabytes, Numbers
 from qwen_export.commands.progress import progress
+from qwen_export.commands.stage_text import stage_lines
 from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import QwenExportError
@@ -92,7 +94,14 @@ if TYPE_CHECKING:
     help="`reference` leaves in CHECKPOINT what is stored there as the graph needs it.",
 )
 @click.option(
-    "--stages", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Cut the decoder into N graphs, for as many GPUs."
+    "--stages",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Cut the decoder into N graphs, for as many GPUs; by default as many as its memory needs.",
+)
+@device_memory_option
+@click.option(
+    "--host-experts", is_flag=True, help="Let routed experts stay in host memory, where the GPU has too little (run --weight-budget)."
 )
 @click.option("--jobs", type=click.IntRange(1, 1024), metavar="N", help="Threads that make weights; default one per core.")
 @click.option("--max-memory", type=Gigabytes(least=0.1), metavar="GB", help="What the build may use, in 10^9 bytes; default about 1.")
@@ -123,7 +132,9 @@ def command(
     decompose: tuple[str, ...],
     picture_tokens: tuple[int, ...] | None,
     weights: str,
-    stages: int,
+    stages: int | None,
+    device_memory: int | None,
+    host_experts: bool,
     jobs: int | None,
     max_memory: int | None,
     force: bool,
@@ -157,9 +168,11 @@ def command(
     left = unfinished(output)
     if left is not None:
         notice(f"going on with the finished weights that an interrupted build has left in {left}")
+    cut: list[str] = []
     with progress() as report:
 
         def planned(plan: BuildPlan) -> None:
+            cut.extend(stage_lines([stage.facts for stage in plan.stages]))
             for line in plan.notes:
                 notice(line)
 
@@ -181,6 +194,8 @@ def command(
             dump_ir=dump_ir,
             weights=weights,
             stages=stages,
+            device_memory=device_memory,
+            host_experts=host_experts,
             jobs=jobs,
             max_memory=max_memory,
             force=force,
@@ -193,6 +208,8 @@ def command(
         sign_bundle(output, sign)
     manifest = load_manifest(output)
     notice(f"{output}: {size(sum(entry.size for entry in manifest.files.values()))} in {time.monotonic() - started:.1f} s")
+    for line in cut:
+        notice(line)
     notice(_next(output, named, manifest))
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 from qwen_export.bundles.signatures import check_signature
 from qwen_export.commands.output import size
+from qwen_export.commands.stage_check import check_stages
 from qwen_export.errors import BundleError
 from qwen_export.manifest import Manifest, manifest_digest
 from qwen_export.runtimes.backends.compatibility import check_runnable, for_device, for_runtime, free_memory, needed_memory
 from qwen_export.runtimes.backends.native_libraries import ALLOW, check_native, is_known
 from qwen_export.runtimes.backends.onnxruntime.load_plugins import load_plugins
-from qwen_export.runtimes.backends.stage_memory import free_on, needed_by_stage
-from qwen_export.runtimes.backends.stage_placement import stage_devices
-from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.backends.stage_memory import needed_by_stage
 from qwen_export.runtimes.option_checks import check_devices
 from qwen_export.runtimes.text_check import check_text
 
@@ -64,34 +63,18 @@ def check_bundle(
         yield Finding("native", lines, origin)
     text = check_text(bundle, manifest.files)
     yield Finding("text", text, text)
-    yield _memory(bundle, manifest) if len(needed_by_stage(manifest)) < 2 else _stage_memory(bundle, manifest, devices or (device_id,))
+    yield _memory(bundle, manifest) if len(needed_by_stage(manifest)) < 2 else _stages(bundle, manifest, devices or (device_id,))
     verified = manifest.verification
     verdict = "passed" if verified.get("passed") is True else "FAILED"
     said = f"{verified.get('when', '')}: {verdict}" if verified else "not yet: run `qwen-export verify` where the checkpoint is"
     yield Finding("verified", said, verified.get("passed"))
 
 
-def _stage_memory(bundle: Path, manifest: Manifest, devices: Sequence[int]) -> Finding:
-    """What each device needs for its stages, and has."""
-    needs: dict[Device, int] = {}
-    for place, need in zip(stage_devices(manifest, devices), needed_by_stage(manifest), strict=True):
-        needs[place] = needs.get(place, 0) + need
-    have = {place: free_on(place) for place in needs}
-    short = [place for place, free in have.items() if free is not None and free < needs[place]]
-    if short:
-        most = max(needed_by_stage(manifest))
-        raise BundleError(
-            "there is too little free memory for the stages of the bundle",
-            where=str(bundle),
-            got=", ".join(f"{size(have[place] or 0)} on {place}" for place in short),
-            expected=", ".join(f"{size(needs[place])} on {place}" for place in short),
-            fix=f"Load it with more {{devices}}: {len(needed_by_stage(manifest))} with at least {size(most)} each hold it.",
-        )
-    free = {str(place): value for place, value in have.items()}
-    text = ", ".join(
-        f"{size(need)} on {place}" + (f" ({size(value)} free)" if (value := have[place]) else "") for place, need in needs.items()
-    )
-    return Finding("memory", text, {"needed": {str(place): need for place, need in needs.items()}, "free": free})
+def _stages(bundle: Path, manifest: Manifest, devices: Sequence[int]) -> Finding:
+    needs, free = check_stages(bundle, manifest, devices)
+    parts = [f"{size(need)} on {place}" + (f" ({size(had)} free)" if (had := free[place]) else "") for place, need in needs.items()]
+    facts = {"needed": {str(place): need for place, need in needs.items()}, "free": {str(place): had for place, had in free.items()}}
+    return Finding("memory", ", ".join(parts), facts)
 
 
 def _memory(bundle: Path, manifest: Manifest) -> Finding:

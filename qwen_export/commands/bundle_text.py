@@ -6,6 +6,7 @@ import importlib.util
 from typing import Any
 
 from qwen_export.commands.output import mixers, size
+from qwen_export.commands.stage_text import stage_lines
 
 
 def bundle_text(report: dict[str, Any]) -> str:
@@ -32,6 +33,7 @@ def bundle_text(report: dict[str, Any]) -> str:
         tokens = "any number of tokens" if graph["tokens"] is None else f"{graph['tokens']} token{'s' * (graph['tokens'] != 1)}"
         slots = f" over {graph['slots']} slots" if graph["slots"] else ""
         lines.append(_line("" if number else "graphs", f"{name:{width}}  {graph['file']}, {size(graph['bytes'])}: {tokens}{slots} a call"))
+    lines += [_line("" if number else "stages", text) for number, text in enumerate(stage_lines(report["stages"]))]
     outside = report["outside"]
     lines += [
         _line(

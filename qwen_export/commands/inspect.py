@@ -11,9 +11,11 @@ import click
 from qwen_export.bundles.bundle_summary import inspect_bundle, is_bundle
 from qwen_export.commands.bundle_text import bundle_text
 from qwen_export.commands.calibration_flag import calibration_option
+from qwen_export.commands.device_memory_flag import device_memory_option
 from qwen_export.commands.engine_flags import compute_capabilities
 from qwen_export.commands.hub_flags import hub_options
 from qwen_export.commands.output import count, mixers, size, verbosity_options
+from qwen_export.commands.stage_text import stage_summary
 from qwen_export.downloads.hub_options import HubOptions
 from qwen_export.extras import needed_for
 from qwen_export.targets import TARGETS
@@ -25,6 +27,7 @@ from qwen_export.targets import TARGETS
 @click.option("--sm", metavar="LIST", help="As if engines were built for these compute capabilities, like 86,120.")
 @click.option("--rope-scaling", metavar="yarn:FACTOR", help="As if built with this; see `build --help`.")
 @calibration_option
+@device_memory_option
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @hub_options
 @verbosity_options
@@ -34,13 +37,14 @@ def command(
     sm: str | None,
     rope_scaling: str | None,
     calibrate: str | None,
+    device_memory: int | None,
     as_json: bool,
     hub_access: HubOptions,
 ) -> None:
     """Say what CHECKPOINT is and what each target can do with it, or what BUNDLE was built for. Reads headers only."""
     bundle = is_bundle(path)
-    if bundle and (target or sm or rope_scaling or calibrate):
-        raise click.UsageError("--target, --sm, --rope-scaling and --calibrate are for checkpoints, and this is a bundle")
+    if bundle and (target or sm or rope_scaling or calibrate or device_memory):
+        raise click.UsageError("--target, --sm, --rope-scaling, --calibrate and --device-memory are for checkpoints, and this is a bundle")
     if bundle:
         report = inspect_bundle(path)
     else:
@@ -49,7 +53,7 @@ def command(
             from qwen_export.downloads.local_checkpoint import inspected_checkpoint
 
         with inspected_checkpoint(path, hub_access) as checkpoint:
-            report = inspect_checkpoint(checkpoint, rope_scaling, target, compute_capabilities(sm), calibrate)
+            report = inspect_checkpoint(checkpoint, rope_scaling, target, compute_capabilities(sm), calibrate, device_memory)
     click.echo(json.dumps(report, indent=1) if as_json else (bundle_text if bundle else _text)(report))
 
 
@@ -75,6 +79,7 @@ def _text(report: dict[str, Any]) -> str:
             lines.append(f"  yes  {name:24} {memory}")
             lines += [f"{'':32}{count} matrices {what}" for what, count in entry["quantized_matrices"].items()]
             lines += [f"{'':32}{note}" for note in [entry["calibration"]] if note]
+            lines += [f"{'':32}{line}" for line in stage_summary(entry["stages"])]
         else:
             lines.append(f"  no   {name:24} {entry['why']}")
     missing = [line for what in ("draft head", "pictures") for line in _without(report["targets"], what)]

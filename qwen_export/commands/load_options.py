@@ -32,7 +32,8 @@ _SPEED = (
         "--weight-budget",
         type=Gigabytes(),
         metavar="GB",
-        help="GPU memory for the weights of a bundle built with --weight-streaming, in 10^9 bytes; the rest stays in host memory.",
+        help="GPU memory for the weights of a bundle built with --weight-streaming or --host-experts, in 10^9 bytes; "
+        "the rest stays in host memory.",
     ),
     click.option(
         "--speculate",

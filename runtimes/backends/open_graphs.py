@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen_export.manifest import Manifest, file_path
+from qwen_export.runtimes.backends.expert_placement import binds_weights, experts_on_host
 from qwen_export.runtimes.backends.session import Session
 from qwen_export.runtimes.backends.stage_placement import graph_devices
 from qwen_export.runtimes.backends.staged_session import StagedSession
+from qwen_export.runtimes.memory.bound_weights import BoundWeights
+from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 from qwen_export.stages import stage_groups
 
@@ -28,7 +31,8 @@ class OpenOptions:
     """`threads`, `repack` and `packed_once` are for ONNX Runtime on the CPU: with the last, graphs of static shapes share what they make of
     the weights, where the installed ONNX Runtime can. `device_id` is the number of the GPU, `device_ids` those for the stages of a bundle
     that has several. `graphs`: their directory, if not in the bundle. `later`: graphs that need not be open before they are called.
-    `weight_budget`: bytes on the GPU for weights of engines that can leave them in host memory, None for all."""
+    `weight_budget`: bytes on the GPU for weights of engines that can leave them in host memory, None for all, and for weights of a bundle
+    whose experts can stay there, None for what is free beside a context of `context` tokens, by default the bundle's."""
 
     threads: int | None = None
     repack: bool = False
@@ -38,6 +42,7 @@ class OpenOptions:
     later: Collection[str] = ()
     weight_budget: int | None = None
     packed_once: bool = False
+    context: int | None = None
 
 
 def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sessions:
@@ -47,6 +52,7 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
     plugins = [file_path(bundle, name) for name in manifest.plugins]
     weights, devices = MappedWeights(bundle, manifest), graph_devices(manifest, options.device_ids or (options.device_id,))
 
+    bound = _bound_weights(manifest, options, weights)
     library = _packing_library(manifest, options)
     packed = PackedWeights(library, weights) if library is not None else None
 
@@ -57,10 +63,28 @@ def _onnxruntime(bundle: Path, manifest: Manifest, options: OpenOptions) -> Sess
         if packed is not None:
             return PackedOnceSession(path, graph, options.threads, packed, folder=folder, later=later)
         return OnnxRuntimeSession(
-            path, graph, device, options.threads, plugins, weights=weights, repack=options.repack, folder=folder, later=later
+            path,
+            graph,
+            device,
+            options.threads,
+            plugins,
+            weights=weights,
+            bound=bound,
+            repack=options.repack,
+            folder=folder,
+            later=later,
         )
 
     return session
+
+
+def _bound_weights(manifest: Manifest, options: OpenOptions, weights: MappedWeights) -> BoundWeights | None:
+    """The weights that are inputs of graphs, None where there are none."""
+    if not binds_weights(manifest):
+        return None
+    device = Device(manifest.target.device, (options.device_ids or (options.device_id,))[-1])
+    context = options.context or manifest.max_context
+    return BoundWeights(weights, device, experts_on_host(manifest, device, options.weight_budget, context))
 
 
 def _packing_library(manifest: Manifest, options: OpenOptions) -> OnnxRuntimeLibrary | None:

@@ -12,6 +12,9 @@ from qwen_export.runtimes.memory.cuda_driver import memory_info, use_device
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.stages import stage_groups
 
+GPU_WORKSPACE = 1 << 30
+"""What a GPU needs besides weights and caches, an estimate: the context of CUDA, libraries, and activations of a piece of a prompt."""
+
 
 def needed_by_stage(manifest: Manifest) -> list[int]:
     """Bytes of each stage with a full context; the last has the other graphs, too."""

@@ -16,7 +16,7 @@ def graph_devices(manifest: Manifest, ids: Sequence[int]) -> dict[str, Device]:
     places = {name: Device(kind, ids[-1]) for name in manifest.graphs}
     for names in stage_groups(manifest.graphs).values():
         if len(names) > 1:
-            places |= {name: Device(kind, ids[number * len(ids) // len(names)]) for number, name in enumerate(names)}
+            places |= {name: Device(kind, ids[_place(number, len(names), len(ids))]) for number, name in enumerate(names)}
     return places
 
 
@@ -24,3 +24,16 @@ def stage_devices(manifest: Manifest, ids: Sequence[int]) -> list[Device]:
     """That of each stage of the decoder."""
     places = graph_devices(manifest, ids)
     return [places[name] for name in stage_groups(manifest.graphs)[STEP]]
+
+
+def shares(needs: Sequence[int], devices: int) -> list[int]:
+    """What each of so many devices needs, of stages that need so much."""
+    found = [0] * devices
+    for number, need in enumerate(needs):
+        found[_place(number, len(needs), devices)] += need
+    return found
+
+
+def _place(number: int, stages: int, devices: int) -> int:
+    """On which of the devices a stage is."""
+    return number * devices // stages

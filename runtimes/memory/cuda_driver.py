@@ -49,6 +49,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuDeviceGetCount": [POINTER(c_int)],
     "cuDeviceGet": [POINTER(c_int), c_int],
     "cuDeviceGetName": [c_char_p, c_int, c_int],
+    "cuDeviceTotalMem_v2": [POINTER(c_size_t), c_int],
     "cuDeviceGetAttribute": [POINTER(c_int), c_int, c_int],
     "cuDevicePrimaryCtxRetain": [POINTER(c_void_p), c_int],
     "cuCtxGetCurrent": [POINTER(c_void_p)],
@@ -197,11 +198,23 @@ def _primary_context(device_id: int) -> int:
     return int(context.value or 0)
 
 
-def _device(device_id: int) -> int:
-    count, device = c_int(), c_int()
+def device_count() -> int:
+    count = c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
-    if not 0 <= device_id < count.value:
-        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count.value - 1}", fix="Change {device_id}.")
+    return count.value
+
+
+def total_memory(device_id: int = 0) -> int:
+    """All bytes of a device. Unlike `memory_info`, this makes no context, which takes memory and time."""
+    total = c_size_t()
+    call("cuDeviceTotalMem_v2", ctypes.byref(total), _device(device_id))
+    return total.value
+
+
+def _device(device_id: int) -> int:
+    count, device = device_count(), c_int()
+    if not 0 <= device_id < count:
+        raise BundleError("there is no such GPU", got=f"device {device_id}", expected=f"0 to {count - 1}", fix="Change {device_id}.")
     call("cuDeviceGet", ctypes.byref(device), device_id)
     return device.value
 

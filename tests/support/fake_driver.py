@@ -130,6 +130,9 @@ class FakeDriver:
     def _cuDeviceGetName(self, name: Any, size: int, device: int) -> None:
         name.value = b"Fake GPU"
 
+    def _cuDeviceTotalMem(self, total: Any, device: int) -> None:
+        total.value = self.memory
+
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: int) -> None:
         value.value = 1 if attribute == cuda_driver.VIRTUAL_MEMORY else self.sm[attribute - 75]
 

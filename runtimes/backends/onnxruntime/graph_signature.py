@@ -11,7 +11,9 @@ from qwen_export.manifest import GraphSpec, TensorSpec
 
 def check_signature(native: Any, spec: GraphSpec, path: Path) -> None:
     """Raise BundleError unless the session has the manifest's inputs and outputs, with their element types and shapes."""
-    for kind, listed, have in (("input", spec.inputs, native.get_inputs()), ("output", spec.outputs, native.get_outputs())):
+    bound = [TensorSpec(weight.name, weight.dtype, weight.shape) for weight in spec.weights if weight.name in spec.bound]
+    inputs = (*spec.inputs, *bound)
+    for kind, listed, have in (("input", inputs, native.get_inputs()), ("output", spec.outputs, native.get_outputs())):
         wanted = {tensor.name: _form(tensor) for tensor in listed}
         found = {tensor.name: (tensor.type, tuple(tensor.shape)) for tensor in have}
         for name in sorted(wanted.keys() | found.keys()):

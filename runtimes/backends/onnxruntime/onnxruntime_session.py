@@ -16,6 +16,7 @@ from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
 from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
+from qwen_export.runtimes.memory.bound_weights import BoundWeights
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
@@ -54,14 +55,16 @@ class OnnxRuntimeSession(LateSession):
         plugins: Sequence[Path] = (),
         *,
         weights: MappedWeights | None = None,
+        bound: BoundWeights | None = None,
         repack: bool = False,
         folder: Path | None = None,
         later: bool = False,
     ) -> None:
         """`plugins` are libraries with custom ops of the graph; `repack` as in `runtimes.load`. On the CPU the graph uses
         `weights` in place, and shares them with other graphs. ONNX Runtime reads no file outside the graph's directory: elsewhere,
-        too, it is given the weights that the bundle refers to. `folder`: the directory that the graph's weights are in, where it is another
-        than the graph's. With `later` the graph is loaded before its first call, which most runs may never make."""
+        too, it is given the weights that the bundle refers to. `bound` has those that are inputs of the graph. `folder`: the directory
+        that the graph's weights are in, where it is another than the graph's. With `later` the graph is loaded before its first call,
+        which most runs may never make."""
         import onnxruntime as ort
 
         if device.kind == "cuda" and hasattr(ort, "preload_dlls"):
@@ -89,6 +92,9 @@ class OnnxRuntimeSession(LateSession):
         self.spec, self.device = spec, device
         self._graphs = 0
         self._opening = (path, options, providers, weights, repack, folder)
+        self._bound = bound
+        self.weight_inputs: list[tuple[WeightSpec, int]] = []
+        """The weights that are inputs of the graph, and where each is for the device."""
         self._weights: dict[str, Any] = {}
         self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
         """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
@@ -99,16 +105,17 @@ class OnnxRuntimeSession(LateSession):
 
         path, options, providers, weights, repack, folder = self._opening
         try:
+            stored = [weight for weight in self.spec.weights if weight.name not in self.spec.bound]
             if weights is not None and self.device.is_host and not repack:
-                self._weights = _values(ort, self.spec.weights, weights)
-                vectors = {weight.name for weight in self.spec.weights if len(weight.shape) < 2}
+                self._weights = _values(ort, stored, weights)
+                vectors = {weight.name for weight in stored if len(weight.shape) < 2}
                 for name, value in self._weights.items():
                     if name not in vectors:
                         options.add_initializer(name, value)
                 # The optimizer may give a vector other dims, which it can only if it has the values.
                 options.add_external_initializers(list(vectors), [self._weights[name] for name in vectors])
             elif weights is not None:  # copied to the device, or into the kernels' order
-                self._weights = _values(ort, [weight for weight in self.spec.weights if weights.is_reference(weight)], weights)
+                self._weights = _values(ort, [weight for weight in stored if weights.is_reference(weight)], weights)
                 options.add_external_initializers(list(self._weights), list(self._weights.values()))
             if folder is not None:
                 options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
@@ -116,6 +123,10 @@ class OnnxRuntimeSession(LateSession):
             self.enter_device()
             native = ort.InferenceSession(graph, options, providers=providers)
             check_signature(native, self.spec, path)
+            if self._bound is not None:
+                self.weight_inputs = [
+                    (weight, self._bound.address(weight)) for weight in self.spec.weights if weight.name in self.spec.bound
+                ]
             return native
         except BundleError:
             raise
@@ -162,6 +173,9 @@ class OnnxRuntimeCall(WholeCall):
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
+        device = session.device
+        for weight, address in session.weight_inputs:
+            self._binding.bind_input(weight.name, device.kind, device.index, ELEMENTS[weight.dtype][1], weight.shape, address)
 
     def bind_input(self, name: str, buffer: Buffer) -> None:
         buffer = buffer.on(self._session.device.kind, self._session.device.index)
