@@ -35,6 +35,7 @@ from qwen_export.graphs.weights.expression import (
 )
 
 _ROW_UNIT, _SCALE_UNIT = 16, 4
+_CHUNK = 1 << 15
 
 
 class Fp8Source(TensorSource, Protocol):
@@ -61,10 +62,14 @@ def block_scales(values: Floats) -> Floats:
 
 def block_codes(values: Floats, scales: Floats) -> Bytes:
     """The codes u8[N,K] of values for the scales of their blocks."""
-    codes = np.empty(values.shape, np.uint8)
+    N, K = values.shape
+    codes = np.empty((N, K), np.uint8)
+    step = max(1, min(FP8_BLOCK, _CHUNK // K))  # so much stays in the processor's cache
     for index, row in enumerate(scales):
-        place = slice(index * FP8_BLOCK, (index + 1) * FP8_BLOCK)
-        codes[place] = to_e4m3(values[place] / np.repeat(row, FP8_BLOCK)[: values.shape[1]])
+        each, first = np.repeat(row, FP8_BLOCK)[:K], index * FP8_BLOCK
+        for start in range(first, min(first + FP8_BLOCK, N), step):
+            stop = min(start + step, first + FP8_BLOCK)
+            codes[start:stop] = to_e4m3(values[start:stop] / each)
     return codes
 
 
