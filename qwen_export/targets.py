@@ -10,7 +10,6 @@ DECOMPOSABLE = ("rmsnorm",)
 """Values of --decompose: ops that have a node of their own in the standard, and that several simple nodes can replace."""
 BUILT_IN_TEXT = "built-in"
 """The value of --calibrate that stands for the text of this package."""
-_WITHOUT_FP8 = PRECISIONS[:-1]
 
 
 class PassStep(NamedTuple):
@@ -51,6 +50,8 @@ class Target:
     delta_chunk: int = 64
     engines: bool = False
     fp32_products: str = "fp32"
+    fp8_block: int = 128
+    """So many rows and columns share a scale of an fp8 matrix; 0: the values of a row."""
     vision_passes: tuple[PassStep, ...] = ()
     """The same for the vision tower; empty: the target reads no pictures."""
     vision_unasked: bool = True
@@ -75,7 +76,7 @@ ONNXRUNTIME = Target(
     backend="onnxruntime",
     minimum_backend="1.31.0",
     devices=("cpu", "cuda"),
-    precisions=_WITHOUT_FP8,
+    precisions=PRECISIONS,
     passes=(
         PassStep(
             "graphs.passes.fold_transaction:fold_transaction",
@@ -266,6 +267,7 @@ TENSORRT = Target(
     prompt_tokens=512,
     longest_call=4096,
     engines=True,
+    fp8_block=0,
 )
 
 TENSORRT_RTX = replace(TENSORRT, name="tensorrt-rtx", backend="tensorrt-rtx", minimum_backend="1.5", fp32_products="tf32")

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from qwen_export.errors import CheckpointError
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.file_access import SharedFile
-from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid, GridRows, LogicalTensor, numpy_type
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Fp8Rows, Grid, GridRows, LogicalTensor, numpy_type
 from qwen_export.graphs.checkpoint.safetensors_header import TensorInfo
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
+from qwen_export.graphs.e4m3 import has_nan
 from qwen_export.graphs.json_file import AGAIN
 
 _KEPT_BYTES = 64 << 20
@@ -54,12 +55,12 @@ class CheckpointReader:
         values = weight.rows(self, start, stop)
         flat = values.reshape(len(values), -1)
         if flat.size and not (np.isfinite(flat.max(axis=1)) & np.isfinite(flat.min(axis=1))).all():
-            raise CheckpointError(
-                "a weight has values that are not finite",
-                where=weight.name,
-                fix="The checkpoint is damaged, or was trained to NaN. Copy or download it again.",
-            )
+            raise _not_finite(weight)
         return values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the parameter."""
+        return self._weight(name).shape
 
     def grid(self, name: str) -> Grid | None:
         """The integer grid that the parameter is stored on; None for one that is not."""
@@ -68,6 +69,15 @@ class CheckpointReader:
     def codes(self, name: str, start: int, stop: int) -> GridRows | None:
         """The same rows as `rows` on that grid, with the bits that the checkpoint stores."""
         return self._weight(name).codes(self, start, stop)
+
+    def fp8(self, name: str, start: int, stop: int) -> Fp8Rows | None:
+        """The same rows as the FP8 codes that the checkpoint stores, bit for bit, with their scales; None where it stores none. Raises
+        CheckpointError for codes that are no numbers."""
+        weight = self._weight(name)
+        rows = weight.fp8_rows(self, start, stop)
+        if rows is not None and has_nan(rows.codes):
+            raise _not_finite(weight)
+        return rows
 
     def identity(self, name: str) -> str:
         """A text that changes with the contents of a stored weight, made from its parts, with size and time of their files."""
@@ -118,3 +128,11 @@ class CheckpointReader:
                 self._files[path] = SharedFile(path)
             file = self._files[path]
         return file.read_into(buffer.reshape(-1).view(np.uint8).data, offset)
+
+
+def _not_finite(weight: LogicalTensor) -> CheckpointError:
+    return CheckpointError(
+        "a weight has values that are not finite",
+        where=weight.name,
+        fix="The checkpoint is damaged, or was trained to NaN. Copy or download it again.",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -17,8 +17,9 @@ from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.models.vision_model import VisionModel
 from qwen_export.graphs.quantization.calibrated_codes import with_codes
 from qwen_export.graphs.quantization.fp8 import rounded
+from qwen_export.graphs.quantization.fp8_blocks import Fp8Source, Fp8Values
 from qwen_export.graphs.quantization.packing import Floats, dequantize
-from qwen_export.graphs.quantization.precision_plan import FP8, GroupFormat, PrecisionPlan
+from qwen_export.graphs.quantization.precision_plan import FP8, FP8_ROW, GroupFormat, PrecisionPlan
 from qwen_export.graphs.quantization.scale_search import quantize
 from qwen_export.graphs.vision_config import parse_vision
 from qwen_export.graphs.weights.expression import TensorSource, Weight
@@ -77,13 +78,15 @@ def parameter_values(
 ) -> Floats:
     """The values of a weight in fp32, or of its rows `start` to `stop`; with a precision plan those that its codes stand for."""
     chosen = quantization.of_weight(weight) if quantization else GroupFormat()
+    if chosen.format == FP8 and chosen.block != FP8_ROW and not chosen.given:
+        source = Fp8Values(cast(Fp8Source, source), kept=False)
     values = weight.evaluate(source) if start is None or stop is None else weight.rows(source, start, stop)
     return np.ascontiguousarray(_rounded(values.astype(np.float32, copy=False), chosen))
 
 
 def _rounded(values: Floats, chosen: GroupFormat) -> Floats:
     matrix = values.reshape(-1, values.shape[-1])
-    if chosen.format == FP8:
+    if chosen.format == FP8 and chosen.block == FP8_ROW:
         return rounded(matrix).reshape(values.shape)
     if chosen.quant is None or chosen.given:
         return values

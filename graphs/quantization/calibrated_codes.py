@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen_export.errors import BuildError
-from qwen_export.graphs.checkpoint.formats.logical_tensor import GridRows
+from qwen_export.graphs.checkpoint.formats.logical_tensor import Fp8Rows, GridRows
 from qwen_export.graphs.quantization.packing import Array, Bytes, Floats, QuantFormat, dequantize
 from qwen_export.graphs.weights.expression import TensorSource
 
@@ -37,6 +37,10 @@ class IdentifiedSource(TensorSource, Protocol):
 
     def codes(self, name: str, start: int, stop: int) -> GridRows | None: ...
 
+    def fp8(self, name: str, start: int, stop: int) -> Fp8Rows | None: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
     def identity(self, name: str) -> str: ...
 
 
@@ -54,6 +58,12 @@ class CalibratedSource:
     def codes(self, name: str, start: int, stop: int) -> GridRows | None:
         found = self.calibrated.codes(name, start, stop)
         return self.checkpoint.codes(name, start, stop) if found is None else found
+
+    def fp8(self, name: str, start: int, stop: int) -> Fp8Rows | None:
+        return self.checkpoint.fp8(name, start, stop)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.shape(name)
 
     def identity(self, name: str) -> str:
         return f"{self.checkpoint.identity(name)} {self.calibrated.key}"

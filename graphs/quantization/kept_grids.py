@@ -1,13 +1,15 @@
-"""Weights that a checkpoint stores as integers and the kernels can read unchanged: the same codes, zeros and scales, packed without loss.
+"""Weights that a checkpoint stores as codes that the kernels can read unchanged: the same codes, zeros and scales, packed without loss.
 
-A matrix is kept where the plan quantizes it to as many bits or more, its inputs are in order, and its groups are whole blocks: groups of
-32, 64, 128 or a multiple, whose scale then stands for several blocks. Gate and up of a feed-forward block, and the experts of a layer, are
-one matrix for the kernels: they are kept where all of them have one grid. Everything else is dequantized and quantized as the plan says.
+Integers are kept where the plan quantizes to as many bits or more, the inputs are in order, and groups are whole blocks: groups of
+32, 64, 128 or a multiple, whose scale then stands for several blocks. FP8 codes are kept where the plan has fp8 and scales are those of
+whole blocks of 128 columns: of blocks of 128x128, rows or whole matrices. Gate and up of a feed-forward block, and the experts of a layer,
+are one matrix for the kernels: they are kept where all of them have one grid. All else is dequantized and quantized as the plan says.
 Imports neither torch nor onnx.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +19,18 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.formats.logical_tensor import Grid, LogicalTensor
 from qwen_export.graphs.checkpoint.tensor_names import stored_name
 from qwen_export.graphs.quantization.packing import BLOCKS
-from qwen_export.graphs.quantization.precision_plan import FORMATS, INT4, INT8, KEPT, GroupFormat, PrecisionPlan, group_of, parameter_of
+from qwen_export.graphs.quantization.precision_plan import (
+    FORMATS,
+    FP8,
+    FP8_BLOCK,
+    INT4,
+    INT8,
+    KEPT,
+    GroupFormat,
+    PrecisionPlan,
+    group_of,
+    parameter_of,
+)
 
 _NAMES = {FORMATS[name]: name for name in (INT4, INT8)}
 _HALVES = re.compile(r"\.(gate|up)_proj\.weight$")
@@ -43,10 +56,12 @@ def keep_stored(plan: PrecisionPlan, checkpoint: Checkpoint, names: Sequence[str
 def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
     """The format on the checkpoint's grid, or why it is not kept."""
     grid = weight.grid
-    if planned.quant is None:
+    if not planned.quantized:
         return "the plan quantizes nothing here"
     if not planned.keep:
         return "the plan has keep = false"
+    if planned.quant is None:
+        return _kept_fp8(planned, weight)
     if grid is None:
         return "no integers in order along its rows"
     if grid.bits > planned.quant.bits:
@@ -55,6 +70,17 @@ def _kept(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
     if block is None:
         return f"groups of {grid.group}"
     return GroupFormat(_NAMES[grid.bits], block, KEPT, not grid.symmetric, wide_scales=grid.scales != "F16")
+
+
+def _kept_fp8(planned: GroupFormat, weight: LogicalTensor) -> GroupFormat | str:
+    if weight.fp8_block is None:
+        return "no FP8 codes"
+    if planned.block != FP8_BLOCK:
+        return "this target has a scale per row"
+    (rows, columns), (N, K) = weight.fp8_block, weight.shape[-2:]
+    if columns % FP8_BLOCK and columns < K:
+        return f"blocks of {rows}x{columns}"
+    return GroupFormat(FP8, FP8_BLOCK, KEPT, scale_rows=FP8_BLOCK if rows >= N else math.gcd(rows, FP8_BLOCK))
 
 
 def block_of(grid: Grid, columns: int) -> int | None:
@@ -74,4 +100,4 @@ def _outcome_line(planned: GroupFormat, weight: LogicalTensor, chosen: GroupForm
     stored = re.sub(r" g(\d+)$", r" group \1", weight.storage)
     if isinstance(chosen, GroupFormat):
         return f"{KEPT}: {stored}{' zeros' if chosen.zeros else ''}"
-    return f"{stored}, dequantized{'' if planned.quant is None else f' to {planned}'} ({chosen})"
+    return f"{stored}, dequantized{f' to {planned}' if planned.quantized else ''} ({chosen})"

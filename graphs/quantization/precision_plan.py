@@ -3,11 +3,11 @@
 `precision` "int8", "int4" and "fp8" name a plan; a TOML file overrides it per group, or per matrix:
 
     [mlp]
-    format = "int4"         # int4, int8, fp8 (a scale per row; TensorRT only), or stored: as the checkpoint has it
+    format = "int4"         # int4, int8, fp8 (on CUDA: onnxruntime, tensorrt), or stored: as the checkpoint has it
     block = 64              # values of a row that share a scale: 32, 64, 128
     method = "search"       # rtn: rounding to nearest; search: the scale with the least squared error of each block; gptq: calibrated
     zeros = true            # a zero per block beside the scale
-    keep = false            # also quantize again what the checkpoint stores as integers that could be kept (kept_grids.py)
+    keep = false            # also quantize again what the checkpoint stores as codes that could be kept (kept_grids.py)
 
     [matrices]
     "layers.0.mlp.*" = { format = "int8" }      # names of the modules, with * and ?
@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 STORED, INT8, INT4, FP8 = "stored", "int8", "int4", "fp8"
 FORMATS = {STORED: 0, INT8: 8, INT4: 4, FP8: 8}
 """Bits of each format; 0: what the checkpoint stores."""
+
+FP8_BLOCK, FP8_ROW = 128, 0
+"""`GroupFormat.block` of fp8: so many rows and columns share a scale, or the values of a row."""
 
 QUANTIZED = (INT8, INT4, FP8)
 """The values of `precision` that name a plan."""
@@ -73,8 +76,9 @@ _NEVER = {"router": "a changed choice of experts costs more than its bytes save"
 
 @dataclass(frozen=True)
 class GroupFormat:
-    """The format of a group. The other fields have no meaning where it is "stored". `keep`: matrices that the checkpoint stores as integers
-    of no more bits stay as they are. The method "kept" is that of such a matrix; only these have `wide_scales`, which are fp32."""
+    """The format of a group. The other fields have no meaning where it is "stored". `keep`: matrices that the checkpoint stores as codes
+    of no more bits stay as they are. The method "kept" is that of such a matrix; only these have `wide_scales`, which are fp32, and
+    `scale_rows`: how many rows of fp8 codes share a scale."""
 
     format: str = STORED
     block: int = 32
@@ -82,8 +86,14 @@ class GroupFormat:
     zeros: bool = False
     keep: bool = True
     wide_scales: bool = False
+    scale_rows: int = FP8_BLOCK
     search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
     """Who searches the scales, with the method "search"."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the matrix becomes codes of some kind."""
+        return self.format != STORED
 
     @property
     def quant(self) -> QuantFormat | None:
@@ -108,17 +118,21 @@ class GroupFormat:
         return replace(base, **keys)
 
     def __str__(self) -> str:
+        again = "" if self.keep else " again"
         if self.quant is None:
-            return self.format
-        return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{'' if self.keep else ' again'}"
+            return f"{FP8} {FP8_BLOCK}x{FP8_BLOCK}{again}" if self.format == FP8 and self.block == FP8_BLOCK else self.format
+        return f"{self.format} block {self.block} {self.method}{' zeros' if self.zeros else ''}{again}"
 
     @staticmethod
     def parse(text: str) -> GroupFormat:
         """The inverse of str()."""
         words = text.split()
+        keep = not {"again", "anew"} & set(words)
+        if words[0] == FP8:
+            return GroupFormat(FP8, FP8_BLOCK if len(words) > 1 else FP8_ROW, keep=keep)
         if len(words) == 1:
             return GroupFormat(words[0])
-        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words, not {"again", "anew"} & set(words))
+        return GroupFormat(words[0], int(words[2]), words[3], "zeros" in words, keep)
 
 
 @dataclass(frozen=True)
@@ -130,6 +144,8 @@ class PrecisionPlan:
     """What differs from the group, per pattern."""
     kept: Mapping[str, GroupFormat] = field(default_factory=dict)
     """Stored matrices that stay on the checkpoint's own grid (kept_grids.py)."""
+    fp8_block: int = FP8_BLOCK
+    """What shares a scale of an fp8 matrix: FP8_BLOCK or FP8_ROW, as the target has it."""
     outcome: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """For people: per group what becomes of the matrices that the checkpoint stores quantized, and of how many."""
     search: ScaleSearch = field(default=NUMPY_SEARCH, compare=False, repr=False)
@@ -165,9 +181,16 @@ class PrecisionPlan:
         for pattern, keys in self.matrices.items():
             if any(fnmatchcase(other, pattern) or fnmatchcase(other, f"{pattern}.weight") for other in called):
                 chosen = self.groups[group].with_keys(keys)
+        if chosen.format == FP8:
+            return replace(chosen, block=self.fp8_block, method="rtn", zeros=False)
         if chosen.method == GPTQ and group not in CALIBRATED_GROUPS:
             return replace(chosen, method="search")
         return chosen
+
+    @property
+    def formats(self) -> set[str]:
+        """The formats that groups or matrices have."""
+        return {chosen.format for chosen in self.groups.values()} | {str(keys.get("format", STORED)) for keys in self.matrices.values()}
 
     def calibrated(self) -> PrecisionPlan:
         """This plan, in which a text chooses the codes of 4 bits that would be searched without one."""
@@ -226,15 +249,23 @@ def _group_of(name: str) -> str:
 def default_plan(precision: str) -> PrecisionPlan:
     """The plan that a value of --precision names. int4 leaves embedding and head, whose errors reach the logits directly, at 8 bits."""
     eight = GroupFormat(INT8, 32, "rtn")
-    usual = {INT8: eight, INT4: GroupFormat(INT4, 32, "search"), FP8: GroupFormat(FP8)}[precision]
+    usual = {INT8: eight, INT4: GroupFormat(INT4, 32, "search"), FP8: GroupFormat(FP8, FP8_BLOCK)}[precision]
     ends = eight if precision != FP8 else usual
     high = dict.fromkeys(_HIGH, GroupFormat()) | dict.fromkeys(("embedding", "lm_head"), ends)
     return PrecisionPlan({group: high.get(group, usual) for group in GROUPS})
 
 
-def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collection[str] = (), calibrated: bool = False) -> PrecisionPlan:
+def load_plan(
+    precision: str,
+    file: Path | None,
+    *,
+    tied: bool,
+    stored: Collection[str] = (),
+    calibrated: bool = False,
+    fp8_block: int = FP8_BLOCK,
+) -> PrecisionPlan:
     """The named plan with the overrides of a TOML file. `tied`: the head is the embedding, and has its format. `stored`: groups that stay
-    as they are unless the file has them. `calibrated`: with a text.
+    as they are unless the file has them. `calibrated`: with a text. `fp8_block`: what shares a scale of an fp8 matrix.
 
     Raises ConfigError with the key that is wrong."""
     plan = default_plan(precision)
@@ -250,7 +281,8 @@ def load_plan(precision: str, file: Path | None, *, tied: bool, stored: Collecti
             fix="Set [embedding] alone.",
         )
     plan = plan.calibrated() if calibrated else plan
-    return replace(plan, groups={**plan.groups, "lm_head": plan.groups["embedding"]}) if tied else plan
+    groups = {name: replace(chosen, block=fp8_block) if chosen.format == FP8 else chosen for name, chosen in plan.groups.items()}
+    return replace(plan, groups=groups | ({"lm_head": groups["embedding"]} if tied else {}), fp8_block=fp8_block)
 
 
 def _read(file: Path) -> dict[str, Any]:

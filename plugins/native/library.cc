@@ -196,6 +196,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     add_delta_net<__nv_bfloat16>(domain);
     add_top_logits(domain);
     add_quantized(domain);
+    add_fp8(domain);
     add_attention(domain);
     add_pictures(domain);
   });

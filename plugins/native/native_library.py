@@ -32,9 +32,12 @@ _CPU_OPS = (
     *("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantGather", "Moe", "QuantMoe"),
     *("GatedAttention", "DeltaNetTransaction", "TopLogits"),
 )
-_CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", "GatedAttention"), _HALF) | {
-    **dict.fromkeys(("PictureAttention", "ResidualNorm", "BiasGelu"), _HALF),
-    "QuantGather": frozenset({"float16"}),
+FP8_LINEAR = "Fp8Linear"
+"""The op of a product with an fp8 matrix; a device that has it has the others of fp8, too."""
+_CUDA_PRODUCTS = ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", FP8_LINEAR, "Fp8SwiGlu", "Fp8Moe")
+_TOWER = ("PictureAttention", "ResidualNorm", "BiasGelu")
+_CUDA_OPS = dict.fromkeys((*_CUDA_PRODUCTS, *_TOWER, "GatedAttention"), _HALF) | {
+    **dict.fromkeys(("QuantGather", "Fp8Gather"), frozenset({"float16"})),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,
 }

@@ -6,14 +6,17 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "panel_rows.cuh"
+
 namespace qwen {
 
-constexpr int kPanelRows = 16;
 constexpr int kGroupBlocks = 4;  // blocks whose scales are stored together
 
 // w[n,k] = scale * (code - zero), w [N,K]: a scale, and where there are `zeros` a zero, per row and block; else the zero is 2^(bits-1).
 // `packed` may have more rows than N. K is a multiple of 8, `block` 32, 64 or 128.
 struct QuantMatrix {
+  using Panel = const uint8_t*;
+
   const uint8_t* packed = nullptr;
   int bits = 0, block = 0, N = 0, K = 0;
   bool zeros = false;
@@ -29,6 +32,14 @@ struct QuantMatrix {
   __host__ __device__ int group_bytes() const { return codes_at() + kGroupBlocks * block_bytes(); }
   __host__ __device__ int panel_bytes() const {
     return (blocks() + kGroupBlocks - 1) / kGroupBlocks * codes_at() + blocks() * block_bytes();
+  }
+  __host__ __device__ int units() const { return (padded() + 127) / 128; }
+  __host__ __device__ Panel panel(int index) const { return packed + size_t(index) * panel_bytes(); }
+  // The matrix `e` of several that follow each other.
+  __host__ __device__ QuantMatrix expert(int e) const {
+    QuantMatrix own = *this;
+    own.packed += size_t(e) * bytes();
+    return own;
   }
   __host__ __device__ size_t bytes() const { return size_t(panels()) * panel_bytes(); }
 };

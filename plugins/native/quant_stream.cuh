@@ -8,24 +8,11 @@
 // it. The order of the sum depends on K and the number of warps only, so a row has the same bits beside any other rows.
 #pragma once
 
-#include "device.cuh"
 #include "mma.cuh"
+#include "panels.cuh"
 #include "quant.cuh"
 
 namespace qwen {
-
-constexpr int kQuantColumns = 8;  // activation rows of one pass
-constexpr int kUnit = 128;        // k of a unit, 1 to 4 blocks
-constexpr int kStep = 32;         // k that one load per lane covers: 4 lanes times 8
-
-__device__ inline void copy16(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(global) : "memory");
-}
-__device__ inline void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING>
-__device__ inline void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 // Two integers code - zero as a pair of T. `word` has the pair of codes in bits 0..3 and 16..19 (4 bits), or in bytes 0 and 1 (8 bits).
 template <typename T, int BITS>
@@ -86,6 +73,8 @@ struct UnitBuffer {
 
 template <typename T, int BITS, int PANELS>
 struct QuantStream {
+  using Matrix = QuantMatrix;
+  static constexpr int kPanels = PANELS;
   static constexpr int kStages = BITS == 4 ? 3 : 2;
   using Buffer = UnitBuffer<BITS>;
   static constexpr size_t kBytesPerWarp = sizeof(Buffer) * PANELS * kStages;
@@ -100,6 +89,8 @@ struct QuantStream {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4) {}
+
+  __device__ int units() const { return layout.units; }
 
   // Start copying unit `unit` of a panel.
   __device__ void fetch(const uint8_t* panel, int unit, Buffer& into) const {
@@ -198,22 +189,9 @@ struct QuantStream {
   }
 };
 
-// A warp's sums into partial [PANELS][8][16] floats: value of activation row m and panel row r at p * 128 + m * 16 + r.
-template <int PANELS>
-__device__ inline void store_sums(const float (&sum)[PANELS][4], float* partial, int g, int t) {
-#pragma unroll
-  for (int p = 0; p < PANELS; p++) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) partial[p * 128 + (2 * t + i % 2) * kPanelRows + 2 * g + i / 2] = sum[p][i];
-  }
-}
-
-// `kernel` may use as much shared memory as the launch requests. All kernels of this kind need the largest share of the first-level cache as
-// shared memory: a multiprocessor changes that only when it is idle.
-template <typename Kernel>
-void allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes > 48 << 10) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "cudaFuncSetAttribute");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), "cudaFuncSetAttribute");
-}
+template <typename T, int PANELS>
+using Int4Stream = QuantStream<T, 4, PANELS>;
+template <typename T, int PANELS>
+using Int8Stream = QuantStream<T, 8, PANELS>;
 
 }  // namespace qwen

@@ -1,5 +1,5 @@
-"""Products and gathers over matrices that the precision plan quantizes, on the kernels of plugins/native/cpu/quant_linear_op.cc and
-plugins/native/quant_ops.cc."""
+"""Products and gathers over matrices that the precision plan quantizes, on the kernels of plugins/native/cpu/quant_linear_op.cc,
+plugins/native/quant_ops.cc and plugins/native/fp8_ops.cc."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from qwen_export.graphs.passes.pass_context import PassContext, new_node, replac
 from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.graphs.passes.recognize_linear import LINEAR as LINEAR_OP
 from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan
-from qwen_export.graphs.quantization.quantized_weights import packed_weight
-from qwen_export.graphs.weights.expression import FirstRows, Stacked, Weight, add_weight, weight_of
+from qwen_export.graphs.weights.expression import Stacked, Weight, add_weight, weight_of
 from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, SWIGLU, is_native
+from qwen_export.plugins.onnxruntime.quantized_forms import FORMS
 from qwen_export.plugins.rewrite import ONE_FORMAT
 
-QUANT_LINEAR, QUANT_SWIGLU, QUANT_GATHER = "QuantLinear", "QuantSwiGlu", "QuantGather"
-_TAIL_INPUT = 4
+# Of the inputs behind the matrix: residual, norm, tail.
+_TAIL_INPUT = 2
 
 
 def quantize_products(model: ir.Model, context: PassContext) -> Outcome:
     """Given  qwen.native::Linear(x, w, residual, norm), SwiGlu(x, w, norm), Gather(w, ids)       w a matrix that the plan quantizes
-    Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed)
+    Result qwen.native::QuantLinear(x, packed, residual, norm), QuantSwiGlu(x, packed, norm), QuantGather(ids, packed), or, in fp8,
+           Fp8Linear(x, codes, scales, residual, norm) and so on
            for a stack of matrices of which some are quantized: a product each, and Concat; on kernels that take a tail, one product
            QuantLinear(x, packed, residual, norm, tail) where those that are not quantized are the last
 
@@ -51,9 +52,9 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
         return False
     parts = _by_format(weight, plan)
     if len(parts) == 1:
-        if parts[0][0].quant is None:
+        if not parts[0][0].quantized:
             return False
-        made = _quantized(graph, node, value.name, *parts[0])
+        made = _quantized(graph, node, value.name, plan, *parts[0])
         replace_node(graph, node, [made], made.outputs)
         return True
     if node.op_type == SWIGLU:
@@ -65,15 +66,15 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
         )
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         raise ConfigError("a plan must give all parts of a product with a residual one format", where=value.name, fix=ONE_FORMAT)
-    if tail and [format.quant is not None for format, _ in parts] == [True, False]:
-        made = _quantized(graph, node, value.name, *parts[0], tail=add_weight(graph, f"{value.name}.tail", parts[1][1]))
+    if tail and [format.quantized for format, _ in parts] == [True, False]:
+        made = _quantized(graph, node, value.name, plan, *parts[0], tail=add_weight(graph, f"{value.name}.tail", parts[1][1]))
         replace_node(graph, node, [made], made.outputs)
         return True
     nodes = []
     for index, (format, part) in enumerate(parts):
         name = f"{value.name}.{index}"
-        if format.quant is not None:
-            nodes.append(_quantized(graph, node, name, format, part))
+        if format.quantized:
+            nodes.append(_quantized(graph, node, name, plan, format, part))
         else:
             inputs = [node.inputs[0], add_weight(graph, name, part), *node.inputs[2:]]
             nodes.append(new_node(NATIVE, LINEAR, inputs, like=node.outputs[0], epsilon=node.attributes.get_float("epsilon")))
@@ -83,16 +84,19 @@ def _product(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan, *, tail: bool)
     return True
 
 
-def _quantized(graph: ir.Graph, node: ir.Node, name: str, chosen: GroupFormat, weight: Weight, tail: ir.Value | None = None) -> ir.Node:
+def _quantized(
+    graph: ir.Graph, node: ir.Node, name: str, plan: PrecisionPlan, chosen: GroupFormat, weight: Weight, tail: ir.Value | None = None
+) -> ir.Node:
     """The quantized form of a product, over `weight`, with the rows of `tail` behind."""
-    packed, attributes = _packed(graph, name, chosen, weight)
+    form = FORMS[chosen.format]
+    matrix, attributes = form.matrix(graph, name, weight, plan)
     others = [*node.inputs[2:]]
     if tail is not None:
-        others += [None] * (_TAIL_INPUT - 2 - len(others)) + [tail]
+        others += [None] * (_TAIL_INPUT - len(others)) + [tail]
     made = new_node(
         NATIVE,
-        QUANT_LINEAR if node.op_type == LINEAR else QUANT_SWIGLU,
-        [node.inputs[0], packed, *others],
+        form.linear if node.op_type == LINEAR else form.swiglu,
+        [node.inputs[0], *matrix, *others],
         like=node.outputs[0],
         epsilon=node.attributes.get_float("epsilon"),
         **attributes,  # type: ignore[arg-type]
@@ -108,26 +112,14 @@ def _gather(graph: ir.Graph, node: ir.Node, plan: PrecisionPlan) -> bool:
     if value is None or value.name is None or weight is None or len(weight.shape) != 2 or columns:
         return False
     ((chosen, _),) = _by_format(weight, plan)
-    if chosen.quant is None:
+    if not chosen.quantized:
         return False
-    packed, attributes = _packed(graph, value.name, chosen, weight)
-    made = new_node(NATIVE, QUANT_GATHER, [node.inputs[1], packed], like=node.outputs[0], **attributes)  # type: ignore[arg-type]
+    form = FORMS[chosen.format]
+    matrix, attributes = form.matrix(graph, value.name, weight, plan)
+    made = new_node(NATIVE, form.gather, [node.inputs[1], *matrix], like=node.outputs[0], **attributes)  # type: ignore[arg-type]
     made.outputs[0].shape = node.outputs[0].shape
     replace_node(graph, node, [made], made.outputs)
     return True
-
-
-def _packed(graph: ir.Graph, name: str, chosen: GroupFormat, weight: Weight) -> tuple[ir.Value, dict[str, int]]:
-    """The packed matrix as an initializer, and the attributes that describe it."""
-    format = chosen.quant
-    if format is None:
-        raise TypeError(f"{name} is not quantized")
-    N, K = weight.shape
-    if isinstance(weight, FirstRows):  # the first panels of the whole matrix, which is stored once
-        packed: Weight = FirstRows(packed_weight(weight.of, chosen), format.packed_shape(N, K)[0])
-    else:
-        packed = packed_weight(weight, chosen)
-    return add_weight(graph, f"{name}.{chosen.format}", packed), format.attributes(N, K)
 
 
 def _by_format(weight: Weight, plan: PrecisionPlan) -> list[tuple[GroupFormat, Weight]]:

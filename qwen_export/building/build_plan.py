@@ -31,7 +31,7 @@ from qwen_export.graphs.quantization.kept_grids import keep_stored
 from qwen_export.graphs.quantization.plan_limits import check_one_format, standard_reasons
 from qwen_export.graphs.quantization.precision_plan import FP8, INT4, INT8, QUANTIZED, PrecisionPlan, as_table, load_plan
 from qwen_export.manifest import SpeculationSpec
-from qwen_export.plugins.native.native_library import NATIVE, build_script, find_library, with_native
+from qwen_export.plugins.native.native_library import FP8_LINEAR, LIBRARIES, NATIVE, build_script, find_library, with_native
 from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, choose
 from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
 from qwen_export.plugins.tensorrt.tensorrt_choices import UNQUANTIZED, choose_tensorrt, refusals
@@ -151,11 +151,18 @@ def plan_build(
     activations, quantization = activation_precision(precision, device), None
     if precision in QUANTIZED and precision in chosen.precisions:
         whole = UNQUANTIZED if chosen.engines else ()
-        quantization = load_plan(precision, plan_file, tied=config.tie_word_embeddings, stored=whole, calibrated=calibrate is not None)
+        quantization = load_plan(
+            precision,
+            plan_file,
+            tied=config.tie_word_embeddings,
+            stored=whole,
+            calibrated=calibrate is not None,
+            fp8_block=chosen.fp8_block,
+        )
     compiled, fixed = engine or EngineOptions(), options or StaticOptions()
     if chosen.engines:
         reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
-    elif quantization is not None and FP8 in {format.format for format in quantization.groups.values()}:
+    elif quantization is not None and FP8 in quantization.formats and FP8 not in chosen.precisions:
         reasons.append(f"target {target} has no fp8 weights")
     if chosen.static:
         form = _static_form(chosen, config, context, wishes, fixed, activations, compiled, quantized=quantization is not None)
@@ -231,7 +238,7 @@ def default_precision(checkpoint: Checkpoint, target: str, device: str) -> str:
     usual = "fp32" if device == "cpu" else "fp16"
     if not checkpoint.config.quantization or not {INT4, INT8} <= set(TARGETS[target].precisions) or TARGETS[target].engines:
         return usual
-    for precision in (INT4, INT8):
+    for precision in (INT4, INT8, *({FP8} & set(TARGETS[target].precisions))):
         try:
             plan = plan_build(checkpoint, target, device, precision)
         except UnsupportedError:
@@ -287,7 +294,7 @@ class _Form:
 def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
     """One graph for calls of any size, and one for the draft head."""
     kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
-    experts = quantization is not None and quantization.groups["experts"].quant is not None
+    experts = quantization is not None and quantization.groups["experts"].quantized
     speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
     choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
     if refused and speculation is not None:
@@ -350,9 +357,11 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
         return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels: run `sh {build_script(device)}`"]
 
     def quantized(*groups: str) -> bool:
-        return any(plan.groups[group].quant is not None for group in groups)
+        return any(plan.groups[group].quantized for group in groups)
 
     reasons = []
+    if FP8 in plan.formats and FP8_LINEAR not in LIBRARIES[device].ops:
+        reasons.append(f"there are no products with fp8 weights on {device}, only on cuda: {INT8} takes as many bytes here")
     if "moe" in choices and quantized("experts") and choices["moe"].name == "microsoft_moe":
         limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
         reasons.append(f"the experts cannot be quantized: {limit or 'the library has no kernel for them'}")

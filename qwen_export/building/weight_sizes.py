@@ -10,7 +10,7 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.checkpoint.tensor_names import stored_dtypes
 from qwen_export.graphs.passes.lowering_choice import Choice
 from qwen_export.graphs.quantization.packing import part_bytes
-from qwen_export.graphs.quantization.precision_plan import FP8, PrecisionPlan, group_of
+from qwen_export.graphs.quantization.precision_plan import FP8, FP8_BLOCK, PrecisionPlan, group_of
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 """Bytes of a value, by precision."""
@@ -38,7 +38,8 @@ def weight_sizes(
     for name, shape in tensors:
         format = quantization.of(name).quant if quantization else None
         if format is None and quantization is not None and quantization.of(name).format == FP8:
-            nbytes = prod(shape)
+            scales = 0 if standard else 4 * prod(shape[:-2]) * prod(-(-size // FP8_BLOCK) for size in shape[-2:])
+            nbytes = prod(shape) + scales
         elif format is not None and standard:
             # An embedding that is also the head is stored for both: rows to gather, and blocks along what the product sums.
             copies = 2 if name == "embed_tokens.weight" and checkpoint.config.text.tie_word_embeddings else 1

@@ -295,6 +295,7 @@ def reference_plan(source: Checkpoint, manifest: Manifest, bundle: Path) -> Prec
     """The precision plan of a bundle that was built from `source`, with the codes that were calibrated for it."""
     entries = manifest.precision_plan
     plan, search = PrecisionPlan.from_json(entries), find_search()
+    plan = dataclasses.replace(plan, fp8_block=TARGETS[manifest.target.name].fp8_block)
     if search is not None:
         plan = dataclasses.replace(plan, search=search)
     if PrecisionPlan.keeps(entries):

@@ -69,6 +69,17 @@ class GridRows:
 
 
 @dataclass(frozen=True)
+class Fp8Rows:
+    """Rows of a weight that is stored as FP8: weight[r, i] = scales[r, i // columns] * E4M3 number of codes[r, i].
+
+    codes: u8[R, I] or u8[E, R, I]; scales: f32[R, I / columns, rounded up], likewise."""
+
+    codes: npt.NDArray[np.uint8]
+    scales: Floats
+    columns: int
+
+
+@dataclass(frozen=True)
 class LogicalTensor(ABC):
     """A weight under its plain name."""
 
@@ -116,6 +127,15 @@ class LogicalTensor(ABC):
 
     def codes(self, parts: Parts, start: int, stop: int) -> GridRows | None:
         """The same rows on that grid."""
+        return None
+
+    @property
+    def fp8_block(self) -> tuple[int, int] | None:
+        """Rows and columns of a matrix that share a scale of its E4M3 codes; None for a weight that has no such codes."""
+        return None
+
+    def fp8_rows(self, parts: Parts, start: int, stop: int) -> Fp8Rows | None:
+        """The same rows as codes with their scales."""
         return None
 
 

@@ -1,0 +1,183 @@
+// The ops on quantized matrices, over a form in which matrices are given (quant_ops.cc, fp8_ops.cc). A form has
+//
+//   Matrix, kInputs          what the kernels take, and how many inputs of an op it is
+//   of(attributes, prefix)   a matrix without sizes and data, from the attributes of a node
+//   give(call, input, w)     its data, which begin at an input; throws where they do not have the size that w says
+//   give_experts(call, input, w, E)     the same for the matrices of E experts
+//   linear, swiglu, gather   the kernels of few rows
+//   large<T>(call, w, x, beta, y, M, stride)     y [M, stride] = x [M,K] w^T + beta * y in its first N columns, for many rows
+#pragma once
+
+#include <algorithm>
+
+#include "moe.cuh"
+#include "operator.h"
+#include "rows.cuh"
+
+namespace qwen {
+
+constexpr int kTokensTogether = 1024;
+
+template <typename Form>
+typename Form::Matrix matrix_of(const Attributes& info) {
+  typename Form::Matrix w = Form::of(info, "");
+  w.N = static_cast<int>(info.integer("N"));
+  w.K = static_cast<int>(info.integer("K"));
+  expect(w.N > 0 && w.K > 0 && w.K % 8 == 0, "the columns of a quantized matrix must be a multiple of 8");
+  return w;
+}
+
+template <typename Form, typename T>
+class MatrixLinearKernel {
+ public:
+  explicit MatrixLinearKernel(const Attributes& info) : w_(matrix_of<Form>(info)), eps_(info.real("epsilon")) {}
+
+  void compute(Call& call) {
+    constexpr size_t kResidual = 1 + Form::kInputs, kNorm = kResidual + 1, kTail = kNorm + 1;
+    auto shape = call.shape(0);
+    expect(!shape.empty() && shape.back() == w_.K, "a quantized product: x [...,K] and the matrix do not fit");
+    typename Form::Matrix w = w_;
+    Form::give(call, 1, w);
+    const int M = rows_of(shape), K = w.K;
+    const T *x = call.input<T>(0), *residual = call.optional<T>(kResidual), *norm = call.optional<T>(kNorm), *tail = call.optional<T>(kTail);
+    int tail_rows = 0;
+    if (tail != nullptr) {
+      const auto given = call.shape(kTail);
+      expect(given.size() == 2 && given[1] == K, "a quantized product: the tail must be [R,K]");
+      tail_rows = static_cast<int>(given[0]);
+    }
+    const int width = w.N + tail_rows;
+    shape.back() = width;
+    T* y = call.output<T>(0, shape);
+    if (M == 0) return;
+    if (M <= kFewColumns) {
+      Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream());
+      return;
+    }
+    if (residual != nullptr && residual != y)
+      check(cudaMemcpyAsync(y, residual, sizeof(T) * M * size_t(width), cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
+    const float beta = residual != nullptr ? 1.0f : 0.0f;
+    const Scratch normed(call, norm != nullptr ? sizeof(T) * M * size_t(K) : 256);
+    if (norm != nullptr) {
+      rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
+      x = normed.as<T>();
+    }
+    Form::large(call, w, x, beta, y, M, width);
+    if (tail != nullptr) product(call.cublas(), Type<T>::element, x, tail, beta, y + w.N, M, tail_rows, K, width);
+  }
+
+ private:
+  typename Form::Matrix w_;
+  float eps_;
+};
+
+template <typename Form, typename T>
+class MatrixSwiGluKernel {
+ public:
+  explicit MatrixSwiGluKernel(const Attributes& info) : w_(matrix_of<Form>(info)), eps_(info.real("epsilon")) {
+    expect(w_.N % (2 * kPanelRows) == 0, "a quantized SwiGlu: gate and up must each have a multiple of 16 rows");
+  }
+
+  void compute(Call& call) {
+    auto shape = call.shape(0);
+    expect(!shape.empty() && shape.back() == w_.K, "a quantized SwiGlu: x [...,K] and the matrix do not fit");
+    typename Form::Matrix w = w_;
+    Form::give(call, 1, w);
+    const int M = rows_of(shape), N = w.N / 2, K = w.K;
+    const T *x = call.input<T>(0), *norm = call.optional<T>(1 + Form::kInputs);
+    shape.back() = N;
+    T* y = call.output<T>(0, shape);
+    if (M == 0) return;
+    if (M <= kFewColumns) {
+      Form::swiglu(w, x, norm, eps_, y, M, call.stream());
+      return;
+    }
+    const size_t hidden = size_t(M) * w.N;
+    const Scratch scratch(call, sizeof(T) * (hidden + (norm != nullptr ? size_t(M) * K : 0)));
+    T* h = scratch.as<T>();
+    if (norm != nullptr) {
+      rms_norm(x, norm, eps_, h + hidden, M, K, call.stream());
+      x = h + hidden;
+    }
+    Form::large(call, w, x, 0.0f, h, M, w.N);
+    gate(h, y, M, N, call.stream());
+  }
+
+ private:
+  typename Form::Matrix w_;
+  float eps_;
+};
+
+template <typename Form, typename T>
+class MatrixGatherKernel {
+ public:
+  explicit MatrixGatherKernel(const Attributes& info) : w_(matrix_of<Form>(info)) {}
+
+  void compute(Call& call) {
+    auto shape = call.shape(0);
+    typename Form::Matrix w = w_;
+    Form::give(call, 1, w);
+    shape.push_back(w.K);
+    T* y = call.output<T>(0, shape);
+    if (const int count = rows_of(shape); count > 0) Form::gather(w, call.input<int64_t>(0), y, count, call.stream());
+  }
+
+ private:
+  typename Form::Matrix w_;
+};
+
+template <typename Form, typename T>
+class MatrixMoeKernel {
+ public:
+  explicit MatrixMoeKernel(const Attributes& info) {
+    moe_.K = static_cast<int>(info.integer("top_k"));
+    moe_.I = static_cast<int>(info.integer("inner"));
+    moe_.gate_up = Form::of(info, "gate_up_");
+    moe_.down = Form::of(info, "down_");
+    expect(moe_.I > 0 && moe_.I % kPanelRows == 0, "quantized experts: the width of an expert must be a multiple of 16");
+    expect(moe_.K > 0 && moe_.K <= kMostSelected, "quantized experts: a token can have 1 to 32 experts");
+  }
+
+  void compute(Call& call) {
+    const auto shape = call.shape(0), logits = call.shape(1);
+    expect(!shape.empty() && !logits.empty() && rows_of(shape) == rows_of(logits), "quantized experts: x [...,H] and the router's logits [...,E] do not fit");
+    Experts<typename Form::Matrix> moe = moe_;
+    moe.H = static_cast<int>(shape.back());
+    moe.E = static_cast<int>(logits.back());
+    expect(moe.K <= moe.E && moe.E <= kMostExperts && moe.H % 8 == 0, "quantized experts: at most 1024, and a hidden size that is a multiple of 8");
+    moe.gate_up.N = 2 * moe.I, moe.gate_up.K = moe.H;
+    moe.down.N = moe.H, moe.down.K = moe.I;
+    Form::give_experts(call, 2, moe.gate_up, moe.E);
+    Form::give_experts(call, 2 + Form::kInputs, moe.down, moe.E);
+    const T *x = call.input<T>(0), *routes = call.input<T>(1);
+    T* y = call.output<T>(0, shape);
+    const int M = rows_of(shape);
+    if (M == 0) return;
+    moe.tokens = std::min(M, kTokensTogether);
+    const Scratch workspace(call, moe_workspace<T>(moe));
+    for (int m = 0; m < M; m += kTokensTogether) {
+      moe.tokens = std::min(M - m, kTokensTogether);
+      run_moe(moe, x + size_t(m) * moe.H, routes + size_t(m) * moe.E, y + size_t(m) * moe.H, workspace.as<void>(), call.stream());
+    }
+  }
+
+ private:
+  Experts<typename Form::Matrix> moe_{};
+};
+
+// Many rows: so many weights are dequantized at a time, to be read again from the second-level cache.
+constexpr int64_t kDequantizedTogether = 16 << 20;
+
+// y [M, stride] = x [M,K] w^T + beta * y in its first N columns, over rows that `dequantize(first, rows, out)` gives, a multiple of 16 at a time.
+template <typename T, typename Dequantize>
+void product_of_parts(const Call& call, int N, int K, const T* x, float beta, T* y, int M, int stride, const Dequantize& dequantize) {
+  const int together = int(std::max<int64_t>(1, kDequantizedTogether / K / kPanelRows)) * kPanelRows;
+  const Scratch scratch(call, sizeof(T) * size_t(std::min(together, N)) * K);
+  for (int n = 0; n < N; n += together) {
+    const int rows = std::min(together, N - n);
+    dequantize(n, rows, scratch.as<T>());
+    product(call.cublas(), Type<T>::element, x, scratch.as<T>(), beta, y + n, M, rows, K, stride);
+  }
+}
+
+}  // namespace qwen

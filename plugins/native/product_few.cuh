@@ -1,0 +1,189 @@
+// Products of up to 8 rows with quantized matrices. `Stream` (quant_stream.cuh, fp8_stream.cuh) reads the weights and multiplies; what is here
+// is the same for all of them: which block has which columns, the norm of the input, partial sums, and what follows the product.
+#pragma once
+
+#include "device.cuh"
+#include "mma.cuh"
+#include "panels.cuh"
+
+namespace qwen {
+
+constexpr int kMostWarps = 16, kFewWarps = 8;
+constexpr int kSmallN = 8192;
+constexpr size_t kMostStaged = 40 << 10;  // bytes of normalized activations that a block keeps; more would leave an SM one block
+
+template <typename Matrix>
+struct FewProduct {
+  Matrix w;
+  const void *x, *tail, *residual, *norm;
+  void* y;
+  float eps;
+  int M, N, tail_rows, tiles;  // N: columns of y that come from w
+  int staged;                  // where in shared memory normalized activations are kept; 0: each warp makes those that it needs
+};
+
+// A warp's part of x [first row] times 16 rows of an ordinary matrix: sum as of a stream, with rows g and g + 8.
+template <typename T, typename Activations>
+__device__ void plain_tile(const T* w, int rows, int K, int warp, int warps, int g, int t, const Activations& activations, float (&sum)[4]) {
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  for (int k = warp * kStep + t * 8; k - t * 8 < K; k += warps * kStep) {
+    const uint4 a = g < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g) * K + k) : zero;
+    const uint4 d = g + 8 < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g + 8) * K + k) : zero;
+    const uint4 x = activations(k);
+    multiply<T>(sum, a.x, d.x, a.y, d.y, x.x, x.y);
+    multiply<T>(sum, a.z, d.z, a.w, d.w, x.z, x.w);
+  }
+}
+
+// Eight activations times `scale` and the weight of the norm.
+template <typename T>
+__device__ uint4 normalized(const T* x, const T* norm, float scale) {
+  Pack8<T> values, weight;
+  values.bits = *reinterpret_cast<const uint4*>(x);
+  weight.bits = *reinterpret_cast<const uint4*>(norm);
+#pragma unroll
+  for (int i = 0; i < 8; i++) values.item[i] = from_float<T>(to_float(values.item[i]) * scale * to_float(weight.item[i]));
+  return values.bits;
+}
+
+// A row of staged activations is 16 bytes longer than K: rows begin in different banks.
+__host__ __device__ inline int staged_row(int K) { return K + 8; }
+
+// A block makes 16 or 32 columns of y, of one panel or two neighbors, or, SWIGLU, 16 of a gate and an up panel. Behind those of w come
+// blocks of 16 columns of `tail`.
+template <typename T, typename Stream, bool NORM, bool SWIGLU>
+__global__ void __launch_bounds__(kMostWarps * 32, Stream::kPanels == 1 ? 2 : 1) product_few_kernel(FewProduct<typename Stream::Matrix> given) {
+  constexpr int PANELS = Stream::kPanels, kSums = PANELS * 128;
+  extern __shared__ __align__(16) uint8_t shared[];
+  __shared__ float inverse[kFewColumns];
+  const auto& w = given.w;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, K = w.K, M = given.M;
+  const T *x = static_cast<const T*>(given.x), *norm = static_cast<const T*>(given.norm), *residual = static_cast<const T*>(given.residual);
+  const bool is_tail = !SWIGLU && int(blockIdx.x) >= given.tiles;
+  const int panels = w.panels(), half = SWIGLU ? panels / 2 : 0;
+
+  const Stream stream(w, shared, warp);
+  const int count = is_tail || warp >= stream.units() ? 0 : (stream.units() - warp + warps - 1) / warps;
+  // The second panel of the last tile may not exist: the last one is read twice.
+  const auto panel = [&](int, int p) { return w.panel(SWIGLU ? int(blockIdx.x) + p * half : min(PANELS * int(blockIdx.x) + p, panels - 1)); };
+  const auto unit = [&](int u) { return warp + u * warps; };
+  stream.start(panel, unit, count);
+  wait_for_previous();
+  let_next_start();
+
+  T* staged = reinterpret_cast<T*>(shared + given.staged);
+  if constexpr (NORM) {
+    for (int m = warp; m < M; m += warps) {
+      float sum = 0.0f;
+      for (int k = lane * 8; k < K; k += 256) {
+        Pack8<T> p;
+        p.bits = *reinterpret_cast<const uint4*>(x + size_t(m) * K + k);
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += to_float(p.item[i]) * to_float(p.item[i]);
+      }
+      sum = warp_sum(sum);
+      if (lane == 0) inverse[m] = rsqrtf(sum / K + given.eps);
+    }
+    __syncthreads();
+    if (given.staged) {
+      for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
+        for (int m = 0; m < M; m++)
+          *reinterpret_cast<uint4*>(staged + m * staged_row(K) + k) = normalized(x + size_t(m) * K + k, norm + k, inverse[m]);
+      }
+      __syncthreads();
+    }
+  }
+  const float scale = NORM && g < M ? inverse[g] : 1.0f;
+  const auto activations = [&](int k) {
+    if (g >= M || k >= K) return make_uint4(0, 0, 0, 0);
+    if constexpr (NORM) {
+      if (given.staged) return *reinterpret_cast<const uint4*>(staged + g * staged_row(K) + k);
+      return normalized(x + size_t(g) * K + k, norm + k, scale);
+    }
+    return *reinterpret_cast<const uint4*>(x + size_t(g) * K + k);
+  };
+
+  float sum[PANELS][4] = {};
+  const int tail_row = is_tail ? (int(blockIdx.x) - given.tiles) * kPanelRows : 0;
+  float* partial = reinterpret_cast<float*>(shared);
+  if (is_tail) {
+    const T* tail = static_cast<const T*>(given.tail) + size_t(tail_row) * K;
+    plain_tile<T>(tail, given.tail_rows - tail_row, K, warp, warps, g, t, activations, sum[0]);
+  } else {
+    stream.run(panel, unit, count, [&](int, int k) { return activations(k); }, [](int) { return 1.0f; }, sum);
+  }
+  __syncthreads();  // the buffers of all warps become the partial sums
+  partial += warp * kSums;
+  if (is_tail) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) partial[(2 * t + i % 2) * kPanelRows + g + i / 2 * 8] = sum[0][i];
+  } else {
+    store_sums(sum, partial, g, t);
+  }
+  __syncthreads();
+
+  const float* all = reinterpret_cast<const float*>(shared);
+  const auto total = [&](int index) {
+    float value = 0.0f;
+    for (int i = 0; i < warps; i++) value += all[i * kSums + index];
+    return value;
+  };
+  const int width = given.N + given.tail_rows, m = threadIdx.x / 32;
+  T* y = static_cast<T*>(given.y);
+  if (m >= M) return;
+  if constexpr (SWIGLU) {
+    if (lane < kPanelRows) {
+      const float gate = total(m * kPanelRows + lane), up = total(128 + m * kPanelRows + lane);
+      y[size_t(m) * width + blockIdx.x * kPanelRows + lane] = from_float<T>(silu(gate) * up);
+    }
+  } else {
+    const int p = lane / kPanelRows, r = lane % kPanelRows;
+    const int column = is_tail ? given.N + tail_row + lane : int(blockIdx.x) * PANELS * kPanelRows + lane;
+    if (column >= (is_tail ? width : given.N) || p >= (is_tail ? 1 : PANELS)) return;
+    const size_t at = size_t(m) * width + column;
+    const float value = total(p * 128 + m * kPanelRows + r);
+    y[at] = from_float<T>(residual != nullptr ? value + to_float(residual[at]) : value);
+  }
+}
+
+inline int most_shared() {
+  static const int bytes = [] {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return value - 1024;
+  }();
+  return bytes;
+}
+
+template <typename T, typename Stream, bool NORM, bool SWIGLU>
+void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
+  constexpr auto kernel = product_few_kernel<T, Stream, NORM, SWIGLU>;
+  constexpr int kColumns = Stream::kPanels * kPanelRows;
+  given.tiles = SWIGLU ? given.N / kPanelRows : (given.N + kColumns - 1) / kColumns;
+  const int blocks = given.tiles + (given.tail_rows + kPanelRows - 1) / kPanelRows;
+  // Few blocks need more warps each to keep as many loads in flight.
+  const bool many = blocks <= 264 && given.w.units() >= 2 * kFewWarps && Stream::kBytesPerWarp * kMostWarps <= size_t(most_shared());
+  const int warps = many ? kMostWarps : kFewWarps;
+  const size_t ring = Stream::kBytesPerWarp * warps, rows = sizeof(T) * given.M * size_t(staged_row(given.w.K));
+  given.staged = NORM && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
+  static DeviceFlags allowed;
+  allowed.once([] {
+    const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());
+    allow_shared(kernel, wanted < most ? wanted : most);
+  });
+  launch(kernel, dim3(blocks), dim3(warps * 32), ring + (given.staged ? rows : 0), stream, given);
+}
+
+// Stream<T, PANELS>: two panels share the activations; one each where that makes too few blocks.
+template <typename T, template <typename, int> typename Stream, bool SWIGLU, typename Matrix>
+void product_few(const FewProduct<Matrix>& given, cudaStream_t stream) {
+  constexpr int kSingle = SWIGLU ? 2 : 1;
+  const bool single = !SWIGLU && given.N <= kSmallN;
+  if (given.norm != nullptr)
+    single ? run_few<T, Stream<T, kSingle>, true, SWIGLU>(given, stream) : run_few<T, Stream<T, 2>, true, SWIGLU>(given, stream);
+  else
+    single ? run_few<T, Stream<T, kSingle>, false, SWIGLU>(given, stream) : run_few<T, Stream<T, 2>, false, SWIGLU>(given, stream);
+}
+
+}  // namespace qwen
