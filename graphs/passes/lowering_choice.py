@@ -59,3 +59,5 @@ class Choice:
     """Of the experts: the kernel takes quantized ones only."""
     caches: tuple[str, ...] = ()
     """Of attention: the formats of caches that the kernel takes beside that of its activations."""
+    cache_heads: tuple[int, ...] = ()
+    """With these formats, the values that a head may have; empty: any number."""

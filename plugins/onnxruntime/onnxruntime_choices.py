@@ -115,7 +115,9 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             ),
         ),
         "gated_attention": (
-            Choice("plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit, caches=("int8", "fp8")),
+            Choice(
+                "plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit, caches=("int8", "fp8"), cache_heads=(64, 256)
+            ),
             Choice("builtin_cuda", (_GQA,), _rotary_limit),
         ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
@@ -157,7 +159,7 @@ def choose(
         candidates = [choice for choice in candidates if quantized_experts or not choice.quantized_only]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
         if op == "gated_attention" and caches not in ("", precision):
-            reasons = [reason or _cache_reason(choice, caches) for choice, reason in zip(candidates, reasons, strict=True)]
+            reasons = [reason or _cache_reason(choice, caches, config.head_dim) for choice, reason in zip(candidates, reasons, strict=True)]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]
         elif op not in OPTIONAL:
@@ -165,8 +167,15 @@ def choose(
     return chosen, refusals
 
 
-def _cache_reason(choice: Choice, caches: str) -> str:
-    return "" if caches in choice.caches else f"{choice.kernels[0].domain}.{choice.kernels[0].op} has no {caches} caches"
+def _cache_reason(choice: Choice, caches: str, head_dim: int) -> str:
+    kernel = f"{choice.kernels[0].domain}.{choice.kernels[0].op}"
+    if caches not in choice.caches:
+        return f"{kernel} has no {caches} caches"
+    if choice.cache_heads and head_dim not in choice.cache_heads:
+        return (
+            f"{kernel} has {caches} caches for heads of {' or '.join(map(str, choice.cache_heads))} values, and this model has {head_dim}"
+        )
+    return ""
 
 
 def choose_vision(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:
