@@ -150,12 +150,6 @@ void attention_of_head(const AttentionShape& s, const AttentionTensors<T>& in, f
   prompt<T, Cache, D, 4>(s, in, queries, scale2, device, stream);
 }
 
-inline size_t attention_workspace(const AttentionShape& s, const AttentionDevice& device) {
-  if (is_prompt(s, device)) return query_bytes(s);
-  const FewPlan plan = plan_of(s, device);
-  return query_bytes(s) + sequences_together(s, plan) * partial_bytes(s, plan);
-}
-
 template <typename T, typename Cache>
 void gated_attention(const AttentionShape& s, const AttentionTensors<T>& in, float scale, float eps, const AttentionDevice& device, void* workspace,
                      cudaStream_t stream) {
