@@ -15,9 +15,13 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
+import torch
 from onnx import TensorProto, helper
 
+from qwen_export.cache_formats import CACHE_FORMATS
+from qwen_export.graphs.ops.cache_rows import CACHE_DTYPES, stored_rows
 from qwen_export.plugins.native.native_library import NATIVE, find_library
+from qwen_export.runtimes.memory.buffers import ELEMENTS
 
 Array = npt.NDArray[np.generic]
 _LAYERS = 6
@@ -25,9 +29,10 @@ _LAYERS = 6
 
 
 def session(node: object, inputs: dict[str, int], threads: int) -> ort.InferenceSession:
-    """A graph of one node; `inputs` have element types by name, all outputs are fp32."""
+    """A graph of one node; `inputs` have element types by name, y is fp32."""
     given = [helper.make_tensor_value_info(name, kind, None) for name, kind in inputs.items()]
-    made = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "k_out", "v_out")]
+    kinds = {"y": TensorProto.FLOAT} | dict.fromkeys(("k_out", "v_out"), inputs["k_cache"])
+    made = [helper.make_tensor_value_info(name, kind, None) for name, kind in kinds.items()]
     opsets = [helper.make_opsetid(domain, 1) for domain in (NATIVE, "com.microsoft")] + [helper.make_opsetid("", 21)]
     model = helper.make_model(helper.make_graph([node], "attention", given, made), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
@@ -39,7 +44,8 @@ def session(node: object, inputs: dict[str, int], threads: int) -> ort.Inference
 class Case:
     """One call of both ops over the same caches."""
 
-    def __init__(self, heads: tuple[int, int, int, int], B: int, T: int, past: int, threads: int) -> None:
+    def __init__(self, heads: tuple[int, int, int, int], B: int, T: int, past: int, threads: int, kept: str = "fp32") -> None:
+        """`kept`: the format of our caches; others than fp32 are not compared with anything."""
         Hq, Hkv, D, R = heads
         rng = np.random.default_rng(0)
         S = past + T
@@ -48,7 +54,10 @@ class Case:
             return rng.normal(size=shape).astype(np.float32)
 
         angles = np.arange(S)[:, None] * 0.5 ** np.arange(R // 2)
-        self._caches = [tuple(ort.OrtValue.ortvalue_from_numpy(normal(B, Hkv, S, D)) for _ in range(2)) for _ in range(_LAYERS)]
+        self._kept = CACHE_FORMATS[kept].element.manifest
+        rows = (stored_rows(torch.from_numpy(normal(B, Hkv, S, D)), CACHE_DTYPES[kept]) for _ in range(2 * _LAYERS))
+        values = [row.view(torch.uint8).numpy() if kept == "fp8" else row.numpy() for row in rows]
+        self._caches = [(values[2 * layer], values[2 * layer + 1]) for layer in range(_LAYERS)]
         shared = {
             "q": normal(B, T, Hq * D),
             "k": normal(B, T, Hkv * D),
@@ -69,12 +78,13 @@ class Case:
         order = ["q", "k", "v", "k_cache", "v_cache", "last", "total", "cos", "sin"]
         other = helper.make_node("GroupQueryAttention", order, ["y", "k_out", "v_out"], domain="com.microsoft", do_rotary=1, **counts)
         self.calls = {"ours": self._bound(own, ours, threads)}
-        if B == 1 or T == 1 or past == 0:
+        if kept == "fp32" and (B == 1 or T == 1 or past == 0):
             self.calls["GroupQueryAttention"] = self._bound(other, theirs, threads)
 
     def _bound(self, node: object, tensors: dict[str, Array], threads: int) -> Callable[[int], None]:
         kinds = {np.dtype(np.float32): TensorProto.FLOAT, np.dtype(np.int64): TensorProto.INT64, np.dtype(np.int32): TensorProto.INT32}
-        types = {name: kinds[value.dtype] for name, value in tensors.items()} | dict.fromkeys(("k_cache", "v_cache"), TensorProto.FLOAT)
+        element = ELEMENTS[self._kept][1]
+        types = {name: kinds[value.dtype] for name, value in tensors.items()} | dict.fromkeys(("k_cache", "v_cache"), element)
         made = session(node, types, threads)
         values = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)) for name, value in tensors.items()}
         values["y"] = ort.OrtValue.ortvalue_from_numpy(np.zeros_like(tensors["q"]))
@@ -83,10 +93,10 @@ class Case:
             binding = made.io_binding()
             for name in tensors:
                 binding.bind_ortvalue_input(name, values[name])
-            for name, value in (("k_cache", k_cache), ("v_cache", v_cache)):
-                binding.bind_ortvalue_input(name, value)
-            for name, value in (("y", values["y"]), ("k_out", k_cache), ("v_out", v_cache)):
-                binding.bind_ortvalue_output(name, value)
+            binding.bind_ortvalue_output("y", values["y"])
+            for before, after, cache in (("k_cache", "k_out", k_cache), ("v_cache", "v_out", v_cache)):
+                binding.bind_input(before, "cpu", 0, element, cache.shape, cache.ctypes.data)
+                binding.bind_output(after, "cpu", 0, element, cache.shape, cache.ctypes.data)
             bindings.append(binding)
         return lambda layer: made.run_with_iobinding(bindings[layer])
 

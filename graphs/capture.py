@@ -32,6 +32,7 @@ from qwen_export.bundle_contract import (
     TABLES,
     VISION_INPUTS,
 )
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.element_types import PLAIN
 from qwen_export.errors import REPORT, CaptureError
 from qwen_export.graphs.config import TextConfig
@@ -72,17 +73,18 @@ def meta_decoder(config: TextConfig, precision: str) -> TextModel:
     return in_precision(model, precision)
 
 
-def capture_decoder(config: TextConfig, precision: str, *, features: bool = False) -> ir.Model:
+def capture_decoder(config: TextConfig, precision: str, *, features: bool = False, caches: CacheFormat | None = None) -> ir.Model:
     """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size.
-    With `features` it reads pictures."""
+    With `features` it reads pictures. `caches`: the format of attention caches, by default that of `precision`."""
     kinds = tuple(dict.fromkeys(config.layer_types))
-    model = _capture_all_layers(replace(config, layer_types=kinds), precision, features=features)
+    model = _capture_all_layers(replace(config, layer_types=kinds), precision, features, caches)
     unroll(model, [f"layers.{i}" for i in range(len(kinds))], [(f"layers.{i}", kinds.index(k)) for i, k in enumerate(config.layer_types)])
     return model
 
 
-def _capture_all_layers(config: TextConfig, precision: str, *, features: bool) -> ir.Model:
-    state = empty_state(config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], pending=_EXAMPLE["P"], device="meta")
+def _capture_all_layers(config: TextConfig, precision: str, features: bool, caches: CacheFormat | None) -> ir.Model:
+    sizes = (_EXAMPLE["B"], _EXAMPLE["S"])
+    state = empty_state(config, *sizes, DTYPES[precision], caches=caches, pending=_EXAMPLE["P"], device="meta")
     inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N"), *(_features(config, precision) * features)]
     names = [INPUT_IDS, *TABLES, LENGTH, ACCEPTED, COMMIT, LOGIT_ROWS, *([FEATURES, PLACES] * features)]
     model = capture_module(meta_decoder(config, precision), Signature(names, inputs, [LOGITS, HIDDEN], state))
@@ -90,11 +92,14 @@ def _capture_all_layers(config: TextConfig, precision: str, *, features: bool) -
     return model
 
 
-def capture_mtp(config: TextConfig, precision: str, draft_vocab: int, *, features: bool = False) -> ir.Model:
-    """Trace the draft head, which drafts from the lowest `draft_vocab` token ids. With `features` it reads pictures."""
+def capture_mtp(
+    config: TextConfig, precision: str, draft_vocab: int, *, features: bool = False, caches: CacheFormat | None = None
+) -> ir.Model:
+    """Trace the draft head, which drafts from the lowest `draft_vocab` token ids. With `features` it reads pictures.
+    `caches` as for the decoder."""
     with torch.device("meta"):
         model = MtpHead(config, draft_vocab)
-    state = empty_state(model.config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], device="meta")
+    state = empty_state(model.config, _EXAMPLE["B"], _EXAMPLE["S"], DTYPES[precision], caches=caches, device="meta")
     hidden = example(("B", "T"), config.hidden_size, dtype=DTYPES[precision])
     inputs = [_ids("B", "T"), hidden, *_tables(config), _ids("B"), _ids("N"), *(_features(config, precision) * features)]
     names = [INPUT_IDS, HIDDEN, *TABLES, LENGTH, LOGIT_ROWS, *([FEATURES, PLACES] * features)]

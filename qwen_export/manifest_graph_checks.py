@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 from qwen_export.bundle_contract import FEATURES, PLACES, is_tower
+from qwen_export.cache_formats import BY_ELEMENT
 from qwen_export.manifest_types import DIMS, READ_AGAIN, GraphSpec, Manifest, StateSpec, TensorSpec
 from qwen_export.manifest_vision_checks import check_vision
 from qwen_export.stages import joined_graphs, links, stage_groups, stage_name
@@ -133,12 +134,19 @@ def _check_state_shape(manifest: Manifest, name: str, state: StateSpec) -> None:
         raise ValueError(f"graph {name}: cache {state.name} has not four dims")
     slots = state.shape[2] if state.grows and isinstance(state.shape[2], int) else 1
     expected = {
-        "k_cache": (size("num_key_value_heads"), size("head_dim"), slots),
-        "v_cache": (size("num_key_value_heads"), size("head_dim"), slots),
+        "k_cache": (size("num_key_value_heads"), _cache_width(state, size("head_dim")), slots),
+        "v_cache": (size("num_key_value_heads"), _cache_width(state, size("head_dim")), slots),
         "recurrent": (size("linear_num_value_heads"), size("linear_key_head_dim"), size("linear_value_head_dim")),
     }.get(kind)
     if expected is not None and all(type(factor) is int for factor in expected) and per_sequence != prod(map(int, expected)):  # type: ignore[arg-type]
         raise ValueError(f"graph {name}: state {state.name} has not the size that the model gives it")
+
+
+def _cache_width(state: StateSpec, head_dim: object) -> object:
+    """Elements of a row of a cache of this type."""
+    if state.dtype not in BY_ELEMENT:
+        raise ValueError(f"{state.name} is of {state.dtype}, in which there are no caches")
+    return BY_ELEMENT[state.dtype].width(head_dim) if isinstance(head_dim, int) else head_dim
 
 
 def _check_shapes(manifest: Manifest, name: str, graph: GraphSpec) -> None:

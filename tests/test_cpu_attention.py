@@ -39,6 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed=draw(st.integers(0, 1000)),
         sharp=draw(st.sampled_from([0.1, 1.0, 30.0])),
         spare=draw(st.integers(0, 5)),
+        kept=draw(st.sampled_from(["fp32", "fp32", *op.ROUNDED])),
     )
 
 
@@ -53,6 +54,13 @@ def test_attention_is_what_the_eager_op_says(library: str, case: Case) -> None:
 @pytest.mark.parametrize(("length", "T"), [(0, 20), (250, 20), (1000, 60)])
 def test_the_bits_of_a_token_do_not_depend_on_its_call(library: str, shape: Shape, length: int, T: int) -> None:
     op.check_bits(library, shape, length, T)
+
+
+@pytest.mark.parametrize("kept", list(op.ROUNDED))
+def test_what_a_cache_keeps_does_not_depend_on_the_call(library: str, kept: str) -> None:
+    """Steps, drafts and prompts write the same bytes, and read the same values."""
+    for D in (20, 256):
+        op.check_bits(library, Shape(Hkv=2, group=4, D=D, half=8), 250, 20, kept)
 
 
 def test_sequences_of_a_call_do_not_see_each_other(library: str) -> None:

@@ -61,6 +61,22 @@ def test_pages_come_and_go_with_the_rows(driver: FakeDriver) -> None:
     assert not driver.handles and not driver.reserved
 
 
+def test_rows_that_do_not_fill_pages(driver: FakeDriver) -> None:
+    """Rows of int8 with their factor: S is a multiple of what fills pages, so that no head shares one, and memory comes by the page."""
+    buffer = GrowingBuffer("int8", (2, 2, 512, 80))
+    assert (buffer.step, driver.used) == (PAGE // 80, 0)
+    buffer.hold(1, buffer.step + 1)
+    assert driver.used == buffer.bytes_for(buffer.step + 1) == 4 * PAGE
+    assert buffer.held(1) == 2 * PAGE // 80
+    last = buffer.row_bytes + (buffer.held(1) - 1) * 80
+    buffer.write(np.full(80, 7, np.uint8), last)
+    assert buffer.read(last, 80).tolist() == [7] * 80
+    buffer.hold(1, 0)
+    assert driver.used == 0
+    with pytest.raises(AssertionError, match="no multiple"):
+        GrowingBuffer("int8", (2, 2, 511, 80))
+
+
 def logits_of(decoder: Decoder, slot: int) -> list[np.ndarray]:
     """A long prompt, a verify of which some is kept, and steps."""
     made = [decoder.prefill(range(5, CONTEXT - 10), slot).copy()]

@@ -8,18 +8,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.graphs.models.model_state import State, empty_state
 from qwen_export.graphs.models.text_model import TextModel
 from qwen_export.graphs.rotary import rotary_axes, rotary_frequencies
 
 
 class EagerSequence:
-    """One sequence of at most `capacity` tokens. `cos` and `sin` f32[capacity,R/2]: its rotary tables."""
+    """One sequence of at most `capacity` tokens. `cos` and `sin` f32[capacity,R/2]: its rotary tables. `caches`: what attention caches keep
+    of values, by default all."""
 
-    def __init__(self, model: TextModel, capacity: int) -> None:
+    def __init__(self, model: TextModel, capacity: int, caches: CacheFormat | None = None) -> None:
         self.model = model
         self.place(np.repeat(np.arange(capacity)[:, None], 3, axis=1))
-        self.state: State = empty_state(model.config, 1, capacity, model.embed_tokens.weight.dtype)
+        self.state: State = empty_state(model.config, 1, capacity, model.embed_tokens.weight.dtype, caches=caches)
         self.length = 0
 
     def place(self, positions: npt.NDArray[np.integer]) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.graphs.layer_points import EMBEDDING, OUTPUT, READ_BY, point_name
 from qwen_export.graphs.models.eager_sequence import EagerSequence
 from qwen_export.graphs.models.text_model import TextModel
@@ -28,10 +29,12 @@ class Observation:
     routing_gap: dict[int, Floats] = field(default_factory=dict)
 
 
-def observe(model: TextModel, ids: Sequence[int], streams: Mapping[str, Floats] | None = None) -> Observation:
+def observe(
+    model: TextModel, ids: Sequence[int], streams: Mapping[str, Floats] | None = None, caches: CacheFormat | None = None
+) -> Observation:
     """Read `ids` in one call. `streams` are residual streams of another model, by their points f32[T,hidden], rows without a value NaN:
     whatever reads a stream gets theirs instead of its own, so each layer starts from the same values as theirs, and differences
-    between the models do not add up from layer to layer."""
+    between the models do not add up from layer to layer. `caches`: what attention caches keep of values."""
     seen, given = Observation(), streams or {}
     with _Hooks() as hooks:
         for i, layer in enumerate(model.layers):
@@ -43,7 +46,7 @@ def observe(model: TextModel, ids: Sequence[int], streams: Mapping[str, Floats] 
                 hooks.after(layer.get_submodule("mlp.gate"), _keep_gap(seen, i, model.config.num_experts_per_tok))
         hooks.before(model.norm, _put(given.get(point_name(len(model.layers) - 1, OUTPUT))))
         hooks.after(model.embed_tokens, _keep(seen, EMBEDDING))
-        seen.logits = EagerSequence(model, len(ids)).read(ids)
+        seen.logits = EagerSequence(model, len(ids), caches).read(ids)
     return seen
 
 

@@ -6,7 +6,8 @@
     y        = o * sigmoid(gate)
 
 (Qwen3.5 reference: Qwen3_5Attention.) New keys and values are written to slots length .. length+T-1. Rows `slot` of the cos and sin
-tables belong to the token in that cache slot: for text, slot and position are the same; images write their 3-axis angles there.
+tables belong to the token in that cache slot: for text, slot and position are the same; images write their 3-axis angles there. All
+queries, those of the new tokens too, see keys and values as the cache keeps them (cache_formats.py).
 Rolling back is passing a smaller length: slots at and beyond it are never read.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwen_export.graphs.ops.cache_rows import row_values, stored_rows
 from qwen_export.graphs.ops.op_schema import define
 from qwen_export.graphs.ops.rms_norm_op import normalize
 
@@ -34,11 +36,11 @@ def _body(
     kv_heads: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q_gate [B,T,Hq*2D]  k, v [B,T,Hkv*D]  q_norm, k_norm [D] (zero-centered)  cos, sin f32[S,R/2]  caches [B,Hkv,S,D]  length i64[B]
+    """q_gate [B,T,Hq*2D]  k, v [B,T,Hkv*D]  q_norm, k_norm [D] (zero-centered)  cos, sin f32[S,R/2]  caches [B,Hkv,S,W]  length i64[B]
     -> y [B,T,Hq*D], k_cache', v_cache'.
     """
     B, T, _ = k.shape
-    D, S = k_cache.shape[3], k_cache.shape[2]
+    D, S = q_norm.shape[0], k_cache.shape[2]
     if int(length.max()) + T > S:
         raise ValueError(f"{int(length.max())} cached and {T} new tokens do not fit a cache of {S}")
     wide = torch.promote_types(k.dtype, torch.float32)
@@ -51,11 +53,11 @@ def _body(
         start = int(length[i])
         end = start + T
         rows = slice(start, end)
-        k_out[i, :, rows] = _rotate(k[i], cos[rows], sin[rows]).transpose(0, 1)
-        v_out[i, :, rows] = v[i].transpose(0, 1)
+        k_out[i, :, rows] = stored_rows(_rotate(k[i], cos[rows], sin[rows]).transpose(0, 1), k_out.dtype)
+        v_out[i, :, rows] = stored_rows(v[i].transpose(0, 1), v_out.dtype)
         query = _rotate(q[i], cos[rows], sin[rows]).transpose(0, 1)
-        keys = k_out[i, :, :end].repeat_interleave(heads // kv_heads, 0)
-        values = v_out[i, :, :end].repeat_interleave(heads // kv_heads, 0)
+        keys = row_values(k_out[i, :, :end], D, query.dtype).repeat_interleave(heads // kv_heads, 0)
+        values = row_values(v_out[i, :, :end], D, query.dtype).repeat_interleave(heads // kv_heads, 0)
         score = (query @ keys.transpose(1, 2)) * D**-0.5
         future = torch.ones(T, end, dtype=torch.bool).triu(start + 1)
         weight = score.to(wide).masked_fill(future, float("-inf")).softmax(-1).to(values.dtype)
@@ -87,7 +89,7 @@ def _fake(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _ = k.shape
-    return k.new_empty(B, T, heads * k_cache.shape[3]), torch.empty_like(k_cache), torch.empty_like(v_cache)
+    return k.new_empty(B, T, heads * q_norm.shape[0]), torch.empty_like(k_cache), torch.empty_like(v_cache)
 
 
 gated_attention = define("gated_attention", ("y", "k_cache_out", "v_cache_out"), _body, _fake)

@@ -12,7 +12,7 @@ from onnxscript import values
 from qwen_export.graphs.ops.op_schema import DOMAIN, OPSET_VERSION, Op
 from qwen_export.graphs.ops.op_table import OPS
 
-_TYPES = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(int64)"]
+_TYPES = [f"tensor({name})" for name in ("float", "float16", "bfloat16", "int64", "int8", "float8e4m3fn")]
 _ATTRIBUTES = {"int": (int, onnx.defs.OpSchema.AttrType.INT), "float": (float, onnx.defs.OpSchema.AttrType.FLOAT)}
 
 

@@ -57,3 +57,7 @@ class Choice:
     """Of a product: its quantized form takes rows that are not quantized behind those that are, in one call."""
     quantized_only: bool = False
     """Of the experts: the kernel takes quantized ones only."""
+    caches: tuple[str, ...] = ()
+    """Of attention: the formats of caches that the kernel takes beside that of its activations."""
+    cache_heads: tuple[int, ...] = ()
+    """With these formats, the values that a head may have; empty: any number."""

@@ -19,13 +19,32 @@ struct AttentionShape {
 };
 
 constexpr bool takes_attention_head(int64_t D) { return D == 32 || D == 64 || D == 128 || D == 256; }
+// Where caches keep bytes.
+constexpr bool takes_attention_head_of_bytes(int64_t D) { return D == 64 || D == 256; }
 
-// q, gate [B,T,Hq*D] and k, v [B,T,Hkv*D] with strides; norms [D]; cos, sin [S',R/2] or [B,S',R/2]; caches [B,Hkv,S,D], written in place;
+// What caches keep of a row (attention_cache.cuh): bytes of an element, and elements of a row behind its D values.
+struct PlainRow {
+  static constexpr bool kPlain = true;
+  static constexpr int kElement = 2, kBehind = 0;
+};
+struct Int8Row {
+  static constexpr bool kPlain = false;
+  static constexpr int kElement = 1, kBehind = 16;
+};
+struct Fp8Row {
+  static constexpr bool kPlain = false;
+  static constexpr int kElement = 1, kBehind = 0;
+};
+struct PlainCache;
+struct Int8Cache;
+struct Fp8Cache;
+
+// q, gate [B,T,Hq*D] and k, v [B,T,Hkv*D] with strides; norms [D]; cos, sin [S',R/2] or [B,S',R/2]; caches [B,Hkv,S] rows, written in place;
 // length [B]: tokens before. y [B,T,Hq*D]. Slots at and behind length + T of a sequence are not touched.
 template <typename T>
 struct AttentionTensors {
   const T *q, *k, *v, *gate, *q_norm, *k_norm, *cos, *sin;
-  T *k_cache, *v_cache;
+  unsigned char *k_cache, *v_cache;
   const int64_t* length;
   T* y;
 };
@@ -47,7 +66,7 @@ struct AttentionDevice {
 constexpr int kAttentionCounters = 1 << 14;
 
 // `workspace` has attention_workspace bytes. The results of a sequence depend on nothing of the others, nor on how many they are.
-template <typename T>
+template <typename T, typename Cache>
 void gated_attention(const AttentionShape& shape, const AttentionTensors<T>& tensors, float scale, float eps, const AttentionDevice& device,
                      void* workspace, cudaStream_t stream);
 size_t attention_workspace(const AttentionShape& shape, const AttentionDevice& device);

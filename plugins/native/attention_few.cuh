@@ -14,10 +14,10 @@
 
 namespace qwen {
 
-template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+template <typename T, typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape, AttentionTensors<T> in, const FewPlan& plan, const FewWorkspace& work,
                                                     int first_sequence, int sequences) {
-  using Layout = FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>;
+  using Layout = FewLayout<Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>;
   constexpr bool kFresh = Layout::kFresh;
   constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads;
   constexpr int kWarpRows = Layout::kWarpRows, kMergeStride = Layout::kMergeStride;
@@ -41,7 +41,9 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   auto buffer_of = [&](int number) { return shared + Layout::kRingBytes + number % Layout::kBuffers * Layout::kBufferBytes; };
 
   // ---- readers: what this group copies next, half tiles of its tiles of the block's items, in order ----
-  const uint32_t ring = shared_address(shared) + group * HALVES * Layout::kHalfBytes;
+  constexpr int kRow = Layout::kRowBytes;
+  const int ring_at = Layout::kStages + group * HALVES * Layout::kHalfBytes;
+  const uint32_t ring = shared_address(shared) + ring_at, stage = shared_address(shared) + group * Layout::kStageBytes;
   int next_id = blockIdx.x, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
   bool next_values = false;
   size_t next_row = 0;
@@ -58,8 +60,8 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   };
   auto copy_next = [&] {
     if (next_id < total) {
-      const T* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * kTileSlots) * D;
-      copy_tile<T, D, kTileSlots, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * kTileSlots, member);
+      const unsigned char* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * kTileSlots) * kRow;
+      copy_rows<T, Cache, D, kTileSlots, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * kTileSlots, member);
       if (next_values) {
         next_tile += kGroups;
         if (next_tile * kTileSlots >= next_slots) next_id += gridDim.x, next_tile = group, find_next();
@@ -124,9 +126,9 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
         const int job = job0 + i * kStep, key = job - plan.rows, t = begin + key / 2;
         if (job >= jobs) continue;
         if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, row_memory[kFresh ? maker / 32 : 0], lane);
+        const size_t place = ((size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.length + t) * kRow;
+        if (key >= 0) Cache::template keep<T, D>(row[i], (key % 2 ? in.v_cache : in.k_cache) + place, lane);
         row[i].store(key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D, lane);
-        const size_t place = ((size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.length + t) * D;
-        if (key >= 0) row[i].store((key % 2 ? in.v_cache : in.k_cache) + place, lane);
       }
     }
   };
@@ -230,7 +232,12 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
           wait_for_copies<HALVES - 2>();
           meet();
           copy_next();
-          const uint32_t at = ring + place * Layout::kHalfBytes;
+          uint32_t at = ring + place * Layout::kHalfBytes;
+          if constexpr (!Cache::kPlain) {
+            expand_tile<T, Cache, D, kTileSlots, MW * 32>(stage, shared + ring_at + place * Layout::kHalfBytes, member);
+            meet();
+            at = stage;
+          }
           place = place + 1 == HALVES ? 0 : place + 1;
           if (kFresh && first + kTileSlots > old) add_new(at, half == 0 ? new_keys : new_values, first, old, item.slots);
           if (half == 0) {
@@ -303,12 +310,12 @@ __device__ __forceinline__ void few_tokens_of_block(const AttentionShape& shape,
   wait_for_copies<0>();
 }
 
-template <typename T, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+template <typename T, typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 __global__ void __launch_bounds__((READERS + MAKERS) * 32, 1) attention_few(
     const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
     const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
-  if constexpr (FewLayout<D, EIGHTS, MW, READERS, HALVES, MAKERS>::kAllShared <= kSharedOfBlock)
-    few_tokens_of_block<T, D, EIGHTS, MW, READERS, HALVES, MAKERS>(shape, in, plan, work, first_sequence, sequences);
+  if constexpr (FewLayout<Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>::kAllShared <= kSharedOfBlock)
+    few_tokens_of_block<T, Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>(shape, in, plan, work, first_sequence, sequences);
 }
 
 }  // namespace qwen

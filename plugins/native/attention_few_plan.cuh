@@ -1,6 +1,7 @@
 // How attention_few shares its work: the chunks of sequences, the items of blocks, and what is in shared memory.
 #pragma once
 
+#include "attention_cache.cuh"
 #include "attention_columns.cuh"
 
 namespace qwen {
@@ -39,15 +40,18 @@ struct FewWorkspace {
 
 // MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles, and each has HALVES halves of
 // tiles (keys or values) in shared memory. With MAKERS the kernel makes the rows of the new tokens itself, in one launch.
-template <int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+template <typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
 struct FewLayout {
   static constexpr bool kFresh = MAKERS > 0;
   static constexpr int kThreads = (READERS + MAKERS) * 32;
-  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows, kHalfBytes = kTileSlots * D * 2;
+  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows;
+  // Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
+  static constexpr int kRowBytes = kCacheRow<Cache, D>, kHalfBytes = kTileSlots * kRowBytes, kStageBytes = Cache::kPlain ? 0 : kTileSlots * D * 2;
+  static constexpr int kStages = kGroups * kStageBytes;
   static constexpr int kPassRows = 16 / kGroups;  // rows whose sums are brought together at a time
   // Rows of one column lie in different banks.
   static constexpr int kStride = D + 8, kMergeStride = D + 4;
-  static constexpr int kRingBytes = kGroups * HALVES * kHalfBytes;
+  static constexpr int kRingBytes = kStages + kGroups * HALVES * kHalfBytes;
   // A buffer has new queries, keys and values, and later the sums of the groups. While it is read the next one is made.
   static constexpr int kBuffers = kFresh ? 2 : 1;
   static constexpr int kFreshBytes = kFresh ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;

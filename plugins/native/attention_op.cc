@@ -1,8 +1,9 @@
 // GatedAttention (attention.cuh). Attributes num_heads, kv_num_heads, scale, epsilon.
 //
 // q T[B,T,Hq*D], k and v T[B,T,Hkv*D], gate T[B,T,Hq*D]; or q alone, with q|k|v|gate behind each other in every token
-// q_norm, k_norm T[D]; cos, sin T[S',R/2] or T[B,S',R/2]; k_cache, v_cache T[B,Hkv,S,D]; length i64[B]
+// q_norm, k_norm T[D]; cos, sin T[S',R/2] or T[B,S',R/2]; k_cache, v_cache [B,Hkv,S,W]; length i64[B]
 //   ->  y T[B,T,Hq*D], k_cache', v_cache', which are meant to be the memory of k_cache and v_cache
+// The caches are of T with W = D, float8e4m3fn with W = D, or int8 with W = D + 16: codes, and behind them the row's factor in fp32.
 
 #include <algorithm>
 
@@ -12,7 +13,7 @@
 namespace qwen {
 namespace {
 
-template <typename T>
+template <typename T, typename Cache, typename Row>
 class GatedAttentionKernel {
  public:
   explicit GatedAttentionKernel(const Attributes& info)
@@ -34,9 +35,11 @@ class GatedAttentionKernel {
     const auto q = call.shape(kQ), cache = call.shape(kKCache), table = call.shape(kCos);
     expect(q.size() == 3 && cache.size() == 4 && cache[0] == q[0] && cache[1] == kv_heads_ && call.shape(kVCache) == cache,
            "GatedAttention: the caches are not [B,Hkv,S,D]");
-    const int64_t B = q[0], tokens = q[1], D = cache[3], wide = heads_ * D, narrow = kv_heads_ * D;
+    expect(call.shape(kQNorm).size() == 1 && call.shape(kKNorm) == call.shape(kQNorm), "GatedAttention: the norms are not [D]");
+    const int64_t B = q[0], tokens = q[1], D = call.shape(kQNorm)[0], wide = heads_ * D, narrow = kv_heads_ * D;
     expect(takes_attention_head(D), "GatedAttention: heads must have 32, 64, 128 or 256 values");
-    expect(call.shape(kQNorm) == Shape{D} && call.shape(kKNorm) == Shape{D}, "GatedAttention: the norms are not [D]");
+    expect(Row::kPlain || takes_attention_head_of_bytes(D), "GatedAttention: with caches of bytes heads must have 64 or 256 values");
+    expect(cache[3] == D + Row::kBehind, "GatedAttention: the caches are not [B,Hkv,S,D]");
     expect(call.shape(kSin) == table && (table.size() == 2 || (table.size() == 3 && table[0] == B)),
            "GatedAttention: cos and sin are not [S',R/2] or [B,S',R/2]");
     expect(0 < table.back() && 2 * table.back() <= D && table.back() % (D / 32) == 0, "GatedAttention: the values that turn are a multiple of D/16, D at most");
@@ -67,17 +70,17 @@ class GatedAttentionKernel {
     if (B == 0 || tokens == 0) return;
     const size_t bytes = attention_workspace(shape, device_);
     const Scratch workspace(call, bytes > 0 ? bytes : 1);
-    gated_attention(shape, in, scale_, eps_, device_, workspace.as<void>(), call.stream());
+    gated_attention<T, Cache>(shape, in, scale_, eps_, device_, workspace.as<void>(), call.stream());
   }
 
  private:
   enum Input : size_t { kQ, kK, kV, kGate, kQNorm, kKNorm, kCos, kSin, kKCache, kVCache, kLength };
 
   // The output, which has what the input has.
-  static T* in_place(Call& call, size_t input, size_t output, const Shape& shape) {
-    const T* before = call.input<T>(input);
-    T* after = call.output<T>(output, shape);
-    size_t bytes = sizeof(T);
+  static unsigned char* in_place(Call& call, size_t input, size_t output, const Shape& shape) {
+    const auto* before = call.input<unsigned char>(input);
+    auto* after = call.output<unsigned char>(output, shape);
+    size_t bytes = Row::kElement;
     for (const int64_t size : shape) bytes *= size_t(size);
     if (after != before) check(cudaMemcpyAsync(after, before, bytes, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
     return after;
@@ -90,8 +93,12 @@ class GatedAttentionKernel {
 
 template <typename T>
 void add(Domain& domain) {
-  static const Operator<T, GatedAttentionKernel<T>> attention({"GatedAttention", "TT?T?T?TTTTTTl", "TTT"});
-  domain.add(attention);
+  static const Operator<T, GatedAttentionKernel<T, PlainCache, PlainRow>> plain({"GatedAttention", "TT?T?T?TTTTTTl", "TTT"});
+  static const Operator<T, GatedAttentionKernel<T, Int8Cache, Int8Row>> int8({"GatedAttention", "TT?T?T?TTTTccl", "Tcc"});
+  static const Operator<T, GatedAttentionKernel<T, Fp8Cache, Fp8Row>> fp8({"GatedAttention", "TT?T?T?TTTT88l", "T88"});
+  domain.add(plain);
+  domain.add(int8);
+  domain.add(fp8);
 }
 
 }  // namespace

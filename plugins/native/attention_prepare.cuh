@@ -1,7 +1,7 @@
 // Before the attention of many rows: norm and rotation of the new queries and keys; keys and values into the cache.
 #pragma once
 
-#include "attention_rows.cuh"
+#include "attention_cache.cuh"
 
 namespace qwen {
 
@@ -9,7 +9,7 @@ constexpr int kPrepareWarps = 8, kPrepareRows = 2 * kPrepareWarps;  // of a bloc
 
 // A warp makes two rows of D values, one block of the grid's second axis those of a sequence and kv head: queries, keys, values.
 // queries [B,Hkv,padded rows,D], row token * G + head of the group; rows behind the last token are zeros.
-template <typename T, int D>
+template <typename T, typename Cache, int D>
 __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(AttentionShape shape, AttentionTensors<T> in, float eps, T* queries, int padded_rows) {
   using Row = LaneRow<T, D>;
   __shared__ float memory[kPrepareWarps][D];
@@ -19,7 +19,8 @@ __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(Attentio
   const int pair = blockIdx.y, b = pair / Hkv, h = pair - b * Hkv, length = length_of(shape, in, b);
   struct Job {
     const T* source;
-    T* made;
+    T* made;              // of a query
+    unsigned char* kept;  // of a key or a value
     int t;
     bool query, value;
   };
@@ -32,7 +33,7 @@ __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(Attentio
       job.made = queries + (size_t(pair) * padded_rows + row) * D;
       if (job.t < shape.T) job.source = in.q + token * shape.q_stride + (h * G + row - job.t * G) * D;
     } else if (job.t < shape.T) {
-      job.made = (job.value ? in.v_cache : in.k_cache) + (size_t(pair) * shape.S + length + job.t) * D;
+      job.kept = (job.value ? in.v_cache : in.k_cache) + (size_t(pair) * shape.S + length + job.t) * kCacheRow<Cache, D>;
       job.source = (job.value ? in.v : in.k) + token * shape.kv_stride + h * D;
     }
     return job;
@@ -51,9 +52,10 @@ __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(Attentio
   }
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    if (jobs[i].made == nullptr) continue;
+    if (jobs[i].made == nullptr && jobs[i].kept == nullptr) continue;
     if (jobs[i].source != nullptr && !jobs[i].value) x[i] = turn[i](x[i], shape.R, eps, memory[warp], lane);
-    x[i].store(jobs[i].made, lane);
+    if (jobs[i].made != nullptr) x[i].store(jobs[i].made, lane);
+    else Cache::template keep<T, D>(x[i], jobs[i].kept, lane);
   }
 }
 

@@ -2,12 +2,16 @@
 #pragma once
 
 #include "attention.cuh"
+#include "attention_cache.cuh"
 #include "attention_tile.cuh"
 
 namespace qwen {
 
-template <int D, int SLOTS, int RING>
-constexpr int kPromptShared = RING * SLOTS * D * 2;
+// Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
+template <typename Cache, int D, int SLOTS>
+constexpr int kPromptStage = Cache::kPlain ? 0 : SLOTS * D * 2;
+template <typename Cache, int D, int SLOTS, int RING>
+constexpr int kPromptShared = kPromptStage<Cache, D, SLOTS> + RING * SLOTS * kCacheRow<Cache, D>;
 
 constexpr int kPromptWarps = 4, kPromptRows = kPromptWarps * kRowTile;
 
@@ -18,10 +22,10 @@ __device__ inline int balanced(int block, int blocks, int processors) {
   return block < processors || block >= second ? block : second - 1 - (block - processors);
 }
 
-template <typename T, int D, int SLOTS, int RING>
+template <typename T, typename Cache, int D, int SLOTS, int RING>
 __global__ void __launch_bounds__(kPromptWarps * 32, 2)
     attention_prompt(AttentionShape shape, AttentionTensors<T> in, const T* queries, int padded_rows, float scale, int processors) {
-  constexpr int kThreads = kPromptWarps * 32, kHalfBytes = SLOTS * D * 2;
+  constexpr int kThreads = kPromptWarps * 32, kRow = kCacheRow<Cache, D>, kHalfBytes = SLOTS * kRow, kStage = kPromptStage<Cache, D, SLOTS>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int G = shape.group(), Hkv = shape.Hkv, rows = shape.T * G, blocks = (rows + kPromptRows - 1) / kPromptRows;
@@ -33,14 +37,14 @@ __global__ void __launch_bounds__(kPromptWarps * 32, 2)
   const int length = length_of(shape, in, b);
   const int slots = length + min((block * kPromptRows + kPromptRows - 1) / G, shape.T - 1) + 1, tiles = (slots + SLOTS - 1) / SLOTS;
   const size_t head = size_t(b) * Hkv + h;
-  const T *keys = in.k_cache + head * shape.S * D, *values = in.v_cache + head * shape.S * D;
-  const uint32_t ring = shared_address(shared);
+  const unsigned char *keys = in.k_cache + head * shape.S * kRow, *values = in.v_cache + head * shape.S * kRow;
+  const uint32_t stage = shared_address(shared), ring = stage + kStage;
   int next = 0, next_place = 0;
   auto copy_next = [&] {
     if (next < 2 * tiles) {
       const int first = next / 2 * SLOTS;
-      const T* source = (next % 2 ? values : keys) + size_t(first) * D;
-      copy_tile<T, D, SLOTS, kThreads>(ring + next_place * kHalfBytes, source, slots - first, thread);
+      const unsigned char* source = (next % 2 ? values : keys) + size_t(first) * kRow;
+      copy_rows<T, Cache, D, SLOTS, kThreads>(ring + next_place * kHalfBytes, source, slots - first, thread);
       next++, next_place = next_place + 1 == RING ? 0 : next_place + 1;
     }
     end_copies();
@@ -60,7 +64,13 @@ __global__ void __launch_bounds__(kPromptWarps * 32, 2)
     wait_for_copies<RING - 2>();
     __syncthreads();
     copy_next();
-    compute(ring + place * kHalfBytes);
+    if constexpr (Cache::kPlain) {
+      compute(ring + place * kHalfBytes);
+    } else {
+      expand_tile<T, Cache, D, SLOTS, kThreads>(stage, shared + kStage + place * kHalfBytes, thread);
+      __syncthreads();
+      compute(stage);
+    }
     place = place + 1 == RING ? 0 : place + 1;
   };
   for (int i = 0; i < tiles; i++) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "attention_cache.cuh"
 #include "attention_tile.cuh"
 #include "wgmma.cuh"
 
@@ -22,7 +23,32 @@ __device__ inline void copy_swizzled(uint32_t shared, const T* source, int there
   }
 }
 
-template <typename T>
+// The same of rows of bytes, whose values are made on the way.
+template <typename T, typename Cache, int ROWS>
+__device__ inline void expand_swizzled(uint32_t shared, const unsigned char* source, int there) {
+  constexpr int kUnits = kWideD / 8, kTogether = 4;  // loads on their way: more would need more registers than the sums leave
+#pragma unroll 1
+  for (int first = threadIdx.x; first < ROWS * kUnits; first += kTogether * kWideThreads) {
+    uint2 codes[kTogether];
+    float factor[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      const int at = first + i * kWideThreads, row = at / kUnits;
+      const unsigned char* from = source + (row < there ? row : 0) * kCacheRow<Cache, kWideD>;
+      codes[i] = __ldcg(reinterpret_cast<const uint2*>(from + at % kUnits * 8));
+      factor[i] = Cache::loaded_factor(from, kWideD);
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; i++) {
+      const int at = first + i * kWideThreads, row = at / kUnits;
+      const uint4 x = row < there ? Cache::template values<T>(codes[i], factor[i]) : make_uint4(0, 0, 0, 0);
+      asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(shared + swizzled(row, at % kUnits, ROWS)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+                   : "memory");
+    }
+  }
+}
+
+template <typename T, typename Cache>
 __global__ void __launch_bounds__(kWideThreads, 1)
     attention_wide(AttentionShape shape, AttentionTensors<T> in, const T* queries, int padded_rows, float scale) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -37,14 +63,17 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const int length = length_of(shape, in, b);
   const int slots = visible_slots(block * kWideRows + kWideRows - 1, G, shape.T, length, 0), tiles = (slots + kWideSlots - 1) / kWideSlots;
   const size_t head = size_t(b) * Hkv + h;
-  const T *keys = in.k_cache + head * shape.S * kWideD, *values = in.v_cache + head * shape.S * kWideD;
+  constexpr int kRow = kCacheRow<Cache, kWideD>;
+  const unsigned char *keys = in.k_cache + head * shape.S * kRow, *values = in.v_cache + head * shape.S * kRow;
   const uint32_t at_q = shared_address(shared), at_k = at_q + kWideRows * kWideD * 2, at_v = at_k + 2 * kWideTile;
-  auto copy_keys = [&](int i) {
-    if (i < tiles) copy_swizzled<T, kWideSlots>(at_k + i % 2 * kWideTile, keys + size_t(i) * kWideSlots * kWideD, slots - i * kWideSlots);
+  auto copy_slots = [&](uint32_t to, const unsigned char* from, int i) {
+    if (i >= tiles) return;
+    to += i % 2 * kWideTile, from += size_t(i) * kWideSlots * kRow;
+    if constexpr (Cache::kPlain) copy_swizzled<T, kWideSlots>(to, reinterpret_cast<const T*>(from), slots - i * kWideSlots);
+    else expand_swizzled<T, Cache, kWideSlots>(to, from, slots - i * kWideSlots);
   };
-  auto copy_values = [&](int i) {
-    if (i < tiles) copy_swizzled<T, kWideSlots>(at_v + i % 2 * kWideTile, values + size_t(i) * kWideSlots * kWideD, slots - i * kWideSlots);
-  };
+  auto copy_keys = [&](int i) { copy_slots(at_k, keys, i); };
+  auto copy_values = [&](int i) { copy_slots(at_v, values, i); };
   copy_swizzled<T, kWideRows>(at_q, queries + (head * padded_rows + block * kWideRows) * kWideD, kWideRows);
   copy_keys(0);
   end_copies();
@@ -124,12 +153,18 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     wait_for_copies<0>();
     publish_to_products();
     __syncthreads();  // all have read what is overwritten now
-    copy_keys(i + 2);
-    copy_values(i + 1);
-    end_copies();
+    if constexpr (Cache::kPlain) {
+      copy_keys(i + 2);
+      copy_values(i + 1);
+      end_copies();
+    }
     begin_products();
     scores(i + 1);
     add_values(i);
+    if constexpr (!Cache::kPlain) {  // values are made while the products are
+      copy_keys(i + 2);
+      copy_values(i + 1);
+    }
     wait_for_products<1>();
     settle(s);
     const bool grows = weigh(i + 1);

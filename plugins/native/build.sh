@@ -2,7 +2,7 @@
 # Builds libqwen_export_cuda.so next to this script, where `qwen-export build --device cuda` finds it. Needs nvcc of CUDA 13 and nothing else.
 #   NVCC    the compiler
 #   ARCHS   the compute capabilities to build machine code for; newer devices compile the embedded PTX
-#   JOBS    capabilities compiled at a time; default one per core
+#   JOBS    sources compiled at a time; default one per core
 # cuBLAS is not linked: the library finds the one that ONNX Runtime has loaded into the process.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
@@ -17,11 +17,11 @@ for arch in $ARCHS; do
 done
 echo "compiling the CUDA plugin for compute capabilities $ARCHS; several minutes on 2 cores"
 begun=$(date +%s)
+objects=$(mktemp -d)
+trap 'rm -rf "$objects"' EXIT
 # shellcheck disable=SC2086
-"$NVCC" -O3 -std=c++17 -shared -cudart=static --threads "$JOBS" $code "-gencode=arch=compute_$newest,code=compute_$newest" \
-  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-} \
-  "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/quant.cu" "$here/quant_moe.cu" "$here/fp8.cu" \
-  "$here/fp8_moe.cu" "$here/top_logits.cu" \
-  "$here/attention.cu" "$here/picture.cu" \
-  "$here/cublas.cc" "$here/cublas_lt.cc" "$here/quant_ops.cc" "$here/fp8_ops.cc" "$here/attention_op.cc" "$here/picture_ops.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
+printf '%s\n' "$here"/*.cu "$here"/*.cc | xargs -P "$JOBS" -I SOURCE sh -c 'out=$1; shift; "$@" -o "$out/$(basename SOURCE).o" -c SOURCE' - "$objects" \
+  "$NVCC" -O3 -std=c++17 -cudart=static $code "-gencode=arch=compute_$newest,code=compute_$newest" \
+  -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-}
+"$NVCC" -shared -cudart=static "$objects"/*.o -ldl -o "$here/libqwen_export_cuda.so"
 echo "compiled libqwen_export_cuda.so in $(($(date +%s) - begun)) s"

@@ -130,8 +130,8 @@ class Tensors {
   }
 };
 
-// One character an input or output: f fp32, h bf16, e fp16, b uint8, c int8, i int32, l int64, T the op's own type; ? after an input: it may
-// be left out.
+// One character an input or output: f fp32, h bf16, e fp16, 8 fp8 e4m3, b uint8, c int8, i int32, l int64, T the op's own type; ? after an
+// input: it may be left out.
 struct Signature {
   const char* name;
   const char* inputs;
@@ -189,6 +189,7 @@ class CustomOp : public OrtCustomOp {
       case 'f': return OrtElement::kFloat;
       case 'h': return OrtElement::kBfloat16;
       case 'e': return OrtElement::kFloat16;
+      case '8': return OrtElement::kFloat8E4m3;
       case 'b': return OrtElement::kUint8;
       case 'c': return OrtElement::kInt8;
       case 'i': return OrtElement::kInt32;

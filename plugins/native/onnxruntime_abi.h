@@ -18,7 +18,7 @@ struct OrtMemoryInfo;
 struct OrtCustomOp;
 
 // Values of ONNXTensorElementDataType.
-enum class OrtElement : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum class OrtElement : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16, kFloat8E4m3 = 17 };
 // OrtErrorCode ORT_FAIL, OrtAllocatorType OrtDeviceAllocator, OrtMemType OrtMemTypeDefault, OrtCustomOpInputOutputCharacteristic.
 enum class OrtError : int { kFail = 1 };
 enum class OrtAllocatorKind : int { kDevice = 0 };

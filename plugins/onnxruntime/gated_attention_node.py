@@ -15,7 +15,7 @@ from qwen_export.plugins.rewrite import Replacement
 def gated_attention_node(emit: Emitter, inputs: Sequence[ir.Value | None], context: PassContext) -> Replacement:
     """`inputs` in the order of the op: q, k, v, gate (or all packed in q), q_norm, k_norm, cos, sin, k_cache, v_cache, length."""
     config = context.config
-    results = emit(
+    y, *caches = emit(
         NATIVE,
         "GatedAttention",
         inputs,
@@ -26,4 +26,6 @@ def gated_attention_node(emit: Emitter, inputs: Sequence[ir.Value | None], conte
         scale=config.head_dim**-0.5,
         epsilon=config.rms_norm_eps,
     )
-    return emit.nodes, list(results)
+    for value, before in zip(caches, inputs[-3:-1], strict=True):
+        value.type = before.type if before is not None else None
+    return emit.nodes, [y, *caches]

@@ -92,7 +92,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("builtin_cpu", (_CONV, Kernel("LinearAttentionGate", fp32=("TF",)), Kernel("LinearAttention"), _GATED_NORM, _SPLIT)),
         ),
         "gated_attention": (
-            Choice("plugin_cpu", (Kernel("GatedAttention", NATIVE),)),
+            Choice("plugin_cpu", (Kernel("GatedAttention", NATIVE),), caches=("fp16", "int8", "fp8")),
             Choice("builtin_cpu", (_GQA, _SIMPLIFIED_NORM), _rotary_limit),
         ),
         "moe": (_NATIVE_MOE, _MICROSOFT_MOE),
@@ -115,7 +115,9 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             ),
         ),
         "gated_attention": (
-            Choice("plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit),
+            Choice(
+                "plugin_cuda", (Kernel("GatedAttention", NATIVE),), _plugin_attention_limit, caches=("int8", "fp8"), cache_heads=(64, 256)
+            ),
             Choice("builtin_cuda", (_GQA,), _rotary_limit),
         ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
@@ -140,10 +142,16 @@ OPTIONAL = ("top_logits",)
 
 
 def choose(
-    kernels: Kernels, precision: str, config: TextConfig, *, transaction: bool = False, quantized_experts: bool = False
+    kernels: Kernels,
+    precision: str,
+    config: TextConfig,
+    *,
+    transaction: bool = False,
+    quantized_experts: bool = False,
+    caches: str = "",
 ) -> tuple[dict[str, Choice], list[str]]:
     """The lowering of each op that the model has, and a message for each op that has none. With `transaction` only lowerings that
-    speculation can use."""
+    speculation can use; `caches` is the format of attention caches, "" for that of the activations."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():
         if op == "moe" and not config.is_moe:
@@ -151,11 +159,24 @@ def choose(
         candidates = [choice for choice in every if choice.transaction or not transaction]
         candidates = [choice for choice in candidates if quantized_experts or not choice.quantized_only]
         reasons = [_reason(candidate, kernels, precision, config) for candidate in candidates]
+        if op == "gated_attention" and caches not in ("", precision):
+            reasons = [reason or _cache_reason(choice, caches, config.head_dim) for choice, reason in zip(candidates, reasons, strict=True)]
         if "" in reasons:
             chosen[op] = candidates[reasons.index("")]
         elif op not in OPTIONAL:
             refusals.append(f"{op}: {'; or '.join(reasons)}")
     return chosen, refusals
+
+
+def _cache_reason(choice: Choice, caches: str, head_dim: int) -> str:
+    kernel = f"{choice.kernels[0].domain}.{choice.kernels[0].op}"
+    if caches not in choice.caches:
+        return f"{kernel} has no {caches} caches"
+    if choice.cache_heads and head_dim not in choice.cache_heads:
+        return (
+            f"{kernel} has {caches} caches for heads of {' or '.join(map(str, choice.cache_heads))} values, and this model has {head_dim}"
+        )
+    return ""
 
 
 def choose_vision(kernels: Kernels, precision: str) -> tuple[dict[str, Choice], list[str]]:

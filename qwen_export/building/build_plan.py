@@ -14,6 +14,7 @@ from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
 from qwen_export.building.vision_plan import VisionPlan, plan_vision
 from qwen_export.building.weight_sizes import BYTES, group_sizes, weight_sizes
+from qwen_export.cache_formats import CACHE_FORMATS, CACHE_PRECISIONS, CacheFormat
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
@@ -80,13 +81,19 @@ class BuildPlan:
     """Whether routed experts are inputs of the graphs, which a GPU may read from host memory."""
     checkpoint_notes: tuple[str, ...] = ()
     """What was ignored or decided when the checkpoint was read, in one line each."""
+    cache_precision: str = ""
+    """What attention caches keep of values, "" for the precision of the activations."""
     calibration: CalibrationPlan | None = None
     """With which text codes are chosen, None where weights alone choose them."""
 
     @property
     def activations(self) -> str:
-        """The precision of activations and caches, and of weights that are not quantized."""
+        """The precision of activations, and of weights that are not quantized."""
         return activation_precision(self.precision, self.device)
+
+    @property
+    def caches(self) -> CacheFormat:
+        return CACHE_FORMATS[self.cache_precision or self.activations]
 
     @property
     def notes(self) -> list[str]:
@@ -120,6 +127,7 @@ def plan_build(
     draft_vocab: int | None = None,
     lookup: bool = False,
     vision: bool | None = None,
+    cache_precision: str | None = None,
     plan_file: Path | None = None,
     calibrate: str | Path | None = None,
     options: StaticOptions | None = None,
@@ -128,9 +136,10 @@ def plan_build(
     device_memory: int | None = None,
     host_experts: bool = False,
 ) -> BuildPlan:
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`, `calibrate`,
-    `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which is not given is not looked up.
-    `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is wrong."""
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`,
+    `cache_precision`, `calibrate`, `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which
+    is not given is not looked up. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is
+    wrong."""
     if target not in TARGETS:
         raise ParameterError(
             "there is no such target", parameter="target", got=target, expected=", ".join(TARGETS), fix="Choose one of these for {target}."
@@ -164,10 +173,13 @@ def plan_build(
         reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
     elif quantization is not None and FP8 in quantization.formats and FP8 not in chosen.precisions:
         reasons.append(f"target {target} has no fp8 weights")
+    kept = _cache_format(activations, cache_precision)
     if chosen.static:
+        if kept != activations:
+            reasons.append(f"target {target} keeps attention caches in the precision of the activations, {activations}, not in {kept}")
         form = _static_form(chosen, config, context, wishes, fixed, activations, compiled, quantized=quantization is not None)
     elif device in chosen.devices and precision in chosen.precisions:
-        form = _free_form(device, precision, config, wishes, quantization)
+        form = _free_form(device, precision, config, wishes, quantization, kept)
     else:
         form = _Form({}, {}, None, wishes.no_head)
     reasons += form.refused
@@ -211,7 +223,7 @@ def plan_build(
         choices,
         bundle_bytes=sum(nbytes for _, nbytes in groups.values()),
         state_bytes=state_bytes(config, size),
-        cache_bytes_per_token=cache_bytes_per_token(config, size, head=head),
+        cache_bytes_per_token=cache_bytes_per_token(config, CACHE_FORMATS[kept], head=head),
         speculation=form.speculation,
         no_head=form.no_head,
         quantization=quantization,
@@ -228,6 +240,7 @@ def plan_build(
         opset=form.opset,
         engine=compiled if chosen.engines else None,
         checkpoint_notes=checkpoint.notes,
+        cache_precision=kept,
         calibration=calibration,
     )
 
@@ -291,15 +304,28 @@ class _Form:
     refused: Sequence[str] = ()
 
 
-def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None) -> _Form:
+def _cache_format(activations: str, wish: str | None) -> str:
+    """The name of the caches' format. Raises ParameterError for one that there is not."""
+    if wish is not None and wish not in CACHE_PRECISIONS:
+        raise ParameterError(
+            "caches are not kept in this precision",
+            parameter="cache_precision",
+            got=wish,
+            expected=", ".join(CACHE_PRECISIONS),
+            fix="Choose one of these, or leave out {cache_precision}.",
+        )
+    return wish or activations
+
+
+def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None, caches: str) -> _Form:
     """One graph for calls of any size, and one for the draft head."""
     kernels, activations, no_head = kernels_for(device), activation_precision(precision, device), wishes.no_head
     experts = quantization is not None and quantization.groups["experts"].quantized
     speculation = wishes.speculation(config, MAX_DRAFT[device], head=not no_head)
-    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts)
+    choices, refused = choose(kernels, activations, config, transaction=speculation is not None, quantized_experts=experts, caches=caches)
     if refused and speculation is not None:
         speculation, no_head = None, f"{refused[0]} that can leave tokens pending"
-        choices, refused = choose(kernels, activations, config, quantized_experts=experts)
+        choices, refused = choose(kernels, activations, config, quantized_experts=experts, caches=caches)
     if quantization is not None:
         refused += _quantization_reasons(device, precision, config, choices, quantization)
     if refused and device == "cpu" and precision != "fp32":
@@ -373,3 +399,7 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
     if odd:
         reasons.append(f"quantized feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
     return reasons
+    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`,
+    `cache_precision`, `calibrate`, `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which
+    is not given is not looked up. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is
+    wrong."""

@@ -46,6 +46,7 @@ def build(
     draft_vocab: int | None = None,
     lookup: bool = False,
     vision: bool | None = None,
+    cache_precision: str | None = None,
     plan_file: str | Path | None = None,
     calibrate: str | Path | None = None,
     dump_ir: str | Path | None = None,
@@ -70,8 +71,8 @@ def build(
     `rope_scaling` stretches the context that the model can read, for short texts, too: "yarn:4" instead of what config.json says.
     `mtp`: with the checkpoint's draft head, for speculative decoding; `draft_vocab` cuts its vocabulary to the lowest ids. `lookup`:
     without a head, too, the graph can verify drafts that come from the text. `vision`: with the checkpoint's vision tower, to read
-    pictures; None where the checkpoint has one and the target can. `dump_ir` is a directory for one text file per compiler
-    phase.
+    pictures; None where the checkpoint has one and the target can. `cache_precision`: what attention caches keep of keys and values,
+    "fp16", "fp8" or "int8"; None for the precision of the activations. `dump_ir` is a directory for one text file per compiler phase.
 
     With `weights` "reference", what the checkpoint stores as the graphs need it stays there, and the bundle runs only beside the
     checkpoint; `packaging.package` completes it. `jobs` threads make weights, by default one per core; `max_memory` is what the process
@@ -99,6 +100,7 @@ def build(
         draft_vocab=draft_vocab,
         lookup=lookup,
         vision=vision,
+        cache_precision=cache_precision,
         plan_file=Path(plan_file) if plan_file else None,
         calibrate=calibrate,
         options=options,

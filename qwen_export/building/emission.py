@@ -183,7 +183,7 @@ def write_manifest(
             "weights": _weight_types(models.values(), plan.activations),
             "activations": plan.activations,
             "recurrent state": "fp32",
-            "attention cache": plan.activations,
+            "attention cache": plan.caches.name,
         }
         | (plan.quantization.to_json() if plan.quantization else {})
         | ({"calibration": str(calibration)} if calibration else {}),

@@ -56,9 +56,9 @@ def _capture(source: Checkpoint, plan: BuildPlan, module: str) -> ir.Model:
     if module == HEAD:
         if plan.speculation is None:
             raise ValueError("a plan without speculation has no draft head")
-        model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab, features=features)
+        model = capture_mtp(text, plan.activations, plan.speculation.draft_vocab, features=features, caches=plan.caches)
     else:
-        model = capture_decoder(text, plan.activations, features=features)
+        model = capture_decoder(text, plan.activations, features=features, caches=plan.caches)
     resolve_layout(model, text, StoredLayout.of(source))
     return model
 

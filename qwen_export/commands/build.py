@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qwen_export.bundles.signatures import check_key, sign_bundle
+from qwen_export.cache_formats import CACHE_PRECISIONS
 from qwen_export.commands.calibration_flag import calibration_option
 from qwen_export.commands.device_memory_flag import device_memory_option
 from qwen_export.commands.engine_flags import engine_options
@@ -69,6 +70,11 @@ if TYPE_CHECKING:
     default=None,
     help="With the checkpoint's vision tower, to read pictures; by default where it has one and the target can.",
 )
+@click.option(
+    "--cache-precision",
+    type=click.Choice(CACHE_PRECISIONS),
+    help="What attention caches keep of keys and values; by default as activations. Target onnxruntime with this project's kernels.",
+)
 @click.option("--draft-vocab", type=click.IntRange(1), metavar="N", help="Draft among the lowest N token ids only; default 65536.")
 @click.option("--lookup", is_flag=True, help="Without a draft head, too, be ready for drafts from the text (run --speculate lookup).")
 @click.option("--dump-ir", type=click.Path(path_type=Path), metavar="DIR", help="Write the graph after each compiler phase.")
@@ -123,6 +129,7 @@ def command(
     draft_vocab: int | None,
     lookup: bool,
     vision: bool | None,
+    cache_precision: str | None,
     plan_file: Path | None,
     calibrate: str | None,
     dump_ir: Path | None,
@@ -189,6 +196,7 @@ def command(
             draft_vocab=draft_vocab,
             lookup=lookup,
             vision=vision,
+            cache_precision=cache_precision,
             plan_file=plan_file,
             calibrate=calibrate,
             dump_ir=dump_ir,

@@ -30,6 +30,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.model import Model
 from qwen_export.runtimes.option_checks import check_devices
+from qwen_export.verification.cache_rounding import caches_of, with_caches
 from qwen_export.verification.layer_comparison import comparators, compare
 from qwen_export.verification.layer_graphs import layer_graphs
 from qwen_export.verification.logit_check import arithmetic, reference_checkpoint, reference_plan
@@ -123,10 +124,12 @@ def verify_layers(
     quantized = manifest.target.precision in QUANTIZED
     plan = reference_plan(source, manifest, directory) if quantized else None
     model = streamed_decoder(source, plan, lambda layer, count: tell("eager model, layers", layer, count))
-    alone = observe(model, ids)
-    beside = observe(model, ids, seen.streams())
+    caches = caches_of(manifest)
+    alone = observe(model, ids, caches=caches)
+    beside = observe(model, ids, seen.streams(), caches)
     activations = manifest.precision_plan["activations"]
     tolerance = _ROUNDED_TO_BYTES if quantized and manifest.target.device == "cpu" else TOLERANCE[arithmetic(manifest, activations)]
+    tolerance = with_caches(tolerance, caches)
     rows = _rows(source, seen, alone, beside, tolerance)
     if manifest.vision is not None:
         say("pictures")

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.building.build_plan import activation_precision
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.downloads.local_checkpoint import local_checkpoint
 from qwen_export.errors import VerifyError
 from qwen_export.graphs.checkpoint.adapters.adapter_hash import recorded_adapters
@@ -41,6 +42,7 @@ from qwen_export.runtimes.model import Model, load
 from qwen_export.runtimes.text_check import check_text
 from qwen_export.targets import TARGETS
 from qwen_export.verification.bundle_codes import BundleCodes
+from qwen_export.verification.cache_rounding import CACHE_CHANGE, caches_of, with_caches
 from qwen_export.verification.tower_check import FEATURE_TOLERANCE, ROUNDED_TO_BYTES, PictureRun, eager_features, eager_logits, run_pictures
 
 if TYPE_CHECKING:
@@ -107,7 +109,8 @@ def verify(
     exact = _eager(source, None, text, say, "eager")
     plain = exact[: len(ids)]
     scale = float(plain.std())
-    limit = TOLERANCE[arithmetic(manifest, manifest.target.precision)] * scale
+    caches = caches_of(manifest)
+    limit = with_caches(TOLERANCE[arithmetic(manifest, manifest.target.precision)], caches) * scale
 
     def compared(name: str, against: str, got: Logits, wanted: Logits, rounding: str) -> Check:
         return _rms(name, against, got, wanted, RMS_TOLERANCE[rounding]) if quantized else _logits(name, against, got, wanted, limit)
@@ -117,7 +120,11 @@ def verify(
     if quantized:
         checks.append(compared("quantization", against, run.logits["prefill"], plain, manifest.target.precision))
         against = "eager, quant."
-        rows = _eager(source, reference_plan(source, manifest, directory), text, say, "eager, quantized weights")
+        rows = _eager(source, reference_plan(source, manifest, directory), text, say, "eager, quantized weights", caches)
+    elif caches is not None:
+        checks.append(_rms("caches", against, run.logits["prefill"], plain, CACHE_CHANGE[caches.name]))
+        against = f"eager, {caches.name}"
+        rows = _eager(source, None, text, say, f"eager, {caches.name} caches", caches)
     checks += [compared(name, against, got, rows[: len(ids)], "activations") for name, got in run.logits.items()]
     checks.append(run.rewind)
     checks.append(_greedy(run.chosen, rows[len(ids) - 1 : -1], limit))
@@ -131,13 +138,16 @@ def verify(
             _logits("vision tower", against, got, exact, share * float(np.abs(exact).max()))
             for got, exact in zip(run.pictures.features, wanted, strict=True)
         ]
-        rows = eager_logits(_streamed(source, plan, say, "eager with pictures"), run.pictures, wanted)
+        rows = eager_logits(_streamed(source, plan, say, "eager with pictures"), run.pictures, wanted, caches)
         checks.append(compared("pictures", against, run.pictures.logits, rows, "activations"))
     skipped = _no_transformers(source)
     if not skipped:
         say("transformers", 0, 0)
         theirs = _transformers(source, ids, ROPE_SCALING in manifest.source)
-        checks.append(compared("prefill", "transformers", run.logits["prefill"], theirs, manifest.target.precision))
+        if caches is not None and not quantized:
+            checks.append(_rms("prefill", "transformers", run.logits["prefill"], theirs, CACHE_CHANGE[caches.name]))
+        else:
+            checks.append(compared("prefill", "transformers", run.logits["prefill"], theirs, manifest.target.precision))
     result = {
         "passed": all(check.passed for check in checks),
         "when": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -263,11 +273,14 @@ def _greedy(chosen: list[int], rows: Logits, limit: float) -> Check:
     return Check("greedy tokens", "eager", None, None, wrong == 0, f"{len(chosen)} tokens, {wrong} different, {ties} near-ties")
 
 
-def _eager(source: Checkpoint, quantization: PrecisionPlan | None, ids: list[int], say: Report, name: str) -> Logits:
-    """Logits [T,V] of the eager modules in fp32 with the checkpoint's weights, or what a plan makes of them."""
+def _eager(
+    source: Checkpoint, quantization: PrecisionPlan | None, ids: list[int], say: Report, name: str, caches: CacheFormat | None = None
+) -> Logits:
+    """Logits [T,V] of the eager modules in fp32 with the checkpoint's weights, or what a plan makes of them. `caches`: what attention
+    caches keep of values, by default all."""
     from qwen_export.graphs.models.eager_sequence import EagerSequence
 
-    return EagerSequence(_streamed(source, quantization, say, name), len(ids)).read(ids)
+    return EagerSequence(_streamed(source, quantization, say, name), len(ids), caches).read(ids)
 
 
 def _streamed(source: Checkpoint, quantization: PrecisionPlan | None, say: Report, name: str) -> TextModel:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_export.bundle_contract import FEATURES, VISION_INPUTS
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.graphs.checkpoint.checkpoint_directory import Checkpoint
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
 from qwen_export.manifest import Manifest, VisionSpec
@@ -107,11 +108,11 @@ def eager_features(source: Checkpoint, manifest: Manifest, run: PictureRun, quan
     return made
 
 
-def eager_logits(model: TextModel, run: PictureRun, features: list[Floats]) -> Floats:
-    """The same logits, by the eager decoder with the eager tower's features."""
+def eager_logits(model: TextModel, run: PictureRun, features: list[Floats], caches: CacheFormat | None = None) -> Floats:
+    """The same logits, by the eager decoder with the eager tower's features. `caches`: what attention caches keep of values."""
     from qwen_export.graphs.models.eager_sequence import EagerSequence
 
     places = np.concatenate([one.places for one in run.prompt.pictures.seen])
-    sequence = EagerSequence(model, len(run.prompt.ids))
+    sequence = EagerSequence(model, len(run.prompt.ids), caches)
     sequence.place(run.prompt.pictures.positions)
     return sequence.read(run.prompt.ids, np.concatenate(features), places)[run.first :]

@@ -8,6 +8,7 @@ together  all have as many rows, which double: ONNX Runtime's attention on CUDA 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import lcm
 
 from qwen_export.manifest import Manifest, StateSpec
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
@@ -15,7 +16,7 @@ from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_driver import memory_info, use_device
 from qwen_export.runtimes.memory.cuda_pages import has_pages
 from qwen_export.runtimes.memory.device import Device
-from qwen_export.runtimes.memory.growing_buffer import GrowingBuffer, row_step
+from qwen_export.runtimes.memory.growing_buffer import GrowingBuffer, row_multiple, row_step
 from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 BY_ROWS = "com.microsoft.GroupQueryAttention"
@@ -26,21 +27,22 @@ _LONG_TEXT = 8192
 
 
 class CacheRoom:
-    """Memory for caches [B,Hkv,S,D] of `slots` sequences with up to `capacity` tokens. `rows` is S, of all of them."""
+    """Memory for caches [B,Hkv,S,W] of `slots` sequences with up to `capacity` tokens. `rows` is S, of all of them."""
 
     def __init__(self, device: Device, manifest: Manifest, slots: int, capacity: int, specs: Iterable[StateSpec]) -> None:
         """`specs`: all caches that will be made."""
         self._device, self._slots, self._capacity = device, slots, capacity
         self._growing: list[GrowingBuffer] = []
-        self._row_bytes = 0
+        self._row_bytes, self._step_bytes = 0, 0
         self._step, self.rows = capacity, capacity
         if device.kind == "cuda":
             if BY_ROWS in manifest.target.operators or not has_pages(device.index):
                 self.rows = min(capacity, _FIRST_ROWS)
             else:
-                step = max(row_step(spec.dtype, _sizes(spec, slots, 1), device.index) for spec in specs)
+                caches = [(spec.dtype, _sizes(spec, slots, 1), device.index) for spec in specs]
+                step, multiple = min(row_step(*cache) for cache in caches), lcm(*(row_multiple(*cache) for cache in caches))
                 if step < capacity:
-                    self._step, self.rows = step, -(-capacity // step) * step
+                    self._step, self.rows = step, -(-capacity // multiple) * multiple
         self.alone = self._step < capacity
         self.together = self.rows < capacity
         """Whether calls must be bound again when the longest sequence outgrows `rows`."""
@@ -55,6 +57,7 @@ class CacheRoom:
             buffer = GrowingBuffer(spec.dtype, shape, device.index)
             for slot in range(self._slots):
                 buffer.hold(slot, self._step)
+            self._step_bytes += buffer.bytes_for(self._step)
             self._growing.append(buffer)
             return buffer
         made = device.buffer(spec.dtype, shape)
@@ -107,7 +110,7 @@ class CacheRoom:
         """What one slot holds whatever it reads; where all grow together, what it holds when the longest is at the capacity."""
         if self._device.is_host:
             return 0
-        return self._row_bytes * (self._step if self.alone else self._capacity)
+        return self._step_bytes if self.alone else self._row_bytes * self._capacity
 
     def bytes_for(self, length: int) -> int:
         """What a sequence of `length` tokens takes beyond that."""
@@ -115,7 +118,7 @@ class CacheRoom:
             return self._row_bytes * length
         if not self.alone:
             return 0
-        return self._row_bytes * max(0, -(-length // self._step) * self._step - self._step)
+        return self._step_bytes * max(0, -(-length // self._step) - 1)
 
     def free_bytes(self) -> int | None:
         """What the GPUs have left, the fullest of them, None where caches do not grow."""
@@ -129,7 +132,7 @@ class CacheRoom:
 
     def held_bytes(self, slot: int) -> int:
         """What a slot on a GPU holds now beyond what it held from the start."""
-        return self._row_bytes * (self._held[slot] - self._step)
+        return self._step_bytes * (-(-self._held[slot] // self._step) - 1)
 
 
 def _sizes(spec: StateSpec, slots: int, rows: int) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ ELEMENTS: dict[str, tuple[int, int]] = {
     "int64": (8, 7),
     "uint8": (1, 2),
     "int8": (1, 3),
+    "float8e4m3fn": (1, 17),
 }
 NUMPY: dict[str, type[np.generic]] = {"float": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
 

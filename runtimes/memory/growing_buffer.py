@@ -15,22 +15,31 @@ from qwen_export.runtimes.memory.cuda_driver import use_device
 
 
 def row_step(dtype: str, shape: tuple[int, ...], index: int) -> int:
-    """Rows of a cache [B,Hkv,S,D] that fill whole pages: memory comes in multiples of so many."""
-    width = prod(shape[3:]) * ELEMENTS[dtype][0]
+    """Rows of a cache [B,Hkv,S,W] that a page holds: memory comes for so many at a time. A row that is larger takes several pages."""
+    return max(1, cuda_pages.page_bytes(index) // _row_bytes(dtype, shape))
+
+
+def row_multiple(dtype: str, shape: tuple[int, ...], index: int) -> int:
+    """Rows that fill whole pages: S is a multiple of so many, so that no two heads share a page."""
+    width = _row_bytes(dtype, shape)
     return lcm(cuda_pages.page_bytes(index), width) // width
 
 
+def _row_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return prod(shape[3:]) * ELEMENTS[dtype][0]
+
+
 class GrowingBuffer(CudaBuffer):
-    """A cache [B,Hkv,S,D], S a multiple of `row_step`. Only rows that are held may be touched; new ones are zero."""
+    """A cache [B,Hkv,S,W], S a multiple of `row_multiple`. Only rows that are held may be touched; new ones are zero."""
 
     def __init__(self, dtype: str, shape: tuple[int, ...], index: int = 0) -> None:
         self.step = row_step(dtype, shape, index)
-        if shape[2] % self.step:
-            raise AssertionError(f"{shape[2]} rows are no multiple of {self.step}")
+        if shape[2] % row_multiple(dtype, shape, index):
+            raise AssertionError(f"{shape[2]} rows are no multiple of {row_multiple(dtype, shape, index)}")
         self._pieces: list[list[int]] = [[] for _ in range(shape[0])]  # addresses of pieces that have memory, by slot
         super().__init__(dtype, shape, index)
-        self.piece_bytes = self.step * (self.row_bytes // (shape[1] * shape[2]))
-        """What the rows of one step take in one head."""
+        self._width = _row_bytes(dtype, shape)
+        self.page_bytes = cuda_pages.page_bytes(index)
 
     def _allocate(self) -> int:
         return cuda_pages.reserve(self.nbytes, self.index)
@@ -44,16 +53,20 @@ class GrowingBuffer(CudaBuffer):
 
     def held(self, slot: int) -> int:
         """Rows of each head of a slot that have memory."""
-        return len(self._pieces[slot]) // self.shape[1] * self.step
+        return len(self._pieces[slot]) // self.shape[1] * self.page_bytes // self._width
 
     def bytes_for(self, rows: int) -> int:
         """What so many rows of one slot take."""
-        return -(-rows // self.step) * self.shape[1] * self.piece_bytes
+        return self._pages(rows) * self.shape[1] * self.page_bytes
+
+    def _pages(self, rows: int) -> int:
+        """Pages of the first rows of one head."""
+        return -(-rows * self._width // self.page_bytes)
 
     def hold(self, slot: int, rows: int) -> None:
-        """Have memory for the first `rows` rows of each head of a slot, rounded up to whole steps, and no more. Raises BundleError where
+        """Have memory for the first `rows` rows of each head of a slot, rounded up to whole pages, and no more. Raises BundleError where
         the GPU has too little; what was held stays."""
-        had, wanted = self.held(slot) // self.step, -(-rows // self.step)
+        had, wanted = len(self._pieces[slot]) // self.shape[1], self._pages(rows)
         if wanted <= had:
             self._drop(slot, wanted * self.shape[1])
             return
@@ -62,8 +75,8 @@ class GrowingBuffer(CudaBuffer):
         try:
             for number in range(had, wanted):
                 for head in range(self.shape[1]):
-                    address = self.address + slot * self.row_bytes + head * run + number * self.piece_bytes
-                    cuda_pages.map_pages(address, self.piece_bytes, self.index)
+                    address = self.address + slot * self.row_bytes + head * run + number * self.page_bytes
+                    cuda_pages.map_pages(address, self.page_bytes, self.index)
                     pieces.append(address)
         except BaseException:
             self._drop(slot, had * self.shape[1])
@@ -76,4 +89,4 @@ class GrowingBuffer(CudaBuffer):
         if len(pieces) > keep:
             use_device(self.index)
         while len(pieces) > keep:
-            cuda_pages.unmap_pages(pieces.pop(), self.piece_bytes)
+            cuda_pages.unmap_pages(pieces.pop(), self.page_bytes)

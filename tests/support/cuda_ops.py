@@ -45,8 +45,8 @@ _graphs = iter(range(1, 1 << 30))
 
 def device(values: Array, dtype: str) -> CudaBuffer:
     buffer = CudaBuffer(dtype, values.shape)
-    whole = {"int64": np.int64, "uint8": np.uint8}.get(dtype)
-    buffer.write(as_bytes(values.astype(whole)) if whole else encode(values.astype(np.float32), dtype))
+    whole = {"int64": np.int64} | dict.fromkeys(("uint8", "int8", "float8e4m3fn"), np.uint8)  # fp8: as bytes
+    buffer.write(as_bytes(values.astype(whole[dtype])) if dtype in whole else encode(values.astype(np.float32), dtype))
     return buffer
 
 

@@ -19,7 +19,20 @@ constexpr int64_t kCacheBlock = 256;
 constexpr int64_t kQueryRows = 48;  // query rows (tokens times heads of a group) that share a pass over the cache
 constexpr int64_t kRowStep = 16;    // rows of scratch are padded with zeros to multiples of this
 
-// One call. Everything fp32 and contiguous. The caches are written in place.
+// What a cache keeps of a value (qwen_export/cache_formats.py). Rows of kInt8 end with kScaleBytes, of which the first four are the fp32
+// factor of the row's codes.
+enum class CacheFormat { kFp32, kFp16, kInt8, kFp8 };
+constexpr int64_t kScaleBytes = 16;
+
+// Bytes of a row of D values.
+constexpr int64_t cache_row(CacheFormat format, int64_t D) {
+  return format == CacheFormat::kFp32   ? 4 * D
+         : format == CacheFormat::kFp16 ? 2 * D
+         : format == CacheFormat::kInt8 ? D + kScaleBytes
+                                        : D;
+}
+
+// One call. Everything but the caches is fp32, everything is contiguous. The caches are written in place.
 struct Attention {
   int64_t B, T, Hq, Hkv, D, S, half;  // half: R/2, pairs of values that turn
   const float *q, *k, *v, *gate;      // [B,T,Hq*D]  [B,T,Hkv*D]  [B,T,Hkv*D]  [B,T,Hq*D]
@@ -27,10 +40,12 @@ struct Attention {
   const float *cos, *sin;             // [S',half], sequence b's at b * table
   int64_t table;
   const int64_t* length;   // [B]
-  float *k_cache, *v_cache;  // [B,Hkv,S,D]
-  float* y;                  // [B,T,Hq*D]
+  CacheFormat format;
+  unsigned char *k_cache, *v_cache;  // [B,Hkv,S] rows
+  float* y;                          // [B,T,Hq*D]
   float scale, epsilon;
 
+  int64_t row() const { return cache_row(format, D); }
   int64_t group() const { return Hq / Hkv; }
   int64_t width() const { return (D + kRowStep - 1) / kRowStep * kRowStep; }
   int64_t tokens() const { return std::max<int64_t>(1, kQueryRows / group()); }  // of one task
@@ -69,8 +84,9 @@ inline size_t attention_scratch(const Attention& a) {
 
 #define QWEN_ATTENTION(SET)                                                                                        \
   namespace SET {                                                                                                  \
-  /* Keys, normalized and turned, and values of token t of sequence b into the caches, for one key head. */        \
-  void attention_write(const Attention& a, int64_t b, int64_t t, int64_t head);                                    \
+  /* Keys, normalized and turned, and values of token t of sequence b into the caches, for one key head. Scratch    \
+     of D floats. */                                                                                               \
+  void attention_write(const Attention& a, int64_t b, int64_t t, int64_t head, float* scratch);                    \
   /* All blocks of some queries, and their y. */                                                                   \
   void attention_rows(const Attention& a, const Queries& queries, float* scratch);                                 \
   /* One block of some queries. */                                                                                 \

@@ -1,10 +1,11 @@
 // GatedAttention: head norms, rotation, the write into the cache, causal attention and the output gate (attention.h).
 //
 //   inputs   q f32[B,T,Hq*D]  k f32[B,T,Hkv*D]  v f32[B,T,Hkv*D]  gate f32[B,T,Hq*D]  q_norm f32[D]  k_norm f32[D]
-//            cos, sin f32[S',R/2] or f32[B,S',R/2], a row per cache slot  k_cache, v_cache f32[B,Hkv,S,D]  length i64[B]
+//            cos, sin f32[S',R/2] or f32[B,S',R/2], a row per cache slot  k_cache, v_cache [B,Hkv,S,W]  length i64[B]
 //   outputs  y f32[B,T,Hq*D]  k_cache'  v_cache'      the last two are bound to the memory of their inputs, or hold a copy of them
 // Sequence b has length[b] tokens in slots 0 .. length[b]-1, and its new ones are written behind them. The cost follows from the lengths, not
 // from S.
+// The caches are f32 or f16 with W = D, float8e4m3fn with W = D, or int8 with W = D + 16: codes, and behind them the row's factor in fp32.
 
 #include <memory>
 #include <vector>
@@ -48,6 +49,7 @@ struct Blocks {
   size_t at;
 };
 
+template <CacheFormat FORMAT>
 class GatedAttentionKernel {
  public:
   explicit GatedAttentionKernel(const Attributes& info)
@@ -78,14 +80,15 @@ class GatedAttentionKernel {
   Attention read(Call& call) const {
     const Shape q = call.shape(kQ), cache = call.shape(kKCache), cos = call.shape(kCos);
     expect(q.size() == 3 && cache.size() == 4, "GatedAttention: q is [B,T,Hq*D] and k_cache [B,Hkv,S,D]");
+    expect(call.shape(kQNorm).size() == 1 && call.shape(kKNorm) == call.shape(kQNorm), "GatedAttention: the norms are not [D]");
     Attention a{};
-    a.B = q[0], a.T = q[1], a.Hq = heads_, a.Hkv = kv_heads_, a.S = cache[2], a.D = cache[3];
+    a.B = q[0], a.T = q[1], a.Hq = heads_, a.Hkv = kv_heads_, a.S = cache[2], a.D = call.shape(kQNorm).back(), a.format = FORMAT;
     expect(a.Hkv > 0 && a.Hq > 0 && a.Hq % a.Hkv == 0, "GatedAttention: num_heads must be a multiple of kv_num_heads");
     expect(q[2] == a.Hq * a.D && call.shape(kGate) == q, "GatedAttention: q and gate are not [B,T,Hq*D]");
     expect(call.shape(kK) == Shape{a.B, a.T, a.Hkv * a.D} && call.shape(kV) == call.shape(kK),
            "GatedAttention: k and v are not [B,T,Hkv*D]");
-    expect(cache == Shape{a.B, a.Hkv, a.S, a.D} && call.shape(kVCache) == cache, "GatedAttention: the caches are not [B,Hkv,S,D]");
-    expect(call.shape(kQNorm) == Shape{a.D} && call.shape(kKNorm) == Shape{a.D}, "GatedAttention: the norms are not [D]");
+    const int64_t width = FORMAT == CacheFormat::kInt8 ? a.D + kScaleBytes : a.D;
+    expect(cache == Shape{a.B, a.Hkv, a.S, width} && call.shape(kVCache) == cache, "GatedAttention: the caches are not [B,Hkv,S,D]");
     const bool own = cos.size() == 3;
     expect((own || cos.size() == 2) && call.shape(kSin) == cos && (!own || cos[0] == a.B),
            "GatedAttention: cos and sin are not [S',R/2] or [B,S',R/2]");
@@ -106,10 +109,11 @@ class GatedAttentionKernel {
     return a;
   }
 
-  static float* cache_of(Call& call, size_t input, size_t output, const Shape& shape) {
-    const float* from = call.input<float>(input);
-    float* to = call.output<float>(output, shape);
-    if (to != from) std::copy(from, from + rows_of(shape) * shape.back(), to);
+  static unsigned char* cache_of(Call& call, size_t input, size_t output, const Shape& shape) {
+    constexpr int64_t kElement = cache_row(FORMAT, 1) - (FORMAT == CacheFormat::kInt8 ? kScaleBytes : 0);
+    const unsigned char* from = call.input<unsigned char>(input);
+    unsigned char* to = call.output<unsigned char>(output, shape);
+    if (to != from) std::copy(from, from + rows_of(shape) * shape.back() * kElement, to);
     return to;
   }
 
@@ -118,7 +122,7 @@ class GatedAttentionKernel {
     const int64_t rows = a.B * a.T * a.Hkv, step = rows <= kFewRows ? rows : kRowsOfTask;
     call.parallel(size_t((rows + step - 1) / step), [&](size_t task) {
       for (int64_t row = int64_t(task) * step; row < std::min(rows, int64_t(task + 1) * step); row++)
-        write(a, row / a.Hkv / a.T, row / a.Hkv % a.T, row % a.Hkv);
+        write(a, row / a.Hkv / a.T, row / a.Hkv % a.T, row % a.Hkv, scratch(size_t(a.D)));
     });
   }
 
@@ -161,8 +165,13 @@ class GatedAttentionKernel {
 }  // namespace
 
 void add_attention(Domain& domain) {
-  static const Operator<GatedAttentionKernel> attention({"GatedAttention", "ffffffffffl", "fff"});
-  domain.add(attention);
+  static const Operator<GatedAttentionKernel<CacheFormat::kFp32>> fp32({"GatedAttention", "ffffffffffl", "fff"});
+  static const Operator<GatedAttentionKernel<CacheFormat::kFp16>> fp16({"GatedAttention", "ffffffffeel", "fee"});
+  static const Operator<GatedAttentionKernel<CacheFormat::kInt8>> int8({"GatedAttention", "ffffffffccl", "fcc"});
+  static const Operator<GatedAttentionKernel<CacheFormat::kFp8>> fp8({"GatedAttention", "ffffffff88l", "f88"});
+  for (const OrtCustomOp* op : {static_cast<const OrtCustomOp*>(&fp32), static_cast<const OrtCustomOp*>(&fp16),
+                                static_cast<const OrtCustomOp*>(&int8), static_cast<const OrtCustomOp*>(&fp8)})
+    domain.add(*op);
 }
 
 }  // namespace qwen

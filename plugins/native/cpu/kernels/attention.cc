@@ -5,6 +5,7 @@
 #include <cfloat>
 
 #include "attention_tiles.h"
+#include "cache_rows.h"
 
 namespace qwen::QWEN_SET {
 namespace {
@@ -85,46 +86,63 @@ void weigh(float* p, int64_t seen, int64_t count, float* most, float* total) {
   *most = largest, *total = sum(weights);
 }
 
-// One block of the cache for all rows, into `to`; rows that see none of it are left out.
-void attend(const Attention& a, const Queries& queries, int64_t block, const float* q, float* p, const Partial& to) {
+// One block of the cache for all rows, into `to`; rows that see none of it are left out. W is what the cache keeps of a value.
+template <typename W>
+void attend_rows(const Attention& a, const Queries& queries, int64_t block, const float* q, float* p, const Partial& to) {
   const int64_t G = a.group(), width = a.width(), rows = queries.rows(a), D = a.D, start = block * kCacheBlock;
   const int64_t before = a.length[queries.b] + queries.first - start;  // of this block, what the first token sees beside itself
   const auto seen = [&](int64_t row) { return std::clamp<int64_t>(before + row / G + 1, 0, kCacheBlock); };
   const int64_t end = seen(rows - 1);
-  const float* const keys = a.k_cache + ((queries.b * a.Hkv + queries.head) * a.S + start) * D;
-  const float* const values = a.v_cache + ((queries.b * a.Hkv + queries.head) * a.S + start) * D;
+  const int64_t bytes = a.row(), at_block = ((queries.b * a.Hkv + queries.head) * a.S + start) * bytes;
+  const W* const keys = reinterpret_cast<const W*>(a.k_cache + at_block);
+  const W* const values = reinterpret_cast<const W*>(a.v_cache + at_block);
+  const RowScales<W> key_scales(keys, D, bytes, end), value_scales(values, D, bytes, end);
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t low = 0; low < end; low += kRowsAtOnce)
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t row = tile * kTileRows, size = std::min(kTileRows, rows - row), high = std::min(low + kRowsAtOnce, seen(row + size - 1));
       with_rows(size, [&](auto R) {
         for (int64_t j = low; j < high; j += kTileColumns) {
-          const float* k[kTileColumns];
-          for (int64_t c = 0; c < kTileColumns; c++) k[c] = keys + std::min(j + c, end - 1) * D;
+          const W* k[kTileColumns];
+          for (int64_t c = 0; c < kTileColumns; c++) k[c] = at_row(keys, std::min(j + c, end - 1), bytes);
           float* const at = p + row * kCacheBlock + j;
           // The keys that follow and the values of these: by the first tile, or a quarter by each of the first four.
           const int64_t one = tiles < kTileColumns ? j : low + tile * (kRowsAtOnce / kTileColumns) + (j - low) / kTileColumns;
-          const float* const next[] = {keys + (kRowsAtOnce + one) * D, values + one * D};
+          const W* const next[] = {at_row(keys, kRowsAtOnce + one, bytes), at_row(values, one, bytes)};
           if (tile == 0 && tiles < kTileColumns)
-            scores<R.value, kTileColumns>(q + row * width, k, D, at, kCacheBlock, next);
+            scores<R.value, kTileColumns>(q + row * width, k, D, bytes, at, kCacheBlock, next);
           else if (tile < kTileColumns && tiles >= kTileColumns)
-            scores<R.value, 1>(q + row * width, k, D, at, kCacheBlock, next);
+            scores<R.value, 1>(q + row * width, k, D, bytes, at, kCacheBlock, next);
           else
-            scores<R.value, 0>(q + row * width, k, D, at, kCacheBlock, next);
+            scores<R.value, 0>(q + row * width, k, D, bytes, at, kCacheBlock, next);
         }
       });
     }
   for (int64_t row = 0; row < rows; row++)
-    if (seen(row) > 0) weigh(p + row * kCacheBlock, seen(row), end, to.most + row, to.sum + row);
+    if (seen(row) > 0) {
+      key_scales.apply(p + row * kCacheBlock);
+      weigh(p + row * kCacheBlock, seen(row), end, to.most + row, to.sum + row);
+      value_scales.apply(p + row * kCacheBlock);
+    }
   for (int64_t low = 0; low < end; low += kRowsAtOnce)
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t size = std::min(kTileRows, rows - row), count = std::min(kRowsAtOnce, seen(row + size - 1) - low);
       if (count <= 0) continue;
       for (int64_t r = row; r < row + size && seen(r) == 0; r++) std::memset(p + r * kCacheBlock, 0, kCacheBlock * sizeof(float));
       with_rows(size, [&](auto R) {
-        weighted_rows<R.value>(low == 0, p + row * kCacheBlock + low, kCacheBlock, values + low * D, D, count, to.o + row * width, width);
+        weighted_rows<R.value>(low == 0, p + row * kCacheBlock + low, kCacheBlock, at_row(values, low, bytes), D, bytes, count,
+                               to.o + row * width, width);
       });
     }
+}
+
+void attend(const Attention& a, const Queries& queries, int64_t block, const float* q, float* p, const Partial& to) {
+  switch (a.format) {
+    case CacheFormat::kFp32: return attend_rows<float>(a, queries, block, q, p, to);
+    case CacheFormat::kFp16: return attend_rows<Half>(a, queries, block, q, p, to);
+    case CacheFormat::kInt8: return attend_rows<Code8>(a, queries, block, q, p, to);
+    case CacheFormat::kFp8: return attend_rows<E4m3>(a, queries, block, q, p, to);
+  }
 }
 
 // Takes block `from` into `total`, for the rows that see some of it.
@@ -160,11 +178,12 @@ void finish(const Attention& a, const Queries& queries, const Partial& total) {
 
 }  // namespace
 
-void attention_write(const Attention& a, int64_t b, int64_t t, int64_t head) {
-  const int64_t slot = a.length[b] + t, from = ((b * a.T + t) * a.Hkv + head) * a.D, to = ((b * a.Hkv + head) * a.S + slot) * a.D;
+void attention_write(const Attention& a, int64_t b, int64_t t, int64_t head, float* scratch) {
+  const int64_t slot = a.length[b] + t, from = ((b * a.T + t) * a.Hkv + head) * a.D, to = ((b * a.Hkv + head) * a.S + slot) * a.row();
   const float *cos = a.cos + b * a.table + slot * a.half, *sin = a.sin + b * a.table + slot * a.half;
-  norm_and_turn(a.k + from, a.k_norm, a.D, cos, sin, a.half, 1.0f, a.epsilon, a.k_cache + to);
-  std::memcpy(a.v_cache + to, a.v + from, size_t(a.D) * sizeof(float));
+  norm_and_turn(a.k + from, a.k_norm, a.D, cos, sin, a.half, 1.0f, a.epsilon, scratch);
+  write_row(a.format, scratch, a.D, a.k_cache + to);
+  write_row(a.format, a.v + from, a.D, a.v_cache + to);
 }
 
 void attention_rows(const Attention& a, const Queries& queries, float* scratch) {

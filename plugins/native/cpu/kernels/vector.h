@@ -25,6 +25,8 @@ constexpr size_t kLanes = 4, kRegisters = 16;
 typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint32_t Bits __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef int8_t Codes __attribute__((vector_size(kLanes), aligned(1)));
+typedef uint8_t Octets __attribute__((vector_size(kLanes), aligned(1)));
 typedef float Four __attribute__((vector_size(16), aligned(4)));
 typedef int32_t FourInts __attribute__((vector_size(16)));
 
@@ -42,6 +44,59 @@ inline Vector load(const Bf16* from) {
   return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))), 16);
 #else
   return (Vector)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+#endif
+}
+
+// IEEE half precision. Where no instruction widens it, the exponent is moved by a product, which is exact; there are no infinities.
+struct Half {
+  uint16_t bits;
+};
+
+inline Vector load(const Half* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  const Bits x = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits);
+  return (Vector)((x & 0x8000) << 16 | (x & 0x7fff) << 13) * 0x1p112f;
+#endif
+}
+
+// An integer of eight bits as it is: the scale of its row is not here.
+struct Code8 {
+  int8_t value;
+};
+
+inline Vector load(const Code8* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Codes*>(from), Vector);
+#endif
+}
+
+// float8 e4m3fn, without its NaN. As a half with the same bits further left it is 2^-8 of itself, numbers below 2^-6 included.
+struct E4m3 {
+  uint8_t bits;
+};
+
+inline Vector load(const E4m3* from) {
+#if defined(__AVX512F__)
+  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(x, 8), _mm256_set1_epi16(-0x8000));
+  const __m256i rest = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16(0x3f80));
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, rest)), _mm512_set1_ps(256.0f));
+#elif defined(__AVX2__)
+  const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m128i sign = _mm_and_si128(_mm_slli_epi16(x, 8), _mm_set1_epi16(-0x8000));
+  const __m128i rest = _mm_and_si128(_mm_slli_epi16(x, 7), _mm_set1_epi16(0x3f80));
+  return _mm256_mul_ps(_mm256_cvtph_ps(_mm_or_si128(sign, rest)), _mm256_set1_ps(256.0f));
+#else
+  const Bits x = __builtin_convertvector(*reinterpret_cast<const Octets*>(from), Bits);
+  return (Vector)((x & 0x80) << 24 | (x & 0x7f) << 20) * 0x1p120f;
 #endif
 }
 
