@@ -19,8 +19,9 @@ echo "compiling the CUDA plugin for compute capabilities $ARCHS; several minutes
 begun=$(date +%s)
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
+# delta_net_step.cu is for engines of TensorRT (build_ptx.sh).
 # shellcheck disable=SC2086
-printf '%s\n' "$here"/*.cu "$here"/*.cc | xargs -P "$JOBS" -I SOURCE sh -c 'out=$1; shift; "$@" -o "$out/$(basename SOURCE).o" -c SOURCE' - "$objects" \
+printf '%s\n' "$here"/*.cu "$here"/*.cc | grep -v /delta_net_step | xargs -P "$JOBS" -I SOURCE sh -c 'out=$1; shift; "$@" -o "$out/$(basename SOURCE).o" -c SOURCE' - "$objects" \
   "$NVCC" -O3 -std=c++17 -cudart=static $code "-gencode=arch=compute_$newest,code=compute_$newest" \
   -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-}
 "$NVCC" -shared -cudart=static "$objects"/*.o -ldl -o "$here/libqwen_export_cuda.so"
