@@ -232,7 +232,7 @@ def plan_build(
         vision=sight,
         stages=plan_stages(
             stages,
-            StageCosts.of(config, sizes, context, size, head=head),
+            StageCosts.of(config, sizes, context, size, CACHE_FORMATS[kept], head=head),
             form.graphs,
             device_memory if device == "cuda" and not host_experts else None,
         ),

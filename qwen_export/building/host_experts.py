@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.quantization.precision_plan import PrecisionPlan
-from qwen_export.plugins.onnxruntime.quantize_experts import QUANT_MOE
+from qwen_export.plugins.onnxruntime.experts_plugin import MOE
 from qwen_export.targets import Target
 
 
@@ -26,7 +26,7 @@ def host_expert_reasons(target: Target, config: TextConfig, plan: PrecisionPlan 
 
 def expert_weights(model: ir.Model) -> tuple[str, ...]:
     """Names of the weights that quantized experts read, in the order of the layers."""
-    names = [value.name or "" for node in model.graph if node.op_type == QUANT_MOE for value in node.inputs if value is not None]
+    names = [value.name or "" for node in model.graph if node.op_type == f"Quant{MOE}" for value in node.inputs if value is not None]
     return tuple(name for name in names if name in model.graph.initializers)
 
 

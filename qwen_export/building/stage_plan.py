@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qwen_export.building.sequence_bytes import cache_bytes_per_token, layer_bytes
 from qwen_export.building.weight_sizes import WeightSize
+from qwen_export.cache_formats import CacheFormat
 from qwen_export.errors import BundleError, ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, GraphPlan
 from qwen_export.graphs.config import TextConfig
@@ -48,8 +49,10 @@ class StageCosts:
     last_sequence: int
 
     @classmethod
-    def of(cls, config: TextConfig, sizes: Mapping[str, WeightSize], context: int, size: int, *, head: bool) -> StageCosts:
-        """`size`: bytes of an element of caches and histories; `head`: with the draft head."""
+    def of(
+        cls, config: TextConfig, sizes: Mapping[str, WeightSize], context: int, size: int, caches: CacheFormat, *, head: bool
+    ) -> StageCosts:
+        """`size`: bytes of an element of histories; `head`: with the draft head."""
         weights, first, last = [0] * len(config.layer_types), 0, 0
         for name, (_, nbytes) in sizes.items():
             parts = name.split(".")
@@ -60,8 +63,8 @@ class StageCosts:
                 last += nbytes if config.tie_word_embeddings or head else 0
             else:
                 last += nbytes
-        sequence = [layer_bytes(config, kind, size, context) for kind in config.layer_types]
-        drafts = cache_bytes_per_token(config, size, head=head) - cache_bytes_per_token(config, size)
+        sequence = [layer_bytes(config, kind, size, caches, context) for kind in config.layer_types]
+        drafts = cache_bytes_per_token(config, caches, head=head) - cache_bytes_per_token(config, caches)
         return cls(weights, sequence, first, last, drafts * context)
 
     def cut(self, count: int) -> tuple[Stage, ...]:
