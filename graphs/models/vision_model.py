@@ -101,8 +101,11 @@ class VisionModel(nn.Module):
         """What the first block reads, [B,K*M,d]."""
         tower = self.visual
         patches = rows.flatten(1, 2).to(tower.patch_embed.proj.weight.dtype)
-        # The sum is fp32 at any precision.
-        positions = (tower.pos_embed(index.flatten(0, 1)) * weight.flatten(0, 1).unsqueeze(-1)).sum(-2)
+        # The sum is fp32 at any precision. One row after the other: all four of every patch would be the largest tensor of the tower.
+        index, weight = index.flatten(0, 1), weight.flatten(0, 1).unsqueeze(-1)
+        positions = tower.pos_embed(index[:, 0]) * weight[:, 0]
+        for row in range(1, index.shape[1]):
+            positions = positions + tower.pos_embed(index[:, row]) * weight[:, row]
         x: Tensor = tower.patch_embed.proj(patches)
         return x + positions.to(x.dtype)
 
