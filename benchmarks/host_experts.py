@@ -45,6 +45,7 @@ def child(arguments: argparse.Namespace, checkpoint: Path, bundle: Path) -> None
         vision=False,
         host_experts=True,
         max_context=arguments.max_context,
+        max_memory=int(arguments.max_memory * 1e9) if arguments.max_memory else None,
     )
     print(f"built in {time.perf_counter() - started:.0f} s")
 
@@ -103,7 +104,7 @@ def table(bundle: Path, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="35B-A3B", choices=list(SIZES))
-    parser.add_argument("--layers", type=int, help="fewer than the size has")
+    parser.add_argument("--layers", type=int, help="fewer than the size has, at least 4")
     parser.add_argument("--budgets", default="22,16,12,8,4")
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -112,6 +113,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(".cache/host-experts"))
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="of the build: an expert takes 0.1 GB while it is made")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there, and take one that is there")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

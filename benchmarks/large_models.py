@@ -108,6 +108,7 @@ def child(arguments: argparse.Namespace, checkpoint: Path, bundle: Path) -> None
         mtp=False,
         vision=False,
         max_context=arguments.max_context,
+        max_memory=int(arguments.max_memory * 1e9) if arguments.max_memory else None,
         stages=arguments.stages,
         report=report,
     )
@@ -201,7 +202,7 @@ def run(bundle: Path, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=list(SIZES))
-    parser.add_argument("--layers", type=int, help="fewer than the size has")
+    parser.add_argument("--layers", type=int, help="fewer than the size has, at least 4")
     parser.add_argument("--real", action="store_true", help="build the layers with all their experts, and say what each takes; do not run")
     parser.add_argument("--precision", default="int4")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--work", type=Path, default=Path(".cache/large"))
+    parser.add_argument("--max-memory", type=float, metavar="GB", help="of the build: an expert takes 0.1 GB while it is made")
     parser.add_argument("--keep", action="store_true", help="leave the bundle there, and take one that is there")
     parser.add_argument("--child", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -147,7 +147,7 @@ def compare(models: Sequence[Model], arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="9B", help=", ".join(SIZES))
-    parser.add_argument("--layers", type=int, help="fewer than the size has")
+    parser.add_argument("--layers", type=int, help="fewer than the size has, at least 4")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--devices", default="0,1", help="of the stages; one that has several may be named once only")

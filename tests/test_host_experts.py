@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 
 from qwen_export import build
+from qwen_export.building.build_plan import plan_build
+from qwen_export.building.host_experts import expert_weights, with_inputs
+from qwen_export.building.lower_graphs import lower
 from qwen_export.errors import BundleError, ParameterError, UnsupportedError
+from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import load_manifest
 from qwen_export.manifest_checks import check
 from qwen_export.manifest_parsing import parse
@@ -133,6 +137,18 @@ def test_slower_than_the_cpu_is_refused(bundle: Path, driver: FakeDriver, rates:
         load(bundle, device="cuda", threads=1, weight_budget=others)
     with cuda_sessions(), load(bundle, device="cuda", threads=1, weight_budget=others + experts):
         pass  # nothing is in host memory
+
+
+@pytest.mark.usefixtures("fake_library")
+def test_the_graphs_for_a_gpu_have_them_as_inputs(tmp_path: Path) -> None:
+    widths = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "shared_expert_intermediate_size": 32}
+    source = open_checkpoint(synthesize(tiny_config(vision=False, moe=True, **widths), tmp_path / "checkpoint"))
+    models = lower(source, plan_build(source, device="cuda", precision="int4", host_experts=True))
+    for model in models.values():
+        made = with_inputs(model).graph
+        read = [value for node in made if node.op_type == "QuantMoe" for value in node.inputs[2:]]
+        assert read and all(value in made.inputs for value in read)
+        assert [value.name for value in made.inputs[len(model.graph.inputs) :]] == list(expert_weights(model))
 
 
 def test_builds_that_cannot_be_are_refused(checkpoint: Path, tmp_path: Path) -> None:

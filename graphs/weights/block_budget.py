@@ -16,7 +16,8 @@ _AROUND_BYTES = 192 << 20
 
 
 def block_budget(models: Sequence[ir.Model], max_memory: int | None) -> int:
-    """The bytes that blocks may hold, so that the process stays below `max_memory` bytes.
+    """The bytes that blocks may hold, so that the process stays below `max_memory` bytes; a small number where that is not given. An expert
+    is one block, 100 MB in the 397B, so many cores need more.
 
     Raises BuildError when the largest block of the graphs does not fit."""
     if max_memory is None:
@@ -30,7 +31,7 @@ def block_budget(models: Sequence[ir.Model], max_memory: int | None) -> int:
             expected=f"at least {(max_memory - budget + largest) / 1e9:.2f} GB",
             fix="Raise {max_memory}.",
         )
-    return min(budget, BUDGET_BYTES)
+    return budget
 
 
 def _resident() -> int:
