@@ -198,5 +198,6 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     add_quantized(domain);
     add_fp8(domain);
     add_attention(domain);
+    add_pictures(domain);
   });
 }

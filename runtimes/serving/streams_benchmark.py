@@ -47,7 +47,7 @@ def _streams(
             say(f"{count} streams, round {number} of {rounds}")
             alone = _bare(model, prompts, new_tokens)
             steps, host = engine.statistics.steps, engine.statistics.host_s
-            speed, seconds, used = _through(engine, prompts, new_tokens)
+            speed, seconds, used = through_engine(engine, prompts, new_tokens)
             if number:
                 bare.append(alone)
                 through.append(speed)
@@ -77,8 +77,8 @@ def _bare(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> fl
     return len(prompts) * (new_tokens - 1) / (time.perf_counter() - started)
 
 
-def _through(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float], int]:
-    """Tokens per second while all streams answer, seconds to the first token of each, and bytes of states and caches in use."""
+def through_engine(engine: Engine, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float], int]:
+    """Greedy tokens per second while all streams answer, seconds to the first token of each, and bytes of states and caches in use."""
     greedy = SamplingParams(greedy=True)
     # Without a limit: streams that began first must not end before all have begun.
     streams = [engine.submit(Request(ids, Sampler(greedy), ())) for ids in prompts]
