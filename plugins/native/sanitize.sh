@@ -15,7 +15,8 @@ plugin="(test_a_step or test_a_verify) and (2-4-64 or 1-3-128)"
 top="(test_on_cuda and (300 or 5000) and lost)"
 products="(test_linear and (24-40 or 1024-2048)) or (test_swiglu and 40-24)"
 quantized="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
-every="($recurrence or ($plugin) or $top or $products or $quantized) and not bfloat16"
+fp8="(test_linear and 296-416) or (test_swiglu and float16) or test_gather or (test_experts and 16)"
+every="($recurrence or ($plugin) or $top or $products or $quantized or $fp8) and not bfloat16"
 
 # check TOOL SECONDS SELECTION [OPTION...]
 check() {
@@ -24,7 +25,7 @@ check() {
   begun=$(date +%s)
   (cd "$root" && timeout "$seconds" "$COMPUTE_SANITIZER" --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 20 "$@" \
     "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu -o addopts=--import-mode=importlib -k "$selection" \
-    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py) > "$log" 2>&1
+    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_fp8_gpu.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py) > "$log" 2>&1
   code=$?
   [ $code -eq 124 ] && summary="not finished after $seconds s" || summary=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
   tests=$(grep -oE '[0-9]+ (passed|failed).*' "$log" | tail -1)

@@ -378,6 +378,8 @@ def _checkpoint_reasons(checkpoint: Checkpoint) -> list[str]:
 
 def _quantization_reasons(device: str, precision: str, config: TextConfig, choices: dict[str, Choice], plan: PrecisionPlan) -> list[str]:
     """Why the products of this build cannot be quantized as the plan says."""
+    if FP8 in plan.formats and FP8_LINEAR not in LIBRARIES[device].ops:
+        return [f"there are no products with fp8 weights on {device}, only on cuda: {INT8} takes as many bytes here"]
     if "linear" in choices and choices["linear"].name != "native_linear":
         limit = CHOICES[device]["linear"][0].limit(config)
         return [f"{precision}: {limit}" if limit else f"{precision} needs the library of native kernels: run `sh {build_script(device)}`"]
@@ -386,8 +388,6 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
         return any(plan.groups[group].quantized for group in groups)
 
     reasons = []
-    if FP8 in plan.formats and FP8_LINEAR not in LIBRARIES[device].ops:
-        reasons.append(f"there are no products with fp8 weights on {device}, only on cuda: {INT8} takes as many bytes here")
     if "moe" in choices and quantized("experts") and choices["moe"].name == "microsoft_moe":
         limit = "; ".join(choice.limit(config) for choice in CHOICES[device]["moe"] if choice.limit(config))
         reasons.append(f"the experts cannot be quantized: {limit or 'the library has no kernel for them'}")
