@@ -98,7 +98,9 @@ class Case:
                 binding.bind_input(before, "cpu", 0, element, cache.shape, cache.ctypes.data)
                 binding.bind_output(after, "cpu", 0, element, cache.shape, cache.ctypes.data)
             bindings.append(binding)
-        return lambda layer: made.run_with_iobinding(bindings[layer])
+        # Caches are bound by their addresses: a call keeps them.
+        layers = list(zip(bindings, self._caches, strict=True))
+        return lambda layer: made.run_with_iobinding(layers[layer][0])
 
 
 def microseconds(calls: dict[str, Callable[[int], None]], repeats: int) -> dict[str, float]:

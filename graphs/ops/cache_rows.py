@@ -26,7 +26,7 @@ def stored_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
 def row_values(rows: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """The values [...,D] that rows stand for, in `dtype`."""
     if rows.dtype == torch.int8:
-        factor = rows[..., head_dim : head_dim + 4].contiguous().view(torch.float32)
+        factor = rows[..., head_dim : head_dim + 4].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (rows[..., :head_dim].float() * factor).to(dtype)
     return rows.float().to(dtype) if rows.dtype == torch.float8_e4m3fn else rows.to(dtype)
 

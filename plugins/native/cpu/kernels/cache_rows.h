@@ -68,7 +68,7 @@ void write_codes(const float* x, int64_t D, unsigned char* to, const Code& code)
 
 inline float largest_of(const float* x, int64_t D) {
   float most = 0;
-  for (int64_t d = 0; d < D; d++) most = !(fabsf(x[d]) <= most) ? fabsf(x[d]) : most;  // NaN stays
+  for (int64_t d = 0; d < D; d++) most = fabsf(x[d]) <= most || most != most ? most : fabsf(x[d]);  // NaN stays
   return most;
 }
 
@@ -80,7 +80,8 @@ inline void write_row(CacheFormat format, const float* x, int64_t D, unsigned ch
     case CacheFormat::kFp8: return write_codes<uint8_t>(x, D, to, e4m3_of);
     case CacheFormat::kInt8: {
       const float scale = largest_of(x, D) / kMostCode, divisor = scale == 0 ? 1 : scale;
-      write_codes<uint8_t>(x, D, to, [&](Vector v) { return (Bits)__builtin_convertvector(to_integers(within(v / all(divisor), kMostCode)), Ints); });
+      const auto code = [&](Vector v) { return (Bits)__builtin_convertvector(to_integers(within(v / all(divisor), kMostCode)), Ints); };
+      write_codes<uint8_t>(x, D, to, code);
       std::memset(to + D, 0, size_t(kScaleBytes));
       std::memcpy(to + D, &scale, sizeof(scale));
       return;
