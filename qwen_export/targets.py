@@ -132,6 +132,9 @@ ONNXRUNTIME = Target(
             "after the products are recognized, and with them in one walk over the graph",
             finds="picture_attention",
         ),
+        PassStep(
+            "plugins.onnxruntime.fuse_tower_rows:fuse_tower_rows", "after lower_tower, whose attention takes the bias of its projection"
+        ),
         PassStep("plugins.onnxruntime.quantize_products:quantize_products", "rewrites the plugin's products, which exist from here on"),
         PassStep(
             "plugins.onnxruntime.keep_stored_bf16:keep_stored_bf16",

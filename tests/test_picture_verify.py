@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -61,12 +62,23 @@ def test_tokens_of_pictures_outside_the_vocabulary(tmp_path: Path) -> None:
         plan_build(checkpoint, vision=True)
 
 
-def test_a_tower_for_cuda_is_built_on_request(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """On ONNX Runtime's attention, which keeps no scores; a width that the native products do not take is left to FusedMatMul."""
-    assert "on request" in plan_build(open_checkpoint(tiny_checkpoint), device="cuda", precision="fp16").vision.reason
-    bundle = build(tiny_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16", vision=True, mtp=False)
+@pytest.mark.parametrize("plugin", [False, True])
+def test_a_tower_for_cuda(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: bool) -> None:
+    """With the plugin five products and four kernels a block; without it on ONNX Runtime's attention, which keeps no scores, and a width
+    that the native products do not take is left to FusedMatMul."""
+    library = tmp_path / "plugin.so"
+    library.write_bytes(b"")
+    monkeypatch.setenv("QWEN_EXPORT_CUDA_PLUGIN", str(library) if plugin else "")
+    bundle = build(tiny_checkpoint, tmp_path / "bundle", device="cuda", precision="fp16", mtp=False)
     graph = onnx.load(bundle / load_manifest(bundle).graphs["vision"].file, load_external_data=False).graph
-    assert {"MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "Gelu"} <= {node.op_type for node in graph.node}
+    count = Counter(node.op_type for node in graph.node)
+    if plugin:
+        depth = count["PictureAttention"]
+        assert depth > 0 and (count["BiasGelu"], count["ResidualNorm"]) == (depth, 2 * depth)
+        # The first norm has no product before it, and the merger's GELU is the exact one.
+        assert (count["LayerNormalization"], count["Gelu"]) == (1, 1)
+    else:
+        assert {"MultiHeadAttention", "RotaryEmbedding", "LayerNormalization", "Gelu"} <= set(count)
     assert not [node for node in graph.node if node.domain == "qwen"]
     assert {value.type.tensor_type.elem_type for value in graph.output} == {onnx.TensorProto.FLOAT16}
 

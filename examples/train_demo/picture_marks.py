@@ -1,7 +1,7 @@
 """Draw scenes by seed, prepare their pixels with the runtime's own code, and label each token of a picture with what is in it.
 
 A token covers 32 x 32 pixels. Its labels are up to SLOTS marks whose centers are inside, from left to right: what it is, its color, where
-it moves, and where in the token its center is. They are what the tower learns first; the decoder never sees them.
+it moves, and where its center is, in the token and in the picture. They are what the tower learns first; the decoder never sees them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Subjects:
     tools: float = 0.03
 
 
-EVERYTHING = Subjects({"one": 3, "many": 3, "two": 3, "text": 7, "chart": 2})
+EVERYTHING = Subjects({"one": 3, "many": 3, "two": 5, "text": 8, "chart": 2})
 ONE_SHAPE = Subjects({"one": 1}, ((64, 64),), videos=0.0, tools=0.0)
 """To try a change on a CPU before it costs a GPU."""
 
@@ -123,7 +123,8 @@ def levels_of(medium: Medium) -> npt.NDArray[np.uint8]:
 
 @dataclass
 class Labels:
-    """Of each of K tokens of t slices: kinds, colors, motions i64[t,K,SLOTS], 0 for an empty slot; offsets f32[t,K,SLOTS,2] in tokens."""
+    """Of each of K tokens of t slices: kinds, colors, motions i64[t,K,SLOTS], 0 for an empty slot; offsets f32[t,K,SLOTS,4]
+    from the middle of the token, in tokens, and from the middle of the picture, in pictures."""
 
     kinds: npt.NDArray[np.int64]
     colors: npt.NDArray[np.int64]
@@ -135,7 +136,7 @@ def labels_of(marks: Sequence[Sequence[Mark]], height: int, width: int) -> Label
     factor = seeing().factor
     rows, columns = height // factor, width // factor
     shape = (len(marks), rows * columns, SLOTS)
-    made = Labels(*(np.zeros(shape, np.int64) for _ in range(3)), np.zeros((*shape, 2), np.float32))
+    made = Labels(*(np.zeros(shape, np.int64) for _ in range(3)), np.zeros((*shape, 4), np.float32))
     colors, directions = list(COLORS), list(DIRECTIONS)
     for t, found in enumerate(marks):
         taken = [0] * (rows * columns)
@@ -149,5 +150,6 @@ def labels_of(marks: Sequence[Sequence[Mark]], height: int, width: int) -> Label
             made.kinds[t, at, slot] = 1 + KINDS.index(mark.kind)
             made.colors[t, at, slot] = 1 + colors.index(mark.color)
             made.motions[t, at, slot] = 1 + directions.index(mark.direction) if mark.direction else 0
-            made.offsets[t, at, slot] = mark.x / factor - column - 0.5, mark.y / factor - row - 0.5
+            in_token = mark.x / factor - column - 0.5, mark.y / factor - row - 0.5
+            made.offsets[t, at, slot] = *in_token, mark.x / width - 0.5, mark.y / height - 0.5
     return made

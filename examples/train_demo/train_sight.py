@@ -108,7 +108,7 @@ def train_joint(args: argparse.Namespace, device: torch.device) -> None:
     net = SeeingQwen(family_config())
     head = MarkHead(family_config()["text_config"]["hidden_size"])
     teacher = Qwen(family_config()["text_config"])
-    teacher.load_state_dict(start_of(args.start))
+    teacher.load_state_dict(start_of(args.teacher))
     net.load_state_dict(start_of(args.start), strict=False)
     tower = torch.load(args.run / "tower.pt", map_location="cpu")
     net.visual.load_state_dict({name.removeprefix("tower."): value for name, value in tower.items() if name.startswith("tower.")})
@@ -178,7 +178,8 @@ def train_mtp(args: argparse.Namespace, device: torch.device) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("phase", choices=["joint", "mtp"])
-    parser.add_argument("--start", type=Path, default=TOKENIZER.parent)
+    parser.add_argument("--start", type=Path, default=TOKENIZER.parent, help="the text model to begin with; its tower is not read")
+    parser.add_argument("--teacher", type=Path, default=TOKENIZER.parent, help="the text model whose distributions are kept")
     parser.add_argument("--tokens", type=Path, default=Path("build/tokens"))
     parser.add_argument("--run", type=Path, default=Path("build/run/demo-vision"))
     parser.add_argument("--seconds", type=float, default=240.0)

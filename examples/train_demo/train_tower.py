@@ -39,6 +39,7 @@ from picture_marks import (
     seeing,
     words_of,
 )
+from safetensors.torch import load_file
 from scenes import COLORS, DIRECTIONS, KINDS
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class MarkHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.parts = (1 + len(KINDS), 1 + len(COLORS), 1 + len(DIRECTIONS), 2)
+        self.parts = (1 + len(KINDS), 1 + len(COLORS), 1 + len(DIRECTIONS), 4)
         self.out = nn.Linear(width, SLOTS * sum(self.parts))
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -134,6 +135,12 @@ def in_workers(batches: IterableDataset[Batch], workers: int) -> Iterator[Batch]
     return map(pickle.loads, loader)
 
 
+def tower_of(directory: Path) -> dict[str, Tensor]:
+    """The tower of a checkpoint, with the names of VisionTower."""
+    stored = {name: value.float() for file in sorted(directory.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {name.removeprefix("model.visual."): value for name, value in stored.items() if name.startswith("model.visual.")}
+
+
 def places_of(size: tuple[int, int], device: torch.device, known: dict[tuple[int, int], Places]) -> Places:
     if size not in known:
         known[size] = Places(size[0] // seeing().patch_size, size[1] // seeing().patch_size, seeing(), device)
@@ -148,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     head = MarkHead(family_config()["text_config"]["hidden_size"]).to(device)
     both = nn.ModuleDict({"tower": tower, "head": head})
     if args.start:
-        both.load_state_dict(torch.load(args.start, map_location=device))
+        tower.load_state_dict(tower_of(args.start))
     optimizers = make_optimizers(both, args.muon_lr, args.adam_lr)
     source = DrawnBatches(args.rows, ONE_SHAPE if args.one_shape else EVERYTHING)
     batches = in_workers(source, args.workers)
@@ -191,7 +198,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--one-shape", action="store_true", help="draw one shape in small pictures: to try a change on a CPU")
-    parser.add_argument("--start", type=Path, help="continue from a tower.pt")
+    parser.add_argument("--start", type=Path, help="a checkpoint whose tower is trained further; the head is new")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--workers", type=int, default=12)

@@ -21,6 +21,6 @@ begun=$(date +%s)
 "$NVCC" -O3 -std=c++17 -shared -cudart=static --threads "$JOBS" $code "-gencode=arch=compute_$newest,code=compute_$newest" \
   -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-} \
   "$here/skinny.cu" "$here/rows.cu" "$here/delta_net.cu" "$here/quant.cu" "$here/quant_moe.cu" "$here/top_logits.cu" \
-  "$here/attention.cu" \
-  "$here/cublas.cc" "$here/quant_ops.cc" "$here/attention_op.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
+  "$here/attention.cu" "$here/picture.cu" \
+  "$here/cublas.cc" "$here/quant_ops.cc" "$here/attention_op.cc" "$here/picture_ops.cc" "$here/library.cc" -ldl -o "$here/libqwen_export_cuda.so"
 echo "compiled libqwen_export_cuda.so in $(($(date +%s) - begun)) s"

@@ -197,5 +197,6 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     add_top_logits(domain);
     add_quantized(domain);
     add_attention(domain);
+    add_pictures(domain);
   });
 }

@@ -33,6 +33,7 @@ _CPU_OPS = (
     *("GatedAttention", "DeltaNetTransaction", "TopLogits"),
 )
 _CUDA_OPS = dict.fromkeys(("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", "GatedAttention"), _HALF) | {
+    **dict.fromkeys(("PictureAttention", "ResidualNorm", "BiasGelu"), _HALF),
     "QuantGather": frozenset({"float16"}),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,

@@ -124,13 +124,14 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 }
 
 
-_TOWER: dict[str, tuple[Choice, ...]] = {
-    "picture_attention": (Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI))),),
-    "place_features": (Choice("scatter", (Kernel("ScatterND", _AI),)),),
+_MULTI_HEAD = Choice("multi_head", (_MHA, _ROTARY, Kernel("Gelu", _AI), Kernel("LayerNormalization", _AI)))
+_NATIVE_TOWER = Choice("native_tower", tuple(Kernel(op, NATIVE) for op in ("PictureAttention", "ResidualNorm", "BiasGelu")))
+_PLACES = (Choice("scatter", (Kernel("ScatterND", _AI),)),)
+# No scores are kept: on CUDA MultiHeadAttention is memory-efficient attention, which takes 7 times as long as our kernel.
+VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
+    "cpu": {"picture_attention": (_MULTI_HEAD,), "place_features": _PLACES},
+    "cuda": {"picture_attention": (_NATIVE_TOWER, _MULTI_HEAD), "place_features": _PLACES},
 }
-# On CUDA MultiHeadAttention is flash attention, for heads of up to 256 values that are a multiple of 8, and in fp32 memory-efficient
-# attention: no scores are kept, as on the CPU.
-VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {"cpu": _TOWER, "cuda": _TOWER}
 """What a bundle that reads pictures needs besides."""
 
 

@@ -22,6 +22,7 @@ from qwen_export.plugins.onnxruntime.linear_builtin import lower_linear_builtin
 from qwen_export.plugins.onnxruntime.linear_plugin import lower_linear_plugin
 from qwen_export.plugins.onnxruntime.norm_builtin import lower_simplified_norm
 from qwen_export.plugins.onnxruntime.picture_attention_builtin import lower_picture_attention
+from qwen_export.plugins.onnxruntime.picture_attention_plugin import lower_picture_attention_plugin
 from qwen_export.plugins.onnxruntime.place_features_builtin import lower_place_features
 from qwen_export.plugins.rewrite import Lowering, lower_ops
 
@@ -41,6 +42,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     (LINEAR, "fused_matmul"): lower_linear_builtin,
     (LINEAR, "native_linear"): lower_linear_plugin,
     ("picture_attention", "multi_head"): lower_picture_attention,
+    ("picture_attention", "native_tower"): lower_picture_attention_plugin,
     ("place_features", "scatter"): lower_place_features,
 }
 

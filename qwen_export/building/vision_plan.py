@@ -17,8 +17,6 @@ from qwen_export.plugins.standard.standard_choices import choose_standard_vision
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import Kernels
 from qwen_export.targets import Target
 
-ON_REQUEST = ("cuda",)
-"""Devices whose builds have no tower unless it is asked for: no GPU has run these graphs yet."""
 _MOST_TOKENS = 16384
 """Of the largest picture that the family's processor makes."""
 
@@ -59,8 +57,6 @@ def plan_vision(
         return VisionPlan(), [f"pictures: {missing}"] if wanted else []
     if not target.vision_passes or (kernels is None and not target.static):
         return _left_out(f"target {target.name} has no lowering of the vision tower yet", wanted)
-    if kernels is not None and kernels.device in ON_REQUEST and not wanted:
-        return _left_out(f"on {kernels.device} they are new, and built on request (vision) only", wanted)
     if wanted is None and not target.vision_unasked:
         return _left_out(f"target {target.name} has it on request only (vision)", wanted)
     choices, refused = choose_vision(kernels, precision) if kernels is not None else (choose_standard_vision(), list[str]())

@@ -44,7 +44,7 @@ class FreeTower:
     """Over the graph `vision`. Every picture may have a size of its own, so that nothing is kept from call to call."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self.session = session
 
     @property
     def largest(self) -> None:
@@ -54,7 +54,7 @@ class FreeTower:
         return max(1, _CALL_PATCHES // (tokens * patches))
 
     def run(self, inputs: Inputs, stop: StopSignal) -> Features:
-        return _called(self._session, inputs, inputs[VISION_INPUTS[0]].shape[:2], stop)
+        return _called(self.session, inputs, inputs[VISION_INPUTS[0]].shape[:2], stop)
 
 
 class FixedTower:
