@@ -2,6 +2,7 @@
 
 python benchmarks/pictures.py time BUNDLE --sizes 512,1024 --rounds 3       # preparation, tower, prompt, first token
 python benchmarks/pictures.py beside BUNDLE --size 1024 --streams 1,4       # time between tokens of others meanwhile
+python benchmarks/pictures.py ahead BUNDLE --size 512 --text 2000          # the picture encoded while the text before it is read
 python benchmarks/pictures.py memory BUNDLE --size 4096                     # peak memory of one picture, in a fresh process
 python -m benchmarks.pictures parity BUNDLE --checkpoint CHECKPOINT         # the tower of an fp32 bundle beside transformers
 """
@@ -42,11 +43,11 @@ def jpeg(side: int, seed: int) -> bytes:
     return file.getvalue()
 
 
-def request(model: Model, picture: Picture, new: int | None) -> Request:
+def request(model: Model, picture: Picture, new: int | None, before: int = TEXT) -> Request:
     """Text, the picture, and text."""
     assert model.sight is not None
     spec = model.sight.spec
-    ids = [*range(100, 100 + TEXT), spec.start_token, spec.image_token, spec.end_token, *range(200, 200 + TEXT)]
+    ids = [*range(100, 100 + before), spec.start_token, spec.image_token, spec.end_token, *range(200, 200 + TEXT)]
     seen = expand_prompt(ids, None, [Medium(picture, "")], spec, model.sight.encoder.features, lambda text: [])
     return Request(seen.ids, Sampler(GREEDY), (), new, media=seen.pictures.media, pictures=seen.pictures)
 
@@ -117,6 +118,27 @@ def beside(model: Model, side: int, streams: int) -> tuple[float, float, float, 
     return alone, float(np.median(gaps)), float(np.percentile(gaps, 95)), late.statistics.first_token_s
 
 
+def ahead(model: Model, side: int, text: int, rounds: int) -> None:
+    """Seconds in an engine to the first token of a text, of a picture with little text, and of the picture behind the text."""
+    assert model.sight is not None
+    print("first token, s: text alone  picture alone  picture behind the text  of the sum")
+    with Engine.of(model, 2, prefix_memory=0) as engine:
+
+        def first(asked: Request) -> float:
+            answer = engine.submit(asked)
+            for _ in answer:
+                pass
+            return answer.statistics.first_token_s
+
+        first(Request([*range(100, 200)], Sampler(GREEDY), (), 1))  # warms up
+        for number in range(1, rounds + 1):
+            alone = first(Request([*range(100, 100 + text)], Sampler(GREEDY), (), 1))
+            seen = [open_picture(jpeg(side, 10 * number + i), model.sight.spec) for i in range(2)]
+            picture = first(request(model, seen[0], 1))
+            both = first(request(model, seen[1], 1, text))
+            print(f"{alone:26.2f}  {picture:13.2f}  {both:23.2f}  {both / (alone + picture):10.2f}", flush=True)
+
+
 def parity(model: Model, checkpoint: Path, sizes: list[int]) -> None:
     """Largest error of a feature, as a share of the largest feature, on noise of the exact size; wide pictures, too."""
     import torch
@@ -139,11 +161,12 @@ def parity(model: Model, checkpoint: Path, sizes: list[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["time", "beside", "memory", "parity"])
+    parser.add_argument("what", choices=["time", "beside", "ahead", "memory", "parity"])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--sizes", default="512,1024")
     parser.add_argument("--size", type=int, default=1024)
+    parser.add_argument("--text", type=int, default=2000)
     parser.add_argument("--streams", default="1,4")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int)
@@ -156,6 +179,8 @@ def main() -> None:
         for streams in (int(part) for part in given.streams.split(",")):
             alone, middle, high, first = beside(model, given.size, streams)
             print(f"{streams:7}  {1000 * alone:18.1f}  {middle / alone:40.2f} x, {high / alone:.2f} x  {first:30.1f}")
+    elif given.what == "ahead":
+        ahead(model, given.size, given.text, given.rounds)
     elif given.what == "parity":
         parity(model, given.checkpoint, [int(part) for part in given.sizes.split(",")])
     else:

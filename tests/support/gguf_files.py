@@ -216,14 +216,15 @@ def write_gguf(
     rename: Mapping[str, str] = {},
     change: Mapping[str, Callable[[Array], Array]] = {},
     grouped: bool = False,
+    stored: dict[str, Array] | None = None,
     encode: Callable[[Array, Kind], Array] = gguf.quants.quantize,
 ) -> dict[str, Array]:
     """Write `file`, or with `parts` that many as llama.cpp names them; returns the tensors as they are encoded. `extra`: more keys, under
     the name of the architecture; `skip`: tensors that are left out;
-    `rename` and `change`: other names and values for some."""
+    `rename` and `change`: other names and values for some; `stored`: these instead of all that `checkpoint_tensors` finds."""
     raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = raw.get("text_config", raw)
-    folded = folded_tensors(config, checkpoint_tensors(source), tiled=architecture != "qwen3next", grouped=grouped)
+    folded = folded_tensors(config, stored or checkpoint_tensors(source), tiled=architecture != "qwen3next", grouped=grouped)
     tensors = {rename.get(name, name): change.get(name, np.asarray)(value) for name, value in folded if not skip(name)}
     encoded = {}
     per_file = -(-len(tensors) // parts) if parts else 0
