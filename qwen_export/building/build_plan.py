@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen_export.building.calibration.calibration_plan import CalibrationPlan, calibration_reasons, plan_calibration
-from qwen_export.building.host_experts import host_expert_reasons
+from qwen_export.building.host_expert_limits import host_expert_reasons
 from qwen_export.building.sequence_bytes import cache_bytes_per_token, state_bytes
 from qwen_export.building.stage_plan import Stage, StageCosts, plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
