@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen_export.element_types import BF16, BY_SHORT, FP16, FP32, ElementType
+from qwen_export.errors import ParameterError
 
 _SCALE = 16
 
@@ -47,3 +48,16 @@ BY_ELEMENT = {form.element.manifest: form for form in CACHE_FORMATS.values()}
 
 CACHE_PRECISIONS = ("fp16", "fp8", "int8")
 """What a build can be asked for; without a wish caches have the precision of the activations."""
+
+
+def cache_format_name(activations: str, wish: str | None) -> str:
+    """The name of the caches' format, where activations have this precision. Raises ParameterError for a wish that there is not."""
+    if wish is not None and wish not in CACHE_PRECISIONS:
+        raise ParameterError(
+            "caches are not kept in this precision",
+            parameter="cache_precision",
+            got=wish,
+            expected=", ".join(CACHE_PRECISIONS),
+            fix="Choose one of these, or leave out {cache_precision}.",
+        )
+    return wish or activations

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwen_export.building.calibration.calibration_plan import CalibrationPlan, calibration_reasons, plan_calibration
-from qwen_export.building.host_experts import host_expert_reasons
+from qwen_export.building.host_expert_limits import host_expert_reasons
 from qwen_export.building.sequence_bytes import cache_bytes_per_token, state_bytes
 from qwen_export.building.stage_plan import Stage, StageCosts, plan_stages
 from qwen_export.building.static_plan import DEFAULT_CONTEXT as STATIC_CONTEXT
 from qwen_export.building.static_plan import StaticOptions, plan_static
 from qwen_export.building.vision_plan import VisionPlan, plan_vision
 from qwen_export.building.weight_sizes import BYTES, group_sizes, weight_sizes
-from qwen_export.cache_formats import CACHE_FORMATS, CACHE_PRECISIONS, CacheFormat
+from qwen_export.cache_formats import CACHE_FORMATS, CacheFormat, cache_format_name
 from qwen_export.engine_options import EngineOptions
 from qwen_export.errors import ParameterError, UnsupportedError
 from qwen_export.graphs.call_sizes import DECODER, HEAD, GraphPlan
@@ -173,7 +173,7 @@ def plan_build(
         reasons += refusals(config, quantization, compiled.sms, compiled.plugins)
     elif quantization is not None and FP8 in quantization.formats and FP8 not in chosen.precisions:
         reasons.append(f"target {target} has no fp8 weights")
-    kept = _cache_format(activations, cache_precision)
+    kept = cache_format_name(activations, cache_precision)
     if chosen.static:
         if kept != activations:
             reasons.append(f"target {target} keeps attention caches in the precision of the activations, {activations}, not in {kept}")
@@ -302,19 +302,6 @@ class _Form:
     no_head: str
     opset: int = DEFAULT_OPSET
     refused: Sequence[str] = ()
-
-
-def _cache_format(activations: str, wish: str | None) -> str:
-    """The name of the caches' format. Raises ParameterError for one that there is not."""
-    if wish is not None and wish not in CACHE_PRECISIONS:
-        raise ParameterError(
-            "caches are not kept in this precision",
-            parameter="cache_precision",
-            got=wish,
-            expected=", ".join(CACHE_PRECISIONS),
-            fix="Choose one of these, or leave out {cache_precision}.",
-        )
-    return wish or activations
 
 
 def _free_form(device: str, precision: str, config: TextConfig, wishes: _Wishes, quantization: PrecisionPlan | None, caches: str) -> _Form:
