@@ -80,7 +80,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite) -> Replacement:
-    emit, layer = attention_parts(graph, node, context, shared)
+    emit, layer = attention_parts(graph, node, context, shared, _norms_of(context))
     return emit.nodes, list(attention.emit_gated_attention(emit, layer, write))
 
 
@@ -91,7 +91,7 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     (plugins/directml)."""
     if context.static.T > 1:
         return _attention(graph, node, context, shared, attention.select)
-    emit, layer = attention_parts(graph, node, context, shared)
+    emit, layer = attention_parts(graph, node, context, shared, _norms_of(context))
     given, sizes = layer.given, layer.sizes
     q_heads, k_heads = attention.rotated_heads(emit, layer, sizes.D**-0.5)
     flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
@@ -110,10 +110,12 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     return emit.nodes, [emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache]
 
 
-def attention_parts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[Emitter, attention.Layer]:
+def attention_parts(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, kind: type[Emitter] = Emitter
+) -> tuple[Emitter, attention.Layer]:
     """q_proj's interleaved halves become two products, so that no node takes them apart."""
     prefix, config = f"{layer_prefix(node)}.self_attn", context.config
-    emit = _norms_of(context)(graph, prefix, shared)
+    emit = kind(graph, prefix, shared)
     given = dict(zip(gated_attention.inputs, node.inputs, strict=True))
     x, packed = producing_linear(given["q_gate"])
     query_rows, gate_rows = query_and_gate(packed, context)
