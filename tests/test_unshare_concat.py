@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx
 import onnx.parser
+import onnx.shape_inference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -94,7 +95,7 @@ def test_an_output_may_be_taken_from_one_concat_and_then_from_another(context: P
     text = """<ir_version: 9, opset_import: ["" : 20]>
         graph (float[4,64] x, float[64,4] w, float[4,4] old) => (float[4,4] v, float[8,4] e, float[8,4] f)
         { p = MatMul(x, w)  v = Identity(p)  c = Concat<axis = 0>(v, old)  e = Exp(c)  d = Concat<axis = 0>(p, old)  f = Tanh(d) }"""
-    model = ir.from_proto(onnx.parser.parse_model(text))
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
     unshare_concat(model, context)
     assert not list(hazards(model.graph))
     onnx.checker.check_model(ir.to_proto(model))
