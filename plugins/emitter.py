@@ -152,3 +152,13 @@ class Emitter:
         (mean,) = self("", "ReduceMean", [self.mul(x, x), self.ints(-1)], like=x, keepdims=1)
         (root,) = self("", "Sqrt", [self.add(mean, self.scalar(eps))], like=x)
         return self("", "Div", [x, root], like=x)[0]
+
+    def rms_norm(self, x: ir.Value, weight: ir.Value, eps: float) -> ir.Value:
+        """The same times a weight f32[D] of the last axis."""
+        return self.mul(self.mean_square_scale(x, eps), weight)
+
+    def unit_scale(self, x: ir.Value, D: int, scale: ir.Value, eps: float) -> ir.Value:
+        """scale * x / sqrt(sum(x^2) + eps) over the last axis, which has D elements, in fp32."""
+        (square,) = self("", "ReduceSum", [self.mul(x, x), self.ints(-1)], like=x, keepdims=1)
+        (length,) = self("", "Sqrt", [self.add(square, self.scalar(eps))], like=x)
+        return self.mul(x, self("", "Div", [scale, length], like=x)[0])

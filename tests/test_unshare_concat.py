@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx
+import onnx.parser
+import onnx.shape_inference
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -18,8 +20,9 @@ from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.plugins.directml.check_operators import check_operators
 from qwen_export.plugins.directml.gather_parts import gather_parts, overwritten_parts
+from qwen_export.plugins.directml.provider_fusions import broken_fusions
 from qwen_export.plugins.directml.unshare_concat import hazards, unshare_concat
-from tests.support.directml_graphs import CASES, SLICED, Case, feeds_of
+from tests.support.directml_graphs import CASES, FUSED, SLICED, Case, feeds_of
 from tests.support.source_tree import ROOT
 from tests.support.standard_graphs import Array
 
@@ -76,3 +79,23 @@ def test_parts_that_would_be_overwritten_are_copied(case: Case, context: PassCon
     feeds = feeds_of(case.model)
     for new, old in zip(run(ir.to_proto(model), feeds), run(case.model, feeds), strict=True):
         assert np.array_equal(new, old)
+
+
+@pytest.mark.parametrize("case", FUSED, ids=lambda case: case.name)
+def test_what_the_provider_joins_wrongly_is_refused(case: Case, context: PassContext) -> None:
+    found = list(broken_fusions(ir.from_proto(case.model).graph))
+    assert bool(found) == case.refused
+    if found:
+        with pytest.raises(UnsupportedError, match=found[0][1]):
+            check_operators(ir.from_proto(case.model), context)
+
+
+def test_an_output_may_be_taken_from_one_concat_and_then_from_another(context: PassContext) -> None:
+    """Found by a random graph: two values had one name."""
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+        graph (float[4,64] x, float[64,4] w, float[4,4] old) => (float[4,4] v, float[8,4] e, float[8,4] f)
+        { p = MatMul(x, w)  v = Identity(p)  c = Concat<axis = 0>(v, old)  e = Exp(c)  d = Concat<axis = 0>(p, old)  f = Tanh(d) }"""
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.parser.parse_model(text)))
+    unshare_concat(model, context)
+    assert not list(hazards(model.graph))
+    onnx.checker.check_model(ir.to_proto(model))

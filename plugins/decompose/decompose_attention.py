@@ -61,7 +61,7 @@ def rotated_heads(emit: Emitter, layer: Layer, scale: float) -> tuple[ir.Value, 
 
     def heads(x: ir.Value | None, count: int, weight: ir.Value) -> ir.Value:
         split = emit.reshape(emit.wide(x), 1, sizes.T, count, sizes.D)
-        normed = emit.mul(emit.mean_square_scale(split, layer.eps), weight)
+        normed = emit.rms_norm(split, weight, layer.eps)
         return emit.cast(_rotate(emit, emit.transpose(normed, 0, 2, 1, 3), given, sizes), layer.activation)
 
     # The rotation is linear: the scale of the scores goes into the norm's weight, where fp16 queries stay small.

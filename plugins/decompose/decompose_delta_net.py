@@ -6,6 +6,7 @@ behind `commit` get their outputs but do not enter the state. So a verify, a pla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -43,6 +44,10 @@ class DeltaNetSizes:
         )
 
 
+Convolution = Callable[[Emitter, dict[str, ir.Value | None], DeltaNetSizes], tuple[ir.Value, ir.Value, ir.Value, ir.Value]]
+"""What the recurrence reads, q, k [1,Hv,L,Dk] and v [1,Hv,L,Dv], and the convolution's history afterwards."""
+
+
 def emit_gated_delta_net(
     emit: Emitter,
     given: dict[str, ir.Value | None],
@@ -50,31 +55,18 @@ def emit_gated_delta_net(
     eps: float,
     activation: ir.DataType,
     rule: DeltaRule = delta_rule,
+    convolve: Convolution | None = None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """`given` are the inputs of qwen::gated_delta_net by name, for one sequence; `accepted` and `commit` as i32[1], absent (with P = 0)
-    where nothing is pending and every call commits all its tokens. `rule` computes the recurrence. Returns y,
+    where nothing is pending and every call commits all its tokens. `rule` computes the recurrence, `convolve` what it reads. Returns y,
     conv_history' and state'."""
-    T, P, Hv, K = sizes.T, sizes.P, sizes.Hv, sizes.K
-    taps = _taps(emit, given, K)
-    qkv, accepted, commit = given["qkv"], given.get("accepted"), given.get("commit")
-
-    history = given["conv_history"]
-    inputs, a, b = [], emit.wide(given["a"]), emit.wide(given["b"])
+    T, P, Hv = sizes.T, sizes.P, sizes.Hv
+    accepted, commit = given.get("accepted"), given.get("commit")
+    a, b = emit.wide(given["a"]), emit.wide(given["b"])
     if P:
-        before = emit.concat([history, given["pending_qkv"]], axis=1)
-        inputs.append(_conv_silu(emit, emit.wide(before), taps, P))
-        history = emit.gather(before, emit.shared("history_rows", lambda: emit.add(emit.positions(K - 1), accepted)), axis=1)
         a = emit.concat([emit.wide(given["pending_a"]), a], axis=1)
         b = emit.concat([emit.wide(given["pending_b"]), b], axis=1)
-    rows = emit.concat([history, qkv], axis=1)
-    inputs.append(_conv_silu(emit, emit.wide(rows), taps, T))
-    if commit is None:
-        history_after = emit.rows(rows, T, T + K - 1, axis=1)
-    else:
-        history_after = emit.gather(rows, emit.shared("history_after_rows", lambda: emit.add(emit.positions(K - 1), commit)), axis=1)
-    u = inputs[0] if len(inputs) == 1 else emit.concat(inputs, axis=1)
-
-    q, k, v = _heads(emit, u, sizes)
+    q, k, v, history_after = (convolve or shifted_products)(emit, given, sizes)
     g, beta = _gates(emit, given, a, b, sizes)
     live, keep = _masks(emit, accepted, commit, sizes)
     if live is not None:
@@ -116,6 +108,30 @@ def _taps(emit: Emitter, given: dict[str, ir.Value | None], K: int) -> list[ir.V
     return [add_weight(emit.graph, f"{name}.tap{i}", Column(as_fp32(weight), i)) for i in range(K)]
 
 
+def shifted_products(
+    emit: Emitter, given: dict[str, ir.Value | None], sizes: DeltaNetSizes
+) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """The Convolution of any target, over rows of tokens."""
+    T, P, K = sizes.T, sizes.P, sizes.K
+    taps, inputs, history = _taps(emit, given, K), [], given["conv_history"]
+    accepted, commit = given.get("accepted"), given.get("commit")
+    if P:
+        before = emit.concat([history, given["pending_qkv"]], axis=1)
+        inputs.append(_conv_silu(emit, emit.wide(before), taps, P))
+        history = emit.gather(before, emit.shared("history_rows", lambda: emit.add(emit.positions(K - 1), accepted)), axis=1)
+    rows = emit.concat([history, given["qkv"]], axis=1)
+    inputs.append(_conv_silu(emit, emit.wide(rows), taps, T))
+    history_after = last_inputs(emit, rows, commit, sizes, axis=1)
+    return *_heads(emit, inputs[0] if len(inputs) == 1 else emit.concat(inputs, axis=1), sizes), history_after
+
+
+def last_inputs(emit: Emitter, rows: ir.Value, commit: ir.Value | None, sizes: DeltaNetSizes, axis: int) -> ir.Value:
+    """The K - 1 inputs of the convolution before the first token that is not committed, of K - 1 + T along `axis`."""
+    if commit is None:
+        return emit.rows(rows, sizes.T, sizes.T + sizes.K - 1, axis=axis)
+    return emit.gather(rows, emit.shared("history_after_rows", lambda: emit.add(emit.positions(sizes.K - 1), commit)), axis=axis)
+
+
 def _conv_silu(emit: Emitter, rows: ir.Value, taps: list[ir.Value], count: int) -> ir.Value:
     """Causal depthwise convolution and SiLU: rows f32[1,K-1+count,C] -> f32[1,count,C]. Shifted products: no transpose, no grouped Conv,
     which several runtimes compute channel by channel."""
@@ -133,16 +149,19 @@ def _heads(emit: Emitter, u: ir.Value, sizes: DeltaNetSizes) -> tuple[ir.Value, 
     Hk, Hv, Dk, Dv = sizes.Hk, sizes.Hv, sizes.Dk, sizes.Dv
     L = sizes.P + sizes.T
     qk, v = emit.split(u, [2 * Hk * Dk, Hv * Dv], axis=2)
-    qk = emit.transpose(emit.reshape(qk, 1, L, 2 * Hk, Dk), 0, 2, 1, 3)
-    (square,) = emit("", "ReduceSum", [emit.mul(qk, qk), emit.ints(-1)], like=qk, keepdims=1)
-    (length,) = emit("", "Sqrt", [emit.add(square, emit.scalar(L2_EPS))], like=qk)
+    q, k = unit_heads(emit, emit.transpose(emit.reshape(qk, 1, L, 2 * Hk, Dk), 0, 2, 1, 3), sizes)
+    return q, k, emit.transpose(emit.reshape(v, 1, L, Hv, Dv), 0, 2, 1, 3)
+
+
+def unit_heads(emit: Emitter, qk: ir.Value, sizes: DeltaNetSizes) -> tuple[ir.Value, ir.Value]:
+    """f32[1,2Hk,L,Dk], queries and then keys -> q, k [1,Hv,L,Dk]."""
+    Hk, Hv, Dk = sizes.Hk, sizes.Hv, sizes.Dk
     scale = np.repeat(np.array([Dk**-0.5, 1], np.float32), Hk).reshape(1, 2 * Hk, 1, 1)
-    (factor,) = emit("", "Div", [emit.array(f"qk_scale_{Hk}_{Dk}", scale), length], like=qk)
-    q, k = emit.split(emit.mul(qk, factor), [Hk, Hk], axis=1)
+    q, k = emit.split(emit.unit_scale(qk, Dk, emit.array(f"qk_scale_{Hk}_{Dk}", scale), L2_EPS), [Hk, Hk], axis=1)
     if Hv != Hk:
         index = emit.array(f"key_head_{Hk}_{Hv}", np.repeat(np.arange(Hk, dtype=np.int32), Hv // Hk))
         q, k = emit.gather(q, index, axis=1), emit.gather(k, index, axis=1)
-    return q, k, emit.transpose(emit.reshape(v, 1, L, Hv, Dv), 0, 2, 1, 3)
+    return q, k
 
 
 def _gates(emit: Emitter, given: dict[str, ir.Value | None], a: ir.Value, b: ir.Value, sizes: DeltaNetSizes) -> tuple[ir.Value, ir.Value]:
@@ -184,6 +203,6 @@ def _first(emit: Emitter, count: ir.Value | None, size: int) -> ir.Value:
 
 def _gated_norm(emit: Emitter, o: ir.Value, given: dict[str, ir.Value | None], sizes: DeltaNetSizes, eps: float) -> ir.Value:
     """o f32[1,T,Hv,Dv] -> f32[1,T,Hv*Dv]: RMS norm per head, times SiLU(z)."""
-    normed = emit.mul(emit.mean_square_scale(o, eps), fp32_weight(emit, given["norm"]))
+    normed = emit.rms_norm(o, fp32_weight(emit, given["norm"]), eps)
     z = emit.wide(given["z"])
     return emit.mul(emit.reshape(normed, 1, sizes.T, sizes.Hv * sizes.Dv), emit.mul(z, emit.sigmoid(z)))

@@ -22,4 +22,4 @@ def norm_weight(emit: Emitter, value: ir.Value | None, offset: float, factor: fl
 
 def emit_rms_norm(emit: Emitter, x: ir.Value | None, weight: ir.Value, eps: float, activation: ir.DataType) -> ir.Value:
     """x [..., D] of any float dtype, weight f32[D] -> [..., D] of the activation dtype."""
-    return emit.cast(emit.mul(emit.mean_square_scale(emit.wide(x), eps), weight), activation)
+    return emit.cast(emit.rms_norm(emit.wide(x), weight, eps), activation)

@@ -48,28 +48,42 @@ def unit_lower_inverse(emit: Emitter, A: ir.Value, size: int) -> ir.Value:
 
 def unit_lower_inverse_in_blocks(emit: Emitter, A: ir.Value, size: int, block: int) -> ir.Value:
     """The same for A f32[H,N,size,size], the first levels over diagonal blocks of `block` rows alone, the last ones over the blocks that
-    they join: the same products without the zeros. Where `size` is not 2, 4, 8, ... blocks, all levels are written with masks."""
+    they join: the same products without the zeros. Where `size` is not 2, 4, 8, ... blocks, all levels are written with masks.
+
+    All blocks of a level are one batch. They are in the order of their numbers with the bits reversed, so that its first half are the
+    upper blocks of the pairs to be joined, and its second half the lower ones."""
     count = size // block
     if size % block or count & (count - 1) or count < 2:
         return unit_lower_inverse(emit, A, size)
     H, N, *_ = static_shape(A)
 
-    def part(row: int, column: int, b: int) -> ir.Value:
-        starts, stops = emit.ints(row * b, column * b), emit.ints((row + 1) * b, (column + 1) * b)
-        (piece,) = emit("", "Slice", [A, starts, stops, emit.ints(2, 3)], like=A)
-        piece.shape = ir.Shape((H, N, b, b))
-        return piece
+    def parts(places: list[tuple[int, int]], b: int) -> ir.Value:
+        pieces = []
+        for row, column in places:
+            starts, stops = emit.ints(row * b, column * b), emit.ints((row + 1) * b, (column + 1) * b)
+            pieces += emit("", "Slice", [A, starts, stops, emit.ints(2, 3)], like=A)
+        stacked = pieces[0] if len(pieces) == 1 else emit.concat(pieces, axis=1)
+        stacked.shape = ir.Shape((H, len(places) * N, b, b))
+        return stacked
 
-    diagonal = emit.concat([part(i, i, block) for i in range(count)], axis=1)
-    X, b = list(emit.split(unit_lower_inverse(emit, diagonal, block), [N] * count, axis=1)), block
-    while len(X) > 1:
-        zeros, joined = emit.array(f"zeros_{H}_{N}_{b}", np.zeros((H, N, b, b), np.float32)), []
-        for i in range(0, len(X), 2):
-            product = emit.matmul(X[i + 1], emit.matmul(part(i + 1, i, b), X[i]))
-            below = emit.concat([emit.sub(zeros, product), X[i + 1]], axis=3)
-            joined.append(emit.concat([emit.concat([X[i], zeros], axis=3), below], axis=2))
-        X, b = joined, 2 * b
-    return X[0]
+    X, b = unit_lower_inverse(emit, parts([(i, i) for i in _bits_reversed(count)], block), block), block
+    while count > 1:
+        count //= 2
+        upper, lower = emit.split(X, [count * N, count * N], axis=1)
+        off = parts([(2 * i + 1, 2 * i) for i in _bits_reversed(count)], b)
+        (below,) = emit("", "Neg", [emit.matmul(lower, emit.matmul(off, upper))], like=A)
+        zeros = emit.array(f"zeros_{H}_{count * N}_{b}", np.zeros((H, count * N, b, b), np.float32))
+        X = emit.concat([emit.concat([upper, zeros], axis=3), emit.concat([below, lower], axis=3)], axis=2)
+        b *= 2
+    return X
+
+
+def _bits_reversed(count: int) -> list[int]:
+    """0, 1, ... count - 1, a power of 2, in the order of their reversed bits."""
+    order = [0]
+    while len(order) < count:
+        order = [2 * i for i in order] + [2 * i + 1 for i in order]
+    return order
 
 
 def block_masks(size: int) -> list[npt.NDArray[np.float32]]:

@@ -12,6 +12,7 @@ from qwen_export.graphs.passes.pass_outcome import Outcome
 from qwen_export.plugins.directml.directml_limits import limit
 from qwen_export.plugins.directml.directml_operators import DirectmlKernel, operator_table
 from qwen_export.plugins.directml.gather_parts import overwritten_parts
+from qwen_export.plugins.directml.provider_fusions import broken_fusions
 from qwen_export.plugins.directml.unshare_concat import hazards
 
 _SHOWN = 5
@@ -25,6 +26,7 @@ def check_operators(model: ir.Model, context: PassContext) -> Outcome:
     signature = (*model.graph.inputs, *model.graph.outputs)
     reasons += [f"{v.name}: its shape {v.shape} is not static" for v in signature if v.shape is None or not v.shape.is_static()]
     reasons += [f"{hazard}, after {hazard.writer.op_type} has written over it" for hazard in hazards(model.graph)]
+    reasons += [f"{node.op_type} {node.name or ''}: {reason}" for node, reason in broken_fusions(model.graph)]
     reasons += [f"{node.op_type} {node.name or ''}: a part of it may be overwritten" for node in overwritten_parts(model.graph)]
     if reasons:
         more = f"; and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""

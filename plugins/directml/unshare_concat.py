@@ -106,7 +106,7 @@ def _take(graph: ir.Graph, view: ir.Value, taken: ir.Value, readers: list[ir.Nod
             if value is view:
                 node.replace_input_with(index, taken)
     if view.is_graph_output():
-        taken.name, view.name = view.name, f"{view.name}.part"
+        taken.name, view.name = view.name, taken.name  # a value may change places more than once
         for index, value in enumerate(graph.outputs):
             if value is view:
                 graph.outputs[index] = taken

@@ -9,6 +9,7 @@ from qwen_export.graphs.passes.lowering_choice import Choice
 
 _RMS_NORMALIZATION_SINCE = 23
 _LINEAR = {"onnx": "turned_product", "directml": "gemm"}
+_DELTA_NET = {"onnx": "chunked_channels", "directml": "chunked"}
 _ATTENTION = {"onnx": "scattered_cache", "directml": "one_token_kernel"}
 
 
@@ -17,7 +18,7 @@ def choose_standard(target: str, config: TextConfig, opset: int, decompose: Coll
     chosen = {
         "linear": _LINEAR[target],
         "rms_norm": _norm(target, opset, decompose),
-        "gated_delta_net": "chunked",
+        "gated_delta_net": _DELTA_NET[target],
         "gated_attention": _ATTENTION[target],
         **({"moe": "gathered"} if config.is_moe else {}),
     }

@@ -16,9 +16,11 @@ from qwen_export.graphs.quantization.precision_plan import GroupFormat
 from qwen_export.graphs.weights.expression import Weight, weight_of
 from qwen_export.plugins.decompose import decompose_attention as attention
 from qwen_export.plugins.decompose import decompose_delta_net as delta_net
+from qwen_export.plugins.decompose.channel_convolution import channel_convolution
 from qwen_export.plugins.decompose.chunks_in_turn import in_chunks
 from qwen_export.plugins.decompose.decompose_norm import emit_rms_norm, norm_weight
 from qwen_export.plugins.decompose.delta_rule import delta_rule
+from qwen_export.plugins.decompose.norm_emitters import NodeEmitter, PowerEmitter
 from qwen_export.plugins.emitter import Emitter, Shared
 from qwen_export.plugins.rewrite import Lowering, Replacement, layer_prefix, lower_ops, offset_weight, producing_linear, query_and_gate
 from qwen_export.plugins.standard.standard_experts import lower_experts
@@ -33,13 +35,43 @@ QuantizedProduct = Callable[[Emitter, ir.Value, str, Weight, GroupFormat, PassCo
 
 def lower_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
     """gated_delta_net -> convolution as shifted products, gates, the chunk form of the delta rule, gated norm."""
-    emit = Emitter(graph, f"{layer_prefix(node)}.linear_attn", shared)
+    return _delta_net(graph, node, context, shared, delta_net.shifted_products)
+
+
+def lower_channel_delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
+    """The same; prompts have a grouped Conv over the projection with channels first."""
+    sizes = context.static
+    return _delta_net(graph, node, context, shared, channel_convolution if sizes.T > 1 and not sizes.P else delta_net.shifted_products)
+
+
+def _delta_net(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, convolve: delta_net.Convolution) -> Replacement:
+    emit = _norms_of(context)(graph, f"{layer_prefix(node)}.linear_attn", shared)
     given = dict(zip(gated_delta_net.inputs, node.inputs, strict=False))
     sizes = delta_net.DeltaNetSizes.of(context.config, context.static.T, context.static.P)
+    if convolve is channel_convolution:
+        given["qkv"] = _channels_first(emit, given["qkv"], sizes.T, context)
     # A verify has outputs for tokens that it does not commit: a chunk's end must not separate these from each other.
     rule = delta_rule if sizes.P else in_chunks(context.static.chunk)
-    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule)
+    results = delta_net.emit_gated_delta_net(emit, given, sizes, node.attributes.get_float("eps"), context.activation, rule, convolve)
     return emit.nodes, list(results)
+
+
+def _channels_first(emit: Emitter, projected: ir.Value | None, T: int, context: PassContext) -> ir.Value:
+    """A projection [1,T,N] as [1,N,T], at no cost where its weight is not quantized."""
+    x, weight = producing_linear(projected)
+    node = projected.producer() if projected is not None else None
+    if projected is None or node is None:
+        raise TypeError("a projection has no product")
+    if chosen_format(weight, context) is not None:
+        return emit.transpose(projected, 0, 2, 1)
+    N, K = weight.shape
+    (product,) = emit("", "Gemm", [node.inputs[1], emit.reshape(x, T, K)], like=x, transB=1)
+    return emit.reshape(product, 1, N, T)
+
+
+def _norms_of(context: PassContext) -> type[Emitter]:
+    """The emitter that writes the norms within a mixer as the target has all others."""
+    return {"decomposed": PowerEmitter, "rms_normalization": NodeEmitter}.get(context.choices["rms_norm"].name, Emitter)
 
 
 def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
@@ -48,7 +80,7 @@ def lower_attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def _attention(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, write: attention.CacheWrite) -> Replacement:
-    emit, layer = attention_parts(graph, node, context, shared)
+    emit, layer = attention_parts(graph, node, context, shared, _norms_of(context))
     return emit.nodes, list(attention.emit_gated_attention(emit, layer, write))
 
 
@@ -59,7 +91,7 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     (plugins/directml)."""
     if context.static.T > 1:
         return _attention(graph, node, context, shared, attention.select)
-    emit, layer = attention_parts(graph, node, context, shared)
+    emit, layer = attention_parts(graph, node, context, shared, _norms_of(context))
     given, sizes = layer.given, layer.sizes
     q_heads, k_heads = attention.rotated_heads(emit, layer, sizes.D**-0.5)
     flat = [emit.reshape(q_heads, 1, 1, sizes.Hq * sizes.D), emit.reshape(k_heads, 1, 1, sizes.Hkv * sizes.D), given["v"]]
@@ -78,10 +110,12 @@ def lower_one_token_attention(graph: ir.Graph, node: ir.Node, context: PassConte
     return emit.nodes, [emit.mul(o, emit.sigmoid(layer.gate)), k_cache, v_cache]
 
 
-def attention_parts(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> tuple[Emitter, attention.Layer]:
+def attention_parts(
+    graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared, kind: type[Emitter] = Emitter
+) -> tuple[Emitter, attention.Layer]:
     """q_proj's interleaved halves become two products, so that no node takes them apart."""
     prefix, config = f"{layer_prefix(node)}.self_attn", context.config
-    emit = Emitter(graph, prefix, shared)
+    emit = kind(graph, prefix, shared)
     given = dict(zip(gated_attention.inputs, node.inputs, strict=True))
     x, packed = producing_linear(given["q_gate"])
     query_rows, gate_rows = query_and_gate(packed, context)
@@ -92,8 +126,8 @@ def attention_parts(graph: ir.Graph, node: ir.Node, context: PassContext, shared
 
 
 def lower_decomposed_norm(graph: ir.Graph, node: ir.Node, context: PassContext, shared: Shared) -> Replacement:
-    """qwen::rms_norm -> Mul, ReduceMean, Add, Sqrt, Div, Mul in fp32."""
-    emit = Emitter(graph, _norm_name(node))
+    """qwen::rms_norm -> Pow, ReduceMean, Add, Sqrt, Div, Mul in fp32."""
+    emit = PowerEmitter(graph, _norm_name(node))
     weight = norm_weight(emit, node.inputs[1], node.attributes.get_float("offset"))
     y = emit_rms_norm(emit, node.inputs[0], weight, node.attributes.get_float("eps"), context.activation)
     return emit.nodes, [y]
@@ -172,6 +206,7 @@ def is_matrix(x: ir.Value) -> bool:
 
 LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_delta_net", "chunked"): lower_delta_net,
+    ("gated_delta_net", "chunked_channels"): lower_channel_delta_net,
     ("gated_attention", "scattered_cache"): lower_attention,
     ("gated_attention", "one_token_kernel"): lower_one_token_attention,
     ("moe", "gathered"): lower_experts,

@@ -4,9 +4,6 @@ No node may fall back to the CPU. A kind is a line of KINDS."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +13,8 @@ import pytest
 from qwen_export import build
 from qwen_export.building.static_plan import StaticOptions
 from qwen_export.runtimes import Model, SamplingParams, load
-from tests.directml.wine_machine import WineMachine
+from tests.directml.wine_machine import WineMachine, on_directml
 from tests.directml.wine_server import WineServer, shared_copy
-from tests.support.directml_binding import DirectmlBinding
 from tests.support.source_tree import ROOT
 from tests.support.standard_graphs import Array
 
@@ -74,19 +70,6 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def machine(server: WineServer) -> WineMachine:
     return WineMachine(server)
-
-
-@contextmanager
-def on_directml(machine: WineMachine, bundle: Path, **options: object) -> Iterator[Model]:
-    """The model on DirectML; within it the runtime sees onnxruntime-directml."""
-    with DirectmlBinding(machine).installed():
-        model = load(bundle, **options)  # type: ignore[arg-type]
-        try:
-            yield model
-        finally:
-            model.close()
-            del model
-            gc.collect()
 
 
 def logits(model: Model, ids: list[int]) -> Array:

@@ -14,10 +14,11 @@ from qwen_export.building.build_plan import plan_build
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.plugins.directml.gather_parts import gather_parts
+from qwen_export.plugins.directml.provider_fusions import broken_fusions
 from qwen_export.plugins.directml.unshare_concat import hazards, unshare_concat
 from tests.directml.random_graphs import random_graph
 from tests.directml.wine_server import ServerError, WineServer
-from tests.support.directml_graphs import CASES, SLICED, Case, feeds_of
+from tests.support.directml_graphs import CASES, FUSED, SLICED, Case, feeds_of
 from tests.support.source_tree import ROOT
 from tests.support.standard_graphs import Array
 
@@ -85,11 +86,29 @@ def test_parts_are_wrong_or_do_not_compile(case: Case, server: WineServer, conte
         assert bool(wrong(server.run(case.model, feeds), expected)) == bool(case.overwritten)
 
 
+@pytest.mark.parametrize("case", [case for case in FUSED if not case.refused], ids=lambda case: case.name)
+def test_neighbors_of_broken_fusions_are_right(case: Case, server: WineServer) -> None:
+    assert not wrong(server.run(case.model, feeds_of(case.model)), on_the_cpu(case.model))
+
+
+@pytest.mark.parametrize("case", [case for case in FUSED if case.refused], ids=lambda case: case.name)
+def test_broken_fusions_run_nowhere(case: Case) -> None:
+    """Each has a process of its own, which may end with it."""
+    alone = WineServer()
+    try:
+        with pytest.raises(ServerError):
+            alone.run(case.model, feeds_of(case.model))
+    finally:
+        alone.close()
+
+
 @pytest.mark.parametrize("first", range(0, GRAPHS, PER_TEST))
 def test_random_graphs_are_right(first: int, server: WineServer, context: PassContext) -> None:
     bad = {}
     for seed in range(first, first + PER_TEST):
         model = random_graph(seed)
+        if list(broken_fusions(ir.from_proto(model).graph)):
+            continue
         found = wrong(server.run(rewritten(model, context), feeds_of(model)), on_the_cpu(model))
         if found:
             bad[seed] = found

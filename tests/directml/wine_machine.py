@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from qwen_export.runtimes import Model, load
 from tests.directml.wine_server import STRICT, WineServer, WineTensor
+from tests.support.directml_binding import DirectmlBinding
 
 
 class WineSession:
@@ -60,3 +64,16 @@ class WineMachine:
     def calls(self) -> dict[str, int]:
         """Calls of each graph of the open sessions."""
         return {session.graph: session.calls for session in self.sessions}
+
+
+@contextmanager
+def on_directml(machine: WineMachine, bundle: Path, **options: object) -> Iterator[Model]:
+    """The model on DirectML; within it the runtime sees onnxruntime-directml."""
+    with DirectmlBinding(machine).installed():
+        model = load(bundle, **options)  # type: ignore[arg-type]
+        try:
+            yield model
+        finally:
+            model.close()
+            del model
+            gc.collect()

@@ -1,4 +1,4 @@
-"""Graphs of a few nodes that DirectML 1.15.4 computes wrongly without `unshare_concat`, or does not compile, and their neighbors."""
+"""Graphs of a few nodes that DirectML 1.15.4 or its provider computes wrongly, or does not compile, and their neighbors."""
 
 from __future__ import annotations
 
@@ -147,4 +147,34 @@ SLICED = (
         """(float[6,2] x, float[2,6] w) => (float[4,6] y) <int32[4] rows = {2, 3, 4, 5}>
         { m = MatMul(x, w)  s = Gather<axis = 0>(m, rows)  y = Exp(s) }""",
     ),
+)
+
+_PRODUCT = "(float[4,8] x, float[8,8] w) => (float[4,8] y) { p = Gemm<transB = 1>(x, w) "
+
+FUSED = (
+    Case("Gemm without a bias under Sigmoid", _PRODUCT + "y = Sigmoid(p) }", refused=True),
+    Case("under Tanh", _PRODUCT + "y = Tanh(p) }", refused=True),
+    Case("under Exp", _PRODUCT + "y = Exp(p) }"),
+    Case("two readers", _PRODUCT + "s = Sigmoid(p)  y = Mul(p, s) }"),
+    Case(
+        "a view between them",
+        """(float[4,8] x, float[8,8] w) => (float[1,4,8] y) <int64[3] shape = {1, 4, 8}>
+        { p = Gemm<transB = 1>(x, w)  r = Reshape(p, shape)  y = Sigmoid(r) }""",
+    ),
+    Case(
+        "with a bias",
+        "(float[4,8] x, float[8,8] w, float[8] b) => (float[4,8] y) { p = Gemm<transB = 1>(x, w, b)  y = Sigmoid(p) }",
+    ),
+    Case("MatMul", "(float[4,8] x, float[8,8] w) => (float[4,8] y) { p = MatMul(x, w)  y = Sigmoid(p) }"),
+    Case(
+        "a product that is an output",
+        "(float[4,8] x, float[8,8] w) => (float[4,8] p, float[4,8] y) { p = MatMul(x, w)  y = Tanh(p) }",
+        refused=True,
+    ),
+    Case(
+        "a Transpose that changes nothing",
+        "(float[4,8] x, float[8,8] w) => (float[4,8] y) { t = Transpose<perm = [0, 1]>(x)  y = Gemm<transB = 1>(t, w) }",
+        refused=True,
+    ),
+    Case("a Transpose", "(float[8,4] x, float[8,8] w) => (float[4,8] y) { t = Transpose<perm = [1, 0]>(x)  y = Gemm<transB = 1>(t, w) }"),
 )
