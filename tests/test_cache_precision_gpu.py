@@ -201,11 +201,12 @@ def test_logits_are_near_those_of_wide_caches(models: tuple[Model, Model], kept:
     decoder = models[0].decoder()
     decoder.prefill(ids[:580])
     steps = [np.array(decoder.step([token])[0]) for token in ids[580:588]]
-    np.testing.assert_allclose(np.stack(steps), got[580:588], atol=0.06)
+    # Prompts and steps round in other places, and a value beside the border of two codes becomes the other one.
+    np.testing.assert_allclose(np.stack(steps), got[580:588], atol=0.1)
     [rows] = decoder.run([Read(0, ids[588:592], commit=False, logits=4)])
-    np.testing.assert_allclose(rows.array[:4], got[588:592], atol=0.06)
+    np.testing.assert_allclose(rows.array[:4], got[588:592], atol=0.1)
     decoder.accept(2)
-    np.testing.assert_allclose(decoder.step([ids[590]])[0], got[590], atol=0.06)
+    np.testing.assert_allclose(decoder.step([ids[590]])[0], got[590], atol=0.1)
 
 
 @FORMATS
@@ -231,9 +232,10 @@ def test_batches_snapshots_and_caches_that_grow(models: tuple[Model, Model], kep
 
 
 @FORMATS
-def test_texts_with_drafts_are_those_without(models: tuple[Model, Model], kept: str) -> None:
-    model, _ = models
-    params = SamplingParams(temperature=0.0, max_tokens=96)
-    with_drafts = model.complete("def main() -> None:\n", params)
-    model.speculate = "off"
-    assert model.complete("def main() -> None:\n", params).text == with_drafts.text
+def test_texts_with_drafts_are_those_without(bundles: dict[str, Path], kept: str) -> None:
+    texts = []
+    for drafts in ("off", 3):
+        with load(bundles[kept], speculate=drafts) as model:
+            answer = model.complete("def main() -> None:\n", sampling=SamplingParams(greedy=True), max_new_tokens=96)
+            texts.append("".join(answer))
+    assert texts[0] == texts[1] != ""
