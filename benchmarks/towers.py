@@ -3,8 +3,8 @@
     python -m benchmarks.towers --sizes 4B --precisions bf16,fp16 --sides 512,1024,2048,4096
 
 The tower has its released shape, over a decoder of four layers with random weights. `call`: with pixels copied to the device and features
-copied back; `graph`: the same call repeated with both where they are. Memory is what the device has less of after the first call, which
-with ONNX Runtime's arena is the most that was in use.
+copied back; `graph`: the call with both where they are, which the ratio is of. Memory is what the device has less of after the first
+call, which with ONNX Runtime's arena is the most that was in use.
 """
 
 from __future__ import annotations
