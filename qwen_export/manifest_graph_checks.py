@@ -132,12 +132,12 @@ def _check_state_shape(manifest: Manifest, name: str, state: StateSpec) -> None:
     per_sequence = prod(dim for dim in state.shape[1:] if isinstance(dim, int))
     if state.grows and len(state.shape) != 4:
         raise ValueError(f"graph {name}: cache {state.name} has not four dims")
-    slots = state.shape[2] if state.grows and isinstance(state.shape[2], int) else 1
-    expected = {
-        "k_cache": (size("num_key_value_heads"), _cache_width(state, size("head_dim")), slots),
-        "v_cache": (size("num_key_value_heads"), _cache_width(state, size("head_dim")), slots),
-        "recurrent": (size("linear_num_value_heads"), size("linear_key_head_dim"), size("linear_value_head_dim")),
-    }.get(kind)
+    expected: tuple[object, ...] | None = None
+    if kind == "recurrent":
+        expected = size("linear_num_value_heads"), size("linear_key_head_dim"), size("linear_value_head_dim")
+    elif state.grows:
+        slots = state.shape[2] if isinstance(state.shape[2], int) else 1
+        expected = size("num_key_value_heads"), _cache_width(state, size("head_dim")), slots
     if expected is not None and all(type(factor) is int for factor in expected) and per_sequence != prod(map(int, expected)):  # type: ignore[arg-type]
         raise ValueError(f"graph {name}: state {state.name} has not the size that the model gives it")
 

@@ -99,7 +99,8 @@ def test_matrices_are_stored_once_for_all_graphs_and_as_the_plan_says(bundle: Pa
     manifest = load_manifest(bundle)
     assert all("MatMulNBits" in {node.op_type for node in ir.load(bundle / graph.file).graph} for graph in manifest.graphs.values())
     first, *others = ({w.name: (w.offset, w.dtype) for w in manifest.graphs[name].weights} for name in ("decoder", "verify", "prefill"))
-    assert all(first[name] == place for places in others for name, place in places.items())
+    # Prompts convolve with kernels of a layout of their own.
+    assert all(first[name] == place for places in others for name, place in places.items() if not name.endswith(".kernels"))
     assert {dtype for name, (_, dtype) in first.items() if "in_proj_a" in name} <= {"float", "float16"}, "gates keep their precision"
     assert manifest.precision_plan["mlp"].startswith("int4")
 

@@ -58,7 +58,7 @@ def unit_lower_inverse_in_blocks(emit: Emitter, A: ir.Value, size: int, block: i
     H, N, *_ = static_shape(A)
 
     def parts(places: list[tuple[int, int]], b: int) -> ir.Value:
-        pieces = []
+        pieces: list[ir.Value] = []
         for row, column in places:
             starts, stops = emit.ints(row * b, column * b), emit.ints((row + 1) * b, (column + 1) * b)
             pieces += emit("", "Slice", [A, starts, stops, emit.ints(2, 3)], like=A)

@@ -37,8 +37,8 @@ def test_no_file_has_conflict_markers() -> None:
 
 def test_the_tolerances_of_the_documents_are_those_of_the_code() -> None:
     quantization = (ROOT / "docs" / "quantization.md").read_text(encoding="utf-8")
-    [stated] = re.findall(r"\(limits ([0-9.]+) for int8, ([0-9.]+) for int4\)", quantization)
-    assert [float(value) for value in stated] == [RMS_TOLERANCE["int8"], RMS_TOLERANCE["int4"]]
+    [stated] = re.findall(r"\(limits ([0-9.]+) for int8, ([0-9.]+) for int4, ([0-9.]+) for fp8\)", quantization)
+    assert [float(value) for value in stated] == [RMS_TOLERANCE[name] for name in ("int8", "int4", "fp8")]
     [activations] = re.findall(r"limit: rms error ([0-9.]+) standard deviations", quantization)
     assert float(activations) == RMS_TOLERANCE["activations"]
     architecture = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
