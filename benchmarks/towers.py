@@ -21,11 +21,10 @@ from qwen_export import build
 from qwen_export.bundle_contract import VISION_INPUTS
 from qwen_export.runtimes import load
 from qwen_export.runtimes.decoding.stop_signal import StopSignal
-from qwen_export.runtimes.memory.buffers import as_bytes
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.vision.picture import open_picture
 from qwen_export.runtimes.vision.picture_size import Bounds
-from qwen_export.runtimes.vision.tower_calls import Features, FreeTower, Inputs, TowerCalls
+from qwen_export.runtimes.vision.tower_calls import BoundCall, Features, FreeTower, Inputs, TowerCalls
 from tests.support.family import FAMILY
 from tests.support.synthesize import synthesize
 
@@ -49,20 +48,12 @@ def graph_seconds(tower: TowerCalls, inputs: Inputs, rounds: int) -> float:
     """The median of a call whose inputs and outputs stay on the device."""
     if not isinstance(tower, FreeTower):
         raise TypeError("the tower has graphs of fixed sizes")
-    session, times = tower.session, []
-    call, [output] = session.call(repeated=False), session.spec.outputs
-    made = session.buffer(output.dtype, (*inputs[VISION_INPUTS[0]].shape[:2], int(output.shape[-1])))
-    call.bind_output(output.name, made)
-    kept = []
-    for spec in session.spec.inputs:
-        buffer = session.buffer(spec.dtype, inputs[spec.name].shape)
-        buffer.write(as_bytes(inputs[spec.name]))
-        call.bind_input(spec.name, buffer)
-        kept.append(buffer)
-    call.run()
+    [output], times = tower.session.spec.outputs, []
+    bound = BoundCall(tower.session, inputs, {output.name: (*inputs[VISION_INPUTS[0]].shape[:2], int(output.shape[-1]))})
+    bound.call.run()
     for _ in range(rounds):
         began = time.perf_counter()
-        call.run()
+        bound.call.run()
         times.append(time.perf_counter() - began)
     return median(times)
 

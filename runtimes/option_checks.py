@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qwen_export.errors import ParameterError
 from qwen_export.manifest import Manifest
+from qwen_export.runtimes.backends.expert_placement import binds_weights
 from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP
 from qwen_export.stages import stage_groups
 
@@ -38,7 +39,7 @@ def check_speculate(value: str | int, manifest: Manifest) -> None:
 
 def check_weight_budget(value: int | None, manifest: Manifest) -> None:
     streams = manifest.engine is not None and manifest.engine.options.get("weight_streaming")
-    streams = streams or (manifest.target.device == "cuda" and any(graph.bound for graph in manifest.graphs.values()))
+    streams = streams or (manifest.target.device == "cuda" and binds_weights(manifest))
     if value is not None and value < 0:
         raise ParameterError(
             "the memory for weights is negative",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qwen_export.cache_formats import FP8_CACHE, INT8_CACHE
 
-_MOST_CODE, _MOST = 127.0, {torch.float8_e4m3fn: 448.0, torch.float16: 65504.0}
+_MOST_CODE = 127.0
 
 
 def stored_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -18,8 +18,9 @@ def stored_rows(values: Tensor, dtype: torch.dtype) -> Tensor:
         codes = (wide / torch.where(scale == 0, 1.0, scale)).round().clamp(-_MOST_CODE, _MOST_CODE).to(torch.int8)
         factor = scale.contiguous().view(torch.int8)
         return torch.cat([codes, torch.nn.functional.pad(factor, (0, INT8_CACHE.behind - factor.shape[-1]))], dim=-1)
-    if dtype in _MOST and dtype != values.dtype:
-        return values.float().clamp(-_MOST[dtype], _MOST[dtype]).to(dtype)
+    if dtype in (torch.float8_e4m3fn, torch.float16) and dtype != values.dtype:
+        most = torch.finfo(dtype).max
+        return values.float().clamp(-most, most).to(dtype)
     return values.to(dtype)
 
 
@@ -31,9 +32,11 @@ def row_values(rows: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     return rows.float().to(dtype) if rows.dtype == torch.float8_e4m3fn else rows.to(dtype)
 
 
-CACHE_DTYPES = {form.name: dtype for form, dtype in ((INT8_CACHE, torch.int8), (FP8_CACHE, torch.float8_e4m3fn))} | {
+CACHE_DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
+    INT8_CACHE.name: torch.int8,
+    FP8_CACHE.name: torch.float8_e4m3fn,
 }
 """The element type of a cache by its format's name."""

@@ -17,13 +17,12 @@ Attributes = dict[str, int]
 
 
 class QuantizedForm(ABC):
-    """`inputs`: how many initializers a matrix is."""
+    """The ops of one form."""
 
     linear: ClassVar[str]
     swiglu: ClassVar[str]
     gather: ClassVar[str]
     moe: ClassVar[str]
-    inputs: ClassVar[int]
 
     @abstractmethod
     def matrix(self, graph: ir.Graph, name: str, weight: Weight, plan: PrecisionPlan) -> tuple[list[ir.Value], Attributes]:
@@ -37,7 +36,7 @@ class QuantizedForm(ABC):
 class PackedForm(QuantizedForm):
     """Integers in panels of 16 rows with their scales (packing.py): one initializer."""
 
-    linear, swiglu, gather, moe, inputs = "QuantLinear", "QuantSwiGlu", "QuantGather", "QuantMoe", 1
+    linear, swiglu, gather, moe = "QuantLinear", "QuantSwiGlu", "QuantGather", "QuantMoe"
 
     def matrix(self, graph: ir.Graph, name: str, weight: Weight, plan: PrecisionPlan) -> tuple[list[ir.Value], Attributes]:
         chosen, format = _integers(plan, weight)
@@ -57,7 +56,7 @@ class PackedForm(QuantizedForm):
 class Fp8Form(QuantizedForm):
     """Codes row after row, and scales of blocks (fp8_blocks.py)."""
 
-    linear, swiglu, gather, moe, inputs = "Fp8Linear", "Fp8SwiGlu", "Fp8Gather", "Fp8Moe", 2
+    linear, swiglu, gather, moe = "Fp8Linear", "Fp8SwiGlu", "Fp8Gather", "Fp8Moe"
 
     def matrix(self, graph: ir.Graph, name: str, weight: Weight, plan: PrecisionPlan) -> tuple[list[ir.Value], Attributes]:
         values, attributes = self.experts(graph, name, weight, plan)

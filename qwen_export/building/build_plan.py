@@ -386,7 +386,3 @@ def _quantization_reasons(device: str, precision: str, config: TextConfig, choic
     if odd:
         reasons.append(f"quantized feed-forward blocks need multiples of 16, and this model has {', '.join(odd)}")
     return reasons
-    """Decide how to build, or raise UnsupportedError with every reason at once. `mtp`, `draft_vocab`, `lookup`, `vision`,
-    `cache_precision`, `calibrate`, `options`, `engine`, `stages`, `device_memory` and `host_experts` as in `build`, but that memory which
-    is not given is not looked up. `plan_file` overrides the precision plan that "int8" and "int4" stand for; ConfigError where it is
-    wrong."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from qwen_export.plugins.onnxruntime.experts_plugin import MOE
+from qwen_export.plugins.onnxruntime.quantized_forms import PackedForm
 
 
 def expert_weights(model: ir.Model) -> tuple[str, ...]:
     """Names of the weights that quantized experts read, in the order of the layers."""
-    names = [value.name or "" for node in model.graph if node.op_type == f"Quant{MOE}" for value in node.inputs if value is not None]
+    names = [value.name or "" for node in model.graph if node.op_type == PackedForm.moe for value in node.inputs if value is not None]
     return tuple(name for name in names if name in model.graph.initializers)
 
 

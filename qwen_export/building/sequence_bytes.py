@@ -9,8 +9,13 @@ from qwen_export.graphs.config import FULL, TextConfig
 def layer_bytes(config: TextConfig, kind: str, size: int, caches: CacheFormat, context: int) -> int:
     """Of one layer with `context` tokens. `size`: bytes of an element of histories; recurrent states are fp32."""
     if kind == FULL:
-        return 2 * config.num_key_value_heads * caches.row_bytes(config.head_dim) * context
+        return _token_bytes(config, caches) * context
     return _recurrent_bytes(config, size)
+
+
+def _token_bytes(config: TextConfig, caches: CacheFormat) -> int:
+    """Key and value of one token in one layer."""
+    return 2 * config.num_key_value_heads * caches.row_bytes(config.head_dim)
 
 
 def _recurrent_bytes(config: TextConfig, size: int) -> int:
@@ -26,4 +31,4 @@ def state_bytes(config: TextConfig, size: int) -> int:
 def cache_bytes_per_token(config: TextConfig, caches: CacheFormat, *, head: bool = False) -> int:
     """Keys and values of one token over all attention layers, that of the draft head among them with `head`."""
     layers = sum(kind == FULL for kind in config.layer_types)
-    return (layers + head) * 2 * config.num_key_value_heads * caches.row_bytes(config.head_dim)
+    return (layers + head) * _token_bytes(config, caches)

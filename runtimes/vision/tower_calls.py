@@ -90,21 +90,29 @@ def _filled(values: npt.NDArray[np.generic], axis: int, size: int) -> npt.NDArra
     return np.pad(values, more)
 
 
+class BoundCall:
+    """A call of a graph with memory of its own for inputs and outputs. `shapes`: of its outputs, which are `made`."""
+
+    def __init__(self, session: Session, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.call = session.call(repeated=False)
+        self._read = list[Buffer]()  # bindings hold addresses only
+        for spec in session.spec.inputs:
+            array = inputs[spec.name]
+            buffer = session.buffer(spec.dtype, array.shape)
+            buffer.write(as_bytes(array))
+            self.call.bind_input(spec.name, buffer)
+            self._read.append(buffer)
+        self.made = {spec.name: session.buffer(spec.dtype, shapes[spec.name]) for spec in session.spec.outputs}
+        for name, buffer in self.made.items():
+            self.call.bind_output(name, buffer)
+
+
 def run_once(session: Session, inputs: Inputs, shapes: Mapping[str, tuple[int, ...]], stop: StopSignal | None = None) -> dict[str, Buffer]:
     """A call that does not come again. `shapes`: of its outputs, which are returned."""
-    call, memory = session.call(repeated=False), list[Buffer]()
-    for spec in session.spec.inputs:
-        array = inputs[spec.name]
-        buffer = session.buffer(spec.dtype, array.shape)
-        buffer.write(as_bytes(array))
-        call.bind_input(spec.name, buffer)
-        memory.append(buffer)
-    made = {spec.name: session.buffer(spec.dtype, shapes[spec.name]) for spec in session.spec.outputs}
-    for name, buffer in made.items():
-        call.bind_output(name, buffer)
-    with (stop or StopSignal()).ends(call.stop):
-        call.run()
-    return made
+    bound = BoundCall(session, inputs, shapes)
+    with (stop or StopSignal()).ends(bound.call.stop):
+        bound.call.run()
+    return bound.made
 
 
 def _called(session: Session, inputs: Inputs, shape: tuple[int, ...], stop: StopSignal) -> Features:
