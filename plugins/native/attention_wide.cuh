@@ -6,6 +6,7 @@
 #include "attention_cache.cuh"
 #include "attention_tile.cuh"
 #include "wgmma.cuh"
+#include "wide_softmax.cuh"
 
 namespace qwen {
 
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   copy_values(0);
   end_copies();
 
-  float o[128], s[32], largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, keep[2] = {1.0f, 1.0f};
+  float o[128], s[32];
+  WideSoftmax softmax;
   uint32_t p[16];
 #pragma unroll
   for (int i = 0; i < 128; i++) o[i] = 0.0f;
@@ -104,34 +106,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       for (int j = 0; j < 32; j++)
         if (i * kWideSlots + j / 4 * 8 + column + j % 2 >= visible[j % 4 / 2]) s[j] = -INFINITY;
     }
-    float top[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < 8; j++) most = fmaxf(most, fmaxf(s[j * 4 + half * 2], s[j * 4 + half * 2 + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      top[half] = fmaxf(largest[half], most * scale);
-    }
-    const bool grows = __any_sync(0xffffffffu, top[0] > largest[0] || top[1] > largest[1]);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      keep[half] = power_of_two(largest[half] - top[half]);  // every row sees slot 0
-      largest[half] = top[half], sum[half] *= keep[half];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        float &x = s[j * 4 + half * 2], &y = s[j * 4 + half * 2 + 1];
-        x = power_of_two(fmaf(x, scale, -top[half])), y = power_of_two(fmaf(y, scale, -top[half]));
-        sum[half] += x + y;
-      }
-    }
-    return grows;
+    return softmax.weigh(s, scale);
   };
-  auto pack = [&] {
-#pragma unroll
-    for (int i = 0; i < 16; i++) p[i] = pair<T>(s[i * 2], s[i * 2 + 1]);
-  };
+  auto pack = [&] { pack_weights<T>(p, s); };
 
   wait_for_copies<1>();
   publish_to_products();
@@ -146,7 +123,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     const uint32_t v = at_v + i % 2 * kWideTile;
 #pragma unroll
     for (int step = 0; step < kWideSlots / 16; step++)
-      product_256<T>(o, p[step * 4], p[step * 4 + 1], p[step * 4 + 2], p[step * 4 + 3], matrix_of(v + step * 16 * 128, kWideSlots * 128));
+      product_values<T>(o, p[step * 4], p[step * 4 + 1], p[step * 4 + 2], p[step * 4 + 3], matrix_of(v + step * 16 * 128, kWideSlots * 128));
     end_products();
   };
   for (int i = 0; i + 1 < tiles; i++) {
@@ -173,7 +150,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     settle(p);
     if (grows) {
 #pragma unroll
-      for (int j = 0; j < 128; j++) o[j] *= keep[j % 4 / 2];
+      for (int j = 0; j < 128; j++) o[j] *= softmax.keep[j % 4 / 2];
     }
     pack();
   }
@@ -187,9 +164,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
-    if (row + half * 8 < rows) write_gated<T, kWideD>(shape, in, b, h, row + half * 8, lane, o, half, 1.0f / sum[half]);
+    const float sum = softmax.row_sum(half);
+    if (row + half * 8 < rows) write_gated<T, kWideD>(shape, in, b, h, row + half * 8, lane, o, half, 1.0f / sum);
   }
 #endif
 }

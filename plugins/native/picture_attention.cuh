@@ -5,6 +5,7 @@
 #include "device.cuh"
 #include "picture.cuh"
 #include "wgmma.cuh"
+#include "wide_softmax.cuh"
 
 namespace qwen {
 
@@ -161,7 +162,8 @@ __global__ void __launch_bounds__(FOURS * 128, 1) picture_attention_wide(Picture
   copy(at_v, values, 0);
   end_copies();
 
-  float o[32 * kBlocks], w[32], largest[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f}, keep[2] = {1.0f, 1.0f};
+  float o[32 * kBlocks], w[32];
+  WideSoftmax softmax;
   uint32_t p[16];
 #pragma unroll
   for (int i = 0; i < 32 * kBlocks; i++) o[i] = 0.0f;
@@ -183,34 +185,9 @@ __global__ void __launch_bounds__(FOURS * 128, 1) picture_attention_wide(Picture
       for (int j = 0; j < 32; j++)
         if (j / 4 * 8 + column + j % 2 >= left) w[j] = -INFINITY;
     }
-    float top[2];
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      float most = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < 8; j++) most = fmaxf(most, fmaxf(w[j * 4 + half * 2], w[j * 4 + half * 2 + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      top[half] = fmaxf(largest[half], most * scale);
-    }
-    const bool grows = __any_sync(0xffffffffu, top[0] > largest[0] || top[1] > largest[1]);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      keep[half] = power_of_two(largest[half] - top[half]);  // every row sees slot 0
-      largest[half] = top[half], sum[half] *= keep[half];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        float &a = w[j * 4 + half * 2], &b = w[j * 4 + half * 2 + 1];
-        a = power_of_two(fmaf(a, scale, -top[half])), b = power_of_two(fmaf(b, scale, -top[half]));
-        sum[half] += a + b;
-      }
-    }
-    return grows;
+    return softmax.weigh(w, scale);
   };
-  auto pack = [&] {
-#pragma unroll
-    for (int i = 0; i < 16; i++) p[i] = pair<T>(w[i * 2], w[i * 2 + 1]);
-  };
+  auto pack = [&] { pack_weights<T>(p, w); };
   auto add_values = [&](int i) {
     const uint32_t v = at_v + i % 2 * kTile;
 #pragma unroll
@@ -246,7 +223,7 @@ __global__ void __launch_bounds__(FOURS * 128, 1) picture_attention_wide(Picture
     settle(p);
     if (grows) {
 #pragma unroll
-      for (int j = 0; j < 32 * kBlocks; j++) o[j] *= keep[j % 4 / 2];
+      for (int j = 0; j < 32 * kBlocks; j++) o[j] *= softmax.keep[j % 4 / 2];
     }
     pack();
   }
@@ -260,11 +237,10 @@ __global__ void __launch_bounds__(FOURS * 128, 1) picture_attention_wide(Picture
 
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 1);
-    sum[half] += __shfl_xor_sync(0xffffffffu, sum[half], 2);
+    const float sum = softmax.row_sum(half);
     if (row + half * 8 >= s.L) continue;
     T* target = picture_output(s, y, head, row + half * 8);
-    const float share = 1.0f / sum[half];
+    const float share = 1.0f / sum;
 #pragma unroll
     for (int j = 0; j < 8 * kBlocks; j++) {
       if (j * 8 + column < s.D) store_pair(target + j * 8 + column, o[j * 4 + half * 2] * share, o[j * 4 + half * 2 + 1] * share);

@@ -42,95 +42,63 @@ __device__ inline void settle(uint32_t (&x)[N]) {
 // c [64,64] = a b^T, or += where `add`: a [64,16] and b [64,16] in shared memory.
 template <typename T>
 __device__ void product_64(float (&c)[32], uint64_t a, uint64_t b, int add);
-// c [64,256] += a b: a [64,16] in registers, as mma takes it; b [16,256] in shared memory.
-template <typename T>
-__device__ void product_256(float (&c)[128], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
-// The same for b [16,64] and b [16,128].
-template <typename T>
-__device__ void product_values(float (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
-template <typename T>
-__device__ void product_values(float (&c)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
+// c [64,2C] += a b: a [64,16] in registers, as mma takes it; b [16,2C] in shared memory. C is 32, 64 or 128.
+template <typename T, int C>
+__device__ void product_values(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
 
-#define QWEN_PRODUCTS(T, TYPE) \
-template <>                                                                                                               \
-__device__ inline void product_64<T>(float (&c)[32], uint64_t a, uint64_t b, int add) {                                   \
-  asm volatile(                                                                                                           \
-      "{.reg .pred p; setp.ne.b32 p,%34,0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                            \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"                                                   \
-      "},%32,%33,p,1,1,0,0;}"                                                                                             \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),                   \
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),             \
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),           \
-        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])            \
-      : "l"(a), "l"(b), "r"(add));                                                                                        \
-}                                                                                                                         \
-template <>                                                                                                               \
-__device__ inline void product_256<T>(float (&c)[128], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {  \
-  asm volatile(                                                                                                           \
-      "{.reg .pred p; setp.ne.b32 p,1,0; wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE " {"                 \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                            \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                                  \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                                  \
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"                                                  \
-      "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"                                                  \
-      "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"                                                  \
-      "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"                                      \
-      "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"                                   \
-      "},{%128,%129,%130,%131},%132,p,1,1,1;}"                                                                            \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),                   \
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),             \
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),           \
-        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),           \
-        "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),           \
-        "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),           \
-        "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),           \
-        "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63]),           \
-        "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]),           \
-        "+f"(c[72]), "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]),           \
-        "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]), "+f"(c[86]), "+f"(c[87]),           \
-        "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]),           \
-        "+f"(c[96]), "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]),       \
-        "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]), "+f"(c[108]), "+f"(c[109]), "+f"(c[110]), "+f"(c[111]),   \
-        "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]),   \
-        "+f"(c[120]), "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])    \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                                      \
-}                                                                                                                         \
-template <>                                                                                                               \
-__device__ inline void product_values<T>(float (&c)[32], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {\
-  asm volatile(                                                                                                           \
-      "{.reg .pred p; setp.ne.b32 p,1,0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {"                  \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                            \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"                                                   \
-      "},{%32,%33,%34,%35},%36,p,1,1,1;}"                                                                                 \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),                   \
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),             \
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),           \
-        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31])            \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                                      \
-}                                                                                                                         \
-template <>                                                                                                               \
-__device__ inline void product_values<T>(float (&c)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {\
-  asm volatile(                                                                                                           \
-      "{.reg .pred p; setp.ne.b32 p,1,0; wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {"                 \
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                            \
-      "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"                                                  \
-      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                                  \
-      "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"                                                   \
-      "},{%64,%65,%66,%67},%68,p,1,1,1;}"                                                                                 \
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]), "+f"(c[7]),                   \
-        "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]), "+f"(c[14]), "+f"(c[15]),             \
-        "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]),           \
-        "+f"(c[24]), "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),           \
-        "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]), "+f"(c[38]), "+f"(c[39]),           \
-        "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]),           \
-        "+f"(c[48]), "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),           \
-        "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]), "+f"(c[62]), "+f"(c[63])            \
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));                                                                      \
+// The names of a product's sums in its text, and the sums.
+#define QWEN_NAMES_32 \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QWEN_NAMES_64 \
+  QWEN_NAMES_32 "," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define QWEN_NAMES_128 \
+  QWEN_NAMES_64 "," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define QWEN_SUMS_8(i) \
+  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define QWEN_SUMS_32(i) QWEN_SUMS_8(i), QWEN_SUMS_8(i + 8), QWEN_SUMS_8(i + 16), QWEN_SUMS_8(i + 24)
+#define QWEN_SUMS_64(i) QWEN_SUMS_32(i), QWEN_SUMS_32(i + 32)
+#define QWEN_SUMS_128(i) QWEN_SUMS_64(i), QWEN_SUMS_64(i + 64)
+
+#define QWEN_SCORES(T, TYPE) \
+template <> \
+__device__ inline void product_64<T>(float (&c)[32], uint64_t a, uint64_t b, int add) { \
+  asm volatile( \
+      "{.reg .pred p; setp.ne.b32 p,%34,0; wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" QWEN_NAMES_32 "},%32,%33,p,1,1,0,0;}" \
+      : QWEN_SUMS_32(0) : "l"(a), "l"(b), "r"(add)); \
 }
+// N columns, of which a thread has C sums; A0 to A3 and B name what follows them.
+#define QWEN_VALUES(T, TYPE, N, C, A0, A1, A2, A3, B) \
+template <> \
+__device__ inline void product_values<T, C>(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) { \
+  asm volatile( \
+      "{.reg .pred p; setp.ne.b32 p,1,0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" QWEN_NAMES_##C "},{" \
+      A0 "," A1 "," A2 "," A3 "}," B ",p,1,1,1;}" \
+      : QWEN_SUMS_##C(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)); \
+}
+#define QWEN_PRODUCTS(T, TYPE) \
+  QWEN_SCORES(T, TYPE) \
+  QWEN_VALUES(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
+  QWEN_VALUES(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
+  QWEN_VALUES(T, TYPE, "256", 128, "%128", "%129", "%130", "%131", "%132")
 
 QWEN_PRODUCTS(__half, "f16")
 QWEN_PRODUCTS(__nv_bfloat16, "bf16")
 #undef QWEN_PRODUCTS
+#undef QWEN_VALUES
+#undef QWEN_SCORES
+#undef QWEN_SUMS_128
+#undef QWEN_SUMS_64
+#undef QWEN_SUMS_32
+#undef QWEN_SUMS_8
+#undef QWEN_NAMES_128
+#undef QWEN_NAMES_64
+#undef QWEN_NAMES_32
 
 }  // namespace qwen
