@@ -17,7 +17,7 @@ SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* $(addprefix plug
 MAKEFLAGS += --jobs=2
 
 # Workers begin at the two ends of the files: what the tests of a file have in common is made once, for nearly all of them.
-PYTEST := $(PYTEST) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .PHONY: help demo test test-all test-fast test-builtin test-documents native lint docs clean
 
