@@ -1,5 +1,5 @@
-"""The search for scales of `graphs.quantization.scale_search`, and the codes for them, in the CPU plugin: a tenth of numpy's time, and without
-the interpreter, so that every thread of a build has a core.
+"""The search for scales of `graphs.quantization.scale_search`, and the codes for them, in the CPU plugin: a tenth of numpy's time, and
+without the interpreter, so that every thread of a build has a core.
 
 It sums in another order than numpy. Of two ranges whose errors differ only by rounding it may take the other one, so weights that it made
 are named after the library that made them. Codes for given scales are numpy's.
