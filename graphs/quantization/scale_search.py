@@ -45,7 +45,7 @@ class NumpySearch:
     """The search in numpy, on every machine. A cache's worth at a time: each operation reads what the one before wrote."""
 
     name: str = f"numpy {np.__version__}"
-    chunk: int = 1 << 16
+    chunk: int = field(default=1 << 16, repr=False)
 
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
         return _best_scale(w, w, shares, np.float32(top))

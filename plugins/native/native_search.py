@@ -30,7 +30,7 @@ class NativeSearch:
     name: str
     search: Any = field(compare=False, repr=False)
     make_codes: Any = field(compare=False, repr=False)
-    chunk: int = 1 << 18
+    chunk: int = field(default=1 << 18, repr=False)
 
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
         """w f32[n,block] -> f32[n]. Raises ValueError for blocks that are not whole vectors."""
