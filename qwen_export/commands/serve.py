@@ -33,7 +33,10 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 )
 @click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Answers that are made at once.")
 @click.option(
-    "--engines", type=click.IntRange(1), metavar="N", help="Batches that take turns on a model in stages; default one per GPU that it is on."
+    "--engines",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Batches that take turns on a model in stages; default one per GPU that it is on.",
 )
 @click.option("--max-queue", type=click.IntRange(0), metavar="N", help="Answers that may wait; default four per slot.")
 @click.option(

@@ -59,9 +59,10 @@ class Engine(Answering):
     `cache_memory`: bytes for states, caches and beginnings of prompts together, at least those of one whole context; None for what all
     slots may need, or the GPU has left. `prefix_memory`: the part of them for beginnings of prompts, 0 for none; None for 1 GiB, or half
     of what one context leaves. On a GPU that part is in host memory and apart, or with `prefix_on_device` in the GPU's. `drafts`: "auto"
-    as many as pay, a number, or "off". `share`: the part of a GPU's free memory that is this engine's. `max_waiting`: requests that may wait before `submit` raises OverloadedError. `reserve`: tokens of
-    an answer that must fit in memory beside the prompt when a request enters. `stall`: the longest time between two tokens of an answer
-    while prompts are read, in times without one; inf reads prompts as fast as it goes."""
+    as many as pay, a number, or "off". `share`: the part of a GPU's free memory that is this engine's. `max_waiting`: requests that may
+    wait before `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request
+    enters. `stall`: the longest time between two tokens of an answer while prompts are read, in times without one; inf reads prompts as
+    fast as it goes."""
 
     def __init__(
         self,

@@ -28,8 +28,8 @@ def plan_memory(
     decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, *, prefix_apart: bool, share: float = 1.0
 ) -> MemoryPlan:
     """`cache_memory`: all that may be used, None for what all slots may need or the device has. `prefix_memory`: the part of it for
-    beginnings of prompts; with `prefix_apart` these are in other memory. `share`: of a GPU's free memory, where several engines grow into it.
-    Raises ParameterError where no whole context fits."""
+    beginnings of prompts; with `prefix_apart` these are in other memory. `share`: of a GPU's free memory, where several engines grow into
+    it. Raises ParameterError where no whole context fits."""
     if prefix_memory is not None and prefix_memory < 0:
         raise ParameterError(
             "the memory for prompts is negative",
