@@ -66,8 +66,8 @@ def seeing() -> VisionSpec:
 
 @dataclass(frozen=True)
 class Words:
-    """Words of four letters to read: `known` are drawn in training, `new` only in evaluation. `parts` of longer words are drawn in training,
-    too: the pieces that a tokenizer makes of words are many more than those of the known ones."""
+    """Words of four letters to read: `known` are drawn in training, `new` only in evaluation. `parts` of longer words are drawn in
+    training, too: the pieces that a tokenizer makes of words are many more than those of the known ones."""
 
     known: tuple[str, ...]
     new: tuple[str, ...]
