@@ -1,6 +1,5 @@
-"""What `make demo` runs: build the small model that comes with the project, prove the build, complete a function, answer a question.
-
-A checkpoint that sees also describes a picture.
+"""What `make demo` runs: build the small model that comes with the project, prove the build, complete a function, answer a question, and
+describe a picture if the model sees.
 
 python examples/demo.py [CHECKPOINT] [BUNDLE]
 """
@@ -13,7 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKPOINT, BUNDLE = ROOT / "examples" / "demo-dense", ROOT / "bundles" / "demo-dense"
+CHECKPOINT, BUNDLE = ROOT / "examples" / "demo-vision", ROOT / "bundles" / "demo-vision"
 
 FUNCTION = '''import os
 
