@@ -36,20 +36,13 @@ def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def folder_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all workers of this run have in common."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 @pytest.fixture(scope="session", autouse=True)
-def _shared_captures(folder_of_the_run: Path) -> Iterator[None]:
-    """Builds of one architecture share their traces."""
+def _shared_captures(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds of one architecture share their traces. `pytest --cache-clear` forgets those of earlier runs."""
+    kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
+    folder = pytestconfig.cache.mkdir("traces") if kept else tmp_path_factory.mktemp("traces")  # type: ignore[union-attr]
     with pytest.MonkeyPatch.context() as patch:
-        share_captures(patch, folder_of_the_run)
+        share_captures(patch, folder)
         yield
 
 
