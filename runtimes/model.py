@@ -22,6 +22,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.prompt_sizes import read_every_size
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP, is_static
 from qwen_export.runtimes.memory.device import Device
@@ -106,12 +107,7 @@ class Model:
     A model is a context manager; `close` gives its memory back at once."""
 
     def __init__(
-        self,
-        directory: Path,
-        manifest: Manifest,
-        sessions: Mapping[str, Session],
-        max_context: int | None,
-        speculate: Speculate = "off",
+        self, directory: Path, manifest: Manifest, sessions: Mapping[str, Session], max_context: int | None, speculate: Speculate = "off"
     ) -> None:
         """`sessions`: the bundle's graphs by name; those of the draft head only where it is wanted."""
         self.directory, self.manifest, self._sessions, self._max_context = directory, manifest, dict(sessions), max_context
@@ -359,11 +355,12 @@ class Model:
             running.tokens.close()
 
     def warm(self) -> None:
-        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are compiled and calls recorded. For programs
-        that load a bundle before the first request."""
+        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are loaded or compiled, calls recorded and
+        prompts of every size read. For programs that load a bundle before the first request."""
         self._require_open()
         with self._turn:
             self._conversation.decoder.warm(self.longest_draft)
+            read_every_size(self._conversation.decoder)
 
     @property
     def drafts(self) -> Speculate:
@@ -378,11 +375,8 @@ class Model:
     @cached_property
     def _policy(self) -> Policy | None:
         """Kept from answer to answer, with what it measured; None reads token by token."""
-        if (
-            self.manifest.speculation is None
-            or self._speculate == "off"
-            or (HEAD_STEP not in self._sessions and self._speculate != "lookup")
-        ):
+        headless = HEAD_STEP not in self._sessions and self._speculate != "lookup"
+        if self.manifest.speculation is None or self._speculate == "off" or headless:
             return None
         longest = self.manifest.speculation.max_draft
         return FixedLength(self._speculate) if isinstance(self._speculate, int) else AdaptiveLength(longest)
