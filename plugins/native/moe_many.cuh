@@ -55,14 +55,19 @@ static __global__ void __launch_bounds__(kMostExperts) plan_tiles_kernel(const i
   if (e == kMostExperts - 1) tiles[0].x = before;
 }
 
+template <typename T, bool GENERAL, bool SWIGLU>
+void run_experts_of(const ManyProduct& given, cudaStream_t stream) {
+  if (given.w.bits == 4) return run_many<T, 4, GENERAL, kVisitsTogether, SWIGLU, true>(given, stream);
+  run_many<T, 8, GENERAL, kVisitsTogether, SWIGLU, true>(given, stream);
+}
+
 template <typename T, bool SWIGLU>
 void run_experts(const ManyProduct& given, cudaStream_t stream) {
-  const bool four = given.w.bits == 4;
   if constexpr (std::is_same<T, __half>::value) {
     if (!given.w.zeros && !given.w.wide_scales)
-      return four ? run_many<T, 4, false, kVisitsTogether, SWIGLU, true>(given, stream) : run_many<T, 8, false, kVisitsTogether, SWIGLU, true>(given, stream);
+      return run_experts_of<T, false, SWIGLU>(given, stream);
   }
-  four ? run_many<T, 4, true, kVisitsTogether, SWIGLU, true>(given, stream) : run_many<T, 8, true, kVisitsTogether, SWIGLU, true>(given, stream);
+  run_experts_of<T, true, SWIGLU>(given, stream);
 }
 
 template <typename T>

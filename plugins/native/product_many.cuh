@@ -84,7 +84,8 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     first_row = own.y;
     M = min(given.counts[own.x], given.tokens);
     w = w.expert(own.x);
-    if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? given.visits[size_t(own.x) * given.tokens + first_row + threadIdx.x] : -1;
+    const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
+    if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
   }
   const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

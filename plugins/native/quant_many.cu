@@ -24,7 +24,8 @@ template <typename T, bool SWIGLU>
 void of_format(ManyProduct given, cudaStream_t stream) {
   const bool four = given.w.bits == 4;
   if constexpr (std::is_same<T, __half>::value) {
-    if (!given.w.zeros && !given.w.wide_scales) return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
+    if (!given.w.zeros && !given.w.wide_scales)
+      return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
   }
   four ? of_rows<T, 4, true, SWIGLU>(given, stream) : of_rows<T, 8, true, SWIGLU>(given, stream);
 }
