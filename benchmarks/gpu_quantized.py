@@ -21,8 +21,8 @@ from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.runtimes.memory.buffers import encode
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
-SHAPES = ((4096, 1024), (1024, 3584), (4096, 4096), (4096, 12288))
-SWIGLU = ((3584, 1024), (12288, 4096))
+SHAPES = ((4096, 1024), (1024, 3584), (2560, 9216), (4096, 4096), (4096, 12288))
+SWIGLU = ((3584, 1024), (9216, 2560), (12288, 4096))
 Format = QuantFormat | Literal["fp8"] | None
 FP8: Final = "fp8"
 FORMATS: tuple[Format, ...] = (None, QuantFormat(4, 32), QuantFormat(4, 128), QuantFormat(8, 32), FP8)

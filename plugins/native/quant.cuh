@@ -54,9 +54,9 @@ void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows
 template <typename T>
 void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream);
 
-// From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the weights and one for the activations, which are arranged
-// in `workspace`, many_workspace bytes. Weights are rounded to T, as `dequantize` does. Of each range of rows (9 to 64, 65 to 256) a row has the same
-// bits beside any others.
+// From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the activations, which are arranged in `workspace`
+// (many_workspace bytes), and one for the weights, which are rounded to T as by `dequantize`. Of each range of rows (9 to 64, 65 to 256) a row has
+// the same bits beside any others.
 bool has_quant_many(int M);
 template <typename T>
 size_t many_workspace(const QuantMatrix& w, int M);

@@ -1,4 +1,5 @@
-// Fragments of weights for the tensor cores, made of packed codes in registers: (code - zero) * scale, rounded once to the element type, as `dequantize`.
+// Fragments of weights for the tensor cores, made of packed codes in registers: (code - zero) * scale, rounded once to the element type as by
+// `dequantize`.
 #pragma once
 
 #include <type_traits>
@@ -91,7 +92,9 @@ struct Weights<__half, 8, false> {
   __device__ void load(const uint8_t* scales, const uint8_t*, bool, int at) { scale = *reinterpret_cast<const __half2*>(scales + at * 2); }
   __device__ void of(const uint2& v, const uint2& w, uint32_t* a) const {
     const __half2 zero = __float2half2_rn(-1152.0f), scale0 = __low2half2(scale), scale1 = __high2half2(scale);
-    const auto pair = [&](uint32_t word, int select, __half2 scale) { return bits_of(__hmul2(__hadd2(as_half2(__byte_perm(word, magic, select)), zero), scale)); };
+    const auto pair = [&](uint32_t word, int select, __half2 scale) {
+      return bits_of(__hmul2(__hadd2(as_half2(__byte_perm(word, magic, select)), zero), scale));
+    };
     a[0] = pair(v.x, 0x4140, scale0), a[1] = pair(v.y, 0x4140, scale1), a[2] = pair(v.x, 0x4342, scale0), a[3] = pair(v.y, 0x4342, scale1);
     a[4] = pair(w.x, 0x4140, scale0), a[5] = pair(w.y, 0x4140, scale1), a[6] = pair(w.x, 0x4342, scale0), a[7] = pair(w.y, 0x4342, scale1);
   }

@@ -13,18 +13,19 @@ void of_rows(ManyProduct& given, cudaStream_t stream) {
   given.splits = 1;
   while (given.splits < 8 && tiles * given.splits * 2 <= most && given.splits * 4 <= given.w.units()) given.splits *= 2;
   if constexpr (!GENERAL) {
-    if (given.M <= 16) return run_many<T, BITS, GENERAL, 16, SWIGLU, false>(given, stream);
-    if (given.M <= 32) return run_many<T, BITS, GENERAL, 32, SWIGLU, false>(given, stream);
+    if (given.M <= 16) return run_many<T, BITS, GENERAL, 16, SWIGLU>(given, stream);
+    if (given.M <= 32) return run_many<T, BITS, GENERAL, 32, SWIGLU>(given, stream);
   }
-  if (given.M <= 64) return run_many<T, BITS, GENERAL, 64, SWIGLU, false>(given, stream);
-  run_many<T, BITS, GENERAL, 128, SWIGLU, false>(given, stream);
+  if (given.M <= 64) return run_many<T, BITS, GENERAL, 64, SWIGLU>(given, stream);
+  run_many<T, BITS, GENERAL, 128, SWIGLU>(given, stream);
 }
 
 template <typename T, bool SWIGLU>
 void of_format(ManyProduct given, cudaStream_t stream) {
   const bool four = given.w.bits == 4;
   if constexpr (std::is_same<T, __half>::value) {
-    if (!given.w.zeros && !given.w.wide_scales) return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
+    if (!given.w.zeros && !given.w.wide_scales)
+      return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
   }
   four ? of_rows<T, 4, true, SWIGLU>(given, stream) : of_rows<T, 8, true, SWIGLU>(given, stream);
 }
