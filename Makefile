@@ -16,11 +16,15 @@ SOURCES := $(wildcard plugins/native/*.h plugins/native/cpu/*.* $(addprefix plug
 # The kernels are compiled while pip downloads.
 MAKEFLAGS += --jobs=2
 
-.PHONY: help demo test test-fast test-builtin test-documents native lint docs clean
+# Workers begin at the two ends of the files: what the tests of a file have in common is made once, for nearly all of them.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+.PHONY: help demo test test-all test-fast test-builtin test-documents native lint docs clean
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, but for those with the marker slow: 8 minutes on two cores"
+	@echo "make test-all      run those, too, as the workflow tests does every night"
 	@echo "make test-fast     run some of every package, in about a minute"
 	@echo "make test-builtin  run the tests of the runtime without this project's CPU kernels"
 	@echo "make test-documents  run the commands that the documents show"
@@ -33,20 +37,23 @@ demo: $(STAMP) native
 	$(BIN)/python examples/demo.py
 
 test: $(STAMP) native
-	$(BIN)/python -m pytest -q -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: test
+	$(PYTEST) -m slow $(ARGS)
 
 test-fast: $(STAMP) native
-	$(BIN)/python -m pytest -q -n 2 --fast $(ARGS)
+	$(PYTEST) --fast $(ARGS)
 
 # A machine without a C++ compiler: everything runs on ONNX Runtime's own kernels.
 RUNTIME_TESTS := $(addprefix tests/test_,runtime.py speculation.py sequences.py interruptions.py parity.py)
 
 test-builtin: $(STAMP)
-	QWEN_EXPORT_CPU_PLUGIN= $(BIN)/python -m pytest -q -n 2 $(RUNTIME_TESTS) $(ARGS)
+	QWEN_EXPORT_CPU_PLUGIN= $(PYTEST) $(RUNTIME_TESTS) $(ARGS)
 
 # Each page's commands, from its first to its last.
 test-documents: $(STAMP) native
-	$(BIN)/python -m pytest -q -n 2 -m documents tests/documents $(ARGS)
+	$(PYTEST) -m documents tests/documents $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs]'

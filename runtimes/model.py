@@ -24,6 +24,7 @@ from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP, is_static
+from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.open_bundle import Speculate, open_bundle
 from qwen_export.runtimes.preparation import Preparation, Wanted
 from qwen_export.runtimes.sampling.constraint import Constraint
@@ -161,6 +162,11 @@ class Model:
     def text_files(self) -> TextFiles:
         """Tokenizer, chat templates and special tokens of the bundle."""
         return TextFiles(self.directory, self.manifest.files)
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Each device that has a part of the model, once."""
+        return tuple(dict.fromkeys(device for session in self._sessions.values() for device in session.devices))
 
     @property
     def tokenizer(self) -> TextTokenizer:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# As many workers as cores: a second thread of torch in each would only wait. Read when torch is loaded, here and in processes of tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from qwen_export.building.compiler import build
 from qwen_export.plugins.native.native_library import LIBRARIES
@@ -16,6 +19,7 @@ from qwen_export.runtimes.memory import cuda_driver
 from tests.support.fake_driver import FakeDriver
 from tests.support.family import tiny_config
 from tests.support.fast_tests import FAST
+from tests.support.shared_captures import share_captures
 from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
 
@@ -24,12 +28,21 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Notes of the runtime stay out of the user's directories, and tests beside each other do not fight for cores."""
-    torch.set_num_threads(2)
+    """Notes of the runtime stay out of the user's directories."""
     folders = {"XDG_CACHE_HOME": "cache", "XDG_DATA_HOME": "data"}
     with pytest.MonkeyPatch.context() as patch:
         for variable, name in folders.items():
             patch.setenv(variable, str(tmp_path_factory.mktemp(name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_captures(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Builds of one architecture share their traces. `pytest --cache-clear` forgets those of earlier runs."""
+    kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
+    folder = pytestconfig.cache.mkdir("traces") if kept else tmp_path_factory.mktemp("traces")  # type: ignore[union-attr]
+    with pytest.MonkeyPatch.context() as patch:
+        share_captures(patch, folder)
         yield
 
 

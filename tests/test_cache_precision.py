@@ -138,28 +138,29 @@ def test_drafts_change_no_text(bundles: dict[str, Path], kept: str) -> None:
 
 
 @needs_plugin
-def test_a_needle_at_the_beginning_of_a_full_context(bundles: dict[str, Path], demo_bundle: Path) -> None:
-    """A definition that is read first is written again, 8000 tokens later, as surely as with caches of fp32."""
+@pytest.mark.parametrize("length", [2000, pytest.param(8000, marks=pytest.mark.slow)])
+def test_a_needle_at_the_beginning_of_a_long_context(bundles: dict[str, Path], demo_bundle: Path, length: int) -> None:
+    """A definition that is read first is written again, thousands of tokens later, as surely as with caches of fp32."""
     with load(demo_bundle, threads=2) as model:
         tokenizer = model.tokenizer
-        wanted, forgotten = (needle(model, *lines(tokenizer, seen=seen)) for seen in (True, False))
+        wanted, forgotten = (needle(model, *lines(tokenizer, length, seen=seen)) for seen in (True, False))
     assert wanted > forgotten + 1.0, "the model does not look back so far"
     for kept, most in NEEDLE.items():
         with load(bundles[kept], threads=2) as model:
-            assert needle(model, *lines(tokenizer, seen=True)) > wanted - most, kept
+            assert needle(model, *lines(tokenizer, length, seen=True)) > wanted - most, kept
 
 
 HEAD, KEY = "\ndef _read_quarry_ledger(", "self, marble: Quarry, violin_depth: int = 7319) -> Ledger:"
 
 
-def lines(tokenizer: Any, *, seen: bool) -> tuple[list[int], list[int]]:
-    """A text of 8000 tokens that ends with the head of a definition, at its beginning whole where `seen`; and the tokens that follow."""
+def lines(tokenizer: Any, length: int, *, seen: bool) -> tuple[list[int], list[int]]:
+    """A text of so many tokens that ends with the head of a definition, at its beginning whole where `seen`; and the tokens that follow."""
     code = (Path(__file__).parent / "data" / "held_out.py.txt").read_text(encoding="utf-8")
     head, key = tokenizer.encode(HEAD), tokenizer.encode(KEY)
     filler = tokenizer.encode(code)
-    while len(filler) < 8000:
+    while len(filler) < length:
         filler += filler
-    room = 8000 - 2 * (len(head) + len(key))
+    room = length - 2 * (len(head) + len(key))
     return [*filler[:100], *((*head, *key) if seen else ()), *filler[100:room], *head], key
 
 

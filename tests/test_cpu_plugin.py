@@ -107,7 +107,7 @@ def test_without_the_plugin_nothing_is_native(tiny_checkpoint: Path, without_plu
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_stay_bf16_where_the_checkpoint_has_them_so(plugin: Path, tied: bool, tmp_path: Path) -> None:
     checkpoint = synthesize(tiny_config(tied=tied, layers=2, layer_types=[LINEAR, FULL]), tmp_path / "checkpoint")
-    model = lower(source := open_checkpoint(checkpoint), plan_build(source))["decoder"]
+    model = lower(source := open_checkpoint(checkpoint), plan_build(source, mtp=False, lookup=True, vision=False))["decoder"]
     types: dict[str, set[str]] = {}
     for name, value in model.graph.initializers.items():
         assert value.dtype is not None and value.shape is not None
@@ -123,7 +123,7 @@ def test_matrices_stay_bf16_where_the_checkpoint_has_them_so(plugin: Path, tied:
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_other_checkpoints_stay_fp32(plugin: Path, dtype: str, make_checkpoint: Callable[..., Path]) -> None:
     checkpoint = make_checkpoint(SMALL, dtype=dtype)
-    model = lower(source := open_checkpoint(checkpoint), plan_build(source))["decoder"]
+    model = lower(source := open_checkpoint(checkpoint), plan_build(source, mtp=False, lookup=True, vision=False))["decoder"]
     assert "BFLOAT16" not in {value.dtype.name for value in model.graph.initializers.values() if value.dtype}
 
 

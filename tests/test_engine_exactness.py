@@ -41,8 +41,14 @@ def models(bundles: Callable[[str], Path], request: pytest.FixtureRequest) -> Ca
     return model
 
 
-@pytest.mark.parametrize("speculate", ["off", 3, "auto", "lookup"])
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize(
+    ("kind", "speculate"),
+    [
+        *(("dense", way) for way in ("off", 3, "auto", "lookup")),
+        ("moe", 3),
+        *(pytest.param("moe", way, marks=pytest.mark.slow) for way in ("off", "auto", "lookup")),
+    ],
+)
 def test_together_as_alone(
     models: Callable[[str, str | int], Model], kind: str, speculate: str | int, request: pytest.FixtureRequest
 ) -> None:

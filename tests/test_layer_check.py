@@ -41,7 +41,7 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return synthesize(tiny(value_ratio=2, query_ratio=4), tmp_path_factory.mktemp("layers") / "checkpoint")
+    return synthesize(tiny(), tmp_path_factory.mktemp("layers") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_every_target_keeps_the_names_of_the_points(
     for library in LIBRARIES.values():
         monkeypatch.setenv(library.variable, str(tmp_path / "library") if plugin else "")
     source = open_checkpoint(checkpoint)
-    models = lower(source, plan_build(source, target, device, precision, max_context=128, vision=False))
+    models = lower(source, plan_build(source, target, device, precision, max_context=128, mtp=False, vision=False))
     there = names(models[STEP])
     for layer in range(LAYERS):
         for point in POINTS:

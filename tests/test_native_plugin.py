@@ -227,6 +227,24 @@ def test_a_transaction_is_the_op(dtype: str, Hk: int, Hv: int, D: int, in_place:
 
 @gpu
 @FLOATS
+@pytest.mark.parametrize(("Hk", "Hv", "D"), [(16, 32, 128), (16, 48, 64)])
+@pytest.mark.parametrize(("T", "P"), [(1, 0), (1, 3), (4, 4), (9, 9)])
+def test_a_sequence_has_the_same_bits_in_company(dtype: str, Hk: int, Hv: int, D: int, T: int, P: int) -> None:
+    """Many heads share processors, those of one sequence have one each."""
+    rng, B = np.random.default_rng([T, P, Hv]), 12
+    accepted, commit = rng.integers(0, P + 1, B).tolist(), rng.integers(0, T + 1, B).tolist()
+    given = with_transaction(rng, delta_net_inputs(rng, dtype, B, T, Hk, Hv, D), P, accepted, commit)
+    op = delta_net_op(dtype, given, Hk)
+    op.bind_outputs(history_out=op.inputs["history"], state_out=op.inputs["state"])
+    together = op.run(poison=False)
+    for b in (0, 5, B - 1):
+        one = {n: (x[b : b + 1] if x.shape[:1] == (B,) else x, kind) for n, (x, kind) in given.items()}
+        for name, alone in delta_net_op(dtype, one, Hk).run().items():
+            assert np.array_equal(alone[0], together[name][b]), (name, b)
+
+
+@gpu
+@FLOATS
 @HEADS
 @pytest.mark.parametrize("T", [1, 9, 24])
 def test_controls_are_read_by_the_device(dtype: str, T: int, D: int) -> None:

@@ -17,6 +17,7 @@ from qwen_export.errors import ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
 from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.runtimes.memory.cuda_driver import compute_capability
 from qwen_export.verification.logit_check import verify
 from tests.support.cuda_ops import LIMIT, OneOp, error, normalized, rounded, silu
 from tests.support.family import tiny_config
@@ -133,6 +134,35 @@ def test_quant_linear(dtype: str, format: QuantFormat, N: int, K: int) -> None:
 @gpu
 @DTYPES
 @EVERY
+@pytest.mark.parametrize(("N", "K"), [(37 * 8, 416), (1024, 3584)])
+def test_products_of_many_rows(dtype: str, format: QuantFormat, N: int, K: int) -> None:
+    """Rows on both sides of each border between kernels; products with all that they can have, SwiGlu without a norm."""
+    rng = np.random.default_rng(N)
+    packed, w = random_matrix(format, N, K)
+    both, gates = random_matrix(format, 2 * N // 32 * 32, K)
+    half = len(gates) // 2
+    for M in (16, 17, 64, 65, 200, 257):
+        x, norm = rounded(rng.normal(size=(1, M, K)), dtype), rounded(1 + rng.normal(size=K) / 4, dtype)
+        tail, residual = rounded(rng.normal(size=(24, K)) / np.sqrt(K), dtype), rounded(rng.normal(size=(1, M, N + 24)), dtype)
+        given = {"x": (x, dtype), "w": (packed, "uint8"), "residual": (residual, dtype), "norm": (norm, dtype), "tail": (tail, dtype)}
+        op = OneOp("QuantLinear", dtype, given, {"y": ((1, M, N + 24), dtype)}, epsilon=1e-6, **format.attributes(N, K))
+        h = normalized(x, norm, dtype)
+        assert error(op.run()["y"], h @ np.concatenate([w, tail]).T + residual) < 1.5 * LIMIT[dtype], (format, M)
+        gate = OneOp(
+            "QuantSwiGlu",
+            dtype,
+            {"x": (x, dtype), "w": (both, "uint8")},
+            {"y": ((1, M, half), dtype)},
+            epsilon=0.0,
+            **format.attributes(2 * half, K),
+        )
+        up = x @ gates.T
+        assert error(gate.run()["y"], silu(up[..., :half]) * up[..., half:]) < 3 * LIMIT[dtype], (format, M)
+
+
+@gpu
+@DTYPES
+@EVERY
 def test_quant_swiglu(dtype: str, format: QuantFormat) -> None:
     for N, K in ((16, 40), (3584, 1024)):
         rng = np.random.default_rng(N)
@@ -163,17 +193,21 @@ def test_quant_gather(format: QuantFormat) -> None:
 @gpu
 @DTYPES
 def test_rows_have_the_same_bits_alone_and_together(dtype: str) -> None:
-    """Up to 8: drafts are verified with the sums that steps have."""
+    """Up to 8: drafts are verified with the sums that steps have. More: wherever their weights are not copied for a call."""
     N, K = 1024, 2560
+    ranges: list[list[int]] = [list(range(1, 9))]
+    if compute_capability()[0] == 9:
+        ranges += [[9, 16, 31, 64], [65, 100, 256]]
     for format in FORMATS:
         packed, _ = random_matrix(format, N, K)
-        x, norm = rounded(np.random.default_rng(1).normal(size=(1, 8, K)), dtype), np.ones(K)
-        results = []
-        for M in range(1, 9):
-            inputs = {"x": (x[:, :M], dtype), "w": (packed, "uint8"), "residual": None, "norm": (norm, dtype)}
-            op = OneOp("QuantLinear", dtype, inputs, {"y": ((1, M, N), dtype)}, epsilon=1e-6, **format.attributes(N, K))
-            results.append(op.run()["y"][0])
-        assert all(np.array_equal(result, results[-1][: len(result)]) for result in results), format
+        x, norm = rounded(np.random.default_rng(1).normal(size=(1, 256, K)), dtype), np.ones(K)
+        for rows in ranges:
+            results = []
+            for M in rows:
+                inputs = {"x": (x[:, :M], dtype), "w": (packed, "uint8"), "residual": None, "norm": (norm, dtype)}
+                op = OneOp("QuantLinear", dtype, inputs, {"y": ((1, M, N), dtype)}, epsilon=1e-6, **format.attributes(N, K))
+                results.append(op.run()["y"][0])
+            assert all(np.array_equal(result, results[-1][: len(result)]) for result in results), format
 
 
 @gpu

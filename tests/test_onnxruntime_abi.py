@@ -31,6 +31,7 @@ SAME(OrtApi, KernelInfoGetAttribute_int64); SAME(OrtApi, KernelContext_GetInputC
 SAME(OrtApi, KernelContext_GetOutput); SAME(OrtApi, ReleaseStatus); SAME(OrtApi, ReleaseMemoryInfo);
 SAME(OrtApi, ReleaseTensorTypeAndShapeInfo); SAME(OrtApi, ReleaseAllocator); SAME(OrtApi, KernelContext_GetGPUComputeStream);
 SAME(OrtApi, KernelContext_GetAllocator); SAME(OrtApi, KernelContext_GetResource); SAME(OrtApi, KernelContext_ParallelFor);
+SAME(OrtApi, KernelContext_GetScratchBuffer);
 SAME(OrtApiBase, GetApi); SAME(OrtAllocator, Alloc); SAME(OrtAllocator, Free);
 SAME(OrtCustomOp, version); SAME(OrtCustomOp, CreateKernel); SAME(OrtCustomOp, GetName); SAME(OrtCustomOp, GetExecutionProviderType);
 SAME(OrtCustomOp, GetInputType); SAME(OrtCustomOp, GetInputTypeCount); SAME(OrtCustomOp, GetOutputType);

@@ -256,7 +256,7 @@ print(json.dumps([callable(first), callable(second), first is second, callable(q
 
 def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     """What is recorded for builds that cannot be asked must not promise more than the registry of the same release."""
-    from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, OPTIONAL, choose
+    from qwen_export.plugins.onnxruntime.onnxruntime_choices import CHOICES, OPTIONAL, VISION_CHOICES, choose, choose_vision
     from qwen_export.plugins.onnxruntime.recorded_kernels import recorded
     from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import installed
 
@@ -265,4 +265,6 @@ def test_recorded_kernels_are_those_of_the_installed_release() -> None:
     config = parse_config(tiny_config()).text
     for precision in ("fp32", "fp16", "bf16"):
         assert choose(recorded("cpu"), precision, config)[0].keys() == choose(real, precision, config)[0].keys(), precision
+        assert choose_vision(recorded("cpu"), precision)[0].keys() == choose_vision(real, precision)[0].keys(), precision
     assert choose(recorded("cpu"), "fp32", config)[0].keys() == CHOICES["cpu"].keys() - {"moe", *OPTIONAL}
+    assert choose_vision(recorded("cpu"), "fp32")[0].keys() == VISION_CHOICES["cpu"].keys()

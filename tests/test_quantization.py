@@ -135,6 +135,19 @@ def test_the_plugins_search_leaves_the_error_of_numpys(bits: int, block: int) ->
     assert native[3 * 4] == 0
 
 
+@needs_plugin
+@pytest.mark.parametrize("top", [8.0, 128.0])
+def test_the_plugins_codes_are_numpys(top: float) -> None:
+    """Ties go to even, what is beyond the ends is clipped, and a block of zeros has the middle."""
+    w = np.random.default_rng(0).normal(0, top, (300, 32)).astype(np.float32)
+    w[0], w[1], w[2] = np.arange(32) - 15.5, 1e30, 0
+    inverse = np.random.default_rng(1).normal(0, 1, 300).astype(np.float32)
+    inverse[:3] = 1, -1, 0
+    plugin = find_search()
+    assert plugin is not None
+    assert np.array_equal(plugin.codes(w, inverse, top), NUMPY_SEARCH.codes(w, inverse, top))
+
+
 @pytest.mark.parametrize("method", ["rtn", "search"])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_values_on_a_grid_come_back(method: str, zeros: bool) -> None:

@@ -24,7 +24,9 @@ from qwen_export.runtimes.backends.staged_session import StagedSession
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.sampling.sampler import Sampler
+from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.serving.engine_group import EngineGroup
 from qwen_export.verification.logit_check import verify
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
@@ -92,6 +94,32 @@ def test_two_engines_share_the_stages(bundles: dict[int, Path]) -> None:
     ):
         streams = [engine.submit(request(ids)) for engine, ids in zip((first, second, first, second), prompts, strict=True)]
         assert [list(stream) for stream in streams] == expected
+
+
+def test_a_group_of_engines_gives_the_texts_of_one(bundles: dict[int, Path]) -> None:
+    """Slots are shared out, and a prompt that goes on with an earlier one goes where that was read."""
+    prompts = [[1 + (7 * n + i) % 62 for i in range(length)] for n, length in enumerate((3, 90, 70, 5, 30))]
+
+    def texts(engine: Answering) -> list[list[int]]:
+        first = [list(stream) for stream in [engine.submit(request(ids)) for ids in prompts]]
+        return first + [list(engine.submit(request([*ids, *text, 9]))) for ids, text in zip(prompts, first, strict=True)]
+
+    def request(ids: list[int]) -> Request:
+        return Request(ids, Sampler(SamplingParams(greedy=True)), frozenset(), 12)
+
+    with load(bundles[1], threads=1, max_context=CONTEXT, speculate=2) as model, Engine.of(model, slots=3) as engine:
+        expected = texts(engine)
+    with load(bundles[2], threads=1, max_context=CONTEXT, speculate=2) as model:
+        with EngineGroup.of(model, slots=3, engines=2) as group:
+            assert [engine.slots for engine in group.engines] == [2, 1]
+            assert texts(group) == expected
+            assert sum(engine.statistics.prefix.hits for engine in group.engines) >= 2
+            assert all(engine.statistics.rows for engine in group.engines)
+        assert group.closed
+        with EngineGroup.of(model, slots=3) as group:
+            assert len(group.engines) == 1, "all stages are on one device"
+        with pytest.raises(ParameterError, match="more engines than slots"):
+            EngineGroup.of(model, slots=2, engines=3)
 
 
 def test_each_stage_has_its_layers_and_weights(bundles: dict[int, Path]) -> None:

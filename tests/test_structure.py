@@ -202,10 +202,15 @@ def _private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
             named = [node.attr]
         elif isinstance(node, ast.ImportFrom) and within(node.module or "", "qwen_export"):
             named = [alias.name for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("setattr", "getattr", "delattr")):
+        elif isinstance(node, ast.Call) and _called(node).endswith(("setattr", "getattr", "delattr")):
             texts = [value.value for value in node.args[:2] if isinstance(value, ast.Constant) and isinstance(value.value, str)]
             named = [text.rpartition(".")[2] for text in texts]
         yield from ((node.lineno, name) for name in named if name.startswith("_") and not name.startswith("__"))
+
+
+def _called(call: ast.Call) -> str:
+    """The last part of a function's name."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 @pytest.mark.parametrize("path", sources("tests"), ids=lambda path: path.stem)

@@ -140,6 +140,7 @@ def test_a_tower_of_fixed_size(library: Library, tmp_path: Path) -> None:
     assert built["vision_64"].layers["SOFTMAX"] == 2
 
 
+@pytest.mark.slow
 def test_two_layers_of_the_08b(library: Library, tmp_path: Path) -> None:
     """The real widths, a small vocabulary."""
     config = json.loads(json.dumps(FAMILY["0.8B"]))
@@ -151,6 +152,7 @@ def test_two_layers_of_the_08b(library: Library, tmp_path: Path) -> None:
     assert built["decoder"].layers["TOPK"] == 2, "a large vocabulary is searched in groups"
 
 
+@pytest.mark.slow
 def test_a_prompt_of_twelve_layers_builds(library: Library, tmp_path: Path) -> None:
     """TensorRT-RTX 1.7.1 cannot compile it where the rotations read the gather of their tables themselves."""
     config = json.loads(json.dumps(FAMILY["0.8B"]))
@@ -162,7 +164,7 @@ def test_a_prompt_of_twelve_layers_builds(library: Library, tmp_path: Path) -> N
     assert built["prefill"].layers["KV_CACHE_UPDATE"] == 2 * 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4", "fp8"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "int4", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_precisions(library: Library, tiny_checkpoint: Path, tmp_path: Path, precision: str) -> None:
     built = compiled(library, tiny_checkpoint, tmp_path, precision, ("decoder",), options=StaticOptions(chunk=64))["decoder"]
     assert ("DEQUANTIZE" in built.layers) == (precision != "fp32")
@@ -215,6 +217,7 @@ def test_embedded_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert "KV_CACHE_UPDATE" in (tmp_path / "layers" / "decoder.layers.txt").read_text()
 
 
+@pytest.mark.slow
 def test_one_stream_has_no_events(library: Library, tmp_path: Path) -> None:
     """A recurrent layer of the 0.8B's shape runs on two streams where it may."""
     checkpoint = synthesize(small_release_config(), tmp_path / "checkpoint", with_mtp=False)

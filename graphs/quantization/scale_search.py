@@ -8,7 +8,7 @@ caller chooses who searches: numpy, or a compiled library.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
 
 import numpy as np
@@ -21,8 +21,6 @@ METHODS = ("rtn", "search")
 # Ranges as a share of the one that ends at the largest value. Smaller ones clip the largest value to represent the others better. Rounding
 # to nearest is tried too: "search" is never worse.
 _SHARES = (1.0, 0.94, 0.88, 0.82, 0.76, 0.7)
-# Rows are quantized a cache's worth at a time.
-_CHUNK = 1 << 16
 
 
 class ScaleSearch(Protocol):
@@ -31,26 +29,40 @@ class ScaleSearch(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def chunk(self) -> int:
+        """Values that are best given at a time."""
+
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
         """w f32[n,block] -> scales f32[n] of symmetric codes from -top to top - 1. `shares` are the ranges to try."""
+
+    def codes(self, w: Floats, inverse: Floats, top: float) -> Bytes:
+        """w f32[n,block], 1 / scale f32[n] -> codes u8[n,block] from 0 to 2 top - 1: the same bits from every search."""
 
 
 @dataclass(frozen=True)
 class NumpySearch:
-    """The search in numpy, on every machine."""
+    """The search in numpy, on every machine. A cache's worth at a time: each operation reads what the one before wrote."""
 
     name: str = f"numpy {np.__version__}"
+    chunk: int = field(default=1 << 16, repr=False)
 
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
         return _best_scale(w, w, shares, np.float32(top))
 
+    def codes(self, w: Floats, inverse: Floats, top: float) -> Bytes:
+        q = w * inverse[:, None]
+        np.rint(q, out=q)
+        np.clip(q, -top, top - 1, out=q)
+        q += np.float32(top)
+        return q.astype(np.uint8)
+
 
 @dataclass(frozen=True)
-class _WeightedSearch:
+class _WeightedSearch(NumpySearch):
     """The same for the error that is weighted by `importance` f32[n,block]."""
 
-    importance: Floats
-    name: str = NumpySearch.name
+    importance: Floats = field(kw_only=True)
 
     def scales(self, w: Floats, shares: Sequence[float], top: float) -> Floats:
         return _best_scale(w, w * self.importance, shares, np.float32(top), self.importance)
@@ -72,7 +84,7 @@ def quantize(
     codes = np.empty((N, width), np.uint8)
     scales = np.empty((N, blocks), format.scale_dtype)
     zeros = np.empty((N, blocks), np.uint8) if format.zeros else None
-    step = max(1, _CHUNK // width)
+    step = max(1, search.chunk // width)
     weights = None if importance is None else np.pad(importance, (0, width - K)).reshape(blocks, format.block)
     for start in range(0, N, step):
         rows = values[start : start + step]
@@ -80,7 +92,7 @@ def quantize(
             rows = np.pad(rows, ((0, 0), (0, width - K)))
         w = np.ascontiguousarray(rows, np.float32).reshape(-1, format.block)
         by_column = None if weights is None else np.tile(weights, (len(rows), 1))
-        searcher = search if by_column is None else _WeightedSearch(by_column)
+        searcher = search if by_column is None else _WeightedSearch(importance=by_column)
         q, scale, zero = _with_zeros(format, w, method, by_column) if format.zeros else _symmetric(format, w, method, searcher)
         codes[start : start + step] = q.reshape(-1, width)
         scales[start : start + step] = scale.reshape(-1, blocks)
@@ -105,11 +117,7 @@ def _symmetric(format: QuantFormat, w: Floats, method: str, search: ScaleSearch)
     else:
         scale = search.scales(w, (float(top / (top - 1)), *_SHARES), float(top))
     rounded, inverse = _stored(scale, format)
-    q = w * inverse[:, None]
-    np.rint(q, out=q)
-    np.clip(q, -top, top - 1, out=q)
-    q += top
-    return q.astype(np.uint8), rounded, None
+    return search.codes(w, inverse, float(top)), rounded, None
 
 
 def _best_scale(w: Floats, weighted: Floats, shares: Sequence[float], top: np.float32, importance: Floats | None = None) -> Floats:

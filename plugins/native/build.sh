@@ -4,6 +4,7 @@
 #   ARCHS   the compute capabilities to build machine code for; newer devices compile the embedded PTX
 #   JOBS    sources compiled at a time; default one per core
 # cuBLAS is not linked: the library finds the one that ONNX Runtime has loaded into the process.
+# The CPU's library is built, too, where it is missing: it searches scales for builds of int4.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 : "${NVCC:=nvcc}" "${ARCHS:=80 89 90 120}" "${JOBS:=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)}"
@@ -26,3 +27,4 @@ printf '%s\n' "$here"/*.cu "$here"/*.cc | grep -v /delta_net_step | xargs -P "$J
   -Xcompiler=-fPIC,-fvisibility=hidden,-Wall $flags ${NVCC_FLAGS:-}
 "$NVCC" -shared -cudart=static "$objects"/*.o -ldl -o "$here/libqwen_export_cuda.so"
 echo "compiled libqwen_export_cuda.so in $(($(date +%s) - begun)) s"
+[ -e "$here/libqwen_export_cpu.so" ] || sh "$here/cpu/build.sh" || echo "note: builds of int4 will take longer: without the CPU's library numpy searches scales" >&2

@@ -3,7 +3,8 @@
 //     o_v = q.S'[:,v] = e^g q.S[:,v] + (q.k) delta_v,
 // so that one token costs one reduction, not two.
 //
-// Few tokens (decode, verify): one block per value head does everything. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
+// Few tokens (decode, verify): one block per value head does everything, with a processor to itself where there are few heads, beside others
+// where there are many. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
 // in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm; what is pending is replayed before that by
 // the kernel for few tokens, without a new token.
 //
@@ -13,6 +14,7 @@
 
 #include "device.cuh"
 #include "few_tokens.cuh"
+#include "many_heads.cuh"
 
 namespace qwen {
 namespace {
@@ -23,6 +25,13 @@ __global__ void __maxnreg__(TRANSACTION ? 128 : 96) few_tokens_kernel(DeltaNetSh
   const int pending = TRANSACTION ? clamped(in.accepted[blockIdx.y], shape.P) : 0;
   const int commit = TRANSACTION ? clamped(in.commit[blockIdx.y], shape.T) : shape.T;
   few_tokens<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
+}
+
+template <typename T, int D, bool TRANSACTION>
+__global__ void __launch_bounds__(kPartThreads, kPartBlocks) many_heads_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, float eps, int* arrivals) {
+  const int pending = TRANSACTION ? clamped(in.accepted[blockIdx.y], shape.P) : 0;
+  const int commit = TRANSACTION ? clamped(in.commit[blockIdx.y], shape.T) : shape.T;
+  many_heads<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
 }
 
 // Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.
@@ -124,11 +133,6 @@ template <int N>
 __device__ inline float sum(const float* x) {
   if constexpr (N == 1) return x[0];
   else return sum<N / 2>(x) + sum<N / 2>(x + N / 2);
-}
-
-__device__ inline void copy_async(void* shared, const void* global) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(address), "l"(global));
 }
 
 template <int D>
@@ -254,9 +258,32 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
 
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
+// Value heads of all sequences from which blocks share processors: twice those of the largest devices.
+constexpr int kManyHeads = 288;
+
+// Copies of 16 bytes begin at multiples of 16.
+template <typename T>
+bool is_aligned(const DeltaNetShape& s, const DeltaNetTensors<T>& in) {
+  auto whole = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; };
+  return s.width() * sizeof(T) % 16 == 0 && whole(in.packed) && whole(in.pending) && whole(in.history) && whole(in.history_out) && whole(in.conv);
+}
+
+template <typename T, int D>
+void many_heads(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, int* arrivals, cudaStream_t stream) {
+  static DeviceFlags allowed;
+  allowed.once([&] {
+    const int most = many_heads_shared<T, D>(kFewTokens, kFewTokens);
+    check(cudaFuncSetAttribute(many_heads_kernel<T, D, false>, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+    check(cudaFuncSetAttribute(many_heads_kernel<T, D, true>, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  });
+  launch(in.accepted == nullptr ? many_heads_kernel<T, D, false> : many_heads_kernel<T, D, true>, dim3(s.Hv, s.B), dim3(kPartThreads),
+         many_heads_shared<T, D>(s.P, s.T), stream, s, in, eps, arrivals);
+}
+
 template <typename T, int D>
 void few_tokens(const DeltaNetShape& s, const DeltaNetTensors<T>& in, float eps, int* arrivals, int arrivals_size, cudaStream_t stream) {
   if (s.B * s.Hk > arrivals_size) throw std::runtime_error("DeltaNet: more key heads than counters");
+  if (s.B * s.Hv >= kManyHeads && s.P <= kFewTokens && is_aligned(s, in)) return many_heads<T, D>(s, in, eps, arrivals, stream);
   launch(in.accepted == nullptr ? few_tokens_kernel<T, D, false> : few_tokens_kernel<T, D, true>, dim3(s.Hv, s.B), dim3(kHeadThreads), 0, stream, s, in, eps,
          arrivals);
 }

@@ -46,6 +46,63 @@ struct Channel {
   }
 };
 
+// Norms of a row of q and one of k, by a warp; returns their product.
+template <int D>
+__device__ inline float normalize(float* q, float* k, int lane) {
+  using Part = LanePart<D>;
+  Part a = reinterpret_cast<Part*>(q)[lane], c = reinterpret_cast<Part*>(k)[lane];
+  a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(D)));
+  c = scaled(c, rsqrtf(warp_sum(dot(c, c)) + kL2Eps));
+  const float both = warp_sum(dot(a, c));
+  reinterpret_cast<Part*>(q)[lane] = a, reinterpret_cast<Part*>(k)[lane] = c;
+  return both;
+}
+
+// A key head's part of the history is read by all its `ratio` value heads: the last of them to have read it writes it. Without counters the
+// first does, which may then not write what it was read from.
+__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio) {
+  if (arrivals == nullptr) return place == 0;
+  if (ratio == 1) return true;
+  __threadfence();
+  const bool last = atomicAdd(arrivals + key_head, 1) == ratio - 1;
+  if (last) arrivals[key_head] = 0;
+  return last;
+}
+
+// One token of some columns, each of them in LANES lanes: part p of a column holds k = 4 (LANES j + p) + 0..3. `out` has the outputs.
+template <int LANES, int COLUMNS, int QUADS>
+__device__ inline void read_token(float4 (&S)[COLUMNS][QUADS], const float* q, const float* k, const float (&v)[COLUMNS], float qk, float gate, float beta,
+                                  int part, float (&out)[COLUMNS]) {
+  float sk[COLUMNS] = {}, sq[COLUMNS] = {};
+  float4 key[QUADS];
+#pragma unroll
+  for (int j = 0; j < QUADS; j++) {
+    key[j] = reinterpret_cast<const float4*>(k)[j * LANES + part];
+    const float4 query = reinterpret_cast<const float4*>(q)[j * LANES + part];
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) sk[c] += dot(S[c][j], key[j]), sq[c] += dot(S[c][j], query);
+  }
+#pragma unroll
+  for (int step = 1; step < LANES; step *= 2) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+      sk[c] += __shfl_xor_sync(0xffffffffu, sk[c], step);
+      sq[c] += __shfl_xor_sync(0xffffffffu, sq[c], step);
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < COLUMNS; c++) {
+    const float delta = beta * fmaf(-gate, sk[c], v[c]);
+    out[c] = fmaf(qk, delta, gate * sq[c]);
+#pragma unroll
+    for (int j = 0; j < QUADS; j++) {
+      float4& s = S[c][j];
+      s.x = fmaf(delta, key[j].x, gate * s.x), s.y = fmaf(delta, key[j].y, gate * s.y);
+      s.z = fmaf(delta, key[j].z, gate * s.z), s.w = fmaf(delta, key[j].w, gate * s.w);
+    }
+  }
+}
+
 // With a transaction the accepted rows of `pending` go through the same loop as the new tokens, up to kFewTokens at a time and before the
 // projection of the new ones is complete. So every token is read by the same instructions, whichever call it came with.
 //
@@ -73,12 +130,12 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   // k = 4 (kLanes j + p) + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
   const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;
-  float4 S[kQuads];
+  float4 S[1][kQuads];
 #pragma unroll
-  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(in.state + at + j * kLanes * 4);
+  for (int j = 0; j < kQuads; j++) S[0][j] = *reinterpret_cast<const float4*>(in.state + at + j * kLanes * 4);
   auto store_state = [&] {
 #pragma unroll
-    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(in.state_out + at + j * kLanes * 4) = S[j];
+    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(in.state_out + at + j * kLanes * 4) = S[0][j];
   };
   // 3 D threads own a channel each; taps and history do not depend on the projection either.
   const int group = tid / D, within = tid % D;  // 0: q, 1: k, 2: v, 3: gates
@@ -126,23 +183,10 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     }
     __syncthreads();
     if (const int t = warp; t < count) {
-      Part a = reinterpret_cast<Part*>(q[t])[lane], c = reinterpret_cast<Part*>(k[t])[lane];
-      a = scaled(a, rsqrtf(warp_sum(dot(a, a)) + kL2Eps) * rsqrtf(float(D)));
-      c = scaled(c, rsqrtf(warp_sum(dot(c, c)) + kL2Eps));
-      const float both = warp_sum(dot(a, c));
-      reinterpret_cast<Part*>(q[t])[lane] = a, reinterpret_cast<Part*>(k[t])[lane] = c;
+      const float both = normalize<D>(q[t], k[t], lane);
       if (lane == 0) qk[t] = both;
     }
-    // A key head's part of the history is read by all its value heads: the last of them to have read it writes it.
-    if (tid == 0 && !replay) {
-      last = arrivals != nullptr || hv % ratio == 0;
-      if (arrivals != nullptr && ratio > 1) {
-        int* counter = arrivals + b * Hk + hk;
-        __threadfence();
-        last = atomicAdd(counter, 1) == ratio - 1;
-        if (last) *counter = 0;
-      }
-    }
+    if (tid == 0 && !replay) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio);
     __syncthreads();
     if (!replay && (group == 2 || (group < 2 && last))) {
 #pragma unroll
@@ -151,26 +195,9 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
 
     for (int t = 0; t < count; t++) {
       if (TRANSACTION && !replay && t == commit) store_state();
-      float sk = 0.0f, sq = 0.0f;
-      float4 key[kQuads];
-#pragma unroll
-      for (int j = 0; j < kQuads; j++) {
-        key[j] = reinterpret_cast<const float4*>(k[t])[j * kLanes + part];
-        sk += dot(S[j], key[j]);
-        sq += dot(S[j], reinterpret_cast<const float4*>(q[t])[j * kLanes + part]);
-      }
-#pragma unroll
-      for (int step = 1; step < kLanes; step *= 2) {
-        sk += __shfl_xor_sync(0xffffffffu, sk, step);
-        sq += __shfl_xor_sync(0xffffffffu, sq, step);
-      }
-      const float e = gate[t], delta = beta[t] * fmaf(-e, sk, v[t][column]);
-      if (part == 0) o[t][column] = fmaf(qk[t], delta, e * sq);
-#pragma unroll
-      for (int j = 0; j < kQuads; j++) {
-        S[j].x = fmaf(delta, key[j].x, e * S[j].x), S[j].y = fmaf(delta, key[j].y, e * S[j].y);
-        S[j].z = fmaf(delta, key[j].z, e * S[j].z), S[j].w = fmaf(delta, key[j].w, e * S[j].w);
-      }
+      float out[1];
+      read_token<kLanes>(S, q[t], k[t], {v[t][column]}, qk[t], gate[t], beta[t], part, out);
+      if (part == 0) o[t][column] = out[0];
     }
     if (!replay) break;
     pending -= count, rows += size_t(count) * width;

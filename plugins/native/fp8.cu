@@ -2,8 +2,10 @@
 
 #include <cuda_fp8.h>
 
+#include "fp8_panels.cuh"
 #include "fp8_stream.cuh"
 #include "product_few.cuh"
+#include "resident_few.cuh"
 
 namespace qwen {
 namespace {
@@ -71,16 +73,21 @@ __global__ void fp8_activations_kernel(const T* x, int M, int padded, int K, uin
   if (threadIdx.x % kLanes == 0) scales[size_t(block) * padded + m] = scale;
 }
 
+template <typename T, bool SWIGLU>
+void few_rows(const FewProduct<Fp8Matrix>& given, cudaStream_t stream) {
+  given.N > Fp8Panels<T>::kMostColumns ? product_few<T, Fp8Stream, SWIGLU>(given, stream) : resident_few<Fp8Panels<T>>(given, SWIGLU, stream);
+}
+
 }  // namespace
 
 template <typename T>
 void fp8_linear(const Fp8Matrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  product_few<T, Fp8Stream, false>(FewProduct<Fp8Matrix>{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0}, stream);
+  few_rows<T, false>(FewProduct<Fp8Matrix>{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0}, stream);
 }
 
 template <typename T>
 void fp8_swiglu(const Fp8Matrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  product_few<T, Fp8Stream, true>(FewProduct<Fp8Matrix>{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0}, stream);
+  few_rows<T, true>(FewProduct<Fp8Matrix>{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0}, stream);
 }
 
 template <typename T>

@@ -58,6 +58,16 @@ struct Fp8Form {
     fp8_gather(arguments...);
   }
 
+  static bool has_many(int) { return false; }  // cuBLASLt multiplies in FP8
+  template <typename T>
+  static size_t many_workspace(const Matrix&, int) {
+    return 0;
+  }
+  template <typename... Arguments>
+  static void linear_many(Arguments...) {}
+  template <typename... Arguments>
+  static void swiglu_many(Arguments...) {}
+
   template <typename T>
   static void large(const Call& call, const Matrix& w, const T* x, float beta, T* y, int M, int stride) {
     const int padded = (M + kFp8RowUnit - 1) / kFp8RowUnit * kFp8RowUnit;

@@ -112,11 +112,16 @@ struct Fp8Stream {
  private:
   template <typename Activations>
   __device__ void compute(int unit, const Buffer* buffers, const Activations& activations, float factor, float (&sum)[PANELS][4]) const {
-    float c[PANELS][4] = {};
+    uint4 parts[2][2];  // all on their way before the first is used
 #pragma unroll
     for (int step = 0; step < 2; step++) {
       const int k = unit * kUnit + step * 64 + t * 16;
-      const uint4 low = activations(k), high = activations(k + 8);
+      parts[step][0] = activations(k), parts[step][1] = activations(k + 8);
+    }
+    float c[PANELS][4] = {};
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+      const uint4 low = parts[step][0], high = parts[step][1];
       const uint32_t x[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
       for (int p = 0; p < PANELS; p++) {

@@ -5,7 +5,9 @@
 //   give(call, input, w)     its data, which begin at an input; throws where they do not have the size that w says
 //   give_experts(call, input, w, E)     the same for the matrices of E experts
 //   linear, swiglu, gather   the kernels of few rows
-//   large<T>(call, w, x, beta, y, M, stride)     y [M, stride] = x [M,K] w^T + beta * y in its first N columns, for many rows
+//   has_many(M)              whether there are kernels for M rows, more than few; then
+//   many_workspace<T>(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
+//   large<T>(call, w, x, beta, y, M, stride)     y [M, stride] = x [M,K] w^T + beta * y in its first N columns, for any number of rows
 #pragma once
 
 #include <algorithm>
@@ -54,15 +56,23 @@ class MatrixLinearKernel {
       Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream());
       return;
     }
-    if (residual != nullptr && residual != y)
+    const bool many = Form::has_many(M);  // adds the residual itself
+    if (residual != nullptr && residual != y && !(many && tail == nullptr))
       check(cudaMemcpyAsync(y, residual, sizeof(T) * M * size_t(width), cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
     const float beta = residual != nullptr ? 1.0f : 0.0f;
     const Scratch normed(call, norm != nullptr ? sizeof(T) * M * size_t(K) : 256);
-    if (norm != nullptr) {
-      rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
-      x = normed.as<T>();
+    if (many) {
+      const Scratch workspace(call, Form::template many_workspace<T>(w, M));
+      T* plain = tail != nullptr && norm != nullptr ? normed.as<T>() : nullptr;
+      Form::linear_many(w, x, residual, norm, eps_, y, M, width, plain, workspace.as<void>(), call.stream());
+      if (plain != nullptr) x = plain;
+    } else {
+      if (norm != nullptr) {
+        rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
+        x = normed.as<T>();
+      }
+      Form::large(call, w, x, beta, y, M, width);
     }
-    Form::large(call, w, x, beta, y, M, width);
     if (tail != nullptr) product(call.cublas(), Type<T>::element, x, tail, beta, y + w.N, M, tail_rows, K, width);
   }
 
@@ -90,6 +100,11 @@ class MatrixSwiGluKernel {
     if (M == 0) return;
     if (M <= kFewColumns) {
       Form::swiglu(w, x, norm, eps_, y, M, call.stream());
+      return;
+    }
+    if (Form::has_many(M)) {
+      const Scratch workspace(call, Form::template many_workspace<T>(w, M));
+      Form::swiglu_many(w, x, norm, eps_, y, M, workspace.as<void>(), call.stream());
       return;
     }
     const size_t hidden = size_t(M) * w.N;

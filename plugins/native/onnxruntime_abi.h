@@ -78,6 +78,9 @@ struct OrtApi {
   Unused unused_266[8];
   OrtStatus* (*KernelContext_ParallelFor)(const OrtKernelContext*, void (*task)(void* data, size_t index), size_t count, size_t batches,
                                           void* data);                                                        // 274
+  Unused unused_275[2];
+  // Memory that belongs to the call's stream; freed by the allocator of the same device.
+  OrtStatus* (*KernelContext_GetScratchBuffer)(const OrtKernelContext*, const OrtMemoryInfo*, size_t bytes, void**);  // 277
 };
 
 struct OrtApiBase {
@@ -139,5 +142,6 @@ QWEN_PLACE(KernelContext_GetGPUComputeStream, 193);
 QWEN_PLACE(KernelContext_GetAllocator, 253);
 QWEN_PLACE(KernelContext_GetResource, 265);
 QWEN_PLACE(KernelContext_ParallelFor, 274);
+QWEN_PLACE(KernelContext_GetScratchBuffer, 277);
 #undef QWEN_PLACE
 static_assert(sizeof(void*) == 8, "the plugins are for 64-bit systems");

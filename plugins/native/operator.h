@@ -49,24 +49,26 @@ class Call : public Tensors {
     return handle;
   }
 
-  OrtAllocator* allocator() const {
+  const OrtKernelContext* context() const { return context_; }
+};
+
+// Memory from the provider's arena. Freeing it after the launches is safe: its next user runs behind them in the same stream.
+// It is asked for in the stream's name. Memory that belongs to no stream goes to the next tensor of the stream when it is freed, and the
+// arena has to grow for the next workspace: a large picture took the workspaces of all its layers.
+class Scratch {
+ public:
+  Scratch(const Call& call, size_t bytes) {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     OrtMemoryInfo* info = nullptr;
     ensure(runtime->CreateMemoryInfo("Cuda", OrtAllocatorKind::kDevice, device, OrtMemoryKind::kDefault, &info));
-    OrtAllocator* allocator = nullptr;
-    OrtStatus* status = runtime->KernelContext_GetAllocator(context_, info, &allocator);
+    OrtStatus* status = runtime->KernelContext_GetAllocator(call.context(), info, &allocator_);
+    if (status == nullptr) status = runtime->KernelContext_GetScratchBuffer(call.context(), info, bytes, &memory_);
     runtime->ReleaseMemoryInfo(info);
+    if (memory_ != nullptr) return;
+    if (allocator_ != nullptr) runtime->ReleaseAllocator(allocator_);
     ensure(status);
-    return allocator;
-  }
-};
-
-// Memory from the provider's arena. Freeing it after the launches is safe: its next user runs behind them in the same stream.
-class Scratch {
- public:
-  Scratch(const Call& call, size_t bytes) : allocator_(call.allocator()), memory_(allocator_->Alloc(allocator_, bytes)) {
-    if (memory_ == nullptr) throw std::runtime_error("out of device memory for " + std::to_string(bytes) + " bytes of workspace");
+    throw std::runtime_error("out of device memory for " + std::to_string(bytes) + " bytes of workspace");
   }
   ~Scratch() {
     allocator_->Free(allocator_, memory_);
@@ -81,8 +83,8 @@ class Scratch {
   }
 
  private:
-  OrtAllocator* allocator_;
-  void* memory_;
+  OrtAllocator* allocator_ = nullptr;
+  void* memory_ = nullptr;
 };
 
 template <typename T, typename Kernel>

@@ -1,7 +1,9 @@
 #include "quant.cuh"
 
 #include "product_few.cuh"
+#include "quant_panels.cuh"
 #include "quant_stream.cuh"
+#include "resident_few.cuh"
 
 namespace qwen {
 namespace {
@@ -47,18 +49,29 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
     *reinterpret_cast<uint4*>(y + size_t(blockIdx.x) * w.K + k) = id >= 0 && id < w.N ? eight<T>(w, int(id), k) : make_uint4(0, 0, 0, 0);
 }
 
+template <typename T, bool SWIGLU>
+void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
+  const auto& w = given.w;
+  if (given.N > QuantPanels<T, 4, false>::kMostColumns)
+    w.bits == 4 ? product_few<T, Int4Stream, SWIGLU>(given, stream) : product_few<T, Int8Stream, SWIGLU>(given, stream);
+  else if (w.zeros || w.wide_scales)
+    w.bits == 4 ? resident_few<QuantPanels<T, 4, true>>(given, SWIGLU, stream) : resident_few<QuantPanels<T, 8, true>>(given, SWIGLU, stream);
+  else
+    w.bits == 4 ? resident_few<QuantPanels<T, 4, false>>(given, SWIGLU, stream) : resident_few<QuantPanels<T, 8, false>>(given, SWIGLU, stream);
+}
+
 }  // namespace
 
 template <typename T>
 void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
   const FewProduct<QuantMatrix> given{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0};
-  w.bits == 4 ? product_few<T, Int4Stream, false>(given, stream) : product_few<T, Int8Stream, false>(given, stream);
+  few_rows<T, false>(given, stream);
 }
 
 template <typename T>
 void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
   const FewProduct<QuantMatrix> given{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0};
-  w.bits == 4 ? product_few<T, Int4Stream, true>(given, stream) : product_few<T, Int8Stream, true>(given, stream);
+  few_rows<T, true>(given, stream);
 }
 
 template <typename T>

@@ -54,6 +54,19 @@ void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows
 template <typename T>
 void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream);
 
+// From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the weights and one for the activations, which are arranged
+// in `workspace`, many_workspace bytes. Weights are rounded to T, as `dequantize` does. Of each range of rows (9 to 64, 65 to 256) a row has the same
+// bits beside any others.
+bool has_quant_many(int M);
+template <typename T>
+size_t many_workspace(const QuantMatrix& w, int M);
+// y [M,N] in rows of `stride` elements, and residual likewise; `plain` [M,K] gets norm(x), if neither is null.
+template <typename T>
+void quant_linear_many(const QuantMatrix& w, const T* x, const T* residual, const T* norm, float eps, T* y, int M, int stride, T* plain, void* workspace,
+                       cudaStream_t stream);
+template <typename T>
+void quant_swiglu_many(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, void* workspace, cudaStream_t stream);
+
 // Rows first_panel * 16 to first_panel * 16 + rows - 1 of w, in T: out [rows,K].
 template <typename T>
 void dequantize(const QuantMatrix& w, int first_panel, int rows, T* out, cudaStream_t stream);

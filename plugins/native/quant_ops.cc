@@ -56,6 +56,20 @@ struct PackedForm {
     quant_gather(arguments...);
   }
 
+  static bool has_many(int M) { return has_quant_many(M); }
+  template <typename T>
+  static size_t many_workspace(const Matrix& w, int M) {
+    return qwen::many_workspace<T>(w, M);
+  }
+  template <typename... Arguments>
+  static void linear_many(Arguments... arguments) {
+    quant_linear_many(arguments...);
+  }
+  template <typename... Arguments>
+  static void swiglu_many(Arguments... arguments) {
+    quant_swiglu_many(arguments...);
+  }
+
   template <typename T>
   static void large(const Call& call, const Matrix& w, const T* x, float beta, T* y, int M, int stride) {
     product_of_parts(call, w.N, w.K, x, beta, y, M, stride,

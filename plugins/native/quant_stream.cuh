@@ -147,10 +147,13 @@ struct QuantStream {
   template <typename Activations>
   __device__ void compute(int unit, const Buffer* buffers, const Activations& activations, float factor, float (&sum)[PANELS][4]) const {
     const int first = unit * kUnit;
+    uint4 parts[kUnit / kStep];  // all on their way before the first is used
+#pragma unroll
+    for (int step = 0; step < kUnit / kStep; step++) parts[step] = activations(first + step * kStep + t * 8);
 #pragma unroll
     for (int step = 0; step < kUnit / kStep; step++) {
       if (first + step * kStep >= layout.padded) break;
-      const uint4 x = activations(first + step * kStep + t * 8);
+      const uint4 x = parts[step];
       const int block = step * kStep >> layout.log_block;
 #pragma unroll
       for (int p = 0; p < PANELS; p++) {

@@ -9,12 +9,12 @@
 
 #include "device.cuh"
 #include "mma.cuh"
+#include "resident_few.cuh"
 
 namespace qwen {
 namespace {
 
 constexpr int kTile = 8;      // weight rows that one half of the instruction's A operand holds
-constexpr int kStep = 32;     // k per pair of instructions: 4 lanes times 8
 constexpr int kMaxWarps = 16;
 
 // Weights are read once: they pass by the first-level cache.
@@ -145,10 +145,19 @@ int warps_for(int tiles, int K) {
   return tiles <= 300 && steps >= 2 * kMaxWarps ? kMaxWarps : kMaxWarps / 2;
 }
 
+constexpr int kPlainUnit = 64;
+
+template <typename T>
+void resident(const T* x, const T* w, const T* residual, const T* norm, float eps, T* y, int M, int N, int rows, int K, cudaStream_t stream) {
+  const PlainMatrix<T, kPlainUnit> matrix{w, rows, K};
+  resident_few<PlainPanels<T, kPlainUnit>>({matrix, x, nullptr, residual, norm, y, eps, M, N, 0, 0, 0}, rows != N, stream);
+}
+
 }  // namespace
 
 template <typename T>
 void skinny_linear(const T* x, const T* w, const T* residual, const T* norm, float eps, T* y, int M, int N, int K, cudaStream_t stream) {
+  if (N <= PlainPanels<T, kPlainUnit>::kMostColumns) return resident(x, w, residual, norm, eps, y, M, N, N, K, stream);
   const int tiles = N / kTile;
   if (tiles <= 528)
     run<T, 1, false>(x, w, residual, norm, eps, y, M, N, K, warps_for(tiles, K), stream);
@@ -158,6 +167,7 @@ void skinny_linear(const T* x, const T* w, const T* residual, const T* norm, flo
 
 template <typename T>
 void skinny_swiglu(const T* x, const T* w, const T* norm, float eps, T* y, int M, int N, int K, cudaStream_t stream) {
+  if (N <= PlainPanels<T, kPlainUnit>::kMostColumns) return resident<T>(x, w, nullptr, norm, eps, y, M, N, 2 * N, K, stream);
   run<T, 2, true>(x, w, nullptr, norm, eps, y, M, N, K, warps_for(N / kTile, K), stream);
 }
 

@@ -46,9 +46,15 @@ __device__ void product_64(float (&c)[32], uint64_t a, uint64_t b, int add);
 template <typename T, int C>
 __device__ void product_values(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
 
+// c [64,2C] += a b^T: a [64,16] in registers, as mma takes it; b [2C,16] in shared memory. C is 8, 16, 32 or 64.
+template <typename T, int C>
+__device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
+
 // The names of a product's sums in its text, and the sums.
+#define QWEN_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QWEN_NAMES_16 QWEN_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define QWEN_NAMES_32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+  QWEN_NAMES_16 "," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QWEN_NAMES_64 \
   QWEN_NAMES_32 "," \
@@ -62,7 +68,8 @@ __device__ void product_values(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t
   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QWEN_SUMS_8(i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-#define QWEN_SUMS_32(i) QWEN_SUMS_8(i), QWEN_SUMS_8(i + 8), QWEN_SUMS_8(i + 16), QWEN_SUMS_8(i + 24)
+#define QWEN_SUMS_16(i) QWEN_SUMS_8(i), QWEN_SUMS_8(i + 8)
+#define QWEN_SUMS_32(i) QWEN_SUMS_16(i), QWEN_SUMS_16(i + 16)
 #define QWEN_SUMS_64(i) QWEN_SUMS_32(i), QWEN_SUMS_32(i + 32)
 #define QWEN_SUMS_128(i) QWEN_SUMS_64(i), QWEN_SUMS_64(i + 64)
 
@@ -82,8 +89,20 @@ __device__ inline void product_values<T, C>(float (&c)[C], uint32_t a0, uint32_t
       A0 "," A1 "," A2 "," A3 "}," B ",p,1,1,1;}" \
       : QWEN_SUMS_##C(0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b)); \
 }
+#define QWEN_ROWS(T, TYPE, N, C, A0, A1, A2, A3, B) \
+template <> \
+__device__ inline void product_rows<T, C>(float (&c)[C], const uint32_t* a, uint64_t b) { \
+  asm volatile( \
+      "{.reg .pred p; setp.ne.b32 p,1,0; wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" QWEN_NAMES_##C "},{" \
+      A0 "," A1 "," A2 "," A3 "}," B ",p,1,1,0;}" \
+      : QWEN_SUMS_##C(0) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+}
 #define QWEN_PRODUCTS(T, TYPE) \
   QWEN_SCORES(T, TYPE) \
+  QWEN_ROWS(T, TYPE, "16", 8, "%8", "%9", "%10", "%11", "%12") \
+  QWEN_ROWS(T, TYPE, "32", 16, "%16", "%17", "%18", "%19", "%20") \
+  QWEN_ROWS(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
+  QWEN_ROWS(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
   QWEN_VALUES(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
   QWEN_VALUES(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
   QWEN_VALUES(T, TYPE, "256", 128, "%128", "%129", "%130", "%131", "%132")
@@ -91,14 +110,18 @@ __device__ inline void product_values<T, C>(float (&c)[C], uint32_t a0, uint32_t
 QWEN_PRODUCTS(__half, "f16")
 QWEN_PRODUCTS(__nv_bfloat16, "bf16")
 #undef QWEN_PRODUCTS
+#undef QWEN_ROWS
 #undef QWEN_VALUES
 #undef QWEN_SCORES
 #undef QWEN_SUMS_128
 #undef QWEN_SUMS_64
 #undef QWEN_SUMS_32
+#undef QWEN_SUMS_16
 #undef QWEN_SUMS_8
 #undef QWEN_NAMES_128
 #undef QWEN_NAMES_64
 #undef QWEN_NAMES_32
+#undef QWEN_NAMES_16
+#undef QWEN_NAMES_8
 
 }  // namespace qwen

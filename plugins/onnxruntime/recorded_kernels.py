@@ -44,6 +44,11 @@ _CPU: dict[tuple[str, str], list[dict[str, frozenset[str]]]] = {
     (_MS, "GatedRMSNorm"): [{"T": _FLOAT_OR_HALF}],
     (_MS, "MoE"): [{"T": _FLOAT}],
     (_MS, "GroupQueryAttention"): [{"T": _FLOAT, "T_CACHE": _FLOAT}, {"T": frozenset({"float16"}), "T_CACHE": frozenset({"float16"})}],
+    (_MS, "MultiHeadAttention"): [{"T": _FLOAT}],
+    (_MS, "RotaryEmbedding"): [{"T": _FLOAT_OR_HALF}],
+    ("", "Gelu"): [{"T": _FLOAT}],
+    ("", "LayerNormalization"): [{"T": _FLOATS}],
+    ("", "ScatterND"): [{"T": _FLOATS}],
 }
 _RECORDED = {
     "cuda": Kernels("cuda", "onnxruntime-gpu 1.31.1 (recorded)", _CUDA),

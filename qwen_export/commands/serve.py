@@ -32,6 +32,12 @@ _LOOPBACK = ("localhost", "127.0.0.1", "::1")
     "--fd", type=click.IntRange(0), metavar="N", help="Listen on this inherited socket; one of systemd (LISTEN_FDS) is taken by itself."
 )
 @click.option("--slots", default=8, show_default=True, type=click.IntRange(1), help="Answers that are made at once.")
+@click.option(
+    "--engines",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Batches that take turns on a model in stages; default one per GPU that it is on.",
+)
 @click.option("--max-queue", type=click.IntRange(0), metavar="N", help="Answers that may wait; default four per slot.")
 @click.option(
     "--api-key-file",
@@ -75,6 +81,7 @@ def command(
     port: int,
     fd: int | None,
     slots: int,
+    engines: int | None,
     max_context: int | None,
     cache_memory: int | None,
     prefix_memory: int | None,
@@ -92,7 +99,7 @@ def command(
         from qwen_export.runtimes.server.http_server import drain as wait_for_answers
         from qwen_export.runtimes.server.inherited_socket import inherited_socket, is_loopback
         from qwen_export.runtimes.server.service import Service
-        from qwen_export.runtimes.serving.engine import Engine
+        from qwen_export.runtimes.serving.engine_group import EngineGroup
     stop, hurry = threading.Event(), threading.Event()
     with inherited_socket(fd) or listening_socket(host, port) as listening:
         settings = _settings(is_loopback(listening), options)
@@ -104,7 +111,7 @@ def command(
         notice(f"{address} listens; loading {bundle}")
         hash_with_progress(bundle)
         model = load(bundle, max_context=max_context, **loading)
-        with model, Engine.of(model, slots, cache_memory=cache_memory, prefix_memory=prefix_memory) as engine:
+        with model, EngineGroup.of(model, slots, engines=engines, cache_memory=cache_memory, prefix_memory=prefix_memory) as engine:
             service.prepare(model, engine, lambda text: notice(f"{text} ..."))
             _on_signals(stop, hurry)
             service.start(model, engine)

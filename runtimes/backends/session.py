@@ -45,6 +45,10 @@ class Session(Protocol):
     @property
     def device(self) -> Device: ...
 
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """Each device that a part of the graph is on, once."""
+
     def device_of(self, name: str) -> Device:
         """Where a state or an output of the graph is."""
 

@@ -23,6 +23,10 @@ class WholeSession(ABC):
     @abstractmethod
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer: ...
 
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        return (self.device,)
+
     def device_of(self, name: str) -> Device:
         return self.device
 

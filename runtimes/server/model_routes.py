@@ -38,7 +38,7 @@ def model_routes(service: Service) -> APIRouter:
     def card(name: str) -> dict[str, Any]:
         made = {"id": name, "object": "model", "created": service.created, "owned_by": "qwen-export", "root": service.names[0]}
         capabilities = {"vision": service.model.manifest.vision is not None}
-        return {**made, "parent": None, "max_model_len": service.engine.statistics.longest, "capabilities": capabilities}
+        return {**made, "parent": None, "max_model_len": service.engine.longest, "capabilities": capabilities}
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def model_routes(service: Service) -> APIRouter:
             switches = {name: variables.pop(name, None) for name in SWITCHES}
             ask = Ask([with_content(one) for one in body.messages], tools=body.tools or None, template=switches, variables=variables)
         ids = await service.prompt_ids(ask)
-        made: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.statistics.longest, "tokens": ids}
+        made: dict[str, Any] = {"count": len(ids), "max_model_len": service.engine.longest, "tokens": ids}
         if body.return_token_strs:
             made["token_strs"] = [service.model.tokenizer.decode([i]) for i in ids]
         return made

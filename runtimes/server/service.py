@@ -17,7 +17,7 @@ from qwen_export.runtimes.server.ask import Ask, prepare
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.server.serving_metrics import ServingMetrics
 from qwen_export.runtimes.server.wire_errors import HttpError, Refusal, refusal_of, starting, stopping
-from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.structured.answer_options import AnswerForm, AnswerOptions
 from qwen_export.runtimes.text.tool_calls import ToolCallParser
 
@@ -41,7 +41,7 @@ class Service:
         self.names: tuple[str, ...] = settings.names
         self.created = int(time.time())
         self._model: Model | None = None
-        self._engine: Engine | None = None
+        self._engine: Answering | None = None
         self._open = 0
         """Answers that were let in and have not ended."""
         self._seconds = 1.0
@@ -50,7 +50,7 @@ class Service:
         self._media_threads = ThreadPoolExecutor(_MEDIA_THREADS, thread_name_prefix="media")
         """Texts do not wait for hosts that send pictures, and for large files."""
 
-    def prepare(self, model: Model, engine: Engine, report: Callable[[str], None] = lambda text: None) -> None:
+    def prepare(self, model: Model, engine: Answering, report: Callable[[str], None] = lambda text: None) -> None:
         """Do now what would otherwise make the first requests slow."""
         for what, done in (
             ("reading the tokenizer", lambda: (model.tokenizer, model.stop_ids, model.recommended(False))),
@@ -63,11 +63,12 @@ class Service:
         # Seconds for a large vocabulary, and only forms need it: nothing waits.
         self._threads.submit(_make_forms_ready, model)
 
-    def _warm(self, model: Model, engine: Engine) -> None:
-        for _ in engine.answer(model.prepare_text("a", max_new_tokens=_WARM_TOKENS)):
-            pass
+    def _warm(self, model: Model, engine: Answering) -> None:
+        for one in engine.engines:
+            for _ in one.answer(model.prepare_text("a", max_new_tokens=_WARM_TOKENS)):
+                pass
 
-    def start(self, model: Model, engine: Engine) -> None:
+    def start(self, model: Model, engine: Answering) -> None:
         """Begin to answer. The service does not own the engine: who made it closes it."""
         self._model, self._engine = model, engine
         self.names = self.settings.names or (model.directory.resolve().name,)
@@ -89,7 +90,7 @@ class Service:
         return self._model
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> Answering:
         if self._engine is None:
             raise starting()
         return self._engine
@@ -101,8 +102,8 @@ class Service:
             return self.progress or self.phase
         if self._engine.closed:
             return "the engine has stopped"
-        began = self._engine.statistics.step_began
-        if began and time.monotonic() - began > self.settings.stalled_s:
+        began = [engine.statistics.step_began for engine in self._engine.engines]
+        if any(one and time.monotonic() - one > self.settings.stalled_s for one in began):
             return "a step of the engine does not end"
         return ""
 
@@ -130,7 +131,7 @@ class Service:
     @property
     def limit(self) -> int:
         """Answers that may run and wait."""
-        slots = self.engine.statistics.slots
+        slots = self.engine.slots
         return slots + (self.settings.max_queue if self.settings.max_queue is not None else _QUEUE_PER_SLOT * slots)
 
     @property
@@ -161,7 +162,7 @@ class Service:
         try:
             loop = asyncio.get_running_loop()
             threads = self._media_threads if ask.sees else self._threads
-            prepared = await loop.run_in_executor(threads, prepare, self.model, ask, self.engine.statistics.longest, self.settings)
+            prepared = await loop.run_in_executor(threads, prepare, self.model, ask, self.engine.longest, self.settings)
             self.check_open()
             for number, answers in enumerate(prepared):
                 for one in answers:

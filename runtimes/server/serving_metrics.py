@@ -5,14 +5,15 @@ Each application has a registry of its own. What the engine counts is read from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from qwen_export.runtimes.server.answer_choices import Choice
-from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.serving.answering import Answering
+from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
 
 _LATENCY = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -53,11 +54,11 @@ class ServingMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._labels = ("", "0")
-        self._engine: Engine | None = None
+        self._watches = False
 
-    def watch(self, engine: Engine, model: str) -> None:
-        """Begin to count for an engine."""
-        self._engine, self._labels = engine, (model, "0")
+    def watch(self, engine: Answering, model: str) -> None:
+        """Begin to count. Figures of one engine have its number as label; what answers are counted by has 0, whichever made them."""
+        self._watches, self._labels = True, (model, "0")
         one = self.registry
         self._histograms = {
             name: Histogram(f"vllm:{name}", text, _LABELS, registry=one, buckets=buckets).labels(*self._labels)
@@ -73,13 +74,13 @@ class ServingMetrics:
         self._by_place = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts kept, by their place.", (*_LABELS, "position"), registry=one
         )
-        one.register(_EngineFigures(engine, self._labels))
+        one.register(_EngineFigures([part.statistics for part in engine.engines], model))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
     def rejected(self, reason: str) -> None:
-        if self._engine is not None:
+        if self._watches:
             self._rejections.labels(*self._labels, reason).inc()
 
     def arrived(self, choice: Choice, tokens: int, gap_s: float) -> None:
@@ -128,26 +129,30 @@ class ServingMetrics:
 
 
 class _EngineFigures:
-    """What the engine knows, read when it is asked for."""
+    """What the engines know, read when it is asked for."""
 
-    def __init__(self, engine: Engine, labels: tuple[str, str]) -> None:
-        self._engine, self._labels = engine, labels
+    def __init__(self, engines: Sequence[EngineStatistics], model: str) -> None:
+        self._engines, self._model = engines, model
 
     def collect(self) -> Iterable[Any]:
-        numbers = self._engine.statistics
-        share = numbers.cache_bytes / numbers.cache_limit if numbers.cache_limit else 0.0
-        gauges = (
-            ("vllm:num_requests_running", "Answers that have a slot.", numbers.running),
-            ("vllm:num_requests_waiting", "Answers that wait for one.", numbers.waiting),
-            ("vllm:kv_cache_usage_perc", "Share of the memory for sequences that is in use, 0 to 1.", share),
-            ("qwen_slots", "Answers that run at once.", numbers.slots),
-            ("qwen_snapshots", "Beginnings of prompts that are kept.", numbers.prefix.points),
-            ("qwen_snapshots_bytes", "Their memory.", numbers.prefix.bytes),
+        gauges: tuple[tuple[str, str, Callable[[EngineStatistics], float]], ...] = (
+            ("vllm:num_requests_running", "Answers that have a slot.", lambda numbers: numbers.running),
+            ("vllm:num_requests_waiting", "Answers that wait for one.", lambda numbers: numbers.waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the memory for sequences that is in use, 0 to 1.", _cache_share),
+            ("qwen_slots", "Answers that run at once.", lambda numbers: numbers.slots),
+            ("qwen_snapshots", "Beginnings of prompts that are kept.", lambda numbers: numbers.prefix.points),
+            ("qwen_snapshots_bytes", "Their memory.", lambda numbers: numbers.prefix.bytes),
         )
         for name, text, value in gauges:
             gauge = GaugeMetricFamily(name, text, labels=_LABELS)
-            gauge.add_metric(self._labels, value)
+            for number, numbers in enumerate(self._engines):
+                gauge.add_metric((self._model, str(number)), value(numbers))
             yield gauge
         preempted = CounterMetricFamily("vllm:num_preemptions", "Answers that lost their slot for a while.", labels=_LABELS)
-        preempted.add_metric(self._labels, numbers.preemptions)
+        for number, numbers in enumerate(self._engines):
+            preempted.add_metric((self._model, str(number)), numbers.preemptions)
         yield preempted
+
+
+def _cache_share(numbers: EngineStatistics) -> float:
+    return numbers.cache_bytes / numbers.cache_limit if numbers.cache_limit else 0.0

@@ -12,16 +12,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from itertools import count
 from queue import SimpleQueue
-from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen_export.errors import ContextOverflow, OverloadedError, ParameterError, QwenExportError
-from qwen_export.runtimes.answer import AsyncGeneration, Generation, Prepared
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
+from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts
 from qwen_export.runtimes.serving.chunk_budget import STALL
 from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
@@ -45,15 +44,25 @@ RESERVE = 64
 """Tokens of an answer that must fit beside the prompt when a request enters: with fewer it may soon have to leave again."""
 
 
-class Engine:
+class _Memory(NamedTuple):
+    """What the caller of an engine said of memory; see Engine."""
+
+    cache: int | None
+    prefix: int | None
+    prefix_on_device: bool
+    share: float
+
+
+class Engine(Answering):
     """Owns the decoder that `make_decoder` returns, which is made and used in the engine's thread alone.
 
     `cache_memory`: bytes for states, caches and beginnings of prompts together, at least those of one whole context; None for what all
     slots may need, or the GPU has left. `prefix_memory`: the part of them for beginnings of prompts, 0 for none; None for 1 GiB, or half
     of what one context leaves. On a GPU that part is in host memory and apart, or with `prefix_on_device` in the GPU's. `drafts`: "auto"
-    as many as pay, a number, or "off". `max_waiting`: requests that may wait before `submit` raises OverloadedError. `reserve`: tokens of
-    an answer that must fit in memory beside the prompt when a request enters. `stall`: the longest time between two tokens of an answer
-    while prompts are read, in times without one; inf reads prompts as fast as it goes."""
+    as many as pay, a number, or "off". `share`: the part of a GPU's free memory that is this engine's. `max_waiting`: requests that may
+    wait before `submit` raises OverloadedError. `reserve`: tokens of an answer that must fit in memory beside the prompt when a request
+    enters. `stall`: the longest time between two tokens of an answer while prompts are read, in times without one; inf reads prompts as
+    fast as it goes."""
 
     def __init__(
         self,
@@ -63,6 +72,7 @@ class Engine:
         prefix_memory: int | None = None,
         prefix_on_device: bool = False,
         drafts: int | str = "auto",
+        share: float = 1.0,
         max_waiting: int | None = None,
         reserve: int = RESERVE,
         stall: float = STALL,
@@ -79,7 +89,7 @@ class Engine:
         ready: SimpleQueue[Exception | None] = SimpleQueue()
         self._thread = threading.Thread(
             target=self._main,
-            args=(make_decoder, cache_memory, prefix_memory, prefix_on_device, drafts, ready),
+            args=(make_decoder, _Memory(cache_memory, prefix_memory, prefix_on_device, share), drafts, ready),
             name="engine",
             daemon=True,
         )
@@ -97,6 +107,7 @@ class Engine:
         cache_memory: int | None = None,
         prefix_memory: int | None = None,
         prefix_on_device: bool = False,
+        share: float = 1.0,
         max_waiting: int | None = None,
         reserve: int = RESERVE,
         stall: float = STALL,
@@ -109,26 +120,17 @@ class Engine:
             prefix_memory=prefix_memory,
             prefix_on_device=prefix_on_device,
             drafts=drafts,
+            share=share,
             max_waiting=max_waiting,
             reserve=reserve,
             stall=stall,
         )
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     # ---- for any thread ----
 
     def submit(
         self, request: Request, statistics: Statistics | None = None, *, loop: asyncio.AbstractEventLoop | None = None
     ) -> TokenStream:
-        """Queue a request. Its tokens are read from the stream by a thread, or with `loop` by a coroutine there.
-
-        Raises ContextOverflow for a prompt that does not fit, OverloadedError when too many wait, QwenExportError when the engine is
-        closed."""
         if not len(request.ids):
             raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
         if len(request.ids) > self._longest:
@@ -154,31 +156,7 @@ class Engine:
             self._arrivals.put(call)
         return TokenStream(request, statistics, inbox)
 
-    def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
-        """As `Model.generate`: the tokens that follow a prompt. The request is queued at once."""
-        return _tokens(self.submit(request, statistics))
-
-    def answer(self, prepared: Prepared) -> Generation:
-        """Queue an answer (`Model.prepare_chat`, `prepare_text`): an iterator over its text."""
-        statistics = Statistics()
-        return Generation(self.generate(prepared.request, statistics), statistics, prepared)
-
-    def answer_async(self, prepared: Prepared) -> AsyncGeneration:
-        """As `answer`, for a coroutine of the running event loop."""
-        stream = self.submit(prepared.request, loop=asyncio.get_running_loop())
-        return AsyncGeneration(stream, stream.statistics, prepared)
-
-    def answers(self, prepared: Prepared, n: int) -> list[Generation]:
-        """Queue `n` answers to one prompt. Number i has the seed that the caller gave plus i. The prompt is read once
-        where there is {prefix_memory}."""
-        return [self.answer(one) for one in prepared.several(n)]
-
-    def answers_async(self, prepared: Prepared, n: int) -> list[AsyncGeneration]:
-        """As `answers`, for a coroutine of the running event loop."""
-        return [self.answer_async(one) for one in prepared.several(n)]
-
     def close(self, *, drain: bool = False) -> None:
-        """Take no more requests and end the thread. Those that run are ended ("abandoned"), or with `drain` finished first."""
         with self._lock:
             if self._closing is None:
                 self._closing = "" if drain else "abandoned"
@@ -187,6 +165,23 @@ class Engine:
                 self._closing = "abandoned"
         if threading.current_thread() is not self._thread:
             self._thread.join()
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        return (self,)
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def longest(self) -> int:
+        return self._longest
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that run and wait."""
+        return self._unfinished
 
     @property
     def closed(self) -> bool:
@@ -203,15 +198,13 @@ class Engine:
     def _main(
         self,
         make_decoder: Callable[[], Decoder],
-        cache_memory: int | None,
-        prefix_memory: int | None,
-        prefix_on_device: bool,
+        memory: _Memory,
         drafts: int | str,
         ready: SimpleQueue[Exception | None],
     ) -> None:
         try:
             decoder = make_decoder()
-            self._set_up(decoder, cache_memory, prefix_memory, prefix_on_device, drafts)
+            self._set_up(decoder, memory, drafts)
         except Exception as error:
             ready.put(error)
             return
@@ -231,16 +224,14 @@ class Engine:
         self._pictures.close()
         self._deliveries.send()
 
-    def _set_up(
-        self, decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, prefix_on_device: bool, drafts: int | str
-    ) -> None:
+    def _set_up(self, decoder: Decoder, memory: _Memory, drafts: int | str) -> None:
         self._decoder, self._slots = decoder, decoder.batch
-        apart = decoder.on_gpu and not prefix_on_device
-        plan = plan_memory(decoder, cache_memory, prefix_memory, prefix_apart=apart)
+        apart = decoder.on_gpu and not memory.prefix_on_device
+        plan = plan_memory(decoder, memory.cache, memory.prefix, prefix_apart=apart, share=memory.share)
         self._longest, ahead = plan.longest, max(1, decoder.widest_verify)
         self._scheduler = Scheduler(decoder.batch, plan.growing, decoder.growing_bytes, decoder.chunk, ahead)
         cache = PrefixCache(plan.prefix) if plan.prefix else None
-        self._table = SlotTable(decoder, cache, releases=cache_memory is not None or decoder.on_gpu, on_device=prefix_on_device)
+        self._table = SlotTable(decoder, cache, releases=memory.cache is not None or decoder.on_gpu, on_device=memory.prefix_on_device)
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
@@ -390,10 +381,3 @@ class Engine:
         for call in list(self._calls.values()):
             if call.inbox is inbox:
                 self._end(call, "abandoned")
-
-
-def _tokens(stream: TokenStream) -> Generator[int, None, None]:
-    try:
-        yield from stream
-    finally:
-        stream.close()

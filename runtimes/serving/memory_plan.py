@@ -24,9 +24,12 @@ class MemoryPlan(NamedTuple):
     longest: int
 
 
-def plan_memory(decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, *, prefix_apart: bool) -> MemoryPlan:
+def plan_memory(
+    decoder: Decoder, cache_memory: int | None, prefix_memory: int | None, *, prefix_apart: bool, share: float = 1.0
+) -> MemoryPlan:
     """`cache_memory`: all that may be used, None for what all slots may need or the device has. `prefix_memory`: the part of it for
-    beginnings of prompts; with `prefix_apart` these are in other memory. Raises ParameterError where no whole context fits."""
+    beginnings of prompts; with `prefix_apart` these are in other memory. `share`: of a GPU's free memory, where several engines grow into
+    it. Raises ParameterError where no whole context fits."""
     if prefix_memory is not None and prefix_memory < 0:
         raise ParameterError(
             "the memory for prompts is negative",
@@ -41,7 +44,7 @@ def plan_memory(decoder: Decoder, cache_memory: int | None, prefix_memory: int |
         prefix = PREFIX_MEMORY if prefix_memory is None else prefix_memory
         growing, free = decoder.batch * whole, decoder.free_bytes
         if free is not None:
-            growing = min(growing, max(0, int(_OF_FREE * free) - (0 if prefix_apart else prefix)))
+            growing = min(growing, max(0, int(_OF_FREE * share * free) - (0 if prefix_apart else prefix)))
         lengths = range(decoder.capacity + 1)
         longest = bisect_right(lengths, growing, key=lambda length: decoder.growing_bytes(length + ahead)) - 1
         return MemoryPlan(growing, prefix, fixed + growing + (0 if prefix_apart else prefix), longest)

@@ -14,7 +14,7 @@ import pytest
 from qwen_export.graphs.quantization.packing import QuantFormat
 from qwen_export.graphs.quantization.precision_plan import GroupFormat, PrecisionPlan, default_plan
 from qwen_export.graphs.quantization.quantized_weights import packed_weight
-from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, ScaleSearch
+from qwen_export.graphs.quantization.scale_search import NUMPY_SEARCH, NumpySearch, ScaleSearch
 from qwen_export.graphs.weights.expression import StoredWeight, add_weight
 from qwen_export.graphs.weights.journal import Journal, key_of
 from qwen_export.graphs.weights.weight_writer import Resume, write_weights
@@ -26,7 +26,7 @@ NAMES = ("layers.0.mlp.down_proj.weight", "layers.1.mlp.down_proj.weight")
 
 
 @dataclass(frozen=True)
-class OtherSearch:
+class OtherSearch(NumpySearch):
     """A search with other results, as another library has in the last bits."""
 
     name: str = "other"

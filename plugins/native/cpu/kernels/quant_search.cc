@@ -63,4 +63,16 @@ void search_scales(const float* w, int64_t count, int64_t block, float top, cons
   }
 }
 
+void block_codes(const float* w, int64_t count, int64_t block, const float* inverse, float top, uint8_t* codes) {
+  for (int64_t b = 0; b < count; b++, w += block, codes += block) {
+    const float factor = inverse[b];
+    for (int64_t k = 0; k < block; k++) {
+      float q = __builtin_rintf(w[k] * factor);
+      q = q < -top ? -top : q;
+      q = q > top - 1 ? top - 1 : q;
+      codes[k] = uint8_t(int32_t(q + top));
+    }
+  }
+}
+
 }  // namespace qwen::QWEN_SET
