@@ -1,6 +1,6 @@
 """Pictures on one machine: where the time to the first token goes, what others notice of it, and memory.
 
-python benchmarks/pictures.py time BUNDLE --sizes 512,1024 --rounds 3       # preparation, tower, prompt, first token
+python benchmarks/pictures.py time BUNDLE --sizes 512,1024 --threads 1      # preparation, tower, prompt, first token: processor time
 python benchmarks/pictures.py beside BUNDLE --size 1024 --streams 1,4       # time between tokens of others meanwhile
 python benchmarks/pictures.py ahead BUNDLE --size 512 --text 2000          # the picture encoded while the text before it is read
 python benchmarks/pictures.py memory BUNDLE --size 4096                     # peak memory of one picture, in a fresh process
@@ -53,19 +53,19 @@ def request(model: Model, picture: Picture, new: int | None, before: int = TEXT)
 
 
 def first_token(model: Model, data: bytes) -> dict[str, float]:
-    """Seconds of the parts of one answer."""
+    """Processor seconds of the parts of one answer."""
     assert model.sight is not None
     encoder = model.sight.encoder
-    began = time.perf_counter()
+    began = time.process_time()
     picture = open_picture(data, model.sight.spec)
-    opened = time.perf_counter()
+    opened = time.process_time()
     picture.rows(model.sight.spec)
-    rows_s = time.perf_counter() - opened
+    rows_s = time.process_time() - opened
     encoder.features(picture)
-    encoded = time.perf_counter()
+    encoded = time.process_time()
     for _ in model.generate(request(model, picture, 1), statistics := _statistics()):
         break
-    ended = time.perf_counter()
+    ended = time.process_time()
     # Rows were made twice: once to be timed, once for the tower.
     prepared, tower, total = opened - began + rows_s, encoded - opened - 2 * rows_s, ended - began - rows_s
     return {"prepare": prepared, "tower": tower, "prompt": total - prepared - tower, "first": total, "tokens": statistics.prompt_tokens}
