@@ -52,7 +52,8 @@ def test_bundles_describe_the_picture(precision: str, tmp_path: Path) -> None:
     with load(bundle, max_context=1024) as model:
         asked = [{"role": "user", "content": [{"type": "image", "image": str(PICTURE)}, {"type": "text", "text": "What do you see?"}]}]
         assert "".join(model.stream(asked, enable_thinking=False, sampling=greedy, max_new_tokens=48)).strip() == ANSWER
-        body = "".join(model.complete("class Point:\n    def __init__(self, x, y):\n        self.x = x\n", sampling=greedy, max_new_tokens=12))
+        begun = "class Point:\n    def __init__(self, x, y):\n        self.x = x\n"
+        body = "".join(model.complete(begun, sampling=greedy, max_new_tokens=12))
         assert body.startswith("        self.y = y\n")
 
 
