@@ -11,6 +11,8 @@ constexpr int kChunk = 8;                    // activations that a lane reads at
 constexpr int kChunkGroup = 32;              // chunks whose squares one warp adds up
 constexpr int kUnitChunks = kUnit / kChunk;  // of a unit of 128 k
 
+constexpr int kMostResident = 64 << 10;  // columns: wider products have so many blocks that nothing is left to hide
+
 // `rows` (1, 2, 4, 8: M rounded up) activations of a chunk are neighbors; the exchange lets both the writes, along k, and the reads, along rows,
 // find different banks.
 template <typename T>
