@@ -21,7 +21,7 @@ from qwen_export.plugins.native.native_library import NATIVE
 from qwen_export.runtimes.memory.buffers import encode
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 
-SHAPES = ((4096, 1024), (1024, 3584), (2560, 9216), (4096, 4096), (4096, 12288))
+SHAPES = ((4096, 1024), (8192, 1024), (1024, 3584), (12288, 2560), (2560, 9216), (4096, 4096), (4096, 12288))
 SWIGLU = ((3584, 1024), (9216, 2560), (12288, 4096))
 Format = QuantFormat | Literal["fp8"] | None
 FP8: Final = "fp8"

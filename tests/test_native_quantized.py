@@ -192,9 +192,9 @@ def test_quant_gather(format: QuantFormat) -> None:
 
 @gpu
 @DTYPES
-def test_rows_have_the_same_bits_alone_and_together(dtype: str) -> None:
+@pytest.mark.parametrize(("N", "K"), [(1024, 2560), (2560, 1024)])
+def test_rows_have_the_same_bits_alone_and_together(dtype: str, N: int, K: int) -> None:
     """Up to 8: drafts are verified with the sums that steps have. More: wherever their weights are not copied for a call."""
-    N, K = 1024, 2560
     ranges: list[list[int]] = [list(range(1, 9))]
     if compute_capability()[0] == 9:
         ranges += [[9, 16, 31, 64], [65, 100, 256]]

@@ -9,7 +9,10 @@ namespace qwen {
 
 constexpr int kChunk = 8;                    // activations that a lane reads at a time, 16 bytes
 constexpr int kChunkGroup = 32;              // chunks whose squares one warp adds up
+constexpr int kSquaredTogether = 4, kNormalizedTogether = 2;  // groups that a warp loads before it uses the first
 constexpr int kUnitChunks = kUnit / kChunk;  // of a unit of 128 k
+
+constexpr int kMostResident = 64 << 10;  // columns: wider products have so many blocks that nothing is left to hide
 
 // `rows` (1, 2, 4, 8: M rounded up) activations of a chunk are neighbors; the exchange lets both the writes, along k, and the reads, along rows,
 // find different banks.
@@ -60,37 +63,54 @@ struct FewRows {
     if (staged == nullptr) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, all = groups(chunks), tasks = all << log_rows;
     float* squares = reinterpret_cast<float*>(staged + (size_t(chunks) << log_rows));  // [rows][groups]
+    const auto row_of = [&](int task) { return task & ((1 << log_rows) - 1); };
+    const auto chunk_of = [&](int task) { return (task >> log_rows) * kChunkGroup + lane; };
+    const auto exists = [&](int task) { return task < tasks && row_of(task) < M; };
     if (norm != nullptr) {
+      Pack8<T> values[kSquaredTogether];
 #pragma unroll 1
-      for (int task = warp; task < tasks; task += warps) {
-        const int m = task & ((1 << log_rows) - 1), group = task >> log_rows;
-        if (m >= M) continue;
-        Pack8<T> p;
-        p.bits = load(m, group * kChunkGroup + lane);
-        float square = 0.0f;
+      for (int task = warp; task < tasks; task += warps * kSquaredTogether) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) square += to_float(p.item[i]) * to_float(p.item[i]);
-        square = warp_sum(square);
-        if (lane == 0) squares[m * all + group] = square;
+        for (int i = 0; i < kSquaredTogether; i++) {
+          if (const int own = task + i * warps; exists(own)) values[i].bits = load(row_of(own), chunk_of(own));
+        }
+#pragma unroll
+        for (int i = 0; i < kSquaredTogether; i++) {
+          const int own = task + i * warps;
+          if (!exists(own)) continue;
+          float square = 0.0f;
+#pragma unroll
+          for (int j = 0; j < 8; j++) square += to_float(values[i].item[j]) * to_float(values[i].item[j]);
+          square = warp_sum(square);
+          if (lane == 0) squares[row_of(own) * all + (own >> log_rows)] = square;
+        }
       }
       __syncthreads();
     }
+    Pack8<T> values[kNormalizedTogether], weight[kNormalizedTogether];
 #pragma unroll 1
-    for (int task = warp; task < tasks; task += warps) {
-      const int m = task & ((1 << log_rows) - 1), chunk = (task >> log_rows) * kChunkGroup + lane;
-      if (m >= M || chunk >= chunks) continue;
-      Pack8<T> p;
-      p.bits = load(m, chunk);
-      if (norm != nullptr && chunk * kChunk < K) {
-        float square = 0.0f;
-        for (int i = 0; i < all; i++) square += squares[m * all + i];
-        const float scale = rsqrtf(square / K + eps);
-        Pack8<T> weight;
-        weight.bits = task == warp ? weight_bits : *reinterpret_cast<const uint4*>(norm + chunk * kChunk);
+    for (int task = warp; task < tasks; task += warps * kNormalizedTogether) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) p.item[i] = from_float<T>(to_float(p.item[i]) * scale * to_float(weight.item[i]));
+      for (int i = 0; i < kNormalizedTogether; i++) {
+        const int own = task + i * warps, chunk = chunk_of(own);
+        if (!exists(own)) continue;
+        values[i].bits = load(row_of(own), chunk);
+        weight[i].bits = own == warp ? weight_bits : make_uint4(0, 0, 0, 0);
+        if (norm != nullptr && own != warp && chunk * kChunk < K) weight[i].bits = *reinterpret_cast<const uint4*>(norm + chunk * kChunk);
       }
-      staged[place(m, chunk)] = p.bits;
+#pragma unroll
+      for (int i = 0; i < kNormalizedTogether; i++) {
+        const int own = task + i * warps, m = row_of(own), chunk = chunk_of(own);
+        if (!exists(own) || chunk >= chunks) continue;
+        if (norm != nullptr) {
+          float square = 0.0f;
+          for (int j = 0; j < all; j++) square += squares[m * all + j];
+          const float scale = rsqrtf(square / K + eps);
+#pragma unroll
+          for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weight[i].item[j]));
+        }
+        staged[place(m, chunk)] = values[i].bits;
+      }
     }
     __syncthreads();
   }

@@ -75,7 +75,7 @@ __global__ void fp8_activations_kernel(const T* x, int M, int padded, int K, uin
 
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<Fp8Matrix>& given, cudaStream_t stream) {
-  given.N > Fp8Panels<T>::kMostColumns ? product_few<T, Fp8Stream, SWIGLU>(given, stream) : resident_few<Fp8Panels<T>>(given, SWIGLU, stream);
+  resident_is_better<Fp8Panels<T>>(given.N, given.w.K) ? resident_few<Fp8Panels<T>>(given, SWIGLU, stream) : product_few<T, Fp8Stream, SWIGLU>(given, stream);
 }
 
 }  // namespace

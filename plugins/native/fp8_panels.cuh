@@ -10,8 +10,9 @@ template <typename T>
 struct Fp8Panels {
   using Element = T;
   using Matrix = Fp8Matrix;
-  static constexpr int kMostColumns = 0;  // of products that resident blocks make; wider ones have so many blocks that nothing is left to hide
   static constexpr int kUnitK = kUnit, kCodes = kPanelRows * kUnit;
+
+  static bool chosen(int N, int) { return N > 8192 && N <= kMostResident; }
 
   __host__ __device__ static int unit_bytes(const Matrix&) { return kCodes + kPanelRows * int(sizeof(float)); }
 

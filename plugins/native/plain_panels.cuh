@@ -19,8 +19,9 @@ template <typename T, int UNIT>
 struct PlainPanels {
   using Element = T;
   using Matrix = PlainMatrix<T, UNIT>;
-  static constexpr int kMostColumns = 0;  // of products that resident blocks make; wider ones have so many blocks that nothing is left to hide
   static constexpr int kUnitK = UNIT, kPieces = UNIT / kChunk;
+
+  static bool chosen(int N, int K) { return N >= K && N <= kMostResident; }
 
   __host__ __device__ static int unit_bytes(const Matrix&) { return kPanelRows * UNIT * int(sizeof(T)); }
 

@@ -52,7 +52,7 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   const auto& w = given.w;
-  if (given.N > QuantPanels<T, 4, false>::kMostColumns)
+  if (!resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K))
     w.bits == 4 ? product_few<T, Int4Stream, SWIGLU>(given, stream) : product_few<T, Int8Stream, SWIGLU>(given, stream);
   else if (w.zeros || w.wide_scales)
     w.bits == 4 ? resident_few<QuantPanels<T, 4, true>>(given, SWIGLU, stream) : resident_few<QuantPanels<T, 8, true>>(given, SWIGLU, stream);

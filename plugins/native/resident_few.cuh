@@ -5,7 +5,8 @@
 // between the result of one product and the first sum of the next:
 // * The next product may start as soon as all blocks of this one have. It takes no more than half of a multiprocessor, so its blocks find room
 //   beside these, and fill their rings while these still multiply.
-// * The warps of a block share a panel's k. Each has a ring of its own, which goes on over the borders of panels: only sums meet, twice a group.
+// * The warps of a block share a panel's k. Each has a ring of its own, which goes on over the borders of panels: only sums meet, those of two
+//   panels at once.
 // * Code is short: loops are not unrolled beyond a unit. A kernel of this length is over before long code has been fetched.
 #pragma once
 
@@ -165,6 +166,14 @@ inline int multiprocessors() {
     return value;
   }();
   return count;
+}
+
+constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of all formats
+
+// For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
+template <typename Panels>
+bool resident_is_better(int N, int K) {
+  return Panels::chosen(N, K) && K <= kLongestRow && most_shared() >= 128 << 10;
 }
 
 // Half of a multiprocessor's shared memory, so that two blocks fit; more if the activations need it.

@@ -157,7 +157,7 @@ void resident(const T* x, const T* w, const T* residual, const T* norm, float ep
 
 template <typename T>
 void skinny_linear(const T* x, const T* w, const T* residual, const T* norm, float eps, T* y, int M, int N, int K, cudaStream_t stream) {
-  if (N <= PlainPanels<T, kPlainUnit>::kMostColumns) return resident(x, w, residual, norm, eps, y, M, N, N, K, stream);
+  if (resident_is_better<PlainPanels<T, kPlainUnit>>(N, K)) return resident(x, w, residual, norm, eps, y, M, N, N, K, stream);
   const int tiles = N / kTile;
   if (tiles <= 528)
     run<T, 1, false>(x, w, residual, norm, eps, y, M, N, K, warps_for(tiles, K), stream);
@@ -167,7 +167,7 @@ void skinny_linear(const T* x, const T* w, const T* residual, const T* norm, flo
 
 template <typename T>
 void skinny_swiglu(const T* x, const T* w, const T* norm, float eps, T* y, int M, int N, int K, cudaStream_t stream) {
-  if (N <= PlainPanels<T, kPlainUnit>::kMostColumns) return resident<T>(x, w, nullptr, norm, eps, y, M, N, 2 * N, K, stream);
+  if (resident_is_better<PlainPanels<T, kPlainUnit>>(N, K)) return resident<T>(x, w, nullptr, norm, eps, y, M, N, 2 * N, K, stream);
   run<T, 2, true>(x, w, nullptr, norm, eps, y, M, N, K, warps_for(N / kTile, K), stream);
 }
 
