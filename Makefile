@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 help:
 	@echo "make demo    build a bundle from the demo checkpoint, verify it and run it"
-	@echo "make test    run the tests, but for those with the marker slow: 8 minutes on two cores"
+	@echo "make test    run the tests, but for those with the marker slow"
 	@echo "make test-all      run those, too, as the workflow tests does every night"
 	@echo "make test-fast     run some of every package, in about a minute"
 	@echo "make test-builtin  run the tests of the runtime without this project's CPU kernels"
