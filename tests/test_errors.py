@@ -31,6 +31,7 @@ from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.server.http_server import listening_socket
 from qwen_export.runtimes.server.inherited_socket import inherited_socket
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.serving.engine_group import EngineGroup
 from qwen_export.runtimes.structured.answer_options import AnswerOptions
 from qwen_export.runtimes.text.chat_prompt import chat_prompt
 from qwen_export.runtimes.vision.chat_media import MediaOptions
@@ -98,7 +99,7 @@ def made(room: str) -> list[Made]:
 
 def public_parameters() -> set[str]:
     """Names of parameters of the Python API, and of the fields of its options."""
-    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, *CALLS)
+    calls: tuple[Callable[..., Any], ...] = (build, load, Engine.__init__, Engine.of, EngineGroup.of, *CALLS)
     for kind in (Model, Decoder, DraftHead, Engine):
         calls += tuple(value for name, value in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_"))
     options = (StaticOptions, EngineOptions, SamplingParams, AnswerOptions, Read, MediaOptions, MediaAccess)

@@ -102,7 +102,7 @@ class Service:
             return self.progress or self.phase
         if self._engine.closed:
             return "the engine has stopped"
-        began = [engine.statistics.step_began for engine in self._engine.engines]
+        began = [numbers.step_began for numbers in self._engine.figures]
         if any(one and time.monotonic() - one > self.settings.stalled_s for one in began):
             return "a step of the engine does not end"
         return ""

@@ -74,7 +74,7 @@ class ServingMetrics:
         self._by_place = Counter(
             "vllm:spec_decode_num_accepted_tokens_per_pos", "Drafts kept, by their place.", (*_LABELS, "position"), registry=one
         )
-        one.register(_EngineFigures([part.statistics for part in engine.engines], model))
+        one.register(_EngineFigures(engine.figures, model))
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -6,14 +6,12 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from qwen_export.runtimes.answer import AsyncGeneration, Generation, Prepared
 from qwen_export.runtimes.decoding.generation import Request, Statistics
+from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
 from qwen_export.runtimes.serving.token_stream import TokenStream
-
-if TYPE_CHECKING:
-    from qwen_export.runtimes.serving.engine import Engine
 
 
 class Answering(ABC):
@@ -21,8 +19,13 @@ class Answering(ABC):
 
     @property
     @abstractmethod
-    def engines(self) -> tuple[Engine, ...]:
-        """Those that run the requests; each has `statistics` of its own."""
+    def engines(self) -> tuple[Answering, ...]:
+        """Those that run the requests."""
+
+    @property
+    @abstractmethod
+    def figures(self) -> tuple[EngineStatistics, ...]:
+        """Of each engine."""
 
     @property
     @abstractmethod

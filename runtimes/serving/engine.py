@@ -172,6 +172,10 @@ class Engine(Answering):
         return (self,)
 
     @property
+    def figures(self) -> tuple[EngineStatistics, ...]:
+        return (self.statistics,)
+
+    @property
     def slots(self) -> int:
         return self._slots
 

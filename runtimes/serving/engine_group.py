@@ -18,6 +18,7 @@ from qwen_export.errors import ParameterError
 from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.serving.engine import Engine
+from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
 from qwen_export.runtimes.serving.prompt_routes import PromptRoutes
 from qwen_export.runtimes.serving.token_stream import TokenStream
 
@@ -75,6 +76,10 @@ class EngineGroup(Answering):
     @property
     def engines(self) -> tuple[Engine, ...]:
         return self._engines
+
+    @property
+    def figures(self) -> tuple[EngineStatistics, ...]:
+        return tuple(engine.statistics for engine in self._engines)
 
     @property
     def slots(self) -> int:
