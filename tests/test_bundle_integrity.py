@@ -18,6 +18,7 @@ from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.backends.integrity import ensure_whole, forget
 from tests.support.manifests import edit_manifest, write_raw
+from tests.support.source_tree import ROOT
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 PLUGINS = (LIBRARIES["cpu"].file,) if find_library("cpu") else ()
@@ -75,6 +76,12 @@ def test_the_bundle_lists_all_its_files_and_passes_check(tiny_bundle: Path, caps
     assert {path.name for path in tiny_bundle.iterdir()} == {*FILES, MANIFEST, DIGEST}
     main(["check", str(tiny_bundle)])
     assert "runnable   yes" in capsys.readouterr().out
+
+
+def test_no_file_names_the_machine_that_built_it(tiny_bundle: Path) -> None:
+    for file in tiny_bundle.iterdir():
+        content = file.read_bytes()
+        assert b"stack_trace" not in content and str(ROOT).encode() not in content, file.name
 
 
 def test_the_bundle_runs_wherever_it_is_moved(bundle_copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,6 +82,7 @@ def write_files(
             resume = Resume(Journal(journal_path(staging, number)), values.identity)
             files[name] = write_weights(readers, values, staging / name, progress, jobs=jobs, budget=budget, resume=resume)
     for model in models.values():
+        forget_origin(model)
         model.producer_name, model.producer_version = "qwen-export", __version__
         for node in model.graph:
             model.opset_imports.setdefault(node.domain, 1)
@@ -94,6 +95,17 @@ def write_files(
     for name in (*graph_files, *(library.name for library in plan.plugins), *copy_text_assets(source.text_directory, staging)):
         files[name] = hash_file(staging / name)
     return files
+
+
+def forget_origin(model: ir.Model) -> None:
+    """Remove what the exporter notes of each node: lines of source code, with the paths of the machine that builds."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+        for noted in (graph, *graph, *values):
+            noted.metadata_props.clear()
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
 
 
 def weight_files(models: Mapping[str, ir.Model]) -> dict[str, list[ir.Model]]:
