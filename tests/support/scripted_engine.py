@@ -14,24 +14,39 @@ from qwen_export.runtimes.server.application import create_app
 from qwen_export.runtimes.server.http_server import HttpServer, address_of, listening_socket
 from qwen_export.runtimes.server.server_settings import ServerSettings
 from qwen_export.runtimes.server.service import Service
+from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.serving.engine_statistics import EngineStatistics
 from qwen_export.runtimes.serving.token_stream import End, LoopInbox, TokenStream
 
 
-class ScriptedEngine:
+class ScriptedEngine(Answering):
     """`text` is the next answer, `finish` its end; `step` the most tokens that come at once."""
 
-    closed = False
+    closed, slots, longest = False, 8, 4096
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.statistics = EngineStatistics(slots=8, longest=4096)
+        self.statistics = EngineStatistics(slots=self.slots, longest=self.longest)
         self.text, self.step, self.error = "", 1, None
         self.finish: Finish = "stop"
         self.url = ""
         self._chance = random.Random(3)
 
-    def submit(self, request: Request, statistics: Statistics | None = None, *, loop: asyncio.AbstractEventLoop) -> TokenStream:
+    @property
+    def engines(self) -> tuple[ScriptedEngine, ...]:
+        return (self,)
+
+    @property
+    def figures(self) -> tuple[EngineStatistics, ...]:
+        return (self.statistics,)
+
+    def close(self, *, drain: bool = False) -> None:
+        pass
+
+    def submit(
+        self, request: Request, statistics: Statistics | None = None, *, loop: asyncio.AbstractEventLoop | None = None
+    ) -> TokenStream:
+        assert loop is not None
         statistics = statistics or Statistics()
         inbox = LoopInbox(loop)
         tokens = self._model.tokenizer.encode(self.text)
@@ -58,7 +73,7 @@ def scripted_engine(bundle: Path, settings: ServerSettings | None = None) -> Ite
     with listening_socket("127.0.0.1", 0) as listening, load(bundle, threads=1) as model:
         engine = ScriptedEngine(model)
         engine.url = address_of(listening)
-        service.start(model, engine)  # type: ignore[arg-type]
+        service.start(model, engine)
         server = HttpServer(create_app(service), listening, settings)
         try:
             yield engine
