@@ -255,7 +255,8 @@ def alternately(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
 
 
 def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk: int, directory: Path) -> dict[str, float]:
-    bundle = build(checkpoint, directory / "bundle", target="onnx", max_context=tokens, options=StaticOptions(chunk))
+    # Without the draft head, which the Scan has not: it reads prompts, too.
+    bundle = build(checkpoint, directory / "bundle", target="onnx", max_context=tokens, options=StaticOptions(chunk), mtp=False)
     model = load(bundle, threads=threads)
     decoder = model.decoder()
     scan = ort.InferenceSession(str(scan_model(checkpoint, tokens, directory)), options(threads))
@@ -266,7 +267,7 @@ def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk:
     last = [name for name in (output.name for output in scan.get_outputs()) if name.endswith("v_cache.next")][-1]
     for value in scan.get_inputs():
         if value.name not in given:
-            given[value.name] = np.zeros(value.shape, np.float32)
+            given[value.name] = np.zeros(value.shape, {"tensor(float)": np.float32, "tensor(int32)": np.int32}[value.type])
     results: dict[str, Any] = {}
 
     def run_chunked() -> None:
@@ -277,7 +278,8 @@ def whole_model(checkpoint: Path, tokens: int, rounds: int, threads: int, chunk:
     def run_scan() -> None:
         results["scan"] = scan.run([last], given)[0]
 
-    plugin = load(build(checkpoint, directory / "plugin", target="onnxruntime", precision="fp32", max_context=tokens), threads=threads)
+    native = build(checkpoint, directory / "plugin", target="onnxruntime", precision="fp32", max_context=tokens, mtp=False)
+    plugin = load(native, threads=threads)
     own = plugin.decoder()
 
     def run_plugin() -> None:

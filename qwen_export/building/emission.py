@@ -99,13 +99,14 @@ def write_files(
 
 def forget_origin(model: ir.Model) -> None:
     """Remove what the exporter notes of each node: lines of source code, with the paths of the machine that builds."""
-    model.metadata_props.clear()
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
         for noted in (graph, *graph, *values):
             noted.metadata_props.clear()
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
+    model.metadata_props.clear()
 
 
 def weight_files(models: Mapping[str, ir.Model]) -> dict[str, list[ir.Model]]:
