@@ -41,20 +41,7 @@ __global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const T* x, co
   const int stride = arranged_stride(K);
   const T* row = x + size_t(blockIdx.x) * K;
   float scale = 1.0f;
-  if (norm != nullptr) {
-    float sum = 0.0f;
-    for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
-      Pack8<T> p;
-      p.bits = *reinterpret_cast<const uint4*>(row + k);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += to_float(p.item[i]) * to_float(p.item[i]);
-    }
-    sum = warp_sum(sum);
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-    __syncthreads();
-    sum = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0.0f);
-    scale = rsqrtf(sum / K + eps);
-  }
+  if (norm != nullptr) scale = inverse_rms(row, K, eps, sums);
   for (int k = threadIdx.x * kStep; k < stride; k += blockDim.x * kStep) {
     uint4 values[4];
 #pragma unroll

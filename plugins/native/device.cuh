@@ -84,4 +84,21 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
 }
 
+// 1 / sqrt(mean(row^2) + eps) of a row of K values, a multiple of 8, in every thread of a block. `sums` is shared, a value per warp.
+template <typename T>
+__device__ inline float inverse_rms(const T* row, int K, float eps, float* sums) {
+  float sum = 0.0f;
+  for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
+    Pack8<T> p;
+    p.bits = *reinterpret_cast<const uint4*>(row + k);
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += to_float(p.item[i]) * to_float(p.item[i]);
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  sum = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0.0f);
+  return rsqrtf(sum / K + eps);
+}
+
 }  // namespace qwen

@@ -11,18 +11,7 @@ __global__ void rms_norm_kernel(const T* x, const T* norm, float eps, T* y, int 
   wait_for_previous();
   let_next_start();
   const T* row = x + size_t(blockIdx.x) * K;
-  float sum = 0.0f;
-  for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
-    Pack8<T> p;
-    p.bits = *reinterpret_cast<const uint4*>(row + k);
-#pragma unroll
-    for (int i = 0; i < 8; i++) sum += to_float(p.item[i]) * to_float(p.item[i]);
-  }
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-  __syncthreads();
-  sum = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? sums[threadIdx.x % 32] : 0.0f);
-  const float scale = rsqrtf(sum / K + eps);
+  const float scale = inverse_rms(row, K, eps, sums);
   for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
     Pack8<T> p, weight;
     p.bits = *reinterpret_cast<const uint4*>(row + k);
