@@ -242,7 +242,7 @@ class Engine(Answering):
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
         make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         numbers = self.statistics
-        numbers.slots, numbers.longest = decoder.batch, decoder.capacity
+        numbers.slots = decoder.batch
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
         numbers.measure = lambda: {slot: decoder.held_bytes(slot) for slot in list(self._table.calls)}
         if cache is not None:

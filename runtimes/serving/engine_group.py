@@ -46,8 +46,8 @@ class EngineGroup(Answering):
     ) -> EngineGroup:
         """Engines that share the slots and the memory (bytes, as of `Engine`); as many as the model has devices, but at most one per slot.
 
-        All graphs are recorded before this returns: while one engine records, the others must not use the GPUs."""
-        count = min(slots, engines or len(model.devices))
+        Steps are recorded before this returns, and verifies of few rows: while one engine records, the others should not use the GPUs.
+        What comes later is recorded then, as with drafts for more rows than `Decoder.warm` makes ready."""
         if engines is not None and not 1 <= engines <= slots:
             raise ParameterError(
                 "there are more engines than slots",
@@ -56,6 +56,7 @@ class EngineGroup(Answering):
                 expected=f"1 to {slots}",
                 fix="Lower {engines}, or raise {slots}.",
             )
+        count = engines or min(slots, len(model.devices))
         with ExitStack() as made:
             group = [
                 made.enter_context(

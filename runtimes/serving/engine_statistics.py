@@ -13,8 +13,6 @@ class EngineStatistics:
     """`steps` and seconds since the engine began; `host_s` is what steps took outside the backend and its bindings."""
 
     slots: int = 0
-    longest: int = 0
-    """Tokens that a sequence may have."""
     running: int = 0
     waiting: int = 0
     steps: int = 0

@@ -26,7 +26,7 @@ class ScriptedEngine(Answering):
 
     def __init__(self, model: Model) -> None:
         self._model = model
-        self.statistics = EngineStatistics(slots=self.slots, longest=self.longest)
+        self.statistics = EngineStatistics(slots=self.slots)
         self.text, self.step, self.error = "", 1, None
         self.finish: Finish = "stop"
         self.url = ""
