@@ -22,6 +22,7 @@ from tests.support.fast_tests import FAST
 from tests.support.shared_captures import share_captures
 from tests.support.synthesize import synthesize
 from tests.support.tiny_tokenizer import write_tiny_tokenizer
+from tests.support.traced_command import TRACES
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -42,7 +43,8 @@ def _shared_captures(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempP
     kept = pytestconfig.pluginmanager.hasplugin("cacheprovider")
     folder = pytestconfig.cache.mkdir("traces") if kept else tmp_path_factory.mktemp("traces")  # type: ignore[union-attr]
     with pytest.MonkeyPatch.context() as patch:
-        share_captures(patch, folder)
+        patch.setenv(TRACES, str(folder))
+        share_captures(patch.setattr, folder)
         yield
 
 

@@ -33,8 +33,8 @@ def run(capfdbinary: pytest.CaptureFixture[bytes]) -> Any:
     return caller(capfdbinary, "replace")
 
 
-def process(*arguments: str | Path, **options: Any) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "qwen_export", *map(str, arguments)]
+def process(*arguments: str | Path, module: str = "qwen_export", **options: Any) -> subprocess.Popen[bytes]:
+    words = [sys.executable, "-m", module, *map(str, arguments)]
     return subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, stderr=subprocess.PIPE, **options)
 
 
@@ -186,7 +186,7 @@ def test_ctrl_c(tiny_bundle: Path) -> None:
     assert code == 0 or "context full" not in err
 
 
-def test_next_advises_what_can_run_here(run: Any, tiny_checkpoint: Path, wide_heads: Path, tmp_path: Path) -> None:
+def test_next_advises_what_can_run_here(run: Any, tiny_checkpoint: Path, tmp_path: Path) -> None:
     code, _, err = run("build", tiny_checkpoint, "-o", tmp_path / "cpu bundle")
     assert code == 0 and f"next: qwen-export verify '{tmp_path}/cpu bundle' --reference" in err
     code, _, err = run("build", tiny_checkpoint, "-o", tmp_path / "dml", "--target", "directml", "--max-context", "128", "--chunk", "16")
@@ -236,7 +236,7 @@ def test_an_interrupted_build_says_what_it_keeps(tiny_checkpoint: Path, tmp_path
     if os.name == "nt":
         pytest.skip("signals")
     out = tmp_path / "bundle"
-    with process("build", tiny_checkpoint, "-o", out, stdout=subprocess.PIPE) as running:
+    with process("build", tiny_checkpoint, "-o", out, module="tests.support.traced_command", stdout=subprocess.PIPE) as running:
         assert running.stderr
         journal = tmp_path / ".bundle.partial" / "journal"
         while running.poll() is None and not (journal.exists() and journal.stat().st_size):
