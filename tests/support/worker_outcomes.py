@@ -26,7 +26,7 @@ LIMIT_S = 60
 
 
 def seeds(few: int, many: int) -> list[Any]:
-    """For `parametrize`: the seeds of every run, and behind the marker `slow` those up to `many`, or to QWEN_EXPORT_FUZZ where it is set."""
+    """For `parametrize`: the seeds of every run, and, as slow tests, those up to `many`, or to QWEN_EXPORT_FUZZ where that is set."""
     return [range(few), pytest.param(range(few, int(os.environ.get("QWEN_EXPORT_FUZZ", many))), marks=pytest.mark.slow)]
 
 
