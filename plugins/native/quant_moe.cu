@@ -4,8 +4,8 @@
 namespace qwen {
 namespace {
 
-// Of so many tokens the visits of an expert share its weights 64 at a time. Not before it has been measured.
-constexpr int kFewestTogether = 1 << 30;
+// Of so many tokens the visits of an expert share its weights 64 at a time.
+constexpr int kFewestTogether = 64;
 
 bool together(const Experts<QuantMatrix>& moe) { return moe.tokens >= kFewestTogether && has_tensor_cores_90(); }
 

@@ -170,14 +170,10 @@ inline int multiprocessors() {
 
 constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of all formats
 
-// Off: the results of this kernel have been checked in an emulation of its warps, but not by the tests on a GPU. test_native_quantized.py,
-// test_moe.py and test_fp8_gpu.py have to pass there first.
-constexpr bool kResident = false;
-
 // For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
 template <typename Panels>
 bool resident_is_better(int N, int K) {
-  return kResident && Panels::chosen(N, K) && K <= kLongestRow && most_shared() >= 128 << 10;
+  return Panels::chosen(N, K) && K <= kLongestRow && most_shared() >= 128 << 10;
 }
 
 // Half of a multiprocessor's shared memory, so that two blocks fit; more if the activations need it.
