@@ -6,7 +6,6 @@
 
 #include "device.cuh"
 #include "panels.cuh"
-#include "wgmma.cuh"
 
 namespace qwen {
 
@@ -24,7 +23,7 @@ __device__ inline int arranged_at(int k, int bits) {
 
 // 32 k of a row.
 template <int BITS>
-__device__ inline void arrange_step(uint4 (&x)[4]) {
+__device__ inline void arrange_step(const uint4 (&x)[4], uint4* y) {
   uint32_t words[16];
 #pragma unroll
   for (int t = 0; t < 4; t++) {
@@ -36,21 +35,13 @@ __device__ inline void arrange_step(uint4 (&x)[4]) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; i++) x[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
-}
-
-// Where 8 arranged values from k on of row m are, in elements: row after row where `columns` is 0. Else as blocks of `columns` rows have them in shared
-// memory (wgmma.cuh), unit of 128 k after unit.
-__device__ inline size_t arranged_place(int m, int k, int stride, int columns) {
-  if (columns == 0) return size_t(m) * stride + k;
-  const int row = m % columns;
-  return size_t(m / columns) * columns * stride + size_t(k / kUnit) * columns * kUnit + swizzled(row, k % kUnit / 8, columns) / 2;
+  for (int i = 0; i < 4; i++) y[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
 }
 
 // A block arranges a row: y [M,arranged_stride(K)] of x [M,K], zeros behind K. With a norm, of rms_norm(x), which is written to `plain` [M,K] too,
 // if that is not null.
 template <typename T, int BITS>
-__global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const T* x, const T* norm, float eps, T* y, T* plain, int K, int columns) {
+__global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const T* x, const T* norm, float eps, T* y, T* plain, int K) {
   __shared__ float sums[kArrangeThreads / 32];
   wait_for_previous();
   let_next_start();
@@ -77,15 +68,13 @@ __global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const T* x, co
       }
       values[t] = p.bits;
     }
-    arrange_step<BITS>(values);
-#pragma unroll
-    for (int t = 0; t < 4; t++) *reinterpret_cast<uint4*>(y + arranged_place(blockIdx.x, k + t * 8, stride, columns)) = values[t];
+    arrange_step<BITS>(values, reinterpret_cast<uint4*>(y + size_t(blockIdx.x) * stride + k));
   }
 }
 
 template <typename T>
-void arrange(int bits, const T* x, const T* norm, float eps, T* y, T* plain, int M, int K, int columns, cudaStream_t stream) {
-  launch(bits == 4 ? arrange_kernel<T, 4> : arrange_kernel<T, 8>, dim3(M), dim3(kArrangeThreads), 0, stream, x, norm, eps, y, plain, K, columns);
+void arrange(int bits, const T* x, const T* norm, float eps, T* y, T* plain, int M, int K, cudaStream_t stream) {
+  launch(bits == 4 ? arrange_kernel<T, 4> : arrange_kernel<T, 8>, dim3(M), dim3(kArrangeThreads), 0, stream, x, norm, eps, y, plain, K);
 }
 
 }  // namespace qwen

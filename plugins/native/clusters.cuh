@@ -17,24 +17,9 @@ __device__ inline void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier
 __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
-// One arrival, and `bytes` that copies will bring.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// At the same barrier of the block `rank` of the cluster.
-__device__ inline void barrier_arrive_remote(uint32_t barrier, int rank) {
-  asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [at];}" ::"r"(barrier), "r"(rank)
-               : "memory");
-}
-// To the same place of all blocks of the cluster in `blocks`, whose barriers get the bytes.
-__device__ inline void copy_to_blocks(uint32_t shared, const void* global, int bytes, uint32_t barrier, uint16_t blocks) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared), "l"(global),
-               "r"(bytes), "r"(barrier), "h"(blocks)
-               : "memory");
-}
 __device__ inline bool barrier_passed(uint32_t barrier, int parity) {
   int passed;
-  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.b32 %0,1,0,p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
+  asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0,1,0,p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
   return passed;
 }
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {

@@ -57,8 +57,8 @@ static __global__ void __launch_bounds__(kMostExperts) plan_tiles_kernel(const i
 
 template <typename T, bool GENERAL, bool SWIGLU>
 void run_experts_of(const ManyProduct& given, cudaStream_t stream) {
-  if (given.w.bits == 4) return run_many<T, 4, GENERAL, kVisitsTogether, 1, SWIGLU, true>(given, stream);
-  run_many<T, 8, GENERAL, kVisitsTogether, 1, SWIGLU, true>(given, stream);
+  if (given.w.bits == 4) return run_many<T, 4, GENERAL, kVisitsTogether, SWIGLU, true>(given, stream);
+  run_many<T, 8, GENERAL, kVisitsTogether, SWIGLU, true>(given, stream);
 }
 
 template <typename T, bool SWIGLU>
@@ -79,7 +79,7 @@ void run_moe_many(const Experts<QuantMatrix>& moe, const T* x, const T* logits, 
   if (arranged_stride(moe.I) != moe.I) check(cudaMemsetAsync(many.inner, 0, many.inner_bytes, stream), "cudaMemsetAsync");
   const auto work = routed(moe, x, logits, y, workspace, stream);
   launch(plan_tiles_kernel, dim3(1), dim3(kMostExperts), 0, stream, work.counts, moe.E, moe.tokens, many.tiles);
-  arrange<T>(moe.gate_up.bits, x, nullptr, 0.0f, many.x, nullptr, moe.tokens, moe.H, 0, stream);
+  arrange<T>(moe.gate_up.bits, x, nullptr, 0.0f, many.x, nullptr, moe.tokens, moe.H, stream);
   ManyProduct up{moe.gate_up, many.x, nullptr, many.inner, many.most, moe.I, arranged_stride(moe.I), 1};
   up.tiles = many.tiles, up.counts = work.counts, up.visits = work.visits, up.tokens = moe.tokens, up.sharing = moe.K, up.bits = moe.down.bits;
   run_experts<T, true>(up, stream);

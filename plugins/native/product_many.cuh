@@ -26,7 +26,7 @@ struct ManyProduct {
   void* y;
   int M, N, stride, splits;  // y [M,N], of rows of `stride` elements
 
-  // Experts. Of the blocks in y, block i has the visits from tiles[2i + 1].y on of expert tiles[2i + 1].x, COLUMNS at most; there are tiles[0].x. M is
+  // Experts. Of the blocks in y, block i has the visits from tiles[i + 1].y on of expert tiles[i + 1].x, COLUMNS at most; there are tiles[0].x. M is
   // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y: fp32, or where SWIGLU, arranged for `bits`.
   const int2* tiles;
   const int *counts, *visits;
@@ -57,15 +57,15 @@ __device__ inline void copy16_or_zeros_at(uint32_t shared, const void* global, b
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, int SHARING, bool SWIGLU, bool EXPERTS>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
 __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMNS>::kBlocks) product_many_kernel(const ManyProduct given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ManyLayout<BITS, GENERAL, COLUMNS>;
   using Unit = typename Layout::Unit;
   constexpr int kStages = Layout::kStages;
-  constexpr int C = COLUMNS / 2;                             // sums of a thread
+  constexpr int C = COLUMNS / 2;                            // sums of a thread
   constexpr bool kHanded = Layout::kBlocks == 2 && C > 16;  // registers from those who copy to those who multiply
-  constexpr int kTogether = 2;                               // steps of 32 k whose products are issued together
+  constexpr int kTogether = 2;                              // steps of 32 k whose products are issued together
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ size_t panel_at[kTilePanels];
@@ -87,9 +87,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
     if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
   }
-  // Blocks of a cluster: SHARING tiles of the first part of K, then of the next.
-  const int splits = given.splits, cluster = splits * SHARING, own_tile = blockIdx.x % SHARING, rank = blockIdx.x % cluster / SHARING;
-  const int tile = blockIdx.x / cluster * SHARING + own_tile;
+  const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int units = w.units(), first_unit = units * rank / splits, count = units * (rank + 1) / splits - first_unit;
   const int log_block = w.block == 32 ? 5 : w.block == 64 ? 6 : 7, panels = w.panels();
@@ -101,13 +99,12 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   }
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; i++) {
-      barrier_init(full + i * 8, kCopiers + (SHARING > 1));
-      barrier_init(empty + i * 8, kMultipliers / 32 * SHARING);
+      barrier_init(full + i * 8, kCopiers);
+      barrier_init(empty + i * 8, kMultipliers / 32);
     }
     publish_barriers();
   }
-  if constexpr (SHARING > 1) cluster_sync();
-  else __syncthreads();
+  __syncthreads();
 
   if (warp >= kMultipliers / 32) {
     if constexpr (kHanded) give_registers<40>();
@@ -144,18 +141,6 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       if (i >= kStages) {
         barrier_wait(empty + slot * 8, parity);
         copy_weights(i, slot);
-      }
-      if constexpr (SHARING > 1) {
-        if (own == 0) {
-          constexpr int kBytes = COLUMNS * kUnit * 2, kPart = kBytes / SHARING;
-          const char* image = static_cast<const char*>(given.x) + (size_t(blockIdx.y) * units + first_unit + i) * kBytes;
-          barrier_expect(full + slot * 8, kBytes);
-          copy_to_blocks(shared_of(ring[slot].x) + own_tile * kPart, image + own_tile * kPart, kPart, full + slot * 8,
-                         uint16_t(((1 << SHARING) - 1) << rank * SHARING));
-        }
-        barrier_arrive_after_copies(full + slot * 8);
-        if (++slot == kStages) slot = 0, parity ^= 1;
-        continue;
       }
       uint32_t to = shared_of(ring[slot].x) + swizzled(own / 16, piece, COLUMNS);
       const T* from = x + (first_unit + i) * kUnit;
@@ -200,7 +185,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     int slot = 0, parity = 0, i = 0;
     for (; i < min(count, whole); i++) {
       barrier_wait(full + slot * 8, parity);
-      if constexpr (SHARING == 1) publish_to_products();
+      publish_to_products();
       const Unit& unit = ring[slot];
       const uint64_t x = matrix_of(shared_of(unit.x), 16);
 #pragma unroll
@@ -215,17 +200,13 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
         end_products();
         wait_for_products<1>();
         settle(a[(turn + 1) % 2]);
-        if (turn == 0 && i > 0 && lane < SHARING) {
-          const uint32_t used = empty + (slot == 0 ? kStages - 1 : slot - 1) * 8;
-          if constexpr (SHARING > 1) barrier_arrive_remote(used, rank * SHARING + lane);
-          else barrier_arrive(used);
-        }
+        if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
       }
       if (++slot == kStages) slot = 0, parity ^= 1;
     }
     if (i < count) {  // the last unit ends early
       barrier_wait(full + slot * 8, parity);
-      if constexpr (SHARING == 1) publish_to_products();
+      publish_to_products();
       const Unit& unit = ring[slot];
       const uint64_t x = matrix_of(shared_of(unit.x), 16);
       for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
@@ -272,7 +253,6 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       if (splits == 1) {
 #pragma unroll
         for (int i = 0; i < C / 4; i++) write((tile * kTilePanels + warp) * kPanelRows + 2 * g, i, four(i));
-        if constexpr (SHARING > 1) cluster_sync();  // others may still tell this block what they have used
         return;
       }
     }
@@ -289,7 +269,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       if (splits == 1) return sums[at];
       float4 sum = make_float4(0, 0, 0, 0);
       for (int r = 0; r < splits; r++) {
-        const float4 v = load_remote(base + at * 16, r * SHARING + own_tile);
+        const float4 v = load_remote(base + at * 16, r);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
       }
       return sum;
@@ -305,7 +285,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       }
       write((tile * (SWIGLU ? 4 : kTilePanels) + half * 4 + warp % 4) * kPanelRows + 2 * g, eight, v);
     }
-    if (cluster > 1) cluster_sync();  // nobody leaves while another reads its sums
+    if (splits > 1) cluster_sync();  // nobody leaves while another reads its sums
   }
 #endif
 }
@@ -328,25 +308,24 @@ inline bool has_tensor_cores_90() {
 // Blocks that have a tile of their own, for as many rows as one block takes.
 inline int many_tiles(const QuantMatrix& w, bool swiglu) { return swiglu ? (w.panels() / 2 + 3) / 4 : (w.panels() + kTilePanels - 1) / kTilePanels; }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, int SHARING, bool SWIGLU, bool EXPERTS>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
 void run_many(const ManyProduct& given, cudaStream_t stream) {
-  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SHARING, SWIGLU, EXPERTS>;
+  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU, EXPERTS>;
   constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
   static DeviceFlags allowed;
   allowed.once([] { allow_shared(kernel, shared); });
-  const int cluster = given.splits * SHARING;
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = cluster, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+  attributes[1].val.clusterDim.x = given.splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3((many_tiles(given.w, SWIGLU) + SHARING - 1) / SHARING * cluster, EXPERTS ? given.M : (given.M + COLUMNS - 1) / COLUMNS);
+  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, EXPERTS ? given.M : (given.M + COLUMNS - 1) / COLUMNS);
   config.blockDim = dim3(kManyThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = cluster > 1 ? 2 : 1;
+  config.numAttrs = given.splits > 1 ? 2 : 1;
   check(cudaLaunchKernelEx(&config, kernel, given), "cudaLaunchKernelEx");
 }
 

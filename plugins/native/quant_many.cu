@@ -6,41 +6,26 @@ namespace {
 // Above, a copy of the weights in the element type costs less than that each 128 rows make their own. Measured on an H200.
 constexpr int kMostRows = 256;
 
-// Tiles that share the activations which one of them reads, where a block has so many columns: what they read limits the kernel. Measured on an H200.
-template <int COLUMNS>
-constexpr int kSharing = COLUMNS < 64 ? 1 : 2;
-constexpr int kMostSharing = kSharing<128>;
-
-// Columns of a block.
-bool is_general(const QuantMatrix& w, bool half) { return !half || w.zeros || w.wide_scales; }
-int many_columns(bool general, int M) { return M > 64 ? 128 : M > 32 || general ? 64 : M > 16 ? 32 : 16; }
-// As `arrange` takes it: 0 where blocks copy rows.
-int arranged_columns(bool general, int M) {
-  const int columns = many_columns(general, M);
-  const int sharing = columns == 128 ? kSharing<128> : columns == 64 ? kSharing<64> : columns == 32 ? kSharing<32> : kSharing<16>;
-  return sharing > 1 ? columns : 0;
-}
-
 template <typename T, int BITS, bool GENERAL, bool SWIGLU>
 void of_rows(ManyProduct& given, cudaStream_t stream) {
   // Parts of K that give most multiprocessors a block: of two blocks each up to 64 rows, of one above.
   const int tiles = many_tiles(given.w, SWIGLU), most = given.M <= 64 ? 200 : 132;
   given.splits = 1;
-  while (given.splits * kMostSharing < 8 && tiles * given.splits * 2 <= most && given.splits * 4 <= given.w.units()) given.splits *= 2;
-  const int columns = many_columns(GENERAL, given.M);
+  while (given.splits < 8 && tiles * given.splits * 2 <= most && given.splits * 4 <= given.w.units()) given.splits *= 2;
   if constexpr (!GENERAL) {
-    if (columns == 16) return run_many<T, BITS, GENERAL, 16, kSharing<16>, SWIGLU, false>(given, stream);
-    if (columns == 32) return run_many<T, BITS, GENERAL, 32, kSharing<32>, SWIGLU, false>(given, stream);
+    if (given.M <= 16) return run_many<T, BITS, GENERAL, 16, SWIGLU, false>(given, stream);
+    if (given.M <= 32) return run_many<T, BITS, GENERAL, 32, SWIGLU, false>(given, stream);
   }
-  if (columns == 64) return run_many<T, BITS, GENERAL, 64, kSharing<64>, SWIGLU, false>(given, stream);
-  run_many<T, BITS, GENERAL, 128, kSharing<128>, SWIGLU, false>(given, stream);
+  if (given.M <= 64) return run_many<T, BITS, GENERAL, 64, SWIGLU, false>(given, stream);
+  run_many<T, BITS, GENERAL, 128, SWIGLU, false>(given, stream);
 }
 
 template <typename T, bool SWIGLU>
 void of_format(ManyProduct given, cudaStream_t stream) {
   const bool four = given.w.bits == 4;
   if constexpr (std::is_same<T, __half>::value) {
-    if (!is_general(given.w, true)) return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
+    if (!given.w.zeros && !given.w.wide_scales)
+      return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
   }
   four ? of_rows<T, 4, true, SWIGLU>(given, stream) : of_rows<T, 8, true, SWIGLU>(given, stream);
 }
@@ -51,22 +36,20 @@ bool has_quant_many(int M) { return M > kFewColumns && M <= kMostRows && has_ten
 
 template <typename T>
 size_t many_workspace(const QuantMatrix& w, int M) {
-  return sizeof(T) * ((M + 127) / 128 * 128) * size_t(arranged_stride(w.K));
+  return sizeof(T) * M * size_t(arranged_stride(w.K));
 }
 
 template <typename T>
 void quant_linear_many(const QuantMatrix& w, const T* x, const T* residual, const T* norm, float eps, T* y, int M, int stride, T* plain, void* workspace,
                        cudaStream_t stream) {
-  const int columns = arranged_columns(is_general(w, std::is_same<T, __half>::value), M);
-  arrange(w.bits, x, norm, eps, static_cast<T*>(workspace), norm != nullptr ? plain : nullptr, M, w.K, columns, stream);
+  arrange(w.bits, x, norm, eps, static_cast<T*>(workspace), norm != nullptr ? plain : nullptr, M, w.K, stream);
   ManyProduct given{w, workspace, residual, y, M, w.N, stride};
   of_format<T, false>(given, stream);
 }
 
 template <typename T>
 void quant_swiglu_many(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, void* workspace, cudaStream_t stream) {
-  const int columns = arranged_columns(is_general(w, std::is_same<T, __half>::value), M);
-  arrange<T>(w.bits, x, norm, eps, static_cast<T*>(workspace), nullptr, M, w.K, columns, stream);
+  arrange<T>(w.bits, x, norm, eps, static_cast<T*>(workspace), nullptr, M, w.K, stream);
   ManyProduct given{w, workspace, nullptr, y, M, w.N / 2, w.N / 2};
   of_format<T, true>(given, stream);
 }

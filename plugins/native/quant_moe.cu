@@ -4,8 +4,9 @@
 namespace qwen {
 namespace {
 
-// Of so many tokens the visits of an expert share its weights 64 at a time.
-constexpr int kFewestTogether = 64;
+// Of so many tokens the visits of an expert share its weights 64 at a time. Measured on an H200, 8 of 256 experts; fewer tokens leave most of a
+// tile empty.
+constexpr int kFewestTogether = 256;
 
 bool together(const Experts<QuantMatrix>& moe) { return moe.tokens >= kFewestTogether && has_tensor_cores_90(); }
 

@@ -1,5 +1,5 @@
 // Products of up to 8 rows by blocks that stay: one per multiprocessor, each with an equal share of the panels. `Panels` (quant_panels.cuh,
-// fp8_panels.cuh, plain_panels.cuh) fetches and multiplies; what is here is the same for all of them.
+// plain_panels.cuh) fetches and multiplies; what is here is the same for both of them.
 //
 // A step is a chain of such products, each of a few microseconds. What counts is that weights are on their way at all times, and that little happens
 // between the result of one product and the first sum of the next:
@@ -168,7 +168,7 @@ inline int multiprocessors() {
   return count;
 }
 
-constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of all formats
+constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of both formats
 
 // For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
 template <typename Panels>

@@ -1,5 +1,6 @@
-"""Prompts of every size once, before there is a request. On a GPU the first products of a size load their kernels, and the first long call
-gets the memory of its activations: some 20 ms each, which a request would wait for."""
+"""Prompts of every size once, before there is a request. On a GPU the first prompt of all loads kernels for 0.1 s, and the first long one
+gets the memory of its activations, which a request would wait for. A length that is new after them still takes 10 to 20 ms longer than
+the next time (docs/performance.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 _SHORTEST = 16
 """Tokens; shorter calls take kernels that steps and verifies have loaded."""
 _MOST_S = 1.0
-"""Where prompts take longer, 20 ms matter less: a large model, or experts in host memory."""
+"""Where prompts take longer, what the first one adds matters less: a large model, or experts in host memory."""
 
 
 def read_every_size(decoder: Decoder) -> None:
