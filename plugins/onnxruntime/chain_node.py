@@ -29,7 +29,7 @@ _WIRING, _VALUES = "wiring", "values"
 
 
 def leaves(value: ir.Value, inside: Sequence[ir.Node]) -> bool:
-    """Whether a result of one of these nodes is wanted by others, or by nobody: an op may have to make what no one reads."""
+    """Whether others want a result of one of these nodes."""
     return value.is_graph_output() or any(user not in inside for user in value.consumers())
 
 
