@@ -6,8 +6,8 @@
 // wiring   a text: what each part is, reads and makes (chain_wiring.h)
 // p3_...   the attributes of the part with index 3
 //
-// Calls of up to 8 rows go to run_chain (chain.h), which may do the products between two mixers in one launch. Where it does not, and with more rows, the parts run
-// one after the other, as their nodes would. Results that stay in the chain have memory for the time of the call.
+// Calls of up to 8 rows go to run_chain (chain.h), which may do the products between two mixers in one launch. Where it does not, and with more
+// rows, the parts run one after the other, as their nodes would. Results that stay in the chain have memory for the time of the call.
 
 #include <algorithm>
 #include <memory>
@@ -226,7 +226,7 @@ class ChainKernel {
   ChainMemory memory_;
 };
 
-// The first tensor of a type may not be left out: it says which of the two ops of this name a node is.
+// Tensors of one type. The first of T stands in front of them, and is not left out: it says which of the two ops of this name a node is.
 std::string optional(char kind, size_t count) {
   std::string all;
   for (size_t i = 0; i < count; i++) all += std::string(1, kind) + "?";

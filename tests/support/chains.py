@@ -71,14 +71,17 @@ def place(word: str, layout: tuple[tuple[str, int], ...]) -> int:
     raise AssertionError(word)
 
 
+_FORMATS = {"int4": QuantFormat(4, 32, False, False), "int8": QuantFormat(8, 32, False, False)}
+
+
 class LayerNodes:
-    """A graph that has the nodes of a DeltaNet layer and the MLP behind it, and the projection of the next: 6 parts of a chain. Everything is
-    an input of the graph. `values` are tensors for these, by name, for B sequences of T tokens with P pending ones (none: no transaction).
+    """A graph that has the nodes of a DeltaNet layer and the MLP behind it, and the projection of the next: 6 parts of a chain. Everything
+    is an input of the graph. `values` are tensors for these, by name, for B sequences of T tokens with P pending ones (none: no
+    transaction).
 
     `kind`: "plain", "int4" or "int8"."""
 
     HK, HV, D, HIDDEN, INNER, NEXT = 2, 4, 64, 128, 192, 96
-    FORMATS = {"int4": QuantFormat(4, 32, False, False), "int8": QuantFormat(8, 32, False, False)}
 
     def __init__(self, dtype: str, kind: str, B: int, T: int, P: int | None, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
@@ -176,6 +179,6 @@ class LayerNodes:
         if self._kind == "plain":
             w = self._own(name, self._rng.normal(size=(N, K)) / K**0.5)
             return self._node(op, [x, w, *more], epsilon=1e-6).outputs[0]
-        format = self.FORMATS[self._kind]
+        format = _FORMATS[self._kind]
         w = self._input(name, random_matrix(format, N, K)[0], "uint8")
         return self._node(f"Quant{op}", [x, w, *more], epsilon=1e-6, **format.attributes(N, K)).outputs[0]
