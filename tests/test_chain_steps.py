@@ -9,14 +9,18 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from qwen_export import build
 from qwen_export.building.build_plan import plan_build
 from qwen_export.building.lower_graphs import lower
 from qwen_export.building.pass_pipeline import print_graph
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
+from qwen_export.graphs.layer_points import POINTS, point_name
 from qwen_export.graphs.passes.pass_context import new_node
+from qwen_export.manifest import load_manifest
 from qwen_export.plugins.native import native_library
 from qwen_export.plugins.onnxruntime.chain_steps import LEAST, MOST, expand_chains, join_chains
 from qwen_export.plugins.onnxruntime.chain_wiring import INPUTS, OUTPUTS, read_wiring
+from qwen_export.verification.layer_graphs import layer_graphs
 from tests.support.chains import LayerNodes, terms
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
@@ -102,6 +106,20 @@ def test_no_chain_crosses_a_stage(graphs, checkpoints: dict[str, Path]) -> None:
         assert sum(len(parts) for name, model in cut.items() if name.startswith("decoder") for parts in chains(model)) >= 3 * layers
 
 
+def test_a_check_of_layers_sees_into_chains(checkpoints: dict[str, Path], fake_library: Path, tmp_path: Path) -> None:
+    """The points leave the chains, which stay as they are."""
+    bundle = build(checkpoints["dense"], tmp_path / "bundle", device="cuda", precision="int4", mtp=False)
+    manifest, config = load_manifest(bundle), open_checkpoint(checkpoints["dense"]).config.text
+    written = ir.load(bundle / manifest.graphs["decoder"].file)
+    with layer_graphs(bundle, manifest, config) as (there, changed):
+        model = ir.load(there / changed.graphs["decoder"].file)
+        points = {point_name(layer, point) for layer in range(LAYERS) for point in POINTS}
+        assert points < {value.name for value in model.graph.outputs} == {tensor.name for tensor in changed.graphs["decoder"].outputs}
+        assert chains(model) == chains(written)
+        now = terms(model.graph)
+        assert {name: now[name] for name in terms(written.graph)} == terms(written.graph)
+
+
 def test_without_the_library_there_are_none(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native_library.LIBRARIES["cuda"].variable, "")
     source = open_checkpoint(checkpoints["dense"])
@@ -137,7 +155,7 @@ def _long(count: int) -> ir.Graph:
 def test_what_is_made_of_a_part_is_no_input_of_the_chain() -> None:
     """A product whose residual another node makes of a value inside: it cannot come before that node."""
     graph = _long(8)
-    last = [node for node in graph][5]
+    last = list(graph)[5]
     other = new_node("", "Relu", [last.inputs[0]], dtype=ir.DataType.FLOAT16)
     other.outputs[0].name = "other"
     graph.insert_before(last, other)

@@ -17,6 +17,7 @@ from qwen_export.errors import ConfigError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.graphs.quantization.packing import QuantFormat, dequantize, pack
 from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.plugins.onnxruntime.chain_steps import expand_chains
 from qwen_export.runtimes.memory.cuda_driver import compute_capability
 from qwen_export.verification.logit_check import verify
 from tests.support.cuda_ops import LIMIT, OneOp, error, normalized, rounded, silu
@@ -37,7 +38,9 @@ def experts_config() -> dict[str, Any]:
 
 def lowered(checkpoint: Path, precision: str, plan_file: Path | None = None) -> Any:
     source = open_checkpoint(checkpoint)
-    return lower(source, plan_build(source, "onnxruntime", "cuda", precision, plan_file=plan_file))["decoder"].graph
+    graph = lower(source, plan_build(source, "onnxruntime", "cuda", precision, plan_file=plan_file))["decoder"].graph
+    expand_chains(graph)
+    return graph
 
 
 @pytest.mark.usefixtures("fake_library")

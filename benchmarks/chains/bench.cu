@@ -1,10 +1,13 @@
 // Chains (plugins/native/chain.h) beside the same ops one by one: the time of a layer, and how far the results are apart. Layers of DeltaNet in the
 // shapes of the releases with random weights, three to a chain, both sides recorded as CUDA graphs. build.sh compiles it.
+//
+//   bench [LAYERS]    so many layers at most, for compute-sanitizer
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <vector>
 
@@ -281,9 +284,11 @@ class Case {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  const int most = argc > 1 ? std::atoi(argv[1]) : 1000;
   const Size sizes[] = {{"0.8B", 1024, 16, 16, 3584, 18}, {"4B", 2560, 16, 32, 9216, 24}, {"9B", 4096, 16, 32, 12288, 9}};
-  for (const Size& size : sizes) {
+  for (Size size : sizes) {
+    size.layers = std::min(size.layers, most);
     for (const bool int4 : {false, true}) {
       Case one(size, int4);
       for (int M = 1; M <= kMostRows; M++) {

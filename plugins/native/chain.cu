@@ -285,6 +285,10 @@ std::unique_ptr<Planner<Panels>> plan_products(const std::vector<ChainPart<T>>& 
     const auto inside = [&](int from) { return from >= int(first) ? from - int(first) : -1; };
     part.x_from = inside(part.x_from), part.residual_from = inside(part.residual_from);
   }
+  const auto leave = [&](int from) {
+    if (from >= int(first) && from < int(end)) own[from - first].leaves = true;
+  };
+  for (size_t i = end; i < parts.size(); i++) leave(parts[i].x_from), leave(parts[i].residual_from);
   auto planner = std::make_unique<Planner<Panels>>(std::move(own), M, device);
   return planner->plan() ? std::move(planner) : nullptr;
 }

@@ -26,7 +26,7 @@ struct ChainPart {
   int tail_rows = 0;
   float eps = 0.0f;
   T* y = nullptr;          // [M, N + tail_rows]
-  bool leaves = true;      // false: only parts of this chain read y, and it need not be written
+  bool leaves = true;      // false: only parts of this chain read y
   int x_from = -1;         // the part whose y is x, of DeltaNet in.packed; -1: none of this chain
   int residual_from = -1;  // the same of the residual
   DeltaNetShape shape{};   // kDeltaNet, with in.y as its result

@@ -6,8 +6,8 @@
 // wiring   a text: what each part is, reads and makes (chain_wiring.h)
 // p3_...   the attributes of the part with index 3
 //
-// Calls of up to 8 rows go to run_chain (chain.h), which may do all parts in one launch. Where it does not, and with more rows, the parts run
-// one after the other, as their nodes would. Results that stay in the chain have memory for the time of the call.
+// Calls of up to 8 rows go to run_chain (chain.h), which may do the products between two mixers in one launch. Where it does not, and with more
+// rows, the parts run one after the other, as their nodes would. Results that stay in the chain have memory for the time of the call.
 
 #include <algorithm>
 #include <memory>
@@ -126,7 +126,7 @@ class ChainKernel {
         if (const ChainSlot& from = wires_[i].inputs[k]; from.kind == 'v') all[i].inputs[k].data = tensor_of(from, all).data;
       }
     }
-    if (few && in_one_launch(call, all, static_cast<int>(rows))) return;
+    if (few && in_few_launches(call, all, static_cast<int>(rows))) return;
     for (size_t i = 0; i < parts_.size(); i++) {
       Call one(call, all[i].inputs, all[i].results);
       parts_[i]->compute(one);
@@ -170,12 +170,13 @@ class ChainKernel {
     return all[results_[from.number].part].results[results_[from.number].index];
   }
 
-  bool in_one_launch(const Call& call, const std::vector<Given>& all, int rows) {
+  bool in_few_launches(const Call& call, const std::vector<Given>& all, int rows) {
     std::vector<ChainPart<T>> described;
     for (size_t i = 0; i < parts_.size(); i++) {
       Call one(call, all[i].inputs, all[i].results);
       ChainPart<T> part = parts_[i]->part(one);
       part.x_from = made_by(part.x, all), part.residual_from = made_by(part.residual, all);
+      part.leaves = wires_[i].results[0].kind != '-';
       described.push_back(part);
     }
     return run_chain(described, rows, memory_, call.stream());
@@ -225,7 +226,7 @@ class ChainKernel {
   ChainMemory memory_;
 };
 
-// The first tensor of a type may not be left out: it says which of the two ops of this name a node is.
+// Tensors of one type. The first of T stands in front of them, and is not left out: it says which of the two ops of this name a node is.
 std::string optional(char kind, size_t count) {
   std::string all;
   for (size_t i = 0; i < count; i++) all += std::string(1, kind) + "?";

@@ -57,7 +57,7 @@ class DeltaNetKernel {
             p.y,
             call.output<T>(1, shapes[1]),
             call.output<float>(2, shapes[2])};
-    p.x = p.in.packed;
+    p.x = p.in.packed, p.arrivals = arrivals_, p.arrivals_size = kArrivals;
     return p;
   }
 

@@ -49,11 +49,14 @@ def join_chains(graph: ir.Graph, ends: Collection[str] = ()) -> int:
     return len(chains)
 
 
-def expand_chains(graph: ir.Graph) -> None:
-    """The graph with the parts of all chains as nodes, as it was before they were joined."""
-    for chain in [node for node in graph if is_chain(node)]:
+def expand_chains(graph: ir.Graph) -> int:
+    """The graph with the parts of all chains as nodes, as it was before they were joined. Returns the number of chains: a graph without may
+    be for a library that has no such op, and is not to be joined again."""
+    chains = [node for node in graph if is_chain(node)]
+    for chain in chains:
         nodes, replaced = expanded(chain)
         _replace(graph, [chain], nodes, replaced)
+    return len(chains)
 
 
 def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], replaced: dict[ir.Value, ir.Value]) -> None:

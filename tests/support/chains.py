@@ -71,25 +71,29 @@ def place(word: str, layout: tuple[tuple[str, int], ...]) -> int:
     raise AssertionError(word)
 
 
+_FORMATS = {"int4": QuantFormat(4, 32, False, False), "int8": QuantFormat(8, 32, False, False)}
+
+
 class LayerNodes:
-    """A graph that has the nodes of a DeltaNet layer and the MLP behind it, and the projection of the next: 6 parts of a chain. Everything is
-    an input of the graph. `values` are tensors for these, by name, for B sequences of T tokens with P pending ones (none: no transaction).
+    """A graph that has the nodes of a DeltaNet layer and the MLP behind it, and the projection of the next: 6 parts of a chain. Everything
+    is an input of the graph. `values` are tensors for these, by name, for B sequences of T tokens with P pending ones (none: no
+    transaction).
 
     `kind`: "plain", "int4" or "int8"."""
 
-    HK, HV, D, HIDDEN, INNER, NEXT = 2, 4, 64, 128, 192, 96
-    FORMATS = {"int4": QuantFormat(4, 32, False, False), "int8": QuantFormat(8, 32, False, False)}
+    HK, HV, D, NEXT, TAIL = 2, 8, 64, 96, 16
 
-    def __init__(self, dtype: str, kind: str, B: int, T: int, P: int | None, seed: int = 0) -> None:
+    def __init__(self, dtype: str, kind: str, B: int, T: int, P: int | None, *, hidden: int = 128, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
-        self._dtype, self._kind = dtype, kind
+        self._dtype, self._kind, self._hidden = dtype, kind, hidden
+        inner = hidden // 2
         self.values: dict[str, tuple[Array, str]] = {}
         self._inputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
         C, Hv, D = (2 * self.HK + self.HV) * self.D, self.HV, self.D
         wide = C + Hv * D
-        x = self._own("x", self._rng.normal(size=(B, T, self.HIDDEN)))
-        packed = self._packed(x, wide)
+        x = self._own("x", self._rng.normal(size=(B, T, self._hidden)))
+        packed = self._with_tail(x, "in", wide)
         mixer = [
             packed,
             self._own("conv", self._rng.normal(size=(C, 4)) / 2),
@@ -108,10 +112,10 @@ class LayerNodes:
         node = self._node("DeltaNet", mixer, 3, key_heads=self.HK, epsilon=1e-6)
         y, history, state = node.outputs
         history.name, state.name, state.type = "history.next", "state.next", ir.TensorType(ir.DataType.FLOAT)
-        mixed = self._product("Linear", y, "out", self.HIDDEN, Hv * D, residual=x)
-        product = self._product("SwiGlu", mixed, "gate_up", 2 * self.INNER, self.HIDDEN, norm=True)
-        output = self._product("Linear", product, "down", self.HIDDEN, self.INNER, residual=mixed)
-        after = self._product("Linear", output, "next", self.NEXT, self.HIDDEN, norm=True)
+        mixed = self._product("Linear", y, "out", self._hidden, Hv * D, residual=x)
+        product = self._product("SwiGlu", mixed, "gate_up", 2 * inner, self._hidden, norm=True)
+        output = self._product("Linear", product, "down", self._hidden, inner, residual=mixed)
+        after = self._with_tail(output, "next", self.NEXT - self.TAIL)
         packed.name, output.name, after.name = "pending.next", "output", "after"
         self._outputs = [packed, history, state, output, after]
         for value, shape in zip(self._outputs, self.shapes(B, T).values(), strict=True):
@@ -124,7 +128,7 @@ class LayerNodes:
             "pending.next": (B, T, wide),
             "history.next": (B, 3, C),
             "state.next": (B, self.HV, self.D, self.D),
-            "output": (B, T, self.HIDDEN),
+            "output": (B, T, self._hidden),
             "after": (B, T, self.NEXT),
         }
 
@@ -148,13 +152,12 @@ class LayerNodes:
         self._nodes.append(node)
         return node
 
-    def _packed(self, x: ir.Value, wide: int) -> ir.Value:
-        """The projection in front of the mixer; a quantized one leaves the gates as they are."""
-        gates = 2 * self.HV
+    def _with_tail(self, x: ir.Value, name: str, N: int) -> ir.Value:
+        """A projection in front of a mixer, [N + TAIL]; a quantized one leaves the gates as they are."""
         if self._kind == "plain":
-            return self._product("Linear", x, "in", wide + gates, self.HIDDEN, norm=True)
-        tail = self._own("in.tail", self._rng.normal(size=(gates, self.HIDDEN)) / self.HIDDEN**0.5)
-        return self._product("Linear", x, "in", wide, self.HIDDEN, norm=True, tail=tail)
+            return self._product("Linear", x, name, N + self.TAIL, self._hidden, norm=True)
+        tail = self._own(f"{name}.tail", self._rng.normal(size=(self.TAIL, self._hidden)) / self._hidden**0.5)
+        return self._product("Linear", x, name, N, self._hidden, norm=True, tail=tail)
 
     def _product(
         self,
@@ -176,6 +179,6 @@ class LayerNodes:
         if self._kind == "plain":
             w = self._own(name, self._rng.normal(size=(N, K)) / K**0.5)
             return self._node(op, [x, w, *more], epsilon=1e-6).outputs[0]
-        format = self.FORMATS[self._kind]
+        format = _FORMATS[self._kind]
         w = self._input(name, random_matrix(format, N, K)[0], "uint8")
         return self._node(f"Quant{op}", [x, w, *more], epsilon=1e-6, **format.attributes(N, K)).outputs[0]
