@@ -232,24 +232,31 @@ AFTER_A_TENSOR = ("tests.support.weights_only", "after")
 
 
 def wait_for(directory: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
-    for _ in range(6000):
+    for _ in range(24_000):
         found = list(directory.glob(pattern))
         if found:
             return found[0]
         assert process.poll() is None, process.communicate()
         time.sleep(0.005)
-    raise AssertionError(f"no {pattern} after 30 s")
+    raise AssertionError(f"no {pattern} after two minutes")
 
 
 @pytest.mark.parametrize(
-    ("number", "stage"), [(signal.SIGINT, "capturing"), (signal.SIGTERM, "capturing"), (signal.SIGINT, "writing")], ids=str
+    ("number", "stage"),
+    [
+        (signal.SIGINT, "capturing"),
+        (signal.SIGINT, "writing"),
+        (signal.SIGTERM, "writing"),
+        pytest.param(signal.SIGTERM, "capturing", marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_an_interrupted_build_leaves_nothing(slow_checkpoint: Path, out: Path, number: signal.Signals, stage: str) -> None:
     process = start_build(slow_checkpoint, out / "bundle", *(BEFORE_A_TENSOR if stage == "writing" else ("qwen_export",)))
     wait_for(out, ".bundle.partial/bundle" + ("/model.weights" if stage == "writing" else ""), process)
     time.sleep(0.02)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "Traceback" not in errors and errors.splitlines()[-1] == "interrupted"
     assert contents(out) == []
@@ -259,7 +266,7 @@ def test_a_killed_build_leaves_nothing_that_runs(slow_checkpoint: Path, out: Pat
     process = start_build(slow_checkpoint, out / "bundle", *BEFORE_A_TENSOR)
     wait_for(out, ".bundle.partial/bundle/model.weights", process)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert not (out / "bundle").exists()
     for left in out.iterdir():
         with pytest.raises(QwenExportError):
@@ -274,7 +281,7 @@ def interrupt_after_a_tensor(checkpoint: Path, bundle: Path, number: signal.Sign
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
     assert not bundle.exists() and (bundle.parent / ".bundle.partial" / "bundle" / "model.weights").exists()
 
 

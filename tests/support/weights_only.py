@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import onnx_ir as ir
 
@@ -44,10 +44,20 @@ def waiting(when: str) -> Callable[[Journal, Finished], None]:
     return append
 
 
+@contextmanager
+def as_planned(source: Checkpoint, plan: BuildPlan, *_: object) -> Iterator[tuple[BuildPlan, dict[str, object]]]:
+    """In the place of `calibrate_model.calibrated`, for a build that is not calibrated."""
+    yield plan, {}
+
+
+def stand_in(name: str, **members: object) -> None:
+    """A module in the place of one that would load torch, which takes seconds."""
+    sys.modules[name] = module = ModuleType(name)
+    vars(module).update(members)
+
+
 if __name__ == "__main__":
-    # The module in whose place it is would load torch, which takes seconds.
-    stand_in: Any = ModuleType("lower_graphs")
-    stand_in.lower = weights_only
-    sys.modules["qwen_export.building.lower_graphs"] = stand_in
+    stand_in("qwen_export.building.lower_graphs", lower=weights_only)
+    stand_in("qwen_export.building.calibration.calibrate_model", calibrated=as_planned)
     Journal.append = waiting(sys.argv[1])  # type: ignore[method-assign]
     cli.main(sys.argv[2:])
