@@ -168,11 +168,15 @@ def wide_heads(tmp_path: Path) -> Path:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDriver]:
     """A driver with two GPUs, whose memory is that of the host."""
+    gc.collect()
+    usual = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)  # as in a program: memory of a model that is gone comes back soon
     fake = FakeDriver(devices=2)
     cuda_driver.forget_driver()
     monkeypatch.setattr(cuda_driver, "load_driver", lambda: fake)
     yield fake
     gc.collect()
+    gc.set_threshold(*usual)
     cuda_driver.forget_driver()
 
 
