@@ -365,7 +365,7 @@ def test_a_cuda_graph(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest
     library = tmp_path / LIBRARIES["cuda"].file
     library.write_bytes(b"kernels")
     monkeypatch.setenv(LIBRARIES["cuda"].variable, str(library))
-    checkpoint = open_checkpoint(make_checkpoint(tiny(num_experts=16)))
+    checkpoint = open_checkpoint(make_checkpoint(tiny(vision=False), with_mtp=False))
     graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16"))["decoder"].graph
     counts = Counter(node.op_type for node in graph)
     assert counts["MoE"] == 4 and counts["SwiGlu"] == 4
