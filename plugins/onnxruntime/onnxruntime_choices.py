@@ -78,6 +78,7 @@ _GATED_NORM = Kernel("GatedRMSNorm")
 _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
+_CHAIN = Choice("native_chain", (Kernel("Chain", NATIVE),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
@@ -122,6 +123,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "top_logits": (_TOP_LOGITS,),
+        "chain": (_CHAIN,),
     },
 }
 
@@ -137,7 +139,7 @@ VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 """What a bundle that reads pictures needs besides."""
 
 
-OPTIONAL = ("top_logits",)
+OPTIONAL = ("top_logits", "chain")
 """What a graph can be without."""
 
 
