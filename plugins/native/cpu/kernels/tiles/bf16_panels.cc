@@ -1,10 +1,10 @@
 // Products in tiles of bf16 (bf16_tiles.h).
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "../../bf16_tiles.h"
+#include "../normalize_row.h"
 #include "tile_registers.h"
 
 #if defined(__AVX512F__)
@@ -22,18 +22,6 @@ inline uint16_t rounded(float x) {
   std::memcpy(&bits, &x, 4);
   if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-// Sums in 16 parts, which the compiler may keep in registers.
-float mean_of_squares(const float* x, int64_t K) {
-  float parts[16] = {};
-  int64_t k = 0;
-  for (; k + 16 <= K; k += 16)
-    for (int i = 0; i < 16; i++) parts[i] += x[k + i] * x[k + i];
-  float sum = 0;
-  for (; k < K; k++) sum += x[k] * x[k];
-  for (float part : parts) sum += part;
-  return sum / float(K);
 }
 
 // 32 values of a row.
@@ -118,8 +106,7 @@ void bf16_rows(const float* x, const float* norm, float epsilon, int count, int6
   for (int m = 0; m < count; m++, x += K) {
     const float* values = x;
     if (norm != nullptr) {
-      const float scale = 1.0f / std::sqrt(mean_of_squares(x, K) + epsilon);
-      for (int64_t k = 0; k < K; k++) scratch[k] = x[k] * scale * norm[k];
+      normalize_row(x, norm, epsilon, K, scratch);
       values = scratch;
     }
     uint16_t* to = out + m * kBf16Depth;
