@@ -19,6 +19,24 @@ struct OwnShare {
   int begin, end, first_panel, last_panel, slot;
 };
 
+__device__ inline OwnShare own_share(const Spread& spread, int block) {
+  OwnShare own{};
+  const int share = block - spread.first_block;
+  if (share < 0 || share >= spread.blocks) return own;
+  own.begin = spread.begin(share), own.end = spread.begin(share + 1);
+  own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
+  own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
+  return own;
+}
+// The warp that fetches makes them and goes on, the others wait, for each other as well.
+template <bool WAIT>
+__device__ inline void shares_made() {
+  if constexpr (WAIT)
+    asm volatile("bar.sync 2, %0;" ::"n"(kChainThreads + 32) : "memory");
+  else
+    asm volatile("bar.arrive 2, %0;" ::"n"(kChainThreads + 32) : "memory");
+}
+
 template <typename Panels>
 __device__ inline void fetch_norms(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, uint8_t* into, uint32_t barrier) {
   using T = typename Panels::Element;
@@ -183,37 +201,29 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
   if (threadIdx.x == 0) barrier_init(norm_barrier, 1);
   publish_barriers();
   __syncthreads();
-  if (int(threadIdx.x) < count) {
-    const Spread& spread = steps[threadIdx.x].spread;
-    const int share = block - spread.first_block;
-    OwnShare own{};
-    if (share >= 0 && share < spread.blocks) {
-      own.begin = spread.begin(share), own.end = spread.begin(share + 1);
-      own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
-      own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
-    }
-    shares[threadIdx.x] = own;
-  }
-  uint8_t* const parts = shared + program.parts_at;
-  for (int s = 0; s < count; s++) {
-    if (steps[s].arrival != Arrival::kParts) continue;
-    const Spread& producer = steps[s].producer;
-    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += blockDim.x)
-      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
-  }
-  __syncthreads();
   if (warp == kChainWarps) {
     // Weights of norms first: they would wait behind all the weights that will be on their way.
     if (threadIdx.x % 32 == 0) fetch_norms(program, steps, shared + program.norms_at, norm_barrier);
+    if (const int s = threadIdx.x % 32; s < count) shares[s] = own_share(steps[s].spread, block);
+    __syncwarp();
+    shares_made<false>();
     return fetch_chain(program, steps, shares, shared_of(shared), full, empty);
   }
-
-  wait_for_previous();  // weights do not depend on it
-  let_next_start();
   const uint32_t call = program.calls[block] + 1;
   const int buffer = call % 2 * program.buffer;  // where the words of this call are
   for (int i = block * kChainThreads + threadIdx.x; i < program.buffer / 4; i += gridDim.x * kChainThreads)
     reinterpret_cast<uint4*>(program.words + (program.buffer - buffer))[i] = make_uint4(kNotYet, kNotYet, kNotYet, kNotYet);
+  uint8_t* const parts = shared + program.parts_at;
+  for (int s = 0; s < count; s++) {
+    if (steps[s].arrival != Arrival::kParts) continue;
+    const Spread& producer = steps[s].producer;
+    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += kChainThreads)
+      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
+  }
+  shares_made<true>();
+
+  wait_for_previous();  // neither weights depend on it nor words and their counters, which earlier calls of this chain have left
+  let_next_start();
   const ChainRows<T> rows{shared + program.rows_at, reinterpret_cast<float*>(shared + program.zeros_at), reinterpret_cast<T*>(shared + program.residual_at),
                           reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), parts, norm_barrier,
                           program.M};
