@@ -134,6 +134,10 @@ ONNXRUNTIME = Target(
         ),
         PassStep("plugins.onnxruntime.pick_top_logits:pick_top_logits", "last, so that no pass moves the outputs behind it"),
         PassStep(_REMOVE_DEAD, "weights that were replaced by packed or folded ones would be written otherwise"),
+        PassStep(
+            "plugins.onnxruntime.chain_steps:chain_steps",
+            "last: it decides on the readers of every value, and no other pass looks into a chain",
+        ),
     ),
     vision_passes=(
         _RECOGNIZE_LINEAR,

@@ -14,6 +14,7 @@ from qwen_export.errors import QwenExportError
 from qwen_export.manifest import load_manifest
 from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.prompt_sizes import read_every_size
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.model import Model, Speculate, load
 from qwen_export.runtimes.sampling.sampler import Sampler, SamplingParams
@@ -41,9 +42,9 @@ def benchmark(
 ) -> dict[str, Any]:
     """Random tokens, one stream, median of `rounds`. Speeds in tokens per second, times in seconds, memory in MB (2^20 bytes).
 
-    Prefill ends when the last token's logits are there; `first_s` is the first read of a length, with all that happens once. Decode is
+    Prefill ends when the last token's logits are there; `first_s` is the first read of a length, after `read_every_size`. Decode is
     measured after the shortest prompt, greedily. Speculation continues `text`, or random tokens, greedily, with and without drafts.
-    `first_calls_s` is a short prompt and a step, with all that happens once;
+    `first_calls_s` is a short prompt, a step and on a GPU prompts of every size, with all that happens once;
     `device_memory_mb` what a GPU has less of after prompts and steps."""
     say = report or (lambda text: None)
     free = _free_device_memory(device or load_manifest(bundle).target.device)
@@ -77,6 +78,7 @@ def benchmark(
     started = time.perf_counter()
     decoder.prefill(generator.integers(0, vocabulary, 8).tolist())
     decoder.step([0])
+    read_every_size(decoder)
     first_calls_s = time.perf_counter() - started
     prefill, decode = [], []
     for count in sorted(prompt_tokens):

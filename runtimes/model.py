@@ -22,6 +22,7 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.prompt_sizes import read_every_size
 from qwen_export.runtimes.decoding.static_decoder import StaticDecoder
 from qwen_export.runtimes.decoding.static_graphs import HEAD_STEP, STEP, is_static
 from qwen_export.runtimes.memory.device import Device
@@ -354,11 +355,12 @@ class Model:
             running.tokens.close()
 
     def warm(self) -> None:
-        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are compiled and calls recorded. For programs
-        that load a bundle before the first request."""
+        """Do now what would otherwise happen once, in the first answers: on a GPU kernels are loaded or compiled, calls recorded and
+        prompts of every size read. For programs that load a bundle before the first request."""
         self._require_open()
         with self._turn:
             self._conversation.decoder.warm(self.longest_draft)
+            read_every_size(self._conversation.decoder)
 
     @property
     def drafts(self) -> Speculate:

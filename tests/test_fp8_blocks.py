@@ -25,6 +25,7 @@ from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.quantization.fp8_blocks import block_codes, block_scales, block_values
 from qwen_export.manifest import load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.plugins.onnxruntime.chain_steps import expand_chains
 from qwen_export.verification.logit_check import reference_plan
 from tests.support import quantizers
 from tests.support.family import tiny_config
@@ -188,6 +189,7 @@ def test_scales_of_rows_and_tensors_are_kept_too(source: Path, tmp_path: Path, p
     rows = quantize_checkpoint(source, tmp_path / "rows", quantizers.scaled(torch.float8_e4m3fn, "channel"), compressed)
     assert outcome(plan_of(rows.path)) == {"kept: fp8 per channel": 32}
     graph = lower(open_checkpoint(rows.path), plan_of(rows.path))["decoder"].graph
+    expand_chains(graph)
     assert {node.attributes.get_int("rows") for node in graph if node.op_type == "Fp8SwiGlu"} == {1}
     small = quantize_checkpoint(source, tmp_path / "small", quantizers.block_fp8(block=48), RELEASE | {"weight_block_size": [48, 48]})
     assert outcome(plan_of(small.path)) == {"fp8 48x48, dequantized to fp8 128x128 (blocks of 48x48)": 32}
@@ -205,7 +207,9 @@ def test_the_graph_has_as_many_launches_as_with_integers(wide_heads: Path, plan_
         return Counter(node.op_type.removeprefix("Quant").removeprefix("Fp8") for node in graph(precision, **options))
 
     def graph(precision: str, **options: Any) -> Any:
-        return lower(open_checkpoint(wide_heads), plan_of(wide_heads, precision, **options))["decoder"].graph
+        made = lower(open_checkpoint(wide_heads), plan_of(wide_heads, precision, **options))["decoder"].graph
+        expand_chains(made)
+        return made
 
     assert counts("fp8") == counts("int8")
     tails = [node.inputs[5] for node in graph("fp8") if node.op_type == "Fp8Linear" and len(node.inputs) > 5]

@@ -25,6 +25,7 @@ from qwen_export.graphs.models.load_model import load_decoder
 from qwen_export.graphs.models.observed_layers import observe
 from qwen_export.manifest import hash_file, load_manifest, write_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES
+from qwen_export.plugins.onnxruntime.chain_steps import expand_chains
 from qwen_export.runtimes.decoding.static_graphs import PROMPT, STEP
 from qwen_export.verification.layer_check import verify_layers
 from qwen_export.verification.layer_comparison import compare
@@ -105,6 +106,7 @@ def scaled(checkpoint: Path, output: Path, factors: dict[str, float]) -> Path:
 
 
 def names(model: ir.Model) -> dict[str, ir.Value]:
+    expand_chains(model.graph)
     return {value.name or "": value for node in model.graph for value in node.outputs}
 
 
@@ -152,8 +154,8 @@ def test_the_names_where_the_cuda_plugin_takes_whole_mixers(tmp_path: Path, monk
     config = tiny_config(vision=False, linear_key_head_dim=128, linear_value_head_dim=128)
     source = open_checkpoint(synthesize(config, tmp_path / "wide"))
     model = lower(source, plan_build(source, "onnxruntime", "cuda", "bf16"))[STEP]
-    assert "DeltaNet" in {node.op_type for node in model.graph}
     assert {point_name(0, point) for point in POINTS} <= names(model).keys()
+    assert "DeltaNet" in {node.op_type for node in model.graph}
 
 
 def test_the_names_in_a_mixture_too(mixture: Path) -> None:

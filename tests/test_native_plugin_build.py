@@ -1,4 +1,4 @@
-"""Where a build for CUDA uses the plugin. Needs no device."""
+"""Where a build for CUDA uses the plugin. Needs no device. What it joins to chains is taken apart here; test_chain_steps.py has those."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qwen_export.errors import BundleError, UnsupportedError
 from qwen_export.graphs.checkpoint.checkpoint_directory import open_checkpoint
 from qwen_export.manifest import SpeculationSpec, load_manifest
 from qwen_export.plugins.native import native_library as library
+from qwen_export.plugins.onnxruntime.chain_steps import expand_chains
 from qwen_export.runtimes.backends.integrity import ensure_whole
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
@@ -27,6 +28,7 @@ def lowered(checkpoint: Path, precision: str) -> Counter[str]:
     """Operators of the CUDA graph and how often each occurs."""
     source = open_checkpoint(checkpoint)
     model = lower(source, plan_build(source, "onnxruntime", "cuda", precision))["decoder"]
+    expand_chains(model.graph)
     return Counter(f"{node.domain}.{node.op_type}".lstrip(".") for node in model.graph)
 
 
@@ -56,6 +58,7 @@ def test_what_is_pending_is_one_tensor_per_layer(wide_heads: Path, fake_library:
     plan = plan_build(source, "onnxruntime", "cuda", "bf16")
     passes = tuple(step for step in plan.target.passes if step.name != "fold_transaction")
     model = lower(source, replace(plan, target=replace(plan.target, passes=passes)))["decoder"]
+    expand_chains(model.graph)
     inputs, outputs = ({value.name: value for value in values} for values in (model.graph.inputs, model.graph.outputs))
     nodes = [node for node in model.graph if node.op_type == "DeltaNet"]
     assert len(nodes) == 3

@@ -27,7 +27,8 @@ namespace own {
 SAME(OrtApi, CreateStatus); SAME(OrtApi, GetErrorMessage); SAME(OrtApi, CreateCustomOpDomain); SAME(OrtApi, CustomOpDomain_Add);
 SAME(OrtApi, AddCustomOpDomain); SAME(OrtApi, GetTensorMutableData); SAME(OrtApi, GetDimensionsCount); SAME(OrtApi, GetDimensions);
 SAME(OrtApi, GetTensorTypeAndShape); SAME(OrtApi, CreateMemoryInfo); SAME(OrtApi, KernelInfoGetAttribute_float);
-SAME(OrtApi, KernelInfoGetAttribute_int64); SAME(OrtApi, KernelContext_GetInputCount); SAME(OrtApi, KernelContext_GetInput);
+SAME(OrtApi, KernelInfoGetAttribute_int64); SAME(OrtApi, KernelInfoGetAttribute_string);
+SAME(OrtApi, KernelContext_GetInputCount); SAME(OrtApi, KernelContext_GetInput);
 SAME(OrtApi, KernelContext_GetOutput); SAME(OrtApi, ReleaseStatus); SAME(OrtApi, ReleaseMemoryInfo);
 SAME(OrtApi, ReleaseTensorTypeAndShapeInfo); SAME(OrtApi, ReleaseAllocator); SAME(OrtApi, KernelContext_GetGPUComputeStream);
 SAME(OrtApi, KernelContext_GetAllocator); SAME(OrtApi, KernelContext_GetResource); SAME(OrtApi, KernelContext_ParallelFor);

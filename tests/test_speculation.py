@@ -19,6 +19,7 @@ from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import OnnxRu
 from qwen_export.runtimes.decoding import dynamic_draft_head
 from qwen_export.runtimes.decoding.generation import Request, Statistics, generate
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
+from qwen_export.runtimes.decoding.prompt_sizes import read_every_size
 from qwen_export.runtimes.sampling.distribution import Distribution
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.sampling.token_history import TokenHistory
@@ -225,6 +226,7 @@ def test_what_is_prepared_leaves_no_trace(model: Model, prompts: list[list[int]]
     prepared.prepare(5)
     assert prepared.session.busy_s == busy and prepared.binding_s > bound, "recording is counted once"
     prepared.warm()
+    read_every_size(prepared)
     made = prepared.binding_s
     for tokens in (prompts[2][:5], prompts[3][:2], prompts[4][:5], prompts[0][:5]):
         for decoder in (alone, prepared):

@@ -23,7 +23,8 @@ class PassContext:
     """Facts a pass may decide on. `choices` maps each op of domain qwen to the lowering chosen for the target, `stored` each tensor of the
     checkpoint, by the name of its parameter, to the dtype it is stored in (BF16, F16, F32). `precision` is that of the activations;
     `quantization` is the precision plan, None without one. With `speculation` calls may leave tokens pending. `sizes` are those of a
-    graph with static shapes, `opset` its version. `draft_vocab`: rows of the LM head that the draft head reads too, 0 for none."""
+    graph with static shapes, `opset` its version. `draft_vocab`: rows of the LM head that the draft head reads too, 0 for none.
+    `stage_starts`: the first layer of each stage that the graph will be cut into."""
 
     config: TextConfig
     precision: str
@@ -34,6 +35,7 @@ class PassContext:
     sizes: CallSizes | None = None
     opset: int = 21
     draft_vocab: int = 0
+    stage_starts: tuple[int, ...] = ()
 
     @property
     def static(self) -> CallSizes:

@@ -14,7 +14,14 @@ constexpr int kArrangeThreads = 128;
 // What a row of K has room for.
 __host__ __device__ inline int arranged_stride(int K) { return (K + kUnit - 1) / kUnit * kUnit; }
 
-// 32 k of a row. 4-bit codes come in the pairs (0,2) (4,6) (1,3) (5,7) of a lane's 8, others in order.
+// Where k of a row is, for weights of `bits`: 4-bit codes come in the pairs (0,2) (4,6) (1,3) (5,7) of a lane's 8, others in order.
+__device__ inline int arranged_at(int k, int bits) {
+  const int t = k / 8 % 4, i = k % 8;
+  const int place = bits == 4 ? i % 2 * 2 + i / 4 : i / 2, half = bits == 4 ? i / 2 % 2 : i % 2;
+  return k / kStep * kStep + place * 8 + t * 2 + half;
+}
+
+// 32 k of a row.
 template <int BITS>
 __device__ inline void arrange_step(const uint4 (&x)[4], uint4* y) {
   uint32_t words[16];

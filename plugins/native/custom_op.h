@@ -50,33 +50,60 @@ inline int64_t rows_of(const Shape& shape) {
   return rows;
 }
 
-// The attributes of a node.
+// The attributes of a node, or of a part of one: those that begin with `prefix`.
 class Attributes {
  public:
   explicit Attributes(const OrtKernelInfo* info) : info_(info) {}
 
-  float real(const char* name) const {
+  Attributes of_part(const std::string& prefix) const {
+    Attributes part(info_);
+    part.prefix_ = prefix_ + prefix;
+    return part;
+  }
+
+  float real(const std::string& name) const {
     float value = 0.0f;
-    ensure(runtime->KernelInfoGetAttribute_float(info_, name, &value));
+    ensure(runtime->KernelInfoGetAttribute_float(info_, (prefix_ + name).c_str(), &value));
     return value;
   }
 
   int64_t integer(const std::string& name) const {
     int64_t value = 0;
-    ensure(runtime->KernelInfoGetAttribute_int64(info_, name.c_str(), &value));
+    ensure(runtime->KernelInfoGetAttribute_int64(info_, (prefix_ + name).c_str(), &value));
+    return value;
+  }
+
+  std::string text(const std::string& name) const {
+    size_t size = 0;  // with the zero at the end
+    ensure(runtime->KernelInfoGetAttribute_string(info_, (prefix_ + name).c_str(), nullptr, &size));
+    std::string value(size, '\0');
+    ensure(runtime->KernelInfoGetAttribute_string(info_, (prefix_ + name).c_str(), value.data(), &size));
+    value.resize(size > 0 ? size - 1 : 0);
     return value;
   }
 
  private:
   const OrtKernelInfo* info_;
+  std::string prefix_;
 };
 
-// Inputs and outputs of one call.
+// A tensor that is at hand: what a node that stands for several gives to one of them. One that is left out is not `given`.
+struct TensorAt {
+  bool given = false;
+  Shape shape;
+  void* data = nullptr;
+};
+
+// Inputs and outputs of one call of a node, or of a part of one: then they are at hand.
 class Tensors {
  public:
   explicit Tensors(OrtKernelContext* context) : context_(context) {}
+  // Both lists must outlive it.
+  Tensors(OrtKernelContext* context, const std::vector<TensorAt>& inputs, const std::vector<TensorAt>& outputs)
+      : context_(context), inputs_(&inputs), outputs_(&outputs) {}
 
   Shape shape(size_t input) const {
+    if (inputs_ != nullptr) return at(*inputs_, input).shape;
     OrtTensorTypeAndShapeInfo* info = nullptr;
     ensure(runtime->GetTensorTypeAndShape(value(input), &info));
     size_t rank = 0;
@@ -90,11 +117,13 @@ class Tensors {
 
   template <typename E>
   const E* input(size_t index) const {
+    if (inputs_ != nullptr) return static_cast<const E*>(at(*inputs_, index).data);
     // The function takes a mutable value; it changes nothing.
     return static_cast<const E*>(data(const_cast<OrtValue*>(value(index))));
   }
 
   bool has(size_t index) const {
+    if (inputs_ != nullptr) return index < inputs_->size() && (*inputs_)[index].given;
     size_t count = 0;
     ensure(runtime->KernelContext_GetInputCount(context_, &count));
     return index < count && value(index) != nullptr;
@@ -108,6 +137,10 @@ class Tensors {
 
   template <typename E>
   E* output(size_t index, const Shape& shape) {
+    if (outputs_ != nullptr) {
+      expect(at(*outputs_, index).shape == shape, "a part of a node makes a result of another shape");
+      return static_cast<E*>((*outputs_)[index].data);
+    }
     OrtValue* value = nullptr;
     ensure(runtime->KernelContext_GetOutput(context_, index, shape.data(), shape.size(), &value));
     return static_cast<E*>(data(value));
@@ -117,6 +150,11 @@ class Tensors {
   OrtKernelContext* context_;
 
  private:
+  static const TensorAt& at(const std::vector<TensorAt>& tensors, size_t index) {
+    expect(index < tensors.size() && tensors[index].given, "a part of a node lacks a tensor");
+    return tensors[index];
+  }
+
   const OrtValue* value(size_t index) const {
     const OrtValue* value = nullptr;
     ensure(runtime->KernelContext_GetInput(context_, index, &value));
@@ -128,10 +166,12 @@ class Tensors {
     ensure(runtime->GetTensorMutableData(value, &data));
     return data;
   }
+
+  const std::vector<TensorAt> *inputs_ = nullptr, *outputs_ = nullptr;
 };
 
 // One character an input or output: f fp32, h bf16, e fp16, 8 fp8 e4m3, b uint8, c int8, i int32, l int64, T the op's own type; ? after an
-// input: it may be left out.
+// input or output: it may be left out.
 struct Signature {
   const char* name;
   const char* inputs;
@@ -144,26 +184,19 @@ template <typename Kernel, typename Call>
 class CustomOp : public OrtCustomOp {
  public:
   CustomOp(const char* provider, OrtElement own, Signature signature) : OrtCustomOp{}, name_(signature.name), provider_(provider) {
-    for (const char* c = signature.inputs; *c; c++) {
-      if (*c == '?') {
-        optional_.back() = true;
-      } else {
-        inputs_.push_back(element_of(*c, own));
-        optional_.push_back(false);
-      }
-    }
-    for (const char* c = signature.outputs; *c; c++) outputs_.push_back(element_of(*c, own));
+    inputs_ = tensors_of(signature.inputs, own);
+    outputs_ = tensors_of(signature.outputs, own);
     version = kOrtApiVersion;
     GetName = [](const OrtCustomOp* op) { return self(op).name_; };
     GetExecutionProviderType = [](const OrtCustomOp* op) { return self(op).provider_; };
     GetInputTypeCount = [](const OrtCustomOp* op) { return self(op).inputs_.size(); };
-    GetInputType = [](const OrtCustomOp* op, size_t index) { return self(op).inputs_[index]; };
+    GetInputType = [](const OrtCustomOp* op, size_t index) { return self(op).inputs_[index].element; };
     GetOutputTypeCount = [](const OrtCustomOp* op) { return self(op).outputs_.size(); };
-    GetOutputType = [](const OrtCustomOp* op, size_t index) { return self(op).outputs_[index]; };
+    GetOutputType = [](const OrtCustomOp* op, size_t index) { return self(op).outputs_[index].element; };
     GetInputCharacteristic = [](const OrtCustomOp* op, size_t index) {
-      return self(op).optional_[index] ? OrtCharacteristic::kOptional : OrtCharacteristic::kRequired;
+      return self(op).inputs_[index].characteristic;
     };
-    GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return OrtCharacteristic::kRequired; };
+    GetOutputCharacteristic = [](const OrtCustomOp* op, size_t index) { return self(op).outputs_[index].characteristic; };
     GetInputMemoryType = [](const OrtCustomOp*, size_t) { return OrtMemoryKind::kDefault; };
     GetVariadicInputMinArity = GetVariadicOutputMinArity = [](const OrtCustomOp*) { return 1; };
     GetVariadicInputHomogeneity = GetVariadicOutputHomogeneity = [](const OrtCustomOp*) { return 1; };
@@ -182,6 +215,23 @@ class CustomOp : public OrtCustomOp {
   }
 
  private:
+  struct Formal {
+    OrtElement element;
+    OrtCharacteristic characteristic = OrtCharacteristic::kRequired;
+  };
+
+  static std::vector<Formal> tensors_of(const char* signature, OrtElement own) {
+    std::vector<Formal> tensors;
+    for (const char* c = signature; *c; c++) {
+      if (*c == '?') {
+        tensors.back().characteristic = OrtCharacteristic::kOptional;
+      } else {
+        tensors.push_back({element_of(*c, own)});
+      }
+    }
+    return tensors;
+  }
+
   static const CustomOp& self(const OrtCustomOp* op) { return *static_cast<const CustomOp*>(op); }
 
   static OrtElement element_of(char c, OrtElement own) {
@@ -200,8 +250,7 @@ class CustomOp : public OrtCustomOp {
   }
 
   const char *name_, *provider_;
-  std::vector<OrtElement> inputs_, outputs_;
-  std::vector<bool> optional_;
+  std::vector<Formal> inputs_, outputs_;
 };
 
 // The domain of the ops of a library.

@@ -13,6 +13,7 @@ constexpr int kSquaredTogether = 4, kNormalizedTogether = 2;  // groups that a w
 constexpr int kUnitChunks = kUnit / kChunk;  // of a unit of 128 k
 
 constexpr int kMostResident = 64 << 10;  // columns: wider products have so many blocks that nothing is left to hide
+constexpr int kLongestResident = 1024;   // k: of longer rows resident blocks are faster alone and slower in a step (docs/performance.md)
 
 // `rows` (1, 2, 4, 8: M rounded up) activations of a chunk are neighbors; the exchange lets both the writes, along k, and the reads, along rows,
 // find different banks.

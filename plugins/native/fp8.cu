@@ -2,10 +2,8 @@
 
 #include <cuda_fp8.h>
 
-#include "fp8_panels.cuh"
 #include "fp8_stream.cuh"
 #include "product_few.cuh"
-#include "resident_few.cuh"
 
 namespace qwen {
 namespace {
@@ -75,7 +73,7 @@ __global__ void fp8_activations_kernel(const T* x, int M, int padded, int K, uin
 
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<Fp8Matrix>& given, cudaStream_t stream) {
-  resident_is_better<Fp8Panels<T>>(given.N, given.w.K) ? resident_few<Fp8Panels<T>>(given, SWIGLU, stream) : product_few<T, Fp8Stream, SWIGLU>(given, stream);
+  product_few<T, Fp8Stream, SWIGLU>(given, stream);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 //   of(attributes, prefix)   a matrix without sizes and data, from the attributes of a node
 //   give(call, input, w)     its data, which begin at an input; throws where they do not have the size that w says
 //   give_experts(call, input, w, E)     the same for the matrices of E experts
+//   put(w, part)             it as the matrix of a part of a chain
 //   linear, swiglu, gather   the kernels of few rows
 //   has_many(M)              whether there are kernels for M rows, more than few; then
 //   many_workspace<T>(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
@@ -12,6 +13,7 @@
 
 #include <algorithm>
 
+#include "chain.h"
 #include "moe.cuh"
 #include "operator.h"
 #include "rows.cuh"
@@ -34,23 +36,34 @@ class MatrixLinearKernel {
  public:
   explicit MatrixLinearKernel(const Attributes& info) : w_(matrix_of<Form>(info)), eps_(info.real("epsilon")) {}
 
-  void compute(Call& call) {
-    constexpr size_t kResidual = 1 + Form::kInputs, kNorm = kResidual + 1, kTail = kNorm + 1;
+  std::vector<Shape> results(const Tensors& call) const {
     auto shape = call.shape(0);
     expect(!shape.empty() && shape.back() == w_.K, "a quantized product: x [...,K] and the matrix do not fit");
-    typename Form::Matrix w = w_;
-    Form::give(call, 1, w);
-    const int M = rows_of(shape), K = w.K;
-    const T *x = call.input<T>(0), *residual = call.optional<T>(kResidual), *norm = call.optional<T>(kNorm), *tail = call.optional<T>(kTail);
-    int tail_rows = 0;
-    if (tail != nullptr) {
-      const auto given = call.shape(kTail);
-      expect(given.size() == 2 && given[1] == K, "a quantized product: the tail must be [R,K]");
-      tail_rows = static_cast<int>(given[0]);
+    shape.back() = w_.N;
+    if (call.has(kTail)) {
+      const auto tail = call.shape(kTail);
+      expect(tail.size() == 2 && tail[1] == w_.K, "a quantized product: the tail must be [R,K]");
+      shape.back() += tail[0];
     }
-    const int width = w.N + tail_rows;
-    shape.back() = width;
-    T* y = call.output<T>(0, shape);
+    return {shape};
+  }
+
+  // What a call computes, with the memory of its result.
+  ChainPart<T> part(Call& call) const {
+    ChainPart<T> p{};
+    p.kind = ChainKind::kLinear, p.N = w_.N, p.K = w_.K, p.eps = eps_, p.y = call.output<T>(0, results(call)[0]);
+    p.x = call.input<T>(0), p.residual = call.optional<T>(kResidual), p.norm = call.optional<T>(kNorm), p.tail = call.optional<T>(kTail);
+    if (p.tail != nullptr) p.tail_rows = static_cast<int>(call.shape(kTail)[0]);
+    Form::put(matrix(call), p);
+    return p;
+  }
+
+  void compute(Call& call) {
+    const ChainPart<T> p = part(call);
+    const typename Form::Matrix w = matrix(call);
+    const int M = rows_of(call.shape(0)), K = p.K, tail_rows = p.tail_rows, width = w.N + tail_rows;
+    T* y = p.y;
+    const T *x = p.x, *residual = p.residual, *norm = p.norm, *tail = p.tail;
     if (M == 0) return;
     if (M <= kFewColumns) {
       Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream());
@@ -77,6 +90,14 @@ class MatrixLinearKernel {
   }
 
  private:
+  static constexpr size_t kResidual = 1 + Form::kInputs, kNorm = kResidual + 1, kTail = kNorm + 1;
+
+  typename Form::Matrix matrix(const Tensors& call) const {
+    typename Form::Matrix w = w_;
+    Form::give(call, 1, w);
+    return w;
+  }
+
   typename Form::Matrix w_;
   float eps_;
 };
@@ -88,15 +109,27 @@ class MatrixSwiGluKernel {
     expect(w_.N % (2 * kPanelRows) == 0, "a quantized SwiGlu: gate and up must each have a multiple of 16 rows");
   }
 
-  void compute(Call& call) {
+  std::vector<Shape> results(const Tensors& call) const {
     auto shape = call.shape(0);
     expect(!shape.empty() && shape.back() == w_.K, "a quantized SwiGlu: x [...,K] and the matrix do not fit");
-    typename Form::Matrix w = w_;
-    Form::give(call, 1, w);
-    const int M = rows_of(shape), N = w.N / 2, K = w.K;
-    const T *x = call.input<T>(0), *norm = call.optional<T>(1 + Form::kInputs);
-    shape.back() = N;
-    T* y = call.output<T>(0, shape);
+    shape.back() = w_.N / 2;
+    return {shape};
+  }
+
+  ChainPart<T> part(Call& call) const {
+    ChainPart<T> p{};
+    p.kind = ChainKind::kSwiGlu, p.N = w_.N / 2, p.K = w_.K, p.eps = eps_, p.y = call.output<T>(0, results(call)[0]);
+    p.x = call.input<T>(0), p.norm = call.optional<T>(1 + Form::kInputs);
+    Form::put(matrix(call), p);
+    return p;
+  }
+
+  void compute(Call& call) {
+    const ChainPart<T> p = part(call);
+    const typename Form::Matrix w = matrix(call);
+    const int M = rows_of(call.shape(0)), N = p.N, K = p.K;
+    T* y = p.y;
+    const T *x = p.x, *norm = p.norm;
     if (M == 0) return;
     if (M <= kFewColumns) {
       Form::swiglu(w, x, norm, eps_, y, M, call.stream());
@@ -119,6 +152,12 @@ class MatrixSwiGluKernel {
   }
 
  private:
+  typename Form::Matrix matrix(const Tensors& call) const {
+    typename Form::Matrix w = w_;
+    Form::give(call, 1, w);
+    return w;
+  }
+
   typename Form::Matrix w_;
   float eps_;
 };

@@ -57,7 +57,7 @@ struct OrtApi {
   Unused unused_69[16];
   OrtStatus* (*KernelInfoGetAttribute_float)(const OrtKernelInfo*, const char* name, float*);                 // 85
   OrtStatus* (*KernelInfoGetAttribute_int64)(const OrtKernelInfo*, const char* name, int64_t*);               // 86
-  Unused unused_87[1];
+  OrtStatus* (*KernelInfoGetAttribute_string)(const OrtKernelInfo*, const char* name, char*, size_t* size);    // 87
   OrtStatus* (*KernelContext_GetInputCount)(const OrtKernelContext*, size_t*);                                // 88
   Unused unused_89[1];
   OrtStatus* (*KernelContext_GetInput)(const OrtKernelContext*, size_t, const OrtValue**);                    // 90
@@ -131,6 +131,7 @@ QWEN_PLACE(GetTensorTypeAndShape, 65);
 QWEN_PLACE(CreateMemoryInfo, 68);
 QWEN_PLACE(KernelInfoGetAttribute_float, 85);
 QWEN_PLACE(KernelInfoGetAttribute_int64, 86);
+QWEN_PLACE(KernelInfoGetAttribute_string, 87);
 QWEN_PLACE(KernelContext_GetInputCount, 88);
 QWEN_PLACE(KernelContext_GetInput, 90);
 QWEN_PLACE(KernelContext_GetOutput, 91);

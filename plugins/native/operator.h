@@ -36,6 +36,9 @@ class Call : public Tensors {
  public:
   using Tensors::Tensors;
 
+  // The call of a part of a node, whose tensors are at hand.
+  Call(const Call& node, const std::vector<TensorAt>& inputs, const std::vector<TensorAt>& outputs) : Tensors(node.context_, inputs, outputs) {}
+
   cudaStream_t stream() const {
     void* stream = nullptr;
     ensure(runtime->KernelContext_GetGPUComputeStream(context_, &stream));

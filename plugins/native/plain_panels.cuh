@@ -21,7 +21,7 @@ struct PlainPanels {
   using Matrix = PlainMatrix<T, UNIT>;
   static constexpr int kUnitK = UNIT, kPieces = UNIT / kChunk;
 
-  static bool chosen(int N, int K) { return N >= K && N <= kMostResident; }
+  static bool chosen(int N, int K) { return N >= K && N <= kMostResident && K <= kLongestResident; }
 
   __host__ __device__ static int unit_bytes(const Matrix&) { return kPanelRows * UNIT * int(sizeof(T)); }
 

@@ -25,6 +25,12 @@ struct ManyProduct {
   const void *x, *residual;
   void* y;
   int M, N, stride, splits;  // y [M,N], of rows of `stride` elements
+
+  // Experts. Of the blocks in y, block i has the visits from tiles[i + 1].y on of expert tiles[i + 1].x, COLUMNS at most; there are tiles[0].x. M is
+  // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y: fp32, or where SWIGLU, arranged for `bits`.
+  const int2* tiles;
+  const int *counts, *visits;
+  int tokens, sharing, bits;
 };
 
 // What a block keeps of 128 k.
@@ -51,7 +57,7 @@ __device__ inline void copy16_or_zeros_at(uint32_t shared, const void* global, b
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
 __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMNS>::kBlocks) product_many_kernel(const ManyProduct given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ManyLayout<BITS, GENERAL, COLUMNS>;
@@ -63,12 +69,24 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ size_t panel_at[kTilePanels];
+  __shared__ int visit_of[EXPERTS ? COLUMNS : 1];
   const uint32_t base = (shared_of(many_memory) + 1023) / 1024 * 1024;
   uint8_t* const memory = many_memory + (base - shared_of(many_memory));
   Unit* const ring = reinterpret_cast<Unit*>(memory);
   const uint32_t full = shared_of(barriers), empty = full + kStages * 8;
-  const QuantMatrix& w = given.w;
-  const int M = given.M, first_row = blockIdx.y * COLUMNS;
+  QuantMatrix w = given.w;
+  int M = given.M, first_row = blockIdx.y * COLUMNS;
+  if constexpr (EXPERTS) {
+    wait_for_previous();
+    let_next_start();
+    if (int(blockIdx.y) >= given.tiles[0].x) return;
+    const int2 own = given.tiles[1 + blockIdx.y];
+    first_row = own.y;
+    M = min(given.counts[own.x], given.tokens);
+    w = w.expert(own.x);
+    const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
+    if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
+  }
   const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int units = w.units(), first_unit = units * rank / splits, count = units * (rank + 1) / splits - first_unit;
@@ -111,11 +129,13 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       }
     };
     for (int i = 0; i < min(kStages, count); i++) copy_weights(i, i);
-    wait_for_previous();
-    let_next_start();
+    if constexpr (!EXPERTS) {
+      wait_for_previous();
+      let_next_start();
+    }
     // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike.
     const int piece = own % 16, stride = arranged_stride(w.K);
-    const T* x = static_cast<const T*>(given.x) + piece * 8 + size_t(min(first_row + own / 16, M - 1)) * stride;
+    const T* x = static_cast<const T*>(given.x) + piece * 8 + (EXPERTS ? 0 : size_t(min(first_row + own / 16, M - 1)) * stride);
     int slot = 0, parity = 1;
     for (int i = 0; i < count; i++) {
       if (i >= kStages) {
@@ -127,9 +147,15 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       int left = M - first_row - own / 16;
 #pragma unroll 4
       for (int j = 0; j < COLUMNS / 8; j++) {
-        copy16_or_zeros_at(to, from, left > 0);
-        left -= 8, to += 1024;
-        if (left > 0) from += 8 * size_t(stride);
+        if constexpr (EXPERTS) {
+          const int visit = visit_of[own / 16 + j * 8];
+          copy16_or_zeros_at(to, from + size_t(max(visit, 0) / given.sharing) * stride, visit >= 0);
+        } else {
+          copy16_or_zeros_at(to, from, left > 0);
+          left -= 8;
+          if (left > 0) from += 8 * size_t(stride);
+        }
+        to += 1024;
       }
       barrier_arrive_after_copies(full + slot * 8);
       if (++slot == kStages) slot = 0, parity ^= 1;
@@ -207,13 +233,20 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       const float values[2][2] = {{v.x, v.z}, {v.y, v.w}};
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int m = first_row + eight * 8 + 2 * t + i;
-        if (m >= M) break;
-        const size_t at = size_t(m) * given.stride + n;
+        const int local = eight * 8 + 2 * t + i, m = EXPERTS ? visit_of[local] : first_row + local;
+        if (first_row + local >= M) break;
+        const size_t row = size_t(m) * given.stride;
         float first = values[i][0], second = values[i][1];
-        if (residual != nullptr) first += to_float(residual[at]), second += to_float(residual[at + 1]);
-        const T both[2] = {from_float<T>(first), from_float<T>(second)};
-        *reinterpret_cast<uint32_t*>(y + at) = *reinterpret_cast<const uint32_t*>(both);
+        if constexpr (EXPERTS && SWIGLU) {
+          y[row + arranged_at(n, given.bits)] = from_float<T>(first);
+          y[row + arranged_at(n + 1, given.bits)] = from_float<T>(second);
+        } else if constexpr (EXPERTS) {
+          *reinterpret_cast<float2*>(static_cast<float*>(given.y) + row + n) = make_float2(first, second);
+        } else {
+          if (residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
+          const T both[2] = {from_float<T>(first), from_float<T>(second)};
+          *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
+        }
       }
     };
     if constexpr (!SWIGLU) {
@@ -275,9 +308,9 @@ inline bool has_tensor_cores_90() {
 // Blocks that have a tile of their own, for as many rows as one block takes.
 inline int many_tiles(const QuantMatrix& w, bool swiglu) { return swiglu ? (w.panels() / 2 + 3) / 4 : (w.panels() + kTilePanels - 1) / kTilePanels; }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
 void run_many(const ManyProduct& given, cudaStream_t stream) {
-  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
+  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU, EXPERTS>;
   constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
   static DeviceFlags allowed;
   allowed.once([] { allow_shared(kernel, shared); });
@@ -287,7 +320,7 @@ void run_many(const ManyProduct& given, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = given.splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, (given.M + COLUMNS - 1) / COLUMNS);
+  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, EXPERTS ? given.M : (given.M + COLUMNS - 1) / COLUMNS);
   config.blockDim = dim3(kManyThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;

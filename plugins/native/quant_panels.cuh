@@ -20,8 +20,8 @@ struct QuantPanels {
   // A half of 16 bits holds 1024 + code in its lowest bits or 64 + code in bits 4 to 7: the second code of a byte need not be moved.
   static constexpr bool kInPlace = BITS == 4 && std::is_same<T, __half>::value;
 
-  // Whether resident blocks are faster than those of product_few.cuh, at 1 and at 8 rows. Measured on an H200, as in the other formats.
-  static bool chosen(int N, int K) { return N >= K && N <= kMostResident; }
+  // Whether steps are faster with resident blocks than with those of product_few.cuh. Measured on an H200, as for the other format.
+  static bool chosen(int N, int K) { return N >= K && N <= kMostResident && K <= kLongestResident; }
 
   __host__ __device__ static int unit_bytes(const Matrix& w) { return kCodes + kUnit / w.block * kPanelRows * (w.scale_bytes() + w.zeros); }
 

@@ -1,5 +1,5 @@
 // Products of up to 8 rows by blocks that stay: one per multiprocessor, each with an equal share of the panels. `Panels` (quant_panels.cuh,
-// fp8_panels.cuh, plain_panels.cuh) fetches and multiplies; what is here is the same for all of them.
+// plain_panels.cuh) fetches and multiplies; what is here is the same for both of them.
 //
 // A step is a chain of such products, each of a few microseconds. What counts is that weights are on their way at all times, and that little happens
 // between the result of one product and the first sum of the next:
@@ -168,16 +168,12 @@ inline int multiprocessors() {
   return count;
 }
 
-constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of all formats
-
-// Off: the results of this kernel have been checked in an emulation of its warps, but not by the tests on a GPU. test_native_quantized.py,
-// test_moe.py and test_fp8_gpu.py have to pass there first.
-constexpr bool kResident = false;
+constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of both formats
 
 // For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
 template <typename Panels>
 bool resident_is_better(int N, int K) {
-  return kResident && Panels::chosen(N, K) && K <= kLongestRow && most_shared() >= 128 << 10;
+  return Panels::chosen(N, K) && K <= kLongestRow && most_shared() >= 128 << 10;
 }
 
 // Half of a multiprocessor's shared memory, so that two blocks fit; more if the activations need it.

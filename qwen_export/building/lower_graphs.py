@@ -40,6 +40,7 @@ def lower(source: Checkpoint, plan: BuildPlan, dump: Path | None = None) -> dict
             sizes=graph.sizes,
             opset=plan.opset,
             draft_vocab=plan.speculation.draft_vocab if plan.speculation is not None else 0,
+            stage_starts=tuple(stage.first for stage in plan.stages) if name == DECODER else (),
         )
         # A tower's trace is short, and has the sizes that the graph is for.
         models[name] = _capture_tower(source, plan, graph.sizes) if graph.module == TOWER else traced[graph.module].clone()

@@ -19,6 +19,7 @@ from qwen_export.errors import VerifyError
 from qwen_export.graphs.config import TextConfig
 from qwen_export.graphs.layer_points import OUTPUT, point_name, point_widths
 from qwen_export.manifest import GraphSpec, Manifest, TensorSpec, file_path, hash_file
+from qwen_export.plugins.onnxruntime.chain_steps import expand_chains, join_chains
 from qwen_export.runtimes.decoding.static_graphs import DECODER_GRAPHS, STEP
 from qwen_export.stages import stage_groups
 
@@ -49,6 +50,7 @@ def _with_points(bundle: Path, manifest: Manifest, name: str, config: TextConfig
     """Write graph `name` with its points as outputs."""
     model, spec = ir.load(_onnx(bundle, manifest, name)), manifest.graphs[name]
     widths = point_widths(config)
+    chains = expand_chains(model.graph)  # their points have to leave them
     values = {value.name: value for node in model.graph for value in node.outputs if value.name in widths}
     # The last layer's output is left out of a graph without logits.
     if point_name(0, OUTPUT) not in values:
@@ -67,6 +69,8 @@ def _with_points(bundle: Path, manifest: Manifest, name: str, config: TextConfig
         value.type, value.shape = ir.TensorType(kind), ir.Shape([*tokens, width])
         model.graph.outputs.append(value)
         outputs.append(TensorSpec(point, kind.name.lower(), (*tokens, width)))
+    if chains:
+        join_chains(model.graph)
     ir.save(model, there / f"{name}.onnx")
     return replace(spec, file=f"{name}.onnx", outputs=(*spec.outputs, *outputs))
 

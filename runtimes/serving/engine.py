@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from qwen_export.errors import ContextOverflow, OverloadedError, ParameterError, QwenExportError
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Finish, Request, Statistics
+from qwen_export.runtimes.decoding.prompt_sizes import read_every_size
 from qwen_export.runtimes.serving.answering import Answering
 from qwen_export.runtimes.serving.batch_drafts import DraftCounts
 from qwen_export.runtimes.serving.chunk_budget import STALL
@@ -241,6 +242,7 @@ class Engine(Answering):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
         self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
         make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
+        read_every_size(decoder)
         numbers = self.statistics
         numbers.slots = decoder.batch
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart

@@ -1,0 +1,222 @@
+// A chain of products for a few rows in one launch: each multiprocessor has one block, which stays for the whole chain.
+//
+// A step of a decoder is a chain of products of a few microseconds. Launched one by one, each begins with an empty pipeline and ends with an idle
+// memory. Here a ring of weights in each block goes on over the borders of products: one warp fills it, and while the others wait for the values of
+// the product before, the weights of the next ones are on their way.
+// * Values go from block to block as words (chain_words.cuh). There is no barrier over all blocks.
+// * A product with few columns is divided over k, too, so that all blocks have an equal share. Its columns are sums of up to kMostParts parts, which
+//   all readers add up in one order.
+// * The residual stream stays in the shared memory of every block.
+// All blocks must run at the same time: the launch is a cooperative one.
+#pragma once
+
+#include "chain_input.cuh"
+
+namespace qwen {
+
+// A block's part of a step.
+struct OwnShare {
+  int begin, end, first_panel, last_panel, slot;
+};
+
+// The warp that fetches.
+template <typename Panels>
+__device__ inline void fetch_chain(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, const OwnShare* shares, uint32_t ring, uint32_t full,
+                                   uint32_t empty) {
+  const int stages = program.stages;
+  int slot = 0, parity = 1;
+#pragma unroll 1
+  for (int s = 0; s < program.count; s++) {
+    const ChainStep<Panels>& step = steps[s];
+    const OwnShare own = shares[s];
+    if (own.begin == own.end) continue;
+    typename Panels::Source source;
+    source.open(step);
+    const int units = step.spread.units;
+    int panel = own.first_panel, unit = own.begin - panel * units;
+#pragma unroll 1
+    for (int index = own.begin; index < own.end; index += kChainWarps) {
+      barrier_wait(empty + slot * 8, parity);
+      source.fetch(panel, unit, min(kChainWarps, own.end - index), ring + slot * Panels::kStage, full + slot * 8);
+      unit += kChainWarps;
+      while (unit >= units) unit -= units, panel++;
+      if (++slot == stages) slot = 0, parity ^= 1;
+    }
+  }
+}
+
+// The place in the ring of the warps that multiply.
+struct ChainRing {
+  const uint8_t* shared;
+  uint32_t full, empty;
+  int stages, slot = 0, parity = 0;
+
+  template <int BYTES>
+  __device__ const uint8_t* await() const {
+    barrier_wait(full + slot * 8, parity);
+    return shared + slot * BYTES;
+  }
+  // This warp has read its unit.
+  __device__ void release() {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + slot * 8);
+    if (++slot == stages) slot = 0, parity ^= 1;
+  }
+};
+
+// The sums of all warps for the panels of a group, from shared memory to the blocks that read them. Pairs of columns; a pair's warps are added in
+// an order that does not depend on M.
+template <typename Panels, int LOG_ROWS>
+__device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnShare& own, int M, int group, int count, const float* sums, int per_warp,
+                                     uint32_t call) {
+  using T = typename Panels::Element;
+  constexpr int kRows = 1 << LOG_ROWS, kLogThreads = 9 - 3 - log_together(LOG_ROWS) - LOG_ROWS, kOwn = kChainWarps >> kLogThreads;
+  static_assert(1 << 9 == kChainThreads && kOwn >= 2 && kOwn <= 8);
+  const int part = threadIdx.x & ((1 << kLogThreads) - 1), pair = threadIdx.x >> kLogThreads;
+  const int m = pair >> 3 & (kRows - 1), p = pair >> (3 + LOG_ROWS);
+  const bool swiglu = step.up_rows != 0;
+  const auto total = [&](int panel) {
+    const float* at = sums + part * kOwn * per_warp + (panel * kRows + m) * kPanelRows + (pair & 7) * 2;
+    const auto one = [&](int i) { return *reinterpret_cast<const float2*>(at + i * per_warp); };
+    const auto add = [](float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); };
+    float2 value = add(one(0), one(1));
+    if constexpr (kOwn >= 4) value = add(value, add(one(2), one(3)));
+    if constexpr (kOwn >= 8) value = add(value, add(add(one(4), one(5)), add(one(6), one(7))));
+#pragma unroll
+    for (int step = 1; step < 1 << kLogThreads; step *= 2) {
+      value.x += __shfl_xor_sync(0xffffffffu, value.x, step), value.y += __shfl_xor_sync(0xffffffffu, value.y, step);
+    }
+    return value;
+  };
+  if (p >= count || (swiglu && p % 2)) return;  // the same for all threads of a warp
+  float2 value = total(p);
+  if (swiglu) {
+    const float2 up = total(p + 1);
+    value = make_float2(__fdividef(value.x, 1.0f + __expf(-value.x)) * up.x, __fdividef(value.y, 1.0f + __expf(-value.y)) * up.y);
+  }
+  if (part != 0 || m >= M) return;
+  const int panel = group + p, column = step.first_column + (swiglu ? panel / 2 : panel) * kPanelRows + (pair & 7) * 2;
+  const int64_t at = int64_t(m) * step.columns + column;
+  if (step.spread.whole) {
+    Pack2<T> both;
+    both.item[0] = from_float<T>(value.x), both.item[1] = from_float<T>(value.y);
+    store_word(step.out + at / 2, both.bits, call);
+    if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both.bits;
+  } else {
+    const int slot = panel == own.first_panel ? own.slot : 0;  // all later panels begin in this share
+    store_words(step.out + int64_t(slot) * M * step.columns + at, __float_as_uint(value.x), __float_as_uint(value.y), call);
+  }
+}
+
+template <typename Panels, int LOG_ROWS>
+__device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnShare& own, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
+                                     float* all_sums, int& half, uint32_t call) {
+  constexpr int kRows = 1 << LOG_ROWS, kTogether = 1 << log_together(LOG_ROWS);
+  constexpr int kPerWarp = kTogether * kPanelRows * kRows + 4;  // floats; four more, so that warps begin in different banks
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, units = step.spread.units;
+  const bool is_tail = step.tail != nullptr;
+  int index = own.begin + warp, unit = index - own.first_panel * units;
+  while (unit >= units) unit -= units;
+#pragma unroll 1
+  for (int group = own.first_panel; group < own.last_panel; group += kTogether) {
+    float* const sums = all_sums + half * kChainWarps * kPerWarp;
+    const int count = min(kTogether, own.last_panel - group);
+    int panel_end = group * units;
+#pragma unroll 1
+    for (int p = 0; p < count; p++) {
+      panel_end = min(own.end, panel_end + units);
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
+      for (; index < panel_end; index += kChainWarps) {
+        Panels::template multiply<LOG_ROWS>(ring.await<Panels::kStage>(), unit, rows.staged, rows.zeros, is_tail, sum);
+        ring.release();
+        unit += kChainWarps;
+        while (unit >= units) unit -= units;
+      }
+      float* to = sums + warp * kPerWarp + p * kPanelRows * kRows + 2 * g;
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        if (2 * t + i < kRows) *reinterpret_cast<float2*>(to + (2 * t + i) * kPanelRows) = make_float2(sum[i], sum[2 + i]);
+      }
+    }
+    if (group + kTogether >= own.last_panel && index - warp < own.end) ring.release();  // the last stage has no unit for this warp
+    meet();
+    finish_panels<Panels, LOG_ROWS>(step, own, rows.M, group, count, sums, kPerWarp, call);
+    half ^= 1;  // whoever writes these sums again has met the readers of now once more
+  }
+}
+
+template <typename Panels, int LOG_ROWS>
+__global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __grid_constant__ ChainProgram<Panels> program) {
+#if __CUDA_ARCH__ >= 900
+  using T = typename Panels::Element;
+  using Step = ChainStep<Panels>;
+  extern __shared__ __align__(16) uint8_t shared[];
+  static_assert(sizeof(Step) % 8 == 0);
+  __shared__ __align__(16) uint8_t step_bytes[sizeof(Step) * kMostChainSteps];
+  __shared__ OwnShare shares[kMostChainSteps];
+  const Step* const steps = reinterpret_cast<const Step*>(step_bytes);
+  const int warp = threadIdx.x / 32, block = blockIdx.x, count = program.count;
+  // The constant cache is slow where the index is not constant.
+  for (int i = threadIdx.x; i < int(sizeof(Step)) / 8 * count; i += blockDim.x) {
+    uint2 v;
+    asm volatile("ld.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(reinterpret_cast<const uint2*>(program.steps) + i));
+    reinterpret_cast<uint2*>(step_bytes)[i] = v;
+  }
+  const uint32_t full = shared_of(shared + program.bars_at), empty = full + kMostChainStages * 8, norm_barriers = empty + kMostChainStages * 8;
+  if (int(threadIdx.x) < program.stages) barrier_init(full + threadIdx.x * 8, 1), barrier_init(empty + threadIdx.x * 8, kChainWarps);
+  if (threadIdx.x < 2) barrier_init(norm_barriers + threadIdx.x * 8, 1);
+  publish_barriers();
+  // Weights of norms would wait behind all the weights that will be on their way: they go first, into the second-level cache.
+  if (threadIdx.x == 0 && block < count && program.steps[block].norm != nullptr)
+    prefetch_bulk(program.steps[block].norm, program.steps[block].K * int(sizeof(T)));
+  __syncthreads();
+  if (int(threadIdx.x) < count) {
+    const Spread& spread = steps[threadIdx.x].spread;
+    const int share = block - spread.first_block;
+    OwnShare own{};
+    if (share >= 0 && share < spread.blocks) {
+      own.begin = spread.begin(share), own.end = spread.begin(share + 1);
+      own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
+      own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
+    }
+    shares[threadIdx.x] = own;
+  }
+  uint8_t* const parts = shared + program.parts_at;
+  for (int s = 0; s < count; s++) {
+    if (steps[s].arrival != Arrival::kParts) continue;
+    const Spread& producer = steps[s].producer;
+    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += blockDim.x)
+      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
+  }
+  __syncthreads();
+  if (warp == kChainWarps) return fetch_chain(program, steps, shares, shared_of(shared), full, empty);
+
+  wait_for_previous();  // weights do not depend on it
+  const uint32_t call = program.calls[block] + 1;
+  const ChainRows<T> rows{shared + program.rows_at, reinterpret_cast<float*>(shared + program.zeros_at), reinterpret_cast<T*>(shared + program.residual_at),
+                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), parts, norm_barriers,
+                          program.M};
+  if (threadIdx.x == 0) {
+    int first = 0;
+    while (first < count && steps[first].norm == nullptr) first++;
+    if (first < count) {
+      barrier_expect(norm_barriers, steps[first].K * int(sizeof(T)));
+      copy_bulk(shared_of(rows.norms), steps[first].norm, steps[first].K * int(sizeof(T)), norm_barriers);
+    }
+  }
+  ChainRing ring{shared, full, empty, program.stages};
+  int norms = 0, half = 0;
+#pragma unroll 1
+  for (int s = 0; s < count; s++) {
+    const Step& step = steps[s];
+    if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, call, norms);
+    const OwnShare own = shares[s];
+    if (own.begin < own.end)
+      multiply_step<Panels, LOG_ROWS>(step, own, rows, ring, reinterpret_cast<float*>(shared + program.sums_at), half, call);
+  }
+  if (threadIdx.x == 0) program.calls[block] = call;
+#endif
+}
+
+}  // namespace qwen

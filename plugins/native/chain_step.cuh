@@ -1,0 +1,63 @@
+// What a launch of a chain is made of, as the host plans it and the kernel reads it.
+#pragma once
+
+#include <cstdint>
+
+#include "panel_rows.cuh"
+
+namespace qwen {
+
+constexpr int kChainWarps = 16, kChainThreads = kChainWarps * 32;  // that multiply; one more warp fetches
+constexpr int kMostChainRows = 4, kMostChainStages = 6, kMostChainSteps = 8;
+constexpr int kMostParts = 4;
+
+// Panels whose sums meet at once.
+__host__ __device__ constexpr int log_together(int log_rows) { return log_rows <= 1 ? 3 : 2; }
+
+enum class Arrival : int {
+  kMemory,  // T [M,stride], complete before the launch
+  kWords,   // two T and the call's number
+  kParts,   // fp32 and the call's number, [parts][M,K]: to be added to the residual
+};
+
+// Which block has which units of a product. The units of all panels lie in a row, and a block takes an interval of them.
+struct Spread {
+  int first_block, blocks, panels, units, whole;  // whole: panels that must stay together, 1 or 2; 0: a share may begin at any unit
+
+  __host__ __device__ int total() const { return panels * units; }
+  __host__ __device__ int begin(int share) const { return whole ? panels / whole * share / blocks * whole * units : total() * share / blocks; }
+  // The share that has unit `index`, where shares begin anywhere.
+  __host__ __device__ int share_of(int index) const { return ((index + 1) * blocks - 1) / total(); }
+  __host__ __device__ int first_share(int panel) const { return share_of(panel * units); }
+  __host__ __device__ int parts(int panel) const { return share_of((panel + 1) * units - 1) - first_share(panel) + 1; }
+};
+
+// A product, or the tail of one, whose input is that of the step before.
+template <typename Panels>
+struct ChainStep {
+  using T = typename Panels::Element;
+  typename Panels::Matrix w;
+  const T* tail;
+  const void* x;
+  const T* residual;           // kParts: [M,K]; null: the one that every block keeps
+  T* residual_out;             // kParts: where the sum goes, too, or null
+  const T *norm, *next_norm;   // kParts; next_norm: of the next step that has one
+  uint2* out;                  // words [M,columns] of two columns each, or, of a divided product, parts [parts][M,columns]
+  T* y;                        // [M,columns] or null
+  Spread spread, producer;     // producer: of the product whose parts are the input; no blocks: the residual alone is the input
+  Arrival arrival;
+  int parts_at;                // kParts: of shared memory, how many parts each panel of the input has
+  int K, x_stride, first_column, columns;
+  int up_rows;                 // SwiGlu: rows of w before those of up
+  float eps;
+};
+
+template <typename Panels>
+struct ChainProgram {
+  int count, M, stages;
+  int bars_at, sums_at, rows_at, zeros_at, residual_at, squares_at, norms_at, parts_at;  // in shared memory
+  uint32_t* calls;  // a number per block: the calls so far
+  ChainStep<Panels> steps[kMostChainSteps];
+};
+
+}  // namespace qwen
