@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -25,6 +27,7 @@ from tests.support.chains import LayerNodes, terms
 from tests.support.family import tiny_config
 from tests.support.synthesize import synthesize
 
+Lower = Callable[..., dict[str, ir.Model]]
 LAYERS = 8
 PARTS = ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "Fp8Linear", "Fp8SwiGlu", "DeltaNet")
 
@@ -37,10 +40,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def graphs(checkpoints: dict[str, Path], fake_library: Path):  # type: ignore[no-untyped-def]
-    def lowered(kind: str = "dense", precision: str = "int4", **options: object) -> dict[str, ir.Model]:
+def graphs(checkpoints: dict[str, Path], fake_library: Path) -> Lower:
+    def lowered(kind: str = "dense", precision: str = "int4", **options: Any) -> dict[str, ir.Model]:
         source = open_checkpoint(checkpoints[kind])
-        return lower(source, plan_build(source, "onnxruntime", "cuda", precision, **options))  # type: ignore[arg-type]
+        return lower(source, plan_build(source, "onnxruntime", "cuda", precision, **options))
 
     return lowered
 
@@ -52,7 +55,7 @@ def chains(model: ir.Model) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int4", "fp8"])
-def test_everything_between_two_attention_kernels_is_one_node(graphs, precision: str) -> None:  # type: ignore[no-untyped-def]
+def test_everything_between_two_attention_kernels_is_one_node(graphs: Lower, precision: str) -> None:
     form = {"int4": "Quant", "fp8": "Fp8"}.get(precision, "")
     linear, mlp = f"{form}Linear", [f"{form}Linear", f"{form}SwiGlu", f"{form}Linear"]
     model = graphs(precision=precision)["decoder"]
@@ -63,7 +66,7 @@ def test_everything_between_two_attention_kernels_is_one_node(graphs, precision:
     assert sum(counts[op] for op in PARTS) == 1, "the head, behind the choice of rows"
 
 
-def test_what_others_read_leaves_a_chain(graphs) -> None:  # type: ignore[no-untyped-def]
+def test_what_others_read_leaves_a_chain(graphs: Lower) -> None:
     model = graphs()["decoder"]
     names = [sorted(value.name for value in node.outputs if value.name) for node in model.graph if node.op_type == "Chain"]
     states = [f"layers.{layer}.{state}.next" for layer in range(3) for state in ("conv_history", "pending", "recurrent")]
@@ -75,7 +78,7 @@ def test_what_others_read_leaves_a_chain(graphs) -> None:  # type: ignore[no-unt
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("precision", ["bf16", "int4"])
-def test_a_chain_computes_what_its_parts_did(graphs, kind: str, precision: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_chain_computes_what_its_parts_did(graphs: Lower, kind: str, precision: str) -> None:
     for model in graphs(kind, precision).values():
         joined, text = terms(model.graph), print_graph(model.graph)
         expand_chains(model.graph)
@@ -85,16 +88,16 @@ def test_a_chain_computes_what_its_parts_did(graphs, kind: str, precision: str) 
         assert print_graph(model.graph) == text, "nothing is lost, names included"
 
 
-def test_experts_end_a_chain(graphs) -> None:  # type: ignore[no-untyped-def]
+def test_experts_end_a_chain(graphs: Lower) -> None:
     found = chains(graphs("moe")["decoder"])
     assert found == [["QuantLinear", "DeltaNet", "QuantLinear"]] * 6, "the mixer of each layer; two nodes stay two nodes"
 
 
-def test_the_draft_head_has_a_chain(graphs) -> None:  # type: ignore[no-untyped-def]
+def test_the_draft_head_has_a_chain(graphs: Lower) -> None:
     assert chains(graphs()["mtp"]) == [["QuantLinear", "QuantSwiGlu", "QuantLinear"]]
 
 
-def test_no_chain_crosses_a_stage(graphs, checkpoints: dict[str, Path]) -> None:  # type: ignore[no-untyped-def]
+def test_no_chain_crosses_a_stage(graphs: Lower, checkpoints: dict[str, Path]) -> None:
     source = open_checkpoint(checkpoints["dense"])
     layers = len(source.config.text.layer_types)
     whole = graphs()["decoder"]

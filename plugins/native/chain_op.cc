@@ -10,6 +10,7 @@
 // rows, the parts run one after the other, as their nodes would. Results that stay in the chain have memory for the time of the call.
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 
 #include "chain.h"
@@ -47,15 +48,32 @@ class PartOf final : public Part<T> {
   Kernel kernel_;
 };
 
+// What a part can be: its inputs and results by type, as in the signature of its own op, and what makes its kernel.
 template <typename T>
-std::unique_ptr<Part<T>> make_part(const std::string& op, const Attributes& info) {
-  if (op == "Linear") return std::make_unique<PartOf<T, LinearKernel<T>>>(info);
-  if (op == "SwiGlu") return std::make_unique<PartOf<T, SwiGluKernel<T>>>(info);
-  if (op == "DeltaNet") return std::make_unique<PartOf<T, DeltaNetKernel<T>>>(info);
-  if (op == "QuantLinear") return std::make_unique<PartOf<T, MatrixLinearKernel<PackedForm, T>>>(info);
-  if (op == "QuantSwiGlu") return std::make_unique<PartOf<T, MatrixSwiGluKernel<PackedForm, T>>>(info);
-  if (op == "Fp8Linear") return std::make_unique<PartOf<T, MatrixLinearKernel<Fp8Form, T>>>(info);
-  if (op == "Fp8SwiGlu") return std::make_unique<PartOf<T, MatrixSwiGluKernel<Fp8Form, T>>>(info);
+struct PartForm {
+  const char *op, *inputs, *results;
+  std::unique_ptr<Part<T>> (*make)(const Attributes& info);
+};
+
+template <typename T, typename Kernel>
+std::unique_ptr<Part<T>> make(const Attributes& info) {
+  return std::make_unique<PartOf<T, Kernel>>(info);
+}
+
+template <typename T>
+const PartForm<T>& form_of(const std::string& op) {
+  static const PartForm<T> forms[] = {
+      {"Linear", "TTTT", "T", make<T, LinearKernel<T>>},
+      {"SwiGlu", "TTT", "T", make<T, SwiGluKernel<T>>},
+      {"DeltaNet", "TTffTTfTll", "TTf", make<T, DeltaNetKernel<T>>},
+      {"QuantLinear", "TbTTT", "T", make<T, MatrixLinearKernel<PackedForm, T>>},
+      {"QuantSwiGlu", "TbT", "T", make<T, MatrixSwiGluKernel<PackedForm, T>>},
+      {"Fp8Linear", "TbfTTT", "T", make<T, MatrixLinearKernel<Fp8Form, T>>},
+      {"Fp8SwiGlu", "TbfT", "T", make<T, MatrixSwiGluKernel<Fp8Form, T>>},
+  };
+  for (const PartForm<T>& form : forms) {
+    if (op == form.op) return form;
+  }
   throw std::runtime_error("Chain: this library has no part " + op);
 }
 
@@ -96,13 +114,25 @@ class ChainKernel {
  public:
   explicit ChainKernel(const Attributes& info) : wires_(chain_wires(info.text("wiring"))) {
     for (size_t i = 0; i < wires_.size(); i++) {
-      parts_.push_back(make_part<T>(wires_[i].op, info.of_part("p" + std::to_string(i) + "_")));
-      for (const ChainSlot& from : wires_[i].inputs) {
-        if (from.kind != 'v') continue;
-        expect(from.number < results_.size(), "Chain: a part reads a result that no part before it makes");
-        results_[from.number].last = i;
+      const ChainWires& wires = wires_[i];
+      const PartForm<T>& form = form_of<T>(wires.op);
+      parts_.push_back(form.make(info.of_part("p" + std::to_string(i) + "_")));
+      expect(wires.inputs.size() <= std::strlen(form.inputs), "Chain: a part has too many inputs");
+      for (size_t k = 0; k < wires.inputs.size(); k++) {
+        const ChainSlot& from = wires.inputs[k];
+        if (from.kind == 'v') {
+          expect(from.number < results_.size(), "Chain: a part reads a result that no part before it makes");
+          results_[from.number].last = i;
+        }
+        const char kind = from.kind == 'v' ? results_[from.number].kind : from.kind;
+        expect(kind == '-' || kind == form.inputs[k], "Chain: a part reads an input of another type");
       }
-      for (size_t k = 0; k < wires_[i].results.size(); k++) results_.push_back({wires_[i].results[k], i, k, i});
+      expect(wires.results.size() == std::strlen(form.results), "Chain: a part has another number of results");
+      for (size_t k = 0; k < wires.results.size(); k++) {
+        const ChainSlot& to = wires.results[k];
+        expect(to.kind == '-' || to.kind == form.results[k], "Chain: a part makes an output of another type");
+        results_.push_back({to, form.results[k], i, k, i});
+      }
     }
   }
 
@@ -134,9 +164,10 @@ class ChainKernel {
   }
 
  private:
-  // A result of a part: where it goes, the part and which of its results, and the last part that reads it.
+  // A result of a part: where it goes, its type, the part and which of its results, and the last part that reads it.
   struct Result {
     ChainSlot slot;
+    char kind;
     size_t part, index, last;
   };
 
@@ -160,7 +191,6 @@ class ChainKernel {
         }
       }
       const std::vector<Shape> shapes = parts_[i]->results(Tensors(nullptr, all[i].inputs, all[i].results));
-      expect(shapes.size() == wires_[i].results.size(), "Chain: a part has another number of results");
       for (const Shape& shape : shapes) all[i].results.push_back({true, shape, nullptr});
     }
     return all;
@@ -190,9 +220,8 @@ class ChainKernel {
     return -1;
   }
 
-  // Bytes of a result that stays in the chain. The third result of DeltaNet is its state.
   static size_t bytes_of(const Result& result, const std::vector<Given>& all) {
-    size_t bytes = result.index == 2 ? sizeof(float) : sizeof(T);
+    size_t bytes = result.kind == 'f' ? sizeof(float) : sizeof(T);
     for (const int64_t size : all[result.part].results[result.index].shape) bytes *= static_cast<size_t>(size);
     return bytes;
   }
