@@ -2,6 +2,8 @@
 
     .venv/bin/python benchmarks/cpu_sets.py BUNDLE [--sets avx512,amx] [--prompt-tokens 512,2048] [--rounds 2]
 
+A set may be amx_bf16: amx with the option of bf16 tiles, for weights in BF16.
+
 CPU time of one thread, the least of all rounds, so that other work on the machine counts as little as it can; read the ratios.
 """
 
@@ -58,7 +60,8 @@ def main() -> None:
     command = [sys.executable, __file__, str(options.bundle), "--once", "--prompt-tokens", options.prompt_tokens]
     for _ in range(options.rounds):
         for name in sets:
-            environment = os.environ | {"QWEN_EXPORT_CPU_SET": name}
+            kernels, option, _ = name.partition("_bf16")
+            environment = os.environ | {"QWEN_EXPORT_CPU_SET": kernels, "QWEN_EXPORT_CPU_BF16_TILES": "1" if option else "0"}
             runs[name].append(json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout))
     print("| | " + " | ".join(f"{name}, ms of CPU a token" for name in sets) + f" | {sets[0]} / {sets[-1]} |")
     print("|---" * (len(sets) + 2) + "|")

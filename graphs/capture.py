@@ -76,13 +76,12 @@ def meta_decoder(config: TextConfig, precision: str) -> TextModel:
 def capture_decoder(config: TextConfig, precision: str, *, features: bool = False, caches: CacheFormat | None = None) -> ir.Model:
     """Trace the decoder in `precision` ("fp32", "fp16", "bf16") and translate it. Takes seconds and little memory at any model size.
     With `features` it reads pictures. `caches`: the format of attention caches, by default that of `precision`."""
-    kinds = tuple(dict.fromkeys(config.layer_types))
-    model = _capture_all_layers(replace(config, layer_types=kinds), precision, features, caches)
-    unroll(model, [f"layers.{i}" for i in range(len(kinds))], [(f"layers.{i}", kinds.index(k)) for i, k in enumerate(config.layer_types)])
-    return model
+    return with_all_layers(capture_kinds(config, precision, features=features, caches=caches), config)
 
 
-def _capture_all_layers(config: TextConfig, precision: str, features: bool, caches: CacheFormat | None) -> ir.Model:
+def capture_kinds(config: TextConfig, precision: str, *, features: bool = False, caches: CacheFormat | None = None) -> ir.Model:
+    """The decoder with one layer of each of its kinds, in the order in which they first come: what `capture_decoder` traces."""
+    config = replace(config, layer_types=_kinds(config))
     sizes = (_EXAMPLE["B"], _EXAMPLE["S"])
     state = empty_state(config, *sizes, DTYPES[precision], caches=caches, pending=_EXAMPLE["P"], device="meta")
     inputs = [_ids("B", "T"), *_tables(config), _ids("B"), _ids("B"), _ids("B"), _ids("N"), *(_features(config, precision) * features)]
@@ -90,6 +89,17 @@ def _capture_all_layers(config: TextConfig, precision: str, features: bool, cach
     model = capture_module(meta_decoder(config, precision), Signature(names, inputs, [LOGITS, HIDDEN], state))
     _simplify_row_choice(model)
     return model
+
+
+def with_all_layers(model: ir.Model, config: TextConfig) -> ir.Model:
+    """The model of `capture_kinds`, made that with every layer of `config` in place."""
+    kinds = _kinds(config)
+    unroll(model, [f"layers.{i}" for i in range(len(kinds))], [(f"layers.{i}", kinds.index(k)) for i, k in enumerate(config.layer_types)])
+    return model
+
+
+def _kinds(config: TextConfig) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(config.layer_types))
 
 
 def capture_mtp(

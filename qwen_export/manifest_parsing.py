@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from qwen_export.manifest_types import Manifest
 
+# Reading the hints of a class takes longer than parsing a value of it.
+_hints = cache(get_type_hints)
 _LARGEST_NUMBER = 2**62
 _DEEPEST = 16
 
@@ -42,7 +45,7 @@ def _parse(kind: Any, value: Any, where: str = "") -> Any:
         _check_plain(value, where, 0)
         return value
     if isinstance(kind, type) and is_dataclass(kind):
-        given, hints = _expect(dict, value, where), get_type_hints(kind)
+        given, hints = _expect(dict, value, where), _hints(kind)
         missing = [f.name for f in fields(kind) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
         if missing:
             raise ValueError(f"{where or 'the manifest'} has no {missing[0]}")

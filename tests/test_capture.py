@@ -107,9 +107,9 @@ LIMIT = {LINEAR: 27, FULL: 26}
     ("size", "device", "precision"),
     [
         ("0.8B", "cpu", "fp32"),
-        ("2B", "cuda", "fp16"),
+        pytest.param("2B", "cuda", "fp16", marks=pytest.mark.slow),
         ("4B", "cuda", "bf16"),
-        ("9B", "cpu", "fp32"),
+        pytest.param("9B", "cpu", "fp32", marks=pytest.mark.slow),
         pytest.param("27B", "cuda", "fp16", marks=pytest.mark.slow),
     ],
 )

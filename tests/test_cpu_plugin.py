@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -24,9 +27,10 @@ from qwen_export.plugins.native import native_library as library
 from qwen_export.runtimes import load
 from qwen_export.runtimes.backends.compatibility import check_runnable, this_platform
 from qwen_export.verification.logit_check import verify
+from tests.support import bf16_tiles
 from tests.support import cpu_plugin_ops as ops
 from tests.support.family import tiny_config
-from tests.support.instruction_sets import check_in_instruction_set
+from tests.support.instruction_sets import ROOT, check_in_instruction_set, has_amx
 from tests.support.manifests import write_raw
 from tests.support.synthesize import synthesize
 
@@ -60,6 +64,22 @@ def operators(checkpoint: Path, precision: str = "fp32") -> Counter[str]:
 def test_ops_in_every_instruction_set(plugin: Path, instructions: str) -> None:
     """Machines that lack one take the next lower; on other processors than x86 all three are the same."""
     check_in_instruction_set(ops, plugin, instructions)
+
+
+@pytest.mark.parametrize("instructions", ["base_tiles", "amx"])
+def test_bf16_tiles(plugin: Path, instructions: str) -> None:
+    """The option, with the registers in plain C++ and on a processor that has them."""
+    if instructions == "amx" and not has_amx():
+        pytest.skip("this processor has no AMX")
+    check_in_instruction_set(bf16_tiles, plugin, instructions, QWEN_EXPORT_CPU_BF16_TILES="1")
+
+
+def test_bf16_tiles_are_an_option(plugin: Path) -> None:
+    """Without it, and without tiles, prompts are exact."""
+    for variables in ({"QWEN_EXPORT_CPU_SET": "base_tiles"}, {"QWEN_EXPORT_CPU_SET": "base", "QWEN_EXPORT_CPU_BF16_TILES": "1"}):
+        command = [sys.executable, "-c", f"from tests.support.cpu_plugin_ops import check_prompt; check_prompt({str(plugin)!r})"]
+        done = subprocess.run(command, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_row_is_the_same_on_any_number_of_threads(plugin: Path) -> None:

@@ -114,7 +114,7 @@ def test_the_nodes_carry_their_kernel(checkpoint: Path, tmp_path: Path) -> None:
     assert stacked[0] and stacked[0] == stacked[1] == stacked[2], "steps and prompts read the same matrix"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("int4", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("compiled_kernel")
 def test_engines_for_rtx(precision: str, checkpoint: Path, tmp_path: Path) -> None:
     """TensorRT-RTX builds engines with the plugin, and builds them again from the bundle alone."""

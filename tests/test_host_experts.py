@@ -5,6 +5,7 @@ The GPU is a fake whose memory is that of the host.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,7 @@ def test_the_budget_decides_where_they_are(bundle: Path, driver: FakeDriver, rat
         with cuda_sessions(), load(bundle, device="cuda", threads=1, weight_budget=others + int(share * experts)) as model:
             model.decoder(drafts=True).prefill(PROMPT)
             on_host.append(sum(size for size in driver.pinned.values() if size > 4096))
+        gc.collect()  # what refers to a model that is closed may be a circle
     assert on_host[0] < on_host[1] < on_host[2]
     assert on_host[1] - on_host[0] <= 0.6 * experts
     assert on_host[2] - on_host[0] == experts

@@ -50,18 +50,18 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         yield server
 
 
-def command(hub: Hub, home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(hub: Hub, home: Path, *arguments: str, module: str = "qwen_export", **environment: str) -> subprocess.CompletedProcess[str]:
     """`qwen-export` with the stand-in as its hub and a cache of its own."""
     names = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", **environment}
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING_FACE"))}
-    process = [sys.executable, "-m", "qwen_export", *arguments]
+    process = [sys.executable, "-m", module, *arguments]
     return subprocess.run(process, env=kept | names, capture_output=True, text=True, cwd=home.parent, timeout=120)
 
 
 def test_a_build_downloads_what_it_reads(hub: Hub, tmp_path: Path) -> None:
     hub.asked.clear()
     arguments = ("build", "owner/tiny", "-o", str(tmp_path / "bundle"), "--max-context", "64", "--no-mtp")
-    done = command(hub, tmp_path / "home", *arguments)
+    done = command(hub, tmp_path / "home", *arguments, module="tests.support.traced_command")
     assert done.returncode == 0, done.stderr
     assert "verify" in done.stderr and "--reference owner/tiny" in done.stderr
     asked = {path.rpartition("/")[2] for method, path, _ in hub.asked if "/resolve/" in path}

@@ -66,8 +66,14 @@ def answer(model: Model, tokens: int = 12) -> tuple[list[int], Statistics]:
     return list(model.generate(request, statistics)), statistics
 
 
-@pytest.mark.parametrize("speculate", ["off", 3, "lookup"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "speculate"),
+    [
+        *(("dynamic", speculate) for speculate in ("off", 3, "lookup")),
+        ("static", 3),
+        *(pytest.param("static", speculate, marks=pytest.mark.slow) for speculate in ("off", "lookup")),
+    ],
+)
 def test_an_interrupt_at_any_call_leaves_no_trace(open_model: Callable[..., Model], kind: str, speculate: str | int) -> None:
     """The backend has written states, and what was read is not counted yet: reading on from there would read tokens twice."""
     wanted, _ = answer(open_model(kind, speculate=speculate))

@@ -109,7 +109,11 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
+# Each of their ratios is also one of another shape's, but for the 16 query heads per key/value head.
+SLOW = ("1x4", "4x16-flat")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SHAPES])
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     directory = tmp_path_factory.mktemp(f"parity-{request.param}")
     checkpoint = synthesize(SHAPES[request.param](), directory / "checkpoint", with_mtp=False)

@@ -226,6 +226,7 @@ def test_pictures_and_videos(subject: Subject) -> None:
     assert error(decoder.step([9]).array, expected[-1:]) <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_every_tower_of_the_family_in_small(tmp_path: Path) -> None:
     """Heads and widths as released, one block, over a small decoder."""
     released = {name: config["vision_config"] for name, config in FAMILY.items() if "vision_config" in config}

@@ -296,13 +296,21 @@ def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load(build(synthesize(config, directory / "checkpoint"), directory / "bundle"), threads=2, max_context=64)
 
 
-@pytest.mark.parametrize("drafter", ["head", "random"])
+PLAIN = SamplingParams(temperature=1.0)
+PENALTIES = SamplingParams(temperature=0.7, top_k=8, top_p=0.9, presence_penalty=1.5, repetition_penalty=1.2, min_p=0.02)
+BANS = SamplingParams(temperature=1.0, top_k=8, no_repeat_ngram_size=2, suppress_tokens=(3, 5), bad_words_ids=((7,), (2, 9)))
+
+
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "drafter"),
     [
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=0.7, top_k=8, top_p=0.9, presence_penalty=1.5, repetition_penalty=1.2, min_p=0.02),
-        SamplingParams(temperature=1.0, top_k=8, no_repeat_ngram_size=2, suppress_tokens=(3, 5), bad_words_ids=((7,), (2, 9))),
+        (PLAIN, "random"),
+        (PENALTIES, "head"),
+        (BANS, "random"),
+        *(
+            pytest.param(sampling, drafter, marks=pytest.mark.slow)
+            for sampling, drafter in ((PLAIN, "head"), (PENALTIES, "random"), (BANS, "head"))
+        ),
     ],
 )
 def test_sampled_tokens_have_the_same_distribution(small_vocabulary: Model, sampling: SamplingParams, drafter: str) -> None:

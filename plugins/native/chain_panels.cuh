@@ -9,6 +9,7 @@
 #include "mma.cuh"
 #include "plain_panels.cuh"
 #include "quant.cuh"
+#include "quant_fragments.cuh"
 
 namespace qwen {
 
@@ -167,14 +168,8 @@ struct ChainInt4 {
  private:
   __device__ static uint32_t even(uint32_t p, uint32_t q) { return __byte_perm(p, q, 0x5410); }
   __device__ static uint32_t odd(uint32_t p, uint32_t q) { return __byte_perm(p, q, 0x7632); }
-  // (bits & mask) | bias in one instruction: the compiler makes two of it.
-  __device__ static uint32_t biased(uint32_t bits, uint32_t mask, uint32_t bias) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(bits), "r"(mask), "r"(bias));
-    return result;
-  }
-  __device__ static uint32_t low(uint32_t word) { return biased(word, 0x000F000Fu, kHalf ? 0x64006400u : 0x43004300u); }
-  __device__ static uint32_t high(uint32_t word) { return kHalf ? biased(word, 0x00F000F0u, 0x54005400u) : low(word >> 4); }
+  __device__ static uint32_t low(uint32_t word) { return masked(word, 0x000F000Fu, kHalf ? 0x64006400u : 0x43004300u); }
+  __device__ static uint32_t high(uint32_t word) { return kHalf ? masked(word, 0x00F000F0u, 0x54005400u) : low(word >> 4); }
 };
 
 }  // namespace qwen

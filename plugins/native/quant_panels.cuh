@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "few_rows.cuh"
+#include "quant_fragments.cuh"
 #include "quant_stream.cuh"
 
 namespace qwen {
@@ -104,17 +105,10 @@ struct QuantPanels {
   }
 
  private:
-  // (word & mask) | bias in one instruction: the compiler makes two of it.
-  __device__ static uint32_t biased(uint32_t word, uint32_t mask, uint32_t bias) {
-    uint32_t result;
-    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(word), "r"(mask), "r"(bias));
-    return result;
-  }
-
   // The codes in bits 0..3 and 16..19 of a word; `zero` as Pair has it.
   __device__ static uint32_t lower(uint32_t word, uint32_t zero) {
     if constexpr (kInPlace) {
-      const uint32_t codes = biased(word, 0x000F000Fu, 0x64006400u);
+      const uint32_t codes = masked(word, 0x000F000Fu, 0x64006400u);
       const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&codes), *reinterpret_cast<const __half2*>(&zero));
       return *reinterpret_cast<const uint32_t*>(&pair);
     } else {
@@ -125,7 +119,7 @@ struct QuantPanels {
   // The codes in bits 4..7 and 20..23.
   __device__ static uint32_t upper(uint32_t word, uint32_t zero) {
     if constexpr (kInPlace) {
-      const uint32_t codes = biased(word, 0x00F000F0u, 0x54005400u), bias = (0x5400u | zero << 4) * 0x10001u;
+      const uint32_t codes = masked(word, 0x00F000F0u, 0x54005400u), bias = (0x5400u | zero << 4) * 0x10001u;
       const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&codes), *reinterpret_cast<const __half2*>(&bias));
       return *reinterpret_cast<const uint32_t*>(&pair);
     } else {

@@ -22,9 +22,11 @@ def read_every_size(decoder: Decoder) -> None:
     # Caches that grow for all slots together would double for the longest.
     longest = decoder.chunk if decoder.free_bytes is not None else decoder.chunk // 2
     room = decoder.capacity - decoder.lengths[0] - decoder.widest_verify
-    mark, began = decoder.mark(on_device=True), time.perf_counter()
+    mark, unread, began = decoder.mark(on_device=True), decoder.lengths[0] == 0, time.perf_counter()
     while longest >= _SHORTEST and time.perf_counter() - began < _MOST_S:
         if longest <= room:
             decoder.prefill((0,) * longest)
             decoder.rewind(mark)
         longest //= 2
+    if unread:
+        decoder.release()  # the memory of the longest prompt's cache rows, which no sequence has read

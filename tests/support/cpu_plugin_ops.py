@@ -103,5 +103,11 @@ def check(library: str) -> None:
             assert np.array_equal(got, most[:M]), ("bits differ", *where, M)
 
 
+def check_prompt(library: str) -> None:
+    """Rows enough for tiles of bf16, which are not wanted."""
+    x, w, optional = inputs("Linear", 67, 1024, "bfloat16")
+    assert error(call(library, "Linear", x, w, **optional), expected("Linear", x, w, **optional)) < TOLERANCE
+
+
 if __name__ == "__main__":
     check(sys.argv[1])

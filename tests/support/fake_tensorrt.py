@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import json
 import shutil
 from math import prod
@@ -272,8 +273,7 @@ class _Context(_Object):
         return array
 
     def _compile(self) -> ort.InferenceSession:
-        engine, options = self._engine, ort.SessionOptions()
-        options.intra_op_num_threads = 1
+        engine = self._engine
         model = onnx.ModelProto()
         model.CopyFrom(engine.model)
         for weight in model.graph.initializer:
@@ -287,7 +287,15 @@ class _Context(_Object):
             weight.ClearField("external_data")
             weight.data_location = onnx.TensorProto.DEFAULT
             weight.raw_data = array.tobytes()
-        return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return _session(model.SerializeToString())
+
+
+@functools.lru_cache(maxsize=32)
+def _session(model: bytes) -> ort.InferenceSession:
+    """Tests open the engines of one bundle again and again; a session keeps nothing of its runs."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _array(address: int, kind: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:

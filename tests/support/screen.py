@@ -56,11 +56,21 @@ class Terminal:
         assert all(shown.count(text) >= count for text in texts), f"{texts} not in:\n{shown}"
         return shown
 
+    def leaves(self) -> int:
+        """Press Ctrl-D, as `ends`: again where it came before the program read keys, which a terminal drops."""
+        for _ in range(PATIENCE_S):
+            self.press("\x04")
+            if not all(self._read() for _ in range(20)):
+                break
+        return self.ends()
+
     def ends(self) -> int:
         """Wait until the program has ended; returns its exit code, or minus the signal."""
         for _ in range(PATIENCE_S * 20):
             if not self._read():
                 break
+        else:
+            raise AssertionError(f"the program goes on after {PATIENCE_S} s:\n{self.text()}")
         self.process.wait()
         self.process.close()
         return self.process.exitstatus if self.process.exitstatus is not None else -self.process.signalstatus

@@ -1,4 +1,4 @@
-"""Cases that run in another process, so that a crash or a hang ends only that process.
+"""Cases that run in another process, so that a crash or a hang ends only that process, and how many there are.
 
 A worker reads a case a line, and writes a JSON line for each with "case" and "outcome".
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -15,11 +16,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 PER_PROCESS = 150
 """Cases of one process: libraries that it compares with keep some memory of each."""
 
 LIMIT_S = 60
 """Far more than a case needs: it is for cases that never end."""
+
+
+def seeds(few: int, many: int) -> list[Any]:
+    """For `parametrize`: the seeds of every run, and, as slow tests, those up to `many`, or to QWEN_EXPORT_FUZZ where that is set."""
+    return [range(few), pytest.param(range(few, int(os.environ.get("QWEN_EXPORT_FUZZ", many))), marks=pytest.mark.slow)]
 
 
 def outcomes(module: str, subject: Path, cases: Sequence[str]) -> Iterator[dict[str, Any]]:

@@ -76,8 +76,7 @@ def test_an_interrupt_ends_the_answer_and_not_the_program(demo_bundle: Path, hom
         terminal.until("Ctrl-D or /quit", count=2)  # the first is the greeting
         terminal.press("/stats\r")
         terminal.until("interrupted", "context:")
-        terminal.press("\x04")
-        assert terminal.ends() == 0
+        assert terminal.leaves() == 0
 
 
 def test_questions_are_remembered_by_their_owner(demo_bundle: Path, tmp_path: Path, home: dict[str, str]) -> None:
@@ -88,8 +87,7 @@ def test_questions_are_remembered_by_their_owner(demo_bundle: Path, tmp_path: Pa
             terminal.until("a question to remember")
             terminal.press("\r")
             terminal.until("(length)")
-            terminal.press("\x04")
-            assert terminal.ends() == 0
+            assert terminal.leaves() == 0
     assert history(tmp_path).read_text().count("a question to remember") == 1
     assert stat.S_IMODE(history(tmp_path).stat().st_mode) == 0o600
 
@@ -99,8 +97,7 @@ def test_no_history_leaves_no_file(demo_bundle: Path, tmp_path: Path, home: dict
         terminal.until(PROMPT)
         terminal.press("a secret\r")
         terminal.until("(length)")
-        terminal.press("\x04")
-        assert terminal.ends() == 0
+        assert terminal.leaves() == 0
     assert not history(tmp_path).exists()
 
 
@@ -110,8 +107,7 @@ def test_a_state_directory_that_cannot_be_written(demo_bundle: Path, tmp_path: P
         terminal.until(PROMPT)
         terminal.press("hello\r")
         terminal.until("(length)")
-        terminal.press("\x04")
-        assert terminal.ends() == 0
+        assert terminal.leaves() == 0
 
 
 def test_sigterm_ends_the_program(demo_bundle: Path, home: dict[str, str]) -> None:
@@ -128,8 +124,7 @@ def test_reasoning_is_dim_and_an_error_ends_nothing(demo_bundle: Path, home: dic
         terminal.until("error:", "context")
         terminal.press("Hello\r")
         terminal.until("The user asks", "(context full)", "/reset")
-        terminal.press("\x04")
-        assert terminal.ends() == 0
+        assert terminal.leaves() == 0
 
 
 def test_a_terminal_needs_the_extra_and_says_so(demo_bundle: Path, tmp_path: Path, home: dict[str, str]) -> None:

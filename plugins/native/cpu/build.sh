@@ -17,8 +17,8 @@ case $(uname -sm) in
   *x86_64) sets="base: avx2:-mavx2,-mfma,-mf16c avx512:$avx512" ;;
 esac
 # Tiles need a compiler and an assembler of 2020 or later, and Linux, which the library asks for them.
-amx=$avx512,-mamx-tile,-mamx-int8
-if [ "$(uname -sm)" = "Linux x86_64" ] && echo 'void f() { __asm__ volatile("tdpbssd %tmm2, %tmm1, %tmm0"); }' > "$work/probe.cc" &&
+amx=$avx512,-mavx512bf16,-mamx-tile,-mamx-int8,-mamx-bf16
+if [ "$(uname -sm)" = "Linux x86_64" ] && echo 'void f() { __asm__ volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); }' > "$work/probe.cc" &&
    "$CXX" $(echo "$amx" | tr ',' ' ') -c "$work/probe.cc" -o "$work/probe.o" 2> "$work/probe.log"; then
   tile_sets="base: amx:$amx" defines=-DQWEN_AMX
 else

@@ -15,10 +15,11 @@ namespace {
 #if defined(QWEN_AMX)
 // Linux gives the tile registers to a process that asks for them; kernels before 5.16 do not know the request.
 bool take_tiles() {
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of EDX
+  constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25, kVectors = 1u << 5;  // bf16, tiles, bytes of EDX; vectors of bf16 of EAX
   constexpr long kRequest = 0x1023, kTileData = 18;       // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) && (d & kInt8) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTiles) == kTiles && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kVectors) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 }
 #endif
 
@@ -55,5 +56,13 @@ const Choice& choice() {
 InstructionSet instruction_set() { return choice().set; }
 
 bool has_tiles() { return choice().tiles; }
+
+bool has_bf16_tiles() {
+  static const bool wanted = [] {
+    const char* given = std::getenv("QWEN_EXPORT_CPU_BF16_TILES");
+    return given != nullptr && std::strcmp(given, "1") == 0;
+  }();
+  return wanted && has_tiles();
+}
 
 }  // namespace qwen

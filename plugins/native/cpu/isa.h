@@ -30,12 +30,15 @@ namespace qwen {
 
 enum InstructionSet { kBase, kAvx2, kAvx512, kAmx };
 
-// avx512: F, BW, DQ, VL and VNNI, as every server since Ice Lake and Zen 4 has. avx2: with FMA and F16C. amx: avx512 and tiles of bytes.
+// avx512: F, BW, DQ, VL and VNNI, as every server since Ice Lake and Zen 4 has. avx2: with FMA and F16C. amx: avx512, bf16, and tiles of bytes and of bf16.
 // The variable QWEN_EXPORT_CPU_SET lowers the choice, for tests: base, avx2, avx512, amx, or base_tiles, which is base with tiles in plain C++.
 InstructionSet instruction_set();
 
 // Whether products of many rows use tiles.
 bool has_tiles();
+
+// Whether products of many rows round to bf16 (bf16_tiles.h): where there are tiles and the variable QWEN_EXPORT_CPU_BF16_TILES is 1.
+bool has_bf16_tiles();
 
 #if defined(__x86_64__)
 template <typename F>

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "bf16_form.h"
 #include "operator.h"
 #include "ops.h"
 #include "product.h"
+#include "quant.h"
 
 namespace qwen {
 namespace {
@@ -44,6 +46,18 @@ void run(const Call& call, const Product& p) {
                 [&](size_t task) { product(p, task * columns, std::min(p.N, (task + 1) * columns)); });
 }
 
+// Rows of a weight [.,K] for tiles of bf16; `rows` is the length of a part of it.
+struct Opener {
+  const uint16_t* w;
+  int64_t rows, K;
+
+  void operator()(int64_t panel, int set, uint16_t* columns) const {
+    static const auto open = QWEN_TILES(bf16_columns);
+    const int64_t first = panel * kBf16Lines;
+    open(w + (set * rows + first) * K, int(std::min<int64_t>(kBf16Lines, rows - first)), K, columns);
+  }
+};
+
 // x f32[...,K], w [N,K], residual f32[...,N]?, norm f32[K]?  ->  y f32[...,N]
 template <bool bf16>
 class LinearKernel {
@@ -60,6 +74,13 @@ class LinearKernel {
     expect(!call.has(3) || call.shape(3) == Shape{K}, "Linear: norm must be [K]");
     float* y = call.output<float>(0, shape);
     if (M == 0 || N == 0) return;
+    if (bf16 && in_bf16_tiles(M)) {
+      const float* residual = call.optional<float>(2);
+      return over_bf16_tiles<1>(call, Bf16Rows(call, call.input<float>(0), call.optional<float>(3), eps_, M, K), (N + kBf16Lines - 1) / kBf16Lines,
+                                Opener{call.input<uint16_t>(1), N, K}, [&](int64_t panel, int64_t row, int rows, const float* values, const float*) {
+                                  write_results(values, rows, residual, y, row, panel * kBf16Lines, N);
+                                });
+    }
     const float* x = pack(call, call.input<float>(0), call.optional<float>(3), eps_, M, K);
     run(call, {x, call.input<void>(1), bf16, false, call.optional<float>(2), y, size_t(M), size_t(N), size_t(K)});
   }
@@ -84,6 +105,13 @@ class SwiGluKernel {
     expect(!call.has(2) || call.shape(2) == Shape{K}, "SwiGlu: norm must be [K]");
     float* y = call.output<float>(0, shape);
     if (M == 0 || N == 0) return;
+    if (bf16 && in_bf16_tiles(M))
+      return over_bf16_tiles<2>(call, Bf16Rows(call, call.input<float>(0), call.optional<float>(2), eps_, M, K), (N + kBf16Lines - 1) / kBf16Lines,
+                                Opener{call.input<uint16_t>(1), N, K}, [&](int64_t panel, int64_t row, int rows, float* gate, float* up) {
+                                  static const auto swiglu = QWEN_BEST(quant_swiglu);
+                                  swiglu(gate, up, rows * kBf16Lines, gate);
+                                  write_results(gate, rows, nullptr, y, row, panel * kBf16Lines, N);
+                                });
     const float* x = pack(call, call.input<float>(0), call.optional<float>(2), eps_, M, K);
     run(call, {x, call.input<void>(1), bf16, true, nullptr, y, size_t(M), size_t(N), size_t(K)});
   }

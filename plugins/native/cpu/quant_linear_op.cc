@@ -101,7 +101,8 @@ void over_panels(const Call& call, const Activations& activations, const uint8_t
       if (form.tiles()) output.fetch(panel, t * form.tile_rows(), tile.rows);
       Result results[SETS];
       for (int set = 0; set < SETS; set++) {
-        const Ahead ahead = opened.ahead(panel + 1 < end ? stored(panel + 1, set) : nullptr, t - first, last - first);
+        // The next panel, of the next task too: one thread takes it, or one of a few.
+        const Ahead ahead = opened.ahead(panel + 1 < panels ? stored(panel + 1, set) : nullptr, t - first, last - first);
         opened.product(stored(panel, set), set, tile, results[set].values, ahead);
       }
       task(panel, tile, t * form.tile_rows(), results);

@@ -40,7 +40,7 @@ struct Head {
   void finish(int64_t start, int64_t count, const float* o, int64_t Dv) const {
     for (int64_t t = 0; t < count; t++) {
       const int64_t token = b * net.T + start + t;
-      gated_norm(net, o + t * Dv, net.qkvz + token * net.width() + net.channels() + h * net.Dv, net.y + (token * net.Hv + h) * net.Dv);
+      gated_norm(net, o + t * Dv, net.qkvz + token * net.width() + net.channels() + h * net.Dv, net.y + (token * net.Hv + h) * net.Dv, count == kBlock);
     }
   }
 };

@@ -7,6 +7,8 @@
 
 namespace qwen::QWEN_SET {
 
+// Inputs are read a block ahead: the channels of a head are short runs far apart, which the processor does not foresee.
+
 // A run of channels of the convolution: q or k of a key head, v of a value head. Its history is a copy, because others may write it.
 struct Segment {
   int64_t first, length;
@@ -38,7 +40,11 @@ inline void conv_silu(const Rows& rows, const Segment& segment, const float* wei
     }
     const int64_t channel = segment.first + i;
     const auto read = [&](const float* p) { return part == kStep ? load(p) : load_part(p, size_t(part)); };
-    const auto row = [&](int64_t r) { return read(rows.at(r, segment, i)); };
+    const auto row = [&](int64_t r) {
+      const float* const at = rows.at(r, segment, i);
+      if (count == kBlock) __builtin_prefetch(at + kBlock * rows.width, 0, 2);
+      return read(at);
+    };
     Vector tap[K], window[K];
     for (int j = 0; j < K; j++) tap[j] = read(weight + j * C + channel);
     for (int j = 0; j + 1 < K; j++) window[j + 1] = row(start + j);
@@ -76,7 +82,11 @@ inline void gates(const DeltaNet& net, const float* ab, int64_t h, float* decay,
 }
 
 // y = o / sqrt(mean(o^2) + eps) * norm * SiLU(z)
-inline void gated_norm(const DeltaNet& net, const float* o, const float* z, float* y) {
+inline void gated_norm(const DeltaNet& net, const float* o, const float* z, float* y, bool block) {
+  for (int64_t i = 0; block && i < net.Dv; i += kRowPad) {
+    __builtin_prefetch(z + kBlock * net.width() + i, 0, 2);
+    __builtin_prefetch(y + kBlock * net.Hv * net.Dv + i, 1, 2);
+  }
   Vector squares = {};
   for (int64_t i = 0; i < net.Dv; i += kStep) squares = fma(load(o + i), load(o + i), squares);
   const Vector factor = all(1.0f / sqrtf(sum(squares) / float(net.Dv) + net.epsilon));

@@ -4,22 +4,11 @@
 #include <cstring>
 
 #include "../quant.h"
+#include "normalize_row.h"
 #include "quant_lanes.h"
 
 namespace qwen::QWEN_SET {
 namespace {
-
-// Sums in 16 parts: the compiler may keep them in registers, and the order does not depend on the instruction set's width.
-float mean_of_squares(const float* x, int64_t K) {
-  float parts[16] = {};
-  int64_t k = 0;
-  for (; k + 16 <= K; k += 16)
-    for (int i = 0; i < 16; i++) parts[i] += x[k + i] * x[k + i];
-  float sum = 0;
-  for (; k < K; k++) sum += x[k] * x[k];
-  for (float part : parts) sum += part;
-  return sum / float(K);
-}
 
 float largest(const float* x, int count) {
 #if defined(__AVX512F__)
@@ -63,8 +52,7 @@ void quantize_tile(const QuantFormat& format, const float* x, const float* norm,
   if (tile.rows < tile.slots) std::memset(tile.codes, 0, QuantTile::bytes(format, tile.slots));
   for (int m = 0; m < tile.rows; m++, x += K) {
     if (norm != nullptr) {
-      const float scale = 1.0f / std::sqrt(mean_of_squares(x, K) + epsilon);
-      for (int64_t k = 0; k < K; k++) scratch[k] = x[k] * scale * norm[k];
+      normalize_row(x, norm, epsilon, K, scratch);
     } else {
       std::memcpy(scratch, x, sizeof(float) * K);
     }

@@ -10,6 +10,8 @@
 
 namespace qwen::QWEN_SET {
 
+constexpr int kTileBytes = 64;  // of a row
+
 // Shapes of the tiles 0..7, as LDTILECFG reads them.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -44,6 +46,12 @@ inline void tile_store(void* to, size_t stride) {
 template <int SUM, int A, int B>
 inline void tile_dot() {
   __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
+}
+
+// sum[m][n] += A[m][2 k + j] * B[k][2 n + j] over all k and j: bf16, summed in fp32
+template <int SUM, int A, int B>
+inline void tile_dot_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUM), "i"(A), "i"(B));
 }
 
 #else
@@ -87,6 +95,26 @@ inline void tile_dot() {
       std::memcpy(&sum, &all.bytes[SUM][m][4 * n], 4);
       for (int k = 0; k < all.shapes.row_bytes[A] / 4; k++)
         for (int j = 0; j < 4; j++) sum += int32_t(int8_t(all.bytes[A][m][4 * k + j])) * int32_t(int8_t(all.bytes[B][k][4 * n + j]));
+      std::memcpy(&all.bytes[SUM][m][4 * n], &sum, 4);
+    }
+}
+// As AMX: even and odd j apart, then both to the sum. It takes denormals for 0, which is left out here.
+template <int SUM, int A, int B>
+inline void tile_dot_bf16() {
+  Tiles& all = tiles();
+  const auto value = [](const uint8_t* at) {
+    const uint32_t bits = uint32_t(at[0]) << 16 | uint32_t(at[1]) << 24;
+    float made;
+    std::memcpy(&made, &bits, 4);
+    return made;
+  };
+  for (int m = 0; m < all.shapes.rows[SUM]; m++)
+    for (int n = 0; n < all.shapes.row_bytes[SUM] / 4; n++) {
+      float sum, parts[2] = {};
+      std::memcpy(&sum, &all.bytes[SUM][m][4 * n], 4);
+      for (int k = 0; k < all.shapes.row_bytes[A] / 4; k++)
+        for (int j = 0; j < 2; j++) parts[j] += value(&all.bytes[A][m][4 * k + 2 * j]) * value(&all.bytes[B][k][4 * n + 2 * j]);
+      sum += parts[0] + parts[1];
       std::memcpy(&all.bytes[SUM][m][4 * n], &sum, 4);
     }
 }
