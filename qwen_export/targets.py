@@ -128,6 +128,7 @@ ONNXRUNTIME = Target(
         ),
         PassStep("plugins.onnxruntime.quantize_products:quantize_products", "rewrites the plugin's products, which exist from here on"),
         PassStep("plugins.onnxruntime.quantize_experts:quantize_experts", "rewrites the plugin's Moe, which exists from here on"),
+        PassStep("plugins.onnxruntime.fuse_mixture:fuse_mixture", "joins what quantize_products and quantize_experts make"),
         PassStep(
             "plugins.onnxruntime.keep_stored_bf16:keep_stored_bf16",
             "after quantization: it is for the matrices that are not quantized",

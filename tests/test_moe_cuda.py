@@ -25,7 +25,7 @@ from tests.test_parity import CAPACITY, prompt
 Make = Callable[..., Path]
 
 
-@pytest.mark.parametrize(("precision", "experts"), [("bf16", "MoE"), ("int4", "QuantMoe"), ("fp8", "Fp8Moe")])
+@pytest.mark.parametrize(("precision", "experts"), [("bf16", "MoE"), ("fp8", "Fp8Moe")])
 def test_a_cuda_graph(make_checkpoint: Make, fake_library: Path, precision: str, experts: str) -> None:
     """One node per layer for the experts, one for the norm that they share with other readers, and one for what is added up behind them."""
     config = tiny_config(moe=True, num_experts=16, vision=False, linear_key_head_dim=64, linear_value_head_dim=64)
@@ -43,6 +43,35 @@ def test_a_cuda_graph(make_checkpoint: Make, fake_library: Path, precision: str,
         assert shared.producer().op_type.endswith("Linear") and gate.name == f"layers.{i}.mlp.shared_expert_gate.weight"
         assert (gate.dtype, [*gate.shape]) == (node.outputs[0].dtype, [1, checkpoint.config.text.hidden_size])
         assert (residual.name, node.outputs[0].name) == (f"layers.{i}.mixed", f"layers.{i}.output"), "names that the layer check reads"
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_a_cuda_graph_of_integers(make_checkpoint: Make, fake_library: Path, precision: str) -> None:
+    """A mixture is one node per layer, from the stream behind the mixer to that behind the layer."""
+    config = tiny_config(moe=True, num_experts=16, vision=False, linear_key_head_dim=64, linear_value_head_dim=64)
+    checkpoint = open_checkpoint(make_checkpoint(config))
+    graphs = lower(checkpoint, plan_build(checkpoint, device="cuda", precision=precision))
+    for model, layers in ((graphs["decoder"], 4), (graphs["mtp"], 1)):
+        counts = Counter(node.op_type for node in model.graph)
+        assert counts["QuantMixture"] == layers
+        assert not {"QuantMoe", "SharedExpertSum", "QuantSwiGlu", "Linear", "SwiGlu", "FusedMatMul", "Sigmoid", "Mul", "Add"} & set(counts)
+    for i, node in enumerate(node for node in graphs["decoder"].graph if node.op_type == "QuantMixture"):
+        assert (node.inputs[0].name, node.outputs[0].name) == (f"layers.{i}.mixed", f"layers.{i}.output"), "names that the layer check reads"
+        router, gate = node.inputs[2:4]
+        assert (router.name, gate.name) == (f"layers.{i}.mlp.gate.weight", f"layers.{i}.mlp.shared_expert_gate.weight")
+        assert node.attributes.get_int("experts_top_k") == checkpoint.config.text.num_experts_per_tok
+        assert node.attributes.get_float("norm_epsilon") == pytest.approx(checkpoint.config.text.rms_norm_eps)
+
+
+def test_experts_in_integers_beside_a_shared_expert_as_stored(make_checkpoint: Make, fake_library: Path, tmp_path: Path) -> None:
+    """What is not all integers stays apart."""
+    plan = tmp_path / "plan.toml"
+    plan.write_text('[matrices]\n"layers.1.mlp.shared_expert.*" = { format = "stored" }\n')
+    config = tiny_config(moe=True, num_experts=16, vision=False, linear_key_head_dim=64, linear_value_head_dim=64)
+    checkpoint = open_checkpoint(make_checkpoint(config, with_mtp=False))
+    graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="int4", plan_file=plan))["decoder"].graph
+    counts = Counter(node.op_type for node in graph)
+    assert (counts["QuantMixture"], counts["QuantMoe"], counts["SharedExpertSum"], counts["RmsNorm"]) == (3, 1, 1, 1 + 1)
 
 
 def test_a_cuda_graph_without_the_plugin(make_checkpoint: Make, monkeypatch: pytest.MonkeyPatch) -> None:

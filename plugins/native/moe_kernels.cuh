@@ -2,7 +2,7 @@
 // activations, [visits,I], are stored in the workspace in that order.
 #pragma once
 
-#include "moe.cuh"
+#include "choose_experts.cuh"
 #include "panels.cuh"
 
 namespace qwen {
@@ -31,45 +31,14 @@ __global__ void route_kernel(Work<T, Matrix> work) {
   let_next_start();
   const int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = work.moe.E, K = work.moe.K;
   if (token >= work.moe.tokens) return;
-  constexpr int kPerLane = kMostExperts / 32;
-  float value[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    const int e = i * 32 + lane;
-    value[i] = e < E ? to_float(work.logits[size_t(token) * E + e]) : -INFINITY;
-  }
-  float mine = 0.0f, largest = 0.0f;  // the logit of the choice that this lane keeps
-  int kept = 0;
-  for (int j = 0; j < K; j++) {
-    float best = -INFINITY;
-    int at = kMostExperts;
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      if (value[i] > best) best = value[i], at = i * 32 + lane;
-    }
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, step);
-      const int other_at = __shfl_xor_sync(0xffffffffu, at, step);
-      if (other > best || (other == best && other_at < at)) best = other, at = other_at;
-    }
-    if (at >= E) at = j;  // no number is left: the logits are not finite
-    if (j == 0) largest = best;
-    if (lane == j) mine = best, kept = at;
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      if (i * 32 + lane == at) value[i] = -INFINITY;
-    }
-  }
-  const float share = lane < K ? __expf(mine - largest) : 0.0f;
-  const float all = warp_sum(share);
+  const Choice choice = choose_experts<kMostExperts>(work.logits + size_t(token) * E, E, K);
   if (lane < K) {
     const int visit = token * K + lane;
-    work.expert[visit] = kept;
-    work.weight[visit] = share / all;
+    work.expert[visit] = choice.expert;
+    work.weight[visit] = choice.weight;
     if (work.grouped) {
-      const int place = atomicAdd(&work.counts[kept], 1);
-      if (place < work.moe.tokens) work.visits[size_t(kept) * work.moe.tokens + place] = visit;
+      const int place = atomicAdd(&work.counts[choice.expert], 1);
+      if (place < work.moe.tokens) work.visits[size_t(choice.expert) * work.moe.tokens + place] = visit;
     }
   }
 }

@@ -85,6 +85,7 @@ _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
 _SHARED_EXPERT = Choice("native_shared_expert", (Kernel("SharedExpertSum", NATIVE),), _native_rows_limit)
+_MIXTURE = Choice("native_mixture", (Kernel("QuantMixture", NATIVE),), _native_rows_limit, quantized_only=True)
 _CHAIN = Choice("native_chain", (Kernel("Chain", NATIVE),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
@@ -130,6 +131,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
         "shared_expert": (_SHARED_EXPERT,),
+        "mixture": (_MIXTURE,),
         "top_logits": (_TOP_LOGITS,),
         "chain": (_CHAIN,),
     },
@@ -147,9 +149,9 @@ VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 """What a bundle that reads pictures needs besides."""
 
 
-OF_MIXTURES = ("moe", "shared_expert")
+OF_MIXTURES = ("moe", "shared_expert", "mixture")
 """What only a mixture of experts has."""
-OPTIONAL = ("top_logits", "shared_expert", "chain")
+OPTIONAL = ("top_logits", "shared_expert", "mixture", "chain")
 """What a graph can be without."""
 
 
