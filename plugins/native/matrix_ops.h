@@ -20,7 +20,7 @@
 
 namespace qwen {
 
-constexpr int kTokensTogether = 1024;
+constexpr int kTokensTogether = 2048;
 
 template <typename Form>
 typename Form::Matrix matrix_of(const Attributes& info) {

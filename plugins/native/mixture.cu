@@ -12,7 +12,7 @@ namespace {
 template <typename T>
 MixtureWork<T> work_of(const Mixture<T>& mixture) {
   MixtureWork<T> work{mixture};
-  while (1 << work.log_rows < mixture.routed.tokens) work.log_rows++;
+  work.log_rows = log_rows_of(mixture.routed.tokens);
   return work;
 }
 

@@ -21,7 +21,7 @@ struct Work {
   int* counts;    // [E]
   int* visits;    // [E,tokens]
   float* out;     // [visits,H]
-  bool grouped;
+  bool grouped, arranged;  // arranged: inner activations and rows of visits have another place (moe_many.cuh)
 };
 
 // A warp selects the experts of a token.
@@ -209,19 +209,19 @@ size_t place(Work<T, Matrix>& work, char* base) {
   };
   work.expert = reinterpret_cast<int*>(take(visits * sizeof(int)));
   work.weight = reinterpret_cast<float*>(take(visits * sizeof(float)));
-  work.inner = reinterpret_cast<T*>(take(visits * moe.I * sizeof(T)));
   if (work.grouped) {
     work.counts = reinterpret_cast<int*>(take(moe.E * sizeof(int)));
     work.visits = reinterpret_cast<int*>(take(size_t(moe.E) * moe.tokens * sizeof(int)));
-    work.out = reinterpret_cast<float*>(take(visits * moe.H * sizeof(float)));
   }
+  if (!work.arranged) work.inner = reinterpret_cast<T*>(take(visits * moe.I * sizeof(T)));
+  if (work.grouped && !work.arranged) work.out = reinterpret_cast<float*>(take(visits * moe.H * sizeof(float)));
   return at;
 }
 
 template <typename T, typename Matrix>
-Work<T, Matrix> work_of(const Experts<Matrix>& moe) {
+Work<T, Matrix> work_of(const Experts<Matrix>& moe, bool arranged = false) {
   Work<T, Matrix> work{moe};
-  work.grouped = moe.tokens > kFewColumns;
+  work.grouped = moe.tokens > kFewColumns || arranged, work.arranged = arranged;
   return work;
 }
 
@@ -254,8 +254,8 @@ void down(const Work<T, Matrix>& work, cudaStream_t stream) {
 
 // Before gate_up and down: which experts each token visits, after which they may be launched.
 template <typename T, typename Matrix>
-Work<T, Matrix> routed(const Experts<Matrix>& moe, const T* x, const T* logits, T* y, void* workspace, cudaStream_t stream) {
-  Work<T, Matrix> work = work_of<T>(moe);
+Work<T, Matrix> routed(const Experts<Matrix>& moe, const T* x, const T* logits, T* y, void* workspace, cudaStream_t stream, bool arranged = false) {
+  Work<T, Matrix> work = work_of<T>(moe, arranged);
   work.x = x, work.logits = logits, work.y = y;
   place(work, static_cast<char*>(workspace));
   if (work.grouped) check(cudaMemsetAsync(work.counts, 0, moe.E * sizeof(int), stream), "cudaMemsetAsync");

@@ -27,7 +27,7 @@ struct ManyProduct {
   int M, N, stride, splits;  // y [M,N], of rows of `stride` elements
 
   // Experts. Of the blocks in y, block i has the visits from tiles[i + 1].y on of expert tiles[i + 1].x, COLUMNS at most; there are tiles[0].x. M is
-  // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y: fp32, or where SWIGLU, arranged for `bits`.
+  // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y, where SWIGLU arranged for `bits`.
   const int2* tiles;
   const int *counts, *visits;
   int tokens, sharing, bits;
@@ -43,11 +43,11 @@ struct alignas(1024) ManyUnit {
   uint8_t zeros[GENERAL ? kTilePanels : 1][GENERAL ? kGroupBlocks * kPanelRows : 1];
 };
 
-// Up to 64 rows leave a multiprocessor two blocks, which fill each other's gaps.
+// Up to 96 rows leave a multiprocessor two blocks, which fill each other's gaps.
 template <int BITS, bool GENERAL, int COLUMNS>
 struct ManyLayout {
   using Unit = ManyUnit<BITS, GENERAL, COLUMNS>;
-  static constexpr int kBlocks = COLUMNS <= 64 ? 2 : 1, kRoom = (kBlocks == 2 ? 111 : 224) << 10;
+  static constexpr int kBlocks = COLUMNS <= 96 ? 2 : 1, kRoom = (kBlocks == 2 ? 111 : 224) << 10;
   static constexpr int kFit = (kRoom - 1024) / int(sizeof(Unit)), kStages = kFit < 8 ? kFit : 8;
   static constexpr size_t kShared = sizeof(Unit) * kStages + 1024;
   static_assert(kStages >= 3, "copies must run ahead");
@@ -55,6 +55,15 @@ struct ManyLayout {
 
 __device__ inline void copy16_or_zeros_at(uint32_t shared, const void* global, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0) : "memory");
+}
+
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+__device__ inline void copy16_to(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 
 template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
@@ -69,7 +78,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ size_t panel_at[kTilePanels];
-  __shared__ int visit_of[EXPERTS ? COLUMNS : 1];
+  __shared__ int visit_of[EXPERTS ? COLUMNS : 1], row_at[EXPERTS ? COLUMNS : 1];  // row_at: where a visit's row of x begins, -1 where there is none
   const uint32_t base = (shared_of(many_memory) + 1023) / 1024 * 1024;
   uint8_t* const memory = many_memory + (base - shared_of(many_memory));
   Unit* const ring = reinterpret_cast<Unit*>(memory);
@@ -85,7 +94,11 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     M = min(given.counts[own.x], given.tokens);
     w = w.expert(own.x);
     const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
-    if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
+    if (threadIdx.x < COLUMNS) {
+      const int visit = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
+      visit_of[threadIdx.x] = visit;
+      row_at[threadIdx.x] = visit < 0 ? -1 : visit / given.sharing * arranged_stride(w.K);
+    }
   }
   const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -107,7 +120,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   __syncthreads();
 
   if (warp >= kMultipliers / 32) {
-    if constexpr (kHanded) give_registers<40>();
+    if constexpr (kHanded) give_registers<(C > 32 ? 32 : 40)>();
     const int own = threadIdx.x - kMultipliers, size = w.wide_scales ? 4 : 2;
     const auto copy_weights = [&](int i, int slot) {
       const int first = (first_unit + i) * kUnit, block = first >> log_block, group = block / kGroupBlocks, inside = block % kGroupBlocks;
@@ -133,7 +146,8 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       wait_for_previous();
       let_next_start();
     }
-    // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike.
+    // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike. Where there is no visit nothing is copied: what is
+    // there is multiplied, and nobody reads that column of the result.
     const int piece = own % 16, stride = arranged_stride(w.K);
     const T* x = static_cast<const T*>(given.x) + piece * 8 + (EXPERTS ? 0 : size_t(min(first_row + own / 16, M - 1)) * stride);
     int slot = 0, parity = 1;
@@ -145,23 +159,26 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       uint32_t to = shared_of(ring[slot].x) + swizzled(own / 16, piece, COLUMNS);
       const T* from = x + (first_unit + i) * kUnit;
       int left = M - first_row - own / 16;
+      if constexpr (EXPERTS) {
 #pragma unroll 4
-      for (int j = 0; j < COLUMNS / 8; j++) {
-        if constexpr (EXPERTS) {
-          const int visit = visit_of[own / 16 + j * 8];
-          copy16_or_zeros_at(to, from + size_t(max(visit, 0) / given.sharing) * stride, visit >= 0);
-        } else {
+        for (int j = 0; j < COLUMNS / 8; j++) {
+          const int at = row_at[own / 16 + j * 8];
+          if (at >= 0) copy16_to(to + j * 1024, from + at);
+        }
+      } else {
+#pragma unroll 4
+        for (int j = 0; j < COLUMNS / 8; j++) {
           copy16_or_zeros_at(to, from, left > 0);
           left -= 8;
           if (left > 0) from += 8 * size_t(stride);
+          to += 1024;
         }
-        to += 1024;
       }
       barrier_arrive_after_copies(full + slot * 8);
       if (++slot == kStages) slot = 0, parity ^= 1;
     }
   } else {
-    if constexpr (kHanded) take_registers<96>();
+    if constexpr (kHanded) take_registers<(C > 32 ? 104 : 96)>();
     const int g = lane / 4, t = lane % 4;
     float c[C];
 #pragma unroll
@@ -182,44 +199,60 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     };
     const auto at_16 = [](uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); };
     const int whole = w.padded() / kUnit - first_unit;  // units that have all of their k
-    int slot = 0, parity = 0, i = 0;
-    for (; i < min(count, whole); i++) {
-      barrier_wait(full + slot * 8, parity);
-      publish_to_products();
-      const Unit& unit = ring[slot];
-      const uint64_t x = matrix_of(shared_of(unit.x), 16);
+    // `width`: sums of a thread that are used, which are those of the first rows.
+    const auto multiply_units = [&](auto width) {
+      constexpr int W = decltype(width)::value;
+      float(&used)[W] = reinterpret_cast<float(&)[W]>(c);
+      int slot = 0, parity = 0, i = 0;
+      for (; i < min(count, whole); i++) {
+        barrier_wait(full + slot * 8, parity);
+        publish_to_products();
+        const Unit& unit = ring[slot];
+        const uint64_t x = matrix_of(shared_of(unit.x), 16);
 #pragma unroll
-      for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
-        auto& now = a[turn % 2];
+        for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
+          auto& now = a[turn % 2];
 #pragma unroll
-        for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
-        settle(now);
-        begin_products();
+          for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
+          settle(now);
+          begin_products();
 #pragma unroll
-        for (int s = 0; s < 2 * kTogether; s++) product_rows<T, C>(c, now + s * 4, at_16(x, turn * kTogether * 2 + s));
-        end_products();
-        wait_for_products<1>();
-        settle(a[(turn + 1) % 2]);
-        if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
+          for (int s = 0; s < 2 * kTogether; s++) product_rows<T, W>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
+          end_products();
+          wait_for_products<1>();
+          settle(a[(turn + 1) % 2]);
+          if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
+        }
+        if (++slot == kStages) slot = 0, parity ^= 1;
       }
-      if (++slot == kStages) slot = 0, parity ^= 1;
-    }
-    if (i < count) {  // the last unit ends early
-      barrier_wait(full + slot * 8, parity);
-      publish_to_products();
-      const Unit& unit = ring[slot];
-      const uint64_t x = matrix_of(shared_of(unit.x), 16);
-      for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
-        wait_for_products<0>();
-        settle(c);
-        fragments(unit, step, a[0]);
-        settle(a[0]);
-        begin_products();
+      if (i < count) {  // the last unit ends early
+        barrier_wait(full + slot * 8, parity);
+        publish_to_products();
+        const Unit& unit = ring[slot];
+        const uint64_t x = matrix_of(shared_of(unit.x), 16);
+        for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
+          wait_for_products<0>();
+          settle(c);
+          fragments(unit, step, a[0]);
+          settle(a[0]);
+          begin_products();
 #pragma unroll
-        for (int s = 0; s < 2; s++) product_rows<T, C>(c, a[0] + s * 4, at_16(x, step * 2 + s));
-        end_products();
+          for (int s = 0; s < 2; s++) product_rows<T, W>(used, a[0] + s * 4, at_16(x, step * 2 + s));
+          end_products();
+        }
       }
-    }
+    };
+    // A tile of experts may be anything but full.
+    const int rows = M - first_row;
+    constexpr int kSixteen = EXPERTS ? 8 : C, kThirtyTwo = EXPERTS && C > 16 ? 16 : C, kSixtyFour = EXPERTS && C > 32 ? 32 : C;
+    if (kSixteen < C && rows <= 16)
+      multiply_units(Width<kSixteen>{});
+    else if (kThirtyTwo < C && rows <= 32)
+      multiply_units(Width<kThirtyTwo>{});
+    else if (kSixtyFour < C && rows <= 64)
+      multiply_units(Width<kSixtyFour>{});
+    else
+      multiply_units(Width<C>{});
     wait_for_products<0>();
     settle(c);
     wait_for_previous();
@@ -240,10 +273,8 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
         if constexpr (EXPERTS && SWIGLU) {
           y[row + arranged_at(n, given.bits)] = from_float<T>(first);
           y[row + arranged_at(n + 1, given.bits)] = from_float<T>(second);
-        } else if constexpr (EXPERTS) {
-          *reinterpret_cast<float2*>(static_cast<float*>(given.y) + row + n) = make_float2(first, second);
         } else {
-          if (residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
+          if (!EXPERTS && residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
           const T both[2] = {from_float<T>(first), from_float<T>(second)};
           *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
         }
@@ -262,7 +293,9 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     const int team = threadIdx.x / 128, member = threadIdx.x % 128;
     sync();
 #pragma unroll
-    for (int i = 0; i < C / 4; i++) sums[(team * (C / 4) + i) * 128 + member] = four(i);
+    for (int i = 0; i < C / 4; i++) {
+      if (!EXPERTS || first_row + i * 8 < M) sums[(team * (C / 4) + i) * 128 + member] = four(i);
+    }
     if (splits > 1) cluster_sync();
     else sync();
     const auto total = [&](int at) {

@@ -182,7 +182,7 @@ void resident_few(FewProduct<typename Panels::Matrix> given, bool swiglu, cudaSt
   using T = typename Panels::Element;
   const int M = given.M, most = most_shared(), one_kib = 1024, chunks = given.w.units() * (Panels::kUnitK / kChunk);
   ResidentPlan plan{};
-  plan.log_rows = M == 1 ? 0 : M == 2 ? 1 : M <= 4 ? 2 : 3;
+  plan.log_rows = log_rows_of(M);
   plan.swiglu = swiglu;
   const int sums = int(sizeof(float) * 2 * kPanelsTogether * kResidentWarps * kPanelRows) << plan.log_rows;
   const int stage = kResidentWarps * Panels::unit_bytes(given.w);
