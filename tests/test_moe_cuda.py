@@ -56,7 +56,8 @@ def test_a_cuda_graph_of_integers(make_checkpoint: Make, fake_library: Path, pre
         assert counts["QuantMixture"] == layers
         assert not {"QuantMoe", "SharedExpertSum", "QuantSwiGlu", "Linear", "SwiGlu", "FusedMatMul", "Sigmoid", "Mul", "Add"} & set(counts)
     for i, node in enumerate(node for node in graphs["decoder"].graph if node.op_type == "QuantMixture"):
-        assert (node.inputs[0].name, node.outputs[0].name) == (f"layers.{i}.mixed", f"layers.{i}.output"), "names that the layer check reads"
+        points = [f"layers.{i}.mixed", f"layers.{i}.output"]
+        assert [node.inputs[0].name, node.outputs[0].name] == points, "names that the layer check reads"
         router, gate = node.inputs[2:4]
         assert (router.name, gate.name) == (f"layers.{i}.mlp.gate.weight", f"layers.{i}.mlp.shared_expert_gate.weight")
         assert node.attributes.get_int("experts_top_k") == checkpoint.config.text.num_experts_per_tok

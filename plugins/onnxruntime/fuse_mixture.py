@@ -13,6 +13,8 @@ from qwen_export.plugins.onnxruntime.linear_plugin import LINEAR, is_native
 from qwen_export.plugins.onnxruntime.quantized_forms import PackedForm
 
 MIXTURE = "QuantMixture"
+FIRST_EXPERT_INPUT = 6
+"""The routed experts are its last inputs."""
 
 
 def fuse_mixture(model: ir.Model, context: PassContext) -> Outcome:
@@ -52,7 +54,9 @@ def _parts(total: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node, ir.Node, ir.Node]
     if router is None or gate_up is None or norm.inputs[0] is not total.inputs[4]:
         return None
     h = norm.outputs[0]
-    if any(node.inputs[0] is not h for node in (router, gate_up, experts)) or any(_more_than_a_product(node) for node in (router, gate_up, down)):
+    if any(node.inputs[0] is not h for node in (router, gate_up, experts)):
+        return None
+    if any(value is not None for node in (router, gate_up, down) for value in node.inputs[2:]):  # a residual, a norm or a tail
         return None
     inside = (norm, router, gate_up, down, experts)
     if any(part.outputs[0].is_graph_output() or set(part.outputs[0].consumers()) - {*inside, total} for part in inside):
@@ -63,7 +67,3 @@ def _parts(total: ir.Node) -> tuple[ir.Node, ir.Node, ir.Node, ir.Node, ir.Node]
 def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:
     node = value.producer() if value is not None else None
     return node if node is not None and is_native(node, op) else None
-
-
-def _more_than_a_product(node: ir.Node) -> bool:
-    return any(value is not None for value in node.inputs[2:])
