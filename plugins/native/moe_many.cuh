@@ -100,6 +100,7 @@ void run_moe_many(const Experts<QuantMatrix>& moe, const T* x, const T* logits, 
   if (arranged_stride(moe.I) != moe.I) check(cudaMemsetAsync(many.inner, 0, many.inner_bytes, stream), "cudaMemsetAsync");
   const auto work = routed(moe, x, logits, y, workspace, stream, true);
   launch(plan_tiles_kernel, dim3(1), dim3(kMostExperts), 0, stream, work.counts, moe.E, moe.tokens, COLUMNS, many.tiles);
+  // Between the plan and the products: these read it before they wait.
   arrange<T>(moe.gate_up.bits, x, nullptr, 0.0f, many.x, nullptr, moe.tokens, moe.H, stream);
   ManyProduct up{moe.gate_up, many.x, nullptr, many.inner, many.most, moe.I, arranged_stride(moe.I), 1};
   up.tiles = many.tiles, up.counts = work.counts, up.visits = work.visits, up.tokens = moe.tokens, up.sharing = moe.K, up.bits = moe.down.bits;

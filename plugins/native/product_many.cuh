@@ -85,9 +85,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   const uint32_t full = shared_of(barriers), empty = full + kStages * 8;
   QuantMatrix w = given.w;
   int M = given.M, first_row = blockIdx.y * COLUMNS;
-  if constexpr (EXPERTS) {
-    wait_for_previous();
-    let_next_start();
+  if constexpr (EXPERTS) {  // the tiles were made before the kernel that this one waits for
     if (int(blockIdx.y) >= given.tiles[0].x) return;
     const int2 own = given.tiles[1 + blockIdx.y];
     first_row = own.y;
@@ -142,10 +140,8 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       }
     };
     for (int i = 0; i < min(kStages, count); i++) copy_weights(i, i);
-    if constexpr (!EXPERTS) {
-      wait_for_previous();
-      let_next_start();
-    }
+    wait_for_previous();
+    let_next_start();
     // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike. Where there is no visit nothing is copied: what is
     // there is multiplied, and nobody reads that column of the result.
     const int piece = own % 16, stride = arranged_stride(w.K);

@@ -158,16 +158,6 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_few_kernel(const
   }
 }
 
-inline int multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    return value;
-  }();
-  return count;
-}
-
 constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of both formats
 
 // For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
