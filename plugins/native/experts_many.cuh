@@ -29,6 +29,15 @@ struct ExpertLayout {
   static_assert(kStages >= 3, "copies must run ahead");
 };
 
+__device__ inline void copy16_to(uint32_t shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
 // What those who copy know of a tile, and those who multiply ask for.
 template <int COLUMNS>
 struct ExpertTile {
@@ -40,7 +49,7 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ExpertLayout<BITS, GENERAL, COLUMNS, SWIGLU>;
   using Unit = typename Layout::Unit;
-  constexpr int kStages = Layout::kStages, kTilesKept = Layout::kTilesKept, C = COLUMNS / 2, kTogether = 2;
+  constexpr int kStages = Layout::kStages, kTilesKept = Layout::kTilesKept, C = COLUMNS / 2;
   constexpr bool kHanded = Layout::kBlocks == 2 && C > 16;
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
@@ -126,21 +135,7 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
     float4* const sums = reinterpret_cast<float4*>(memory + sizeof(Unit) * kStages);  // [C / 4][128]
     const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory"); };
     float c[C];
-    Weights<T, BITS, GENERAL> weights;
-    uint32_t a[2][kTogether * 8];
-    const auto fragments = [&](const Unit& unit, int step, uint32_t* to) {
-      weights.load(unit.scales[warp], GENERAL && w.zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, w.wide_scales,
-                   (step * kStep >> log_block) * kPanelRows + 2 * g);
-      uint2 v, next{};
-      if constexpr (BITS == 4) {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
-      } else {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
-        next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
-      }
-      weights.of(v, next, to);
-    };
-    const auto at_16 = [](uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); };
+    PanelProducts<T, BITS, GENERAL, COLUMNS> products(w);
     const int whole = w.padded() / kUnit;  // units that have all of their k
     int parity = 0;
     // `width`: sums of a thread that are used, which are those of the first visits.
@@ -153,34 +148,15 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
         barrier_wait(full + slot * 8, parity);
         publish_to_products();
         const Unit& unit = ring[slot];
-        const uint64_t x = matrix_of(shared_of(unit.x), 16);
+        const auto before_is_read = [&] {
+          if (i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
+        };
         if (i < whole) {
-#pragma unroll
-          for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
-            auto& now = a[turn % 2];
-#pragma unroll
-            for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
-            settle(now);
-            begin_products();
-#pragma unroll
-            for (int s = 0; s < 2 * kTogether; s++) product_rows<T, W>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
-            end_products();
-            wait_for_products<1>();
-            settle(a[(turn + 1) % 2]);
-            if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
-          }
+          products.whole(used, unit, before_is_read);
         } else {  // the last unit ends early
-          for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
-            wait_for_products<0>();
-            settle(c);
-            if (step == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
-            fragments(unit, step, a[0]);
-            settle(a[0]);
-            begin_products();
-#pragma unroll
-            for (int s = 0; s < 2; s++) product_rows<T, W>(used, a[0] + s * 4, at_16(x, step * 2 + s));
-            end_products();
-          }
+          wait_for_products<0>();
+          before_is_read();
+          products.part(used, unit, w.padded() % kUnit / kStep);
         }
         if (++slot == kStages) slot = 0, parity ^= 1;
       }

@@ -2,17 +2,19 @@
 // gate and up rows and one for down rows do the work of all experts.
 #pragma once
 
+#include "experts_many.cuh"
 #include "moe_kernels.cuh"
-#include "product_many.cuh"
 
 namespace qwen {
+
+constexpr int kMostVisits8 = 32;  // of a tile of 8-bit weights: of more visits too few units fit
 
 // What is there beside `Work`.
 template <typename T>
 struct ManyWork {
   T *x, *inner;  // arranged: [tokens,H], [visits,I]
   T* out;        // [visits,H]
-  int2* tiles;   // as ManyProduct wants them
+  int2* tiles;   // as ExpertProduct wants them
   int most;      // tiles that there can be
   size_t inner_bytes;
 };
@@ -78,13 +80,15 @@ __global__ void combine_many_kernel(const T* out, const float* weight, T* y, int
 }
 
 template <typename T, int COLUMNS, bool GENERAL, bool SWIGLU>
-void run_experts_of(const ManyProduct& given, cudaStream_t stream) {
-  if (given.w.bits == 4) return run_many<T, 4, GENERAL, COLUMNS, SWIGLU, true>(given, stream);
-  run_many<T, 8, GENERAL, COLUMNS, SWIGLU, true>(given, stream);
+void run_experts_of(const ExpertProduct& given, cudaStream_t stream) {
+  if constexpr (COLUMNS <= kMostVisits8) {
+    if (given.w.bits == 8) return run_experts_many<T, 8, GENERAL, COLUMNS, SWIGLU>(given, stream);
+  }
+  run_experts_many<T, 4, GENERAL, COLUMNS, SWIGLU>(given, stream);
 }
 
 template <typename T, int COLUMNS, bool SWIGLU>
-void run_experts(const ManyProduct& given, cudaStream_t stream) {
+void run_experts(const ExpertProduct& given, cudaStream_t stream) {
   if constexpr (std::is_same<T, __half>::value) {
     if (!given.w.zeros && !given.w.wide_scales) return run_experts_of<T, COLUMNS, false, SWIGLU>(given, stream);
   }
@@ -102,11 +106,11 @@ void run_moe_many(const Experts<QuantMatrix>& moe, const T* x, const T* logits, 
   launch(plan_tiles_kernel, dim3(1), dim3(kMostExperts), 0, stream, work.counts, moe.E, moe.tokens, COLUMNS, many.tiles);
   // Between the plan and the products: these read it before they wait.
   arrange<T>(moe.gate_up.bits, x, nullptr, 0.0f, many.x, nullptr, moe.tokens, moe.H, stream);
-  ManyProduct up{moe.gate_up, many.x, nullptr, many.inner, many.most, moe.I, arranged_stride(moe.I), 1};
-  up.tiles = many.tiles, up.counts = work.counts, up.visits = work.visits, up.tokens = moe.tokens, up.sharing = moe.K, up.bits = moe.down.bits;
+  ExpertProduct up{moe.gate_up, many.x, many.inner, moe.I, arranged_stride(moe.I), 0, moe.K, moe.down.bits};
+  up.tiles = many.tiles, up.counts = work.counts, up.visits = work.visits, up.tokens = moe.tokens;
+  ExpertProduct down = up;
+  down.w = moe.down, down.x = many.inner, down.y = many.out, down.N = down.stride = moe.H, down.sharing = 1;
   run_experts<T, COLUMNS, true>(up, stream);
-  ManyProduct down{moe.down, many.inner, nullptr, many.out, many.most, moe.H, moe.H, 1};
-  down.tiles = up.tiles, down.counts = up.counts, down.visits = up.visits, down.tokens = moe.tokens, down.sharing = 1;
   run_experts<T, COLUMNS, false>(down, stream);
   launch(combine_many_kernel<T>, dim3((moe.H / 8 + 127) / 128, moe.tokens), dim3(128), 0, stream, many.out, work.weight, y, moe.H, moe.K);
 }

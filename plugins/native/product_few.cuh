@@ -18,13 +18,21 @@ struct FewProduct {
   void* y;
   float eps;
   int M, N, tail_rows, tiles;  // N: columns of y that come from w
-  int staged;                  // where in shared memory normalized activations are kept; 0: each warp makes those that it needs
+  int staged;                  // where in shared memory activations are kept, normalized; 0: each warp reads those that it needs
 };
+
+// `count` elements are on their way to the second-level cache. A tail has too few blocks to wait for memory when its turn has come.
+template <typename T>
+__device__ void prefetch_rows(const T* from, size_t count) {
+  constexpr int kLine = 128 / sizeof(T);
+  for (size_t i = threadIdx.x * size_t(kLine); i < count; i += blockDim.x * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
 
 // A warp's part of x [first row] times 16 rows of an ordinary matrix: sum as of a stream, with rows g and g + 8.
 template <typename T, typename Activations>
 __device__ void plain_tile(const T* w, int rows, int K, int warp, int warps, int g, int t, const Activations& activations, float (&sum)[4]) {
   const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll 4
   for (int k = warp * kStep + t * 8; k - t * 8 < K; k += warps * kStep) {
     const uint4 a = g < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g) * K + k) : zero;
     const uint4 d = g + 8 < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g + 8) * K + k) : zero;
@@ -66,19 +74,24 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
   // The second panel of the last tile may not exist: the last one is read twice.
   const auto panel = [&](int, int p) { return w.panel(SWIGLU ? int(blockIdx.x) + p * half : min(PANELS * int(blockIdx.x) + p, panels - 1)); };
   const auto unit = [&](int u) { return warp + u * warps; };
-  stream.start(panel, unit, count);
+  const int tail_row = is_tail ? (int(blockIdx.x) - given.tiles) * kPanelRows : 0;
+  const T* const tail = is_tail ? static_cast<const T*>(given.tail) + size_t(tail_row) * K : nullptr;
+  if (is_tail)
+    prefetch_rows(tail, size_t(min(kPanelRows, given.tail_rows - tail_row)) * K);
+  else
+    stream.start(panel, unit, count);
   const FewRows<T> rows{x, given.staged ? reinterpret_cast<uint4*>(shared + given.staged) : nullptr, M, K, log_rows_of(M), w.units() * kUnitChunks};
-  const uint4 weight = NORM ? rows.first_weight(norm) : make_uint4(0, 0, 0, 0);
+  const uint4 weight = rows.first_weight(norm);
   wait_for_previous();
   let_next_start();
 
-  const int tail_row = is_tail ? (int(blockIdx.x) - given.tiles) * kPanelRows : 0, width = given.N + given.tail_rows, m_out = threadIdx.x / 32;
+  const int width = given.N + given.tail_rows, m_out = threadIdx.x / 32;
   const int column = is_tail ? given.N + tail_row + lane : int(blockIdx.x) * PANELS * kPanelRows + lane;
   const bool writes = m_out < M && column < (is_tail ? width : given.N) && lane < (is_tail ? 1 : PANELS) * kPanelRows;
   float added = 0.0f;  // the residual of the one value that this thread will write
   if (!SWIGLU && residual != nullptr && writes) added = to_float(residual[size_t(m_out) * width + column]);
 
-  if (NORM && rows.staged != nullptr) {
+  if (rows.staged != nullptr) {
     rows.stage(norm, weight, given.eps);
   } else if (NORM) {
     for (int m = warp; m < M; m += warps) {  // summed in the order of FewRows
@@ -98,17 +111,14 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
   const float scale = NORM && rows.staged == nullptr && g < M ? inverse[g] : 1.0f;
   const auto activations = [&](int k) {
     if (g >= M || k >= K) return make_uint4(0, 0, 0, 0);
-    if constexpr (NORM) {
-      if (rows.staged != nullptr) return rows.staged[rows.place(g, k / kChunk)];
-      return normalized(x + size_t(g) * K + k, norm + k, scale);
-    }
+    if (rows.staged != nullptr) return rows.staged[rows.place(g, k / kChunk)];
+    if constexpr (NORM) return normalized(x + size_t(g) * K + k, norm + k, scale);
     return *reinterpret_cast<const uint4*>(x + size_t(g) * K + k);
   };
 
   float sum[PANELS][4] = {};
   float* partial = reinterpret_cast<float*>(shared);
   if (is_tail) {
-    const T* tail = static_cast<const T*>(given.tail) + size_t(tail_row) * K;
     plain_tile<T>(tail, given.tail_rows - tail_row, K, warp, warps, g, t, activations, sum[0]);
   } else {
     stream.run(panel, unit, count, [&](int, int k) { return activations(k); }, [](int) { return 1.0f; }, sum);
@@ -160,7 +170,8 @@ void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
   const bool many = blocks <= 264 && given.w.units() >= 2 * kFewWarps && Stream::kBytesPerWarp * kMostWarps <= size_t(most_shared());
   const int warps = many ? kMostWarps : kFewWarps;
   const size_t ring = Stream::kBytesPerWarp * warps, rows = FewRows<T>::staged_bytes(given.w.units() * kUnitChunks, log_rows_of(given.M));
-  given.staged = NORM && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
+  // Without a norm only where a warp would wait for its activations more than once, and no other block could work.
+  given.staged = (NORM || (blocks <= 264 && given.w.units() > warps)) && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
   static DeviceFlags allowed;
   allowed.once([] {
     const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());

@@ -25,12 +25,6 @@ struct ManyProduct {
   const void *x, *residual;
   void* y;
   int M, N, stride, splits;  // y [M,N], of rows of `stride` elements
-
-  // Experts. Of the blocks in y, block i has the visits from tiles[i + 1].y on of expert tiles[i + 1].x, COLUMNS at most; there are tiles[0].x. M is
-  // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y, where SWIGLU arranged for `bits`.
-  const int2* tiles;
-  const int *counts, *visits;
-  int tokens, sharing, bits;
 };
 
 // What a block keeps of 128 k.
@@ -43,11 +37,11 @@ struct alignas(1024) ManyUnit {
   uint8_t zeros[GENERAL ? kTilePanels : 1][GENERAL ? kGroupBlocks * kPanelRows : 1];
 };
 
-// Up to 96 rows leave a multiprocessor two blocks, which fill each other's gaps.
+// Up to 64 rows leave a multiprocessor two blocks, which fill each other's gaps.
 template <int BITS, bool GENERAL, int COLUMNS>
 struct ManyLayout {
   using Unit = ManyUnit<BITS, GENERAL, COLUMNS>;
-  static constexpr int kBlocks = COLUMNS <= 96 ? 2 : 1, kRoom = (kBlocks == 2 ? 111 : 224) << 10;
+  static constexpr int kBlocks = COLUMNS <= 64 ? 2 : 1, kRoom = (kBlocks == 2 ? 111 : 224) << 10;
   static constexpr int kFit = (kRoom - 1024) / int(sizeof(Unit)), kStages = kFit < 8 ? kFit : 8;
   static constexpr size_t kShared = sizeof(Unit) * kStages + 1024;
   static_assert(kStages >= 3, "copies must run ahead");
@@ -57,16 +51,70 @@ __device__ inline void copy16_or_zeros_at(uint32_t shared, const void* global, b
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 
-template <int N>
-struct Width {
-  static constexpr int value = N;
+// A warp's products of its panel with the activations of a unit. Sums are not complete before `wait_for_products<0>` and `settle`.
+template <typename T, int BITS, bool GENERAL, int COLUMNS>
+struct PanelProducts {
+  using Unit = ManyUnit<BITS, GENERAL, COLUMNS>;
+  static constexpr int kTogether = 2;  // steps of 32 k whose products are issued together
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, log_block;
+  const bool zeros, wide;
+  Weights<T, BITS, GENERAL> weights;
+  uint32_t a[2][kTogether * 8];
+
+  __device__ explicit PanelProducts(const QuantMatrix& w) : log_block(w.block == 32 ? 5 : w.block == 64 ? 6 : 7), zeros(w.zeros), wide(w.wide_scales) {}
+
+  __device__ void fragments(const Unit& unit, int step, uint32_t* to) {
+    weights.load(unit.scales[warp], GENERAL && zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, wide, (step * kStep >> log_block) * kPanelRows + 2 * g);
+    uint2 v, next{};
+    if constexpr (BITS == 4) {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
+    } else {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
+      next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
+    }
+    weights.of(v, next, to);
+  }
+
+  __device__ static uint64_t at_16(uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); }
+
+  // `used` is what the first 2 C of COLUMNS rows need. All products of the unit before are complete when `before_is_read` is called.
+  template <int C, typename Read>
+  __device__ void whole(float (&used)[C], const Unit& unit, const Read& before_is_read) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+#pragma unroll
+    for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
+      auto& now = a[turn % 2];
+#pragma unroll
+      for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
+      settle(now);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2 * kTogether; s++) product_rows<T, C>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
+      end_products();
+      wait_for_products<1>();
+      settle(a[(turn + 1) % 2]);
+      if (turn == 0) before_is_read();
+    }
+  }
+
+  // A unit that ends after `steps` of 32 k.
+  template <int C>
+  __device__ void part(float (&used)[C], const Unit& unit, int steps) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+    for (int step = 0; step < steps; step++) {
+      wait_for_products<0>();
+      settle(used);
+      fragments(unit, step, a[0]);
+      settle(a[0]);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2; s++) product_rows<T, C>(used, a[0] + s * 4, at_16(x, step * 2 + s));
+      end_products();
+    }
+  }
 };
 
-__device__ inline void copy16_to(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMNS>::kBlocks) product_many_kernel(const ManyProduct given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ManyLayout<BITS, GENERAL, COLUMNS>;
@@ -74,30 +122,15 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   constexpr int kStages = Layout::kStages;
   constexpr int C = COLUMNS / 2;                            // sums of a thread
   constexpr bool kHanded = Layout::kBlocks == 2 && C > 16;  // registers from those who copy to those who multiply
-  constexpr int kTogether = 2;                              // steps of 32 k whose products are issued together
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ size_t panel_at[kTilePanels];
-  __shared__ int visit_of[EXPERTS ? COLUMNS : 1], row_at[EXPERTS ? COLUMNS : 1];  // row_at: where a visit's row of x begins, -1 where there is none
   const uint32_t base = (shared_of(many_memory) + 1023) / 1024 * 1024;
   uint8_t* const memory = many_memory + (base - shared_of(many_memory));
   Unit* const ring = reinterpret_cast<Unit*>(memory);
   const uint32_t full = shared_of(barriers), empty = full + kStages * 8;
-  QuantMatrix w = given.w;
-  int M = given.M, first_row = blockIdx.y * COLUMNS;
-  if constexpr (EXPERTS) {  // the tiles were made before the kernel that this one waits for
-    if (int(blockIdx.y) >= given.tiles[0].x) return;
-    const int2 own = given.tiles[1 + blockIdx.y];
-    first_row = own.y;
-    M = min(given.counts[own.x], given.tokens);
-    w = w.expert(own.x);
-    const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
-    if (threadIdx.x < COLUMNS) {
-      const int visit = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
-      visit_of[threadIdx.x] = visit;
-      row_at[threadIdx.x] = visit < 0 ? -1 : visit / given.sharing * arranged_stride(w.K);
-    }
-  }
+  const QuantMatrix& w = given.w;
+  const int M = given.M, first_row = blockIdx.y * COLUMNS;
   const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int units = w.units(), first_unit = units * rank / splits, count = units * (rank + 1) / splits - first_unit;
@@ -118,7 +151,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   __syncthreads();
 
   if (warp >= kMultipliers / 32) {
-    if constexpr (kHanded) give_registers<(C > 32 ? 32 : 40)>();
+    if constexpr (kHanded) give_registers<40>();
     const int own = threadIdx.x - kMultipliers, size = w.wide_scales ? 4 : 2;
     const auto copy_weights = [&](int i, int slot) {
       const int first = (first_unit + i) * kUnit, block = first >> log_block, group = block / kGroupBlocks, inside = block % kGroupBlocks;
@@ -142,10 +175,9 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     for (int i = 0; i < min(kStages, count); i++) copy_weights(i, i);
     wait_for_previous();
     let_next_start();
-    // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike. Where there is no visit nothing is copied: what is
-    // there is multiplied, and nobody reads that column of the result.
+    // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike.
     const int piece = own % 16, stride = arranged_stride(w.K);
-    const T* x = static_cast<const T*>(given.x) + piece * 8 + (EXPERTS ? 0 : size_t(min(first_row + own / 16, M - 1)) * stride);
+    const T* x = static_cast<const T*>(given.x) + piece * 8 + size_t(min(first_row + own / 16, M - 1)) * stride;
     int slot = 0, parity = 1;
     for (int i = 0; i < count; i++) {
       if (i >= kStages) {
@@ -155,100 +187,39 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       uint32_t to = shared_of(ring[slot].x) + swizzled(own / 16, piece, COLUMNS);
       const T* from = x + (first_unit + i) * kUnit;
       int left = M - first_row - own / 16;
-      if constexpr (EXPERTS) {
 #pragma unroll 4
-        for (int j = 0; j < COLUMNS / 8; j++) {
-          const int at = row_at[own / 16 + j * 8];
-          if (at >= 0) copy16_to(to + j * 1024, from + at);
-        }
-      } else {
-#pragma unroll 4
-        for (int j = 0; j < COLUMNS / 8; j++) {
-          copy16_or_zeros_at(to, from, left > 0);
-          left -= 8;
-          if (left > 0) from += 8 * size_t(stride);
-          to += 1024;
-        }
+      for (int j = 0; j < COLUMNS / 8; j++) {
+        copy16_or_zeros_at(to, from, left > 0);
+        left -= 8;
+        if (left > 0) from += 8 * size_t(stride);
+        to += 1024;
       }
       barrier_arrive_after_copies(full + slot * 8);
       if (++slot == kStages) slot = 0, parity ^= 1;
     }
   } else {
-    if constexpr (kHanded) take_registers<(C > 32 ? 104 : 96)>();
+    if constexpr (kHanded) take_registers<96>();
     const int g = lane / 4, t = lane % 4;
     float c[C];
 #pragma unroll
     for (int i = 0; i < C; i++) c[i] = 0.0f;
-    Weights<T, BITS, GENERAL> weights;
-    uint32_t a[2][kTogether * 8];
-    const auto fragments = [&](const Unit& unit, int step, uint32_t* to) {
-      weights.load(unit.scales[warp], GENERAL && w.zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, w.wide_scales,
-                   (step * kStep >> log_block) * kPanelRows + 2 * g);
-      uint2 v, next{};
-      if constexpr (BITS == 4) {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
-      } else {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
-        next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
-      }
-      weights.of(v, next, to);
-    };
-    const auto at_16 = [](uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); };
+    PanelProducts<T, BITS, GENERAL, COLUMNS> products(w);
     const int whole = w.padded() / kUnit - first_unit;  // units that have all of their k
-    // `width`: sums of a thread that are used, which are those of the first rows.
-    const auto multiply_units = [&](auto width) {
-      constexpr int W = decltype(width)::value;
-      float(&used)[W] = reinterpret_cast<float(&)[W]>(c);
-      int slot = 0, parity = 0, i = 0;
-      for (; i < min(count, whole); i++) {
-        barrier_wait(full + slot * 8, parity);
-        publish_to_products();
-        const Unit& unit = ring[slot];
-        const uint64_t x = matrix_of(shared_of(unit.x), 16);
-#pragma unroll
-        for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
-          auto& now = a[turn % 2];
-#pragma unroll
-          for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
-          settle(now);
-          begin_products();
-#pragma unroll
-          for (int s = 0; s < 2 * kTogether; s++) product_rows<T, W>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
-          end_products();
-          wait_for_products<1>();
-          settle(a[(turn + 1) % 2]);
-          if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
-        }
-        if (++slot == kStages) slot = 0, parity ^= 1;
-      }
-      if (i < count) {  // the last unit ends early
-        barrier_wait(full + slot * 8, parity);
-        publish_to_products();
-        const Unit& unit = ring[slot];
-        const uint64_t x = matrix_of(shared_of(unit.x), 16);
-        for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
-          wait_for_products<0>();
-          settle(c);
-          fragments(unit, step, a[0]);
-          settle(a[0]);
-          begin_products();
-#pragma unroll
-          for (int s = 0; s < 2; s++) product_rows<T, W>(used, a[0] + s * 4, at_16(x, step * 2 + s));
-          end_products();
-        }
-      }
-    };
-    // A tile of experts may be anything but full.
-    const int rows = M - first_row;
-    constexpr int kSixteen = EXPERTS ? 8 : C, kThirtyTwo = EXPERTS && C > 16 ? 16 : C, kSixtyFour = EXPERTS && C > 32 ? 32 : C;
-    if (kSixteen < C && rows <= 16)
-      multiply_units(Width<kSixteen>{});
-    else if (kThirtyTwo < C && rows <= 32)
-      multiply_units(Width<kThirtyTwo>{});
-    else if (kSixtyFour < C && rows <= 64)
-      multiply_units(Width<kSixtyFour>{});
-    else
-      multiply_units(Width<C>{});
+    int slot = 0, parity = 0, i = 0;
+    for (; i < min(count, whole); i++) {
+      barrier_wait(full + slot * 8, parity);
+      publish_to_products();
+      const Unit& unit = ring[slot];
+      products.whole(c, unit, [&] {
+        if (i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
+      });
+      if (++slot == kStages) slot = 0, parity ^= 1;
+    }
+    if (i < count) {  // the last unit ends early
+      barrier_wait(full + slot * 8, parity);
+      publish_to_products();
+      products.part(c, ring[slot], w.padded() % kUnit / kStep);
+    }
     wait_for_products<0>();
     settle(c);
     wait_for_previous();
@@ -262,18 +233,13 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       const float values[2][2] = {{v.x, v.z}, {v.y, v.w}};
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int local = eight * 8 + 2 * t + i, m = EXPERTS ? visit_of[local] : first_row + local;
-        if (first_row + local >= M) break;
+        const int m = first_row + eight * 8 + 2 * t + i;
+        if (m >= M) break;
         const size_t row = size_t(m) * given.stride;
         float first = values[i][0], second = values[i][1];
-        if constexpr (EXPERTS && SWIGLU) {
-          y[row + arranged_at(n, given.bits)] = from_float<T>(first);
-          y[row + arranged_at(n + 1, given.bits)] = from_float<T>(second);
-        } else {
-          if (!EXPERTS && residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
-          const T both[2] = {from_float<T>(first), from_float<T>(second)};
-          *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
-        }
+        if (residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
+        const T both[2] = {from_float<T>(first), from_float<T>(second)};
+        *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
       }
     };
     if constexpr (!SWIGLU) {
@@ -289,9 +255,7 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     const int team = threadIdx.x / 128, member = threadIdx.x % 128;
     sync();
 #pragma unroll
-    for (int i = 0; i < C / 4; i++) {
-      if (!EXPERTS || first_row + i * 8 < M) sums[(team * (C / 4) + i) * 128 + member] = four(i);
-    }
+    for (int i = 0; i < C / 4; i++) sums[(team * (C / 4) + i) * 128 + member] = four(i);
     if (splits > 1) cluster_sync();
     else sync();
     const auto total = [&](int at) {
@@ -337,9 +301,9 @@ inline bool has_tensor_cores_90() {
 // Blocks that have a tile of their own, for as many rows as one block takes.
 inline int many_tiles(const QuantMatrix& w, bool swiglu) { return swiglu ? (w.panels() / 2 + 3) / 4 : (w.panels() + kTilePanels - 1) / kTilePanels; }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 void run_many(const ManyProduct& given, cudaStream_t stream) {
-  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU, EXPERTS>;
+  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
   constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
   static DeviceFlags allowed;
   allowed.once([] { allow_shared(kernel, shared); });
@@ -349,7 +313,7 @@ void run_many(const ManyProduct& given, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = given.splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, EXPERTS ? given.M : (given.M + COLUMNS - 1) / COLUMNS);
+  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, (given.M + COLUMNS - 1) / COLUMNS);
   config.blockDim = dim3(kManyThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
