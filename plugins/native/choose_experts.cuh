@@ -21,6 +21,7 @@ __device__ inline uint32_t largest_keys(const T* logits, int E, int K) {
     const int e = i * 32 + lane;
     key[i] = e < E ? ordered(bits[e]) << 16 | (0xFFFFu - e) : 0;
   }
+#pragma unroll 1
   for (int j = 0; j < K; j++) {
     uint32_t best = key[0];
 #pragma unroll
@@ -42,9 +43,8 @@ struct Choice {
 // these K, in fp32. Other lanes: share 0. All 32 lanes must call it; K <= E <= MOST.
 template <int MOST, typename T>
 __device__ inline Choice choose_experts(const T* logits, int E, int K) {
-  constexpr int kUsual = 256;
   const int lane = threadIdx.x % 32;
-  const uint32_t mine = E <= kUsual ? largest_keys<T, kUsual / 32>(logits, E, K) : largest_keys<T, MOST / 32>(logits, E, K);
+  const uint32_t mine = largest_keys<T, MOST / 32>(logits, E, K);
   const uint16_t bits = uint16_t(from_ordered(mine >> 16));
   const float logit = lane < K ? to_float(*reinterpret_cast<const T*>(&bits)) : 0.0f;
   const float largest = __shfl_sync(0xffffffffu, logit, 0), share = lane < K ? __expf(logit - largest) : 0.0f;

@@ -42,13 +42,33 @@ struct Shared {
 template <typename Panels, typename T = typename Panels::Element>
 Shared shared_of(const MixtureWork<T>& work) {
   const Mixture<T>& of = work.of;
-  const auto gated = [&](const QuantMatrix& w, int warps, int stages) {
-    return work.rows_bytes() + work.sums_bytes(warps, work.log_rows) + warps * stages * 2 * Panels::unit_bytes(w);
-  };
   const int pieces = of.routed.K * of.routed.down.units() + of.shared_down.units();
   const int bytes = std::max(Panels::unit_bytes(of.routed.down), Panels::unit_bytes(of.shared_down));
-  return {gated(of.shared_gate_up, kEnterWarps, kEnterStages), gated(of.routed.gate_up, kInnerWarps, kInnerStages),
+  return {work.rows_bytes() + EnterTile<Panels>::sums_bytes(work.log_rows) + EnterTile<Panels>::ring_bytes(Panels::unit_bytes(of.shared_gate_up)),
+          work.rows_bytes() + InnerTile<Panels>::sums_bytes(work.log_rows) + InnerTile<Panels>::ring_bytes(Panels::unit_bytes(of.routed.gate_up)),
           kLeaveWarps * kLeaveStages * bytes + pieces * kUnit * int(sizeof(T)) + kLeaveWarps * kPanelRows * int(sizeof(float))};
+}
+
+template <typename Panels, int EXPERTS, typename T>
+void launch_all(const MixtureWork<T>& work, cudaStream_t stream) {
+  constexpr auto enter = mixture_enter_kernel<Panels>;
+  constexpr auto inner = mixture_inner_kernel<Panels, false, EXPERTS>, inner_of_one = mixture_inner_kernel<Panels, true, EXPERTS>;
+  constexpr auto leave = mixture_leave_kernel<Panels, EXPERTS>;
+  static DeviceFlags allowed;
+  allowed.once([&] {
+    for (const auto kernel : {enter, inner, inner_of_one, leave}) allow_shared(kernel, size_t(most_shared()));
+  });
+  const Experts<QuantMatrix>& routed = work.of.routed;
+  const Shared shared = shared_of<Panels>(work);
+  const int tiles = work.of.S / kPanelRows, routers = (routed.E + RouterTile<T>::kRows - 1) / RouterTile<T>::kRows;
+  launch(enter, dim3(tiles + routers + 1), dim3(kEnterWarps * 32), shared.enter, stream, work);
+  launch(routed.tokens == 1 ? inner_of_one : inner, dim3(routed.I / kPanelRows, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
+  launch(leave, dim3(routed.down.panels(), routed.tokens), dim3(kLeaveWarps * 32), shared.leave, stream, work);
+}
+
+template <typename Panels, typename T>
+void launch_for(const MixtureWork<T>& work, cudaStream_t stream) {
+  work.of.routed.E <= kUsualExperts ? launch_all<Panels, kUsualExperts>(work, stream) : launch_all<Panels, kMostChosenFrom>(work, stream);
 }
 
 }  // namespace
@@ -68,22 +88,6 @@ size_t mixture_workspace(const Mixture<T>& mixture) {
   return place(work, nullptr);
 }
 
-template <typename Panels, typename T = typename Panels::Element>
-void run_mixture_on(const MixtureWork<T>& work, cudaStream_t stream) {
-  const Experts<QuantMatrix>& routed = work.of.routed;
-  static DeviceFlags allowed;
-  allowed.once([] {
-    allow_shared(mixture_enter_kernel<Panels>, size_t(most_shared()));
-    allow_shared(mixture_inner_kernel<Panels>, size_t(most_shared()));
-    allow_shared(mixture_leave_kernel<Panels>, size_t(most_shared()));
-  });
-  const Shared shared = shared_of<Panels>(work);
-  const int tiles = work.of.S / kPanelRows, routers = (routed.E + kRouterRows - 1) / kRouterRows;
-  launch(mixture_enter_kernel<Panels>, dim3(tiles + routers + 1), dim3(kEnterWarps * 32), shared.enter, stream, work);
-  launch(mixture_inner_kernel<Panels>, dim3(routed.I / kPanelRows, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
-  launch(mixture_leave_kernel<Panels>, dim3(routed.down.panels(), routed.tokens), dim3(kLeaveWarps * 32), shared.leave, stream, work);
-}
-
 template <typename T>
 void run_mixture(const Mixture<T>& mixture, void* workspace, cudaStream_t stream) {
   MixtureWork<T> work = work_of(mixture);
@@ -91,9 +95,9 @@ void run_mixture(const Mixture<T>& mixture, void* workspace, cudaStream_t stream
   const auto plain = [](const QuantMatrix& w) { return !w.zeros && !w.wide_scales; };
   if constexpr (std::is_same<T, __half>::value) {
     if (mixture.routed.down.bits == 4 && plain(mixture.routed.gate_up) && plain(mixture.routed.down) && plain(mixture.shared_gate_up))
-      return run_mixture_on<QuantPanels<T, 4, false>>(work, stream);
+      return launch_for<QuantPanels<T, 4, false>>(work, stream);
   }
-  mixture.routed.down.bits == 4 ? run_mixture_on<QuantPanels<T, 4, true>>(work, stream) : run_mixture_on<QuantPanels<T, 8, true>>(work, stream);
+  mixture.routed.down.bits == 4 ? launch_for<QuantPanels<T, 4, true>>(work, stream) : launch_for<QuantPanels<T, 8, true>>(work, stream);
 }
 
 #define INSTANTIATE(T)                                          \

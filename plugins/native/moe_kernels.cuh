@@ -31,7 +31,9 @@ __global__ void route_kernel(Work<T, Matrix> work) {
   let_next_start();
   const int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = work.moe.E, K = work.moe.K;
   if (token >= work.moe.tokens) return;
-  const Choice choice = choose_experts<kMostExperts>(work.logits + size_t(token) * E, E, K);
+  constexpr int kUsual = 256;
+  const T* logits = work.logits + size_t(token) * E;
+  const Choice choice = E <= kUsual ? choose_experts<kUsual>(logits, E, K) : choose_experts<kMostExperts>(logits, E, K);
   if (lane < K) {
     const int visit = token * K + lane;
     work.expert[visit] = choice.expert;

@@ -7,7 +7,7 @@
 
 namespace qwen {
 
-constexpr int kMostVisits8 = 32;  // of a tile of 8-bit weights: of more visits too few units fit
+constexpr int kVisits8 = 32;  // of a tile of 8-bit weights: of more visits too few units fit
 
 // What is there beside `Work`.
 template <typename T>
@@ -81,7 +81,7 @@ __global__ void combine_many_kernel(const T* out, const float* weight, T* y, int
 
 template <typename T, int COLUMNS, bool GENERAL, bool SWIGLU>
 void run_experts_of(const ExpertProduct& given, cudaStream_t stream) {
-  if constexpr (COLUMNS <= kMostVisits8) {
+  if constexpr (COLUMNS == kVisits8) {
     if (given.w.bits == 8) return run_experts_many<T, 8, GENERAL, COLUMNS, SWIGLU>(given, stream);
   }
   run_experts_many<T, 4, GENERAL, COLUMNS, SWIGLU>(given, stream);

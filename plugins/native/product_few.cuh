@@ -96,14 +96,16 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
   } else if (NORM) {
     for (int m = warp; m < M; m += warps) {  // summed in the order of FewRows
       float sum = 0.0f;
-      for (int first = 0; first < K; first += kChunkGroup * kChunk) {
+      for (int group = 0; group * kChunkGroup * kChunk < K; group++) {
         Pack8<T> p;
-        p.bits = rows.load(m, first / kChunk + lane);
+        p.bits = rows.load(m, group * kChunkGroup + lane);
         float square = 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; i++) square += to_float(p.item[i]) * to_float(p.item[i]);
-        sum += warp_sum(square);
+        square = warp_sum(square);
+        if (group % 32 == lane) sum += square;
       }
+      sum = warp_sum(sum);
       if (lane == 0) inverse[m] = rsqrtf(sum / K + given.eps);
     }
     __syncthreads();
@@ -136,7 +138,10 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
   const float* all = reinterpret_cast<const float*>(shared);
   const auto total = [&](int index) {
     float value = 0.0f;
-    for (int i = 0; i < warps; i++) value += all[i * kSums + index];
+    for (int first = 0; first < warps; first += kFewWarps) {  // warps are a multiple
+#pragma unroll
+      for (int i = 0; i < kFewWarps; i++) value += all[(first + i) * kSums + index];
+    }
     return value;
   };
   T* y = static_cast<T*>(given.y);

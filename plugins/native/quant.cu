@@ -4,6 +4,7 @@
 #include "quant_panels.cuh"
 #include "quant_stream.cuh"
 #include "resident_few.cuh"
+#include "wide_few.cuh"
 
 namespace qwen {
 namespace {
@@ -52,6 +53,12 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   const auto& w = given.w;
+  if (!SWIGLU && wide_is_better(given) && !resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K)) {
+    if constexpr (std::is_same<T, __half>::value) {
+      if (!w.zeros && !w.wide_scales) return wide_few<QuantPanels<T, 4, false>>(given, stream);
+    }
+    return wide_few<QuantPanels<T, 4, true>>(given, stream);
+  }
   if (!resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K))
     w.bits == 4 ? product_few<T, Int4Stream, SWIGLU>(given, stream) : product_few<T, Int8Stream, SWIGLU>(given, stream);
   else if (w.zeros || w.wide_scales)

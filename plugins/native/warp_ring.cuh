@@ -5,13 +5,14 @@
 
 namespace qwen {
 
-// fetch(i, into) starts copying piece i of `count`, of at most `bytes`; use(i, from) has it.
+// Of `count` pieces of at most `bytes` each. fetch(i, into) starts copying piece i; it is called in their order.
 template <int STAGES>
 struct WarpRing {
   uint8_t* const memory;
   const int bytes, count;
+  int used = 0, at = 0;  // pieces, and where the next one is
 
-  // Before run; what `fetch` reads need not depend on the kernel before.
+  // What `fetch` reads must not depend on the kernel before.
   template <typename Fetch>
   __device__ void start(const Fetch& fetch) const {
 #pragma unroll 1
@@ -21,20 +22,17 @@ struct WarpRing {
     }
   }
 
+  // use(from) with the next piece, whose place the first one that is not on its way gets.
   template <typename Fetch, typename Use>
-  __device__ void run(const Fetch& fetch, const Use& use) const {
-    int at = 0;
-#pragma unroll 1
-    for (int i = 0; i < count; i++) {
-      await_copies<STAGES - 1>();
-      __syncwarp();
-      use(i, memory + at * bytes);
-      __syncwarp();
-      if (i + STAGES < count) fetch(i + STAGES, memory + at * bytes);
-      end_copies();
-      at = at + 1 == STAGES ? 0 : at + 1;
-    }
-    await_copies<0>();
+  __device__ void next(const Fetch& fetch, const Use& use) {
+    await_copies<STAGES - 1>();
+    __syncwarp();
+    use(memory + at * bytes);
+    __syncwarp();
+    if (used + STAGES < count) fetch(used + STAGES, memory + at * bytes);
+    end_copies();
+    used++;
+    at = at + 1 == STAGES ? 0 : at + 1;
   }
 };
 
