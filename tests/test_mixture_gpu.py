@@ -13,6 +13,8 @@ from tests.test_native_quantized import FORMATS, random_matrix
 
 pytestmark = pytest.mark.gpu
 DTYPES = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+DISTINCT = 13
+"""Experts: more are these again."""
 ATTRIBUTES = ("bits", "block", "zeros", "wide_scales")
 
 
@@ -23,15 +25,17 @@ class Layer:
         rng = np.random.default_rng(E + H)
         self.dtype, self.K, self.inner, self.shared = dtype, K, inner, shared
         gate_up, down = formats
-        ups, self.up = zip(*(random_matrix(gate_up, 2 * inner, H, seed) for seed in range(E)), strict=True)
-        downs, self.down = zip(*(random_matrix(down, H, inner, seed) for seed in range(E)), strict=True)
+        made = [(random_matrix(gate_up, 2 * inner, H, seed), random_matrix(down, H, inner, seed)) for seed in range(min(E, DISTINCT))]
+        experts = [made[e % DISTINCT] for e in range(E)]
+        self.up, self.down = [up for (_, up), _ in experts], [down for _, (_, down) in experts]
         shared_up, self.shared_up = random_matrix(gate_up, 2 * shared, H, E)
         shared_down, self.shared_down = random_matrix(down, H, shared, E)
         self.norm = rounded(1 + rng.normal(size=H) / 4, dtype)
         self.router = rounded(2 * rng.normal(size=(E, H)) / np.sqrt(H), dtype)
         self.gate = rounded(rng.normal(size=(1, H)) / np.sqrt(H), dtype)
         self.weights = {name: (getattr(self, name), dtype) for name in ("norm", "router", "gate")}
-        matrices = {"shared_up": shared_up, "shared_down": shared_down, "up": np.stack(ups), "down": np.stack(downs)}
+        stacked = np.stack([up for (up, _), _ in experts]), np.stack([down for _, (down, _) in experts])
+        matrices = {"shared_up": shared_up, "shared_down": shared_down, "up": stacked[0], "down": stacked[1]}
         self.weights |= {name: (matrix, "uint8") for name, matrix in matrices.items()}
         self.attributes: dict[str, Any] = {"norm_epsilon": 1e-6, "router_epsilon": 0.0, "experts_top_k": K, "experts_inner": inner}
         for name, format, N, width in (("gate_up", gate_up, 2 * shared, H), ("down", down, H, shared)):

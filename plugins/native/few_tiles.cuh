@@ -17,23 +17,24 @@ __device__ inline void put_sums(const float (&sum)[4], float* into, int log_rows
   }
 }
 
-// COUNT panels, which begin at rows `first`, first + step, ... of the matrix, or at `last` where that would be further. The warps share the units of
-// each panel. STAGES: panels' units that a warp has on their way. The code is short: kernels of this length are over before long code has been fetched.
-template <typename Panels, int WARPS, int STAGES, int COUNT>
+// COUNT neighboring panels from row `first` of the matrix on; GATED: half of them, and as many from row first + gates on. No panel begins behind row
+// `last`. The warps share the units of each panel. STAGES: units of a panel that a warp has on their way. The code is short: kernels of this length are over
+// before long code has been fetched.
+template <typename Panels, int WARPS, int STAGES, int COUNT, bool GATED>
 struct PanelsTile {
   const Panels& panels;
   WarpRing<STAGES> ring;
-  const int first, step, last, units;  // units: that this warp has of a panel
+  const int first, gates, last, units;  // units: that this warp has of a panel
   const int warp = threadIdx.x / 32;
 
   static __host__ __device__ int ring_bytes(int unit_bytes) { return WARPS * STAGES * unit_bytes; }
   static __host__ __device__ int sums_bytes(int log_rows) { return int(sizeof(float)) * COUNT * WARPS * kPanelRows << log_rows; }
 
-  __device__ PanelsTile(const Panels& panels, uint8_t* memory, int first, int step, int last, int all_units)
+  __device__ PanelsTile(const Panels& panels, uint8_t* memory, int first, int gates, int last, int all_units)
       : panels(panels),
         ring{memory + int(threadIdx.x / 32) * STAGES * panels.bytes, panels.bytes, COUNT * ((all_units - int(threadIdx.x / 32) + WARPS - 1) / WARPS)},
         first(first),
-        step(step),
+        gates(gates),
         last(last),
         units(ring.count / COUNT) {}
 
@@ -63,12 +64,13 @@ struct PanelsTile {
   }
 
  private:
-  __device__ void fetch(int i, uint8_t* into) {
-    if (fetched_of_ == units) fetched_of_ = 0, row_ += step;
-    panels.fetch(min(row_, last), warp + fetched_of_++ * WARPS, into);
+  __device__ void fetch(int, uint8_t* into) {
+    if (fetched_units_ == units) fetched_units_ = 0, fetched_panels_++;
+    const int row = GATED && fetched_panels_ >= COUNT / 2 ? first + gates + (fetched_panels_ - COUNT / 2) * kPanelRows : first + fetched_panels_ * kPanelRows;
+    panels.fetch(min(row, last), warp + fetched_units_++ * WARPS, into);
   }
 
-  int fetched_of_ = 0, row_ = first;  // of the piece that is fetched next
+  int fetched_units_ = 0, fetched_panels_ = 0;
 };
 
 // Up to 8 rows of an ordinary matrix [count,K].

@@ -39,13 +39,18 @@ struct Shared {
   bool fits() const { return enter <= most_shared() && inner <= most_shared() && leave <= most_shared(); }
 };
 
+template <typename Tile, typename T>
+int gated_bytes(const MixtureWork<T>& work, int unit_bytes) {
+  return work.rows_bytes() + Tile::sums_bytes(work.log_rows) + Tile::ring_bytes(unit_bytes);
+}
+
 template <typename Panels, typename T = typename Panels::Element>
 Shared shared_of(const MixtureWork<T>& work) {
   const Mixture<T>& of = work.of;
-  const int pieces = of.routed.K * of.routed.down.units() + of.shared_down.units();
+  const int pieces = of.routed.K * of.routed.down.units() + of.shared_down.units(), gate_up = Panels::unit_bytes(of.routed.gate_up);
   const int bytes = std::max(Panels::unit_bytes(of.routed.down), Panels::unit_bytes(of.shared_down));
-  return {work.rows_bytes() + EnterTile<Panels>::sums_bytes(work.log_rows) + EnterTile<Panels>::ring_bytes(Panels::unit_bytes(of.shared_gate_up)),
-          work.rows_bytes() + InnerTile<Panels>::sums_bytes(work.log_rows) + InnerTile<Panels>::ring_bytes(Panels::unit_bytes(of.routed.gate_up)),
+  return {gated_bytes<EnterTile<Panels>>(work, Panels::unit_bytes(of.shared_gate_up)),
+          of.routed.tokens == 1 ? gated_bytes<InnerTile<Panels, true>>(work, gate_up) : gated_bytes<InnerTile<Panels, false>>(work, gate_up),
           kLeaveWarps * kLeaveStages * bytes + pieces * kUnit * int(sizeof(T)) + kLeaveWarps * kPanelRows * int(sizeof(float))};
 }
 
@@ -62,7 +67,10 @@ void launch_all(const MixtureWork<T>& work, cudaStream_t stream) {
   const Shared shared = shared_of<Panels>(work);
   const int tiles = work.of.S / kPanelRows, routers = (routed.E + RouterTile<T>::kRows - 1) / RouterTile<T>::kRows;
   launch(enter, dim3(tiles + routers + 1), dim3(kEnterWarps * 32), shared.enter, stream, work);
-  launch(routed.tokens == 1 ? inner_of_one : inner, dim3(routed.I / kPanelRows, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
+  if (routed.tokens == 1)
+    launch(inner_of_one, dim3(routed.I / kPanelRows, routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
+  else
+    launch(inner, dim3((routed.I + 63) / 64, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
   launch(leave, dim3(routed.down.panels(), routed.tokens), dim3(kLeaveWarps * 32), shared.leave, stream, work);
 }
 

@@ -21,9 +21,9 @@ constexpr int kUsualExperts = 256, kMostChosenFrom = 512;  // a lane has no regi
 constexpr int kRouterLoads = 4;
 
 template <typename Panels>
-using EnterTile = PanelsTile<Panels, kEnterWarps, kEnterStages, 2>;  // gates and ups
-template <typename Panels>
-using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages, 2>;
+using EnterTile = PanelsTile<Panels, kEnterWarps, kEnterStages, 2, true>;
+template <typename Panels, bool ONE>
+using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages, ONE ? 2 : 8, true>;
 template <typename T>
 using RouterTile = RowsTile<T, kEnterWarps, kRouterLoads>;
 
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kEnterWarps * 32, 2) mixture_enter_kernel(cons
   const uint4 weight = rows.first_weight(of.norm);
   const Panels panels(of.shared_gate_up);
   EnterTile<Panels> tile(panels, shared + work.rows_bytes() + EnterTile<Panels>::sums_bytes(work.log_rows), int(blockIdx.x) * kPanelRows, of.S,
-                               2 * of.S, work.units());
+                         (of.shared_gate_up.panels() - 1) * kPanelRows, work.units());
   const int first = (int(blockIdx.x) - tiles) * kRows;
   RouterTile<T> routing(is_gate ? of.gate : of.router + size_t(max(first, 0)) * H, is_shared ? 0 : is_gate ? 1 : min(kRows, E - first), H);
   if (is_shared) tile.start();
@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kEnterWarps * 32, 2) mixture_enter_kernel(cons
   }
 }
 
-// Block (16 columns, visit). The first visit of an expert does the work of all of them: a token visits it once, so they are 8 at most. ONE: a single
-// token; of several most blocks end before they need the rows.
+// Block (columns, visit). The first visit of an expert does the work of all of them: a token visits it once, so they are 8 at most. ONE: a single token,
+// 16 columns; several have blocks enough for 64 columns each, and most end before they need the rows.
 template <typename Panels, bool ONE, int EXPERTS, typename T = typename Panels::Element>
 __global__ void __launch_bounds__(kInnerWarps * 32, 4) mixture_inner_kernel(const MixtureWork<T> work) {
   extern __shared__ __align__(16) uint8_t shared[];
@@ -107,17 +107,20 @@ __global__ void __launch_bounds__(kInnerWarps * 32, 4) mixture_inner_kernel(cons
   }
   const Panels panels(of.routed.gate_up.expert(e));
   float* const sums = reinterpret_cast<float*>(shared + work.rows_bytes());
-  InnerTile<Panels> tile(panels, shared + work.rows_bytes() + InnerTile<Panels>::sums_bytes(work.log_rows), int(blockIdx.x) * kPanelRows, I, 2 * I,
-                               work.units());
+  using Tile = InnerTile<Panels, ONE>;
+  constexpr int kColumns = (ONE ? 1 : 4) * kPanelRows;
+  const int column = int(blockIdx.x) * kColumns;
+  Tile tile(panels, shared + work.rows_bytes() + Tile::sums_bytes(work.log_rows), column, I, 2 * I - kPanelRows, work.units());
   tile.start();
   if constexpr (!ONE) rows.stage(of.norm, weight, of.eps);
   tile.run(rows, sums);
-  const int m = threadIdx.x / kPanelRows;
-  if (m >= M) return;
-  const float gate = tile.total(sums, work.log_rows, 0, threadIdx.x), up = tile.total(sums, work.log_rows, 1, threadIdx.x);
-  const T value = from_float<T>(silu(gate) * up);
-  for (int j = 0; j < K; j++) {
-    if (chosen[m * K + j] == e) work.inner[size_t(m * K + j) * I + blockIdx.x * kPanelRows + threadIdx.x % kPanelRows] = value;
+  for (int i = threadIdx.x; i < kColumns << work.log_rows; i += kInnerWarps * 32) {
+    const int p = i >> (work.log_rows + 4), at = i & ((kPanelRows << work.log_rows) - 1), m = at / kPanelRows, n = column + p * kPanelRows + at % kPanelRows;
+    if (m >= M || n >= I) continue;
+    const T value = from_float<T>(silu(tile.total(sums, work.log_rows, p, at)) * tile.total(sums, work.log_rows, p + kColumns / kPanelRows, at));
+    for (int j = 0; j < K; j++) {
+      if (chosen[m * K + j] == e) work.inner[size_t(m * K + j) * I + n] = value;
+    }
   }
 }
 
