@@ -62,11 +62,11 @@ def test_a_delta_net_layer_is_five_launches_still(wide_heads: Path, precision: s
 def test_experts(tmp_path: Path) -> None:
     checkpoint = synthesize(experts_config(), tmp_path / "moe")
     counts = Counter(node.op_type for node in lowered(checkpoint, "int4"))
-    assert counts["QuantMoe"] == 4 and counts["MoE"] == 0
+    assert counts["QuantMixture"] == 4 and counts["MoE"] == 0
     plan = tmp_path / "plan.toml"
     plan.write_text('[experts]\nformat = "stored"')
     counts = Counter(node.op_type for node in lowered(checkpoint, "int4", plan))
-    assert counts["QuantMoe"] == 0 and counts["MoE"] == 4
+    assert counts["QuantMixture"] == counts["QuantMoe"] == 0 and counts["MoE"] == 4
     plan.write_text('[matrices]\n"layers.1.mlp.experts.*" = { format = "stored" }')
     with pytest.raises(ConfigError, match="experts of every layer"):
         lowered(checkpoint, "int4", plan)

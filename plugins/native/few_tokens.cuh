@@ -60,13 +60,17 @@ __device__ inline float normalize(float* q, float* k, int lane) {
 
 // A key head's part of the history is read by all its `ratio` value heads: the last of them to have read it writes it. Without counters the
 // first does, which may then not write what it was read from.
-__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio) {
+// One thread: `arrive` when the block has read, `is_last_reader` with its result, which takes a microsecond to come.
+__device__ inline int arrive(int* arrivals, int key_head, int ratio) {
+  if (arrivals == nullptr || ratio == 1) return 0;
+  __threadfence();
+  return atomicAdd(arrivals + key_head, 1);
+}
+__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio, int arrived) {
   if (arrivals == nullptr) return place == 0;
   if (ratio == 1) return true;
-  __threadfence();
-  const bool last = atomicAdd(arrivals + key_head, 1) == ratio - 1;
-  if (last) arrivals[key_head] = 0;
-  return last;
+  if (arrived == ratio - 1) arrivals[key_head] = 0;
+  return arrived == ratio - 1;
 }
 
 // One token of some columns, each of them in LANES lanes: part p of a column holds k = 4 (LANES j + p) + 0..3. `out` has the outputs.
@@ -147,6 +151,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
   float norm[kItems], gating[kItems];  // warp t writes token t
+  const bool arrives = tid == kHeadThreads - 1;
+  int arrived = 0;
   const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
   while (true) {
     const bool replay = TRANSACTION && pending > 0;
@@ -186,12 +192,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       const float both = normalize<D>(q[t], k[t], lane);
       if (lane == 0) qk[t] = both;
     }
-    if (tid == 0 && !replay) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio);
+    if (arrives && !replay) arrived = arrive(arrivals, b * Hk + hk, ratio);
     __syncthreads();
-    if (!replay && (group == 2 || (group < 2 && last))) {
-#pragma unroll
-      for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
-    }
 
     for (int t = 0; t < count; t++) {
       if (TRANSACTION && !replay && t == commit) store_state();
@@ -204,6 +206,7 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     __syncthreads();  // the shared rows have been read
   }
   if (commit == tokens) store_state();
+  if (arrives) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, arrived);
   __syncthreads();
 
   if (warp < tokens) {
@@ -213,6 +216,10 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     const float* value = &a.x;
 #pragma unroll
     for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
+  }
+  if (group == 2 || (group < 2 && last)) {
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
   }
 }
 

@@ -116,7 +116,7 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
     const float both = normalize<D>(q[t], k[t], lane);
     if (lane == 0) qk[t] = both;
   }
-  if (tid == kPartThreads - 1) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio);
+  if (tid == kPartThreads - 1) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, arrive(arrivals, b * Hk + hk, ratio));
   __syncthreads();
   for (int i = tid; i < (kTaps - 1) * kRowUnits; i += kPartThreads) {
     const int row = i / kRowUnits, unit = i % kRowUnits, group = unit / kUnits, place = unit % kUnits * kPack;
