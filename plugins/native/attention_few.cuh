@@ -186,7 +186,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     const FewItem item = item_of(id);
     const bool whole = item.chunks == 1;
     const int rows = min(kRows, plan.rows - item.block * kRows), own_row = item.block * kRows;
-    ColumnTile<T, D, 1> tile;
+    ColumnTile<T, D> tile;
     if constexpr (FRESH) make_rows(item, id == first_id);
     constexpr int kQuads = kEight * D / 4, kOwnQuads = (kQuads + kThreads - 1) / kThreads;  // of eight rows; of a thread
     uint2 gates[kOwnQuads];
@@ -206,12 +206,12 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
       const size_t head = size_t(first_sequence + item.b) * Hkv + item.h;
       tile.begin(static_cast<const T*>(work.queries) + (head * plan.padded_rows + own_row + row_warp * kEight) * D, D, lane);
     }
-    int visible[1][2];
+    int visible[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) visible[0][i] = old + min(token_of(own_row + row_warp * kEight + lane % 4 * 2 + i), shape.T - 1) + 1;
+    for (int i = 0; i < 2; i++) visible[i] = old + min(token_of(own_row + row_warp * kEight + lane % 4 * 2 + i), shape.T - 1) + 1;
 #pragma unroll 1
     for (int first = group * kTileSlots; first < item.slots; first += kGroups * kTileSlots) {
-      float s[1][4];
+      float s[4];
 #pragma unroll 1
       for (int half = 0; half < 2; half++) {
         wait_for_copies<HALVES - 2>();
@@ -236,7 +236,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     tile.finish();
     if (lane < 4) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) group_weights[group][row_warp * kEight + lane * 2 + i] = make_float2(tile.largest[0][i], tile.sum[0][i]);
+      for (int i = 0; i < 2; i++) group_weights[group][row_warp * kEight + lane * 2 + i] = make_float2(tile.largest[i], tile.sum[i]);
     }
     // Sums of eight rows of the group: where values of a tile were, or in the place of the ring that waits for its next copy.
     const int merge_at = Cache::kPlain ? ring_at + (place == 0 ? HALVES - 1 : place - 1) * Layout::kHalfBytes : group * Layout::kStageBytes;
@@ -268,8 +268,8 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
         for (int i = 0; i < 2; i++) {
 #pragma unroll
           for (int m = 0; m < D / 16; m++) {
-            into[place_of(lane % 4 * 2 + i, m * 16 + lane / 4)] = tile.o[m][0][i];
-            into[place_of(lane % 4 * 2 + i, m * 16 + lane / 4 + 8)] = tile.o[m][0][i + 2];
+            into[place_of(lane % 4 * 2 + i, m * 16 + lane / 4)] = tile.o[m][i];
+            into[place_of(lane % 4 * 2 + i, m * 16 + lane / 4 + 8)] = tile.o[m][i + 2];
           }
         }
       }
