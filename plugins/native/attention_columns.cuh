@@ -18,6 +18,7 @@ __device__ inline uint32_t transposed(uint32_t x) {
 // Lane 4g+t has columns 2t and 2t+1.
 template <typename T, int D>
 struct ColumnTile {
+  static constexpr int kAhead = D / 16 < 6 ? D / 16 : 6;  // matrices on their way
   float o[D / 16][4];         // values 16m+g (0, 1) and 16m+g+8 (2, 3) of columns 2t (0, 2) and 2t+1 (1, 3)
   float largest[2], sum[2];   // of the scores in base 2; `sum` is this lane's part until `finish`
   uint32_t q[D / 16][2];
@@ -40,12 +41,15 @@ struct ColumnTile {
     float odd[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] = odd[i] = 0.0f;
+    uint32_t k[kAhead][4];
+#pragma unroll
+    for (int step = 0; step < kAhead; step++) load_matrices<false>(k[step], first ^ (step << 5));
 #pragma unroll
     for (int step = 0; step < D / 16; step++) {
-      uint32_t k[4];
-      load_matrices<false>(k, first ^ (step << 5));
+      uint32_t(&now)[4] = k[step % kAhead];
       // Two chains of sums: a product need not wait for the one before.
-      multiply<T>(step % 2 ? odd : s, k[0], k[1], k[2], k[3], q[step][0], q[step][1]);
+      multiply<T>(step % 2 ? odd : s, now[0], now[1], now[2], now[3], q[step][0], q[step][1]);
+      if (step + kAhead < D / 16) load_matrices<false>(now, first ^ ((step + kAhead) << 5));
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) s[i] += odd[i];
@@ -90,11 +94,14 @@ struct ColumnTile {
     const uint32_t p[2] = {transposed(pair<T>(s[0], s[1])), transposed(pair<T>(s[2], s[3]))};
     const int matrix = lane / 8, row = matrix / 2 * 8 + lane % 8;
     const uint32_t first = values + row * D * 2 + ((matrix % 2 ^ exchange<D>(row)) << 4);
+    uint32_t v[kAhead][4];
+#pragma unroll
+    for (int m = 0; m < kAhead; m++) load_matrices<true>(v[m], first ^ (m << 5));
 #pragma unroll
     for (int m = 0; m < D / 16; m++) {
-      uint32_t v[4];
-      load_matrices<true>(v, first ^ (m << 5));
-      multiply<T>(o[m], v[0], v[1], v[2], v[3], p[0], p[1]);
+      uint32_t(&now)[4] = v[m % kAhead];
+      multiply<T>(o[m], now[0], now[1], now[2], now[3], p[0], p[1]);
+      if (m + kAhead < D / 16) load_matrices<true>(now, first ^ ((m + kAhead) << 5));
     }
   }
 

@@ -10,7 +10,9 @@ namespace qwen {
 
 constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, slots of a chunk
-constexpr int kWholeSlots = 2 * kLeastSlots;         // a sequence with fewer is not cut
+// A sequence with fewer is not cut: there is a cluster of blocks for each eight of its rows, or one block.
+template <int CLUSTER>
+constexpr int kWholeSlots = CLUSTER > 1 ? 1024 : 2 * kLeastSlots;
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
 constexpr int kEight = 8;      // rows of a warp
 constexpr int kGroupBarrier = 1;  // barriers of parts of a block from here on; 0 is that of all of it
@@ -22,6 +24,13 @@ constexpr int kSharedOfBlock = 99 << 10;
 constexpr int kSharedOfBlock = 163 << 10;
 #else
 constexpr int kSharedOfBlock = 227 << 10;
+#endif
+
+// Blocks that can read each other's shared memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kMostCluster = 1;
+#else
+constexpr int kMostCluster = 4;
 #endif
 
 struct FewPlan {
@@ -52,13 +61,13 @@ struct FewKept {
   int from, below;
 };
 
-// Where the warps of a block meet.
-template <int WARPS>
+// Where MEMBERS warps meet, those of a block or of a cluster.
+template <int MEMBERS>
 struct FewMeeting {
   FewSequences cut;
-  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
-  float factors[WARPS * kEight];
-  int merge_at[WARPS];  // of groups
+  float2 weights[MEMBERS * kEight];  // of groups and rows: largest score, sum
+  float factors[MEMBERS * kEight];
+  int merge_at[MEMBERS];  // of groups
   bool last;
 };
 
@@ -87,8 +96,8 @@ template <typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EI
 constexpr int few_shared = !FRESH || FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared > FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared
                                ? FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared
                                : FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared;
-template <int WARPS>
-constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
+template <int MEMBERS>
+constexpr int kOwnShared = int(sizeof(FewMeeting<MEMBERS>));
 
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
@@ -201,21 +210,26 @@ __device__ inline void combine_factors(const float2* weights, int stride, int ro
   }
 }
 
-// Four values of a row: the sum over the chunks, whose sums are STRIDE float4 apart, in their order.
-template <int STRIDE>
-__device__ inline float4 combined(const float* partial, const float* factors, int chunks) {
-  const float4* parts = reinterpret_cast<const float4*>(partial);
-  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  constexpr int kTogether = 16;  // loads on their way
+// Four values of N rows each: the sums over the chunks, whose sums are STRIDE float4 apart, in their order.
+template <int STRIDE, int N>
+__device__ inline void combine(float4 (&o)[N], const float4* const (&parts)[N], const float* const (&factors)[N], int chunks) {
+  constexpr int kTogether = 8;  // of a row, loads on their way
+#pragma unroll
+  for (int n = 0; n < N; n++) o[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
   for (int c = 0; c < chunks; c += kTogether) {
-    float4 part[kTogether];
+    float4 part[N][kTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; i++) part[i] = __ldcg(parts + size_t(min(c + i, chunks - 1)) * STRIDE);
+    for (int n = 0; n < N; n++) {
 #pragma unroll
-    for (int i = 0; i < kTogether; i++) add_scaled(o, c + i < chunks ? factors[c + i] : 0.0f, part[i]);
+      for (int i = 0; i < kTogether; i++) part[n][i] = __ldcg(parts[n] + size_t(min(c + i, chunks - 1)) * STRIDE);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) add_scaled(o[n], c + i < chunks ? factors[n][c + i] : 0.0f, part[n][i]);
+    }
   }
-  return o;
 }
 
 }  // namespace qwen

@@ -204,14 +204,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     pending -= count, rows += size_t(count) * width;
     __syncthreads();  // the shared rows have been read
   }
-  if (commit == tokens) store_state();
   if (counts) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, readers_before);
   __syncthreads();
-  if (group == 2 || (group < 2 && last)) {
-#pragma unroll
-    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
-  }
-
   if (warp < tokens) {
     const Part a = reinterpret_cast<const Part*>(o[warp])[lane];
     const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
@@ -220,6 +214,12 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
 #pragma unroll
     for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
   }
+  if (group == 2 || (group < 2 && last)) {
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
+  }
+  // It takes as long as a processor takes to write so much: beside the outputs of the warps that have one, not before them.
+  if (commit == tokens) store_state();
 }
 
 }  // namespace qwen
