@@ -3,7 +3,8 @@
 //
 // A block of few_tokens.cuh has a processor to itself, and neither reads nor writes while it makes q, k, v and norms. Here a block has a
 // fourth of the threads and the columns of a head one part after the other, so a processor has four blocks, of which some are reading. All
-// that a block reads beside the state is on its way at once, before the state is. Every column is read by the same instructions as there.
+// that earlier calls have left is on its way before the kernel before is done: history first, then the state. Every column is read by the same
+// instructions as there.
 #pragma once
 
 #include "few_tokens.cuh"
