@@ -279,8 +279,8 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
 
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
-// Value heads of all sequences from which blocks share processors: twice those of the largest devices.
-constexpr int kManyHeads = 288;
+// Value heads of all sequences from which blocks share processors: more than the largest devices have.
+constexpr int kManyHeads = 150;
 
 // Copies of 16 bytes begin at multiples of 16.
 template <typename T>

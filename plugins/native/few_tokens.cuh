@@ -59,18 +59,17 @@ __device__ inline float normalize(float* q, float* k, int lane) {
 }
 
 // A key head's part of the history is read by all its `ratio` value heads: the last of them to have read it writes it. Without counters the
-// first does, which may then not write what it was read from.
-// One thread: `arrive` when the block has read, `is_last_reader` with its result, which takes a microsecond to come.
-__device__ inline int arrive(int* arrivals, int key_head, int ratio) {
-  if (arrivals == nullptr || ratio == 1) return 0;
-  __threadfence();
-  return atomicAdd(arrivals + key_head, 1);
+// first does, which may then not write what it was read from. One thread counts its block, behind a barrier before which all of the block have
+// used what they read; the answer comes late, and nothing waits for it before is_last_reader.
+__device__ inline int count_reader(int* arrivals, int key_head, int ratio) {
+  return arrivals == nullptr || ratio == 1 ? 0 : atomicAdd(arrivals + key_head, 1);
 }
-__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio, int arrived) {
+
+__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio, int readers_before) {
   if (arrivals == nullptr) return place == 0;
-  if (ratio == 1) return true;
-  if (arrived == ratio - 1) arrivals[key_head] = 0;
-  return arrived == ratio - 1;
+  const bool last = readers_before == ratio - 1;
+  if (last && ratio > 1) arrivals[key_head] = 0;
+  return last;
 }
 
 // One token of some columns, each of them in LANES lanes: part p of a column holds k = 4 (LANES j + p) + 0..3. `out` has the outputs.
@@ -151,8 +150,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
   float norm[kItems], gating[kItems];  // warp t writes token t
-  const bool arrives = tid == kHeadThreads - 1;
-  int arrived = 0;
+  const bool counts = tid == kHeadThreads - 1;  // in a warp that has no row to normalize
+  int readers_before = 0;
   const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
   while (true) {
     const bool replay = TRANSACTION && pending > 0;
@@ -192,7 +191,7 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       const float both = normalize<D>(q[t], k[t], lane);
       if (lane == 0) qk[t] = both;
     }
-    if (arrives && !replay) arrived = arrive(arrivals, b * Hk + hk, ratio);
+    if (counts && !replay) readers_before = count_reader(arrivals, b * Hk + hk, ratio);
     __syncthreads();
 
     for (int t = 0; t < count; t++) {
@@ -205,10 +204,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     pending -= count, rows += size_t(count) * width;
     __syncthreads();  // the shared rows have been read
   }
-  if (commit == tokens) store_state();
-  if (arrives) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, arrived);
+  if (counts) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, readers_before);
   __syncthreads();
-
   if (warp < tokens) {
     const Part a = reinterpret_cast<const Part*>(o[warp])[lane];
     const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
@@ -221,6 +218,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
 #pragma unroll
     for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
   }
+  // It takes as long as a processor takes to write so much: beside the outputs of the warps that have one, not before them.
+  if (commit == tokens) store_state();
 }
 
 }  // namespace qwen
