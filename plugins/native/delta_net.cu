@@ -34,17 +34,42 @@ __global__ void __launch_bounds__(kPartThreads, kPartBlocks) many_heads_kernel(D
   many_heads<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
 }
 
-// Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.
-template <typename T>
-__device__ inline float convolve(const T* packed, const T* history, const T* conv, int t, int c, int C, int width) {
-  float sum = 0.0f;
+// N neighboring elements, by one load where they are `whole`: their address is a multiple of their size.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T item[N];
+
+  __device__ Pack(const T* from, bool whole) {
+    if (whole) {
+      *this = *reinterpret_cast<const Pack*>(from);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; n++) item[n] = from[n];
+    }
+  }
+};
+
+// Convolution and SiLU of N neighboring channels at token `t`; rows before the first token are in the history.
+template <int N, typename T>
+__device__ inline void convolve(const T* packed, const T* history, const T* conv, int t, int channel, int C, int width, float* out) {
+  const bool whole = width % N == 0 && (reinterpret_cast<uintptr_t>(packed) | reinterpret_cast<uintptr_t>(history) | reinterpret_cast<uintptr_t>(conv)) % 16 == 0;
+  float sum[N] = {};
+  float taps[N][kTaps];
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const Pack<T, kTaps> own(conv + (channel + n) * kTaps, whole);
+#pragma unroll
+    for (int i = 0; i < kTaps; i++) taps[n][i] = to_float(own.item[i]);
+  }
 #pragma unroll
   for (int i = 0; i < kTaps; i++) {
     const int row = t + i - (kTaps - 1);
-    const T value = row < 0 ? history[(row + kTaps - 1) * C + c] : packed[size_t(row) * width + c];
-    sum += to_float(value) * to_float(conv[c * kTaps + i]);
+    const Pack<T, N> values(row < 0 ? history + (row + kTaps - 1) * C + channel : packed + size_t(row) * width + channel, whole);
+#pragma unroll
+    for (int n = 0; n < N; n++) sum[n] += to_float(values.item[n]) * taps[n][i];
   }
-  return silu(sum);
+#pragma unroll
+  for (int n = 0; n < N; n++) out[n] = silu(sum[n]);
 }
 
 // ---- many tokens ----
@@ -100,11 +125,7 @@ __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Works
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   auto part = [&](int channel) {
     Part u{};
-    if (real) {
-      float* item = &u.x;
-#pragma unroll
-      for (int i = 0; i < kItems; i++) item[i] = convolve(packed, history, in.conv, t, channel + i, C, width);
-    }
+    if (real) convolve<kItems>(packed, history, in.conv, t, channel, C, width, &u.x);
     return u;
   };
   if (int(blockIdx.y) < Hk) {

@@ -31,8 +31,9 @@ bool tiles_fit(const FewProduct<QuantMatrix>& given, int blocks_each) {
 inline bool wide_tiles_are_better(const FewProduct<QuantMatrix>& given) {
   return given.N > kSmallN && given.residual == nullptr && tiles_fit<WideTiles>(given, 2);
 }
+// Where a warp has one unit, product_few.cuh does not wait for its activations twice either.
 inline bool narrow_tiles_are_better(const FewProduct<QuantMatrix>& given) {
-  return given.w.K >= given.N && given.tail_rows == 0 && tiles_fit<NarrowTiles>(given, 1);
+  return given.w.units() > NarrowTiles::kWarps && given.w.K >= given.N && given.tail_rows == 0 && tiles_fit<NarrowTiles>(given, 1);
 }
 
 // In shared memory: the rows, the sums, the rings. With a residual a thread writes one value.
