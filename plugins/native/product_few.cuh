@@ -56,11 +56,15 @@ __device__ uint4 normalized(const T* x, const T* norm, float scale) {
 // M rounded up to a power of two.
 __host__ __device__ inline int log_rows_of(int M) { return M == 1 ? 0 : M == 2 ? 1 : M <= 4 ? 2 : 3; }
 
+// Where the activations of a product are: in memory, in shared memory as well, or to be normalized, which FewProduct::staged says how.
+enum class Activations { kMemory, kStaged, kNormalized };
+
 // A block makes 16 or 32 columns of y, of one panel or two neighbors, or, SWIGLU, 16 of a gate and an up panel. Behind those of w come
 // blocks of 16 columns of `tail`.
-template <typename T, typename Stream, bool NORM, bool SWIGLU>
+template <typename T, typename Stream, Activations FROM, bool SWIGLU>
 __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<typename Stream::Matrix> given) {
   constexpr int PANELS = Stream::kPanels, kSums = PANELS * 128;
+  constexpr bool NORM = FROM == Activations::kNormalized;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float inverse[kFewColumns];
   const auto& w = given.w;
@@ -80,7 +84,9 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
     prefetch_rows(tail, size_t(min(kPanelRows, given.tail_rows - tail_row)) * K);
   else
     stream.start(panel, unit, count);
-  const FewRows<T> rows{x, given.staged ? reinterpret_cast<uint4*>(shared + given.staged) : nullptr, M, K, log_rows_of(M), w.units() * kUnitChunks};
+  // The address is one of shared memory in any case, and the loads are, too: one that may be null would make them general ones.
+  const bool staged = FROM == Activations::kStaged || (NORM && given.staged);
+  const FewRows<T> rows{x, reinterpret_cast<uint4*>(shared + given.staged), M, K, log_rows_of(M), w.units() * kUnitChunks};
   const uint4 weight = rows.first_weight(norm);
   wait_for_previous();
   let_next_start();
@@ -91,8 +97,8 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
   float added = 0.0f;  // the residual of the one value that this thread will write
   if (!SWIGLU && residual != nullptr && writes) added = to_float(residual[size_t(m_out) * width + column]);
 
-  if (rows.staged != nullptr) {
-    rows.stage(norm, weight, given.eps);
+  if (staged) {
+    rows.stage(NORM ? norm : nullptr, weight, given.eps);
   } else if (NORM) {
     for (int m = warp; m < M; m += warps) {  // summed in the order of FewRows
       float sum = 0.0f;
@@ -110,10 +116,10 @@ __global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<ty
     }
     __syncthreads();
   }
-  const float scale = NORM && rows.staged == nullptr && g < M ? inverse[g] : 1.0f;
+  const float scale = NORM && !staged && g < M ? inverse[g] : 1.0f;
   const auto activations = [&](int k) {
     if (g >= M || k >= K) return make_uint4(0, 0, 0, 0);
-    if (rows.staged != nullptr) return rows.staged[rows.place(g, k / kChunk)];
+    if (staged) return rows.staged[rows.place(g, k / kChunk)];
     if constexpr (NORM) return normalized(x + size_t(g) * K + k, norm + k, scale);
     return *reinterpret_cast<const uint4*>(x + size_t(g) * K + k);
   };
@@ -165,9 +171,19 @@ inline int most_shared() {
   return bytes;
 }
 
+template <typename T, typename Stream, Activations FROM, bool SWIGLU>
+void start_few(const FewProduct<typename Stream::Matrix>& given, int blocks, int warps, size_t shared, cudaStream_t stream) {
+  constexpr auto kernel = product_few_kernel<T, Stream, FROM, SWIGLU>;
+  static DeviceFlags allowed;
+  allowed.once([] {
+    const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());
+    allow_shared(kernel, wanted < most ? wanted : most);
+  });
+  launch(kernel, dim3(blocks), dim3(warps * 32), shared, stream, given);
+}
+
 template <typename T, typename Stream, bool NORM, bool SWIGLU>
 void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
-  constexpr auto kernel = product_few_kernel<T, Stream, NORM, SWIGLU>;
   constexpr int kColumns = Stream::kPanels * kPanelRows;
   given.tiles = SWIGLU ? given.N / kPanelRows : (given.N + kColumns - 1) / kColumns;
   const int blocks = given.tiles + (given.tail_rows + kPanelRows - 1) / kPanelRows;
@@ -177,12 +193,13 @@ void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
   const size_t ring = Stream::kBytesPerWarp * warps, rows = FewRows<T>::staged_bytes(given.w.units() * kUnitChunks, log_rows_of(given.M));
   // Without a norm only where a warp would wait for its activations more than once, and no other block could work.
   given.staged = (NORM || (blocks <= 264 && given.w.units() > warps)) && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
-  static DeviceFlags allowed;
-  allowed.once([] {
-    const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());
-    allow_shared(kernel, wanted < most ? wanted : most);
-  });
-  launch(kernel, dim3(blocks), dim3(warps * 32), ring + (given.staged ? rows : 0), stream, given);
+  const size_t bytes = ring + (given.staged ? rows : 0);
+  if constexpr (NORM) {
+    start_few<T, Stream, Activations::kNormalized, SWIGLU>(given, blocks, warps, bytes, stream);
+  } else {
+    given.staged ? start_few<T, Stream, Activations::kStaged, SWIGLU>(given, blocks, warps, bytes, stream)
+                 : start_few<T, Stream, Activations::kMemory, SWIGLU>(given, blocks, warps, bytes, stream);
+  }
 }
 
 // Stream<T, PANELS>: two panels share the activations; one each where that makes too few blocks.
