@@ -19,6 +19,7 @@ from benchmarks.speculation_speed import drafted
 from qwen_export.runtimes import load
 from qwen_export.runtimes.speculation.acceptance import acceptance_for
 from qwen_export.runtimes.speculation.draft_policy import AdaptiveLength, FixedLength, Policy
+from qwen_export.runtimes.speculation.round_times import make_ready
 
 
 def main() -> None:
@@ -40,7 +41,8 @@ def main() -> None:
     decoder = model.decoder(drafts=True)
     longest = model.manifest.speculation.max_draft
     policies: dict[str, Policy] = {k: FixedLength(int(k)) for k in arguments.lengths.split(",") if int(k) <= longest}
-    policies["auto"] = AdaptiveLength(longest)
+    policies["auto"] = adaptive = AdaptiveLength(longest)
+    make_ready(decoder, longest, adaptive.time_of)
     for policy in policies.values():
         drafted(decoder, prompts[0], arguments.new_tokens, policy, acceptance_for)  # binds and warms
     seconds = {name: [[0.0] * arguments.repeat for _ in prompts] for name in policies}

@@ -17,7 +17,7 @@ import time
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import median, mode
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def by_step(events: list[Event]) -> list[list[Event]]:
         end = max(end, event["ts"] + event["dur"])
     cuts = [0, *sorted(place for _, place in sorted(gaps)[-(STEPS - 1) :]), len(events)]
     found = [events[a:b] for a, b in pairwise(cuts)]
-    usual = median(len(step) for step in found)
+    usual = mode(len(step) for step in found)
     return [step for step in found if len(step) == usual]
 
 

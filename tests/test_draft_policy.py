@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -81,13 +83,13 @@ def test_a_limit_is_kept() -> None:
 
 def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
     """The first steps of a process are slow, the first rounds of a length too, and the machine's speed wanders by a third: still within
-    five percent."""
-    tokens, worst = 6000, []
+    five percent, over a few streams."""
+    tokens = 4000
     for acceptance, wider, draft in ((0.9, 0.5, 0.3), (0.75, 0.1, 0.1), (0.2, 0.3, 0.3)):
-        times = {}
-        for name, policy in {**{str(k): FixedLength(k) for k in range(LONGEST + 1)}, "auto": AdaptiveLength(LONGEST)}.items():
-            machine = Machine(acceptance, wider, draft, seed=5)
-            wander = np.random.default_rng(7)
+        times = dict.fromkeys([*map(str, range(5)), "auto"], 0.0)
+        for name, seed in itertools.product(times, range(5, 9)):
+            policy = AdaptiveLength(LONGEST) if name == "auto" else FixedLength(int(name))
+            machine, wander = Machine(acceptance, wider, draft, seed), np.random.default_rng(seed)
             total, slow, made, rounds, seen = 0.0, 1.0, 0, 0, dict.fromkeys(range(LONGEST + 1), 0)
             while made < tokens:
                 count = policy.length(tokens - made - 1)
@@ -100,20 +102,19 @@ def test_a_cold_start_and_a_noisy_machine_do_not_mislead_for_long() -> None:
                 draft_s, verify_s = 0.01 * draft * count * noise, 0.01 * (1 + wider * count) * noise
                 policy.observe(count, kept, draft_s + verify_s)
                 total, made, rounds = total + draft_s + verify_s, made + kept + 1, rounds + 1
-            times[name] = total
-        worst.append(times.pop("auto") / min(times.values()))
-    assert max(worst) <= 1.05, worst
+            times[name] += total
+        assert times.pop("auto") <= 1.05 * min(times.values())
 
 
-def test_what_is_kept_elsewhere_is_known_from_the_start() -> None:
-    """Steps of other numbers of rows have times of their own, and the same texts: hopeless drafts are not tried again for each number."""
-    kept = KeptShares(LONGEST)
-    Machine(0.0, 0.15, 0.2).seconds(AdaptiveLength(LONGEST, kept), 500)
-    policy, made = AdaptiveLength(LONGEST, kept), []
-    for _ in range(40):
-        made.append(policy.length(LONGEST))
-        policy.observe(made[-1], 0, 0.01 + 0.002 * made[-1])
-    assert sum(made) <= 3
+@pytest.mark.parametrize("draft", [0.05, 0.2, 0.4])
+def test_what_is_kept_elsewhere_is_known_from_the_start(draft: float) -> None:
+    """Steps of other numbers of rows have times of their own, and the same texts: hopeless drafts cost each number little."""
+    tokens, total = 128, 0.0
+    for seed in range(10):
+        kept = KeptShares(LONGEST)
+        Machine(0.0, 0.15, draft, seed).seconds(AdaptiveLength(LONGEST, kept), 500)
+        total += Machine(0.0, 0.15, draft, seed).seconds(AdaptiveLength(LONGEST, kept), tokens)
+    assert total <= 1.03 * 0.01 * tokens * 10
 
 
 def test_time_of_making_a_call_is_no_cost_of_its_length() -> None:
@@ -128,15 +129,49 @@ def test_time_of_making_a_call_is_no_cost_of_its_length() -> None:
     assert total > 400 * 0.8 * (LONGEST + 1)
 
 
-@pytest.mark.parametrize("acceptance", [0.0, 0.6, 0.9])
-@pytest.mark.parametrize(("wider", "draft"), [(0.06, 0.2), (0.3, 0.3)])
-def test_times_that_were_measured_before_make_the_first_answer_a_good_one(acceptance: float, wider: float, draft: float) -> None:
-    tokens, total, fixed = 192, 0.0, np.zeros(LONGEST + 1)
-    for seed in range(30):
-        policy, machine = AdaptiveLength(LONGEST), Machine(acceptance, wider, draft, seed)
-        for count in range(LONGEST + 1):
+# A round of 0, 1, ... drafts of a 4B in int4 on an H200, in plain steps: products of up to three rows are chains, of more they are not.
+BENT = [1.0, 1.16, 1.35, 1.69, 1.86, 2.0, 2.15, 2.3, 2.51]
+
+
+class Text:
+    """A text in which the chance that a draft is kept depends on the place: each place has one coin, whatever the length of the drafts."""
+
+    def __init__(self, chances: list[float], seed: int) -> None:
+        self.kept = (np.random.default_rng(seed).random(len(chances)) < chances).tolist()
+
+    def steps(self, policy: Policy, costs: list[float], noise: np.random.Generator) -> float:
+        """Plain steps' time that the text takes."""
+        total, made = 0.0, 0
+        while made < len(self.kept):
+            count = policy.length(len(self.kept) - made - 1)
+            kept = 0
+            while kept < count and self.kept[made + kept]:
+                kept += 1
+            cost = costs[count] * noise.lognormal(0, 0.02)
+            policy.observe(count, kept, 0.002 * cost)
+            total, made = total + cost, made + kept + 1
+        return total
+
+
+def of_the_best(chances: list[float], costs: list[float], texts: int) -> float:
+    """Time of the automatic length over that of the best fixed one, for answers each of which is the first of a model that was loaded."""
+    automatic, fixed = 0.0, np.zeros(len(costs))
+    for seed in range(texts):
+        text, noise, policy = Text(chances, seed), np.random.default_rng(100 + seed), AdaptiveLength(LONGEST)
+        for count, cost in enumerate(costs):
             for _ in range(5):
-                policy.time_of(count, 0.01 * (1 + (wider + draft) * count) * machine.rng.uniform(0.95, 1.05))
-        fixed += [Machine(acceptance, wider, draft, 100 + seed).seconds(FixedLength(k), tokens) for k in range(LONGEST + 1)]
-        total += machine.seconds(policy, tokens)
-    assert total <= 1.05 * fixed.min()
+                policy.time_of(count, 0.002 * cost * noise.lognormal(0, 0.02))
+        automatic += text.steps(policy, costs, noise)
+        fixed += [text.steps(FixedLength(k), costs, noise) for k in range(len(costs))]
+    return automatic / fixed.min()
+
+
+@pytest.mark.parametrize("costs", [BENT, [1 + 0.26 * k for k in range(LONGEST + 1)], [1 + 0.6 * k for k in range(LONGEST + 1)]])
+@pytest.mark.parametrize("acceptance", [0.0, 0.4, 0.75, 0.95])
+def test_times_that_were_measured_before_make_the_first_answer_a_good_one(acceptance: float, costs: list[float]) -> None:
+    assert of_the_best([acceptance] * 192, costs, texts=30) <= 1.035
+
+
+@pytest.mark.parametrize(("easy", "hard"), [(0.9, 0.5), (0.95, 0.1)])
+def test_the_length_follows_a_text_that_changes(easy: float, hard: float) -> None:
+    assert of_the_best(([easy] * 400 + [hard] * 400) * 4, BENT, texts=6) <= 1.035

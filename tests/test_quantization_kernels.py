@@ -25,7 +25,7 @@ def library() -> str:
 
 @pytest.mark.parametrize("instructions", ["base", "base_tiles", "avx2", "avx512", "amx"])
 def test_every_form_against_numpy(library: str, instructions: str) -> None:
-    """Products, SwiGLU and gathers of 24 formats over 14 numbers of rows; a set that the machine lacks falls back to the next."""
+    """Products, SwiGLU and gathers of 24 formats over 15 numbers of rows; a set that the machine lacks falls back to the next."""
     check_in_instruction_set(quant_ops, library, instructions)
 
 

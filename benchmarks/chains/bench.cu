@@ -1,14 +1,16 @@
 // Chains (plugins/native/chain.h) beside the same ops one by one: the time of a layer, and how far the results are apart. Layers of DeltaNet in the
 // shapes of the releases with random weights, three to a chain, both sides recorded as CUDA graphs. build.sh compiles it.
 //
-//   bench [LAYERS]    so many layers at most, for compute-sanitizer
+//   bench [LAYERS [SIZE [FORMAT [ROWS]]]]    so many layers at most, of 4B, int4, with 1 row alone, ...: for compute-sanitizer
 #include <cuda_fp16.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
+#include <string>
 #include <vector>
 
 #include "chain.h"
@@ -286,12 +288,15 @@ class Case {
 
 int main(int argc, char** argv) {
   const int most = argc > 1 ? std::atoi(argv[1]) : 1000;
+  const auto wanted = [&](int argument, const char* name) { return argc <= argument || std::strcmp(argv[argument], name) == 0; };
   const Size sizes[] = {{"0.8B", 1024, 16, 16, 3584, 18}, {"4B", 2560, 16, 32, 9216, 24}, {"9B", 4096, 16, 32, 12288, 9}};
   for (Size size : sizes) {
     size.layers = std::min(size.layers, most);
     for (const bool int4 : {false, true}) {
+      if (!wanted(2, size.name) || !wanted(3, int4 ? "int4" : "fp16")) continue;
       Case one(size, int4);
       for (int M = 1; M <= kMostRows; M++) {
+        if (!wanted(4, std::to_string(M).c_str())) continue;
         one.run(M, 1, 0), one.run(M, 1, 4);
         if (M > 1) one.run(M, M, 4);
       }

@@ -13,20 +13,23 @@
 
 namespace qwen {
 
-ChainMemory::~ChainMemory() { cudaFree(memory_); }
+ChainMemory::~ChainMemory() {
+  for (void* memory : memory_) cudaFree(memory);
+}
 
-uint8_t* ChainMemory::get(size_t bytes, cudaStream_t stream) {
-  if (bytes <= bytes_) return static_cast<uint8_t*>(memory_);
+uint8_t* ChainMemory::get(int M, size_t bytes, cudaStream_t stream) {
+  void*& memory = memory_[M - 1];
+  if (bytes <= bytes_[M - 1]) return static_cast<uint8_t*>(memory);
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
   if (status != cudaStreamCaptureStatusNone) return nullptr;
   check(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
-  check(cudaFree(memory_), "cudaFree");
-  memory_ = nullptr, bytes_ = 0;
-  check(cudaMalloc(&memory_, bytes), "cudaMalloc");
-  check(cudaMemset(memory_, 0, bytes), "cudaMemset");
-  bytes_ = bytes;
-  return static_cast<uint8_t*>(memory_);
+  check(cudaFree(memory), "cudaFree");
+  memory = nullptr, bytes_[M - 1] = 0;
+  check(cudaMalloc(&memory, bytes), "cudaMalloc");
+  check(cudaMemset(memory, 0xFF, bytes), "cudaMemset");
+  bytes_[M - 1] = bytes;
+  return static_cast<uint8_t*>(memory);
 }
 
 namespace {
@@ -54,7 +57,7 @@ const Device& this_device() {
 constexpr int up(int bytes) { return (bytes + 127) / 128 * 128; }
 
 // With more rows, and in narrow models, separate launches are faster. Measured on an H200 by benchmarks/chains.
-int most_rows(bool int4, int H) { return H < 2048 ? 0 : int4 ? 3 : 2; }
+int most_rows(bool int4, int H) { return H < 2048 ? 0 : int4 ? kMostChainRows : 2; }
 
 template <typename T>
 bool takes(const QuantMatrix& w) {
@@ -78,22 +81,22 @@ class Planner {
     for (size_t i = 0; i < parts_.size(); i++) {
       if (!add_product(parts_[i], i)) return false;
     }
-    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_) && lay_out();
+    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_) && H_ <= kMostNormColumns && lay_out();
   }
 
   // `memory`: counters of blocks, then words.
   void launch(uint8_t* memory, cudaStream_t stream) {
-    p_.calls = reinterpret_cast<uint32_t*>(memory);
+    uint32_t* const words = reinterpret_cast<uint32_t*>(memory + counters());
+    p_.calls = reinterpret_cast<uint32_t*>(memory), p_.words = words, p_.buffer = int(words_);
     for (int i = 0; i < p_.count; i++) {
       Step& step = p_.steps[i];
-      const auto address = [&](int64_t at) { return memory + up(int(sizeof(uint32_t)) * device_.blocks) + at; };
-      if (out_at_[i] >= 0) step.out = reinterpret_cast<uint2*>(address(out_at_[i]));
-      if (x_at_[i] >= 0) step.x = address(x_at_[i]);
+      if (out_at_[i] >= 0) step.out = words + out_at_[i];
+      if (x_at_[i] >= 0) step.x = words + x_at_[i];
     }
     log_rows_ == 0 ? start<0>(stream) : log_rows_ == 1 ? start<1>(stream) : start<2>(stream);
   }
 
-  size_t memory_bytes() const { return up(int(sizeof(uint32_t)) * device_.blocks) + words_; }
+  size_t memory_bytes() const { return counters() + 2 * words_ * sizeof(uint32_t); }
 
  private:
   struct Result {
@@ -103,6 +106,9 @@ class Planner {
     int columns = 0;
   };
 
+  int counters() const { return up(int(sizeof(uint32_t)) * device_.blocks); }  // bytes
+  // Beside the kernel's own variables.
+  int most_dynamic() const { return device_.shared - int(sizeof(Step) + sizeof(OwnShare)) * kMostChainSteps - 256; }
   bool full() const { return p_.count == kMostChainSteps; }
 
   Step& next(int64_t x_at, int64_t out_at) {
@@ -111,9 +117,9 @@ class Planner {
     return step = Step{};
   }
 
-  int64_t take(int64_t bytes) {
+  int64_t take(int64_t words) {
     const int64_t at = words_;
-    words_ += (bytes + 127) / 128 * 128;
+    words_ += (words + 31) / 32 * 32;
     return at;
   }
 
@@ -181,11 +187,11 @@ class Planner {
       if (part.residual_from < 0 && kept_ == kEntered && part.residual != entered_) return false;
       residual_ = int(index), result.divided = true;
       step.spread = {0, panels >= blocks ? blocks : panels * (blocks / panels), panels, units, 0};
-      result.at = take(int64_t(std::max(2, blocks / panels)) * kMostChainRows * part.N * 8);
+      result.at = take(int64_t(std::max(2, blocks / panels)) * M_ * part.N);
     } else {
       if (tails >= blocks / 2) return false;
       step.spread = {0, blocks - tails, panels, units, swiglu ? 2 : 1};
-      result.at = take(int64_t(kMostChainRows) * step.columns * 4);
+      result.at = take(int64_t(M_) * step.columns / 2);
       step.y = part.leaves ? part.y : nullptr;
     }
     if (int64_t(panels) * units * (blocks + 1) > INT32_MAX) return false;
@@ -211,14 +217,11 @@ class Planner {
 
   bool lay_out() {
     int K = 0, parts = 0;
-    const T* norm = nullptr;
-    for (int i = p_.count - 1; i >= 0; i--) {
-      Step& step = p_.steps[i];
-      if (step.norm != nullptr) step.next_norm = norm, norm = step.norm;
-    }
     for (int i = 0; i < p_.count; i++) {
       Step& step = p_.steps[i];
+      if (std::find(x_at_, x_at_ + p_.count, out_at_[i]) == x_at_ + p_.count) out_at_[i] = -1;  // nobody waits for it
       K = std::max(K, step.K);
+      if (step.norm != nullptr) step.norm_at = p_.norms, p_.norms += step.K;
       if (step.arrival == Arrival::kParts && step.tail == nullptr) {
         step.parts_at = parts, parts += step.K / kPanelRows;
         if (H_ == 0) H_ = step.K;
@@ -226,19 +229,19 @@ class Planner {
       }
     }
     const int per_warp = ((1 << log_together(log_rows_)) * kPanelRows << log_rows_) + 4;
-    const int reserved = int(sizeof(Step) + sizeof(OwnShare)) * kMostChainSteps + 256, most = device_.shared - reserved;
+    const int most = most_dynamic();
     int at = 0;
     const auto place = [&](int& where, int bytes) { where = at, at += up(bytes); };
-    place(p_.bars_at, (2 * kMostChainStages + 2) * 8);
+    place(p_.bars_at, (2 * kMostChainStages + 1) * 8);
     place(p_.sums_at, 2 * kChainWarps * per_warp * int(sizeof(float)));
     place(p_.rows_at, K * int(sizeof(T)) << log_rows_);
     place(p_.zeros_at, Panels::zero_bytes(K, log_rows_));
     place(p_.residual_at, M_ * H_ * int(sizeof(T)));
-    place(p_.squares_at, M_ * (H_ / 64) * int(sizeof(float)));
-    place(p_.norms_at, 2 * H_ * int(sizeof(T)));
+    place(p_.squares_at, M_ * ((H_ + kGroupColumns - 1) / kGroupColumns) * int(sizeof(float)));
+    place(p_.norms_at, p_.norms * int(sizeof(T)));
     place(p_.parts_at, parts);
     p_.stages = std::min(kMostChainStages, (most - at) / Panels::kStage);
-    if (most < at || p_.stages < 3) return false;
+    if (most < at || p_.stages < kInFlight) return false;
     const int ring = p_.stages * Panels::kStage;
     for (int* where : {&p_.bars_at, &p_.sums_at, &p_.rows_at, &p_.zeros_at, &p_.residual_at, &p_.squares_at, &p_.norms_at, &p_.parts_at})
       *where += ring;
@@ -251,8 +254,7 @@ class Planner {
     constexpr auto kernel = chain_kernel<Panels, LOG_ROWS>;
     static DeviceFlags allowed;
     allowed.once([&] {
-      const int most = device_.shared - int(sizeof(Step) + sizeof(OwnShare)) * kMostChainSteps - 256;
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_dynamic()), "cudaFuncSetAttribute");
     });
     cudaLaunchAttribute attributes[2]{};
     attributes[0].id = cudaLaunchAttributeCooperative, attributes[0].val.cooperative = 1;
@@ -332,7 +334,7 @@ bool run(const std::vector<ChainPart<T>>& parts, int M, const Device& device, Ch
     i = end;
   }
   if (bytes == 0) return false;
-  uint8_t* words = memory.get(bytes, stream);
+  uint8_t* words = memory.get(M, bytes, stream);
   if (words == nullptr) return false;
   for (auto& launch : launches) {
     if (launch.planner) {

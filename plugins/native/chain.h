@@ -34,7 +34,9 @@ struct ChainPart {
   int *arrivals = nullptr, arrivals_size = 0;  // as of delta_net
 };
 
-// What a chain keeps between calls, on the device of its first call.
+constexpr int kMostChainRows = 4;
+
+// What a chain keeps between calls, on the device of its first call. Plans for different numbers of rows lie differently: each number has its own.
 class ChainMemory {
  public:
   ChainMemory() = default;
@@ -42,12 +44,12 @@ class ChainMemory {
   ChainMemory(const ChainMemory&) = delete;
   ChainMemory& operator=(const ChainMemory&) = delete;
 
-  // At least `bytes`, which are zeros at first. Null while `stream` is recorded and there is no memory yet.
-  uint8_t* get(size_t bytes, cudaStream_t stream);
+  // At least `bytes` for M rows, all bits set at first. Null while `stream` is recorded and there is no memory yet.
+  uint8_t* get(int M, size_t bytes, cudaStream_t stream);
 
  private:
-  void* memory_ = nullptr;
-  size_t bytes_ = 0;
+  void* memory_[kMostChainRows]{};
+  size_t bytes_[kMostChainRows]{};
 };
 
 // All parts for M rows, in a launch for each run of products. False: the device, the formats or the sizes are not for it, or it would be slower;

@@ -10,114 +10,112 @@ struct ChainRows {
   uint8_t* staged;    // chunks of 8 activations (chunk_at)
   float* zeros;       // of the panels' format
   T* residual;        // [M,K], kept from step to step
-  float* squares;     // [M, K / 64]
-  T* norms;           // [2,K]: the weights of this norm and of the next one
+  float* squares;     // of 256 columns, [M,groups]
+  const T* norms;     // the weights of all norms
   const uint8_t* parts;
-  uint32_t norm_barriers;  // two
+  uint32_t norm_barrier;
   int M;
 };
 
 __device__ inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kChainThreads) : "memory"); }  // the warps that multiply
 
-// Two columns in each lane: the parts in their order, then the residual.
+constexpr int kLaneColumns = 8, kGroupColumns = 32 * kLaneColumns;  // a warp takes a group of columns of a row at a time
+constexpr int kMostNormColumns = 32 * kGroupColumns;  // a warp adds up the squares of a row's groups
+
+// get(m, group, column, there) for all groups of columns. In the last one lanes may have no columns: `there` is false.
+template <typename Get>
+__device__ inline void each_group(int M, int K, const Get& get) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = (K + kGroupColumns - 1) / kGroupColumns;
+#pragma unroll 1
+  for (int m = 0; m < M; m++) {
+#pragma unroll 1
+    for (int group = (warp - m * groups) & (kChainWarps - 1); group < groups; group += kChainWarps) {
+      const int column = group * kGroupColumns + lane * kLaneColumns;
+      get(m, group, column, column < K);
+    }
+  }
+}
+
+// The parts in their order, then the residual.
 template <typename Panels, typename T = typename Panels::Element>
-__device__ inline void await_parts(const ChainStep<Panels>& step, const ChainRows<T>& rows, uint32_t call) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, K = step.K, groups = K / 64;
-  const int64_t part = int64_t(rows.M) * K;
+__device__ inline void await_parts(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
+  const int K = step.K, groups = (K + kGroupColumns - 1) / kGroupColumns, part = rows.M * K;
+  each_group(rows.M, K, [&](int m, int group, int column, bool there) {
+    const int parts = there ? rows.parts[step.parts_at + column / kPanelRows] : 0;
+    const uint32_t* at = static_cast<const uint32_t*>(step.x) + buffer + m * K + column;
+    T* kept = rows.residual + m * K + column;
+    float sum[kLaneColumns]{}, square = 0.0f;
+    Pack8<T> value;
+    value.bits = make_uint4(0, 0, 0, 0);
+    if (there) value.bits = *reinterpret_cast<const uint4*>(step.residual != nullptr ? step.residual + int64_t(m) * K + column : kept);
 #pragma unroll 1
-  for (int m = 0; m < rows.M; m++) {
-#pragma unroll 1
-    for (int group = (warp - m * groups) & (kChainWarps - 1); group < groups; group += kChainWarps) {
-      const int column = group * 64 + lane * 2, parts = rows.parts[step.parts_at + column / kPanelRows];
-      const uint2* at = static_cast<const uint2*>(step.x) + int64_t(m) * K + column;
-      uint4 words[kMostParts];
-#pragma unroll
-      for (int i = 0; i < kMostParts; i++) {
-        if (i < parts) words[i] = load_words(at + i * part);
-      }
-      T* kept = rows.residual + m * K + column;
-      Pack2<T> value;
-      value.bits = *reinterpret_cast<const uint32_t*>(step.residual != nullptr ? step.residual + int64_t(m) * K + column : kept);
-      float first = 0.0f, second = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kMostParts; i++) {
-        if (i >= parts) continue;
-        await_words(words[i], at + i * part, call);
-        first += __uint_as_float(words[i].x), second += __uint_as_float(words[i].z);
-      }
-      value.item[0] = from_float<T>(first + to_float(value.item[0])), value.item[1] = from_float<T>(second + to_float(value.item[1]));
-      *reinterpret_cast<uint32_t*>(kept) = value.bits;
-      if (step.residual_out != nullptr && group % gridDim.x == blockIdx.x)
-        *reinterpret_cast<uint32_t*>(step.residual_out + int64_t(m) * K + column) = value.bits;
-      const float x = to_float(value.item[0]), y = to_float(value.item[1]), square = warp_sum(x * x + y * y);
-      if (lane == 0) rows.squares[m * groups + group] = square;
+    for (int first = 0; first < parts; first += 2, at += 2 * part) {  // two at a time
+      const int second = first + 1 < parts ? part : 0;
+      uint4 words[4];
+      do {
+        words[0] = load_words(at), words[1] = load_words(at + 4);
+        words[2] = load_words(at + second), words[3] = load_words(at + second + 4);
+      } while (!(come(words[0]) && come(words[1]) && come(words[2]) && come(words[3])));
+      const auto add = [&](const uint4& low, const uint4& high) {
+        sum[0] += __uint_as_float(low.x), sum[1] += __uint_as_float(low.y), sum[2] += __uint_as_float(low.z), sum[3] += __uint_as_float(low.w);
+        sum[4] += __uint_as_float(high.x), sum[5] += __uint_as_float(high.y), sum[6] += __uint_as_float(high.z), sum[7] += __uint_as_float(high.w);
+      };
+      add(words[0], words[1]);
+      if (second) add(words[2], words[3]);
     }
-  }
+#pragma unroll
+    for (int i = 0; i < kLaneColumns; i++) {
+      value.item[i] = from_float<T>(sum[i] + to_float(value.item[i]));
+      square += to_float(value.item[i]) * to_float(value.item[i]);
+    }
+    square = warp_sum(square);
+    if (threadIdx.x % 32 == 0) rows.squares[m * groups + group] = square;
+    if (!there) return;
+    *reinterpret_cast<uint4*>(kept) = value.bits;
+    if (step.residual_out != nullptr && group % gridDim.x == blockIdx.x)
+      *reinterpret_cast<uint4*>(step.residual_out + int64_t(m) * K + column) = value.bits;
+  });
 }
 
-// Four columns in each lane, from `get`(m, column).
-template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element, typename Get>
-__device__ inline void stage_columns(int K, const ChainRows<T>& rows, const Get& get) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = K / 128;
-#pragma unroll 1
-  for (int m = 0; m < rows.M; m++) {
-#pragma unroll 1
-    for (int group = (warp - m * groups) & (kChainWarps - 1); group < groups; group += kChainWarps) {
-      const int column = group * 128 + lane * 4;
-      Panels::template put<LOG_ROWS>(rows.staged, rows.zeros, m, column, get(m, column));
-    }
-  }
-}
-
-// `norms`: how many norms there were before. The squares of a row are summed in an order that depends on K only.
+// The squares of a row are summed in an order that depends on K only.
 template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element>
-__device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& rows, uint32_t call, int& norms) {
+__device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
   const int K = step.K;
-  if (step.arrival == Arrival::kMemory) {
-    stage_columns<Panels, LOG_ROWS>(K, rows, [&](int m, int column) {
-      Pack4<T> value;
-      value.bits = *reinterpret_cast<const uint2*>(static_cast<const T*>(step.x) + int64_t(m) * step.x_stride + column);
-      return value;
-    });
-  } else if (step.arrival == Arrival::kWords) {
-    stage_columns<Panels, LOG_ROWS>(K, rows, [&](int m, int column) {
-      const uint2* at = static_cast<const uint2*>(step.x) + (int64_t(m) * step.x_stride + column) / 2;
-      uint4 words = load_words(at);
-      await_words(words, at, call);
-      Pack4<T> value;
-      value.bits = make_uint2(words.x, words.z);
-      return value;
-    });
-  } else {
-    await_parts(step, rows, call);
+  if (step.arrival == Arrival::kParts) {
+    await_parts(step, rows, buffer);
+    meet();
+    if (step.norm == nullptr) return;  // the step only writes the sum
   }
-  meet();
-  if (step.norm == nullptr) return;
-  const int buffer = norms & 1, squares = K / 64, lane = threadIdx.x % 32;
-  if (step.next_norm != nullptr && threadIdx.x == 0) {
-    const uint32_t barrier = rows.norm_barriers + (buffer ^ 1) * 8;
-    barrier_expect(barrier, K * int(sizeof(T)));
-    copy_bulk(shared_of(rows.norms + (buffer ^ 1) * K), step.next_norm, K * int(sizeof(T)), barrier);
-  }
+  const int groups = (K + kGroupColumns - 1) / kGroupColumns, lane = threadIdx.x % 32;
   float scale[kMostChainRows];
+  if (step.arrival == Arrival::kParts) {
 #pragma unroll
-  for (int m = 0; m < 1 << LOG_ROWS; m++) {
-    float square = 0.0f;
-    for (int i = lane; i < squares && m < rows.M; i += 32) square += rows.squares[m * squares + i];
-    scale[m] = rsqrtf(warp_sum(square) / K + step.eps);
+    for (int m = 0; m < 1 << LOG_ROWS; m++)
+      scale[m] = rsqrtf(warp_sum(lane < groups && m < rows.M ? rows.squares[m * groups + lane] : 0.0f) / K + step.eps);
+    barrier_wait(rows.norm_barrier, 0);
   }
-  barrier_wait(rows.norm_barriers + buffer * 8, norms >> 1 & 1);
-  norms++;
-  stage_columns<Panels, LOG_ROWS>(K, rows, [&](int m, int column) {
-    Pack4<T> value, weight;
-    value.bits = *reinterpret_cast<const uint2*>(rows.residual + m * K + column);
-    weight.bits = *reinterpret_cast<const uint2*>(rows.norms + buffer * K + column);
-    float own = scale[0];
+  each_group(rows.M, K, [&](int m, int, int column, bool there) {
+    Pack8<T> value;
+    value.bits = make_uint4(0, 0, 0, 0);
+    if (!there) {
+    } else if (step.arrival == Arrival::kMemory) {
+      value.bits = *reinterpret_cast<const uint4*>(static_cast<const T*>(step.x) + int64_t(m) * step.x_stride + column);
+    } else if (step.arrival == Arrival::kWords) {
+      const uint32_t* at = static_cast<const uint32_t*>(step.x) + buffer + (int64_t(m) * step.x_stride + column) / 2;
+      do {
+        value.bits = load_words(at);
+      } while (!come(value.bits));
+    } else {
+      Pack8<T> weight;
+      value.bits = *reinterpret_cast<const uint4*>(rows.residual + m * K + column);
+      weight.bits = *reinterpret_cast<const uint4*>(rows.norms + step.norm_at + column);
+      float own = scale[0];
 #pragma unroll
-    for (int i = 1; i < 1 << LOG_ROWS; i++) own = m == i ? scale[i] : own;
+      for (int i = 1; i < 1 << LOG_ROWS; i++) own = m == i ? scale[i] : own;
 #pragma unroll
-    for (int i = 0; i < 4; i++) value.item[i] = from_float<T>(to_float(value.item[i]) * own * to_float(weight.item[i]));
-    return value;
+      for (int i = 0; i < kLaneColumns; i++) value.item[i] = from_float<T>(to_float(value.item[i]) * own * to_float(weight.item[i]));
+    }
+    Panels::template put<LOG_ROWS>(rows.staged, rows.zeros, m, column, value, there);
   });
   meet();
 }

@@ -19,12 +19,39 @@ struct OwnShare {
   int begin, end, first_panel, last_panel, slot;
 };
 
+__device__ inline OwnShare own_share(const Spread& spread, int block) {
+  OwnShare own{};
+  const int share = block - spread.first_block;
+  if (share < 0 || share >= spread.blocks) return own;
+  own.begin = spread.begin(share), own.end = spread.begin(share + 1);
+  own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
+  own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
+  return own;
+}
+// The warp that fetches makes them and goes on, the others wait, for each other as well.
+template <bool WAIT>
+__device__ inline void shares_made() {
+  if constexpr (WAIT)
+    asm volatile("bar.sync 2, %0;" ::"n"(kChainThreads + 32) : "memory");
+  else
+    asm volatile("bar.arrive 2, %0;" ::"n"(kChainThreads + 32) : "memory");
+}
+
+template <typename Panels>
+__device__ inline void fetch_norms(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, uint8_t* into, uint32_t barrier) {
+  using T = typename Panels::Element;
+  barrier_expect(barrier, program.norms * int(sizeof(T)));
+  for (int s = 0; s < program.count; s++) {
+    if (steps[s].norm != nullptr) copy_bulk(shared_of(reinterpret_cast<T*>(into) + steps[s].norm_at), steps[s].norm, steps[s].K * int(sizeof(T)), barrier);
+  }
+}
+
 // The warp that fetches.
 template <typename Panels>
 __device__ inline void fetch_chain(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, const OwnShare* shares, uint32_t ring, uint32_t full,
                                    uint32_t empty) {
   const int stages = program.stages;
-  int slot = 0, parity = 1;
+  int slot = 0, parity = 1, landing = 0, landing_parity = 0, ahead = 0;
 #pragma unroll 1
   for (int s = 0; s < program.count; s++) {
     const ChainStep<Panels>& step = steps[s];
@@ -41,6 +68,9 @@ __device__ inline void fetch_chain(const ChainProgram<Panels>& program, const Ch
       unit += kChainWarps;
       while (unit >= units) unit -= units, panel++;
       if (++slot == stages) slot = 0, parity ^= 1;
+      if (++ahead < kInFlight) continue;
+      barrier_wait(full + landing * 8, landing_parity);
+      if (++landing == stages) landing = 0, landing_parity ^= 1;
     }
   }
 }
@@ -68,7 +98,7 @@ struct ChainRing {
 // an order that does not depend on M.
 template <typename Panels, int LOG_ROWS>
 __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnShare& own, int M, int group, int count, const float* sums, int per_warp,
-                                     uint32_t call) {
+                                     int buffer) {
   using T = typename Panels::Element;
   constexpr int kRows = 1 << LOG_ROWS, kLogThreads = 9 - 3 - log_together(LOG_ROWS) - LOG_ROWS, kOwn = kChainWarps >> kLogThreads;
   static_assert(1 << 9 == kChainThreads && kOwn >= 2 && kOwn <= 8);
@@ -100,23 +130,26 @@ __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnSha
   if (step.spread.whole) {
     Pack2<T> both;
     both.item[0] = from_float<T>(value.x), both.item[1] = from_float<T>(value.y);
-    store_word(step.out + at / 2, both.bits, call);
+    if (step.out != nullptr) store_word(step.out + buffer + at / 2, both.bits);
     if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both.bits;
   } else {
     const int slot = panel == own.first_panel ? own.slot : 0;  // all later panels begin in this share
-    store_words(step.out + int64_t(slot) * M * step.columns + at, __float_as_uint(value.x), __float_as_uint(value.y), call);
+    store_words(step.out + buffer + int64_t(slot) * M * step.columns + at, __float_as_uint(value.x), __float_as_uint(value.y));
   }
 }
 
 template <typename Panels, int LOG_ROWS>
 __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnShare& own, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
-                                     float* all_sums, int& half, uint32_t call) {
+                                     float* all_sums, int& half, int buffer) {
   constexpr int kRows = 1 << LOG_ROWS, kTogether = 1 << log_together(LOG_ROWS);
   constexpr int kPerWarp = kTogether * kPanelRows * kRows + 4;  // floats; four more, so that warps begin in different banks
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, units = step.spread.units;
   const bool is_tail = step.tail != nullptr;
-  int index = own.begin + warp, unit = index - own.first_panel * units;
-  while (unit >= units) unit -= units;
+  uint4 x[Panels::kChunks];
+#pragma unroll
+  for (auto& chunk : x) chunk = make_uint4(0, 0, 0, 0);
+  const int ahead = kChainWarps % units;  // in the row of units, from a warp's unit to its next one
+  int index = own.begin + warp, unit = (index - own.first_panel * units) % units;
 #pragma unroll 1
   for (int group = own.first_panel; group < own.last_panel; group += kTogether) {
     float* const sums = all_sums + half * kChainWarps * kPerWarp;
@@ -128,10 +161,10 @@ __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnSha
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
       for (; index < panel_end; index += kChainWarps) {
-        Panels::template multiply<LOG_ROWS>(ring.await<Panels::kStage>(), unit, rows.staged, rows.zeros, is_tail, sum);
+        Panels::template multiply<LOG_ROWS>(ring.await<Panels::kStage>(), unit, rows.staged, rows.zeros, is_tail, x, sum);
         ring.release();
-        unit += kChainWarps;
-        while (unit >= units) unit -= units;
+        unit += ahead;
+        if (unit >= units) unit -= units;
       }
       float* to = sums + warp * kPerWarp + p * kPanelRows * kRows + 2 * g;
 #pragma unroll
@@ -141,7 +174,7 @@ __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnSha
     }
     if (group + kTogether >= own.last_panel && index - warp < own.end) ring.release();  // the last stage has no unit for this warp
     meet();
-    finish_panels<Panels, LOG_ROWS>(step, own, rows.M, group, count, sums, kPerWarp, call);
+    finish_panels<Panels, LOG_ROWS>(step, own, rows.M, group, count, sums, kPerWarp, buffer);
     half ^= 1;  // whoever writes these sums again has met the readers of now once more
   }
 }
@@ -163,57 +196,46 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
     asm volatile("ld.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(reinterpret_cast<const uint2*>(program.steps) + i));
     reinterpret_cast<uint2*>(step_bytes)[i] = v;
   }
-  const uint32_t full = shared_of(shared + program.bars_at), empty = full + kMostChainStages * 8, norm_barriers = empty + kMostChainStages * 8;
+  const uint32_t full = shared_of(shared + program.bars_at), empty = full + kMostChainStages * 8, norm_barrier = empty + kMostChainStages * 8;
   if (int(threadIdx.x) < program.stages) barrier_init(full + threadIdx.x * 8, 1), barrier_init(empty + threadIdx.x * 8, kChainWarps);
-  if (threadIdx.x < 2) barrier_init(norm_barriers + threadIdx.x * 8, 1);
+  if (threadIdx.x == 0) barrier_init(norm_barrier, 1);
   publish_barriers();
-  // Weights of norms would wait behind all the weights that will be on their way: they go first, into the second-level cache.
-  if (threadIdx.x == 0 && block < count && program.steps[block].norm != nullptr)
-    prefetch_bulk(program.steps[block].norm, program.steps[block].K * int(sizeof(T)));
   __syncthreads();
-  if (int(threadIdx.x) < count) {
-    const Spread& spread = steps[threadIdx.x].spread;
-    const int share = block - spread.first_block;
-    OwnShare own{};
-    if (share >= 0 && share < spread.blocks) {
-      own.begin = spread.begin(share), own.end = spread.begin(share + 1);
-      own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
-      own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
-    }
-    shares[threadIdx.x] = own;
+  if (warp == kChainWarps) {
+    // Weights of norms first: they would wait behind all the weights that will be on their way.
+    if (threadIdx.x % 32 == 0) fetch_norms(program, steps, shared + program.norms_at, norm_barrier);
+    if (const int s = threadIdx.x % 32; s < count) shares[s] = own_share(steps[s].spread, block);
+    __syncwarp();
+    shares_made<false>();
+    return fetch_chain(program, steps, shares, shared_of(shared), full, empty);
   }
+  const uint32_t call = program.calls[block] + 1;
+  const int buffer = call % 2 * program.buffer;  // where the words of this call are
+  for (int i = block * kChainThreads + threadIdx.x; i < program.buffer / 4; i += gridDim.x * kChainThreads)
+    reinterpret_cast<uint4*>(program.words + (program.buffer - buffer))[i] = make_uint4(kNotYet, kNotYet, kNotYet, kNotYet);
   uint8_t* const parts = shared + program.parts_at;
   for (int s = 0; s < count; s++) {
     if (steps[s].arrival != Arrival::kParts) continue;
     const Spread& producer = steps[s].producer;
-    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += blockDim.x)
+    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += kChainThreads)
       parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
   }
-  __syncthreads();
-  if (warp == kChainWarps) return fetch_chain(program, steps, shares, shared_of(shared), full, empty);
+  shares_made<true>();
 
-  wait_for_previous();  // weights do not depend on it
-  const uint32_t call = program.calls[block] + 1;
+  wait_for_previous();  // neither weights depend on it nor words and their counters, which earlier calls of this chain have left
+  let_next_start();
   const ChainRows<T> rows{shared + program.rows_at, reinterpret_cast<float*>(shared + program.zeros_at), reinterpret_cast<T*>(shared + program.residual_at),
-                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), parts, norm_barriers,
+                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), parts, norm_barrier,
                           program.M};
-  if (threadIdx.x == 0) {
-    int first = 0;
-    while (first < count && steps[first].norm == nullptr) first++;
-    if (first < count) {
-      barrier_expect(norm_barriers, steps[first].K * int(sizeof(T)));
-      copy_bulk(shared_of(rows.norms), steps[first].norm, steps[first].K * int(sizeof(T)), norm_barriers);
-    }
-  }
   ChainRing ring{shared, full, empty, program.stages};
-  int norms = 0, half = 0;
+  int half = 0;
 #pragma unroll 1
   for (int s = 0; s < count; s++) {
     const Step& step = steps[s];
-    if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, call, norms);
+    if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
     const OwnShare own = shares[s];
     if (own.begin < own.end)
-      multiply_step<Panels, LOG_ROWS>(step, own, rows, ring, reinterpret_cast<float*>(shared + program.sums_at), half, call);
+      multiply_step<Panels, LOG_ROWS>(step, own, rows, ring, reinterpret_cast<float*>(shared + program.sums_at), half, buffer);
   }
   if (threadIdx.x == 0) program.calls[block] = call;
 #endif

@@ -21,13 +21,13 @@ __device__ inline int chunk_at(int m, int chunk) {
   return ((chunk << LOG_ROWS) + (m ^ (chunk & ((1 << LOG_ROWS) - 1)))) * int(sizeof(uint4));
 }
 
-// The chunk of this lane's row (g) for a product; lanes without a row make columns that nobody reads, and load nothing.
+// The chunk of this lane's row (g) for a product. Lanes without a row make columns that nobody reads: they load nothing, and keep what they have.
 template <int LOG_ROWS>
-__device__ inline uint4 load_chunk(const uint8_t* staged, int chunk) {
+__device__ inline void load_chunk(const uint8_t* staged, int chunk, uint4& x) {
   const int g = threadIdx.x % 32 / 4;
-  uint4 x = make_uint4(0, 0, 0, 0);  // zeros: whatever else would do, too
-  if (g < 1 << LOG_ROWS) x = *reinterpret_cast<const uint4*>(staged + chunk_at<LOG_ROWS>(g, chunk));
-  return x;
+  asm volatile("{.reg .pred p; setp.lt.s32 p,%5,%6; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%4];}"
+               : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
+               : "r"(shared_of(staged + chunk_at<LOG_ROWS>(g, chunk))), "r"(g), "n"(1 << LOG_ROWS));
 }
 
 // A stage of a matrix in rows: `count` units from `unit` of `panel` on, which may go on in the next panels. Each lane copies a piece of a row.
@@ -53,6 +53,7 @@ struct ChainPlain {
   using Element = T;
   static constexpr int kUnitK = 64, kUnitBytes = kUnitK * int(sizeof(T)), kRow = kChainWarps * kUnitBytes + kPitch, kStage = kPanelRows * kRow;
   using Matrix = PlainMatrix<T, kUnitK>;
+  static constexpr int kChunks = kUnitK / kStep;  // of activations that a lane has of a unit
 
   struct Source {
     const uint8_t* at;
@@ -65,24 +66,24 @@ struct ChainPlain {
     }
   };
 
-  // Four columns of the activations.
+  // A chunk of the activations.
   template <int LOG_ROWS>
-  __device__ static void put(uint8_t* staged, float*, int m, int column, Pack4<T> value) {
-    *reinterpret_cast<uint2*>(staged + chunk_at<LOG_ROWS>(m, column / kChunk) + column / 4 % 2 * 8) = value.bits;
+  __device__ static void put(uint8_t* staged, float*, int m, int column, Pack8<T> value, bool there) {
+    if (there) *reinterpret_cast<uint4*>(staged + chunk_at<LOG_ROWS>(m, column / kChunk)) = value.bits;
   }
   static int zero_bytes(int, int) { return 0; }
 
   template <int LOG_ROWS>
-  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float*, bool, float (&sum)[4]) {
+  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float*, bool, uint4 (&x)[kChunks], float (&sum)[4]) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint8_t* at = stage + 2 * g * kRow + warp * kUnitBytes + t * 16;
 #pragma unroll
     for (int step = 0; step < kUnitK / kStep; step++) {
-      const uint4 x = load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t);
+      load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t, x[step]);
       const uint4 a = *reinterpret_cast<const uint4*>(at + step * 64);
       const uint4 d = *reinterpret_cast<const uint4*>(at + kRow + step * 64);
-      qwen::multiply<T>(sum, a.x, d.x, a.y, d.y, x.x, x.y);
-      qwen::multiply<T>(sum, a.z, d.z, a.w, d.w, x.z, x.w);
+      qwen::multiply<T>(sum, a.x, d.x, a.y, d.y, x[step].x, x[step].y);
+      qwen::multiply<T>(sum, a.z, d.z, a.w, d.w, x[step].z, x[step].w);
     }
   }
 };
@@ -95,6 +96,7 @@ struct ChainInt4 {
   using Matrix = QuantMatrix;
   static constexpr int kBlock = 32, kUnitK = kGroupBlocks * kBlock, kScales = kGroupBlocks * kPanelRows * 2;
   static constexpr int kUnitBytes = kScales + kUnitK * kPanelRows / 2, kStage = kChainWarps * kUnitBytes;
+  static constexpr int kChunks = kGroupBlocks;  // of activations that a lane has of a unit
   static constexpr int kTailK = 32, kTailRow = kChainWarps * kTailK * 2 + kPitch;
   static_assert(kTailRow * kPanelRows <= kStage);
   static constexpr bool kHalf = std::is_same<T, __half>::value;
@@ -124,42 +126,50 @@ struct ChainInt4 {
 
   // Columns of a chunk lie as 0, 2, 4, 6, 1, 3, 5, 7: in the order of the codes in a word. What the bias makes of 32 columns goes to `zeros`.
   template <int LOG_ROWS>
-  __device__ static void put(uint8_t* staged, float* zeros, int m, int column, Pack4<T> value) {
-    uint8_t* at = staged + chunk_at<LOG_ROWS>(m, column / kChunk) + column / 4 % 2 * 4;
-    *reinterpret_cast<uint32_t*>(at) = __byte_perm(value.bits.x, value.bits.y, 0x5410);
-    *reinterpret_cast<uint32_t*>(at + 8) = __byte_perm(value.bits.x, value.bits.y, 0x7632);
-    float sum = (to_float(value.item[0]) + to_float(value.item[1])) + (to_float(value.item[2]) + to_float(value.item[3]));
-    sum *= column / 4 % 2 ? -kHighZero : -kLowZero;
+  __device__ static void put(uint8_t* staged, float* zeros, int m, int column, Pack8<T> value, bool there) {
+    float low = 0.0f, high = 0.0f;
 #pragma unroll
-    for (int step = 1; step < kBlock / 4; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-    if (threadIdx.x % (kBlock / 4) == 0) zeros[(column / kBlock << kLogPairs<LOG_ROWS>) + m] = sum;
+    for (int i = 0; i < kChunk / 2; i++) low += to_float(value.item[i]), high += to_float(value.item[kChunk / 2 + i]);
+    float sum = low * -kLowZero + high * -kHighZero;
+#pragma unroll
+    for (int step = 1; step < kBlock / kChunk; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (!there) return;
+    const uint4 bits = value.bits;
+    *reinterpret_cast<uint4*>(staged + chunk_at<LOG_ROWS>(m, column / kChunk)) =
+        make_uint4(even(bits.x, bits.y), even(bits.z, bits.w), odd(bits.x, bits.y), odd(bits.z, bits.w));
+    if (column % kBlock == 0) {
+      float* at = zeros + column / kBlock * kZeros<LOG_ROWS> + (m / 2 * 4 + m % 2);
+      at[0] = at[2] = sum;
+    }
   }
+  // Of a block, for each pair of rows: both sums, twice, as they lie in a lane of the product.
   template <int LOG_ROWS>
-  static constexpr int kLogPairs = LOG_ROWS ? LOG_ROWS : 1;  // rows of `zeros`: two are read together
-  static int zero_bytes(int K, int log_rows) { return K / kBlock * int(sizeof(float)) << (log_rows ? log_rows : 1); }
+  static constexpr int kZeros = LOG_ROWS ? 2 << LOG_ROWS : 4;
+  static int zero_bytes(int K, int log_rows) { return K / kBlock * int(sizeof(float)) * (log_rows ? 2 << log_rows : 4); }
 
   template <int LOG_ROWS>
-  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float* zeros, bool is_tail, float (&sum)[4]) {
+  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float* zeros, bool is_tail, uint4 (&x)[kChunks],
+                                  float (&sum)[4]) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     if (is_tail) {
       const uint8_t* at = stage + 2 * g * kTailRow + warp * kTailK * 2 + t * 16;
-      const uint4 x = load_chunk<LOG_ROWS>(staged, unit * (kTailK / kChunk) + t);
+      load_chunk<LOG_ROWS>(staged, unit * (kTailK / kChunk) + t, x[0]);
       const uint4 a = *reinterpret_cast<const uint4*>(at), d = *reinterpret_cast<const uint4*>(at + kTailRow);
-      qwen::multiply<T>(sum, even(a.x, a.y), even(d.x, d.y), even(a.z, a.w), even(d.z, d.w), x.x, x.y);
-      qwen::multiply<T>(sum, odd(a.x, a.y), odd(d.x, d.y), odd(a.z, a.w), odd(d.z, d.w), x.z, x.w);
+      qwen::multiply<T>(sum, even(a.x, a.y), even(d.x, d.y), even(a.z, a.w), even(d.z, d.w), x[0].x, x[0].y);
+      qwen::multiply<T>(sum, odd(a.x, a.y), odd(d.x, d.y), odd(a.z, a.w), odd(d.z, d.w), x[0].z, x[0].w);
       return;
     }
     const uint8_t* buffer = stage + warp * kUnitBytes;
 #pragma unroll
     for (int step = 0; step < kGroupBlocks; step++) {
-      const uint4 x = load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t);
-      const float2 zero = *reinterpret_cast<const float2*>(zeros + ((unit * kGroupBlocks + step) << kLogPairs<LOG_ROWS>) + (2 * t & ((1 << kLogPairs<LOG_ROWS>) - 1)));
+      load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t, x[step]);
+      const float4 zero = *reinterpret_cast<const float4*>(zeros + (unit * kGroupBlocks + step) * kZeros<LOG_ROWS> + (LOG_ROWS < 2 ? 0 : t % 2 * 4));
       const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(buffer + step * kPanelRows * 2 + g * 4));
       const uint2 w = *reinterpret_cast<const uint2*>(buffer + kScales + step * 256 + t * 64 + g * 8);
       const uint2 v = make_uint2(w.x >> 8, w.y >> 8);
-      float c[4] = {zero.x, zero.y, zero.x, zero.y};
-      qwen::multiply<T>(c, low(w.x), low(w.y), high(w.x), high(w.y), x.x, x.y);
-      qwen::multiply<T>(c, low(v.x), low(v.y), high(v.x), high(v.y), x.z, x.w);
+      float c[4] = {zero.x, zero.y, zero.z, zero.w};
+      qwen::multiply<T>(c, low(w.x), low(w.y), high(w.x), high(w.y), x[step].x, x[step].y);
+      qwen::multiply<T>(c, low(v.x), low(v.y), high(v.x), high(v.y), x[step].z, x[step].w);
       sum[0] += c[0] * scale.x, sum[1] += c[1] * scale.x;
       sum[2] += c[2] * scale.y, sum[3] += c[3] * scale.y;
     }

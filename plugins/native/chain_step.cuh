@@ -3,21 +3,23 @@
 
 #include <cstdint>
 
+#include "chain.h"
 #include "panel_rows.cuh"
 
 namespace qwen {
 
 constexpr int kChainWarps = 16, kChainThreads = kChainWarps * 32;  // that multiply; one more warp fetches
-constexpr int kMostChainRows = 4, kMostChainStages = 6, kMostChainSteps = 8;
+constexpr int kMostChainStages = 6, kMostChainSteps = 8;
 constexpr int kMostParts = 4;
+constexpr int kInFlight = 2;  // stages on their way at most: small reads of the same block wait behind them
 
 // Panels whose sums meet at once.
 __host__ __device__ constexpr int log_together(int log_rows) { return log_rows <= 1 ? 3 : 2; }
 
 enum class Arrival : int {
   kMemory,  // T [M,stride], complete before the launch
-  kWords,   // two T and the call's number
-  kParts,   // fp32 and the call's number, [parts][M,K]: to be added to the residual
+  kWords,   // words of two T, [M,stride / 2]
+  kParts,   // words of fp32, [parts][M,K]: to be added to the residual
 };
 
 // Which block has which units of a product. The units of all panels lie in a row, and a block takes an interval of them.
@@ -41,12 +43,13 @@ struct ChainStep {
   const void* x;
   const T* residual;           // kParts: [M,K]; null: the one that every block keeps
   T* residual_out;             // kParts: where the sum goes, too, or null
-  const T *norm, *next_norm;   // kParts; next_norm: of the next step that has one
-  uint2* out;                  // words [M,columns] of two columns each, or, of a divided product, parts [parts][M,columns]
+  const T* norm;               // kParts
+  uint32_t* out;               // words of two columns [M,columns / 2], or, of a divided product, parts [parts][M,columns]; null: nobody waits for it
   T* y;                        // [M,columns] or null
   Spread spread, producer;     // producer: of the product whose parts are the input; no blocks: the residual alone is the input
   Arrival arrival;
   int parts_at;                // kParts: of shared memory, how many parts each panel of the input has
+  int norm_at;                 // where the norm is in shared memory, in elements
   int K, x_stride, first_column, columns;
   int up_rows;                 // SwiGlu: rows of w before those of up
   float eps;
@@ -54,9 +57,11 @@ struct ChainStep {
 
 template <typename Panels>
 struct ChainProgram {
-  int count, M, stages;
+  int count, M, stages, norms;  // norms: elements of all their weights
   int bars_at, sums_at, rows_at, zeros_at, residual_at, squares_at, norms_at, parts_at;  // in shared memory
-  uint32_t* calls;  // a number per block: the calls so far
+  uint32_t* calls;  // a number per block: the calls so far, less one
+  uint32_t* words;  // two buffers
+  int buffer;       // words of one
   ChainStep<Panels> steps[kMostChainSteps];
 };
 

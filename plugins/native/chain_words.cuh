@@ -1,5 +1,5 @@
-// How blocks of one launch hand values to each other: words of 8 bytes whose second half is the number of the call. Who reads a word sees whether it
-// has come; there is no barrier, and no second way to the data behind one.
+// How blocks of one launch hand values to each other: words of 4 bytes, a float or two values of 16 bits, which read as kNotYet until they have come.
+// There is no barrier, and no second way to the data behind one. A call reads one of two buffers, and clears the other for the call after it.
 #pragma once
 
 #include "clusters.cuh"
@@ -18,20 +18,17 @@ union Pack4 {
   T item[4];
 };
 
-__device__ inline uint4 load_words(const uint2* at) {
+constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // a NaN, or two, of bits that no arithmetic makes
+
+__device__ inline uint4 load_words(const uint32_t* at) {
   uint4 v;
   asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
   return v;
 }
-__device__ inline void store_words(uint2* at, uint32_t first, uint32_t second, uint32_t call) {
-  asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%2};" ::"l"(at), "r"(first), "r"(call), "r"(second) : "memory");
-}
-__device__ inline void store_word(uint2* at, uint32_t value, uint32_t call) {
-  asm volatile("st.volatile.global.v2.u32 [%0],{%1,%2};" ::"l"(at), "r"(value), "r"(call) : "memory");
-}
-// Two words that were loaded from `at`, when both have come.
-__device__ inline void await_words(uint4& v, const uint2* at, uint32_t call) {
-  while (v.y != call || v.w != call) v = load_words(at);
+__device__ inline bool come(const uint4& v) { return v.x != kNotYet && v.y != kNotYet && v.z != kNotYet && v.w != kNotYet; }
+__device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("st.volatile.global.u32 [%0],%1;" ::"l"(at), "r"(value) : "memory"); }
+__device__ inline void store_words(uint32_t* at, uint32_t first, uint32_t second) {
+  asm volatile("st.volatile.global.v2.u32 [%0],{%1,%2};" ::"l"(at), "r"(first), "r"(second) : "memory");
 }
 // Copies that complete a barrier.
 __device__ inline void barrier_expect(uint32_t barrier, int bytes) {

@@ -25,6 +25,7 @@ from qwen_export.runtimes.decoding.features_memory import features_memory, rows_
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.prompt_pieces import PromptPieces
 from qwen_export.runtimes.decoding.read import Read
+from qwen_export.runtimes.decoding.recurrent_memory import recurrent_memory
 from qwen_export.runtimes.decoding.rotary_tables import RotaryTables
 from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
@@ -58,10 +59,9 @@ class DynamicDecoder(Decoder):
         heads = head_session.spec.states if head_session is not None else ()
         caches = [spec for spec in (*session.spec.states, *heads) if spec.grows]
         self._room = CacheRoom(device, manifest, batch, self.capacity, caches)
+        fixed = recurrent_memory(session, [spec for spec in session.spec.states if not spec.grows and not spec.pending], batch)
         self.states: dict[str, Buffer] = {
-            spec.name: self._room.make(spec, session.device_of(spec.name))
-            if spec.grows
-            else session.device_of(spec.name).buffer(spec.dtype, tuple(d if isinstance(d, int) else batch for d in spec.shape))
+            spec.name: self._room.make(spec, session.device_of(spec.name)) if spec.grows else fixed[spec.name]
             for spec in session.spec.states
             if not spec.pending
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 from array import array
@@ -44,14 +45,15 @@ class HostBuffer(Buffer):
 
     def prefer_huge_pages(self, axis: int, first: int) -> None:
         """From entry `first` of `axis` on. Long caches are read a few per cent faster with huge pages; at the front they would make every
-        short text hold 2 MB per head."""
+        short text hold 2 MB per head. What is read and written as a whole has them from the start (`recurrent_memory.py`)."""
         if self._map is None or self.nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
             return
         run = prod(self.shape[axis:]) * ELEMENTS[self.dtype][0]
         skipped = run * first // self.shape[axis] // _HUGE_PAGE * _HUGE_PAGE
         for start in range(0, self.nbytes, run):
             if skipped < run and start % _HUGE_PAGE == 0:
-                self._map.madvise(mmap.MADV_HUGEPAGE, self._begin + start + skipped, run - skipped)
+                with contextlib.suppress(OSError):  # a kernel without them
+                    self._map.madvise(mmap.MADV_HUGEPAGE, self._begin + start + skipped, run - skipped)
 
     def read(self, offset: int = 0, nbytes: int | None = None) -> Bytes:
         return self._bytes[offset : None if nbytes is None else offset + nbytes].copy()

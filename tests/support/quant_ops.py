@@ -21,7 +21,7 @@ Array = npt.NDArray[Any]
 
 EPSILON = 1e-6
 # Every remainder of a tile, and more than one tile; from 32 on in tile registers, where the set has them, the last one full or not.
-ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 32, 33, 43)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 32, 33, 43)
 SHAPES = ((37, 100), (48, 416))
 FORMATS = tuple(QuantFormat(*given) for given in product((4, 8), (32, 64, 128), (False, True), (False, True)))
 # An activation that lies between two codes may go to either: fp32 here, float64 in the reference.

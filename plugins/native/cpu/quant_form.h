@@ -1,7 +1,8 @@
 // The two kinds of quantized products (quant.h) behind one face, for the ops: a row has the same bits in both.
 //
 //   lanes   panels as they are stored, rows a few at a time; decode steps, drafts, small batches
-//   tiles   a panel is opened once, to signed bytes, and then takes 16 rows at a time; prompts and larger batches, where has_tiles()
+//   tiles   16 rows at a time, where has_tiles(): of a batch with one tile of them panels are read as they are stored; of larger ones and of
+//           prompts a panel is opened once, to signed bytes, and then takes all tiles
 #pragma once
 
 #include <algorithm>
@@ -19,6 +20,7 @@ class QuantForm {
   QuantForm(const QuantFormat& format, int64_t M) : format_(&format), M_(M), tiles_(has_tiles() && M >= kFewestInTiles) {}
 
   bool tiles() const { return tiles_; }
+  bool opens() const { return tiles_ && M_ > kTileSlots; }
   const QuantFormat& format() const { return *format_; }
   int64_t tile_rows() const {
     static const int lanes = QWEN_BEST(quant_tile_rows)();
@@ -36,8 +38,8 @@ class QuantForm {
   }
 
  private:
-  // Fewer do not pay for opening the matrix: at 16 rows both kinds take the same time, at 96 tiles 0.6 of it.
-  static constexpr int64_t kFewestInTiles = 32;
+  // A tile takes as long for 9 rows as for 16, which is as long as lanes for 9 or 10, depending on the format.
+  static constexpr int64_t kFewestInTiles = 10;
   const QuantFormat* format_;
   int64_t M_;
   bool tiles_;
@@ -48,7 +50,7 @@ class Panels {
  public:
   // Bytes of a panel as the form reads it.
   static size_t bytes(const QuantForm& form) {
-    return form.tiles() ? (quant_open_bytes(form.format()) + 63) / 64 * 64 : form.format().panel_bytes();
+    return form.opens() ? (quant_open_bytes(form.format()) + 63) / 64 * 64 : form.format().panel_bytes();
   }
 
   // Room for `count` panels.
@@ -56,7 +58,7 @@ class Panels {
     if (!form.tiles()) return;
     static const auto begin = QWEN_TILES(quant_tiles_begin);
     static thread_local ThreadMemory memory;
-    opened_ = reinterpret_cast<uint8_t*>(memory.at_least(size_t(count) * bytes(form)));
+    if (form.opens()) opened_ = reinterpret_cast<uint8_t*>(memory.at_least(size_t(count) * bytes(form)));
     begin(form.format());
   }
   ~Panels() {
@@ -69,12 +71,12 @@ class Panels {
   // Before products with the stored panel, which goes into place `place`.
   void open(const uint8_t* stored, int64_t place) const {
     static const auto open = QWEN_TILES(quant_open_panel);
-    if (form_.tiles()) open(form_.format(), stored, opened_ + size_t(place) * bytes(form_));
+    if (form_.opens()) open(form_.format(), stored, opened_ + size_t(place) * bytes(form_));
   }
 
   // What the product with tile `t` of so many fetches of the panel that is opened after them; null: nothing.
   Ahead ahead(const uint8_t* next, int64_t t, int64_t tiles) const {
-    if (next == nullptr || !form_.tiles()) return {};
+    if (next == nullptr || !form_.opens()) return {};
     const int64_t products = tiles * form_.format().blocks(), lines = (int64_t(form_.format().panel_bytes()) / 64 + products - 1) / products;
     return {next + t * form_.format().blocks() * lines * 64, int(lines)};
   }
@@ -82,8 +84,11 @@ class Panels {
   // out [16, 16], of which tile.rows rows count.
   void product(const uint8_t* stored, int64_t place, const QuantTile& tile, float* out, const Ahead& ahead = {}) const {
     static const auto lanes = QWEN_BEST(quant_panel);
+    static const auto stream = QWEN_TILES(quant_stream_product);
     static const auto tiles = QWEN_TILES(quant_tile_product);
-    if (form_.tiles())
+    if (form_.tiles() && !form_.opens())
+      stream(form_.format(), stored, tile, out);
+    else if (form_.tiles())
       tiles(form_.format(), opened_ + size_t(place) * bytes(form_), tile, ahead, out);
     else
       lanes(form_.format(), stored, tile, out);

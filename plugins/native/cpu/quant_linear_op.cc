@@ -32,7 +32,7 @@ QuantFormat format_of(const Attributes& info) {
   format.zeros = info.integer("zeros") != 0;
   format.wide_scales = info.integer("wide_scales") != 0;
   expect(format.bits == 4 || format.bits == 8, "a quantized matrix must have 4 or 8 bits");
-  expect(format.block >= kQuantUnit && format.block <= 256 && format.block % kQuantUnit == 0, "the block of a quantized matrix must be a multiple of 32, up to 256");
+  expect(format.block >= kQuantUnit && format.block <= kMostBlock && format.block % kQuantUnit == 0, "the block of a quantized matrix must be a multiple of 32, up to 256");
   expect(format.N > 0 && format.K > 0, "a quantized matrix must not be empty");
   return format;
 }
