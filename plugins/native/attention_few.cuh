@@ -1,7 +1,6 @@
 // Attention of a few new tokens over a past. Behind a long one its time is that of reading it: the slots of a sequence are cut into chunks, each
 // read by one block, and the block that finishes the last chunk of a sequence and head adds them up. Behind a short one it is a row of waits, for
-// loads, for products and for the kernel before: there a cluster of blocks shares out the tiles, so that each warp has one, in shared memory before
-// the kernel before is done, and the blocks add up what they have in each other's shared memory.
+// loads, for products and for the kernel before: there a block has eight rows, whose tiles its warps share out.
 //
 // The grid does not depend on lengths, which are data: a recorded CUDA graph serves all of them. Where a sequence is cut depends on its own
 // length alone, and chunks are added in their order, so its results do not depend on the others.
@@ -10,7 +9,6 @@
 #include "attention_columns.cuh"
 #include "attention_few_plan.cuh"
 #include "attention_rows.cuh"
-#include "clusters.cuh"
 
 namespace qwen {
 
@@ -20,35 +18,30 @@ __device__ inline int made_here(int x) {
   return x;
 }
 
-// The sequences of `kept` lengths. Their items are dealt in turn, to clusters of CLUSTER blocks, the first behind `busy` blocks; returns how many
-// blocks have got one.
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, bool FRESH, int CLUSTER, int MEMBERS>
+// The sequences of `kept` lengths. Their items are dealt to blocks in turn, behind `dealt` others; returns how many there are.
+template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, bool FRESH>
 __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewWorkspace& work,
-                                              const FewKept kept, int first_sequence, int sequences, int busy, FewMeeting<MEMBERS>& meeting) {
+                                              const FewKept kept, int first_sequence, int sequences, int dealt, FewMeeting<WARPS>& meeting) {
   using Layout = FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>;
-  constexpr int kGroups = Layout::kGroups * CLUSTER, kRows = Layout::kRows, kThreads = Layout::kThreads;
-  constexpr int kParts = D / 4 / CLUSTER;  // of a row, four values each, that this block adds up
-  static_assert(kGroups * kRows <= MEMBERS * kEight && (CLUSTER == 1 || (FRESH && MW == 1)));
+  constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads;
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& group_weights = *reinterpret_cast<float2(*)[kGroups][kRows]>(meeting.weights);
   auto& factors = *reinterpret_cast<float(*)[kGroups][kRows]>(meeting.factors);
   unsigned char* const buffer = shared + Layout::kRingBytes;  // new rows, later factors of chunks
 
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, rank = CLUSTER > 1 ? rank_of_cluster() : 0;
-  const int own_group = warp / MW, row_warp = warp % MW, member = row_warp * 32 + lane;
-  const int group = own_group * CLUSTER + rank;  // of the cluster
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int group = warp / MW, row_warp = warp % MW, member = row_warp * 32 + lane;
   const int Hkv = shape.Hkv, G = shape.group();
   const int total = cut_sequences(shape, in, plan, kept, first_sequence, sequences, meeting.cut, lane);
-  const int step = int(gridDim.x) / CLUSTER, first_id = (int(blockIdx.x) / CLUSTER + step - busy % step) % step;
-  if (first_id >= total) return total * CLUSTER;
-  if constexpr (CLUSTER > 1) cluster_arrive();
+  const int step = gridDim.x, first_id = (int(blockIdx.x) + step - dealt % step) % step;
+  if (first_id >= total) return total;
   auto item_of = [&](int id) { return FewItem::of(id, plan, shape.T, meeting.cut, sequences, kRows); };
   auto token_of = [&](int row) { return divided(row, plan.per_head); };
 
   // ---- what this group copies next, half tiles of its tiles of the block's items, in order ----
   constexpr int kRow = Layout::kRowBytes;
-  const int ring_at = Layout::kStages + own_group * HALVES * Layout::kHalfBytes;
-  const uint32_t ring = shared_address(shared) + ring_at, stage = shared_address(shared) + own_group * Layout::kStageBytes;
+  const int ring_at = Layout::kStages + group * HALVES * Layout::kHalfBytes;
+  const uint32_t ring = shared_address(shared) + ring_at, stage = shared_address(shared) + group * Layout::kStageBytes;
   int next_id = first_id, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
   bool next_values = false;
   size_t next_row = 0;
@@ -78,11 +71,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
   };
   auto meet = [&] {
     if constexpr (MW == 1) __syncwarp();
-    else asm volatile("bar.sync %0,%1;" ::"r"(kGroupBarrier + own_group), "n"(MW * 32) : "memory");
-  };
-  auto meet_all = [&] {
-    if constexpr (CLUSTER > 1) cluster_sync();
-    else __syncthreads();
+    else asm volatile("bar.sync %0,%1;" ::"r"(kGroupBarrier + group), "n"(MW * 32) : "memory");
   };
   // New slots of a tile, which no copy could have. `old`: slots of the chunk that were there before.
   auto add_new = [&](uint32_t half, const T* rows, int first, int old, int end) {
@@ -98,7 +87,9 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     meet();
   };
 
-  // With FRESH the kernel before may still be making what the new rows are made from: what was there before is on its way by then.
+  // With FRESH the kernel before may still be making what the new rows are made from: what was there before is on its way by then, though not so
+  // much that the rows would wait behind it.
+  constexpr int kEarly = !FRESH || HALVES <= 3 ? HALVES - 1 : 2;
   auto begin_block = [&](const FewItem& item) {
     if constexpr (FRESH) {
       if (warp == WARPS - 1) prefetch_given<kRow>(item, shape, in, first_sequence, lane);
@@ -106,15 +97,14 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
       wait_for_previous();
     }
 #pragma unroll 1
-    for (int i = 0; i < HALVES - 1; i++) copy_next();
+    for (int i = 0; i < kEarly; i++) copy_next();
     wait_for_previous();
     let_next_start();
-    if constexpr (CLUSTER > 1) cluster_wait();  // all blocks of it run
   };
-  // The rows of an item's queries, and of its new keys and values, which are written to the cache, too. All blocks get all of them.
+  // The rows of an item's queries, and of its new keys and values, which are written to the cache, too.
   auto make_rows = [&](const FewItem& item, bool first) {
     using Row = LaneRow<T, D>;
-    constexpr int kTogether = 2, kMakers = WARPS * CLUSTER;
+    constexpr int kTogether = 2;
     T* queries = reinterpret_cast<T*>(buffer);
     T *keys = queries + kRows * Layout::kStride, *values = keys + kMostFresh * D;
     const int sequence = first_sequence + item.b, own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
@@ -122,37 +112,34 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     const int jobs = rows + 2 * fresh;
     const size_t token = size_t(sequence) * shape.T, angles = sequence * shape.table_stride;
 #pragma unroll 1
-    for (int job0 = warp * CLUSTER + rank; job0 < jobs || first; job0 += kMakers * kTogether) {
+    for (int job0 = warp; job0 < jobs || first; job0 += WARPS * kTogether) {
       Row row[kTogether];
       Turn<T, D> turn[kTogether];
       if (first) begin_block(item);
-      first = false;
-      if (job0 >= jobs) break;
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        const int job = min(job0 + i * kMakers, jobs - 1), key = job - rows, t = key < 0 ? token_of(own_row + job) : begin + key / 2;
+        const int job = min(job0 + i * WARPS, jobs - 1), key = job - rows, t = key < 0 ? token_of(own_row + job) : begin + key / 2;
         const T* from = key < 0 ? in.q + (token + t) * shape.q_stride + (item.h * G + own_row + job - t * G) * D
                                 : (key % 2 ? in.v : in.k) + (token + t) * shape.kv_stride + item.h * D;
         row[i] = Row::of(from, lane);
         turn[i] = Turn<T, D>::of(key < 0 ? in.q_norm : in.k_norm, in.cos, in.sin, angles + size_t(item.length + t) * (shape.R / 2), shape.R, lane);
       }
+      if (first) {
+#pragma unroll 1
+        for (int i = kEarly; i < HALVES - 1; i++) copy_next();
+      }
+      first = false;
 #pragma unroll
       for (int i = 0; i < kTogether; i++) {
-        const int job = job0 + i * kMakers, key = job - rows, t = begin + key / 2;
+        const int job = job0 + i * WARPS, key = job - rows, t = begin + key / 2;
         if (job >= jobs) continue;
         if (key < 0 || key % 2 == 0) row[i] = turn[i](row[i], shape.R, plan.eps, lane);
         const size_t place = ((size_t(sequence) * Hkv + item.h) * shape.S + item.length + t) * kRow;
         if (key >= 0) Cache::template keep<T, D>(row[i], (key % 2 ? in.v_cache : in.k_cache) + place, lane);
-        T* to = key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D;
-        if constexpr (CLUSTER == 1) {
-          row[i].store(to, lane);
-        } else {
-#pragma unroll
-          for (int r = 0; r < CLUSTER; r++) row[i].store(of_block(to, r), lane);
-        }
+        row[i].store(key < 0 ? queries + job * Layout::kStride : (key % 2 ? values : keys) + t * D, lane);
       }
     }
-    meet_all();
+    __syncthreads();
   };
 
   // y = o * sigmoid(gate) of four values of a row.
@@ -223,15 +210,15 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
 #pragma unroll 1
   for (int id = first_id; id < total; id += step) {
     const FewItem item = item_of(id);
-    const bool whole = CLUSTER > 1 || item.chunks == 1;
+    const bool whole = item.chunks == 1;
     const int rows = min(kRows, plan.rows - item.block * kRows), own_row = item.block * kRows;
     ColumnTile<T, D> tile;
     if constexpr (FRESH) make_rows(item, id == first_id);
-    constexpr int kQuads = kEight * kParts, kOwnQuads = (kQuads + kThreads - 1) / kThreads;  // of eight rows; of a thread
+    constexpr int kQuads = kEight * D / 4, kOwnQuads = (kQuads + kThreads - 1) / kThreads;  // of eight rows; of a thread
     const int here = made_here(thread);
     auto quad_of = [&](int i, int& row, int& d) {
       const int at = here + i * kThreads;
-      row = at / kParts, d = (at % kParts + rank * kParts) * 4;
+      row = at / (D / 4), d = at % (D / 4) * 4;
       return at < kQuads;
     };
     uint2 gates[kOwnQuads];
@@ -283,7 +270,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     // The groups' sums of each row, in the order of the groups; those without a tile have none. Of eight rows a group puts them where values of a
     // tile were, or in the place of the ring that waits for its next copy.
     const int used = min(kGroups, (item.slots + kTileSlots - 1) / kTileSlots);
-    const int merge_at = Cache::kPlain ? ring_at + (place == 0 ? HALVES - 1 : place - 1) * Layout::kHalfBytes : own_group * Layout::kStageBytes;
+    const int merge_at = Cache::kPlain ? ring_at + (place == 0 ? HALVES - 1 : place - 1) * Layout::kHalfBytes : group * Layout::kStageBytes;
     auto place_of = [](int row, int d) { return row * D + d / 32 * 32 + (d % 32 ^ row / 2 * 8); };  // rows of a quad of columns: in different banks
     auto put_sums = [&] {
       float* into = reinterpret_cast<float*>(shared + merge_at);
@@ -297,16 +284,12 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
       }
     };
     if (row_warp == 0 && group < used) put_sums();
+    if (member == 0) meeting.merge_at[group] = merge_at;
+    if (lane < 4) {
 #pragma unroll
-    for (int r = 0; r < CLUSTER; r++) {
-      FewMeeting<MEMBERS>* const to = CLUSTER > 1 ? of_block(&meeting, r) : &meeting;
-      if (member == 0) to->merge_at[group] = merge_at;
-      if (lane < 4) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) to->weights[group * kRows + row_warp * kEight + lane * 2 + i] = make_float2(tile.largest[i], tile.sum[i]);
-      }
+      for (int i = 0; i < 2; i++) group_weights[group][row_warp * kEight + lane * 2 + i] = make_float2(tile.largest[i], tile.sum[i]);
     }
-    meet_all();
+    __syncthreads();
     if (thread < kGroups * kRows) {
       const int row = here / kGroups, g = here % kGroups;
       const float2 w = group_weights[g][row];
@@ -333,42 +316,36 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
         if (whole && pass > 0) gates[i] = gate_of(item, own_row + all_row, d);
         float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-        for (int g = 0; g < used; g++) {
-          const unsigned char* sums = shared + meeting.merge_at[g] + place_of(row, d) * sizeof(float);
-          if constexpr (CLUSTER > 1) sums = of_block(sums, g % CLUSTER);
-          add_scaled(o, factors[g][all_row], *reinterpret_cast<const float4*>(sums));
-        }
+        for (int g = 0; g < used; g++)
+          add_scaled(o, factors[g][all_row], *reinterpret_cast<const float4*>(shared + meeting.merge_at[g] + place_of(row, d) * sizeof(float)));
         if (whole) write(item, own_row + all_row, d, o, gates[i]);
         else *reinterpret_cast<float4*>(work.partial + ((base_of(item) + item.chunk) * kRows + all_row) * D + d) = o;
       }
-      meet_all();
+      __syncthreads();
     }
-    if constexpr (CLUSTER == 1) {
-      if (!whole) count_chunk(item, rows);
-    }
+    if (!whole) count_chunk(item, rows);
   }
   wait_for_copies<0>();
-  return total * CLUSTER;
+  return total;
 }
 
-// Sequences that are not cut share out rows, eight to a cluster: there the products of a tile are the time, not the reading.
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH, int CLUSTER>
-__global__ void __launch_bounds__(WARPS * 32, FRESH ? 2 : 1) attention_few(
+// Sequences that are not cut share out rows, eight to a block: there the products of a tile are the time, not the reading.
+template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH>
+__global__ void __launch_bounds__(WARPS * 32, 1) attention_few(
     const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
     const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
-  constexpr int kMembers = WARPS * CLUSTER;
-  if constexpr (few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH> + kOwnShared<kMembers> <= kSharedOfBlock && CLUSTER <= kMostCluster) {
-    __shared__ FewMeeting<kMembers> meeting;
-    if constexpr (FRESH && (MW > 1 || CLUSTER > 1)) {
+  if constexpr (few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH> + kOwnShared<WARPS> <= kSharedOfBlock) {
+    __shared__ FewMeeting<WARPS> meeting;
+    if constexpr (FRESH && MW > 1) {
       FewPlan of_eight = plan;
-      of_eight.blocks = (plan.rows + kEight - 1) / kEight, of_eight.per_block = inverse_of(float(of_eight.blocks)), of_eight.most_chunks = 1;
-      constexpr int kWhole = kWholeSlots<CLUSTER>;
-      const int busy = read_sequences<T, Cache, D, 1, WARPS, HALVES_OF_EIGHT, true, CLUSTER>(shape, in, of_eight, work, FewKept{0, kWhole}, first_sequence,
-                                                                                             sequences, 0, meeting);
+      of_eight.blocks = (plan.rows + kEight - 1) / kEight, of_eight.per_block = inverse_of(float(of_eight.blocks));
+      const int dealt = read_sequences<T, Cache, D, 1, WARPS, HALVES_OF_EIGHT, true>(shape, in, of_eight, work, FewKept{0, kWholeSlots}, first_sequence,
+                                                                                     sequences, 0, meeting);
       __syncthreads();
-      read_sequences<T, Cache, D, MW, WARPS, HALVES, true, 1>(shape, in, plan, work, FewKept{kWhole, INT_MAX}, first_sequence, sequences, busy, meeting);
+      read_sequences<T, Cache, D, MW, WARPS, HALVES, true>(shape, in, plan, work, FewKept{kWholeSlots, INT_MAX}, first_sequence, sequences, dealt,
+                                                           meeting);
     } else {
-      read_sequences<T, Cache, D, MW, WARPS, HALVES, FRESH, 1>(shape, in, plan, work, FewKept{0, INT_MAX}, first_sequence, sequences, 0, meeting);
+      read_sequences<T, Cache, D, MW, WARPS, HALVES, FRESH>(shape, in, plan, work, FewKept{0, INT_MAX}, first_sequence, sequences, 0, meeting);
     }
   }
 }

@@ -10,9 +10,7 @@ namespace qwen {
 
 constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, slots of a chunk
-// A sequence with fewer is not cut: there is a cluster of blocks for each eight of its rows, or one block.
-template <int CLUSTER>
-constexpr int kWholeSlots = CLUSTER > 1 ? 1024 : 2 * kLeastSlots;
+constexpr int kWholeSlots = 2 * kLeastSlots;         // a sequence with fewer is not cut
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
 constexpr int kEight = 8;      // rows of a warp
 constexpr int kGroupBarrier = 1;  // barriers of parts of a block from here on; 0 is that of all of it
@@ -24,13 +22,6 @@ constexpr int kSharedOfBlock = 99 << 10;
 constexpr int kSharedOfBlock = 163 << 10;
 #else
 constexpr int kSharedOfBlock = 227 << 10;
-#endif
-
-// Blocks that can read each other's shared memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kMostCluster = 1;
-#else
-constexpr int kMostCluster = 4;
 #endif
 
 struct FewPlan {
@@ -61,13 +52,13 @@ struct FewKept {
   int from, below;
 };
 
-// Where MEMBERS warps meet, those of a block or of a cluster.
-template <int MEMBERS>
+// Where the warps of a block meet.
+template <int WARPS>
 struct FewMeeting {
   FewSequences cut;
-  float2 weights[MEMBERS * kEight];  // of groups and rows: largest score, sum
-  float factors[MEMBERS * kEight];
-  int merge_at[MEMBERS];  // of groups
+  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
+  float factors[WARPS * kEight];
+  int merge_at[WARPS];  // of groups
   bool last;
 };
 
@@ -92,12 +83,12 @@ struct FewLayout {
 };
 
 // Dynamic shared memory of attention_few, and what it has beside that.
+constexpr int larger(int a, int b) { return a > b ? a : b; }
 template <typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH>
-constexpr int few_shared = !FRESH || FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared > FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared
-                               ? FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared
-                               : FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared;
-template <int MEMBERS>
-constexpr int kOwnShared = int(sizeof(FewMeeting<MEMBERS>));
+constexpr int few_shared = larger(FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared,
+                                  FRESH ? FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared : 0);
+template <int WARPS>
+constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
 
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
@@ -137,11 +128,11 @@ struct FewItem {
   }
 };
 
-// Cuts the sequences of `kept` lengths; returns the items of all. Lengths were written before the kernels of the call; every warp does the same, so that none
-// waits for another.
+// Cuts the sequences of `kept` lengths; returns the items of all. Lengths were written before the kernels of the call; every warp does the same,
+// so that none waits for another.
 template <typename T>
-__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewKept kept, int first_sequence,
-                                    int sequences, FewSequences& cut, int lane) {
+__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewKept kept,
+                                    int first_sequence, int sequences, FewSequences& cut, int lane) {
   int total = 0;
 #pragma unroll 1
   for (int b0 = 0; b0 < sequences; b0 += 32) {
@@ -173,10 +164,11 @@ __device__ inline void prefetch_given(const FewItem& item, const AttentionShape&
   const int there = min(min(item.slots, item.length - item.first), kMostSlots), sequence = first_sequence + item.b;
   const size_t slot = (size_t(sequence) * shape.Hkv + item.h) * shape.S + item.first;
   const size_t angle = sequence * shape.table_stride + size_t(item.length) * (shape.R / 2);
-  if (lane < 2 && there > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"((lane ? in.v_cache : in.k_cache) + slot * ROW), "r"(there * ROW) : "memory");
-  const int at = lane % 8 * 64;  // elements of a line of 128 bytes
-  if (const T* row = lane < 8 ? in.q_norm : lane < 16 ? in.k_norm : lane < 24 ? in.cos + angle : in.sin + angle; at < (lane < 16 ? shape.D : shape.T * shape.R / 2))
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at) : "memory");
+  const unsigned char* const past = (lane ? in.v_cache : in.k_cache) + slot * ROW;
+  if (lane < 2 && there > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(past), "r"(there * ROW) : "memory");
+  const T* const row = lane < 8 ? in.q_norm : lane < 16 ? in.k_norm : lane < 24 ? in.cos + angle : in.sin + angle;
+  const int at = lane % 8 * 64, end = lane < 16 ? shape.D : shape.T * shape.R / 2;  // elements: `at` begins a line of 128 bytes
+  if (at < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at) : "memory");
 #endif
 }
 

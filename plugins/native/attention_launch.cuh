@@ -16,8 +16,6 @@ namespace qwen {
 constexpr size_t kMostPartial = size_t(256) << 20;  // bytes of sums of chunks; more sequences are read by several launches
 // Heads of the family have 256 values. Devices with this much shared memory for a block have more of them on the way at a time.
 constexpr int kWideHead = 256, kMuchShared = 227 << 10;
-constexpr int kFreshWarps = 4;  // of a block that makes the new rows itself
-constexpr int kCluster = 4;     // blocks, on devices with much shared memory
 
 inline int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -36,12 +34,6 @@ inline bool is_prompt(const AttentionShape& s, const AttentionDevice& device) {
   return !is_fresh(s) && (s.T * s.group() + kPromptRows - 1) / kPromptRows * s.Hkv * 5 > device.processors;
 }
 
-// Blocks of attention_few: of those that make rows themselves a large processor has two.
-inline int few_blocks(const AttentionShape& s, const AttentionDevice& device) {
-  const bool two = is_fresh(s) && s.D == kWideHead && device.shared_bytes >= kMuchShared;
-  return two ? device.processors * 2 / kCluster * kCluster : device.processors;
-}
-
 inline int padded_rows(const AttentionShape& s) { return round_up(s.T * s.group(), s.T * s.group() > kPromptRows ? kWideRows : kPromptRows); }
 
 inline FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
@@ -52,7 +44,7 @@ inline FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
-  plan.most_chunks = std::max(1, std::min({kMostChunks, most_factors(rows) / rows, few_blocks(s, device) / (s.Hkv * plan.blocks), room}));
+  plan.most_chunks = std::max(1, std::min({kMostChunks, most_factors(rows) / rows, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;
 }
 
@@ -70,13 +62,12 @@ inline int sequences_together(const AttentionShape& s, const FewPlan& plan) {
 
 inline size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, int CLUSTER, int LIMIT>
+template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH, int LIMIT>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  constexpr bool kFresh = WARPS == kFreshWarps;
-  constexpr int kShared = few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, kFresh>;
-  static_assert(kShared + kOwnShared<WARPS * CLUSTER> <= LIMIT, "more shared memory than the devices have");
-  const auto kernel = attention_few<T, Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, kFresh, CLUSTER>;
+  constexpr int kShared = few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH>;
+  static_assert(kShared + kOwnShared<WARPS> <= LIMIT, "more shared memory than the devices have");
+  const auto kernel = attention_few<T, Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH>;
   static DeviceFlags allowed;
   allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute"); });
   const int together = sequences_together(s, plan);
@@ -87,30 +78,29 @@ void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const Fe
   work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * MW * kEight * D);
   work.counters = device.counters;
   for (int b = 0; b < s.B; b += together)
-    launch_clusters(kernel, CLUSTER, dim3(few_blocks(s, device)), dim3(WARPS * 32), kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
+    launch(kernel, dim3(device.processors), dim3(WARPS * 32), kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
 }
 
-// 8, 16 or 32 rows of queries that the kernel makes itself, or 64 of attention_prepare. Two blocks of the former fit in a large processor, or one
-// beside a product (resident_few.cuh).
+// 8, 16 or 32 rows of queries that the kernel makes itself, or 64 of attention_prepare.
 template <typename T, typename Cache, int D>
 void few_tokens_of_rows(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                         cudaStream_t stream) {
-  constexpr int kHalf = (kMuchShared + (1 << 10)) / 2 - (1 << 10), kLittle = 99 << 10, kFour = kFreshWarps;
+  constexpr int kMuch = kMuchShared, kLittle = 99 << 10;
   constexpr bool kBytes = !Cache::kPlain;  // half tiles of bytes are half as large, beside one of values
-  constexpr int kMost = 3, kLeast = kBytes ? 3 : 2;
+  constexpr int kMost = kBytes ? 4 : 3, kLeast = kBytes ? 3 : 2;
   const int rows = block_rows(s);
   if constexpr (D == kWideHead) {
     if (device.shared_bytes >= kMuchShared) {
-      if (rows == 8) return few_tokens<T, Cache, D, 1, kFour, kMost, kMost, kCluster, kHalf>(s, in, plan, device, workspace, stream);
-      if (rows == 16) return few_tokens<T, Cache, D, 2, kFour, kBytes ? 9 : 5, kMost, kCluster, kHalf>(s, in, plan, device, workspace, stream);
-      if (rows == 32) return few_tokens<T, Cache, D, 4, kFour, kBytes ? 17 : 10, kMost, kCluster, kHalf>(s, in, plan, device, workspace, stream);
-      return few_tokens<T, Cache, D, 8, 8, kBytes ? 40 : 22, 0, 1, kMuchShared>(s, in, plan, device, workspace, stream);
+      if (rows == 8) return few_tokens<T, Cache, D, 1, 8, kMost, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 16) return few_tokens<T, Cache, D, 2, 8, kBytes ? 9 : 6, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 32) return few_tokens<T, Cache, D, 4, 8, kBytes ? 20 : 12, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
+      return few_tokens<T, Cache, D, 8, 8, kBytes ? 40 : 22, 0, false, kMuch>(s, in, plan, device, workspace, stream);
     }
   }
-  if (rows == 8) return few_tokens<T, Cache, D, 1, kFour, kLeast, kLeast, 1, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 16) return few_tokens<T, Cache, D, 2, kFour, kBytes ? 7 : 5, kLeast, 1, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 32) return few_tokens<T, Cache, D, 4, kFour, kBytes ? 14 : 8, kLeast, 1, kLittle>(s, in, plan, device, workspace, stream);
-  few_tokens<T, Cache, D, 8, 8, kBytes ? 12 : 8, 0, 1, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 8) return few_tokens<T, Cache, D, 1, 4, kLeast, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 16) return few_tokens<T, Cache, D, 2, 4, kBytes ? 7 : 5, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 32) return few_tokens<T, Cache, D, 4, 4, kBytes ? 14 : 8, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
+  few_tokens<T, Cache, D, 8, 8, kBytes ? 12 : 8, 0, false, kLittle>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, typename Cache, int D, int RING>

@@ -27,20 +27,8 @@ __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   }
 }
 
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
-__device__ inline int rank_of_cluster() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-// The same place in the shared memory of the block `rank` of the cluster.
-template <typename T>
-__device__ inline T* of_block(T* shared, int rank) {
-  uint64_t at;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(at) : "l"(shared), "r"(rank));
-  return reinterpret_cast<T*>(at);
+__device__ inline void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 // What the block `rank` of the cluster has at the same place of its shared memory.
 __device__ inline float4 load_remote(uint32_t shared, int rank) {

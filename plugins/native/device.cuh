@@ -62,34 +62,26 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Launch `kernel` so that it may overlap with the previous one, where the device can (compute capability 9.0 and up); `cluster` blocks of the
-// grid's first axis read each other's shared memory.
+// Launch `kernel` so that it may overlap with the previous one, where the device can (compute capability 9.0 and up).
 template <typename... Parameters, typename... Arguments>
-void launch_clusters(void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
   static const bool overlap = [] {
     int device = 0, major = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     return major >= 9;
   }();
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = unsigned(cluster), attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = !overlap ? 0 : cluster > 1 ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
-}
-
-template <typename... Parameters, typename... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
-  launch_clusters(kernel, 1, grid, block, shared, stream, arguments...);
 }
 
 inline int multiprocessors() {
