@@ -32,8 +32,10 @@ def test_linear(dtype: str, N: int, K: int, extras: str) -> None:
 
 @gpu
 @DTYPES
-def test_linear_of_a_prefill(dtype: str) -> None:
-    check_linear(np.random.default_rng(0), dtype, 2048, 1024, 2048, "residual norm")
+@pytest.mark.parametrize("M", [2048, 1537, 700, 513, 129, 17])
+def test_linear_of_a_prefill(dtype: str, M: int) -> None:
+    """Numbers of rows between two classes have the algorithm of the larger one."""
+    check_linear(np.random.default_rng(0), dtype, M, 1024, 2048, "residual norm")
 
 
 def check_linear(rng: np.random.Generator, dtype: str, M: int, N: int, K: int, extras: str) -> None:

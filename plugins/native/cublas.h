@@ -1,4 +1,5 @@
-// The one function of cuBLAS that is used, found at run time: the library must be the one whose handle the execution provider hands out.
+// The one function of cuBLAS that is used, where cuBLASLt (cublas_lt.h) has no plan. Found at run time: the library must be the one whose handle the
+// execution provider hands out.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -2,12 +2,16 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <array>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 
@@ -16,14 +20,18 @@ namespace {
 
 // As in cublasLt.h and library_types.h, whose values are part of the binary interface.
 enum Attribute { kTransA = 3, kTransB = 4, kScaleA = 17, kScaleB = 18, kScaleModeA = 31, kScaleModeB = 32 };  // CUBLASLT_MATMUL_DESC_*
-enum Preference { kMostWorkspace = 1, kAlignmentA = 5, kAlignmentB, kAlignmentC, kAlignmentD };                // CUBLASLT_MATMUL_PREF_*
+enum Preference { kMostWorkspace = 1, kReductions = 3, kAlignmentA = 5, kAlignmentB, kAlignmentC, kAlignmentD };  // CUBLASLT_MATMUL_PREF_*
 constexpr int kScaleVec128 = 4, kScaleBlock128 = 5;  // CUBLASLT_MATMUL_MATRIX_SCALE_VEC128_32F, _BLK128x128_32F
+constexpr uint32_t kInFp32 = 3;                      // CUBLASLT_REDUCTION_SCHEME_INPLACE, _COMPUTE_TYPE: no parts of a sum in 16 bits
 constexpr int kPlain = 0, kTransposed = 1;           // CUBLAS_OP_N, CUBLAS_OP_T
 constexpr int kFloat = 0, kHalf = 2, kBfloat16 = 14, kE4m3 = 28, kCompute32 = 68;
 constexpr size_t kWithBlockScales = 120900;
 constexpr uint64_t kWorkspace = 32 << 20;
 constexpr uint32_t kAlignment = 16;
 constexpr size_t kMostPlans = 4096;
+constexpr int kCandidates = 32;  // algorithms that are asked for, best first: one of them nearly always has a kernel of a class
+
+static_assert(next_class(16) == 24 && next_class(24) == 32 && next_class(1536) == 2048);
 
 using Handle = void*;
 
@@ -46,6 +54,7 @@ struct Functions {
   int (*set_preference)(Handle, int, const void*, size_t);
   int (*destroy_preference)(Handle);
   int (*heuristic)(Handle, Handle, Handle, Handle, Handle, Handle, Handle, int wanted, Found*, int* found);
+  int (*get_config)(const void* algorithm, int attribute, void*, size_t, size_t* written);
   int (*multiply)(Handle, Handle, const void* alpha, const void* a, Handle, const void* b, Handle, const void* beta, const void* c, Handle, void* d,
                   Handle, const void* algorithm, void* workspace, size_t, cudaStream_t);
   bool complete = false;
@@ -60,12 +69,12 @@ Functions find() {
       function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
       return function != nullptr;
     };
-    f.complete = load(f.version, "cublasLtGetVersion") && f.version() >= kWithBlockScales && load(f.create_product, "cublasLtMatmulDescCreate") &&
+    f.complete = load(f.version, "cublasLtGetVersion") && load(f.create_product, "cublasLtMatmulDescCreate") &&
                  load(f.set_product, "cublasLtMatmulDescSetAttribute") && load(f.destroy_product, "cublasLtMatmulDescDestroy") &&
                  load(f.create_layout, "cublasLtMatrixLayoutCreate") && load(f.destroy_layout, "cublasLtMatrixLayoutDestroy") &&
                  load(f.create_preference, "cublasLtMatmulPreferenceCreate") && load(f.set_preference, "cublasLtMatmulPreferenceSetAttribute") &&
                  load(f.destroy_preference, "cublasLtMatmulPreferenceDestroy") && load(f.heuristic, "cublasLtMatmulAlgoGetHeuristic") &&
-                 load(f.multiply, "cublasLtMatmul");
+                 load(f.get_config, "cublasLtMatmulAlgoConfigGetAttribute") && load(f.multiply, "cublasLtMatmul");
     break;
   }
   return f;
@@ -79,11 +88,11 @@ const Functions& library() {
 // The descriptions of a product. cuBLASLt counts columns first: y^T [N,M] = (w^T)^T x^T.
 class Description {
  public:
-  Description(const Fp8Shape& shape, const float* x_scales, const float* w_scales) {
-    const int type = shape.element == Element::kHalf ? kHalf : kBfloat16;
+  Description(const LtShape& shape, const float* x_scales, const float* w_scales) {
+    const int type = shape.element == Element::kHalf ? kHalf : kBfloat16, given = shape.fp8 ? kE4m3 : type;
     valid_ = f_.create_product(&product, kCompute32, kFloat) == 0 && set(kTransA, kTransposed) && set(kTransB, kPlain) &&
-             set(kScaleModeA, kScaleBlock128) && set(kScaleModeB, kScaleVec128) && set(kScaleA, w_scales) && set(kScaleB, x_scales) &&
-             f_.create_layout(&w, kE4m3, shape.K, shape.N, shape.K) == 0 && f_.create_layout(&x, kE4m3, shape.K, shape.M, shape.K) == 0 &&
+             (!shape.fp8 || (set(kScaleModeA, kScaleBlock128) && set(kScaleModeB, kScaleVec128) && set(kScaleA, w_scales) && set(kScaleB, x_scales))) &&
+             f_.create_layout(&w, given, shape.K, shape.N, shape.K) == 0 && f_.create_layout(&x, given, shape.K, shape.M, shape.K) == 0 &&
              f_.create_layout(&y, type, shape.N, shape.M, shape.stride) == 0;
   }
   ~Description() {
@@ -108,47 +117,102 @@ class Description {
   bool valid_ = false;
 };
 
-Fp8Plan make(Handle handle, const Fp8Shape& shape) {
+// What the library would take for the shape, best first.
+std::vector<Found> candidates(Handle handle, const LtShape& shape, int wanted) {
   const Functions& f = library();
-  Fp8Plan plan;
-  if (!f.complete) return plan;
   // What the scales are is not read yet, but that there are some is.
   const float* somewhere = reinterpret_cast<const float*>(uintptr_t(256));
   const Description described(shape, somewhere, somewhere);
   Handle preference = nullptr;
-  if (!described.valid() || f.create_preference(&preference) != 0) return plan;
-  bool set = f.set_preference(preference, kMostWorkspace, &kWorkspace, sizeof(kWorkspace)) == 0;
+  if (!described.valid() || f.create_preference(&preference) != 0) return {};
+  bool set = f.set_preference(preference, kMostWorkspace, &kWorkspace, sizeof(kWorkspace)) == 0 &&
+             f.set_preference(preference, kReductions, &kInFp32, sizeof(kInFp32)) == 0;
   for (int alignment : {kAlignmentA, kAlignmentB, kAlignmentC, kAlignmentD})
     set = set && f.set_preference(preference, alignment, &kAlignment, sizeof(kAlignment)) == 0;
-  Found found{};
+  std::vector<Found> found(wanted);
   int count = 0;
-  const int status = f.heuristic(handle, described.product, described.w, described.x, described.y, described.y, preference, 1, &found, &count);
+  const int status =
+      f.heuristic(handle, described.product, described.w, described.x, described.y, described.y, preference, wanted, found.data(), &count);
   f.destroy_preference(preference);
-  if (!set || status != 0 || count < 1 || found.status != 0) return plan;
-  plan.found = true;
-  std::memcpy(plan.algorithm, found.algorithm, sizeof(plan.algorithm));
-  plan.workspace = found.workspace;
-  return plan;
+  found.resize(set && status == 0 ? count : 0);
+  found.erase(std::remove_if(found.begin(), found.end(), [](const Found& one) { return one.status != 0; }), found.end());
+  return found;
 }
+
+// What of an algorithm decides on its kernel: all but how often k is divided and the order of the tiles.
+using Kernel = std::array<uint32_t, 8>;
+
+Kernel kernel_of(const Found& found) {
+  // CUBLASLT_ALGO_CONFIG_ID, TILE_ID, REDUCTION_SCHEME, CUSTOM_OPTION, STAGES_ID, INNER_SHAPE_ID, CLUSTER_SHAPE_ID; SPLITK_NUM
+  constexpr int kAttributes[] = {0, 1, 3, 5, 6, 7, 8, 2}, kWide[] = {4, 4, 4, 4, 4, 2, 2, 4};
+  Kernel kernel{};
+  for (size_t i = 0; i < kernel.size(); i++) {
+    size_t written = 0;
+    library().get_config(found.algorithm, kAttributes[i], &kernel[i], kWide[i], &written);
+  }
+  kernel.back() = kernel.back() > 1;
+  return kernel;
+}
+
+class Plans {
+ public:
+  LtPlan get(Handle handle, const LtShape& shape) {
+    const Functions& f = library();
+    if (!f.complete || (shape.fp8 && f.version() < kWithBlockScales)) return {};
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() > kMostPlans) plans_.clear();
+    const auto key = std::make_tuple(device, shape.fp8, shape.element, shape.N, shape.K, shape.stride);
+    const auto known = plans_.find({key, shape.M});
+    if (known != plans_.end()) return known->second;
+    return plans_[{key, shape.M}] = make(handle, shape, kernels_of(handle, key, shape));
+  }
+
+ private:
+  using Product = std::tuple<int, bool, Element, int, int, int>;
+
+  const std::set<Kernel>& kernels_of(Handle handle, const Product& key, LtShape shape) {
+    const auto [at, is_new] = kernels_.try_emplace(key);
+    std::set<Kernel>& kernels = at->second;
+    if (!is_new) return kernels;
+    for (shape.M = 16; shape.M <= kMostClassRows; shape.M = next_class(shape.M)) {
+      for (const Found& best : candidates(handle, shape, 1)) kernels.insert(kernel_of(best));
+    }
+    return kernels;
+  }
+
+  static LtPlan make(Handle handle, const LtShape& shape, const std::set<Kernel>& kernels) {
+    const std::vector<Found> found = candidates(handle, shape, kCandidates);
+    const Found* chosen = found.empty() ? nullptr : &found.front();
+    for (const Found& one : found) {
+      if (kernels.count(kernel_of(one)) == 0) continue;
+      chosen = &one;
+      break;
+    }
+    LtPlan plan;
+    if (chosen == nullptr) return plan;
+    plan.found = true, plan.workspace = chosen->workspace;
+    std::memcpy(plan.algorithm, chosen->algorithm, sizeof(plan.algorithm));
+    return plan;
+  }
+
+  std::mutex mutex_;
+  std::map<Product, std::set<Kernel>> kernels_;
+  std::map<std::pair<Product, int>, LtPlan> plans_;
+};
 
 }  // namespace
 
-Fp8Plan fp8_plan(void* handle, const Fp8Shape& shape) {
-  static std::mutex mutex;
-  static std::map<std::tuple<int, Element, int, int, int, int>, Fp8Plan> plans;
-  int device = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (plans.size() > kMostPlans) plans.clear();
-  const auto key = std::make_tuple(device, shape.element, shape.M, shape.N, shape.K, shape.stride);
-  const auto known = plans.find(key);
-  return known != plans.end() ? known->second : plans[key] = make(handle, shape);
+LtPlan lt_plan(void* handle, const LtShape& shape) {
+  static Plans plans;
+  return plans.get(handle, shape);
 }
 
-void fp8_product(void* handle, const Fp8Plan& plan, const Fp8Shape& shape, const uint8_t* x, const float* x_scales, const uint8_t* w,
-                 const float* w_scales, float beta, void* y, void* workspace, cudaStream_t stream) {
+void lt_product(void* handle, const LtPlan& plan, const LtShape& shape, const void* x, const float* x_scales, const void* w, const float* w_scales,
+                float beta, void* y, void* workspace, cudaStream_t stream) {
   const Description described(shape, x_scales, w_scales);
-  if (!described.valid()) throw std::runtime_error("cuBLASLt takes no product of FP8 matrices");
+  if (!described.valid()) throw std::runtime_error("cuBLASLt takes no such product");
   const float one = 1.0f;
   const int status = library().multiply(handle, described.product, &one, w, described.w, x, described.x, &beta, y, described.y, y, described.y,
                                         plan.algorithm, workspace, plan.workspace, stream);

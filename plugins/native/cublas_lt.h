@@ -1,5 +1,9 @@
-// Products of FP8 matrices with a scale for each block, by cuBLASLt, found at run time as cuBLAS is (cublas.h). Compute capability 9.0 and
-// cuBLAS 12.9 have them; elsewhere there is no plan, and the caller multiplies otherwise.
+// Products by cuBLASLt, found at run time as cuBLAS is (cublas.h): of 16-bit matrices, and of FP8 matrices with a scale for each block, which compute
+// capability 9.0 and cuBLAS 12.9 have. Where there is no plan the caller multiplies otherwise.
+//
+// A kernel of cuBLAS takes 3 to 4 ms of the host before its first launch, and cuBLAS picks another one for most numbers of rows: a prompt of a new
+// length waited for one in every kind of product. Here a product has the kernels that suit its classes of rows, and any other number takes the best
+// of these. So a prompt of each class has loaded all of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,25 +17,32 @@ namespace qwen {
 
 constexpr int kFp8RowUnit = 4;  // rows of x are a multiple of this
 
-// y [M,N] = x [M,K] w [N,K]^T + beta * y, row-major with `stride` elements from row to row of y, of the type `element`. K and N are multiples
-// of 128 and 16, M of kFp8RowUnit.
-struct Fp8Shape {
+// y [M,N] = x [M,K] w [N,K]^T + beta * y, row-major with `stride` elements from row to row of y, of the type `element`; x and w are of it, too, or of
+// `fp8`: then K and N are multiples of 128 and 16, M of kFp8RowUnit.
+struct LtShape {
   Element element;
+  bool fp8;
   int M, N, K, stride;
 };
 
-// How cuBLASLt would compute a product: `found` false where it cannot.
-struct Fp8Plan {
+// The numbers of rows whose kernels are used: 16, 24, 32, 48, ..., 2^i and 3 * 2^(i-1) up to kMostClassRows. The runtime reads prompts of these
+// lengths beforehand (prompt_sizes.py).
+constexpr int kMostClassRows = 2048;
+constexpr int next_class(int rows) { return rows & (rows - 1) ? rows / 3 * 4 : rows / 2 * 3; }
+
+// How cuBLASLt computes a product: `found` false where it cannot.
+struct LtPlan {
   bool found = false;
   uint64_t algorithm[8] = {};
   size_t workspace = 0;
 };
 
 // The plan for a shape on the current device; made once. `handle` is that of cuBLAS, which is one of cuBLASLt too.
-Fp8Plan fp8_plan(void* handle, const Fp8Shape& shape);
+LtPlan lt_plan(void* handle, const LtShape& shape);
 
-// x: codes [M,K] with scales [K/128][M]; w: codes [N,K] with scales [ceil(N/128)][K/128 rounded up to 4]. Throws std::runtime_error.
-void fp8_product(void* handle, const Fp8Plan& plan, const Fp8Shape& shape, const uint8_t* x, const float* x_scales, const uint8_t* w,
-                 const float* w_scales, float beta, void* y, void* workspace, cudaStream_t stream);
+// x and w begin at multiples of 16 bytes, y, too. FP8: codes, with scales [K/128][M] of x and [ceil(N/128)][K/128 rounded up to 4] of w. Throws
+// std::runtime_error.
+void lt_product(void* handle, const LtPlan& plan, const LtShape& shape, const void* x, const float* x_scales, const void* w, const float* w_scales,
+                float beta, void* y, void* workspace, cudaStream_t stream);
 
 }  // namespace qwen

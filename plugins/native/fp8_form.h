@@ -64,9 +64,9 @@ struct Fp8Form {
     const int padded = (M + kFp8RowUnit - 1) / kFp8RowUnit * kFp8RowUnit;
     // Rows that fill up the last unit are computed in memory of their own.
     const bool apart = padded != M;
-    const Fp8Shape shape{Type<T>::element, padded, w.N, w.K, apart ? w.N : stride};
+    const LtShape shape{Type<T>::element, true, padded, w.N, w.K, apart ? w.N : stride};
     const bool blocks = 1 << w.log_rows == kScaleColumns && w.K % kScaleColumns == 0 && w.N % 16 == 0 && stride % 8 == 0;
-    const Fp8Plan plan = blocks ? fp8_plan(call.cublas(), shape) : Fp8Plan{};
+    const LtPlan plan = blocks ? lt_plan(call.cublas(), shape) : LtPlan{};
     if (!plan.found) {
       product_of_parts(call, w.N, w.K, x, beta, y, M, stride, [&](int first, int rows, T* out) { fp8_dequantize(w, first, rows, out, call.stream()); });
       return;
@@ -79,7 +79,7 @@ struct Fp8Form {
     T* out = apart ? reinterpret_cast<T*>(x_codes + codes + scales) : y;
     fp8_activations(x, M, padded, w.K, x_codes, x_scales, call.stream());
     if (apart && beta != 0.0f) check(cudaMemcpy2DAsync(out, width, y, pitch, width, M, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpy2DAsync");
-    fp8_product(call.cublas(), plan, shape, x_codes, x_scales, w.codes, w.scales, beta, out, x_codes + codes + scales + results, call.stream());
+    lt_product(call.cublas(), plan, shape, x_codes, x_scales, w.codes, w.scales, beta, out, x_codes + codes + scales + results, call.stream());
     if (apart) check(cudaMemcpy2DAsync(y, pitch, out, width, width, M, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpy2DAsync");
   }
 

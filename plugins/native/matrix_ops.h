@@ -14,6 +14,7 @@
 #include <algorithm>
 
 #include "chain.h"
+#include "dense_product.h"
 #include "moe.cuh"
 #include "operator.h"
 #include "rows.cuh"
@@ -86,7 +87,7 @@ class MatrixLinearKernel {
       }
       Form::large(call, w, x, beta, y, M, width);
     }
-    if (tail != nullptr) product(call.cublas(), Type<T>::element, x, tail, beta, y + w.N, M, tail_rows, K, width);
+    if (tail != nullptr) dense_product(call, x, tail, beta, y + w.N, M, tail_rows, K, width);
   }
 
  private:
@@ -230,7 +231,7 @@ void product_of_parts(const Call& call, int N, int K, const T* x, float beta, T*
   for (int n = 0; n < N; n += together) {
     const int rows = std::min(together, N - n);
     dequantize(n, rows, scratch.as<T>());
-    product(call.cublas(), Type<T>::element, x, scratch.as<T>(), beta, y + n, M, rows, K, stride);
+    dense_product<T>(call, x, scratch.as<T>(), beta, y + n, M, rows, K, stride);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "chain.h"
+#include "dense_product.h"
 #include "operator.h"
 #include "rows.cuh"
 #include "skinny.cuh"
@@ -47,12 +48,12 @@ class LinearKernel {
       check(cudaMemcpyAsync(y, residual, sizeof(T) * M * size_t(N), cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
     const float beta = residual != nullptr ? 1.0f : 0.0f;
     if (norm == nullptr) {
-      product(call.cublas(), Type<T>::element, x, w, beta, y, M, N, K, N);
+      dense_product(call, x, w, beta, y, M, N, K, N);
       return;
     }
     const Scratch normed(call, sizeof(T) * M * size_t(K));
     rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
-    product(call.cublas(), Type<T>::element, normed.as<T>(), w, beta, y, M, N, K, N);
+    dense_product<T>(call, normed.as<T>(), w, beta, y, M, N, K, N);
   }
 
  private:
@@ -100,7 +101,7 @@ class SwiGluKernel {
       rms_norm(x, norm, eps_, h + hidden, M, K, call.stream());
       x = h + hidden;
     }
-    product(call.cublas(), Type<T>::element, x, w, 0.0f, h, M, 2 * N, K, 2 * N);
+    dense_product(call, x, w, 0.0f, h, M, 2 * N, K, 2 * N);
     gate(h, y, M, N, call.stream());
   }
 

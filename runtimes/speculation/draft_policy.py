@@ -110,14 +110,19 @@ class _Times:
         """Of rounds with 0 .. limit drafts: what was measured, drawn to the line through all measurements as far as samples are few and
         differ. The plain step is measured, and begins the line."""
         plain = self._means[0]
-        points = [(0, plain, 1.0), *((k, self._means[k], self._weights[k]) for k in range(1, len(self._means)) if self._weights[k])]
-        weight = sum(w for _, _, w in points)
-        k0, t0 = sum(w * k for k, _, w in points) / weight, sum(w * t for _, t, w in points) / weight
-        covariance = sum(w * (k - k0) * (t - t0) for k, t, w in points)
-        slope = (covariance + _STIFF * _SLOPE * plain) / (sum(w * (k - k0) ** 2 for k, _, w in points) + _STIFF)
+        total, of_k, of_kk, of_t, of_kt = 1.0, 0.0, 0.0, plain, 0.0
+        for k in range(1, len(self._means)):
+            weight, mean = self._weights[k], self._means[k]
+            total += weight
+            of_t += weight * mean
+            of_k += weight * k
+            of_kk += weight * k * k
+            of_kt += weight * k * mean
+        k0, t0 = of_k / total, of_t / total
+        slope = max(0.0, (of_kt - k0 * of_t + _STIFF * _SLOPE * plain) / (of_kk - k0 * of_k + _STIFF))
         values, line_weight = [plain], self._variance / _BENT**2
         for k in range(1, limit + 1):
-            line, own = t0 + max(0.0, slope) * (k - k0), self._weights[k]
+            line, own = t0 + slope * (k - k0), self._weights[k]
             values.append((own * self._means[k] + line_weight * line) / (own + line_weight))
         return [self._slowness * value for value in values]
 

@@ -80,11 +80,12 @@ class OnnxRuntimeSession(LateSession):
         if device.is_host and not repack:  # the order of the kernels is made in the arena, which has to go with the session then
             _share_arena()
             options.add_session_config_entry("session.use_env_allocators", "1")
-        if device.kind != "cuda":  # every length of call would get a plan and a block of memory of its own
+        tower = any(tensor.name == FEATURES for tensor in spec.outputs)
+        if device.kind != "cuda" or not tower:  # every length of call would get a plan and a block of memory of its own
             options.enable_mem_pattern = False
         if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        providers = _providers(ort, device, tower=any(tensor.name == FEATURES for tensor in spec.outputs))
+        providers = _providers(ort, device, tower=tower)
         if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
             _require_one_gpu(device.index, str(path))
         for plugin in plugins:
