@@ -2,8 +2,8 @@
 // capability 9.0 and cuBLAS 12.9 have. Where there is no plan the caller multiplies otherwise.
 //
 // A kernel of cuBLAS takes 3 to 4 ms of the host before its first launch, and cuBLAS picks another one for most numbers of rows: a prompt of a new
-// length waited for one in every kind of product. Here a product has the kernels that suit its classes of rows; any other number of rows takes the
-// best of these, or that of its class. So a prompt of each class has loaded all of them.
+// length waited for one in every kind of product. Here a product has the kernels that suit its classes of rows, and any other number takes the best
+// of these. So a prompt of each class has loaded all of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,14 +25,10 @@ struct LtShape {
   int M, N, K, stride;
 };
 
-// The numbers of rows whose kernels are used: 2^i and 3 * 2^(i-1) from 16 to kMostClassRows, and from 128 on 9 * 2^(i-3), since a few rows more than
-// 2^i are where kernels for 3 * 2^(i-1) are slowest. The runtime reads prompts of these lengths beforehand (prompt_sizes.py).
+// The numbers of rows whose kernels are used: 16, 24, 32, 48, ..., 2^i and 3 * 2^(i-1) up to kMostClassRows. The runtime reads prompts of these
+// lengths beforehand (prompt_sizes.py).
 constexpr int kMostClassRows = 2048;
-constexpr bool is_power(int rows) { return (rows & (rows - 1)) == 0; }
-constexpr int next_class(int rows) {
-  if (is_power(rows)) return rows < 128 ? rows / 2 * 3 : rows / 8 * 9;
-  return rows % 9 == 0 && is_power(rows / 9) ? rows / 9 * 12 : rows / 3 * 4;
-}
+constexpr int next_class(int rows) { return rows & (rows - 1) ? rows / 3 * 4 : rows / 2 * 3; }
 
 // How cuBLASLt computes a product: `found` false where it cannot.
 struct LtPlan {
