@@ -101,7 +101,16 @@ ONNXRUNTIME = Target(
             "before the linears: a mixer regroups the projections that feed it",
             finds="gated_delta_net or gated_attention",
         ),
-        PassStep(_REMOVE_DEAD, "projections that a mixer has regrouped are read by nothing, but still count as readers of the norm"),
+        PassStep(
+            "plugins.onnxruntime.fuse_shared_expert:fuse_shared_expert",
+            "while the gate's product still is a qwen::linear and the experts are qwen::moe; before fuse_residual_norm, which would take "
+            "the addition of the residual",
+            finds="sums of a mixture and its shared expert",
+        ),
+        PassStep(
+            _REMOVE_DEAD,
+            "what was regrouped or replaced so far is read by nothing, but still counts as a reader of the norm",
+        ),
         PassStep(
             "plugins.onnxruntime.absorb_norm:absorb_norm",
             "after remove_dead, which leaves the true readers of a norm; before absorb_residual, which makes products of another form",
@@ -119,6 +128,7 @@ ONNXRUNTIME = Target(
         ),
         PassStep("plugins.onnxruntime.quantize_products:quantize_products", "rewrites the plugin's products, which exist from here on"),
         PassStep("plugins.onnxruntime.quantize_experts:quantize_experts", "rewrites the plugin's Moe, which exists from here on"),
+        PassStep("plugins.onnxruntime.fuse_mixture:fuse_mixture", "joins what quantize_products and quantize_experts make"),
         PassStep(
             "plugins.onnxruntime.keep_stored_bf16:keep_stored_bf16",
             "after quantization: it is for the matrices that are not quantized",

@@ -148,7 +148,7 @@ def test_the_graphs_for_a_gpu_have_them_as_inputs(tmp_path: Path) -> None:
     models = lower(source, plan_build(source, device="cuda", precision="int4", host_experts=True))
     for model in models.values():
         made = with_inputs(model).graph
-        read = [value for node in made if node.op_type == "QuantMoe" for value in node.inputs[2:]]
+        read = [value for node in made if node.op_type == "QuantMixture" for value in node.inputs[6:]]
         assert read and all(value in made.inputs for value in read)
         assert [value.name for value in made.inputs[len(model.graph.inputs) :]] == list(expert_weights(model))
 

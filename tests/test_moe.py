@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +33,6 @@ from qwen_export.graphs.weights.stored_layout import parameter_weight, resolve_l
 from qwen_export.manifest import load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
 from qwen_export.runtimes import load
-from qwen_export.runtimes.decoding.decoder import Decoder
 from tests.support import moe_ops
 from tests.support.answers import drafted, plain
 from tests.support.family import FAMILY, tiny_config
@@ -355,38 +353,3 @@ def test_a_quantized_router_does_not_pass_the_verifier() -> None:
     gate.type = ir.TensorType(ir.DataType.UINT8)
     with pytest.raises(CaptureError, match="router"):
         verify_graph(model, "a pass")
-
-
-# ---- CUDA
-
-
-def test_a_cuda_graph(make_checkpoint: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One node per layer for the experts. Our products leave the one row of the shared expert's gate to ONNX Runtime."""
-    library = tmp_path / LIBRARIES["cuda"].file
-    library.write_bytes(b"kernels")
-    monkeypatch.setenv(LIBRARIES["cuda"].variable, str(library))
-    checkpoint = open_checkpoint(make_checkpoint(tiny(vision=False), with_mtp=False))
-    graph = lower(checkpoint, plan_build(checkpoint, device="cuda", precision="bf16"))["decoder"].graph
-    counts = Counter(node.op_type for node in graph)
-    assert counts["MoE"] == 4 and counts["SwiGlu"] == 4
-    products = [node.inputs[1].name for node in graph if node.op_type == "FusedMatMul"]
-    assert products == [f"layers.{i}.mlp.shared_expert_gate.weight" for i in range(4)]
-    assert not [node for node in graph if node.domain == "qwen"]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 0.02), ("bf16", 0.12)])
-def test_a_cuda_bundle(tmp_path: Path, precision: str, tolerance: float) -> None:
-    config = tiny(num_experts=16, num_experts_per_tok=4, vision=False)
-    checkpoint = synthesize(config, tmp_path / "checkpoint", with_mtp=False)
-    ids = prompt(40, 1)
-    expected = EagerSequence(load_decoder(open_checkpoint(checkpoint)), CAPACITY).read(ids)
-    decoder = load(build(checkpoint, tmp_path / "bundle", device="cuda", precision=precision, max_context=CAPACITY)).decoder()
-    # Rounding makes a random router choose another expert for a token now and then: its row is off, the others are not.
-    for logits in (decoder.read(ids).copy(), _token_by_token(decoder, ids)):
-        assert np.quantile(np.abs(logits - expected).max(axis=1), 0.75) <= tolerance
-
-
-def _token_by_token(decoder: Decoder, ids: list[int]) -> np.ndarray:
-    decoder.reset()
-    return np.concatenate([decoder.step([token]).copy() for token in ids])

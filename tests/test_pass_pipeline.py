@@ -50,10 +50,10 @@ def test_the_report_has_place_reason_and_what_was_left(captured: ir.Model, confi
     report = (tmp_path / REASONS).read_text().splitlines()
     for number, step in enumerate(ONNXRUNTIME.passes, 1):
         assert f"{number:02d} {step.name}: {step.why}" in report
-    at = report.index(next(line for line in report if line.startswith("09 absorb_norm")))
+    at = report.index(next(line for line in report if line.startswith("10 absorb_norm")))
     assert report[at + 1] == "     nothing to do: products are lowered to fused_matmul, which takes no norm"
     # The first norm reads the embedding, so no addition is there to fuse it with.
-    at = report.index(next(line for line in report if line.startswith("11 fuse_residual_norm")))
+    at = report.index(next(line for line in report if line.startswith("12 fuse_residual_norm")))
     assert report[at + 1] == "     changed 8"
     assert report[at + 2].endswith("its input is made by Gather, not by an addition")
     assert "qwen.rms_norm -> " in report[at + 2]

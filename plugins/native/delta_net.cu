@@ -5,7 +5,7 @@
 //
 // Few tokens (decode, verify): one block per value head does everything, with a processor to itself where there are few heads, beside others
 // where there are many. Many tokens (prefill): a parallel kernel makes q, k, v and the gates
-// in fp32, the recurrence runs over 16 columns per block, a parallel kernel applies the gated norm; what is pending is replayed before that by
+// in fp32, the recurrence runs over 32 columns per block, a parallel kernel applies the gated norm; what is pending is replayed before that by
 // the kernel for few tokens, without a new token.
 //
 // Kernels are compiled for each head size D, Dk and Dv alike; on the host it is the shape's.
@@ -34,25 +34,51 @@ __global__ void __launch_bounds__(kPartThreads, kPartBlocks) many_heads_kernel(D
   many_heads<T, D, TRANSACTION>(shape, in, pending, commit, eps, arrivals);
 }
 
-// Convolution and SiLU of one channel at token `t`; rows before the first token are in the history.
-template <typename T>
-__device__ inline float convolve(const T* packed, const T* history, const T* conv, int t, int c, int C, int width) {
-  float sum = 0.0f;
+// N neighboring elements, by one load where they are `whole`: their address is a multiple of their size.
+template <typename T, int N>
+struct alignas(N * sizeof(T)) Pack {
+  T item[N];
+
+  __device__ Pack(const T* from, bool whole) {
+    if (whole) {
+      *this = *reinterpret_cast<const Pack*>(from);
+    } else {
+#pragma unroll
+      for (int n = 0; n < N; n++) item[n] = from[n];
+    }
+  }
+};
+
+// Convolution and SiLU of N neighboring channels at token `t`; rows before the first token are in the history.
+template <int N, typename T>
+__device__ inline void convolve(const T* packed, const T* history, const T* conv, int t, int channel, int C, int width, float* out) {
+  const bool whole = width % N == 0 && (reinterpret_cast<uintptr_t>(packed) | reinterpret_cast<uintptr_t>(history) | reinterpret_cast<uintptr_t>(conv)) % 16 == 0;
+  float sum[N] = {};
+  float taps[N][kTaps];
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const Pack<T, kTaps> own(conv + (channel + n) * kTaps, whole);
+#pragma unroll
+    for (int i = 0; i < kTaps; i++) taps[n][i] = to_float(own.item[i]);
+  }
 #pragma unroll
   for (int i = 0; i < kTaps; i++) {
     const int row = t + i - (kTaps - 1);
-    const T value = row < 0 ? history[(row + kTaps - 1) * C + c] : packed[size_t(row) * width + c];
-    sum += to_float(value) * to_float(conv[c * kTaps + i]);
+    const Pack<T, N> values(row < 0 ? history + (row + kTaps - 1) * C + channel : packed + size_t(row) * width + channel, whole);
+#pragma unroll
+    for (int n = 0; n < N; n++) sum[n] += to_float(values.item[n]) * taps[n][i];
   }
-  return silu(sum);
+#pragma unroll
+  for (int n = 0; n < N; n++) out[n] = silu(sum[n]);
 }
 
 // ---- many tokens ----
 
 constexpr int kChunk = 16;    // tokens per stage of the recurrence
-constexpr int kColumns = 16;  // columns per block
 constexpr int kSplit = 8;     // lanes per column
-constexpr int kThreads = kColumns * kSplit;
+constexpr int kTwo = 2;       // columns of a lane, which reads keys and queries from shared memory once for both
+constexpr int kColumns = 32;  // columns per block
+constexpr int kThreads = kColumns / kTwo * kSplit;
 
 // fp32, tokens padded to whole chunks with tokens that leave the state alone.
 struct Workspace {
@@ -99,11 +125,7 @@ __global__ void prepare_kernel(DeltaNetShape shape, DeltaNetTensors<T> in, Works
   const T* history = in.history + size_t(b) * (kTaps - 1) * C;
   auto part = [&](int channel) {
     Part u{};
-    if (real) {
-      float* item = &u.x;
-#pragma unroll
-      for (int i = 0; i < kItems; i++) item[i] = convolve(packed, history, in.conv, t, channel + i, C, width);
-    }
+    if (real) convolve<kItems>(packed, history, in.conv, t, channel, C, width, &u.x);
     return u;
   };
   if (int(blockIdx.y) < Hk) {
@@ -146,17 +168,24 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
   __shared__ float o[kChunk][kColumns];
   const int first = blockIdx.x * kColumns, hv = blockIdx.y, b = blockIdx.z, tid = threadIdx.x;
   const int hk = hv / (shape.Hv / shape.Hk);
-  const int column = tid / kSplit, part = tid % kSplit;
+  const int column = tid / kSplit, part = tid % kSplit;  // and the column kColumns / kTwo further
   const size_t key_row = (size_t(b) * shape.Hk + hk) * padded_tokens, value_row = (size_t(b) * shape.Hv + hv) * padded_tokens;
   const size_t at = ((size_t(b) * shape.Hv + hv) * D + first + column) * D + part * 4;
+  constexpr int kNext = kColumns / kTwo;
 
-  float4 S[kQuads];  // k = 32 j + 4 part + 0..3
+  float4 S[kTwo][kQuads];  // k = 32 j + 4 part + 0..3
 #pragma unroll
-  for (int j = 0; j < kQuads; j++) S[j] = *reinterpret_cast<const float4*>(state + at + j * 32);
+  for (int n = 0; n < kTwo; n++) {
+#pragma unroll
+    for (int j = 0; j < kQuads; j++) S[n][j] = *reinterpret_cast<const float4*>(state + at + n * kNext * D + j * 32);
+  }
   const bool keep = commit == nullptr || commit[b] > 0;
   auto store_state = [&] {
 #pragma unroll
-    for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(state_out + at + j * 32) = S[j];
+    for (int n = 0; n < kTwo; n++) {
+#pragma unroll
+      for (int j = 0; j < kQuads; j++) *reinterpret_cast<float4*>(state_out + at + n * kNext * D + j * 32) = S[n][j];
+    }
   };
   wait_for_previous();
   let_next_start();
@@ -167,12 +196,13 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
 #pragma unroll
     for (int i = 0; i < kChunk * 2 * D / 4 / kThreads; i++)
       copy_async(&into.qk[0][0][0] + (i * kThreads + tid) * 4, qk + (i * kThreads + tid) * 4);
-    if (tid < kChunk * kColumns / 4)
-      copy_async(&into.v[tid / 4][tid % 4 * 4], w.v + (value_row + t + tid / 4) * D + first + tid % 4 * 4);
-    else if (tid < 64 + kChunk * 2 / 4)
-      copy_async(&into.gates[0][0] + (tid - 64) * 4, w.gates + (value_row + t) * 2 + (tid - 64) * 4);
-    else if (tid >= 96 && tid < 96 + kChunk / 4)
-      copy_async(into.dot + (tid - 96) * 4, w.dot + key_row + t + (tid - 96) * 4);
+    static_assert(kChunk * kColumns / 4 == kThreads, "a thread for four values");
+    constexpr int kFours = kColumns / 4;
+    copy_async(&into.v[tid / kFours][tid % kFours * 4], w.v + (value_row + t + tid / kFours) * D + first + tid % kFours * 4);
+    if (tid < kChunk * 2 / 4)
+      copy_async(&into.gates[0][0] + tid * 4, w.gates + (value_row + t) * 2 + tid * 4);
+    else if (tid >= 32 && tid < 32 + kChunk / 4)
+      copy_async(into.dot + (tid - 32) * 4, w.dot + key_row + t + (tid - 32) * 4);
     asm volatile("cp.async.commit_group;");
   };
 
@@ -187,26 +217,38 @@ __global__ void __launch_bounds__(kThreads) recurrence_kernel(
       const float4* query = reinterpret_cast<const float4*>(in.qk[i][0]);
       const float4* key = reinterpret_cast<const float4*>(in.qk[i][1]);
       float4 k[kQuads];
-      float sk[kQuads], sq[kQuads];
+      float sk[kTwo][kQuads], sq[kTwo][kQuads], a[kTwo], c[kTwo];
 #pragma unroll
       for (int j = 0; j < kQuads; j++) {
         k[j] = key[j * 8 + part];
         const float4 q = query[j * 8 + part];
-        sk[j] = S[j].x * k[j].x + S[j].y * k[j].y + S[j].z * k[j].z + S[j].w * k[j].w;
-        sq[j] = S[j].x * q.x + S[j].y * q.y + S[j].z * q.z + S[j].w * q.w;
+#pragma unroll
+        for (int n = 0; n < kTwo; n++) {
+          sk[n][j] = S[n][j].x * k[j].x + S[n][j].y * k[j].y + S[n][j].z * k[j].z + S[n][j].w * k[j].w;
+          sq[n][j] = S[n][j].x * q.x + S[n][j].y * q.y + S[n][j].z * q.z + S[n][j].w * q.w;
+        }
       }
-      float a = sum<kQuads>(sk), c = sum<kQuads>(sq);
+#pragma unroll
+      for (int n = 0; n < kTwo; n++) a[n] = sum<kQuads>(sk[n]), c[n] = sum<kQuads>(sq[n]);
 #pragma unroll
       for (int step = 1; step < kSplit; step *= 2) {
-        a += __shfl_xor_sync(0xffffffffu, a, step);
-        c += __shfl_xor_sync(0xffffffffu, c, step);
-      }
-      const float e = in.gates[i][0], delta = in.gates[i][1] * (in.v[i][column] - e * a);
-      if (part == 0) o[i][column] = e * c + in.dot[i] * delta;
 #pragma unroll
-      for (int j = 0; j < kQuads; j++) {
-        S[j].x = e * S[j].x + delta * k[j].x, S[j].y = e * S[j].y + delta * k[j].y;
-        S[j].z = e * S[j].z + delta * k[j].z, S[j].w = e * S[j].w + delta * k[j].w;
+        for (int n = 0; n < kTwo; n++) {
+          a[n] += __shfl_xor_sync(0xffffffffu, a[n], step);
+          c[n] += __shfl_xor_sync(0xffffffffu, c[n], step);
+        }
+      }
+      const float e = in.gates[i][0], beta = in.gates[i][1], both = in.dot[i];
+#pragma unroll
+      for (int n = 0; n < kTwo; n++) {
+        const float delta = beta * (in.v[i][column + n * kNext] - e * a[n]);
+        if (part == 0) o[i][column + n * kNext] = e * c[n] + both * delta;
+#pragma unroll
+        for (int j = 0; j < kQuads; j++) {
+          float4& s = S[n][j];
+          s.x = e * s.x + delta * k[j].x, s.y = e * s.y + delta * k[j].y;
+          s.z = e * s.z + delta * k[j].z, s.w = e * s.w + delta * k[j].w;
+        }
       }
     }
     __syncthreads();
@@ -258,8 +300,8 @@ __global__ void history_kernel(DeltaNetShape shape, DeltaNetTensors<T> in) {
 
 bool in_one_kernel(const DeltaNetShape& s) { return s.T <= kFewTokens && s.B <= 256; }
 
-// Value heads of all sequences from which blocks share processors: twice those of the largest devices.
-constexpr int kManyHeads = 288;
+// Value heads of all sequences from which blocks share processors: more than the largest devices have.
+constexpr int kManyHeads = 150;
 
 // Copies of 16 bytes begin at multiples of 16.
 template <typename T>

@@ -84,6 +84,16 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "cudaLaunchKernelEx");
 }
 
+inline int multiprocessors() {
+  static const int count = [] {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return value;
+  }();
+  return count;
+}
+
 // 1 / sqrt(mean(row^2) + eps) of a row of K values, a multiple of 8, in every thread of a block. `sums` is shared, a value per warp.
 template <typename T>
 __device__ inline float inverse_rms(const T* row, int K, float eps, float* sums) {

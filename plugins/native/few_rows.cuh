@@ -102,15 +102,15 @@ struct FewRows {
 #pragma unroll
       for (int i = 0; i < kNormalizedTogether; i++) {
         const int own = task + i * warps, m = row_of(own), chunk = chunk_of(own);
-        if (!exists(own) || chunk >= chunks) continue;
+        if (!exists(own)) continue;
         if (norm != nullptr) {
           float square = 0.0f;
-          for (int j = 0; j < all; j++) square += squares[m * all + j];
-          const float scale = rsqrtf(square / K + eps);
+          for (int j = lane; j < all; j += 32) square += squares[m * all + j];
+          const float scale = rsqrtf(warp_sum(square) / K + eps);
 #pragma unroll
           for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weight[i].item[j]));
         }
-        staged[place(m, chunk)] = values[i].bits;
+        if (chunk < chunks) staged[place(m, chunk)] = values[i].bits;
       }
     }
     __syncthreads();

@@ -59,13 +59,16 @@ __device__ inline float normalize(float* q, float* k, int lane) {
 }
 
 // A key head's part of the history is read by all its `ratio` value heads: the last of them to have read it writes it. Without counters the
-// first does, which may then not write what it was read from.
-__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio) {
+// first does, which may then not write what it was read from. One thread counts its block, behind a barrier before which all of the block have
+// used what they read; the answer comes late, and nothing waits for it before is_last_reader.
+__device__ inline int count_reader(int* arrivals, int key_head, int ratio) {
+  return arrivals == nullptr || ratio == 1 ? 0 : atomicAdd(arrivals + key_head, 1);
+}
+
+__device__ inline bool is_last_reader(int* arrivals, int key_head, int place, int ratio, int readers_before) {
   if (arrivals == nullptr) return place == 0;
-  if (ratio == 1) return true;
-  __threadfence();
-  const bool last = atomicAdd(arrivals + key_head, 1) == ratio - 1;
-  if (last) arrivals[key_head] = 0;
+  const bool last = readers_before == ratio - 1;
+  if (last && ratio > 1) arrivals[key_head] = 0;
   return last;
 }
 
@@ -147,6 +150,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
   }
   const float a_log = in.a_log[hv], dt_bias = in.dt_bias[hv];
   float norm[kItems], gating[kItems];  // warp t writes token t
+  const bool counts = tid == kHeadThreads - 1;  // in a warp that has no row to normalize
+  int readers_before = 0;
   const T* rows = TRANSACTION ? in.pending + size_t(b) * shape.P * width : nullptr;
   while (true) {
     const bool replay = TRANSACTION && pending > 0;
@@ -186,12 +191,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
       const float both = normalize<D>(q[t], k[t], lane);
       if (lane == 0) qk[t] = both;
     }
-    if (tid == 0 && !replay) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio);
+    if (counts && !replay) readers_before = count_reader(arrivals, b * Hk + hk, ratio);
     __syncthreads();
-    if (!replay && (group == 2 || (group < 2 && last))) {
-#pragma unroll
-      for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
-    }
 
     for (int t = 0; t < count; t++) {
       if (TRANSACTION && !replay && t == commit) store_state();
@@ -203,9 +204,8 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
     pending -= count, rows += size_t(count) * width;
     __syncthreads();  // the shared rows have been read
   }
-  if (commit == tokens) store_state();
+  if (counts) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, readers_before);
   __syncthreads();
-
   if (warp < tokens) {
     const Part a = reinterpret_cast<const Part*>(o[warp])[lane];
     const float scale = rsqrtf(warp_sum(dot(a, a)) / D + eps);
@@ -214,6 +214,12 @@ __device__ inline void few_tokens(DeltaNetShape shape, const DeltaNetTensors<T>&
 #pragma unroll
     for (int i = 0; i < kItems; i++) y[i] = from_float<T>(value[i] * scale * norm[i] * silu(gating[i]));
   }
+  if (group == 2 || (group < 2 && last)) {
+#pragma unroll
+    for (int i = 0; i < kTaps - 1; i++) history_out[i * C + channel] = new_history[i];
+  }
+  // It takes as long as a processor takes to write so much: beside the outputs of the warps that have one, not before them.
+  if (commit == tokens) store_state();
 }
 
 }  // namespace qwen

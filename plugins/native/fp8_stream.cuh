@@ -40,7 +40,7 @@ __device__ inline uint32_t fp8_pair(uint32_t word) {
 template <typename T, int PANELS>
 struct Fp8Stream {
   using Matrix = Fp8Matrix;
-  static constexpr int kPanels = PANELS, kStages = 2;
+  static constexpr int kPanels = PANELS, kStages = 2, kRegisters = PANELS == 1 ? 64 : 128;
   struct Buffer {
     uint8_t codes[kPanelRows * kUnit];  // [16][128], pieces of 16 exchanged
     float scales[kPanelRows];

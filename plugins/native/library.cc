@@ -68,6 +68,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     add_quantized(domain);
     add_fp8(domain);
     add_attention(domain);
+    add_mixtures(domain);
     add_chains(domain);
     add_pictures(domain);
   });

@@ -3,7 +3,8 @@
 //
 // A block of few_tokens.cuh has a processor to itself, and neither reads nor writes while it makes q, k, v and norms. Here a block has a
 // fourth of the threads and the columns of a head one part after the other, so a processor has four blocks, of which some are reading. All
-// that a block reads beside the state is on its way at once, before the state is. Every column is read by the same instructions as there.
+// that earlier calls have left is on its way before the kernel before is done: history first, then the state. Every column is read by the same
+// instructions as there.
 #pragma once
 
 #include "few_tokens.cuh"
@@ -65,23 +66,6 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
       copy_async(&raw[first + row][group * D + place], from + size_t(row) * stride + channel_of(group) + place);
     }
   };
-  // What earlier work in the stream has left, then what the projection makes.
-  copy_rows(0, history, C, kTaps - 1);
-  for (int i = tid; i < 3 * kTapUnits; i += kPartThreads)
-    copy_async(&taps[0][0] + i * kPack, in.conv + channel_of(i / kTapUnits) * kTaps + i % kTapUnits * kPack);
-  if (TRANSACTION) copy_rows(kTaps - 1, waiting, width, pending);
-  wait_for_previous();
-  let_next_start();
-  copy_rows(kTaps - 1 + pending, rows, width, tokens);
-  for (int i = tid; i < tokens * kUnits; i += kPartThreads)
-    copy_async(&gating[i / kUnits][i % kUnits * kPack], rows + size_t(i / kUnits) * width + C + hv * D + i % kUnits * kPack);
-  asm volatile("cp.async.commit_group;");
-  float a = 0.0f, open = 0.0f;
-  if (tid < total) {
-    const T* row = (TRANSACTION && tid < pending ? waiting + size_t(tid) * width : rows + size_t(tid - pending) * width) + C + Hv * D;
-    a = to_float(row[hv]), open = to_float(row[Hv + hv]);
-  }
-
   // As in few_tokens.cuh: lane p of a column holds k = 4 (kLanes j + p) + 0..3.
   const int column = tid / kLanes, part = tid % kLanes;
   const size_t at = ((size_t(b) * Hv + hv) * D + column) * D + part * 4;
@@ -94,8 +78,24 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
       for (int j = 0; j < kQuads; j++) S[p % kHeld][c][j] = __ldcs(reinterpret_cast<const float4*>(in.state + place_of(p, c, j)));
     }
   };
+  // What earlier work in the stream has left, the state as well, then what the projection makes.
+  copy_rows(0, history, C, kTaps - 1);
+  for (int i = tid; i < 3 * kTapUnits; i += kPartThreads)
+    copy_async(&taps[0][0] + i * kPack, in.conv + channel_of(i / kTapUnits) * kTaps + i % kTapUnits * kPack);
+  if (TRANSACTION) copy_rows(kTaps - 1, waiting, width, pending);
 #pragma unroll
   for (int p = 0; p < kHeld && p < kParts; p++) load_part(p);
+  wait_for_previous();
+  let_next_start();
+  copy_rows(kTaps - 1 + pending, rows, width, tokens);
+  for (int i = tid; i < tokens * kUnits; i += kPartThreads)
+    copy_async(&gating[i / kUnits][i % kUnits * kPack], rows + size_t(i / kUnits) * width + C + hv * D + i % kUnits * kPack);
+  asm volatile("cp.async.commit_group;");
+  float a = 0.0f, open = 0.0f;
+  if (tid < total) {
+    const T* row = (TRANSACTION && tid < pending ? waiting + size_t(tid) * width : rows + size_t(tid - pending) * width) + C + Hv * D;
+    a = to_float(row[hv]), open = to_float(row[Hv + hv]);
+  }
 
   if (tid < total) gate[tid] = decay(a, in.a_log[hv], in.dt_bias[hv]), beta[tid] = sigmoid(open);
   asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -116,7 +116,7 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
     const float both = normalize<D>(q[t], k[t], lane);
     if (lane == 0) qk[t] = both;
   }
-  if (tid == kPartThreads - 1) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio);
+  if (tid == kPartThreads - 1) last = is_last_reader(arrivals, b * Hk + hk, hv % ratio, ratio, count_reader(arrivals, b * Hk + hk, ratio));
   __syncthreads();
   for (int i = tid; i < (kTaps - 1) * kRowUnits; i += kPartThreads) {
     const int row = i / kRowUnits, unit = i % kRowUnits, group = unit / kUnits, place = unit % kUnits * kPack;

@@ -21,7 +21,7 @@
 
 namespace qwen {
 
-constexpr int kTokensTogether = 1024;
+constexpr int kTokensTogether = 2048;
 
 template <typename Form>
 typename Form::Matrix matrix_of(const Attributes& info) {
@@ -193,17 +193,22 @@ class MatrixMoeKernel {
     expect(moe_.K > 0 && moe_.K <= kMostSelected, "quantized experts: a token can have 1 to 32 experts");
   }
 
+  // E experts on rows of H values, whose matrices begin at input `first`.
+  Experts<typename Form::Matrix> given(const Tensors& call, size_t first, int E, int H) const {
+    Experts<typename Form::Matrix> moe = moe_;
+    moe.H = H, moe.E = E;
+    expect(moe.K <= E && E <= kMostExperts && H % 8 == 0, "quantized experts: at most 1024, and a hidden size that is a multiple of 8");
+    moe.gate_up.N = 2 * moe.I, moe.gate_up.K = H;
+    moe.down.N = H, moe.down.K = moe.I;
+    Form::give_experts(call, first, moe.gate_up, E);
+    Form::give_experts(call, first + Form::kInputs, moe.down, E);
+    return moe;
+  }
+
   void compute(Call& call) {
     const auto shape = call.shape(0), logits = call.shape(1);
     expect(!shape.empty() && !logits.empty() && rows_of(shape) == rows_of(logits), "quantized experts: x [...,H] and the router's logits [...,E] do not fit");
-    Experts<typename Form::Matrix> moe = moe_;
-    moe.H = static_cast<int>(shape.back());
-    moe.E = static_cast<int>(logits.back());
-    expect(moe.K <= moe.E && moe.E <= kMostExperts && moe.H % 8 == 0, "quantized experts: at most 1024, and a hidden size that is a multiple of 8");
-    moe.gate_up.N = 2 * moe.I, moe.gate_up.K = moe.H;
-    moe.down.N = moe.H, moe.down.K = moe.I;
-    Form::give_experts(call, 2, moe.gate_up, moe.E);
-    Form::give_experts(call, 2 + Form::kInputs, moe.down, moe.E);
+    Experts<typename Form::Matrix> moe = given(call, 2, static_cast<int>(logits.back()), static_cast<int>(shape.back()));
     const T *x = call.input<T>(0), *routes = call.input<T>(1);
     T* y = call.output<T>(0, shape);
     const int M = rows_of(shape);

@@ -2,7 +2,7 @@
 // activations, [visits,I], are stored in the workspace in that order.
 #pragma once
 
-#include "moe.cuh"
+#include "choose_experts.cuh"
 #include "panels.cuh"
 
 namespace qwen {
@@ -21,7 +21,7 @@ struct Work {
   int* counts;    // [E]
   int* visits;    // [E,tokens]
   float* out;     // [visits,H]
-  bool grouped;
+  bool grouped, arranged;  // arranged: inner activations and rows of visits have another place (moe_many.cuh)
 };
 
 // A warp selects the experts of a token.
@@ -31,45 +31,16 @@ __global__ void route_kernel(Work<T, Matrix> work) {
   let_next_start();
   const int token = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32, E = work.moe.E, K = work.moe.K;
   if (token >= work.moe.tokens) return;
-  constexpr int kPerLane = kMostExperts / 32;
-  float value[kPerLane];
-#pragma unroll
-  for (int i = 0; i < kPerLane; i++) {
-    const int e = i * 32 + lane;
-    value[i] = e < E ? to_float(work.logits[size_t(token) * E + e]) : -INFINITY;
-  }
-  float mine = 0.0f, largest = 0.0f;  // the logit of the choice that this lane keeps
-  int kept = 0;
-  for (int j = 0; j < K; j++) {
-    float best = -INFINITY;
-    int at = kMostExperts;
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      if (value[i] > best) best = value[i], at = i * 32 + lane;
-    }
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, best, step);
-      const int other_at = __shfl_xor_sync(0xffffffffu, at, step);
-      if (other > best || (other == best && other_at < at)) best = other, at = other_at;
-    }
-    if (at >= E) at = j;  // no number is left: the logits are not finite
-    if (j == 0) largest = best;
-    if (lane == j) mine = best, kept = at;
-#pragma unroll
-    for (int i = 0; i < kPerLane; i++) {
-      if (i * 32 + lane == at) value[i] = -INFINITY;
-    }
-  }
-  const float share = lane < K ? __expf(mine - largest) : 0.0f;
-  const float all = warp_sum(share);
+  constexpr int kUsual = 256;
+  const T* logits = work.logits + size_t(token) * E;
+  const Choice choice = E <= kUsual ? choose_experts<kUsual>(logits, E, K) : choose_experts<kMostExperts>(logits, E, K);
   if (lane < K) {
     const int visit = token * K + lane;
-    work.expert[visit] = kept;
-    work.weight[visit] = share / all;
+    work.expert[visit] = choice.expert;
+    work.weight[visit] = choice.weight;
     if (work.grouped) {
-      const int place = atomicAdd(&work.counts[kept], 1);
-      if (place < work.moe.tokens) work.visits[size_t(kept) * work.moe.tokens + place] = visit;
+      const int place = atomicAdd(&work.counts[choice.expert], 1);
+      if (place < work.moe.tokens) work.visits[size_t(choice.expert) * work.moe.tokens + place] = visit;
     }
   }
 }
@@ -240,19 +211,19 @@ size_t place(Work<T, Matrix>& work, char* base) {
   };
   work.expert = reinterpret_cast<int*>(take(visits * sizeof(int)));
   work.weight = reinterpret_cast<float*>(take(visits * sizeof(float)));
-  work.inner = reinterpret_cast<T*>(take(visits * moe.I * sizeof(T)));
   if (work.grouped) {
     work.counts = reinterpret_cast<int*>(take(moe.E * sizeof(int)));
     work.visits = reinterpret_cast<int*>(take(size_t(moe.E) * moe.tokens * sizeof(int)));
-    work.out = reinterpret_cast<float*>(take(visits * moe.H * sizeof(float)));
   }
+  if (!work.arranged) work.inner = reinterpret_cast<T*>(take(visits * moe.I * sizeof(T)));
+  if (work.grouped && !work.arranged) work.out = reinterpret_cast<float*>(take(visits * moe.H * sizeof(float)));
   return at;
 }
 
 template <typename T, typename Matrix>
-Work<T, Matrix> work_of(const Experts<Matrix>& moe) {
+Work<T, Matrix> work_of(const Experts<Matrix>& moe, bool arranged = false) {
   Work<T, Matrix> work{moe};
-  work.grouped = moe.tokens > kFewColumns;
+  work.grouped = moe.tokens > kFewColumns || arranged, work.arranged = arranged;
   return work;
 }
 
@@ -285,8 +256,8 @@ void down(const Work<T, Matrix>& work, cudaStream_t stream) {
 
 // Before gate_up and down: which experts each token visits, after which they may be launched.
 template <typename T, typename Matrix>
-Work<T, Matrix> routed(const Experts<Matrix>& moe, const T* x, const T* logits, T* y, void* workspace, cudaStream_t stream) {
-  Work<T, Matrix> work = work_of<T>(moe);
+Work<T, Matrix> routed(const Experts<Matrix>& moe, const T* x, const T* logits, T* y, void* workspace, cudaStream_t stream, bool arranged = false) {
+  Work<T, Matrix> work = work_of<T>(moe, arranged);
   work.x = x, work.logits = logits, work.y = y;
   place(work, static_cast<char*>(workspace));
   if (work.grouped) check(cudaMemsetAsync(work.counts, 0, moe.E * sizeof(int), stream), "cudaMemsetAsync");

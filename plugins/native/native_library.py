@@ -36,7 +36,8 @@ FP8_LINEAR = "Fp8Linear"
 """The op of a product with an fp8 matrix; a device that has it has the others of fp8, too."""
 _CUDA_PRODUCTS = ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", FP8_LINEAR, "Fp8SwiGlu", "Fp8Moe")
 _TOWER = ("PictureAttention", "ResidualNorm", "BiasGelu")
-_CUDA_OPS = dict.fromkeys((*_CUDA_PRODUCTS, *_TOWER, "GatedAttention", "Chain"), _HALF) | {
+_MIXTURE = ("RmsNorm", "SharedExpertSum", "QuantMixture")
+_CUDA_OPS = dict.fromkeys((*_CUDA_PRODUCTS, *_TOWER, *_MIXTURE, "GatedAttention", "Chain"), _HALF) | {
     **dict.fromkeys(("QuantGather", "Fp8Gather"), frozenset({"float16"})),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,

@@ -2,9 +2,8 @@
 // is the same for all of them: which block has which columns, the norm of the input, partial sums, and what follows the product.
 #pragma once
 
-#include "device.cuh"
+#include "few_rows.cuh"
 #include "mma.cuh"
-#include "panels.cuh"
 
 namespace qwen {
 
@@ -19,13 +18,21 @@ struct FewProduct {
   void* y;
   float eps;
   int M, N, tail_rows, tiles;  // N: columns of y that come from w
-  int staged;                  // where in shared memory normalized activations are kept; 0: each warp makes those that it needs
+  int staged;                  // where in shared memory activations are kept, normalized; 0: each warp reads those that it needs
 };
+
+// `count` elements are on their way to the second-level cache. A tail has too few blocks to wait for memory when its turn has come.
+template <typename T>
+__device__ void prefetch_rows(const T* from, size_t count) {
+  constexpr int kLine = 128 / sizeof(T);
+  for (size_t i = threadIdx.x * size_t(kLine); i < count; i += blockDim.x * kLine) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + i));
+}
 
 // A warp's part of x [first row] times 16 rows of an ordinary matrix: sum as of a stream, with rows g and g + 8.
 template <typename T, typename Activations>
 __device__ void plain_tile(const T* w, int rows, int K, int warp, int warps, int g, int t, const Activations& activations, float (&sum)[4]) {
   const uint4 zero = make_uint4(0, 0, 0, 0);
+#pragma unroll 4
   for (int k = warp * kStep + t * 8; k - t * 8 < K; k += warps * kStep) {
     const uint4 a = g < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g) * K + k) : zero;
     const uint4 d = g + 8 < rows && k < K ? *reinterpret_cast<const uint4*>(w + size_t(g + 8) * K + k) : zero;
@@ -46,14 +53,18 @@ __device__ uint4 normalized(const T* x, const T* norm, float scale) {
   return values.bits;
 }
 
-// A row of staged activations is 16 bytes longer than K: rows begin in different banks.
-__host__ __device__ inline int staged_row(int K) { return K + 8; }
+// M rounded up to a power of two.
+__host__ __device__ inline int log_rows_of(int M) { return M == 1 ? 0 : M == 2 ? 1 : M <= 4 ? 2 : 3; }
+
+// Where the activations of a product are: in memory, in shared memory as well, or to be normalized, which FewProduct::staged says how.
+enum class Activations { kMemory, kStaged, kNormalized };
 
 // A block makes 16 or 32 columns of y, of one panel or two neighbors, or, SWIGLU, 16 of a gate and an up panel. Behind those of w come
 // blocks of 16 columns of `tail`.
-template <typename T, typename Stream, bool NORM, bool SWIGLU>
-__global__ void __launch_bounds__(kMostWarps * 32, Stream::kPanels == 1 ? 2 : 1) product_few_kernel(FewProduct<typename Stream::Matrix> given) {
+template <typename T, typename Stream, Activations FROM, bool SWIGLU>
+__global__ void __maxnreg__(Stream::kRegisters) product_few_kernel(FewProduct<typename Stream::Matrix> given) {
   constexpr int PANELS = Stream::kPanels, kSums = PANELS * 128;
+  constexpr bool NORM = FROM == Activations::kNormalized;
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ float inverse[kFewColumns];
   const auto& w = given.w;
@@ -67,47 +78,55 @@ __global__ void __launch_bounds__(kMostWarps * 32, Stream::kPanels == 1 ? 2 : 1)
   // The second panel of the last tile may not exist: the last one is read twice.
   const auto panel = [&](int, int p) { return w.panel(SWIGLU ? int(blockIdx.x) + p * half : min(PANELS * int(blockIdx.x) + p, panels - 1)); };
   const auto unit = [&](int u) { return warp + u * warps; };
-  stream.start(panel, unit, count);
+  const int tail_row = is_tail ? (int(blockIdx.x) - given.tiles) * kPanelRows : 0;
+  const T* const tail = is_tail ? static_cast<const T*>(given.tail) + size_t(tail_row) * K : nullptr;
+  if (is_tail)
+    prefetch_rows(tail, size_t(min(kPanelRows, given.tail_rows - tail_row)) * K);
+  else
+    stream.start(panel, unit, count);
+  // The address is one of shared memory in any case, and the loads are, too: one that may be null would make them general ones.
+  const bool staged = FROM == Activations::kStaged || (NORM && given.staged);
+  const FewRows<T> rows{x, reinterpret_cast<uint4*>(shared + given.staged), M, K, log_rows_of(M), w.units() * kUnitChunks};
+  const uint4 weight = rows.first_weight(norm);
   wait_for_previous();
   let_next_start();
 
-  T* staged = reinterpret_cast<T*>(shared + given.staged);
-  if constexpr (NORM) {
-    for (int m = warp; m < M; m += warps) {
+  const int width = given.N + given.tail_rows, m_out = threadIdx.x / 32;
+  const int column = is_tail ? given.N + tail_row + lane : int(blockIdx.x) * PANELS * kPanelRows + lane;
+  const bool writes = m_out < M && column < (is_tail ? width : given.N) && lane < (is_tail ? 1 : PANELS) * kPanelRows;
+  float added = 0.0f;  // the residual of the one value that this thread will write
+  if (!SWIGLU && residual != nullptr && writes) added = to_float(residual[size_t(m_out) * width + column]);
+
+  if (staged) {
+    rows.stage(NORM ? norm : nullptr, weight, given.eps);
+  } else if (NORM) {
+    for (int m = warp; m < M; m += warps) {  // summed in the order of FewRows
       float sum = 0.0f;
-      for (int k = lane * 8; k < K; k += 256) {
+      for (int group = 0; group * kChunkGroup * kChunk < K; group++) {
         Pack8<T> p;
-        p.bits = *reinterpret_cast<const uint4*>(x + size_t(m) * K + k);
+        p.bits = rows.load(m, group * kChunkGroup + lane);
+        float square = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) sum += to_float(p.item[i]) * to_float(p.item[i]);
+        for (int i = 0; i < 8; i++) square += to_float(p.item[i]) * to_float(p.item[i]);
+        square = warp_sum(square);
+        if (group % 32 == lane) sum += square;
       }
       sum = warp_sum(sum);
       if (lane == 0) inverse[m] = rsqrtf(sum / K + given.eps);
     }
     __syncthreads();
-    if (given.staged) {
-      for (int k = threadIdx.x * 8; k < K; k += blockDim.x * 8) {
-        for (int m = 0; m < M; m++)
-          *reinterpret_cast<uint4*>(staged + m * staged_row(K) + k) = normalized(x + size_t(m) * K + k, norm + k, inverse[m]);
-      }
-      __syncthreads();
-    }
   }
-  const float scale = NORM && g < M ? inverse[g] : 1.0f;
+  const float scale = NORM && !staged && g < M ? inverse[g] : 1.0f;
   const auto activations = [&](int k) {
     if (g >= M || k >= K) return make_uint4(0, 0, 0, 0);
-    if constexpr (NORM) {
-      if (given.staged) return *reinterpret_cast<const uint4*>(staged + g * staged_row(K) + k);
-      return normalized(x + size_t(g) * K + k, norm + k, scale);
-    }
+    if (staged) return rows.staged[rows.place(g, k / kChunk)];
+    if constexpr (NORM) return normalized(x + size_t(g) * K + k, norm + k, scale);
     return *reinterpret_cast<const uint4*>(x + size_t(g) * K + k);
   };
 
   float sum[PANELS][4] = {};
-  const int tail_row = is_tail ? (int(blockIdx.x) - given.tiles) * kPanelRows : 0;
   float* partial = reinterpret_cast<float*>(shared);
   if (is_tail) {
-    const T* tail = static_cast<const T*>(given.tail) + size_t(tail_row) * K;
     plain_tile<T>(tail, given.tail_rows - tail_row, K, warp, warps, g, t, activations, sum[0]);
   } else {
     stream.run(panel, unit, count, [&](int, int k) { return activations(k); }, [](int) { return 1.0f; }, sum);
@@ -125,24 +144,20 @@ __global__ void __launch_bounds__(kMostWarps * 32, Stream::kPanels == 1 ? 2 : 1)
   const float* all = reinterpret_cast<const float*>(shared);
   const auto total = [&](int index) {
     float value = 0.0f;
-    for (int i = 0; i < warps; i++) value += all[i * kSums + index];
+    for (int first = 0; first < warps; first += kFewWarps) {  // warps are a multiple
+#pragma unroll
+      for (int i = 0; i < kFewWarps; i++) value += all[(first + i) * kSums + index];
+    }
     return value;
   };
-  const int width = given.N + given.tail_rows, m = threadIdx.x / 32;
   T* y = static_cast<T*>(given.y);
-  if (m >= M) return;
   if constexpr (SWIGLU) {
-    if (lane < kPanelRows) {
-      const float gate = total(m * kPanelRows + lane), up = total(128 + m * kPanelRows + lane);
-      y[size_t(m) * width + blockIdx.x * kPanelRows + lane] = from_float<T>(silu(gate) * up);
+    if (m_out < M && lane < kPanelRows) {
+      const float gate = total(m_out * kPanelRows + lane), up = total(128 + m_out * kPanelRows + lane);
+      y[size_t(m_out) * width + blockIdx.x * kPanelRows + lane] = from_float<T>(silu(gate) * up);
     }
-  } else {
-    const int p = lane / kPanelRows, r = lane % kPanelRows;
-    const int column = is_tail ? given.N + tail_row + lane : int(blockIdx.x) * PANELS * kPanelRows + lane;
-    if (column >= (is_tail ? width : given.N) || p >= (is_tail ? 1 : PANELS)) return;
-    const size_t at = size_t(m) * width + column;
-    const float value = total(p * 128 + m * kPanelRows + r);
-    y[at] = from_float<T>(residual != nullptr ? value + to_float(residual[at]) : value);
+  } else if (writes) {
+    y[size_t(m_out) * width + column] = from_float<T>(total(lane / kPanelRows * 128 + m_out * kPanelRows + lane % kPanelRows) + added);
   }
 }
 
@@ -156,23 +171,35 @@ inline int most_shared() {
   return bytes;
 }
 
+template <typename T, typename Stream, Activations FROM, bool SWIGLU>
+void start_few(const FewProduct<typename Stream::Matrix>& given, int blocks, int warps, size_t shared, cudaStream_t stream) {
+  constexpr auto kernel = product_few_kernel<T, Stream, FROM, SWIGLU>;
+  static DeviceFlags allowed;
+  allowed.once([] {
+    const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());
+    allow_shared(kernel, wanted < most ? wanted : most);
+  });
+  launch(kernel, dim3(blocks), dim3(warps * 32), shared, stream, given);
+}
+
 template <typename T, typename Stream, bool NORM, bool SWIGLU>
 void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
-  constexpr auto kernel = product_few_kernel<T, Stream, NORM, SWIGLU>;
   constexpr int kColumns = Stream::kPanels * kPanelRows;
   given.tiles = SWIGLU ? given.N / kPanelRows : (given.N + kColumns - 1) / kColumns;
   const int blocks = given.tiles + (given.tail_rows + kPanelRows - 1) / kPanelRows;
   // Few blocks need more warps each to keep as many loads in flight.
   const bool many = blocks <= 264 && given.w.units() >= 2 * kFewWarps && Stream::kBytesPerWarp * kMostWarps <= size_t(most_shared());
   const int warps = many ? kMostWarps : kFewWarps;
-  const size_t ring = Stream::kBytesPerWarp * warps, rows = sizeof(T) * given.M * size_t(staged_row(given.w.K));
-  given.staged = NORM && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
-  static DeviceFlags allowed;
-  allowed.once([] {
-    const size_t wanted = Stream::kBytesPerWarp * kMostWarps + kMostStaged, most = size_t(most_shared());
-    allow_shared(kernel, wanted < most ? wanted : most);
-  });
-  launch(kernel, dim3(blocks), dim3(warps * 32), ring + (given.staged ? rows : 0), stream, given);
+  const size_t ring = Stream::kBytesPerWarp * warps, rows = FewRows<T>::staged_bytes(given.w.units() * kUnitChunks, log_rows_of(given.M));
+  // Without a norm only where a warp would wait for its activations more than once, and no other block could work.
+  given.staged = (NORM || (blocks <= 264 && given.w.units() > warps)) && rows <= kMostStaged && ring + rows <= size_t(most_shared()) ? int(ring) : 0;
+  const size_t bytes = ring + (given.staged ? rows : 0);
+  if constexpr (NORM) {
+    start_few<T, Stream, Activations::kNormalized, SWIGLU>(given, blocks, warps, bytes, stream);
+  } else {
+    given.staged ? start_few<T, Stream, Activations::kStaged, SWIGLU>(given, blocks, warps, bytes, stream)
+                 : start_few<T, Stream, Activations::kMemory, SWIGLU>(given, blocks, warps, bytes, stream);
+  }
 }
 
 // Stream<T, PANELS>: two panels share the activations; one each where that makes too few blocks.

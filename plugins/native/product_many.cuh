@@ -25,12 +25,6 @@ struct ManyProduct {
   const void *x, *residual;
   void* y;
   int M, N, stride, splits;  // y [M,N], of rows of `stride` elements
-
-  // Experts. Of the blocks in y, block i has the visits from tiles[i + 1].y on of expert tiles[i + 1].x, COLUMNS at most; there are tiles[0].x. M is
-  // the most that there can be. A visit reads row visit / sharing of x and writes row `visit` of y: fp32, or where SWIGLU, arranged for `bits`.
-  const int2* tiles;
-  const int *counts, *visits;
-  int tokens, sharing, bits;
 };
 
 // What a block keeps of 128 k.
@@ -57,7 +51,70 @@ __device__ inline void copy16_or_zeros_at(uint32_t shared, const void* global, b
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0) : "memory");
 }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
+// A warp's products of its panel with the activations of a unit. Sums are not complete before `wait_for_products<0>` and `settle`.
+template <typename T, int BITS, bool GENERAL, int COLUMNS>
+struct PanelProducts {
+  using Unit = ManyUnit<BITS, GENERAL, COLUMNS>;
+  static constexpr int kTogether = 2;  // steps of 32 k whose products are issued together
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, log_block;
+  const bool zeros, wide;
+  Weights<T, BITS, GENERAL> weights;
+  uint32_t a[2][kTogether * 8];
+
+  __device__ explicit PanelProducts(const QuantMatrix& w) : log_block(w.block == 32 ? 5 : w.block == 64 ? 6 : 7), zeros(w.zeros), wide(w.wide_scales) {}
+
+  __device__ void fragments(const Unit& unit, int step, uint32_t* to) {
+    weights.load(unit.scales[warp], GENERAL && zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, wide, (step * kStep >> log_block) * kPanelRows + 2 * g);
+    uint2 v, next{};
+    if constexpr (BITS == 4) {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
+    } else {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
+      next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
+    }
+    weights.of(v, next, to);
+  }
+
+  __device__ static uint64_t at_16(uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); }
+
+  // `used` is what the first 2 C of COLUMNS rows need. All products of the unit before are complete when `before_is_read` is called.
+  template <int C, typename Read>
+  __device__ void whole(float (&used)[C], const Unit& unit, const Read& before_is_read) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+#pragma unroll
+    for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
+      auto& now = a[turn % 2];
+#pragma unroll
+      for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
+      settle(now);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2 * kTogether; s++) product_rows<T, C>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
+      end_products();
+      wait_for_products<1>();
+      settle(a[(turn + 1) % 2]);
+      if (turn == 0) before_is_read();
+    }
+  }
+
+  // A unit that ends after `steps` of 32 k.
+  template <int C>
+  __device__ void part(float (&used)[C], const Unit& unit, int steps) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+    for (int step = 0; step < steps; step++) {
+      wait_for_products<0>();
+      settle(used);
+      fragments(unit, step, a[0]);
+      settle(a[0]);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2; s++) product_rows<T, C>(used, a[0] + s * 4, at_16(x, step * 2 + s));
+      end_products();
+    }
+  }
+};
+
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMNS>::kBlocks) product_many_kernel(const ManyProduct given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ManyLayout<BITS, GENERAL, COLUMNS>;
@@ -65,28 +122,15 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
   constexpr int kStages = Layout::kStages;
   constexpr int C = COLUMNS / 2;                            // sums of a thread
   constexpr bool kHanded = Layout::kBlocks == 2 && C > 16;  // registers from those who copy to those who multiply
-  constexpr int kTogether = 2;                              // steps of 32 k whose products are issued together
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
   __shared__ size_t panel_at[kTilePanels];
-  __shared__ int visit_of[EXPERTS ? COLUMNS : 1];
   const uint32_t base = (shared_of(many_memory) + 1023) / 1024 * 1024;
   uint8_t* const memory = many_memory + (base - shared_of(many_memory));
   Unit* const ring = reinterpret_cast<Unit*>(memory);
   const uint32_t full = shared_of(barriers), empty = full + kStages * 8;
-  QuantMatrix w = given.w;
-  int M = given.M, first_row = blockIdx.y * COLUMNS;
-  if constexpr (EXPERTS) {
-    wait_for_previous();
-    let_next_start();
-    if (int(blockIdx.y) >= given.tiles[0].x) return;
-    const int2 own = given.tiles[1 + blockIdx.y];
-    first_row = own.y;
-    M = min(given.counts[own.x], given.tokens);
-    w = w.expert(own.x);
-    const int* visits = given.visits + size_t(own.x) * given.tokens + first_row;
-    if (threadIdx.x < COLUMNS) visit_of[threadIdx.x] = first_row + int(threadIdx.x) < M ? visits[threadIdx.x] : -1;
-  }
+  const QuantMatrix& w = given.w;
+  const int M = given.M, first_row = blockIdx.y * COLUMNS;
   const int splits = given.splits, rank = blockIdx.x % splits, tile = blockIdx.x / splits;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int units = w.units(), first_unit = units * rank / splits, count = units * (rank + 1) / splits - first_unit;
@@ -129,13 +173,11 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       }
     };
     for (int i = 0; i < min(kStages, count); i++) copy_weights(i, i);
-    if constexpr (!EXPERTS) {
-      wait_for_previous();
-      let_next_start();
-    }
+    wait_for_previous();
+    let_next_start();
     // A thread copies the same 8 k of every eighth row; rows eight further are swizzled alike.
     const int piece = own % 16, stride = arranged_stride(w.K);
-    const T* x = static_cast<const T*>(given.x) + piece * 8 + (EXPERTS ? 0 : size_t(min(first_row + own / 16, M - 1)) * stride);
+    const T* x = static_cast<const T*>(given.x) + piece * 8 + size_t(min(first_row + own / 16, M - 1)) * stride;
     int slot = 0, parity = 1;
     for (int i = 0; i < count; i++) {
       if (i >= kStages) {
@@ -147,14 +189,9 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       int left = M - first_row - own / 16;
 #pragma unroll 4
       for (int j = 0; j < COLUMNS / 8; j++) {
-        if constexpr (EXPERTS) {
-          const int visit = visit_of[own / 16 + j * 8];
-          copy16_or_zeros_at(to, from + size_t(max(visit, 0) / given.sharing) * stride, visit >= 0);
-        } else {
-          copy16_or_zeros_at(to, from, left > 0);
-          left -= 8;
-          if (left > 0) from += 8 * size_t(stride);
-        }
+        copy16_or_zeros_at(to, from, left > 0);
+        left -= 8;
+        if (left > 0) from += 8 * size_t(stride);
         to += 1024;
       }
       barrier_arrive_after_copies(full + slot * 8);
@@ -166,59 +203,22 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
     float c[C];
 #pragma unroll
     for (int i = 0; i < C; i++) c[i] = 0.0f;
-    Weights<T, BITS, GENERAL> weights;
-    uint32_t a[2][kTogether * 8];
-    const auto fragments = [&](const Unit& unit, int step, uint32_t* to) {
-      weights.load(unit.scales[warp], GENERAL && w.zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, w.wide_scales,
-                   (step * kStep >> log_block) * kPanelRows + 2 * g);
-      uint2 v, next{};
-      if constexpr (BITS == 4) {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
-      } else {
-        v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
-        next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
-      }
-      weights.of(v, next, to);
-    };
-    const auto at_16 = [](uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); };
+    PanelProducts<T, BITS, GENERAL, COLUMNS> products(w);
     const int whole = w.padded() / kUnit - first_unit;  // units that have all of their k
     int slot = 0, parity = 0, i = 0;
     for (; i < min(count, whole); i++) {
       barrier_wait(full + slot * 8, parity);
       publish_to_products();
       const Unit& unit = ring[slot];
-      const uint64_t x = matrix_of(shared_of(unit.x), 16);
-#pragma unroll
-      for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
-        auto& now = a[turn % 2];
-#pragma unroll
-        for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
-        settle(now);
-        begin_products();
-#pragma unroll
-        for (int s = 0; s < 2 * kTogether; s++) product_rows<T, C>(c, now + s * 4, at_16(x, turn * kTogether * 2 + s));
-        end_products();
-        wait_for_products<1>();
-        settle(a[(turn + 1) % 2]);
-        if (turn == 0 && i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
-      }
+      products.whole(c, unit, [&] {
+        if (i > 0 && lane == 0) barrier_arrive(empty + (slot == 0 ? kStages - 1 : slot - 1) * 8);
+      });
       if (++slot == kStages) slot = 0, parity ^= 1;
     }
     if (i < count) {  // the last unit ends early
       barrier_wait(full + slot * 8, parity);
       publish_to_products();
-      const Unit& unit = ring[slot];
-      const uint64_t x = matrix_of(shared_of(unit.x), 16);
-      for (int step = 0; step < w.padded() % kUnit / kStep; step++) {
-        wait_for_products<0>();
-        settle(c);
-        fragments(unit, step, a[0]);
-        settle(a[0]);
-        begin_products();
-#pragma unroll
-        for (int s = 0; s < 2; s++) product_rows<T, C>(c, a[0] + s * 4, at_16(x, step * 2 + s));
-        end_products();
-      }
+      products.part(c, ring[slot], w.padded() % kUnit / kStep);
     }
     wait_for_products<0>();
     settle(c);
@@ -233,20 +233,13 @@ __global__ void __launch_bounds__(kManyThreads, ManyLayout<BITS, GENERAL, COLUMN
       const float values[2][2] = {{v.x, v.z}, {v.y, v.w}};
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const int local = eight * 8 + 2 * t + i, m = EXPERTS ? visit_of[local] : first_row + local;
-        if (first_row + local >= M) break;
+        const int m = first_row + eight * 8 + 2 * t + i;
+        if (m >= M) break;
         const size_t row = size_t(m) * given.stride;
         float first = values[i][0], second = values[i][1];
-        if constexpr (EXPERTS && SWIGLU) {
-          y[row + arranged_at(n, given.bits)] = from_float<T>(first);
-          y[row + arranged_at(n + 1, given.bits)] = from_float<T>(second);
-        } else if constexpr (EXPERTS) {
-          *reinterpret_cast<float2*>(static_cast<float*>(given.y) + row + n) = make_float2(first, second);
-        } else {
-          if (residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
-          const T both[2] = {from_float<T>(first), from_float<T>(second)};
-          *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
-        }
+        if (residual != nullptr) first += to_float(residual[row + n]), second += to_float(residual[row + n + 1]);
+        const T both[2] = {from_float<T>(first), from_float<T>(second)};
+        *reinterpret_cast<uint32_t*>(y + row + n) = *reinterpret_cast<const uint32_t*>(both);
       }
     };
     if constexpr (!SWIGLU) {
@@ -308,9 +301,9 @@ inline bool has_tensor_cores_90() {
 // Blocks that have a tile of their own, for as many rows as one block takes.
 inline int many_tiles(const QuantMatrix& w, bool swiglu) { return swiglu ? (w.panels() / 2 + 3) / 4 : (w.panels() + kTilePanels - 1) / kTilePanels; }
 
-template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU, bool EXPERTS>
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 void run_many(const ManyProduct& given, cudaStream_t stream) {
-  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU, EXPERTS>;
+  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
   constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
   static DeviceFlags allowed;
   allowed.once([] { allow_shared(kernel, shared); });
@@ -320,7 +313,7 @@ void run_many(const ManyProduct& given, cudaStream_t stream) {
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim.x = given.splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, EXPERTS ? given.M : (given.M + COLUMNS - 1) / COLUMNS);
+  config.gridDim = dim3(many_tiles(given.w, SWIGLU) * given.splits, (given.M + COLUMNS - 1) / COLUMNS);
   config.blockDim = dim3(kManyThreads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;

@@ -4,6 +4,7 @@
 #include "quant_panels.cuh"
 #include "quant_stream.cuh"
 #include "resident_few.cuh"
+#include "tiles_few.cuh"
 
 namespace qwen {
 namespace {
@@ -49,9 +50,21 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
     *reinterpret_cast<uint4*>(y + size_t(blockIdx.x) * w.K + k) = id >= 0 && id < w.N ? eight<T>(w, int(id), k) : make_uint4(0, 0, 0, 0);
 }
 
+template <typename T, typename Shape>
+void by_tiles(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
+  if constexpr (std::is_same<T, __half>::value) {
+    if (!given.w.zeros && !given.w.wide_scales) return tiles_few<QuantPanels<T, 4, false>, Shape>(given, stream);
+  }
+  tiles_few<QuantPanels<T, 4, true>, Shape>(given, stream);
+}
+
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   const auto& w = given.w;
+  if (!SWIGLU && !resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K)) {
+    if (wide_tiles_are_better(given)) return by_tiles<T, WideTiles>(given, stream);
+    if (narrow_tiles_are_better(given)) return by_tiles<T, NarrowTiles>(given, stream);
+  }
   if (!resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K))
     w.bits == 4 ? product_few<T, Int4Stream, SWIGLU>(given, stream) : product_few<T, Int8Stream, SWIGLU>(given, stream);
   else if (w.zeros || w.wide_scales)

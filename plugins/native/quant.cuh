@@ -23,8 +23,9 @@ struct QuantMatrix {
   bool wide_scales = false;  // fp32 instead of fp16
 
   __host__ __device__ int panels() const { return (N + kPanelRows - 1) / kPanelRows; }
-  __host__ __device__ int blocks() const { return (K + block - 1) / block; }
-  __host__ __device__ int padded() const { return blocks() * block; }
+  __host__ __device__ int log_block() const { return block == 32 ? 5 : block == 64 ? 6 : 7; }  // divisions take kernels of few rows a while
+  __host__ __device__ int blocks() const { return (K + block - 1) >> log_block(); }
+  __host__ __device__ int padded() const { return blocks() << log_block(); }
   __host__ __device__ int scale_bytes() const { return wide_scales ? 4 : 2; }
   __host__ __device__ int zeros_at() const { return kGroupBlocks * kPanelRows * scale_bytes(); }  // in a group
   __host__ __device__ int codes_at() const { return zeros_at() + (zeros ? kGroupBlocks * kPanelRows : 0); }

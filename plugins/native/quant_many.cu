@@ -13,11 +13,11 @@ void of_rows(ManyProduct& given, cudaStream_t stream) {
   given.splits = 1;
   while (given.splits < 8 && tiles * given.splits * 2 <= most && given.splits * 4 <= given.w.units()) given.splits *= 2;
   if constexpr (!GENERAL) {
-    if (given.M <= 16) return run_many<T, BITS, GENERAL, 16, SWIGLU, false>(given, stream);
-    if (given.M <= 32) return run_many<T, BITS, GENERAL, 32, SWIGLU, false>(given, stream);
+    if (given.M <= 16) return run_many<T, BITS, GENERAL, 16, SWIGLU>(given, stream);
+    if (given.M <= 32) return run_many<T, BITS, GENERAL, 32, SWIGLU>(given, stream);
   }
-  if (given.M <= 64) return run_many<T, BITS, GENERAL, 64, SWIGLU, false>(given, stream);
-  run_many<T, BITS, GENERAL, 128, SWIGLU, false>(given, stream);
+  if (given.M <= 64) return run_many<T, BITS, GENERAL, 64, SWIGLU>(given, stream);
+  run_many<T, BITS, GENERAL, 128, SWIGLU>(given, stream);
 }
 
 template <typename T, bool SWIGLU>

@@ -74,7 +74,7 @@ struct UnitBuffer {
 template <typename T, int BITS, int PANELS>
 struct QuantStream {
   using Matrix = QuantMatrix;
-  static constexpr int kPanels = PANELS;
+  static constexpr int kPanels = PANELS, kRegisters = PANELS == 1 ? 64 : 80;  // two blocks of 16 warps on a multiprocessor, or three of 8
   static constexpr int kStages = BITS == 4 ? 3 : 2;
   using Buffer = UnitBuffer<BITS>;
   static constexpr size_t kBytesPerWarp = sizeof(Buffer) * PANELS * kStages;

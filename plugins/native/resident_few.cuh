@@ -158,16 +158,6 @@ __global__ void __launch_bounds__(kResidentThreads, 2) resident_few_kernel(const
   }
 }
 
-inline int multiprocessors() {
-  static const int count = [] {
-    int device = 0, value = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&value, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    return value;
-  }();
-  return count;
-}
-
 constexpr int kLongestRow = 32 << 10;  // that fits beside the rings of both formats
 
 // For a product with N columns of y. Where shared memory is small (99 KiB on consumer devices) rings would be too short.
@@ -182,7 +172,7 @@ void resident_few(FewProduct<typename Panels::Matrix> given, bool swiglu, cudaSt
   using T = typename Panels::Element;
   const int M = given.M, most = most_shared(), one_kib = 1024, chunks = given.w.units() * (Panels::kUnitK / kChunk);
   ResidentPlan plan{};
-  plan.log_rows = M == 1 ? 0 : M == 2 ? 1 : M <= 4 ? 2 : 3;
+  plan.log_rows = log_rows_of(M);
   plan.swiglu = swiglu;
   const int sums = int(sizeof(float) * 2 * kPanelsTogether * kResidentWarps * kPanelRows) << plan.log_rows;
   const int stage = kResidentWarps * Panels::unit_bytes(given.w);

@@ -16,7 +16,8 @@ top="(test_on_cuda and (300 or 5000) and lost)"
 products="(test_linear and (24-40 or 1024-2048)) or (test_swiglu and 40-24)"
 quantized="(test_quant_linear and (24-40 or 296-416)) or test_quant_gather or test_quant_moe"
 fp8="(test_linear and 296-416) or (test_swiglu and float16) or test_gather or (test_experts and 16)"
-every="($recurrence or ($plugin) or $top or $products or $quantized or $fp8) and not bfloat16"
+mixture="(test_the_sum and (True-3-264 or False-1-9000)) or (test_the_norm and 8-264) or test_equal_logits or test_a_row_has_the_same_bits_in_any_company"
+every="($recurrence or ($plugin) or $top or $products or $quantized or $fp8 or $mixture) and not bfloat16"
 
 # check TOOL SECONDS SELECTION [OPTION...]
 check() {
@@ -25,7 +26,8 @@ check() {
   begun=$(date +%s)
   (cd "$root" && timeout "$seconds" "$COMPUTE_SANITIZER" --tool "$tool" --error-exitcode 9 --target-processes all --print-limit 20 "$@" \
     "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu -o addopts=--import-mode=importlib -k "$selection" \
-    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_fp8_gpu.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py) > "$log" 2>&1
+    tests/test_native_plugin.py tests/test_native_quantized.py tests/test_fp8_gpu.py tests/test_top_logits.py tests/test_delta_net_plugin_gpu.py \
+    tests/test_shared_expert_sum_gpu.py tests/test_mixture_gpu.py) > "$log" 2>&1
   code=$?
   [ $code -eq 124 ] && summary="not finished after $seconds s" || summary=$(grep -o '[A-Z ]*SUMMARY: .*' "$log" | tail -1)
   tests=$(grep -oE '[0-9]+ (passed|failed).*' "$log" | tail -1)

@@ -46,7 +46,7 @@ __device__ void product_64(float (&c)[32], uint64_t a, uint64_t b, int add);
 template <typename T, int C>
 __device__ void product_values(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
 
-// c [64,2C] += a b^T: a [64,16] in registers, as mma takes it; b [2C,16] in shared memory. C is 8, 16, 32 or 64.
+// c [64,2C] += a b^T: a [64,16] in registers, as mma takes it; b [2C,16] in shared memory. C is 8, 16, 32, 48 or 64.
 template <typename T, int C>
 __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
 
@@ -56,6 +56,9 @@ __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
 #define QWEN_NAMES_32 \
   QWEN_NAMES_16 "," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define QWEN_NAMES_48 \
+  QWEN_NAMES_32 "," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define QWEN_NAMES_64 \
   QWEN_NAMES_32 "," \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
@@ -70,6 +73,7 @@ __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 #define QWEN_SUMS_16(i) QWEN_SUMS_8(i), QWEN_SUMS_8(i + 8)
 #define QWEN_SUMS_32(i) QWEN_SUMS_16(i), QWEN_SUMS_16(i + 16)
+#define QWEN_SUMS_48(i) QWEN_SUMS_32(i), QWEN_SUMS_16(i + 32)
 #define QWEN_SUMS_64(i) QWEN_SUMS_32(i), QWEN_SUMS_32(i + 32)
 #define QWEN_SUMS_128(i) QWEN_SUMS_64(i), QWEN_SUMS_64(i + 64)
 
@@ -102,6 +106,7 @@ __device__ inline void product_rows<T, C>(float (&c)[C], const uint32_t* a, uint
   QWEN_ROWS(T, TYPE, "16", 8, "%8", "%9", "%10", "%11", "%12") \
   QWEN_ROWS(T, TYPE, "32", 16, "%16", "%17", "%18", "%19", "%20") \
   QWEN_ROWS(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
+  QWEN_ROWS(T, TYPE, "96", 48, "%48", "%49", "%50", "%51", "%52") \
   QWEN_ROWS(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
   QWEN_VALUES(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
   QWEN_VALUES(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
@@ -115,11 +120,13 @@ QWEN_PRODUCTS(__nv_bfloat16, "bf16")
 #undef QWEN_SCORES
 #undef QWEN_SUMS_128
 #undef QWEN_SUMS_64
+#undef QWEN_SUMS_48
 #undef QWEN_SUMS_32
 #undef QWEN_SUMS_16
 #undef QWEN_SUMS_8
 #undef QWEN_NAMES_128
 #undef QWEN_NAMES_64
+#undef QWEN_NAMES_48
 #undef QWEN_NAMES_32
 #undef QWEN_NAMES_16
 #undef QWEN_NAMES_8

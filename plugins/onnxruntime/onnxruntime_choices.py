@@ -35,6 +35,11 @@ def _native_limit(config: TextConfig) -> str:
     return f"the native products need multiples of 8, and this model has {', '.join(odd)}" if odd else ""
 
 
+def _native_rows_limit(config: TextConfig) -> str:
+    """Kernels that go over rows of the hidden size, 8 elements at a time."""
+    return f"the native kernels take multiples of 8, and this model has hidden size {config.hidden_size}" if config.hidden_size % 8 else ""
+
+
 def _native_moe_limit(config: TextConfig) -> str:
     if config.num_experts > 1024 or config.num_experts_per_tok > 32:
         return f"the native experts are up to 1024, 32 per token, and this model has {config.num_experts}, {config.num_experts_per_tok}"
@@ -73,11 +78,14 @@ def _plugin_cpu_limit(config: TextConfig) -> str:
 _NATIVE_LINEAR = (Kernel("Linear", NATIVE), Kernel("SwiGlu", NATIVE))
 _SPLIT = Kernel("Split", _AI, ())
 _SIMPLIFIED_NORM = Kernel("SimplifiedLayerNormalization", _AI, ())
+_BUILTIN_NORM = Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization")))
 _CONV = Kernel("CausalConvWithState")
 _GATED_NORM = Kernel("GatedRMSNorm")
 _NATIVE_MOE = Choice("native_moe", (Kernel("Moe", NATIVE),))
 _NATIVE_QUANT_MOE = Choice("native_quant_moe", (Kernel("QuantMoe", NATIVE),), _native_moe_limit, quantized_only=True)
 _MICROSOFT_MOE = Choice("microsoft_moe", (Kernel("MoE"),))
+_SHARED_EXPERT = Choice("native_shared_expert", (Kernel("SharedExpertSum", NATIVE),), _native_rows_limit)
+_MIXTURE = Choice("native_mixture", (Kernel("QuantMixture", NATIVE),), _native_rows_limit, quantized_only=True)
 _CHAIN = Choice("native_chain", (Kernel("Chain", NATIVE),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
 _MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
@@ -86,7 +94,7 @@ _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
     "cpu": {
         "linear": (Choice("native_linear", _NATIVE_LINEAR), Choice("fused_matmul", (Kernel("FusedMatMul"),))),
-        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "rms_norm": (_BUILTIN_NORM,),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu", activation=()),)),),
         "gated_delta_net": (
             Choice("plugin_cpu", (Kernel("DeltaNetTransaction", NATIVE),), _plugin_cpu_limit),
@@ -104,7 +112,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("native_linear", _NATIVE_LINEAR, _native_limit, columns=8, tail=True),
             Choice("fused_matmul", (Kernel("FusedMatMul"),)),
         ),
-        "rms_norm": (Choice("simplified_norm", (_SIMPLIFIED_NORM, Kernel("SkipSimplifiedLayerNormalization"))),),
+        "rms_norm": (Choice("native_norm", (Kernel("RmsNorm", NATIVE),), _native_rows_limit), _BUILTIN_NORM),
         "silu": (Choice("quick_gelu", (Kernel("QuickGelu"),)),),
         "gated_delta_net": (
             Choice("plugin_cuda", (Kernel("DeltaNet", NATIVE),), _plugin_cuda_limit),
@@ -122,6 +130,8 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
             Choice("builtin_cuda", (_GQA,), _rotary_limit),
         ),
         "moe": (_NATIVE_QUANT_MOE, _MICROSOFT_MOE),
+        "shared_expert": (_SHARED_EXPERT,),
+        "mixture": (_MIXTURE,),
         "top_logits": (_TOP_LOGITS,),
         "chain": (_CHAIN,),
     },
@@ -139,7 +149,9 @@ VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 """What a bundle that reads pictures needs besides."""
 
 
-OPTIONAL = ("top_logits", "chain")
+OF_MIXTURES = ("moe", "shared_expert", "mixture")
+"""What only a mixture of experts has."""
+OPTIONAL = ("top_logits", "shared_expert", "mixture", "chain")
 """What a graph can be without."""
 
 
@@ -156,7 +168,7 @@ def choose(
     speculation can use; `caches` is the format of attention caches, "" for that of the activations."""
     chosen, refusals = {}, []
     for op, every in CHOICES[kernels.device].items():
-        if op == "moe" and not config.is_moe:
+        if op in OF_MIXTURES and not config.is_moe:
             continue
         candidates = [choice for choice in every if choice.transaction or not transaction]
         candidates = [choice for choice in candidates if quantized_experts or not choice.quantized_only]

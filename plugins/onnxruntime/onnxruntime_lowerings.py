@@ -21,6 +21,7 @@ from qwen_export.plugins.onnxruntime.experts_plugin import lower_experts_plugin
 from qwen_export.plugins.onnxruntime.linear_builtin import lower_linear_builtin
 from qwen_export.plugins.onnxruntime.linear_plugin import lower_linear_plugin
 from qwen_export.plugins.onnxruntime.norm_builtin import lower_simplified_norm
+from qwen_export.plugins.onnxruntime.norm_plugin import lower_native_norm
 from qwen_export.plugins.onnxruntime.picture_attention_builtin import lower_picture_attention
 from qwen_export.plugins.onnxruntime.picture_attention_plugin import lower_picture_attention_plugin
 from qwen_export.plugins.onnxruntime.place_features_builtin import lower_place_features
@@ -36,6 +37,7 @@ LOWERINGS: dict[tuple[str, str], Lowering] = {
     ("gated_attention", "builtin_cuda"): lower_attention_cuda,
     ("gated_attention", "plugin_cuda"): lower_attention_plugin_cuda,
     ("rms_norm", "simplified_norm"): lower_simplified_norm,
+    ("rms_norm", "native_norm"): lower_native_norm,
     ("moe", "native_moe"): lower_experts_plugin,
     ("moe", "native_quant_moe"): lower_experts_plugin,
     ("moe", "microsoft_moe"): lower_experts_builtin,

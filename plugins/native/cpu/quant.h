@@ -96,13 +96,13 @@ struct Ahead {
 // quant_tiles_begin, quant_tiles_end: around the products of a thread.
 // quant_tile_product: one panel times one tile: out [rows up to 8 or 16, 16], the bits of quant_panel. Meanwhile fetches `ahead.lines` lines of
 // memory per block.
-// quant_stream_product: the same with a panel as it is stored, which comes from memory.
+// quant_stream_product: one panel, as it is stored, times some tiles; results of tile t from out + t * stride on.
 #define QWEN_QUANT_TILES(SET)                                                                                     \
   namespace SET {                                                                                                 \
   void quant_open_panel(const QuantFormat& format, const uint8_t* panel, uint8_t* memory);                        \
   void quant_tiles_begin(const QuantFormat& format);                                                              \
   void quant_tile_product(const QuantFormat& format, const uint8_t* opened, const QuantTile& tile, const Ahead& ahead, float* out); \
-  void quant_stream_product(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out);   \
+  void quant_stream_product(const QuantFormat& format, const uint8_t* panel, const QuantTile* tiles, int count, float* out, size_t stride); \
   void quant_tiles_end();                                                                                         \
   }
 QWEN_TILE_SETS(QWEN_QUANT_TILES)

@@ -1,8 +1,8 @@
 // The two kinds of quantized products (quant.h) behind one face, for the ops: a row has the same bits in both.
 //
 //   lanes   panels as they are stored, rows a few at a time; decode steps, drafts, small batches
-//   tiles   16 rows at a time, where has_tiles(): of a batch with one tile of them panels are read as they are stored; of larger ones and of
-//           prompts a panel is opened once, to signed bytes, and then takes all tiles
+//   tiles   16 rows at a time, where has_tiles(). A few tiles read panels as they are stored; for more, as in prompts, a panel is opened once, to
+//           signed bytes, and then takes all tiles
 #pragma once
 
 #include <algorithm>
@@ -14,13 +14,17 @@
 
 namespace qwen {
 
+// Tiles that read a panel as it is stored: opening it for two takes as long, or up to 1.3 times where it then does not fit the first cache.
+constexpr int kMostStreamed = 2;
+
 // How M rows are multiplied.
 class QuantForm {
  public:
   QuantForm(const QuantFormat& format, int64_t M) : format_(&format), M_(M), tiles_(has_tiles() && M >= kFewestInTiles) {}
 
   bool tiles() const { return tiles_; }
-  bool opens() const { return tiles_ && M_ > kTileSlots; }
+  bool streams() const { return tiles_ && count() <= kMostStreamed; }
+  bool opens() const { return tiles_ && count() > 1; }  // for products of one tile at a time
   const QuantFormat& format() const { return *format_; }
   int64_t tile_rows() const {
     static const int lanes = QWEN_BEST(quant_tile_rows)();
@@ -84,14 +88,19 @@ class Panels {
   // out [16, 16], of which tile.rows rows count.
   void product(const uint8_t* stored, int64_t place, const QuantTile& tile, float* out, const Ahead& ahead = {}) const {
     static const auto lanes = QWEN_BEST(quant_panel);
-    static const auto stream = QWEN_TILES(quant_stream_product);
     static const auto tiles = QWEN_TILES(quant_tile_product);
     if (form_.tiles() && !form_.opens())
-      stream(form_.format(), stored, tile, out);
+      stream(stored, &tile, 1, out, 0);
     else if (form_.tiles())
       tiles(form_.format(), opened_ + size_t(place) * bytes(form_), tile, ahead, out);
     else
       lanes(form_.format(), stored, tile, out);
+  }
+
+  // With all of a few tiles, which nothing was opened for; results of tile t from out + t * stride on.
+  void stream(const uint8_t* stored, const QuantTile* tiles, int count, float* out, size_t stride) const {
+    static const auto product = QWEN_TILES(quant_stream_product);
+    product(form_.format(), stored, tiles, count, out, stride);
   }
 
  private:

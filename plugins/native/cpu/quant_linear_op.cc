@@ -107,14 +107,25 @@ void over_panels(const Call& call, const Activations& activations, const uint8_t
       }
       task(panel, tile, t * form.tile_rows(), results);
     };
-    if (form.tiles())  // an open panel stays in the first cache
+    if (form.streams()) {
+      QuantTile all[kMostStreamed];
+      for (int64_t t = 0; t < tiles; t++) all[t] = activations.tile(t);
+      for (int64_t panel = begin; panel < end; panel++) {
+        Result results[kMostStreamed][SETS];
+        for (int64_t t = 0; t < tiles; t++) output.fetch(panel, t * form.tile_rows(), all[t].rows);
+        for (int set = 0; set < SETS; set++)
+          opened.stream(stored(panel, set), all, int(tiles), results[0][set].values, SETS * kTileSlots * kPanelRows);
+        for (int64_t t = 0; t < tiles; t++) task(panel, all[t], t * form.tile_rows(), results[t]);
+      }
+    } else if (form.tiles()) {  // an open panel stays in the first cache
       for (int64_t panel = begin; panel < end; panel++) {
         for (int set = 0; set < SETS; set++) opened.open(stored(panel, set), set);
         for (int64_t t = first; t < last; t++) one(panel, t);
       }
-    else
+    } else {
       for (int64_t t = first; t < last; t++)
         for (int64_t panel = begin; panel < end; panel++) one(panel, t);
+    }
   });
 }
 

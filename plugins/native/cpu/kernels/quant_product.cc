@@ -36,6 +36,7 @@ void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& t
   constexpr int kHeader = kGroupBlocks * kPanelRows * (int(sizeof(Scale)) + (ZEROS ? 1 : 0));
   const int units = format.block / kQuantUnit;
   for (int lane = 0; lane < kPanelRows; lane += kLanes) {
+    const bool fetches = lane == 0;  // the lanes after these read the same lines
     const uint8_t* codes = panel + lane * 4;
     const int8_t* a = tile.codes;
     const float *a_scales = tile.scales, *corrections = tile.corrections;
@@ -43,7 +44,7 @@ void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& t
     for (int m = 0; m < ROWS; m++) total[m] = zero_floats();
     for (int64_t left = format.blocks(); left > 0; left -= kGroupBlocks) {
       const uint8_t* header = codes - lane * 4;
-      ahead<kHeader>(codes);
+      if (fetches) ahead<kHeader>(codes);
       codes += kHeader;
       const int count = left < kGroupBlocks ? int(left) : kGroupBlocks;
       for (int block = 0; block < count; block++) {
@@ -52,7 +53,7 @@ void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& t
         for (int m = 0; m < ROWS; m++) sum[m] = ZEROS ? zero_ints() : start(corrections + m), other[m] = zero_ints();
         int u = units;
         do {
-          ahead<kUnitBytes>(codes);
+          if (fetches) ahead<kUnitBytes>(codes);
           unit<BITS, ROWS>(codes, a, sum, other);
           codes += kUnitBytes;
           a += kQuantUnit * ROWS;

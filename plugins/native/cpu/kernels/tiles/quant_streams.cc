@@ -1,6 +1,5 @@
-// Products of quantized matrices in tile registers, over panels as they are stored, for one or two tiles of rows: a few blocks at a time are
-// opened into the first cache, so that the panel is read once and in order, which is how memory gives most. The bits are those of
-// quant_panels.cc.
+// Products of quantized matrices in tile registers, over panels as they are stored, for a few tiles of rows: some blocks at a time are opened
+// into the first cache, so that the panel is read once and in order, which is how memory gives most. The bits are those of quant_panels.cc.
 
 #include "quant_blocks.h"
 
@@ -50,17 +49,49 @@ void product(const QuantFormat& format, const uint8_t* panel, const QuantTile& t
   UNROLL for (int i = 0; i < ROWS * kVectors; i++) store(out + i * kLanes, total[i]);
 }
 
-template <int ROWS, bool ZEROS>
-void choose_parts(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
-  with_parts(format, [&](auto parts) { product<ROWS, ZEROS, parts.value>(format, panel, tile, out); });
+// Totals of a tile go on from those in `out` over some opened blocks, the first of which is `block`.
+template <int ROWS, bool ZEROS, int PARTS>
+void go_on(const QuantFormat& format, const OpenGroup& group, int64_t block, int count, const QuantTile& tile, float* out) {
+  const int depth = quant_tile_depth(format);
+  const int64_t line = block * kTileSlots;
+  Position at = {tile.codes + line * format.block, group.codes, tile.scales + line, tile.corrections + line, group.scales, group.zeros, {}};
+  alignas(64) int32_t sums[2][kTileSlots * kPanelRows];
+  Floats total[ROWS * kVectors];
+  UNROLL for (int i = 0; i < ROWS * kVectors; i++) total[i] = block == 0 ? zero_floats() : load_scales(out + i * kLanes);
+  block_sums<PARTS>(at, depth, sums[0]);
+  for (int i = 1; i < count; i++) {
+    block_sums<PARTS>(at, depth, sums[i % 2]);
+    add_block<ROWS, ZEROS>(at, sums[(i - 1) % 2], total);
+  }
+  add_block<ROWS, ZEROS>(at, sums[(count - 1) % 2], total);
+  UNROLL for (int i = 0; i < ROWS * kVectors; i++) store(out + i * kLanes, total[i]);
+}
+
+template <bool ZEROS, int PARTS>
+void products(const QuantFormat& format, const uint8_t* panel, const QuantTile* tiles, int count, float* out, size_t stride) {
+  OpenGroup group;
+  for (int64_t block = 0; block < format.blocks(); block += kGroupBlocks) {
+    const int here = int(format.blocks() - block < kGroupBlocks ? format.blocks() - block : kGroupBlocks);
+    panel = open_group<true>(format, panel, here, group.codes, group.scales, group.zeros);
+    for (int t = 0; t < count; t++) {
+      const auto run = tiles[t].rows <= kHalfRows ? go_on<kHalfRows, ZEROS, PARTS> : go_on<kTileSlots, ZEROS, PARTS>;
+      run(format, group, block, here, tiles[t], out + size_t(t) * stride);
+    }
+  }
+}
+
+template <bool ZEROS, int PARTS>
+void choose_rows(const QuantFormat& format, const uint8_t* panel, const QuantTile* tiles, int count, float* out, size_t stride) {
+  if (count > 1) return products<ZEROS, PARTS>(format, panel, tiles, count, out, stride);
+  (tiles->rows <= kHalfRows ? product<kHalfRows, ZEROS, PARTS> : product<kTileSlots, ZEROS, PARTS>)(format, panel, *tiles, out);
 }
 
 }  // namespace
 
-void quant_stream_product(const QuantFormat& format, const uint8_t* panel, const QuantTile& tile, float* out) {
-  const auto run = tile.rows <= kHalfRows ? (format.zeros ? choose_parts<kHalfRows, true> : choose_parts<kHalfRows, false>)
-                                          : (format.zeros ? choose_parts<kTileSlots, true> : choose_parts<kTileSlots, false>);
-  run(format, panel, tile, out);
+void quant_stream_product(const QuantFormat& format, const uint8_t* panel, const QuantTile* tiles, int count, float* out, size_t stride) {
+  with_parts(format, [&](auto parts) {
+    (format.zeros ? choose_rows<true, parts.value> : choose_rows<false, parts.value>)(format, panel, tiles, count, out, stride);
+  });
 }
 
 }  // namespace qwen::QWEN_SET
