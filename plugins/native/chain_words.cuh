@@ -7,12 +7,6 @@
 
 namespace qwen {
 
-template <typename T>
-union Pack2 {
-  uint32_t bits;
-  T item[2];
-};
-
 constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // a NaN, or two, of bits that no arithmetic makes
 
 __device__ inline uint4 load_words(const uint32_t* at) {
@@ -25,12 +19,5 @@ __device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("
 __device__ inline void store_words(uint32_t* at, uint32_t first, uint32_t second) {
   asm volatile("st.volatile.global.v2.u32 [%0],{%1,%2};" ::"l"(at), "r"(first), "r"(second) : "memory");
 }
-// Copies that complete a barrier.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void copy_bulk(uint32_t into, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(into), "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
+
 }  // namespace qwen
