@@ -1,6 +1,8 @@
 // How attention_few shares its work: the chunks of sequences, the items of blocks, and what is in shared memory.
 #pragma once
 
+#include <climits>
+
 #include "attention_cache.cuh"
 #include "attention_columns.cuh"
 
@@ -8,9 +10,10 @@ namespace qwen {
 
 constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, slots of a chunk
+constexpr int kWholeSlots = 2 * kLeastSlots;         // a sequence with fewer is not cut
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
-// Barriers of parts of a block; 0 is that of all of it.
-constexpr int kLoadsBarrier = 1, kGroupBarrier = 2;
+constexpr int kEight = 8;      // rows of a warp
+constexpr int kGroupBarrier = 1;  // barriers of parts of a block from here on; 0 is that of all of it
 
 // Shared memory that a block can have: for a device with less a kernel is not compiled.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
@@ -38,30 +41,54 @@ struct FewWorkspace {
   unsigned* counters;   // [sequence, kv head, row block], zero before and after
 };
 
-// MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles, and each has HALVES halves of
-// tiles (keys or values) in shared memory. With MAKERS the kernel makes the rows of the new tokens itself, in one launch.
-template <typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+// How the sequences of a launch are cut.
+struct FewSequences {
+  int starts[kMostSequences + 1];  // items of the sequences before
+  int size[kMostSequences], length[kMostSequences];
+};
+
+// Sequences that are read: those with so many slots.
+struct FewKept {
+  int from, below;
+};
+
+// Where the warps of a block meet.
+template <int WARPS>
+struct FewMeeting {
+  FewSequences cut;
+  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
+  float factors[WARPS * kEight];
+  int merge_at[WARPS];  // of groups
+  bool last;
+};
+
+// Factors of rows and chunks.
+constexpr int most_factors(int rows) { return rows == 64 ? 4096 : 2048; }
+
+// MW warps share the keys of one tile, each with 8 rows; WARPS / MW such groups read different tiles, and each has HALVES halves of tiles (keys
+// or values) in shared memory. With FRESH the kernel makes the rows of the new tokens itself, in one launch.
+template <typename Cache, int D, int MW, int WARPS, int HALVES, bool FRESH>
 struct FewLayout {
-  static constexpr bool kFresh = MAKERS > 0;
-  static constexpr int kThreads = (READERS + MAKERS) * 32;
-  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows;
+  static constexpr int kThreads = WARPS * 32;
+  static constexpr int kGroups = WARPS / MW, kRows = MW * kEight;
   // Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
   static constexpr int kRowBytes = kCacheRow<Cache, D>, kHalfBytes = kTileSlots * kRowBytes, kStageBytes = Cache::kPlain ? 0 : kTileSlots * D * 2;
   static constexpr int kStages = kGroups * kStageBytes;
-  static constexpr int kPassRows = 16 / kGroups;  // rows whose sums are brought together at a time
-  // Rows of one column lie in different banks.
-  static constexpr int kStride = D + 8, kMergeStride = D + 4;
+  static constexpr int kStride = D + 8;  // rows of one column lie in different banks
   static constexpr int kRingBytes = kStages + kGroups * HALVES * kHalfBytes;
-  // A buffer has new queries, keys and values, and later the sums of the groups. While it is read the next one is made.
-  static constexpr int kBuffers = kFresh ? 2 : 1;
-  static constexpr int kFreshBytes = kFresh ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
-  static constexpr int kMergeBytes = 16 * kMergeStride * 4;
-  static constexpr int kBufferBytes = ((kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes) + 15) / 16 * 16;
-  static constexpr int kFactors = kFresh ? 2048 : 4096;  // of rows and chunks
-  static constexpr int kShared = kRingBytes + kBuffers * kBufferBytes + kFactors * 4;
-  // With the arrays of the kernel.
-  static constexpr int kAllShared = kShared + (3 * kMostSequences + 1) * 4 + kGroups * kRows * 12 + (kFresh ? MAKERS * D : 1) * 4 + 16;
+  // New queries, keys and values; later factors of rows and chunks.
+  static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0, kFactorBytes = most_factors(kRows) * 4;
+  static constexpr int kShared = kRingBytes + (kFreshBytes > kFactorBytes ? kFreshBytes : kFactorBytes);
+  static_assert((Cache::kPlain ? kHalfBytes : kStageBytes) == kEight * D * 4, "sums of eight rows take the place of a half tile of values");
 };
+
+// Dynamic shared memory of attention_few, and what it has beside that.
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+template <typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH>
+constexpr int few_shared = larger(FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>::kShared,
+                                  FRESH ? FewLayout<Cache, D, 1, WARPS, HALVES_OF_EIGHT, FRESH>::kShared : 0);
+template <int WARPS>
+constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
 
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
@@ -73,12 +100,6 @@ __device__ inline int chunk_slots(const FewPlan& plan, int slots) {
   const int wanted = min(short_ones, min(max(8, short_ones / 2), max(32, short_ones / 4))), chunks = max(1, min(plan.most_chunks, wanted));
   return (divided(slots + chunks - 1, inverse_of(float(chunks))) + 31) / 32 * 32;
 }
-
-// How the sequences of a launch are cut.
-struct FewSequences {
-  int starts[kMostSequences + 1];  // items of the sequences before
-  int size[kMostSequences], length[kMostSequences];
-};
 
 // What one block does at a time: a chunk of a sequence, for a kv head and a block of rows.
 struct FewItem {
@@ -107,18 +128,19 @@ struct FewItem {
   }
 };
 
-// Cuts the sequences; returns the items of all. Lengths were written before the kernels of the call; every warp does the same, so that none
-// waits for another.
+// Cuts the sequences of `kept` lengths; returns the items of all. Lengths were written before the kernels of the call; every warp does the same,
+// so that none waits for another.
 template <typename T>
-__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, FewSequences& cut, int lane) {
+__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewKept kept,
+                                    int first_sequence, int sequences, FewSequences& cut, int lane) {
   int total = 0;
 #pragma unroll 1
   for (int b0 = 0; b0 < sequences; b0 += 32) {
     int count = 0;
     if (b0 + lane < sequences) {
-      const int length = length_of(shape, in, b0 + lane), slots = length + shape.T, size = chunk_slots(plan, slots);
+      const int length = length_of(shape, in, first_sequence + b0 + lane), slots = length + shape.T, size = chunk_slots(plan, slots);
       cut.length[b0 + lane] = length, cut.size[b0 + lane] = size;
-      count = divided(slots + size - 1, inverse_of(float(size))) * shape.Hkv * plan.blocks;
+      if (kept.from <= slots && slots < kept.below) count = divided(slots + size - 1, inverse_of(float(size))) * shape.Hkv * plan.blocks;
     }
     int up_to = count;
 #pragma unroll
@@ -132,6 +154,22 @@ __device__ inline int cut_sequences(const AttentionShape& shape, const Attention
   if (lane == 0) cut.starts[sequences] = total;
   __syncwarp();
   return total;
+}
+
+// Asks for what an item reads beside the new rows: the second cache has it when it is read.
+template <int ROW, typename T>
+__device__ inline void prefetch_given(const FewItem& item, const AttentionShape& shape, const AttentionTensors<T>& in, int first_sequence, int lane) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kMostSlots = 192;
+  const int there = min(min(item.slots, item.length - item.first), kMostSlots), sequence = first_sequence + item.b;
+  const size_t slot = (size_t(sequence) * shape.Hkv + item.h) * shape.S + item.first;
+  const size_t angle = sequence * shape.table_stride + size_t(item.length) * (shape.R / 2);
+  const unsigned char* const past = (lane ? in.v_cache : in.k_cache) + slot * ROW;
+  if (lane < 2 && there > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(past), "r"(there * ROW) : "memory");
+  const T* const row = lane < 8 ? in.q_norm : lane < 16 ? in.k_norm : lane < 24 ? in.cos + angle : in.sin + angle;
+  const int at = lane % 8 * 64, end = lane < 16 ? shape.D : shape.T * shape.R / 2;  // elements: `at` begins a line of 128 bytes
+  if (at < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at) : "memory");
+#endif
 }
 
 __device__ inline void add_scaled(float4& o, float factor, float4 x) {
@@ -164,21 +202,26 @@ __device__ inline void combine_factors(const float2* weights, int stride, int ro
   }
 }
 
-// Four values of a row: the sum over the chunks, whose sums are STRIDE float4 apart, in their order.
-template <int STRIDE>
-__device__ inline float4 combined(const float* partial, const float* factors, int chunks) {
-  const float4* parts = reinterpret_cast<const float4*>(partial);
-  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  constexpr int kTogether = 16;  // loads on their way
+// Four values of N rows each: the sums over the chunks, whose sums are STRIDE float4 apart, in their order.
+template <int STRIDE, int N>
+__device__ inline void combine(float4 (&o)[N], const float4* const (&parts)[N], const float* const (&factors)[N], int chunks) {
+  constexpr int kTogether = 8;  // of a row, loads on their way
+#pragma unroll
+  for (int n = 0; n < N; n++) o[n] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 1
   for (int c = 0; c < chunks; c += kTogether) {
-    float4 part[kTogether];
+    float4 part[N][kTogether];
 #pragma unroll
-    for (int i = 0; i < kTogether; i++) part[i] = __ldcg(parts + size_t(min(c + i, chunks - 1)) * STRIDE);
+    for (int n = 0; n < N; n++) {
 #pragma unroll
-    for (int i = 0; i < kTogether; i++) add_scaled(o, c + i < chunks ? factors[c + i] : 0.0f, part[i]);
+      for (int i = 0; i < kTogether; i++) part[n][i] = __ldcg(parts[n] + size_t(min(c + i, chunks - 1)) * STRIDE);
+    }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+#pragma unroll
+      for (int i = 0; i < kTogether; i++) add_scaled(o[n], c + i < chunks ? factors[n][c + i] : 0.0f, part[n][i]);
+    }
   }
-  return o;
 }
 
 }  // namespace qwen
