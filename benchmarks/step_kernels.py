@@ -1,6 +1,6 @@
 """The kernels of a decode step on a GPU: how often each runs in a step, for how long, and what it adds to the step.
 
-    python benchmarks/step_kernels.py BUNDLE... [--order]
+    python benchmarks/step_kernels.py BUNDLE... [--streams 1,64] [--order]
 
 Needs a torch with CUDA, whose profiler records the kernels of ONNX Runtime in the same process, also those of recorded graphs. Kernels
 overlap with the one before them; `adds` is the time by which a kernel ends later than all before it, `gap` the time before it in which
@@ -42,17 +42,17 @@ def short(name: str) -> str:
     return name
 
 
-def steps(decoder: Decoder, token: int, count: int) -> float:
-    """Microseconds of a step."""
+def steps(decoder: Decoder, tokens: list[int], count: int) -> float:
+    """Microseconds of a step of so many sequences."""
     began = time.perf_counter()
     for _ in range(count):
-        decoder.step([token])[0].argmax()
+        decoder.step(tokens)[0].argmax()
     return (time.perf_counter() - began) / count * 1e6
 
 
-def recorded(decoder: Decoder, token: int) -> list[Event]:
+def recorded(decoder: Decoder, tokens: list[int]) -> list[Event]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
-        steps(decoder, token, STEPS)
+        steps(decoder, tokens, STEPS)
         torch.cuda.synchronize()
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         found.export_chrome_trace(file.name)
@@ -97,22 +97,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--order", action="store_true", help="also the kernels of one step one after the other")
+    parser.add_argument("--streams", default="1", help="sequences of a step, e.g. 1,64")
     given = parser.parse_args()
     with profile(activities=[ProfilerActivity.CUDA]):  # so that graphs recorded from here on can be seen into
         torch.zeros(1, device="cuda")
     for bundle in given.bundles:
-        with load(bundle, max_context=2048, speculate="off") as model:
-            decoder = model.decoder()
-            prompt = np.random.default_rng(0).integers(0, model.manifest.model["vocab_size"], 128).tolist()
-            token = int(decoder.prefill(prompt).argmax())
-            steps(decoder, token, 30)
-            print(f"\n{bundle.name}: a step takes {min(steps(decoder, token, 60) for _ in range(3)):.0f} us when nothing is recorded")
-            found = by_step(recorded(decoder, token))
-        table(found)
-        if given.order:
-            first = found[-1][0]["ts"]
-            for event in found[-1]:
-                print(f"{event['ts'] - first:9.1f} {event['dur']:8.2f} {event.get('args', {}).get('grid')} {short(event['name'])}")
+        for streams in map(int, given.streams.split(",")):
+            report(bundle, streams, given.order)
+
+
+def report(bundle: Path, streams: int, order: bool) -> None:
+    with load(bundle, max_context=2048, speculate="off") as model:
+        decoder = model.decoder(streams)
+        prompt = np.random.default_rng(0).integers(0, model.manifest.model["vocab_size"], 128).tolist()
+        tokens = [int(decoder.prefill(prompt, slot).argmax()) for slot in range(streams)]
+        steps(decoder, tokens, 30)
+        quickest = min(steps(decoder, tokens, 60) for _ in range(3))
+        print(f"\n{bundle.name}: a step of {streams} takes {quickest:.0f} us when nothing is recorded")
+        found = by_step(recorded(decoder, tokens))
+    table(found)
+    if order:
+        first = found[-1][0]["ts"]
+        for event in found[-1]:
+            print(f"{event['ts'] - first:9.1f} {event['dur']:8.2f} {event.get('args', {}).get('grid')} {short(event['name'])}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,6 @@ union Pack2 {
   uint32_t bits;
   T item[2];
 };
-template <typename T>
-union Pack4 {
-  uint2 bits;
-  T item[4];
-};
 
 constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // a NaN, or two, of bits that no arithmetic makes
 
@@ -37,8 +32,5 @@ __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
 __device__ inline void copy_bulk(uint32_t into, const void* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(into), "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
-}
-__device__ inline void prefetch_bulk(const void* from, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(from), "r"(bytes) : "memory");
 }
 }  // namespace qwen

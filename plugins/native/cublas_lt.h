@@ -2,8 +2,8 @@
 // capability 9.0 and cuBLAS 12.9 have. Where there is no plan the caller multiplies otherwise.
 //
 // A kernel of cuBLAS takes 3 to 4 ms of the host before its first launch, and cuBLAS picks another one for most numbers of rows: a prompt of a new
-// length waited for one in every kind of product. Here a product has the kernels that suit its classes of rows, and any other number takes the best
-// of these. So a prompt of each class has loaded all of them.
+// length waited for one in every kind of product. Here a product has the kernels that suit its classes of rows, which a prompt of each class has
+// loaded, and any other number of rows takes the best algorithm of a few that has one of these; only where none of the few has, another one.
 #pragma once
 
 #include <cuda_runtime.h>
