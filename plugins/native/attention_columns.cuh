@@ -1,12 +1,10 @@
-// What one warp does for few queries: a tile of 16 slots against up to 8 rows of queries, which are the columns of both products, with a running
-// softmax. So no more is multiplied than 8 columns.
+// What one warp does for few queries: a tile of 16 or 32 slots against up to 8 rows of queries, which are the columns of both products, with a
+// running softmax. So no more is multiplied than 8 columns.
 #pragma once
 
 #include "attention_tile.cuh"
 
 namespace qwen {
-
-constexpr int kTileSlots = 16;
 
 // An 8 x 8 matrix of 16-bit elements, as the tensor core has it, transposed.
 __device__ inline uint32_t transposed(uint32_t x) {
@@ -16,9 +14,10 @@ __device__ inline uint32_t transposed(uint32_t x) {
 }
 
 // Lane 4g+t has columns 2t and 2t+1.
-template <typename T, int D>
+template <typename T, int D, int SLOTS>
 struct ColumnTile {
-  static constexpr int kAhead = D / 16 < 6 ? D / 16 : 6;  // matrices on their way
+  static constexpr int kBlocks = SLOTS / 16;  // of slots, as the tensor core has them
+  static constexpr int kMatrices = D / 16 * kBlocks, kMost = kBlocks == 1 ? 6 : 4, kAhead = kMatrices < kMost ? kMatrices : kMost;  // on their way
   float o[D / 16][4];         // values 16m+g (0, 1) and 16m+g+8 (2, 3) of columns 2t (0, 2) and 2t+1 (1, 3)
   float largest[2], sum[2];   // of the scores in base 2; `sum` is this lane's part until `finish`
   uint32_t q[D / 16][2];
@@ -34,38 +33,50 @@ struct ColumnTile {
     for (int m = 0; m < D / 16; m++) o[m][0] = o[m][1] = o[m][2] = o[m][3] = 0.0f;
   }
 
-  // s = k q^T: slots g (0, 1) and g+8 (2, 3).
-  __device__ void scores(float (&s)[4], uint32_t keys, int lane) const {
+  // s = k q^T: of block n slots 16n+g (0, 1) and 16n+g+8 (2, 3).
+  __device__ void scores(float (&s)[kBlocks][4], uint32_t keys, int lane) const {
     const int matrix = lane / 8, row = matrix % 2 * 8 + lane % 8;
     const uint32_t first = keys + row * D * 2 + ((matrix / 2 ^ exchange<D>(row)) << 4);
-    float odd[4];
+    auto address = [&](int i) { return (first ^ (i / kBlocks << 5)) + i % kBlocks * 16 * D * 2; };
+    float odd[kBlocks][4];
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[i] = odd[i] = 0.0f;
+    for (int n = 0; n < kBlocks; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[n][i] = odd[n][i] = 0.0f;
+    }
     uint32_t k[kAhead][4];
 #pragma unroll
-    for (int step = 0; step < kAhead; step++) load_matrices<false>(k[step], first ^ (step << 5));
+    for (int i = 0; i < kAhead; i++) load_matrices<false>(k[i], address(i));
 #pragma unroll
-    for (int step = 0; step < D / 16; step++) {
-      uint32_t(&now)[4] = k[step % kAhead];
+    for (int i = 0; i < kMatrices; i++) {
+      uint32_t(&now)[4] = k[i % kAhead];
+      const int step = i / kBlocks, n = i % kBlocks;
       // Two chains of sums: a product need not wait for the one before.
-      multiply<T>(step % 2 ? odd : s, now[0], now[1], now[2], now[3], q[step][0], q[step][1]);
-      if (step + kAhead < D / 16) load_matrices<false>(now, first ^ ((step + kAhead) << 5));
+      multiply<T>(step % 2 ? odd[n] : s[n], now[0], now[1], now[2], now[3], q[step][0], q[step][1]);
+      if (i + kAhead < kMatrices) load_matrices<false>(now, address(i + kAhead));
     }
 #pragma unroll
-    for (int i = 0; i < 4; i++) s[i] += odd[i];
+    for (int n = 0; n < kBlocks; n++) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) s[n][i] += odd[n][i];
+    }
   }
 
   // Scores become weights. Column 2t+i sees the first visible[i] slots of the tile. `scale` includes log2(e).
-  __device__ void weigh(float (&s)[4], const int (&visible)[2], int first, bool all, float scale, int lane) {
+  __device__ void weigh(float (&s)[kBlocks][4], const int (&visible)[2], int first, bool all, float scale, int lane) {
     bool grows = false;
     float top[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      if (!all) {
-        if (first + lane / 4 >= visible[i]) s[i] = -INFINITY;
-        if (first + lane / 4 + 8 >= visible[i]) s[i + 2] = -INFINITY;
+      float most = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++) {
+        if (!all) {
+          if (first + n * 16 + lane / 4 >= visible[i]) s[n][i] = -INFINITY;
+          if (first + n * 16 + lane / 4 + 8 >= visible[i]) s[n][i + 2] = -INFINITY;
+        }
+        most = fmaxf(most, fmaxf(s[n][i], s[n][i + 2]));
       }
-      float most = fmaxf(s[i], s[i + 2]);
 #pragma unroll
       for (int far = 4; far < 32; far *= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, far));
       top[i] = fmaxf(largest[i], most * scale);
@@ -84,24 +95,31 @@ struct ColumnTile {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const float base = largest[i] == -INFINITY ? 0.0f : largest[i];
-      s[i] = power_of_two(fmaf(s[i], scale, -base)), s[i + 2] = power_of_two(fmaf(s[i + 2], scale, -base));
-      sum[i] += s[i] + s[i + 2];
+#pragma unroll
+      for (int n = 0; n < kBlocks; n++) {
+        s[n][i] = power_of_two(fmaf(s[n][i], scale, -base)), s[n][i + 2] = power_of_two(fmaf(s[n][i + 2], scale, -base));
+        sum[i] += s[n][i] + s[n][i + 2];
+      }
     }
   }
 
   // o += v^T s.
-  __device__ void add_values(const float (&s)[4], uint32_t values, int lane) {
-    const uint32_t p[2] = {transposed(pair<T>(s[0], s[1])), transposed(pair<T>(s[2], s[3]))};
+  __device__ void add_values(const float (&s)[kBlocks][4], uint32_t values, int lane) {
+    uint32_t p[kBlocks][2];
+#pragma unroll
+    for (int n = 0; n < kBlocks; n++) p[n][0] = transposed(pair<T>(s[n][0], s[n][1])), p[n][1] = transposed(pair<T>(s[n][2], s[n][3]));
     const int matrix = lane / 8, row = matrix / 2 * 8 + lane % 8;
     const uint32_t first = values + row * D * 2 + ((matrix % 2 ^ exchange<D>(row)) << 4);
+    auto address = [&](int i) { return (first ^ (i % (D / 16) << 5)) + i / (D / 16) * 16 * D * 2; };
     uint32_t v[kAhead][4];
 #pragma unroll
-    for (int m = 0; m < kAhead; m++) load_matrices<true>(v[m], first ^ (m << 5));
+    for (int i = 0; i < kAhead; i++) load_matrices<true>(v[i], address(i));
 #pragma unroll
-    for (int m = 0; m < D / 16; m++) {
-      uint32_t(&now)[4] = v[m % kAhead];
-      multiply<T>(o[m], now[0], now[1], now[2], now[3], p[0], p[1]);
-      if (m + kAhead < D / 16) load_matrices<true>(now, first ^ ((m + kAhead) << 5));
+    for (int i = 0; i < kMatrices; i++) {
+      uint32_t(&now)[4] = v[i % kAhead];
+      const int m = i % (D / 16), n = i / (D / 16);
+      multiply<T>(o[m], now[0], now[1], now[2], now[3], p[n][0], p[n][1]);
+      if (i + kAhead < kMatrices) load_matrices<true>(now, address(i + kAhead));
     }
   }
 

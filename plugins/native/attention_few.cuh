@@ -1,6 +1,6 @@
 // Attention of a few new tokens over a past. Behind a long one its time is that of reading it: the slots of a sequence are cut into chunks, each
 // read by one block, and the block that finishes the last chunk of a sequence and head adds them up. Behind a short one it is a row of waits, for
-// loads, for products and for the kernel before: there a block has eight rows, whose tiles its warps share out.
+// loads, for products and for the kernel before.
 //
 // The grid does not depend on lengths, which are data: a recorded CUDA graph serves all of them. Where a sequence is cut depends on its own
 // length alone, and chunks are added in their order, so its results do not depend on the others.
@@ -8,6 +8,7 @@
 
 #include "attention_columns.cuh"
 #include "attention_few_plan.cuh"
+#include "attention_few_sum.cuh"
 #include "attention_rows.cuh"
 
 namespace qwen {
@@ -18,23 +19,22 @@ __device__ inline int made_here(int x) {
   return x;
 }
 
-// The sequences of `kept` lengths. Their items are dealt to blocks in turn, behind `dealt` others; returns how many there are.
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, bool FRESH>
-__device__ __forceinline__ int read_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewWorkspace& work,
-                                              const FewKept kept, int first_sequence, int sequences, int dealt, FewMeeting<WARPS>& meeting) {
-  using Layout = FewLayout<Cache, D, MW, WARPS, HALVES, FRESH>;
+// What a block has of the sequences that are cut in meeting.cut.
+template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
+__device__ __forceinline__ void read_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewWorkspace& work,
+                                               int first_sequence, int sequences, FewMeeting<WARPS>& meeting) {
+  using Layout = FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>;
   constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads;
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& group_weights = *reinterpret_cast<float2(*)[kGroups][kRows]>(meeting.weights);
   auto& factors = *reinterpret_cast<float(*)[kGroups][kRows]>(meeting.factors);
-  unsigned char* const buffer = shared + Layout::kRingBytes;  // new rows, later factors of chunks
+  unsigned char* const buffer = shared + Layout::kRingBytes;  // new rows, later sums of chunks
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int group = warp / MW, row_warp = warp % MW, member = row_warp * 32 + lane;
   const int Hkv = shape.Hkv, G = shape.group();
-  const int total = cut_sequences(shape, in, plan, kept, first_sequence, sequences, meeting.cut, lane);
-  const int step = gridDim.x, first_id = (int(blockIdx.x) + step - dealt % step) % step;
-  if (first_id >= total) return total;
+  const int total = meeting.cut.starts[sequences] * plan.blocks, step = gridDim.x, first_id = blockIdx.x;
+  if (first_id >= total) return;
   auto item_of = [&](int id) { return FewItem::of(id, plan, shape.T, meeting.cut, sequences, kRows); };
   auto token_of = [&](int row) { return divided(row, plan.per_head); };
 
@@ -49,7 +49,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
 #pragma unroll 1
     for (; next_id < total; next_id += step, next_tile = group) {
       const FewItem item = item_of(next_id);
-      if (next_tile * kTileSlots >= item.slots) continue;
+      if (next_tile * SLOTS >= item.slots) continue;
       // New slots are not in the cache yet where the kernel makes them itself.
       next_slots = item.slots, next_there = FRESH ? min(item.slots, item.length - item.first) : item.slots;
       next_row = (size_t(first_sequence + item.b) * Hkv + item.h) * shape.S + item.first;
@@ -58,11 +58,11 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
   };
   auto copy_next = [&] {
     if (next_id < total) {
-      const unsigned char* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * kTileSlots) * kRow;
-      copy_rows<T, Cache, D, kTileSlots, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * kTileSlots, member);
+      const unsigned char* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * SLOTS) * kRow;
+      copy_rows<T, Cache, D, SLOTS, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * SLOTS, member);
       if (next_values) {
         next_tile += kGroups;
-        if (next_tile * kTileSlots >= next_slots) next_id += step, next_tile = group, find_next();
+        if (next_tile * SLOTS >= next_slots) next_id += step, next_tile = group, find_next();
       }
       next_values = !next_values;
       next_place = next_place + 1 == HALVES ? 0 : next_place + 1;
@@ -77,7 +77,7 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
   auto add_new = [&](uint32_t half, const T* rows, int first, int old, int end) {
     constexpr int kUnits = D / 8;
 #pragma unroll 1
-    for (int at = max(0, old - first) * kUnits + member; at < min(kTileSlots, end - first) * kUnits; at += MW * 32) {
+    for (int at = max(0, old - first) * kUnits + member; at < min(SLOTS, end - first) * kUnits; at += MW * 32) {
       const int row = at / kUnits, unit = at % kUnits;
       const uint4 x = reinterpret_cast<const uint4*>(rows + (first + row - old) * D)[unit];
       asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(half + row * D * 2 + ((unit ^ exchange<D>(row)) << 4)), "r"(x.x), "r"(x.y), "r"(x.z),
@@ -142,63 +142,22 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
     __syncthreads();
   };
 
-  // y = o * sigmoid(gate) of four values of a row.
-  auto gate_of = [&](const FewItem& item, int row, int d) {
-    const int t = token_of(row);
-    const size_t token = size_t(first_sequence + item.b) * shape.T + t;
-    return __ldcg(reinterpret_cast<const uint2*>(in.gate + token * shape.gate_stride + (item.h * G + row - t * G) * D + d));
-  };
-  auto write = [&](const FewItem& item, int row, int d, float4 o, uint2 gate_bits) {
-    const int t = token_of(row);
-    const size_t token = size_t(first_sequence + item.b) * shape.T + t;
-    union {
-      uint2 bits;
-      T item[4];
-    } gate, y;
-    gate.bits = gate_bits;
-    y.item[0] = from_float<T>(o.x * opened(to_float(gate.item[0]))), y.item[1] = from_float<T>(o.y * opened(to_float(gate.item[1])));
-    y.item[2] = from_float<T>(o.z * opened(to_float(gate.item[2]))), y.item[3] = from_float<T>(o.w * opened(to_float(gate.item[3])));
-    *reinterpret_cast<uint2*>(in.y + (token * shape.Hq + item.h * G + row - t * G) * D + d) = y.bits;
-  };
   auto head_of = [&](const FewItem& item) { return (size_t(item.b) * Hkv + item.h) * plan.blocks + item.block; };
   auto base_of = [&](const FewItem& item) { return head_of(item) * plan.most_chunks; };
+  auto output_of = [&](const FewItem& item) { return FewOutput<T, D>::of(shape, in, plan, first_sequence + item.b, item.h); };
 
-  // Counts the chunk of an item, whose sums all threads have written, and adds up a sequence and head of which it was the last.
-  auto count_chunk = [&](const FewItem& item, int rows) {
-    if (thread == 0) {
-      __threadfence();
-      unsigned* counter = work.counters + head_of(item);
-      meeting.last = atomicAdd(counter, 1u) == unsigned(item.chunks) - 1;
-      if (meeting.last) {
-        *counter = 0;
-        __threadfence();
-      }
-    }
+  // Adds up what this block has of the sequence and head of an item, whose chunk it counted when the counter had `before`.
+  auto finish_chunk = [&](int id, unsigned before) {
+    const FewItem item = item_of(id);
+    const int first_row = item.block * kRows, rows = min(kRows, plan.rows - first_row);
+    const FewSlices slices = FewSlices::of(item.chunks, rows * D / 4, kThreads);
+    unsigned* const counter = work.counters + head_of(item);
+    if (thread == 0) meeting.share = wait_for_share(counter, before, item.chunks, slices.count);
     __syncthreads();
-    if (!meeting.last) return;
-    float* const chunk_factors = reinterpret_cast<float*>(buffer);
-    combine_factors(work.weights + base_of(item) * kRows, kRows, rows, item.chunks, chunk_factors, warp, WARPS, lane);
-    __syncthreads();
-    const float4* const partial = reinterpret_cast<const float4*>(work.partial) + base_of(item) * kRows * D / 4;
-    constexpr int kTogether = 2;
-#pragma unroll 1
-    for (int first = thread; first < rows * D / 4; first += kThreads * kTogether) {
-      const float4* parts[kTogether];
-      const float* of_row[kTogether];
-      float4 o[kTogether];
-      uint2 gates[kTogether];
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        const int at = min(first + i * kThreads, rows * D / 4 - 1), row = at / (D / 4);
-        parts[i] = partial + at, of_row[i] = chunk_factors + row * item.chunks;
-        gates[i] = gate_of(item, item.block * kRows + row, at % (D / 4) * 4);
-      }
-      combine<kRows * D / 4>(o, parts, of_row, item.chunks);
-#pragma unroll
-      for (int i = 0; i < kTogether; i++) {
-        const int at = first + i * kThreads;
-        if (at < rows * D / 4) write(item, item.block * kRows + at / (D / 4), at % (D / 4) * 4, o[i], gates[i]);
-      }
+    if (const FewShare share = meeting.share; share.first < slices.count) {
+      add_up<kRows, D, kThreads>(slices, share, work.partial + base_of(item) * kRows * D, work.weights + base_of(item) * kRows, item.chunks, first_row,
+                                 rows, output_of(item), buffer, thread);
+      if (thread == 0) leave_counter(counter, min(item.chunks, slices.count));
     }
     __syncthreads();
   };
@@ -206,13 +165,14 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
   find_next();
   if constexpr (!FRESH) begin_block({});
 
-  int place = 0;
+  int place = 0, counted = -1;  // counted: the item before this one, if its sequence is cut
+  unsigned before = 0;          // of its counter, in one thread
 #pragma unroll 1
   for (int id = first_id; id < total; id += step) {
-    const FewItem item = item_of(id);
-    const bool whole = item.chunks == 1;
-    const int rows = min(kRows, plan.rows - item.block * kRows), own_row = item.block * kRows;
-    ColumnTile<T, D> tile;
+    FewItem item = item_of(id);
+    bool whole = item.chunks == 1;
+    int own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
+    ColumnTile<T, D, SLOTS> tile;
     if constexpr (FRESH) make_rows(item, id == first_id);
     constexpr int kQuads = kEight * D / 4, kOwnQuads = (kQuads + kThreads - 1) / kThreads;  // of eight rows; of a thread
     const int here = made_here(thread);
@@ -222,11 +182,11 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
       return at < kQuads;
     };
     uint2 gates[kOwnQuads];
-    if (whole) {
+    if (MW == 1 && whole) {
 #pragma unroll
       for (int i = 0; i < kOwnQuads; i++) {
         int row, d;
-        if (quad_of(i, row, d) && row < rows) gates[i] = gate_of(item, own_row + row, d);
+        if (quad_of(i, row, d) && row < rows) gates[i] = output_of(item).gate_of(own_row + row, d);
       }
     }
     const T* queries = reinterpret_cast<const T*>(buffer);
@@ -242,8 +202,8 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
 #pragma unroll
     for (int i = 0; i < 2; i++) visible[i] = old + min(token_of(own_row + row_warp * kEight + lane % 4 * 2 + i), shape.T - 1) + 1;
 #pragma unroll 1
-    for (int first = group * kTileSlots; first < item.slots; first += kGroups * kTileSlots) {
-      float s[4];
+    for (int first = group * SLOTS; first < item.slots; first += kGroups * SLOTS) {
+      float s[SLOTS / 16][4];
 #pragma unroll 1
       for (int half = 0; half < 2; half++) {
         wait_for_copies<HALVES - 2>();
@@ -251,25 +211,29 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
         copy_next();
         uint32_t at = ring + place * Layout::kHalfBytes;
         if constexpr (!Cache::kPlain) {
-          expand_tile<T, Cache, D, kTileSlots, MW * 32>(stage, shared + ring_at + place * Layout::kHalfBytes, member);
+          expand_tile<T, Cache, D, SLOTS, MW * 32>(stage, shared + ring_at + place * Layout::kHalfBytes, member);
           meet();
           at = stage;
         }
         place = place + 1 == HALVES ? 0 : place + 1;
-        if (FRESH && first + kTileSlots > old) add_new(at, half == 0 ? new_keys : new_values, first, old, item.slots);
+        if (FRESH && first + SLOTS > old) add_new(at, half == 0 ? new_keys : new_values, first, old, item.slots);
         if (half == 0) {
           tile.scores(s, at, lane);
-          tile.weigh(s, visible, first, first + kTileSlots <= old + 1, plan.scale, lane);
+          tile.weigh(s, visible, first, first + SLOTS <= old + 1, plan.scale, lane);
         } else {
           tile.add_values(s, at, lane);
         }
       }
     }
     tile.finish();
+    if constexpr (MW > 1) {  // made again: registers are scarce in between
+      item = item_of(made_here(id));
+      whole = item.chunks == 1, own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
+    }
 
     // The groups' sums of each row, in the order of the groups; those without a tile have none. Of eight rows a group puts them where values of a
     // tile were, or in the place of the ring that waits for its next copy.
-    const int used = min(kGroups, (item.slots + kTileSlots - 1) / kTileSlots);
+    const int used = min(kGroups, (item.slots + SLOTS - 1) / SLOTS);
     const int merge_at = Cache::kPlain ? ring_at + (place == 0 ? HALVES - 1 : place - 1) * Layout::kHalfBytes : group * Layout::kStageBytes;
     auto place_of = [](int row, int d) { return row * D + d / 32 * 32 + (d % 32 ^ row / 2 * 8); };  // rows of a quad of columns: in different banks
     auto put_sums = [&] {
@@ -313,40 +277,34 @@ __device__ __forceinline__ int read_sequences(const AttentionShape& shape, const
         const bool there = quad_of(i, row, d);
         const int all_row = pass * kEight + row;
         if (!there || all_row >= rows) continue;
-        if (whole && pass > 0) gates[i] = gate_of(item, own_row + all_row, d);
+        if (whole && (MW > 1 || pass > 0)) gates[i] = output_of(item).gate_of(own_row + all_row, d);
         float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
         for (int g = 0; g < used; g++)
           add_scaled(o, factors[g][all_row], *reinterpret_cast<const float4*>(shared + meeting.merge_at[g] + place_of(row, d) * sizeof(float)));
-        if (whole) write(item, own_row + all_row, d, o, gates[i]);
+        if (whole) output_of(item).write(own_row + all_row, d, o, gates[i]);
         else *reinterpret_cast<float4*>(work.partial + ((base_of(item) + item.chunk) * kRows + all_row) * D + d) = o;
       }
       __syncthreads();
     }
-    if (!whole) count_chunk(item, rows);
+    if (whole) continue;
+    unsigned then = 0;
+    if (thread == 0) then = add_to_counter(work.counters + head_of(item), kOneArrived);  // all have written the sums
+    if (counted >= 0) finish_chunk(counted, before);
+    counted = id, before = then;
   }
+  if (counted >= 0) finish_chunk(counted, before);
   wait_for_copies<0>();
-  return total;
 }
 
-// Sequences that are not cut share out rows, eight to a block: there the products of a tile are the time, not the reading.
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH>
+template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
 __global__ void __launch_bounds__(WARPS * 32, 1) attention_few(
     const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
     const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
-  if constexpr (few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH> + kOwnShared<WARPS> <= kSharedOfBlock) {
+  if constexpr (FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>::kShared + kOwnShared<WARPS> <= kSharedOfBlock) {
     __shared__ FewMeeting<WARPS> meeting;
-    if constexpr (FRESH && MW > 1) {
-      FewPlan of_eight = plan;
-      of_eight.blocks = (plan.rows + kEight - 1) / kEight, of_eight.per_block = inverse_of(float(of_eight.blocks));
-      const int dealt = read_sequences<T, Cache, D, 1, WARPS, HALVES_OF_EIGHT, true>(shape, in, of_eight, work, FewKept{0, kWholeSlots}, first_sequence,
-                                                                                     sequences, 0, meeting);
-      __syncthreads();
-      read_sequences<T, Cache, D, MW, WARPS, HALVES, true>(shape, in, plan, work, FewKept{kWholeSlots, INT_MAX}, first_sequence, sequences, dealt,
-                                                           meeting);
-    } else {
-      read_sequences<T, Cache, D, MW, WARPS, HALVES, FRESH>(shape, in, plan, work, FewKept{0, INT_MAX}, first_sequence, sequences, 0, meeting);
-    }
+    cut_sequences(shape, in, plan, first_sequence, sequences, meeting.cut, threadIdx.x % 32);
+    read_sequences<T, Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>(shape, in, plan, work, first_sequence, sequences, meeting);
   }
 }
 

@@ -44,7 +44,7 @@ inline FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
-  plan.most_chunks = std::max(1, std::min({kMostChunks, most_factors(rows) / rows, device.processors / (s.Hkv * plan.blocks), room}));
+  plan.most_chunks = std::max(1, std::min({kMostChunks, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;
 }
 
@@ -62,12 +62,12 @@ inline int sequences_together(const AttentionShape& s, const FewPlan& plan) {
 
 inline size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, typename Cache, int D, int MW, int WARPS, int HALVES, int HALVES_OF_EIGHT, bool FRESH, int LIMIT>
+template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH, int LIMIT>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  constexpr int kShared = few_shared<Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH>;
+  constexpr int kShared = FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>::kShared;
   static_assert(kShared + kOwnShared<WARPS> <= LIMIT, "more shared memory than the devices have");
-  const auto kernel = attention_few<T, Cache, D, MW, WARPS, HALVES, HALVES_OF_EIGHT, FRESH>;
+  const auto kernel = attention_few<T, Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>;
   static DeviceFlags allowed;
   allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute"); });
   const int together = sequences_together(s, plan);
@@ -91,16 +91,16 @@ void few_tokens_of_rows(const AttentionShape& s, const AttentionTensors<T>& in, 
   const int rows = block_rows(s);
   if constexpr (D == kWideHead) {
     if (device.shared_bytes >= kMuchShared) {
-      if (rows == 8) return few_tokens<T, Cache, D, 1, 8, kMost, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 16) return few_tokens<T, Cache, D, 2, 8, kBytes ? 9 : 6, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 32) return few_tokens<T, Cache, D, 4, 8, kBytes ? 20 : 12, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
-      return few_tokens<T, Cache, D, 8, 8, kBytes ? 40 : 22, 0, false, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 8) return few_tokens<T, Cache, D, 1, 8, 16, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 16) return few_tokens<T, Cache, D, 2, 8, 32, kBytes ? 4 : 3, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 32) return few_tokens<T, Cache, D, 4, 8, 32, kBytes ? 9 : 6, true, kMuch>(s, in, plan, device, workspace, stream);
+      return few_tokens<T, Cache, D, 8, 8, 32, kBytes ? 20 : 11, false, kMuch>(s, in, plan, device, workspace, stream);
     }
   }
-  if (rows == 8) return few_tokens<T, Cache, D, 1, 4, kLeast, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 16) return few_tokens<T, Cache, D, 2, 4, kBytes ? 7 : 5, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 32) return few_tokens<T, Cache, D, 4, 4, kBytes ? 14 : 8, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
-  few_tokens<T, Cache, D, 8, 8, kBytes ? 12 : 8, 0, false, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 8) return few_tokens<T, Cache, D, 1, 4, 16, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 16) return few_tokens<T, Cache, D, 2, 4, 16, kBytes ? 7 : 5, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 32) return few_tokens<T, Cache, D, 4, 4, 16, kBytes ? 14 : 8, true, kLittle>(s, in, plan, device, workspace, stream);
+  few_tokens<T, Cache, D, 8, 8, 16, kBytes ? 12 : 8, false, kLittle>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, typename Cache, int D, int RING>
