@@ -53,7 +53,8 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
 template <typename T, typename Shape>
 void by_tiles(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   if constexpr (std::is_same<T, __half>::value) {
-    if (!given.w.zeros && !given.w.wide_scales) return tiles_few<QuantPanels<T, 4, false>, Shape>(given, stream);
+    if (Int4Panels<T, 0>::takes(given.w))
+      return with_int4_panels<T>(given.M, [&](auto* panels) { tiles_few<std::remove_pointer_t<decltype(panels)>, Shape>(given, stream); });
   }
   tiles_few<QuantPanels<T, 4, true>, Shape>(given, stream);
 }
