@@ -14,11 +14,10 @@ struct Int4Panels {
   using Rows = BiasedRows<T, LOG_ROWS>;
   using OfOneRow = Int4Panels<T, 0>;
   static constexpr bool kTogether = LOG_ROWS > 0;  // a single row is read at no cost, and shorter code is faster
-  static constexpr int kUnitK = kUnit, kScales = kGroupBlocks * kPanelRows * 2, bytes = kScales + kUnit * kPanelRows / 2;
+  static constexpr int kScales = kGroupBlocks * kPanelRows * 2, bytes = kScales + kUnit * kPanelRows / 2;
   static_assert(kGroupBlocks * kBiasedBlock == kUnit);
 
   __host__ __device__ static int unit_bytes(const Matrix&) { return bytes; }
-  static bool chosen(int N, int K) { return N >= K && N <= kMostResident && K <= kLongestResident; }
   static bool takes(const QuantMatrix& w) { return w.bits == 4 && w.block == kBiasedBlock && !w.zeros && !w.wide_scales && w.K % kUnit == 0; }
 
   const uint8_t* const packed;  // of this lane
@@ -45,12 +44,6 @@ struct Int4Panels {
     const int lane = threadIdx.x % 32;
     rows.read_unit(lane / 4, lane % 4, unit, of.x);
     rows.read_starts(lane % 4, unit, of.start);
-  }
-
-  __device__ void multiply_unit(const uint8_t* buffer, int unit, const Rows& rows, float (&sum)[4]) const {
-    Activations with;
-    read(rows, unit, with);
-    multiply_panel(buffer, with, sum);
   }
 
   // sum[0], [1]: row 2g of the panel with activation rows 2t, 2t+1; [2], [3]: row 2g+1.

@@ -19,7 +19,6 @@ template <typename T, int UNIT>
 struct PlainPanels {
   using Element = T;
   using Matrix = PlainMatrix<T, UNIT>;
-  using Rows = FewRows<T>;
   static constexpr int kUnitK = UNIT, kPieces = UNIT / kChunk;
 
   static bool chosen(int N, int K) { return N >= K && N <= kMostResident && K <= kLongestResident; }

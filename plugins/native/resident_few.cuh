@@ -82,7 +82,7 @@ __device__ void multiply_share(const typename Panels::Matrix& w, const Given& gi
   for (int i = 1; i < plan.stages; i++) fetch_next();
 
   const T* norm = static_cast<const T*>(given.norm);
-  const typename Panels::Rows rows{static_cast<const T*>(given.x), plan.staged ? reinterpret_cast<uint4*>(shared + plan.rows) : nullptr, M, w.K, plan.log_rows,
+  const FewRows<T> rows{static_cast<const T*>(given.x), plan.staged ? reinterpret_cast<uint4*>(shared + plan.rows) : nullptr, M, w.K, plan.log_rows,
                         units * (Panels::kUnitK / kChunk)};
   const uint4 weight = rows.first_weight(norm);
   wait_for_previous();
@@ -176,7 +176,7 @@ void resident_few(FewProduct<typename Panels::Matrix> given, bool swiglu, cudaSt
   plan.swiglu = swiglu;
   const int sums = int(sizeof(float) * 2 * kPanelsTogether * kResidentWarps * kPanelRows) << plan.log_rows;
   const int stage = kResidentWarps * Panels::unit_bytes(given.w);
-  int rows = int(std::max(Panels::Rows::staged_bytes(chunks, plan.log_rows), FewRows<T>::staged_bytes(chunks, plan.log_rows)));  // a tail has these
+  int rows = int(FewRows<T>::staged_bytes(chunks, plan.log_rows));
   plan.staged = 2 * stage + sums + rows <= most;
   if (!plan.staged) rows = 0;
   if (!plan.staged && (given.norm != nullptr || 2 * stage + sums > most)) {

@@ -1,5 +1,6 @@
 // Products of up to 8 rows with 4-bit matrices by blocks that have all their weights on their way before the rows are known: what is left then is one wait,
-// the norm and the products. Two shapes: wide matrices give every multiprocessor two blocks of three panels, narrow ones a block of one panel.
+// the norm and the products. Wide matrices give every multiprocessor two blocks of two or three panels, narrow ones a block of one panel, SwiGlu two blocks of
+// one or two gates and as many panels of up.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +18,11 @@ struct TilesShape {
   static constexpr int kColumns = COUNT * kPanelRows / (SWIGLU ? 2 : 1);
   static int tiles(int N) { return (N + kColumns - 1) / kColumns; }
 };
-using WideTiles = TilesShape<8, 6, 3, 3>;
+using WideTiles = TilesShape<8, 4, 2, 3>;
+using WidestTiles = TilesShape<8, 6, 3, 3>;
 using NarrowTiles = TilesShape<16, 4, 1, 2>;
+using GatedTiles = TilesShape<8, 4, 2, 3, true>;
+using WideGatedTiles = TilesShape<8, 8, 4, 3, true>;
 
 template <typename T, typename Shape>
 using TilesTail = RowsTile<T, Shape::kWarps>;
@@ -31,7 +35,7 @@ bool tiles_fit(const FewProduct<QuantMatrix>& given, int blocks_each) {
   return given.w.bits == 4 && given.w.K <= Shape::kMostK && Shape::tiles(given.N) + tails <= blocks_each * multiprocessors() && most_shared() >= 128 << 10;
 }
 inline bool wide_tiles_are_better(const FewProduct<QuantMatrix>& given) {
-  return given.N > kSmallN && given.residual == nullptr && tiles_fit<WideTiles>(given, 2);
+  return given.N > kSmallN && given.residual == nullptr && tiles_fit<WidestTiles>(given, 2);
 }
 // Where a warp has one unit, product_few.cuh does not wait for its activations twice either.
 inline bool narrow_tiles_are_better(const FewProduct<QuantMatrix>& given) {
