@@ -12,8 +12,6 @@ import argparse
 import cProfile
 import pstats
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +20,7 @@ import numpy as np
 from qwen_export.bundle_contract import STEP, TOP_IDS, TOP_LOGITS
 from qwen_export.manifest import GraphSpec, load_manifest
 from qwen_export.runtimes import SamplingParams
+from qwen_export.runtimes.backends.whole_session import WholeCall, WholeSession
 from qwen_export.runtimes.decoding.dynamic_decoder import DynamicDecoder
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.memory.buffers import Buffer, as_bytes
@@ -37,7 +36,7 @@ CASES = {
 _SPANS = 8
 
 
-class IdleSession:
+class IdleSession(WholeSession):
     """A graph that leaves the same likely tokens after every call."""
 
     records = False
@@ -49,24 +48,14 @@ class IdleSession:
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 
-    def device_of(self, name: str) -> Device:
-        return self.device
-
-    def shared(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
-        return self.buffer(dtype, shape)
-
     def call(self, *, repeated: bool) -> IdleCall:
         return IdleCall(self)
-
-    @contextmanager
-    def uncounted(self) -> Iterator[None]:
-        yield
 
     def close(self) -> None:
         pass
 
 
-class IdleCall:
+class IdleCall(WholeCall):
     """Writes other largest logits in every run; its own time counts as that of the backend."""
 
     def __init__(self, session: IdleSession) -> None:

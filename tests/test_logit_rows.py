@@ -12,6 +12,7 @@ import pytest
 from qwen_export import build
 from qwen_export.manifest import load_manifest
 from qwen_export.plugins.native.native_library import LIBRARIES, find_library
+from qwen_export.runtimes.decoding.logit_rows import Rows, Top
 from tests.support.kernel_families import lengths
 
 TOLERANCE = 1e-5
@@ -70,3 +71,18 @@ def test_rows_are_chosen_per_sequence(bundle: Path) -> None:
     if "top_ids" in got:
         assert got["top_ids"].shape == got["top_logits"].shape == (len(wanted), 64)
         np.testing.assert_array_equal(got["top_ids"][:, 0], got["logits"].argmax(1))
+
+
+@pytest.mark.parametrize("wrong", [None, np.nan])
+def test_the_largest_of_every_row(wrong: float | None) -> None:
+    array = np.random.default_rng(0).normal(size=(5, 40)).astype(np.float32)
+    array[3, 7] = array[3, 11] = 9
+    if wrong is not None:
+        array[1, 20] = wrong
+    order = np.argsort(-array, axis=1, kind="stable")[:, :4]
+    if wrong is not None:
+        order[1] = [20, *order[1, :3]]
+    largest = np.take_along_axis(array, order, axis=1)
+    top = Top(memoryview(largest.ravel()), memoryview(order.astype(np.int32).ravel()))
+    for rows in (Rows.of(array), Rows(lambda: array, lambda: top, 4)):
+        assert rows.argmax() == array.argmax(axis=1).tolist() == [row.argmax() for row in rows]

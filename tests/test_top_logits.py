@@ -30,10 +30,13 @@ def library(device: str) -> Path:
 
 
 @cache
-def session(device: str, threads: int) -> ort.InferenceSession:
-    node = helper.make_node("TopLogits", ["x"], ["values", "ids"], domain="qwen.native", k=K)
-    given = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, None])]
+def session(device: str, threads: int, kind: int = TensorProto.FLOAT) -> ort.InferenceSession:
+    """Logits of another kind than fp32 also come back in fp32."""
+    wide = [] if kind == TensorProto.FLOAT else ["logits"]
+    node = helper.make_node("WideTopLogits" if wide else "TopLogits", ["x"], ["values", "ids", *wide], domain="qwen.native", k=K)
+    given = [helper.make_tensor_value_info("x", kind, [None, None])]
     made = [helper.make_tensor_value_info("values", TensorProto.FLOAT, None), helper.make_tensor_value_info("ids", TensorProto.INT32, None)]
+    made += [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in wide]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("qwen.native", 1)]
     model = helper.make_model(helper.make_graph([node], "top", given, made), opset_imports=opsets, ir_version=10)
     options = ort.SessionOptions()
@@ -45,6 +48,10 @@ def session(device: str, threads: int) -> ort.InferenceSession:
 
 def check(device: str, x: Array, threads: int = 1) -> None:
     values, ids = session(device, threads).run(None, {"x": x})
+    expect(x, values, ids)
+
+
+def expect(x: Array, values: Array, ids: Array) -> None:
     rank = np.where(np.isnan(x), np.inf, x)
     for row in range(len(x)):
         order = np.lexsort((np.arange(x.shape[1]), -rank[row], ~np.isnan(x[row])))[:K]
@@ -93,6 +100,29 @@ def test_no_rows_are_no_work() -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_on_cuda(size: int, kind: str) -> None:
     check("cuda", rows(size, kind))
+
+
+@pytest.mark.gpu
+@KINDS
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind_of_logits", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_logits_of_16_bits_on_cuda(kind_of_logits: int, size: int, kind: str) -> None:
+    x = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(halves(rows(size, kind), kind_of_logits), kind_of_logits)
+    values, ids, wide = (found.numpy() for found in session("cuda", 1, kind_of_logits).run_with_ort_values(None, {"x": x}))
+    expected = widened(halves(rows(size, kind), kind_of_logits), kind_of_logits)
+    np.testing.assert_array_equal(wide, expected)
+    expect(expected, values, ids)
+
+
+def halves(x: Array, kind: int) -> Array:
+    """Its 16 bits, cut off where they are bfloat16; fp16 as numpy's, the others as u16."""
+    if kind == TensorProto.FLOAT16:
+        return x.astype(np.float16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), (x.view(np.uint32) >> 16).astype(np.uint16)).astype(np.uint16)
+
+
+def widened(x: Array, kind: int) -> Array:
+    return x.astype(np.float32) if kind == TensorProto.FLOAT16 else (x.astype(np.uint32) << 16).view(np.float32)
 
 
 def test_steps_of_a_bundle_have_them(tiny_checkpoint: Path, tmp_path: Path) -> None:

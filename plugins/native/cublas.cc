@@ -27,9 +27,9 @@ GemmEx find() {
 
 }  // namespace
 
-void product(void* handle, Element type, const void* x, const void* w, float beta, void* y, int M, int N, int K, int stride) {
+void product(void* handle, Element type, const void* x, const void* w, bool add, void* y, int M, int N, int K, int stride) {
   static const GemmEx gemm = find();
-  const float one = 1.0f;
+  const float one = 1.0f, beta = add ? 1.0f : 0.0f;
   const int element = type == Element::kHalf ? kHalf : kBfloat16;
   // cuBLAS counts columns first: y^T [N,M] = (w^T)^T x^T.
   const int status = gemm(handle, kTransposed, kPlain, N, M, K, &one, w, element, K, x, element, K, &beta, y, element, stride, kCompute32, kDefaultAlgorithm);

@@ -29,9 +29,10 @@ constexpr size_t kWithBlockScales = 120900;
 constexpr uint64_t kWorkspace = 32 << 20;
 constexpr uint32_t kAlignment = 16;
 constexpr size_t kMostPlans = 4096;
-constexpr int kCandidates = 8;  // algorithms that are asked for, best first; the library gives no more
+constexpr int kCandidates = 8;                    // algorithms that are asked for, best first; the library gives no more
+constexpr int64_t kWorthAKernel = 150000000000;  // M * N * K from which a better kernel gains its 3 ms in one prompt of some 30 layers
 
-static_assert(next_class(16) == 24 && next_class(24) == 32 && next_class(1536) == 2048);
+static_assert(next_class(16) == 24 && next_class(24) == 32 && next_class(128) == 144 && next_class(144) == 192 && next_class(1536) == 2048);
 
 using Handle = void*;
 
@@ -54,6 +55,7 @@ struct Functions {
   int (*set_preference)(Handle, int, const void*, size_t);
   int (*destroy_preference)(Handle);
   int (*heuristic)(Handle, Handle, Handle, Handle, Handle, Handle, Handle, int wanted, Found*, int* found);
+  int (*check)(Handle, Handle, Handle, Handle, Handle, Handle, const void* algorithm, Found*);
   int (*get_config)(const void* algorithm, int attribute, void*, size_t, size_t* written);
   int (*multiply)(Handle, Handle, const void* alpha, const void* a, Handle, const void* b, Handle, const void* beta, const void* c, Handle, void* d,
                   Handle, const void* algorithm, void* workspace, size_t, cudaStream_t);
@@ -74,6 +76,7 @@ Functions find() {
                  load(f.create_layout, "cublasLtMatrixLayoutCreate") && load(f.destroy_layout, "cublasLtMatrixLayoutDestroy") &&
                  load(f.create_preference, "cublasLtMatmulPreferenceCreate") && load(f.set_preference, "cublasLtMatmulPreferenceSetAttribute") &&
                  load(f.destroy_preference, "cublasLtMatmulPreferenceDestroy") && load(f.heuristic, "cublasLtMatmulAlgoGetHeuristic") &&
+                 load(f.check, "cublasLtMatmulAlgoCheck") &&
                  load(f.get_config, "cublasLtMatmulAlgoConfigGetAttribute") && load(f.multiply, "cublasLtMatmul");
     break;
   }
@@ -117,12 +120,13 @@ class Description {
   bool valid_ = false;
 };
 
+// What the scales are is not read when a plan is made, but that there are some is.
+const float* const kSomewhere = reinterpret_cast<const float*>(uintptr_t(256));
+
 // What the library would take for the shape, best first.
 std::vector<Found> candidates(Handle handle, const LtShape& shape, int wanted) {
   const Functions& f = library();
-  // What the scales are is not read yet, but that there are some is.
-  const float* somewhere = reinterpret_cast<const float*>(uintptr_t(256));
-  const Description described(shape, somewhere, somewhere);
+  const Description described(shape, kSomewhere, kSomewhere);
   Handle preference = nullptr;
   if (!described.valid() || f.create_preference(&preference) != 0) return {};
   bool set = f.set_preference(preference, kMostWorkspace, &kWorkspace, sizeof(kWorkspace)) == 0 &&
@@ -137,6 +141,16 @@ std::vector<Found> candidates(Handle handle, const LtShape& shape, int wanted) {
   found.resize(set && status == 0 ? count : 0);
   found.erase(std::remove_if(found.begin(), found.end(), [](const Found& one) { return one.status != 0; }), found.end());
   return found;
+}
+
+// Whether the shape may have an algorithm of another number of rows; its workspace becomes that of the shape.
+bool takes(Handle handle, const LtShape& shape, Found& algorithm) {
+  const Description described(shape, kSomewhere, kSomewhere);
+  Found found{};
+  if (!described.valid()) return false;
+  const int status = library().check(handle, described.product, described.w, described.x, described.y, described.y, algorithm.algorithm, &found);
+  algorithm.workspace = found.workspace;
+  return status == 0 && found.status == 0 && found.workspace <= kWorkspace;
 }
 
 // What of an algorithm decides on its kernel: all but how often k is divided and the order of the tiles.
@@ -166,39 +180,48 @@ class Plans {
     const auto key = std::make_tuple(device, shape.fp8, shape.element, shape.N, shape.K, shape.stride);
     const auto known = plans_.find({key, shape.M});
     if (known != plans_.end()) return known->second;
-    return plans_[{key, shape.M}] = make(handle, shape, kernels_of(handle, key, shape));
+    return plans_[{key, shape.M}] = make(handle, shape, classes_of(handle, key, shape));
   }
 
  private:
   using Product = std::tuple<int, bool, Element, int, int, int>;
 
-  const std::set<Kernel>& kernels_of(Handle handle, const Product& key, LtShape shape) {
-    const auto [at, is_new] = kernels_.try_emplace(key);
-    std::set<Kernel>& kernels = at->second;
-    if (!is_new) return kernels;
+  struct Classes {
+    std::map<int, Found> algorithms;  // by rows
+    std::set<Kernel> kernels;
+  };
+
+  const Classes& classes_of(Handle handle, const Product& key, LtShape shape) {
+    const auto [at, is_new] = classes_.try_emplace(key);
+    Classes& classes = at->second;
+    if (!is_new) return classes;
     for (shape.M = 16; shape.M <= kMostClassRows; shape.M = next_class(shape.M)) {
-      for (const Found& best : candidates(handle, shape, 1)) kernels.insert(kernel_of(best));
+      for (const Found& best : candidates(handle, shape, 1)) classes.algorithms[shape.M] = best, classes.kernels.insert(kernel_of(best));
     }
-    return kernels;
+    return classes;
   }
 
-  static LtPlan make(Handle handle, const LtShape& shape, const std::set<Kernel>& kernels) {
+  static LtPlan make(Handle handle, const LtShape& shape, const Classes& classes) {
     const std::vector<Found> found = candidates(handle, shape, kCandidates);
-    const Found* chosen = found.empty() ? nullptr : &found.front();
-    for (const Found& one : found) {
-      if (kernels.count(kernel_of(one)) == 0) continue;
-      chosen = &one;
-      break;
+    const auto loaded = std::find_if(found.begin(), found.end(), [&](const Found& one) { return classes.kernels.count(kernel_of(one)) > 0; });
+    if (loaded != found.end()) return plan_of(*loaded);
+    const auto own = classes.algorithms.lower_bound(shape.M);
+    if (own != classes.algorithms.end() && int64_t(shape.M) * shape.N * shape.K < kWorthAKernel) {
+      Found algorithm = own->second;
+      if (takes(handle, shape, algorithm)) return plan_of(algorithm);
     }
+    return found.empty() ? LtPlan{} : plan_of(found.front());
+  }
+
+  static LtPlan plan_of(const Found& found) {
     LtPlan plan;
-    if (chosen == nullptr) return plan;
-    plan.found = true, plan.workspace = chosen->workspace;
-    std::memcpy(plan.algorithm, chosen->algorithm, sizeof(plan.algorithm));
+    plan.found = true, plan.workspace = found.workspace;
+    std::memcpy(plan.algorithm, found.algorithm, sizeof(plan.algorithm));
     return plan;
   }
 
   std::mutex mutex_;
-  std::map<Product, std::set<Kernel>> kernels_;
+  std::map<Product, Classes> classes_;
   std::map<std::pair<Product, int>, LtPlan> plans_;
 };
 
@@ -210,11 +233,12 @@ LtPlan lt_plan(void* handle, const LtShape& shape) {
 }
 
 void lt_product(void* handle, const LtPlan& plan, const LtShape& shape, const void* x, const float* x_scales, const void* w, const float* w_scales,
-                float beta, void* y, void* workspace, cudaStream_t stream) {
+                const void* residual, void* y, void* workspace, cudaStream_t stream) {
   const Description described(shape, x_scales, w_scales);
   if (!described.valid()) throw std::runtime_error("cuBLASLt takes no such product");
-  const float one = 1.0f;
-  const int status = library().multiply(handle, described.product, &one, w, described.w, x, described.x, &beta, y, described.y, y, described.y,
+  const float one = 1.0f, beta = residual != nullptr ? 1.0f : 0.0f;
+  const void* added = residual != nullptr ? residual : y;
+  const int status = library().multiply(handle, described.product, &one, w, described.w, x, described.x, &beta, added, described.y, y, described.y,
                                         plan.algorithm, workspace, plan.workspace, stream);
   if (status != 0) throw std::runtime_error("cublasLtMatmul failed with status " + std::to_string(status));
 }

@@ -24,8 +24,9 @@ struct FewRows {
   int M, K, log_rows, chunks;
 
   __host__ __device__ static int groups(int chunks) { return (chunks + kChunkGroup - 1) / kChunkGroup; }
+  // A multiple of 16.
   __host__ __device__ static size_t staged_bytes(int chunks, int log_rows) {
-    return (size_t(chunks) * sizeof(uint4) + size_t(groups(chunks)) * sizeof(float)) << log_rows;
+    return (size_t(chunks) << log_rows) * sizeof(uint4) + ((size_t(groups(chunks)) << log_rows) + 3) / 4 * 4 * sizeof(float);
   }
 
   __device__ uint4 load(int m, int chunk) const {
@@ -51,6 +52,11 @@ struct FewRows {
         if ((first + i * step) * kChunk >= K) part[i] = make_uint4(0, 0, 0, 0);
       }
     }
+  }
+
+  // Eight activations of each lane, neighboring chunks of a row. Lanes from `chunks` on have none.
+  __device__ void put(int m, int chunk, const Pack8<T>& value) const {
+    if (chunk < chunks) staged[place(m, chunk)] = value.bits;
   }
 
   // The weight of the norm that this thread needs first. Weights do not depend on the previous kernel, and were not used since the last step.
@@ -110,7 +116,7 @@ struct FewRows {
 #pragma unroll
           for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weight[i].item[j]));
         }
-        if (chunk < chunks) staged[place(m, chunk)] = values[i].bits;
+        put(m, chunk, values[i]);
       }
     }
     __syncthreads();

@@ -57,7 +57,7 @@ struct Fp8Form {
   static void swiglu_many(Arguments...) {}
 
   template <typename T>
-  static void large(const Call& call, const Matrix& w, const T* x, float beta, T* y, int M, int stride) {
+  static void large(const Call& call, const Matrix& w, const T* x, const T* residual, T* y, int M, int stride) {
     const int padded = (M + kFp8RowUnit - 1) / kFp8RowUnit * kFp8RowUnit;
     // Rows that fill up the last unit are computed in memory of their own.
     const bool apart = padded != M;
@@ -65,7 +65,7 @@ struct Fp8Form {
     const bool blocks = 1 << w.log_rows == kScaleColumns && w.K % kScaleColumns == 0 && w.N % 16 == 0 && stride % 8 == 0;
     const LtPlan plan = blocks ? lt_plan(call.cublas(), shape) : LtPlan{};
     if (!plan.found) {
-      product_of_parts(call, w.N, w.K, x, beta, y, M, stride, [&](int first, int rows, T* out) { fp8_dequantize(w, first, rows, out, call.stream()); });
+      product_of_parts(call, w.N, w.K, x, residual, y, M, stride, [&](int first, int rows, T* out) { fp8_dequantize(w, first, rows, out, call.stream()); });
       return;
     }
     const size_t codes = aligned(size_t(padded) * w.K), scales = aligned(size_t(w.K / kScaleColumns) * padded * sizeof(float));
@@ -75,8 +75,11 @@ struct Fp8Form {
     float* x_scales = reinterpret_cast<float*>(x_codes + codes);
     T* out = apart ? reinterpret_cast<T*>(x_codes + codes + scales) : y;
     fp8_activations(x, M, padded, w.K, x_codes, x_scales, call.stream());
-    if (apart && beta != 0.0f) check(cudaMemcpy2DAsync(out, width, y, pitch, width, M, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpy2DAsync");
-    lt_product(call.cublas(), plan, shape, x_codes, x_scales, w.codes, w.scales, beta, out, x_codes + codes + scales + results, call.stream());
+    if (apart && residual != nullptr) {
+      check(cudaMemcpy2DAsync(out, width, residual, pitch, width, M, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpy2DAsync");
+      residual = out;
+    }
+    lt_product(call.cublas(), plan, shape, x_codes, x_scales, w.codes, w.scales, residual, out, x_codes + codes + scales + results, call.stream());
     if (apart) check(cudaMemcpy2DAsync(y, pitch, out, width, width, M, cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpy2DAsync");
   }
 

@@ -11,7 +11,8 @@
 namespace qwen {
 namespace {
 
-// logits f32 [...,V]  ->  values f32 [...,K], ids i32 [...,K]; K = min(attribute k, V)
+// logits T [...,V]  ->  values f32 [...,K], ids i32 [...,K]; K = min(attribute k, V). With T of 16 bits also the logits f32 [...,V]
+template <typename T>
 class TopLogitsKernel {
  public:
   explicit TopLogitsKernel(const Attributes& info) : k_(info.integer("k")) {
@@ -22,15 +23,23 @@ class TopLogitsKernel {
     auto shape = call.shape(0);
     expect(!shape.empty() && 0 < shape.back() && shape.back() < 1 << 30, "TopLogits: logits must be [...,V]");
     const int rows = rows_of(shape), V = static_cast<int>(shape.back()), K = std::min(static_cast<int>(k_), V);
+    float* wide = nullptr;
+    if constexpr (kWidens) wide = call.output<float>(2, shape);
     shape.back() = K;
     float* values = call.output<float>(0, shape);
     int32_t* ids = call.output<int32_t>(1, shape);
     if (rows == 0) return;
     const Scratch scratch(call, top_logits_scratch(rows, V));
-    top_logits(call.input<float>(0), values, ids, rows, V, K, scratch.as<void>(), call.stream());
+    const T* logits = call.input<T>(0);
+    if constexpr (kWidens)
+      top_logits(logits, wide, values, ids, rows, V, K, scratch.as<void>(), call.stream());
+    else
+      top_logits(logits, values, ids, rows, V, K, scratch.as<void>(), call.stream());
   }
 
  private:
+  static constexpr bool kWidens = sizeof(T) == 2;
+
   int64_t k_;
 };
 
@@ -49,8 +58,12 @@ void add_products(Domain& domain) {
 }
 
 void add_top_logits(Domain& domain) {
-  static const Operator<float, TopLogitsKernel> op({"TopLogits", "f", "fi"});
-  domain.add(op);
+  static const Operator<float, TopLogitsKernel<float>> narrow({"TopLogits", "f", "fi"});
+  static const Operator<__half, TopLogitsKernel<__half>> half({"WideTopLogits", "T", "fif"});
+  static const Operator<__nv_bfloat16, TopLogitsKernel<__nv_bfloat16>> bfloat16({"WideTopLogits", "T", "fif"});
+  domain.add(narrow);
+  domain.add(half);
+  domain.add(bfloat16);
 }
 
 }  // namespace

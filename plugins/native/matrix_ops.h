@@ -8,7 +8,7 @@
 //   linear, swiglu, gather   the kernels of few rows
 //   has_many(M)              whether there are kernels for M rows, more than few; then
 //   many_workspace(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
-//   large<T>(call, w, x, beta, y, M, stride)     y [M, stride] = x [M,K] w^T + beta * y in its first N columns, for any number of rows
+//   large<T>(call, w, x, residual, y, M, stride)     y [M, stride] = x [M,K] w^T + residual in its first N columns, for any number of rows
 #pragma once
 
 #include <algorithm>
@@ -75,16 +75,13 @@ class MatrixLinearKernel {
       Form::linear_many(w, x, tail, tail_rows, residual, norm, eps_, y, M, workspace.as<void>(), call.stream());
       return;
     }
-    if (residual != nullptr && residual != y)
-      check(cudaMemcpyAsync(y, residual, sizeof(T) * M * size_t(width), cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
-    const float beta = residual != nullptr ? 1.0f : 0.0f;
     const Scratch normed(call, norm != nullptr ? sizeof(T) * M * size_t(K) : 256);
     if (norm != nullptr) {
       rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
       x = normed.as<T>();
     }
-    Form::large(call, w, x, beta, y, M, width);
-    if (tail != nullptr) dense_product(call, x, tail, beta, y + w.N, M, tail_rows, K, width);
+    Form::large(call, w, x, residual, y, M, width);
+    if (tail != nullptr) dense_product(call, x, tail, residual != nullptr ? residual + w.N : nullptr, y + w.N, M, tail_rows, K, width);
   }
 
  private:
@@ -145,7 +142,7 @@ class MatrixSwiGluKernel {
       rms_norm(x, norm, eps_, h + hidden, M, K, call.stream());
       x = h + hidden;
     }
-    Form::large(call, w, x, 0.0f, h, M, w.N);
+    Form::template large<T>(call, w, x, nullptr, h, M, w.N);
     gate(h, y, M, N, call.stream());
   }
 
@@ -225,15 +222,16 @@ class MatrixMoeKernel {
 // Many rows: so many weights are dequantized at a time, to be read again from the second-level cache.
 constexpr int64_t kDequantizedTogether = 16 << 20;
 
-// y [M, stride] = x [M,K] w^T + beta * y in its first N columns, over rows that `dequantize(first, rows, out)` gives, a multiple of 16 at a time.
+// y [M, stride] = x [M,K] w^T + residual [M, stride] in its first N columns, over rows that `dequantize(first, rows, out)` gives, a multiple of 16 at
+// a time.
 template <typename T, typename Dequantize>
-void product_of_parts(const Call& call, int N, int K, const T* x, float beta, T* y, int M, int stride, const Dequantize& dequantize) {
+void product_of_parts(const Call& call, int N, int K, const T* x, const T* residual, T* y, int M, int stride, const Dequantize& dequantize) {
   const int together = int(std::max<int64_t>(1, kDequantizedTogether / K / kPanelRows)) * kPanelRows;
   const Scratch scratch(call, sizeof(T) * size_t(std::min(together, N)) * K);
   for (int n = 0; n < N; n += together) {
     const int rows = std::min(together, N - n);
     dequantize(n, rows, scratch.as<T>());
-    dense_product<T>(call, x, scratch.as<T>(), beta, y + n, M, rows, K, stride);
+    dense_product<T>(call, x, scratch.as<T>(), residual != nullptr ? residual + n : nullptr, y + n, M, rows, K, stride);
   }
 }
 

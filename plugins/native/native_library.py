@@ -37,7 +37,7 @@ FP8_LINEAR = "Fp8Linear"
 _CUDA_PRODUCTS = ("Linear", "SwiGlu", "QuantLinear", "QuantSwiGlu", "QuantMoe", FP8_LINEAR, "Fp8SwiGlu", "Fp8Moe")
 _TOWER = ("PictureAttention", "ResidualNorm", "BiasGelu")
 _MIXTURE = ("RmsNorm", "SharedExpertSum", "QuantMixture")
-_CUDA_OPS = dict.fromkeys((*_CUDA_PRODUCTS, *_TOWER, *_MIXTURE, "GatedAttention", "Chain"), _HALF) | {
+_CUDA_OPS = dict.fromkeys((*_CUDA_PRODUCTS, *_TOWER, *_MIXTURE, "GatedAttention", "Chain", "WideTopLogits"), _HALF) | {
     **dict.fromkeys(("QuantGather", "Fp8Gather"), frozenset({"float16"})),
     "DeltaNet": _HALF | _FLOAT,
     "TopLogits": _FLOAT,

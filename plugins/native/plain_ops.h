@@ -44,16 +44,13 @@ class LinearKernel {
       skinny_linear(x, w, residual, norm, eps_, y, M, N, K, call.stream());
       return;
     }
-    if (residual != nullptr && residual != y)
-      check(cudaMemcpyAsync(y, residual, sizeof(T) * M * size_t(N), cudaMemcpyDeviceToDevice, call.stream()), "cudaMemcpyAsync");
-    const float beta = residual != nullptr ? 1.0f : 0.0f;
     if (norm == nullptr) {
-      dense_product(call, x, w, beta, y, M, N, K, N);
+      dense_product(call, x, w, residual, y, M, N, K, N);
       return;
     }
     const Scratch normed(call, sizeof(T) * M * size_t(K));
     rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
-    dense_product<T>(call, normed.as<T>(), w, beta, y, M, N, K, N);
+    dense_product<T>(call, normed.as<T>(), w, residual, y, M, N, K, N);
   }
 
  private:
@@ -101,7 +98,7 @@ class SwiGluKernel {
       rms_norm(x, norm, eps_, h + hidden, M, K, call.stream());
       x = h + hidden;
     }
-    dense_product(call, x, w, 0.0f, h, M, 2 * N, K, 2 * N);
+    dense_product<T>(call, x, w, nullptr, h, M, 2 * N, K, 2 * N);
     gate(h, y, M, N, call.stream());
   }
 

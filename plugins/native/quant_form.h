@@ -62,8 +62,8 @@ struct PackedForm {
   }
 
   template <typename T>
-  static void large(const Call& call, const Matrix& w, const T* x, float beta, T* y, int M, int stride) {
-    product_of_parts(call, w.N, w.K, x, beta, y, M, stride,
+  static void large(const Call& call, const Matrix& w, const T* x, const T* residual, T* y, int M, int stride) {
+    product_of_parts(call, w.N, w.K, x, residual, y, M, stride,
                      [&](int first, int rows, T* out) { dequantize(w, first / kPanelRows, rows, out, call.stream()); });
   }
 };

@@ -46,16 +46,46 @@ __device__ inline void sort_descending(uint64_t* entries, int n) {
     }
 }
 
+// The first entry of elements start .. end - 1 of a row that this lane reads.
+__device__ inline uint64_t first_entry(const float* row, float*, int start, int end, int lane) {
+  uint64_t found = 0;
+#pragma unroll 8
+  for (int i = start + lane; i < end; i += 32) found = larger(found, order(row[i], i));
+  return found;
+}
+
+// The same of 16 bits; the elements go to `wide`.
+template <typename T>
+__device__ inline uint64_t first_entry(const T* row, float* wide, int start, int end, int lane) {
+  uint64_t found = 0;
+  if ((reinterpret_cast<uintptr_t>(row) | reinterpret_cast<uintptr_t>(wide)) % 16 == 0) {  // parts begin at multiples of 32
+    for (int i = start + lane * 8; i + 8 <= end; i += 256) {
+      Pack8<T> x;
+      x.bits = *reinterpret_cast<const uint4*>(row + i);
+      float y[8];
+#pragma unroll
+      for (int j = 0; j < 8; j++) y[j] = to_float(x.item[j]), found = larger(found, order(y[j], i + j));
+      *reinterpret_cast<float4*>(wide + i) = make_float4(y[0], y[1], y[2], y[3]);
+      *reinterpret_cast<float4*>(wide + i + 4) = make_float4(y[4], y[5], y[6], y[7]);
+    }
+    start += (end - start) / 8 * 8;
+  }
+  for (int i = start + lane; i < end; i += 32) {
+    const float y = to_float(row[i]);
+    wide[i] = y, found = larger(found, order(y, i));
+  }
+  return found;
+}
+
 // best[row,part]: the first entry of each part. One warp per part.
-__global__ void part_maxima(const float* __restrict__ logits, uint64_t* __restrict__ best, int V, int size, int parts) {
+template <typename T>
+__global__ void part_maxima(const T* __restrict__ logits, float* __restrict__ wide, uint64_t* __restrict__ best, int V, int size, int parts) {
   wait_for_previous();
   let_next_start();
   const int part = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, lane = threadIdx.x % 32;
   if (part >= parts) return;
-  const float* row = logits + size_t(blockIdx.y) * V;
-  uint64_t found = 0;
-#pragma unroll 8
-  for (int i = part * size + lane; i < min(V, (part + 1) * size); i += 32) found = larger(found, order(row[i], i));
+  const size_t row = size_t(blockIdx.y) * V;
+  uint64_t found = first_entry(logits + row, wide + row, part * size, min(V, (part + 1) * size), lane);
 #pragma unroll
   for (int step = 16; step; step /= 2) found = larger(found, __shfl_xor_sync(0xffffffffu, found, step));
   if (lane == 0) best[size_t(blockIdx.y) * parts + part] = found;
@@ -161,10 +191,20 @@ size_t top_logits_scratch(int rows, int V) {
   return sizeof(uint64_t) * rows * ((V + size - 1) / size);
 }
 
+template <typename T>
+void top_logits(const T* logits, float* wide, float* values, int32_t* ids, int rows, int V, int K, void* scratch, cudaStream_t stream) {
+  const int size = part_size(V), parts = (V + size - 1) / size;
+  uint64_t* best = static_cast<uint64_t*>(scratch);
+  launch(part_maxima<T>, dim3((parts + 7) / 8, rows), dim3(256), 0, stream, logits, wide, best, V, size, parts);
+  launch(select, dim3(rows), dim3(kThreads), 0, stream, static_cast<const float*>(wide), best, values, ids, V, size, parts, K);
+}
+template void top_logits(const __half*, float*, float*, int32_t*, int, int, int, void*, cudaStream_t);
+template void top_logits(const __nv_bfloat16*, float*, float*, int32_t*, int, int, int, void*, cudaStream_t);
+
 void top_logits(const float* logits, float* values, int32_t* ids, int rows, int V, int K, void* scratch, cudaStream_t stream) {
   const int size = part_size(V), parts = (V + size - 1) / size;
   uint64_t* best = static_cast<uint64_t*>(scratch);
-  launch(part_maxima, dim3((parts + 7) / 8, rows), dim3(256), 0, stream, logits, best, V, size, parts);
+  launch(part_maxima<float>, dim3((parts + 7) / 8, rows), dim3(256), 0, stream, logits, static_cast<float*>(nullptr), best, V, size, parts);
   launch(select, dim3(rows), dim3(kThreads), 0, stream, logits, best, values, ids, V, size, parts, K);
 }
 

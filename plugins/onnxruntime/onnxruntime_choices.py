@@ -88,6 +88,7 @@ _SHARED_EXPERT = Choice("native_shared_expert", (Kernel("SharedExpertSum", NATIV
 _MIXTURE = Choice("native_mixture", (Kernel("QuantMixture", NATIVE),), _native_rows_limit, quantized_only=True)
 _CHAIN = Choice("native_chain", (Kernel("Chain", NATIVE),))
 _TOP_LOGITS = Choice("native_top_logits", (Kernel("TopLogits", NATIVE, ()),))
+_WIDE_TOP_LOGITS = Choice("native_wide_top_logits", (Kernel("WideTopLogits", NATIVE),))
 _MHA, _ROTARY = Kernel("MultiHeadAttention"), Kernel("RotaryEmbedding", fp32=())
 _GQA = Kernel("GroupQueryAttention", activation=("T", "T_CACHE"))
 
@@ -133,6 +134,7 @@ CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
         "shared_expert": (_SHARED_EXPERT,),
         "mixture": (_MIXTURE,),
         "top_logits": (_TOP_LOGITS,),
+        "wide_top_logits": (_WIDE_TOP_LOGITS,),
         "chain": (_CHAIN,),
     },
 }
@@ -151,7 +153,7 @@ VISION_CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
 
 OF_MIXTURES = ("moe", "shared_expert", "mixture")
 """What only a mixture of experts has."""
-OPTIONAL = ("top_logits", "shared_expert", "mixture", "chain")
+OPTIONAL = ("top_logits", "wide_top_logits", "shared_expert", "mixture", "chain")
 """What a graph can be without."""
 
 

@@ -74,6 +74,14 @@ class Rows:
         logits, ids = self._top
         return np.asarray(logits).reshape(-1, self._width), np.asarray(ids).reshape(-1, self._width)
 
+    def argmax(self) -> list[int]:
+        """Of each row the id of the largest logit, the lowest one on a tie; the first NaN, if there is one."""
+        tops = self.tops()
+        if tops is None:
+            return self.array.argmax(axis=1).tolist()
+        logits, ids = tops[0][:, 0], tops[1][:, 0].tolist()
+        return ids if np.isfinite(logits).all() else [row.argmax() for row in self]
+
     def part(self, start: int, count: int | None = None) -> Rows:
         """The rows from `start` on, `count` of them or all."""
         return self if not start and count is None else _Part(self, start, count)

@@ -11,16 +11,20 @@ from qwen_export.runtimes.decoding.decoder import Decoder
 
 _SHORTEST = 16
 """Tokens; shorter calls take kernels that steps and verifies have loaded."""
+_FROM_NINE_EIGHTHS = 128
+"""Tokens from which on a few more than a power of two are a class of their own."""
 _MOST_S = 1.5
 """Where prompts take longer, what the first one adds matters less: a large model, or experts in host memory."""
 
 
 def prompt_classes(longest: int) -> Iterator[int]:
-    """Lengths each of which stands for those between it and the next shorter one: `longest`, 3/4 of it, half of it, and so on."""
+    """Lengths each of which stands for those between it and the next shorter one: `longest`, 3/4 and 9/16 of it, half of it, and so on."""
     while longest >= _SHORTEST:
         yield longest
         if longest // 4 * 3 > _SHORTEST:
             yield longest // 4 * 3
+        if longest // 2 >= _FROM_NINE_EIGHTHS:
+            yield longest // 16 * 9
         longest //= 2
 
 
