@@ -15,6 +15,12 @@ namespace qwen {
 
 ChainMemory::~ChainMemory() {
   for (void* memory : memory_) cudaFree(memory);
+  if (joined_) ChainStreams::of_process().leave(device_);
+}
+
+ChainStart ChainMemory::start(cudaStream_t stream) {
+  if (!joined_) check(cudaGetDevice(&device_), "cudaGetDevice");
+  return ChainStreams::of_process().start(device_, stream, joined_);
 }
 
 uint8_t* ChainMemory::get(int M, size_t bytes, cudaStream_t stream) {
@@ -57,7 +63,11 @@ const Device& this_device() {
 constexpr int up(int bytes) { return (bytes + 127) / 128 * 128; }
 
 // With more rows, and in narrow models, separate launches are faster. Measured on an H200 by benchmarks/chains.
-int most_rows(bool int4, int H) { return H < 2048 ? 0 : int4 ? kMostChainRows : 2; }
+int most_rows(bool int4, int H) {
+  if (H < 1024) return 0;
+  if (H < 2048) return int4 ? 1 : 2;
+  return int4 ? kMostChainRows : 2;
+}
 
 template <typename T>
 bool takes(const QuantMatrix& w) {
@@ -85,7 +95,7 @@ class Planner {
   }
 
   // `memory`: counters of blocks, then words.
-  void launch(uint8_t* memory, cudaStream_t stream) {
+  void launch(uint8_t* memory, ChainStart how, cudaStream_t stream) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(memory + counters());
     p_.calls = reinterpret_cast<uint32_t*>(memory), p_.words = words, p_.buffer = int(words_);
     for (int i = 0; i < p_.count; i++) {
@@ -93,7 +103,7 @@ class Planner {
       if (out_at_[i] >= 0) step.out = words + out_at_[i];
       if (x_at_[i] >= 0) step.x = words + x_at_[i];
     }
-    log_rows_ == 0 ? start<0>(stream) : log_rows_ == 1 ? start<1>(stream) : start<2>(stream);
+    log_rows_ == 0 ? start<0>(how, stream) : log_rows_ == 1 ? start<1>(how, stream) : start<2>(how, stream);
   }
 
   size_t memory_bytes() const { return counters() + 2 * words_ * sizeof(uint32_t); }
@@ -187,7 +197,7 @@ class Planner {
       if (part.residual_from < 0 && kept_ == kEntered && part.residual != entered_) return false;
       residual_ = int(index), result.divided = true;
       step.spread = {0, panels >= blocks ? blocks : panels * (blocks / panels), panels, units, 0};
-      result.at = take(int64_t(std::max(2, blocks / panels)) * M_ * part.N);
+      result.at = take(int64_t(std::max(2, blocks / panels)) * M_ * part.N / 2);
     } else {
       if (tails >= blocks / 2) return false;
       step.spread = {0, blocks - tails, panels, units, swiglu ? 2 : 1};
@@ -233,7 +243,7 @@ class Planner {
     int at = 0;
     const auto place = [&](int& where, int bytes) { where = at, at += up(bytes); };
     place(p_.bars_at, (2 * kMostChainStages + 1) * 8);
-    place(p_.sums_at, 2 * kChainWarps * per_warp * int(sizeof(float)));
+    place(p_.sums_at, kChainWarps * per_warp * int(sizeof(float)));
     place(p_.rows_at, K * int(sizeof(T)) << log_rows_);
     place(p_.zeros_at, Panels::zero_bytes(K, log_rows_));
     place(p_.residual_at, M_ * H_ * int(sizeof(T)));
@@ -250,19 +260,19 @@ class Planner {
   }
 
   template <int LOG_ROWS>
-  void start(cudaStream_t stream) {
+  void start(ChainStart how, cudaStream_t stream) {
     constexpr auto kernel = chain_kernel<Panels, LOG_ROWS>;
     static DeviceFlags allowed;
     allowed.once([&] {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_dynamic()), "cudaFuncSetAttribute");
     });
     cudaLaunchAttribute attributes[2]{};
-    attributes[0].id = cudaLaunchAttributeCooperative, attributes[0].val.cooperative = 1;
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization, attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization, attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeCooperative, attributes[1].val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(device_.blocks), config.blockDim = dim3(kChainThreads + 32);
     config.dynamicSmemBytes = size_t(shared_), config.stream = stream;
-    config.attrs = attributes, config.numAttrs = 2;
+    config.attrs = attributes, config.numAttrs = how == ChainStart::kEach ? 1 : 2;
     check(cudaLaunchKernelEx(&config, kernel, p_), "cudaLaunchKernelEx");
   }
 
@@ -335,10 +345,11 @@ bool run(const std::vector<ChainPart<T>>& parts, int M, const Device& device, Ch
   }
   if (bytes == 0) return false;
   uint8_t* words = memory.get(M, bytes, stream);
-  if (words == nullptr) return false;
+  const ChainStart how = memory.start(stream);
+  if (words == nullptr || how == ChainStart::kNever) return false;
   for (auto& launch : launches) {
     if (launch.planner) {
-      launch.planner->launch(words, stream);
+      launch.planner->launch(words, how, stream);
       words += launch.planner->memory_bytes();
     } else {
       for (size_t i = launch.first; i < launch.end; i++) run_alone(parts[i], M, stream);

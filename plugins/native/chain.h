@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "chain_streams.h"
 #include "delta_net.cuh"
 #include "quant.cuh"
 
@@ -46,8 +47,11 @@ class ChainMemory {
 
   // At least `bytes` for M rows, all bits set at first. Null while `stream` is recorded and there is no memory yet.
   uint8_t* get(int M, size_t bytes, cudaStream_t stream);
+  ChainStart start(cudaStream_t stream);
 
  private:
+  int device_ = 0;
+  bool joined_ = false;  // counts as a chain of the device's first stream
   void* memory_[kMostChainRows]{};
   size_t bytes_[kMostChainRows]{};
 };

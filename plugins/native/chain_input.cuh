@@ -22,101 +22,176 @@ __device__ inline void meet() { asm volatile("bar.sync 1, %0;" ::"n"(kChainThrea
 constexpr int kLaneColumns = 8, kGroupColumns = 32 * kLaneColumns;  // a warp takes a group of columns of a row at a time
 constexpr int kMostNormColumns = 32 * kGroupColumns;  // a warp adds up the squares of a row's groups
 
-// get(m, group, column, there) for all groups of columns. In the last one lanes may have no columns: `there` is false.
-template <typename Get>
-__device__ inline void each_group(int M, int K, const Get& get) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, groups = (K + kGroupColumns - 1) / kGroupColumns;
-#pragma unroll 1
-  for (int m = 0; m < M; m++) {
-#pragma unroll 1
-    for (int group = (warp - m * groups) & (kChainWarps - 1); group < groups; group += kChainWarps) {
-      const int column = group * kGroupColumns + lane * kLaneColumns;
-      get(m, group, column, column < K);
+// Groups of columns of all rows, in a row: warps take them in turns.
+template <int LOG_ROWS>
+struct InputGroups {
+  const int K, groups, all, first;  // first: of this warp
+
+  __device__ InputGroups(int M, int K)
+      : K(K), groups((K + kGroupColumns - 1) / kGroupColumns), all(M * groups), first(threadIdx.x / 32) {}
+
+  __device__ int row(int index) const {
+    int m = 0;
+#pragma unroll
+    for (int i = 1; i < 1 << LOG_ROWS; i++) m += index >= i * groups;
+    return m;
+  }
+  __device__ int column(int index, int m) const { return (index - m * groups) * kGroupColumns + threadIdx.x % 32 * kLaneColumns; }
+};
+
+// Words of N groups of columns, all on their way at once.
+template <typename Panels, int LOG_ROWS, int N, typename T = typename Panels::Element>
+__device__ inline void copy_groups(const ChainStep<Panels>& step, const ChainRows<T>& rows, const InputGroups<LOG_ROWS>& input, int buffer, int index) {
+  Pack8<T> value[N];
+  bool there[N], waits[N];
+  int m[N], column[N];
+  const bool words = step.arrival == Arrival::kWords;
+  const T* x = static_cast<const T*>(step.x) + (words ? 2 * int64_t(buffer) : 0);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int own = index + i * kChainWarps;
+    m[i] = input.row(own), column[i] = input.column(own, m[i]);
+    there[i] = own < input.all && column[i] < input.K, waits[i] = there[i];
+    value[i].bits = make_uint4(0, 0, 0, 0);
+  }
+  bool more;
+  do {
+    more = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (waits[i]) value[i].bits = load_words(reinterpret_cast<const uint32_t*>(x + int64_t(m[i]) * step.x_stride + column[i]));
     }
+#pragma unroll
+    for (int i = 0; i < N; i++) waits[i] = waits[i] && words && !come(value[i].bits), more |= waits[i];
+  } while (more);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (index + i * kChainWarps < input.all) Panels::template put<LOG_ROWS>(rows.staged, rows.zeros, m[i], column[i], value[i], there[i]);
   }
 }
 
-// The parts in their order, then the residual.
-template <typename Panels, typename T = typename Panels::Element>
-__device__ inline void await_parts(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
-  const int K = step.K, groups = (K + kGroupColumns - 1) / kGroupColumns, part = rows.M * K;
-  each_group(rows.M, K, [&](int m, int group, int column, bool there) {
-    const int parts = there ? rows.parts[step.parts_at + column / kPanelRows] : 0;
-    const uint32_t* at = static_cast<const uint32_t*>(step.x) + buffer + m * K + column;
-    T* kept = rows.residual + m * K + column;
-    float sum[kLaneColumns]{}, square = 0.0f;
-    Pack8<T> value;
-    value.bits = make_uint4(0, 0, 0, 0);
-    if (there) value.bits = *reinterpret_cast<const uint4*>(step.residual != nullptr ? step.residual + int64_t(m) * K + column : kept);
-#pragma unroll 1
-    for (int first = 0; first < parts; first += 2, at += 2 * part) {  // two at a time
-      const int second = first + 1 < parts ? part : 0;
-      uint4 words[4];
-      do {
-        words[0] = load_words(at), words[1] = load_words(at + 4);
-        words[2] = load_words(at + second), words[3] = load_words(at + second + 4);
-      } while (!(come(words[0]) && come(words[1]) && come(words[2]) && come(words[3])));
-      const auto add = [&](const uint4& low, const uint4& high) {
-        sum[0] += __uint_as_float(low.x), sum[1] += __uint_as_float(low.y), sum[2] += __uint_as_float(low.z), sum[3] += __uint_as_float(low.w);
-        sum[4] += __uint_as_float(high.x), sum[5] += __uint_as_float(high.y), sum[6] += __uint_as_float(high.z), sum[7] += __uint_as_float(high.w);
-      };
-      add(words[0], words[1]);
-      if (second) add(words[2], words[3]);
+// The parts in their order, then the residual, of N groups of columns.
+template <typename Panels, int LOG_ROWS, int N, typename T = typename Panels::Element>
+__device__ inline void add_groups(const ChainStep<Panels>& step, const ChainRows<T>& rows, const InputGroups<LOG_ROWS>& input, int buffer, int index) {
+  const int K = step.K, part = rows.M * K / 2;
+  uint4 words[N][2];
+  Pack8<T> value[N];
+  const uint32_t* at[N];
+  int parts[N], m[N], column[N];
+  bool there[N], waits[N];
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int own = index + i * kChainWarps;
+    m[i] = input.row(own), column[i] = input.column(own, m[i]);
+    there[i] = own < input.all && column[i] < K;
+    parts[i] = there[i] ? rows.parts[step.parts_at + column[i] / kPanelRows] : 0;
+    waits[i] = parts[i] != 0;
+    at[i] = static_cast<const uint32_t*>(step.x) + buffer + (m[i] * K + column[i]) / 2;
+    value[i].bits = make_uint4(0, 0, 0, 0);
+    if (there[i]) {
+      const int64_t place = int64_t(m[i]) * K + column[i];
+      value[i].bits = *reinterpret_cast<const uint4*>((step.residual != nullptr ? step.residual : rows.residual) + place);
+    }
+  }
+  bool more;
+  do {
+    more = false;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (!waits[i]) continue;
+      words[i][0] = load_words(at[i]), words[i][1] = load_words(at[i] + (parts[i] > 1 ? part : 0));
     }
 #pragma unroll
-    for (int i = 0; i < kLaneColumns; i++) {
-      value.item[i] = from_float<T>(sum[i] + to_float(value.item[i]));
-      square += to_float(value.item[i]) * to_float(value.item[i]);
+    for (int i = 0; i < N; i++) {
+      waits[i] = waits[i] && !(come(words[i][0]) && come(words[i][1]));
+      more |= waits[i];
+    }
+  } while (more);
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    if (index + i * kChainWarps >= input.all) continue;
+    float sum[kLaneColumns]{}, square = 0.0f;
+    const auto add = [&](const uint4& bits) {
+      Pack8<T> of_part;
+      of_part.bits = bits;
+#pragma unroll
+      for (int j = 0; j < kLaneColumns; j++) sum[j] += to_float(of_part.item[j]);
+    };
+    if (parts[i] > 0) add(words[i][0]);
+    if (parts[i] > 1) add(words[i][1]);
+#pragma unroll 1
+    for (int next = 2; next < parts[i]; next++) {
+      uint4 more_words;
+      do {
+        more_words = load_words(at[i] + next * part);
+      } while (!come(more_words));
+      add(more_words);
+    }
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; j++) {
+      value[i].item[j] = from_float<T>(sum[j] + to_float(value[i].item[j]));
+      square += to_float(value[i].item[j]) * to_float(value[i].item[j]);
     }
     square = warp_sum(square);
-    if (threadIdx.x % 32 == 0) rows.squares[m * groups + group] = square;
-    if (!there) return;
-    *reinterpret_cast<uint4*>(kept) = value.bits;
-    if (step.residual_out != nullptr && group % gridDim.x == blockIdx.x)
-      *reinterpret_cast<uint4*>(step.residual_out + int64_t(m) * K + column) = value.bits;
-  });
+    if (threadIdx.x % 32 == 0) rows.squares[index + i * kChainWarps] = square;
+    if (!there[i]) continue;
+    const int64_t place = int64_t(m[i]) * K + column[i];
+    *reinterpret_cast<uint4*>(rows.residual + place) = value[i].bits;
+    if (step.residual_out != nullptr && column[i] / kGroupColumns % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(step.residual_out + place) = value[i].bits;
+  }
 }
 
-// The squares of a row are summed in an order that depends on K only.
+template <typename Panels, int LOG_ROWS, int N, typename T = typename Panels::Element>
+__device__ inline void normalize_groups(const ChainStep<Panels>& step, const ChainRows<T>& rows, const InputGroups<LOG_ROWS>& input,
+                                        const float (&scale)[1 << LOG_ROWS], int index) {
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+    const int own = index + i * kChainWarps;
+    if (own >= input.all) return;
+    const int m = input.row(own), column = input.column(own, m);
+    const bool there = column < input.K;
+    Pack8<T> value, weight;
+    value.bits = weight.bits = make_uint4(0, 0, 0, 0);
+    if (there) {
+      value.bits = *reinterpret_cast<const uint4*>(rows.residual + m * input.K + column);
+      weight.bits = *reinterpret_cast<const uint4*>(rows.norms + step.norm_at + column);
+    }
+    float of_row = scale[0];
+#pragma unroll
+    for (int j = 1; j < 1 << LOG_ROWS; j++) of_row = m == j ? scale[j] : of_row;
+#pragma unroll
+    for (int j = 0; j < kLaneColumns; j++) value.item[j] = from_float<T>(to_float(value.item[j]) * of_row * to_float(weight.item[j]));
+    Panels::template put<LOG_ROWS>(rows.staged, rows.zeros, m, column, value, there);
+  }
+}
+
+// The first group of a warp is awaited alone: while it has not come, neither have the others, and asking for all of them would be in the way of what
+// others read. The squares of a row are summed in an order that depends on K only.
 template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element>
 __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
-  const int K = step.K;
-  if (step.arrival == Arrival::kParts) {
-    await_parts(step, rows, buffer);
-    meet();
-    if (step.norm == nullptr) return;  // the step only writes the sum
+  constexpr int kRows = 1 << LOG_ROWS, kCopied = LOG_ROWS ? 4 : 2, kAdded = LOG_ROWS ? 2 : 1, kNormalized = LOG_ROWS ? 2 : 1;
+  const InputGroups<LOG_ROWS> input(rows.M, step.K);
+  int index = input.first;
+  if (step.arrival != Arrival::kParts) {
+    if (step.arrival == Arrival::kWords && index < input.all) copy_groups<Panels, LOG_ROWS, 1>(step, rows, input, buffer, index), index += kChainWarps;
+#pragma unroll 1
+    for (; index < input.all; index += kCopied * kChainWarps) copy_groups<Panels, LOG_ROWS, kCopied>(step, rows, input, buffer, index);
+    return meet();
   }
-  const int groups = (K + kGroupColumns - 1) / kGroupColumns, lane = threadIdx.x % 32;
-  float scale[kMostChainRows];
-  if (step.arrival == Arrival::kParts) {
+  if (index < input.all) add_groups<Panels, LOG_ROWS, 1>(step, rows, input, buffer, index);
+#pragma unroll 1
+  for (index += kChainWarps; index < input.all; index += kAdded * kChainWarps) add_groups<Panels, LOG_ROWS, kAdded>(step, rows, input, buffer, index);
+  meet();
+  if (step.norm == nullptr) return;  // the step only writes the sum
+  float scale[kRows];
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int m = 0; m < 1 << LOG_ROWS; m++)
-      scale[m] = rsqrtf(warp_sum(lane < groups && m < rows.M ? rows.squares[m * groups + lane] : 0.0f) / K + step.eps);
-    barrier_wait(rows.norm_barrier, 0);
-  }
-  each_group(rows.M, K, [&](int m, int, int column, bool there) {
-    Pack8<T> value;
-    value.bits = make_uint4(0, 0, 0, 0);
-    if (!there) {
-    } else if (step.arrival == Arrival::kMemory) {
-      value.bits = *reinterpret_cast<const uint4*>(static_cast<const T*>(step.x) + int64_t(m) * step.x_stride + column);
-    } else if (step.arrival == Arrival::kWords) {
-      const uint32_t* at = static_cast<const uint32_t*>(step.x) + buffer + (int64_t(m) * step.x_stride + column) / 2;
-      do {
-        value.bits = load_words(at);
-      } while (!come(value.bits));
-    } else {
-      Pack8<T> weight;
-      value.bits = *reinterpret_cast<const uint4*>(rows.residual + m * K + column);
-      weight.bits = *reinterpret_cast<const uint4*>(rows.norms + step.norm_at + column);
-      float own = scale[0];
-#pragma unroll
-      for (int i = 1; i < 1 << LOG_ROWS; i++) own = m == i ? scale[i] : own;
-#pragma unroll
-      for (int i = 0; i < kLaneColumns; i++) value.item[i] = from_float<T>(to_float(value.item[i]) * own * to_float(weight.item[i]));
-    }
-    Panels::template put<LOG_ROWS>(rows.staged, rows.zeros, m, column, value, there);
-  });
+  for (int m = 0; m < kRows; m++)
+    scale[m] = rsqrtf(warp_sum(lane < input.groups && m < rows.M ? rows.squares[m * input.groups + lane] : 0.0f) / step.K + step.eps);
+  barrier_wait(rows.norm_barrier, 0);
+#pragma unroll 1
+  for (index = input.first; index < input.all; index += kNormalized * kChainWarps)
+    normalize_groups<Panels, LOG_ROWS, kNormalized>(step, rows, input, scale, index);
   meet();
 }
 

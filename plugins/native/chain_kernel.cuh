@@ -17,6 +17,7 @@ namespace qwen {
 // A block's part of a step.
 struct OwnShare {
   int begin, end, first_panel, last_panel, slot;
+  int first_unit, ahead;  // of its panel; in the row of a panel's units, from a warp's unit to its next one
 };
 
 __device__ inline OwnShare own_share(const Spread& spread, int block) {
@@ -24,7 +25,8 @@ __device__ inline OwnShare own_share(const Spread& spread, int block) {
   const int share = block - spread.first_block;
   if (share < 0 || share >= spread.blocks) return own;
   own.begin = spread.begin(share), own.end = spread.begin(share + 1);
-  own.first_panel = own.begin / spread.units, own.last_panel = (own.end + spread.units - 1) / spread.units;
+  own.first_panel = divided(own.begin, spread.units), own.last_panel = divided(own.end + spread.units - 1, spread.units);
+  own.first_unit = own.begin - own.first_panel * spread.units, own.ahead = kChainWarps - divided(kChainWarps, spread.units) * spread.units;
   own.slot = spread.whole || own.begin == own.end ? 0 : share - spread.first_share(own.first_panel);
   return own;
 }
@@ -73,6 +75,21 @@ __device__ inline void fetch_chain(const ChainProgram<Panels>& program, const Ch
       if (++landing == stages) landing = 0, landing_parity ^= 1;
     }
   }
+}
+
+// What a block does while it would wait for the first product of the others: the words of the call before become those of the next one, and how many
+// parts each panel of an input has.
+template <typename Panels>
+__device__ inline void prepare_waits(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, uint8_t* parts, int buffer) {
+  for (int i = blockIdx.x * kChainThreads + threadIdx.x; i < program.buffer / 4; i += gridDim.x * kChainThreads)
+    reinterpret_cast<uint4*>(program.words + buffer)[i] = make_uint4(kNotYet, kNotYet, kNotYet, kNotYet);
+  for (int s = 0; s < program.count; s++) {
+    if (steps[s].arrival != Arrival::kParts) continue;
+    const Spread& producer = steps[s].producer;
+    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += kChainThreads)
+      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
+  }
+  meet();
 }
 
 // The place in the ring of the warps that multiply.
@@ -127,55 +144,56 @@ __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnSha
   if (part != 0 || m >= M) return;
   const int panel = group + p, column = step.first_column + (swiglu ? panel / 2 : panel) * kPanelRows + (pair & 7) * 2;
   const int64_t at = int64_t(m) * step.columns + column;
-  if (step.spread.whole) {
-    Pack2<T> both;
-    both.item[0] = from_float<T>(value.x), both.item[1] = from_float<T>(value.y);
-    if (step.out != nullptr) store_word(step.out + buffer + at / 2, both.bits);
-    if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both.bits;
-  } else {
-    const int slot = panel == own.first_panel ? own.slot : 0;  // all later panels begin in this share
-    store_words(step.out + buffer + int64_t(slot) * M * step.columns + at, __float_as_uint(value.x), __float_as_uint(value.y));
-  }
+  Pack2<T> both;
+  both.item[0] = from_float<T>(value.x), both.item[1] = from_float<T>(value.y);
+  const int slot = step.spread.whole || panel != own.first_panel ? 0 : own.slot;  // all later panels begin in this share
+  if (step.out != nullptr) store_word(step.out + buffer + (int64_t(slot) * M * step.columns + at) / 2, both.bits);
+  if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both.bits;
 }
 
-template <typename Panels, int LOG_ROWS>
+// Unit: what a warp has of a stage. The next one is read while the own is multiplied.
+template <typename Panels, int LOG_ROWS, typename Unit>
 __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnShare& own, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
-                                     float* all_sums, int& half, int buffer) {
+                                     float* sums, int buffer) {
   constexpr int kRows = 1 << LOG_ROWS, kTogether = 1 << log_together(LOG_ROWS);
   constexpr int kPerWarp = kTogether * kPanelRows * kRows + 4;  // floats; four more, so that warps begin in different banks
-  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, units = step.spread.units;
-  const bool is_tail = step.tail != nullptr;
+  const int warp = threadIdx.x / 32, units = step.spread.units, end = own.end;
   uint4 x[Panels::kChunks];
 #pragma unroll
   for (auto& chunk : x) chunk = make_uint4(0, 0, 0, 0);
-  const int ahead = kChainWarps % units;  // in the row of units, from a warp's unit to its next one
-  int index = own.begin + warp, unit = (index - own.first_panel * units) % units;
+  const int ahead = own.ahead;
+  int index = own.begin + warp, unit = own.first_unit + warp;
+  while (unit >= units) unit -= units;
+  const int place = int(held(warp * kPerWarp + Panels::template place_of_sums<LOG_ROWS>()));  // not computed again for each panel
+  Unit next;
+  const auto take = [&] {
+    next.load(ring.await<Panels::kStage>());
+    ring.release();
+  };
 #pragma unroll 1
   for (int group = own.first_panel; group < own.last_panel; group += kTogether) {
-    float* const sums = all_sums + half * kChainWarps * kPerWarp;
     const int count = min(kTogether, own.last_panel - group);
     int panel_end = group * units;
+    float* to = sums + place;
 #pragma unroll 1
     for (int p = 0; p < count; p++) {
-      panel_end = min(own.end, panel_end + units);
+      panel_end = min(end, panel_end + units);
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
-      for (; index < panel_end; index += kChainWarps) {
-        Panels::template multiply<LOG_ROWS>(ring.await<Panels::kStage>(), unit, rows.staged, rows.zeros, is_tail, x, sum);
-        ring.release();
+      while (index < panel_end) {
+        take();
+        index += kChainWarps;
+        next.multiply(unit, rows.staged, rows.zeros, x, sum);
         unit += ahead;
         if (unit >= units) unit -= units;
       }
-      float* to = sums + warp * kPerWarp + p * kPanelRows * kRows + 2 * g;
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        if (2 * t + i < kRows) *reinterpret_cast<float2*>(to + (2 * t + i) * kPanelRows) = make_float2(sum[i], sum[2 + i]);
-      }
+      Panels::template keep<LOG_ROWS>(to, sum);
+      to += kPanelRows * kRows;
     }
-    if (group + kTogether >= own.last_panel && index - warp < own.end) ring.release();  // the last stage has no unit for this warp
+    if (group + kTogether >= own.last_panel && index - warp < end) ring.release();  // the last stage has no unit for this warp
     meet();
     finish_panels<Panels, LOG_ROWS>(step, own, rows.M, group, count, sums, kPerWarp, buffer);
-    half ^= 1;  // whoever writes these sums again has met the readers of now once more
+    if (group + kTogether < own.last_panel) meet();  // else the next step's input does
   }
 }
 
@@ -211,31 +229,26 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
   }
   const uint32_t call = program.calls[block] + 1;
   const int buffer = call % 2 * program.buffer;  // where the words of this call are
-  for (int i = block * kChainThreads + threadIdx.x; i < program.buffer / 4; i += gridDim.x * kChainThreads)
-    reinterpret_cast<uint4*>(program.words + (program.buffer - buffer))[i] = make_uint4(kNotYet, kNotYet, kNotYet, kNotYet);
-  uint8_t* const parts = shared + program.parts_at;
-  for (int s = 0; s < count; s++) {
-    if (steps[s].arrival != Arrival::kParts) continue;
-    const Spread& producer = steps[s].producer;
-    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += kChainThreads)
-      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
-  }
-  shares_made<true>();
-
   wait_for_previous();  // neither weights depend on it nor words and their counters, which earlier calls of this chain have left
   let_next_start();
   const ChainRows<T> rows{shared + program.rows_at, reinterpret_cast<float*>(shared + program.zeros_at), reinterpret_cast<T*>(shared + program.residual_at),
-                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), parts, norm_barrier,
+                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), shared + program.parts_at, norm_barrier,
                           program.M};
   ChainRing ring{shared, full, empty, program.stages};
-  int half = 0;
+  const int idle = steps[0].arrival == Arrival::kParts ? 0 : 1;
 #pragma unroll 1
   for (int s = 0; s < count; s++) {
     const Step& step = steps[s];
+    if (s == idle) prepare_waits(program, steps, shared + program.parts_at, program.buffer - buffer);
     if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
+    if (s == 0) shares_made<true>();
     const OwnShare own = shares[s];
-    if (own.begin < own.end)
-      multiply_step<Panels, LOG_ROWS>(step, own, rows, ring, reinterpret_cast<float*>(shared + program.sums_at), half, buffer);
+    if (own.begin == own.end) continue;
+    float* const sums = reinterpret_cast<float*>(shared + program.sums_at);
+    if (step.tail == nullptr)
+      multiply_step<Panels, LOG_ROWS, typename Panels::template Unit<LOG_ROWS>>(step, own, rows, ring, sums, buffer);
+    else
+      multiply_step<Panels, LOG_ROWS, typename Panels::template Tail<LOG_ROWS>>(step, own, rows, ring, sums, buffer);
   }
   if (threadIdx.x == 0) program.calls[block] = call;
 #endif

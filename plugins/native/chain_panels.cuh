@@ -21,13 +21,11 @@ __device__ inline int chunk_at(int m, int chunk) {
   return ((chunk << LOG_ROWS) + (m ^ (chunk & ((1 << LOG_ROWS) - 1)))) * int(sizeof(uint4));
 }
 
-// The chunk of this lane's row (g) for a product. Lanes without a row make columns that nobody reads: they load nothing, and keep what they have.
-template <int LOG_ROWS>
-__device__ inline void load_chunk(const uint8_t* staged, int chunk, uint4& x) {
-  const int g = threadIdx.x % 32 / 4;
-  asm volatile("{.reg .pred p; setp.lt.s32 p,%5,%6; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%4];}"
+// 16 bytes of shared memory where `there`; else x stays as it is.
+__device__ inline void load_where(bool there, uint32_t at, uint4& x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p,%5,0; @p ld.shared.v4.u32 {%0,%1,%2,%3},[%4];}"
                : "+r"(x.x), "+r"(x.y), "+r"(x.z), "+r"(x.w)
-               : "r"(shared_of(staged + chunk_at<LOG_ROWS>(g, chunk))), "r"(g), "n"(1 << LOG_ROWS));
+               : "r"(at), "r"(int(there)));
 }
 
 // A stage of a matrix in rows: `count` units from `unit` of `panel` on, which may go on in the next panels. Each lane copies a piece of a row.
@@ -73,17 +71,46 @@ struct ChainPlain {
   }
   static int zero_bytes(int, int) { return 0; }
 
+  // A warp's unit. Rows of activations are columns of the product; lanes without a row make columns that nobody reads.
   template <int LOG_ROWS>
-  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float*, bool, uint4 (&x)[kChunks], float (&sum)[4]) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const uint8_t* at = stage + 2 * g * kRow + warp * kUnitBytes + t * 16;
+  struct Unit {
+    uint4 a[kChunks], d[kChunks];
+
+    __device__ void load(const uint8_t* stage) {
+      const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      const uint8_t* at = stage + 2 * g * kRow + warp * kUnitBytes + t * 16;
 #pragma unroll
-    for (int step = 0; step < kUnitK / kStep; step++) {
-      load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t, x[step]);
-      const uint4 a = *reinterpret_cast<const uint4*>(at + step * 64);
-      const uint4 d = *reinterpret_cast<const uint4*>(at + kRow + step * 64);
-      qwen::multiply<T>(sum, a.x, d.x, a.y, d.y, x[step].x, x[step].y);
-      qwen::multiply<T>(sum, a.z, d.z, a.w, d.w, x[step].z, x[step].w);
+      for (int step = 0; step < kChunks; step++) {
+        a[step] = *reinterpret_cast<const uint4*>(at + step * 64);
+        d[step] = *reinterpret_cast<const uint4*>(at + kRow + step * 64);
+      }
+    }
+    __device__ void multiply(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks], float (&sum)[4]) const {
+      const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(g, t) + unit * (kUnitK * int(sizeof(T)) << LOG_ROWS);
+#pragma unroll
+      for (int step = 0; step < kChunks; step++) load_where(g < 1 << LOG_ROWS, at + step * (64 << LOG_ROWS), x[step]);
+#pragma unroll
+      for (int step = 0; step < kChunks; step++) {
+        qwen::multiply<T>(sum, a[step].x, d[step].x, a[step].y, d[step].y, x[step].x, x[step].y);
+        qwen::multiply<T>(sum, a[step].z, d[step].z, a[step].w, d[step].w, x[step].z, x[step].w);
+      }
+    }
+  };
+  template <int LOG_ROWS>
+  using Tail = Unit<LOG_ROWS>;
+
+  // A warp's sums of a panel, [rows][16]: where this lane's are, and what it has.
+  template <int LOG_ROWS>
+  __device__ static int place_of_sums() {
+    return threadIdx.x % 4 * 2 * kPanelRows + threadIdx.x % 32 / 4 * 2;
+  }
+  template <int LOG_ROWS>
+  __device__ static void keep(float* to, const float (&sum)[4]) {
+    const int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if (2 * t + i < 1 << LOG_ROWS) *reinterpret_cast<float2*>(to + i * kPanelRows) = make_float2(sum[i], sum[2 + i]);
     }
   }
 };
@@ -137,42 +164,105 @@ struct ChainInt4 {
     const uint4 bits = value.bits;
     *reinterpret_cast<uint4*>(staged + chunk_at<LOG_ROWS>(m, column / kChunk)) =
         make_uint4(even(bits.x, bits.y), even(bits.z, bits.w), odd(bits.x, bits.y), odd(bits.z, bits.w));
-    if (column % kBlock == 0) {
-      float* at = zeros + column / kBlock * kZeros<LOG_ROWS> + (m / 2 * 4 + m % 2);
-      at[0] = at[2] = sum;
-    }
+    if (column % kBlock == 0) zeros[(column / kUnitK << LOG_ROWS) * kGroupBlocks + m * kGroupBlocks + column / kBlock % kGroupBlocks] = sum;
   }
-  // Of a block, for each pair of rows: both sums, twice, as they lie in a lane of the product.
+  static int zero_bytes(int K, int log_rows) { return K / kBlock * int(sizeof(float)) << log_rows; }  // [units][rows][blocks]
+
+  // The eight columns of a product are not only rows of activations but also blocks: lanes hold activations for the columns of their own block, and zeros
+  // for the others. So a sum of products has several blocks, and a lane of the result has two neighboring ones of one row: columns are
+  // block (1 row), row * 4 + block (2), row * 2 + block % 2 (4 rows, two sums).
   template <int LOG_ROWS>
-  static constexpr int kZeros = LOG_ROWS ? 2 << LOG_ROWS : 4;
-  static int zero_bytes(int K, int log_rows) { return K / kBlock * int(sizeof(float)) * (log_rows ? 2 << log_rows : 4); }
+  static constexpr int kSums = LOG_ROWS < 2 ? 1 : 2;
+  template <int LOG_ROWS>
+  __device__ static int column_row() {
+    return LOG_ROWS == 0 ? 0 : threadIdx.x % 32 / 4 >> (3 - LOG_ROWS);
+  }
+  // Whether this lane's column is for block `block` of a unit.
+  template <int LOG_ROWS>
+  __device__ static bool owns(int block) {
+    const int g = threadIdx.x % 32 / 4;
+    return LOG_ROWS == 0 ? g == block : LOG_ROWS == 1 ? g % 4 == block : g % 2 == block % 2;
+  }
 
   template <int LOG_ROWS>
-  __device__ static void multiply(const uint8_t* stage, int unit, const uint8_t* staged, const float* zeros, bool is_tail, uint4 (&x)[kChunks],
-                                  float (&sum)[4]) {
-    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    if (is_tail) {
-      const uint8_t* at = stage + 2 * g * kTailRow + warp * kTailK * 2 + t * 16;
-      load_chunk<LOG_ROWS>(staged, unit * (kTailK / kChunk) + t, x[0]);
-      const uint4 a = *reinterpret_cast<const uint4*>(at), d = *reinterpret_cast<const uint4*>(at + kTailRow);
-      qwen::multiply<T>(sum, even(a.x, a.y), even(d.x, d.y), even(a.z, a.w), even(d.z, d.w), x[0].x, x[0].y);
-      qwen::multiply<T>(sum, odd(a.x, a.y), odd(d.x, d.y), odd(a.z, a.w), odd(d.z, d.w), x[0].z, x[0].w);
-      return;
-    }
-    const uint8_t* buffer = stage + warp * kUnitBytes;
+  struct Unit {
+    uint2 w[kGroupBlocks];
+    __half2 scales[2 * kSums<LOG_ROWS>];  // of this lane's blocks
+
+    __device__ void load(const uint8_t* stage) {
+      const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      const uint8_t* at = stage + warp * kUnitBytes;
 #pragma unroll
-    for (int step = 0; step < kGroupBlocks; step++) {
-      load_chunk<LOG_ROWS>(staged, unit * (kUnitK / kChunk) + step * 4 + t, x[step]);
-      const float4 zero = *reinterpret_cast<const float4*>(zeros + (unit * kGroupBlocks + step) * kZeros<LOG_ROWS> + (LOG_ROWS < 2 ? 0 : t % 2 * 4));
-      const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(buffer + step * kPanelRows * 2 + g * 4));
-      const uint2 w = *reinterpret_cast<const uint2*>(buffer + kScales + step * 256 + t * 64 + g * 8);
-      const uint2 v = make_uint2(w.x >> 8, w.y >> 8);
-      float c[4] = {zero.x, zero.y, zero.z, zero.w};
-      qwen::multiply<T>(c, low(w.x), low(w.y), high(w.x), high(w.y), x[step].x, x[step].y);
-      qwen::multiply<T>(c, low(v.x), low(v.y), high(v.x), high(v.y), x[step].z, x[step].w);
-      sum[0] += c[0] * scale.x, sum[1] += c[1] * scale.x;
-      sum[2] += c[2] * scale.y, sum[3] += c[3] * scale.y;
+      for (int block = 0; block < kGroupBlocks; block++) w[block] = *reinterpret_cast<const uint2*>(at + kScales + block * 256 + t * 64 + g * 8);
+#pragma unroll
+      for (int i = 0; i < 2 * kSums<LOG_ROWS>; i++)
+        scales[i] = *reinterpret_cast<const __half2*>(at + (i + (LOG_ROWS < 2 ? t % 2 * 2 : 0)) * kPanelRows * 2 + g * 4);
     }
+    __device__ void multiply(int unit, const uint8_t* staged, const float* zeros, uint4 (&x)[kChunks], float (&sum)[4]) const {
+      const int t = threadIdx.x % 4;
+      const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(column_row<LOG_ROWS>(), t) + unit * (kUnitK * 2 << LOG_ROWS);
+#pragma unroll
+      for (int block = 0; block < kGroupBlocks; block++) load_where(owns<LOG_ROWS>(block), at + block * (64 << LOG_ROWS), x[block]);
+      float zero[4];
+      const float* own = zeros + (unit << LOG_ROWS) * kGroupBlocks;
+      if constexpr (LOG_ROWS == 2) {
+        const float4 all = *reinterpret_cast<const float4*>(own + t * 4);
+        zero[0] = all.x, zero[1] = all.y, zero[2] = all.z, zero[3] = all.w;
+      } else {
+        const float2 both = *reinterpret_cast<const float2*>(own + (LOG_ROWS ? t : t % 2) * 2);
+        zero[0] = both.x, zero[1] = both.y;
+      }
+#pragma unroll
+      for (int s = 0; s < kSums<LOG_ROWS>; s++) {
+        float c[4] = {zero[2 * s], zero[2 * s + 1], zero[2 * s], zero[2 * s + 1]}, d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (int i = 0; i < kGroupBlocks / kSums<LOG_ROWS>; i++) {
+          const int block = s * 2 + i;
+          const uint2 v = make_uint2(w[block].x >> 8, w[block].y >> 8);
+          qwen::multiply<T>(c, low(w[block].x), low(w[block].y), high(w[block].x), high(w[block].y), x[block].x, x[block].y);
+          qwen::multiply<T>(d, low(v.x), low(v.y), high(v.x), high(v.y), x[block].z, x[block].w);
+        }
+        const float2 even = __half22float2(scales[2 * s]), odd = __half22float2(scales[2 * s + 1]);
+        sum[2 * s] += (c[0] + d[0]) * even.x, sum[2 * s + 1] += (c[2] + d[2]) * even.y;
+        sum[2 * s] += (c[1] + d[1]) * odd.x, sum[2 * s + 1] += (c[3] + d[3]) * odd.y;
+      }
+    }
+  };
+
+  // The activations lie where those of the first block of a unit do.
+  template <int LOG_ROWS>
+  struct Tail {
+    uint4 a, d;
+
+    __device__ void load(const uint8_t* stage) {
+      const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+      const uint8_t* at = stage + 2 * g * kTailRow + warp * kTailK * 2 + t * 16;
+      a = *reinterpret_cast<const uint4*>(at), d = *reinterpret_cast<const uint4*>(at + kTailRow);
+    }
+    __device__ void multiply(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks], float (&sum)[4]) const {
+      const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(column_row<LOG_ROWS>(), threadIdx.x % 4) + unit * (kTailK * 2 << LOG_ROWS);
+      load_where(owns<LOG_ROWS>(0), at, x[0]);
+      float c[4] = {sum[0], 0.0f, sum[1], 0.0f};
+      qwen::multiply<T>(c, even(a.x, a.y), even(d.x, d.y), even(a.z, a.w), even(d.z, d.w), x[0].x, x[0].y);
+      qwen::multiply<T>(c, odd(a.x, a.y), odd(d.x, d.y), odd(a.z, a.w), odd(d.z, d.w), x[0].z, x[0].w);
+      sum[0] = c[0], sum[1] = c[2];
+    }
+  };
+
+  // A warp's sums of a panel, [rows][16]: where this lane's are, and what it has: the first two blocks of all units, and the last two.
+  template <int LOG_ROWS>
+  __device__ static int place_of_sums() {
+    return (LOG_ROWS == 2 ? threadIdx.x % 4 : threadIdx.x % 4 / 2) * kPanelRows + threadIdx.x % 32 / 4 * 2;
+  }
+  template <int LOG_ROWS>
+  __device__ static void keep(float* to, const float (&sum)[4]) {
+    const int t = threadIdx.x % 4;
+    float2 both = make_float2(sum[0], sum[1]);
+    if constexpr (LOG_ROWS == 2)
+      both.x += sum[2], both.y += sum[3];
+    else
+      both.x += __shfl_xor_sync(0xffffffffu, both.x, 1), both.y += __shfl_xor_sync(0xffffffffu, both.y, 1);
+    if (LOG_ROWS == 2 || (t % 2 == 0 && t / 2 < 1 << LOG_ROWS)) *reinterpret_cast<float2*>(to) = both;
   }
 
  private:

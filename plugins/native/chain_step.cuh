@@ -13,8 +13,8 @@ constexpr int kMostChainStages = 6, kMostChainSteps = 8;
 constexpr int kMostParts = 4;
 constexpr int kInFlight = 2;  // stages on their way at most: small reads of the same block wait behind them
 
-// Panels whose sums meet at once.
-__host__ __device__ constexpr int log_together(int log_rows) { return log_rows <= 1 ? 3 : 2; }
+// Panels whose sums meet at once: as many as most blocks have of a step.
+__host__ __device__ constexpr int log_together(int log_rows) { return log_rows <= 1 ? 4 : 3; }
 
 enum class Arrival : int {
   kMemory,  // T [M,stride], complete before the launch
@@ -22,14 +22,24 @@ enum class Arrival : int {
   kParts,   // words of fp32, [parts][M,K]: to be added to the residual
 };
 
+// n / d, where the quotient is below 2^20: a division of integers takes a block that starts late a while.
+__host__ __device__ inline int divided(int n, int d) {
+#ifdef __CUDA_ARCH__
+  const int near = int(__fdividef(float(n), float(d))), rest = n - near * d;
+  return near + (rest >= d) - (rest < 0);
+#else
+  return n / d;
+#endif
+}
+
 // Which block has which units of a product. The units of all panels lie in a row, and a block takes an interval of them.
 struct Spread {
   int first_block, blocks, panels, units, whole;  // whole: panels that must stay together, 1 or 2; 0: a share may begin at any unit
 
   __host__ __device__ int total() const { return panels * units; }
-  __host__ __device__ int begin(int share) const { return whole ? panels / whole * share / blocks * whole * units : total() * share / blocks; }
+  __host__ __device__ int begin(int share) const { return whole ? divided(panels / whole * share, blocks) * whole * units : divided(total() * share, blocks); }
   // The share that has unit `index`, where shares begin anywhere.
-  __host__ __device__ int share_of(int index) const { return ((index + 1) * blocks - 1) / total(); }
+  __host__ __device__ int share_of(int index) const { return divided((index + 1) * blocks - 1, total()); }
   __host__ __device__ int first_share(int panel) const { return share_of(panel * units); }
   __host__ __device__ int parts(int panel) const { return share_of((panel + 1) * units - 1) - first_share(panel) + 1; }
 };

@@ -22,9 +22,6 @@ __device__ inline uint4 load_words(const uint32_t* at) {
 }
 __device__ inline bool come(const uint4& v) { return v.x != kNotYet && v.y != kNotYet && v.z != kNotYet && v.w != kNotYet; }
 __device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("st.volatile.global.u32 [%0],%1;" ::"l"(at), "r"(value) : "memory"); }
-__device__ inline void store_words(uint32_t* at, uint32_t first, uint32_t second) {
-  asm volatile("st.volatile.global.v2.u32 [%0],{%1,%2};" ::"l"(at), "r"(first), "r"(second) : "memory");
-}
 // Copies that complete a barrier.
 __device__ inline void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
