@@ -150,13 +150,11 @@ __device__ inline void copy_rows(uint32_t shared, const unsigned char* source, i
 // The values of SLOTS rows in shared memory, where copy_tile would have put them.
 template <typename T, typename Cache, int D, int SLOTS, int THREADS>
 __device__ inline void expand_tile(uint32_t shared, const unsigned char* rows, int thread) {
-  constexpr int kUnits = D / 8, kAll = SLOTS * kUnits;
+  constexpr int kUnits = D / 8, kStep = THREADS / kUnits;  // rows
+  const int unit = thread % kUnits;
   // More at a time would need more registers than the sums leave.
 #pragma unroll 4
-  for (int i = 0; i < (kAll + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + thread;
-    if (kAll % THREADS != 0 && at >= kAll) break;
-    const int row = at / kUnits, unit = at % kUnits;
+  for (int row = thread / kUnits; row < SLOTS; row += kStep) {
     const unsigned char* from = rows + row * kCacheRow<Cache, D>;
     const uint4 x = Cache::template values<T>(*reinterpret_cast<const uint2*>(from + unit * 8), Cache::factor(from, D));
     asm volatile("st.shared.v4.b32 [%0],{%1,%2,%3,%4};" ::"r"(shared + row * D * 2 + ((unit ^ exchange<D>(row)) << 4)), "r"(x.x), "r"(x.y), "r"(x.z),

@@ -8,9 +8,10 @@ namespace qwen {
 
 constexpr int kMostSequences = 128;  // of a launch
 constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, slots of a chunk
+constexpr int kCutSlots = 32;  // a sequence is cut at multiples, which are whole tiles
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
-// Barriers of parts of a block; 0 is that of all of it.
-constexpr int kLoadsBarrier = 1, kGroupBarrier = 2;
+constexpr int kEight = 8;      // rows of a warp
+constexpr int kGroupBarrier = 1;  // barriers of parts of a block from here on; 0 is that of all of it
 
 // Shared memory that a block can have: for a device with less a kernel is not compiled.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ / 100 == 12)
@@ -38,47 +39,63 @@ struct FewWorkspace {
   unsigned* counters;   // [sequence, kv head, row block], zero before and after
 };
 
-// MW warps share the keys of one tile, each with 8 EIGHTS rows; READERS / MW such groups read different tiles, and each has HALVES halves of
-// tiles (keys or values) in shared memory. With MAKERS the kernel makes the rows of the new tokens itself, in one launch.
-template <typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
-struct FewLayout {
-  static constexpr bool kFresh = MAKERS > 0;
-  static constexpr int kThreads = (READERS + MAKERS) * 32;
-  static constexpr int kGroups = READERS / MW, kWarpRows = 8 * EIGHTS, kRows = MW * kWarpRows;
-  // Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
-  static constexpr int kRowBytes = kCacheRow<Cache, D>, kHalfBytes = kTileSlots * kRowBytes, kStageBytes = Cache::kPlain ? 0 : kTileSlots * D * 2;
-  static constexpr int kStages = kGroups * kStageBytes;
-  static constexpr int kPassRows = 16 / kGroups;  // rows whose sums are brought together at a time
-  // Rows of one column lie in different banks.
-  static constexpr int kStride = D + 8, kMergeStride = D + 4;
-  static constexpr int kRingBytes = kStages + kGroups * HALVES * kHalfBytes;
-  // A buffer has new queries, keys and values, and later the sums of the groups. While it is read the next one is made.
-  static constexpr int kBuffers = kFresh ? 2 : 1;
-  static constexpr int kFreshBytes = kFresh ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0;
-  static constexpr int kMergeBytes = 16 * kMergeStride * 4;
-  static constexpr int kBufferBytes = ((kFreshBytes > kMergeBytes ? kFreshBytes : kMergeBytes) + 15) / 16 * 16;
-  static constexpr int kFactors = kFresh ? 2048 : 4096;  // of rows and chunks
-  static constexpr int kShared = kRingBytes + kBuffers * kBufferBytes + kFactors * 4;
-  // With the arrays of the kernel.
-  static constexpr int kAllShared = kShared + (3 * kMostSequences + 1) * 4 + kGroups * kRows * 12 + (kFresh ? MAKERS * D : 1) * 4 + 16;
+// How the sequences of a launch are cut: by their own lengths alone.
+struct FewSequences {
+  int starts[kMostSequences + 1];  // chunks of the kv heads of the sequences before
+  int chunks[kMostSequences], length[kMostSequences];
 };
+
+// Slices of the values of a sequence and head that a block adds up: first, first + step, ...
+struct FewShare {
+  int first, step;
+};
+
+// Where the warps of a block meet.
+template <int WARPS>
+struct FewMeeting {
+  FewSequences cut;
+  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
+  float factors[WARPS * kEight];
+  int merge_at[WARPS];  // of groups
+  FewShare share;
+};
+
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+// What adding up chunks has in shared memory: sums of a thread, with the largest score and the sum of weights.
+template <int THREADS>
+constexpr int few_sum_bytes = THREADS * int(sizeof(float4) + sizeof(float2));
+
+// MW warps share the keys of one tile of SLOTS slots, each with 8 rows; WARPS / MW such groups read different tiles, and each has HALVES halves
+// of tiles (keys or values) in shared memory. With FRESH the kernel makes the rows of the new tokens itself, in one launch.
+template <typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
+struct FewLayout {
+  static constexpr int kThreads = WARPS * 32;
+  static constexpr int kGroups = WARPS / MW, kRows = MW * kEight;
+  // Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
+  static constexpr int kRowBytes = kCacheRow<Cache, D>, kHalfBytes = SLOTS * kRowBytes, kStageBytes = Cache::kPlain ? 0 : SLOTS * D * 2;
+  static constexpr int kStages = kGroups * kStageBytes;
+  static constexpr int kStride = D + 8;  // rows of one column lie in different banks
+  static constexpr int kRingBytes = kStages + kGroups * HALVES * kHalfBytes;
+  // New queries, keys and values; later sums of chunks.
+  static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0, kSumBytes = few_sum_bytes<kThreads>;
+  static constexpr int kShared = kRingBytes + larger(kFreshBytes, kSumBytes);
+  static_assert((Cache::kPlain ? kHalfBytes : kStageBytes) >= kEight * D * 4, "sums of eight rows take the place of a half tile of values");
+};
+
+// What attention_few has in shared memory beside that.
+template <int WARPS>
+constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
 
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
 
-// Slots of a chunk of a sequence that has `slots`. A short one is cut into pieces of 256 slots or more, so that it is soon done alone; a long one
-// into larger pieces, of which several blocks are busy anyway, since every piece costs some time of its own.
-__device__ inline int chunk_slots(const FewPlan& plan, int slots) {
-  const int short_ones = divided(slots, 1.0f / kLeastSlots);
-  const int wanted = min(short_ones, min(max(8, short_ones / 2), max(32, short_ones / 4))), chunks = max(1, min(plan.most_chunks, wanted));
-  return (divided(slots + chunks - 1, inverse_of(float(chunks))) + 31) / 32 * 32;
+// Chunks of a sequence that has `slots`. A short one is cut into pieces of 256 slots or more, so that it is soon done alone; a long one into larger
+// pieces, of which several blocks are busy anyway, since every piece costs some time of its own.
+__device__ inline int chunks_of(const FewPlan& plan, int slots) {
+  const int short_ones = slots / kLeastSlots, wanted = min(short_ones, min(max(8, short_ones / 2), max(32, short_ones / 4)));
+  return max(1, min(plan.most_chunks, wanted));
 }
-
-// How the sequences of a launch are cut.
-struct FewSequences {
-  int starts[kMostSequences + 1];  // items of the sequences before
-  int size[kMostSequences], length[kMostSequences];
-};
 
 // What one block does at a time: a chunk of a sequence, for a kv head and a block of rows.
 struct FewItem {
@@ -87,38 +104,41 @@ struct FewItem {
 
   static __device__ FewItem of(int id, const FewPlan& plan, int T, const FewSequences& cut, int sequences, int rows) {
     FewItem item;
-    int low = 0, high = sequences;  // the sequence with starts[low] <= id < starts[high]
+    const int place = divided(id, plan.per_block);
+    int low = 0, high = sequences;  // the sequence with starts[low] <= place < starts[high]
 #pragma unroll 1
     while (high - low > 1) {
       const int middle = (low + high) / 2;
-      (cut.starts[middle] <= id ? low : high) = middle;
+      (cut.starts[middle] <= place ? low : high) = middle;
     }
-    const int size = cut.size[low], rest = id - cut.starts[low];
-    item.b = low, item.length = cut.length[low];
-    item.chunks = divided(item.length + T + size - 1, inverse_of(float(size)));
-    const int place = divided(rest, plan.per_block);
-    item.block = rest - place * plan.blocks;
-    item.h = divided(place, inverse_of(float(item.chunks)));
-    item.chunk = place - item.h * item.chunks;
-    item.first = item.chunk * size;
+    item.b = low, item.length = cut.length[low], item.chunks = cut.chunks[low];
+    item.block = id - place * plan.blocks;
+    const int rest = place - cut.starts[low];
+    const float per_chunk = inverse_of(float(item.chunks));
+    item.h = divided(rest, per_chunk);
+    item.chunk = rest - item.h * item.chunks;
+    // The first chunks have a unit more than the others.
+    const int units = (item.length + T + kCutSlots - 1) / kCutSlots, each = divided(units, per_chunk), more = units - each * item.chunks;
+    item.first = (item.chunk * each + min(item.chunk, more)) * kCutSlots;
+    const int size = (each + (item.chunk < more ? 1 : 0)) * kCutSlots;
     const int seen = item.length + min(divided(item.block * rows + rows - 1, plan.per_head), T - 1) + 1;
     item.slots = max(0, min(size, seen - item.first));
     return item;
   }
 };
 
-// Cuts the sequences; returns the items of all. Lengths were written before the kernels of the call; every warp does the same, so that none
-// waits for another.
+// Cuts the sequences. Lengths were written before the kernels of the call; every warp does the same, so that none waits for another.
 template <typename T>
-__device__ inline int cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int sequences, FewSequences& cut, int lane) {
+__device__ inline void cut_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, int first_sequence, int sequences,
+                                     FewSequences& cut, int lane) {
   int total = 0;
 #pragma unroll 1
   for (int b0 = 0; b0 < sequences; b0 += 32) {
     int count = 0;
     if (b0 + lane < sequences) {
-      const int length = length_of(shape, in, b0 + lane), slots = length + shape.T, size = chunk_slots(plan, slots);
-      cut.length[b0 + lane] = length, cut.size[b0 + lane] = size;
-      count = divided(slots + size - 1, inverse_of(float(size))) * shape.Hkv * plan.blocks;
+      const int length = length_of(shape, in, first_sequence + b0 + lane), chunks = chunks_of(plan, length + shape.T);
+      cut.length[b0 + lane] = length, cut.chunks[b0 + lane] = chunks;
+      count = chunks * shape.Hkv;
     }
     int up_to = count;
 #pragma unroll
@@ -131,54 +151,22 @@ __device__ inline int cut_sequences(const AttentionShape& shape, const Attention
   }
   if (lane == 0) cut.starts[sequences] = total;
   __syncwarp();
-  return total;
 }
 
-__device__ inline void add_scaled(float4& o, float factor, float4 x) {
-  o.x = fmaf(factor, x.x, o.x), o.y = fmaf(factor, x.y, o.y), o.z = fmaf(factor, x.z, o.z), o.w = fmaf(factor, x.w, o.w);
-}
-
-// factors[row,chunk] with which the sums of the chunks add up to the row; a warp of `warps` makes some rows.
-__device__ inline void combine_factors(const float2* weights, int stride, int rows, int chunks, float* factors, int warp, int warps, int lane) {
-#pragma unroll 1
-  for (int row = warp; row < rows; row += warps) {
-    float2 w[kMostChunks / 32];
-    float top = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kMostChunks / 32; i++) {
-      const int c = i * 32 + lane;
-      w[i] = c < chunks ? __ldcg(&weights[size_t(c) * stride + row]) : make_float2(-INFINITY, 0.0f);
-      top = fmaxf(top, w[i].x);
-    }
-#pragma unroll
-    for (int far = 16; far; far /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, far));
-#pragma unroll
-    for (int i = 0; i < kMostChunks / 32; i++) {
-      w[i].x = w[i].x == -INFINITY ? 0.0f : power_of_two(w[i].x - top);
-      sum += w[i].x * w[i].y;
-    }
-    const float scale = inverse_of(warp_sum(sum));
-#pragma unroll
-    for (int i = 0; i < kMostChunks / 32; i++)
-      if (i * 32 + lane < chunks) factors[row * chunks + i * 32 + lane] = w[i].x * scale;
-  }
-}
-
-// Four values of a row: the sum over the chunks, whose sums are STRIDE float4 apart, in their order.
-template <int STRIDE>
-__device__ inline float4 combined(const float* partial, const float* factors, int chunks) {
-  const float4* parts = reinterpret_cast<const float4*>(partial);
-  float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  constexpr int kTogether = 16;  // loads on their way
-#pragma unroll 1
-  for (int c = 0; c < chunks; c += kTogether) {
-    float4 part[kTogether];
-#pragma unroll
-    for (int i = 0; i < kTogether; i++) part[i] = __ldcg(parts + size_t(min(c + i, chunks - 1)) * STRIDE);
-#pragma unroll
-    for (int i = 0; i < kTogether; i++) add_scaled(o, c + i < chunks ? factors[c + i] : 0.0f, part[i]);
-  }
-  return o;
+// Asks for what an item reads beside the new rows: the second cache has it when it is read.
+template <int ROW, typename T>
+__device__ inline void prefetch_given(const FewItem& item, const AttentionShape& shape, const AttentionTensors<T>& in, int first_sequence, int lane) {
+#if __CUDA_ARCH__ >= 900
+  constexpr int kMostSlots = 192;
+  const int there = min(min(item.slots, item.length - item.first), kMostSlots), sequence = first_sequence + item.b;
+  const size_t slot = (size_t(sequence) * shape.Hkv + item.h) * shape.S + item.first;
+  const size_t angle = sequence * shape.table_stride + size_t(item.length) * (shape.R / 2);
+  const unsigned char* const past = (lane ? in.v_cache : in.k_cache) + slot * ROW;
+  if (lane < 2 && there > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(past), "r"(there * ROW) : "memory");
+  const T* const row = lane < 8 ? in.q_norm : lane < 16 ? in.k_norm : lane < 24 ? in.cos + angle : in.sin + angle;
+  const int at = lane % 8 * 64, end = lane < 16 ? shape.D : shape.T * shape.R / 2;  // elements: `at` begins a line of 128 bytes
+  if (at < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at) : "memory");
+#endif
 }
 
 }  // namespace qwen

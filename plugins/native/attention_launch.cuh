@@ -44,7 +44,7 @@ inline FewPlan plan_of(const AttentionShape& s, const AttentionDevice& device) {
   plan.blocks = (plan.rows + rows - 1) / rows;
   plan.per_block = 1.0f / plan.blocks, plan.per_head = 1.0f / s.group();
   const int room = (s.S + kLeastSlots - 1) / kLeastSlots;
-  plan.most_chunks = std::max(1, std::min({kMostChunks, (rows == 64 ? 4096 : 2048) / rows, device.processors / (s.Hkv * plan.blocks), room}));
+  plan.most_chunks = std::max(1, std::min({kMostChunks, device.processors / (s.Hkv * plan.blocks), room}));
   return plan;
 }
 
@@ -62,29 +62,23 @@ inline int sequences_together(const AttentionShape& s, const FewPlan& plan) {
 
 inline size_t query_bytes(const AttentionShape& s) { return is_fresh(s) ? 0 : size_t(s.B) * s.Hkv * padded_rows(s) * s.D * 2; }
 
-template <typename T, typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS>
+template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH, int LIMIT>
 void few_tokens(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
                 cudaStream_t stream) {
-  using Layout = FewLayout<Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>;
-  const auto kernel = attention_few<T, Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>;
+  constexpr int kShared = FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>::kShared;
+  static_assert(kShared + kOwnShared<WARPS> <= LIMIT, "more shared memory than the devices have");
+  const auto kernel = attention_few<T, Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>;
   static DeviceFlags allowed;
-  allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Layout::kShared), "cudaFuncSetAttribute"); });
+  allowed.once([&] { check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared), "cudaFuncSetAttribute"); });
   const int together = sequences_together(s, plan);
   FewWorkspace work{};
   char* memory = static_cast<char*>(workspace);
   work.queries = memory;
   work.partial = reinterpret_cast<float*>(memory + query_bytes(s));
-  work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * Layout::kRows * D);
+  work.weights = reinterpret_cast<float2*>(work.partial + size_t(together) * s.Hkv * plan.blocks * plan.most_chunks * MW * kEight * D);
   work.counters = device.counters;
   for (int b = 0; b < s.B; b += together)
-    launch(kernel, dim3(device.processors), dim3(Layout::kThreads), Layout::kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
-}
-
-template <typename T, typename Cache, int D, int EIGHTS, int MW, int READERS, int HALVES, int MAKERS, int LIMIT>
-void few_tokens_within(const AttentionShape& s, const AttentionTensors<T>& in, const FewPlan& plan, const AttentionDevice& device, void* workspace,
-                       cudaStream_t stream) {
-  static_assert(FewLayout<Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>::kAllShared <= LIMIT, "more shared memory than the devices have");
-  few_tokens<T, Cache, D, EIGHTS, MW, READERS, HALVES, MAKERS>(s, in, plan, device, workspace, stream);
+    launch(kernel, dim3(device.processors), dim3(WARPS * 32), kShared, stream, s, in, plan, work, b, std::min(together, s.B - b));
 }
 
 // 8, 16 or 32 rows of queries that the kernel makes itself, or 64 of attention_prepare.
@@ -93,19 +87,20 @@ void few_tokens_of_rows(const AttentionShape& s, const AttentionTensors<T>& in, 
                         cudaStream_t stream) {
   constexpr int kMuch = kMuchShared, kLittle = 99 << 10;
   constexpr bool kBytes = !Cache::kPlain;  // half tiles of bytes are half as large, beside one of values
+  constexpr int kMost = kBytes ? 4 : 3, kLeast = kBytes ? 3 : 2;
   const int rows = block_rows(s);
   if constexpr (D == kWideHead) {
     if (device.shared_bytes >= kMuchShared) {
-      if (rows == 8) return few_tokens_within<T, Cache, D, 1, 1, 4, kBytes ? 8 : 5, 4, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 16) return few_tokens_within<T, Cache, D, 1, 2, 4, kBytes ? 18 : 10, 4, kMuch>(s, in, plan, device, workspace, stream);
-      if (rows == 32) return few_tokens_within<T, Cache, D, 1, 4, 4, kBytes ? 34 : 20, 4, kMuch>(s, in, plan, device, workspace, stream);
-      return few_tokens_within<T, Cache, D, 1, 8, 8, kBytes ? 40 : 22, 0, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 8) return few_tokens<T, Cache, D, 1, 8, 16, kMost, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 16) return few_tokens<T, Cache, D, 2, 8, 32, kBytes ? 4 : 3, true, kMuch>(s, in, plan, device, workspace, stream);
+      if (rows == 32) return few_tokens<T, Cache, D, 4, 8, 32, kBytes ? 9 : 6, true, kMuch>(s, in, plan, device, workspace, stream);
+      return few_tokens<T, Cache, D, 8, 8, 32, kBytes ? 20 : 11, false, kMuch>(s, in, plan, device, workspace, stream);
     }
   }
-  if (rows == 8) return few_tokens_within<T, Cache, D, 1, 1, 2, kBytes ? 4 : 3, 4, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 16) return few_tokens_within<T, Cache, D, 1, 2, 2, kBytes ? 10 : 6, 4, kLittle>(s, in, plan, device, workspace, stream);
-  if (rows == 32) return few_tokens_within<T, Cache, D, 1, 4, 4, kBytes ? 6 : 4, 4, kLittle>(s, in, plan, device, workspace, stream);
-  few_tokens_within<T, Cache, D, 1, 8, 8, kBytes ? 12 : 8, 0, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 8) return few_tokens<T, Cache, D, 1, 4, 16, kLeast, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 16) return few_tokens<T, Cache, D, 2, 4, 16, kBytes ? 7 : 5, true, kLittle>(s, in, plan, device, workspace, stream);
+  if (rows == 32) return few_tokens<T, Cache, D, 4, 4, 16, kBytes ? 14 : 8, true, kLittle>(s, in, plan, device, workspace, stream);
+  few_tokens<T, Cache, D, 8, 8, 16, kBytes ? 12 : 8, false, kLittle>(s, in, plan, device, workspace, stream);
 }
 
 template <typename T, typename Cache, int D, int RING>

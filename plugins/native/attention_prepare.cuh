@@ -12,7 +12,6 @@ constexpr int kPrepareWarps = 8, kPrepareRows = 2 * kPrepareWarps;  // of a bloc
 template <typename T, typename Cache, int D>
 __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(AttentionShape shape, AttentionTensors<T> in, float eps, T* queries, int padded_rows) {
   using Row = LaneRow<T, D>;
-  __shared__ float memory[kPrepareWarps][D];
   wait_for_previous();
   let_next_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, G = shape.group(), Hkv = shape.Hkv;
@@ -53,7 +52,7 @@ __global__ void __launch_bounds__(kPrepareWarps * 32) attention_prepare(Attentio
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     if (jobs[i].made == nullptr && jobs[i].kept == nullptr) continue;
-    if (jobs[i].source != nullptr && !jobs[i].value) x[i] = turn[i](x[i], shape.R, eps, memory[warp], lane);
+    if (jobs[i].source != nullptr && !jobs[i].value) x[i] = turn[i](x[i], shape.R, eps, lane);
     if (jobs[i].made != nullptr) x[i].store(jobs[i].made, lane);
     else Cache::template keep<T, D>(x[i], jobs[i].kept, lane);
   }

@@ -27,30 +27,29 @@ struct Turn {
     Turn turn;
     turn.norm = LaneRow<T, D>::of(norm, lane);
     const int half = R / 2, d = lane * LaneRow<T, D>::kItems, j = d < half ? d : d - half;
-    if (d < R) turn.cos = LaneRow<T, D>::of(cos + angle + j, 0), turn.sin = LaneRow<T, D>::of(sin + angle + j, 0);
+    const size_t place = angle + (d < R ? j : 0);
+    turn.cos = LaneRow<T, D>::of(cos + place, 0), turn.sin = LaneRow<T, D>::of(sin + place, 0);
     return turn;
   }
 
-  // rotate(rms_norm(row)) of a warp's row, in fp32 and rounded once; `memory` has D floats of this warp.
-  __device__ LaneRow<T, D> operator()(LaneRow<T, D> row, int R, float eps, float* memory, int lane) const {
+  // rotate(rms_norm(row)) of a warp's row, in fp32 and rounded once.
+  __device__ LaneRow<T, D> operator()(LaneRow<T, D> row, int R, float eps, int lane) const {
     constexpr int kItems = LaneRow<T, D>::kItems;
     float squares = 0.0f, x[kItems];
 #pragma unroll
     for (int i = 0; i < kItems; i++) squares += to_float(row.item[i]) * to_float(row.item[i]);
     const float scale = rsqrtf(warp_sum(squares) / D + eps);
 #pragma unroll
-    for (int i = 0; i < kItems; i++) memory[lane * kItems + i] = x[i] = to_float(row.item[i]) * scale * to_float(norm.item[i]);
-    __syncwarp();
-    const int half = R / 2, first = lane * kItems;
-    if (first < R) {
-      const float* other = memory + (first < half ? first + half : first - half);
-      const float sign = first < half ? -1.0f : 1.0f;
+    for (int i = 0; i < kItems; i++) x[i] = to_float(row.item[i]) * scale * to_float(norm.item[i]);
+    const int half = R / 2 / kItems, other = lane < half ? lane + half : lane - half;  // lanes
+    const float sign = lane < half ? -1.0f : 1.0f;
 #pragma unroll
-      for (int i = 0; i < kItems; i++) x[i] = x[i] * to_float(cos.item[i]) + sign * other[i] * to_float(sin.item[i]);
+    for (int i = 0; i < kItems; i++) {
+      const float y = __shfl_sync(0xffffffffu, x[i], other);
+      if (lane < 2 * half) x[i] = x[i] * to_float(cos.item[i]) + sign * y * to_float(sin.item[i]);
     }
 #pragma unroll
     for (int i = 0; i < kItems; i++) row.item[i] = from_float<T>(x[i]);
-    __syncwarp();
     return row;
   }
 };

@@ -34,14 +34,14 @@ __device__ inline void wait_for_copies() {
 // `slots` rows of D from `source`, copied by `threads` threads of which this is number `thread`; rows at and behind `there` become zeros.
 template <typename T, int D, int SLOTS, int THREADS>
 __device__ inline void copy_tile(uint32_t shared, const T* source, int there, int thread) {
-  constexpr int kUnits = D / 8, kCopies = SLOTS * kUnits;
+  constexpr int kUnits = D / 8, kStep = THREADS / kUnits;  // rows
+  static_assert(THREADS % kUnits == 0 && (kStep & (kStep - 1)) == 0, "exchanged bits of a row are those of its step and of its place in it");
+  const int first = thread / kUnits, unit = thread % kUnits, exchanged = unit ^ exchange<D>(first);
   // Nothing is read at an address of which no bytes are wanted.
 #pragma unroll
-  for (int i = 0; i < (kCopies + THREADS - 1) / THREADS; i++) {
-    const int at = i * THREADS + thread;
-    if (kCopies % THREADS != 0 && at >= kCopies) break;
-    const int row = at / kUnits, unit = at % kUnits;
-    copy_unit(shared + row * D * 2 + ((unit ^ exchange<D>(row)) << 4), source + at * 8, row < there);
+  for (int row = 0; row < SLOTS; row += kStep) {
+    if (kStep > SLOTS && first >= SLOTS) break;
+    copy_unit(shared + (first + row) * D * 2 + ((exchanged ^ exchange<D>(row)) << 4), source + first * D + unit * 8 + row * D, first + row < there);
   }
 }
 

@@ -7,12 +7,6 @@
 
 namespace qwen {
 
-template <typename T>
-union Pack2 {
-  uint32_t bits;
-  T item[2];
-};
-
 constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // two NaNs of bits that no arithmetic makes
 
 __device__ inline uint4 load_words(const uint32_t* at) {
@@ -28,12 +22,5 @@ __device__ inline uint32_t pair_of(T first, T second) {
   both.item[0] = first, both.item[1] = second;
   return both.bits;
 }
-// Copies that complete a barrier.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ inline void copy_bulk(uint32_t into, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(into), "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
+
 }  // namespace qwen

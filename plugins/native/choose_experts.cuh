@@ -10,26 +10,39 @@ namespace qwen {
 __device__ inline uint32_t ordered(uint32_t bits) { return (bits & 0x7FFF) == 0 ? 0x8000u : bits & 0x8000 ? ~bits & 0xFFFF : bits | 0x8000; }
 __device__ inline uint32_t from_ordered(uint32_t key) { return key & 0x8000 ? key & 0x7FFF : ~key & 0xFFFF; }
 
-// A key holds a logit and, below, what is larger for experts of lower numbers: no two are equal, and the largest is found in one instruction.
+// A key holds a logit and, below, what is larger for experts of lower numbers: no two are equal, and the largest of 32 is found in one instruction.
 template <typename T, int PER_LANE>
 __device__ inline uint32_t largest_keys(const T* logits, int E, int K) {
   const int lane = threadIdx.x % 32;
   const uint16_t* bits = reinterpret_cast<const uint16_t*>(logits);
-  uint32_t key[PER_LANE], mine = 0;
+  uint32_t key[PER_LANE + 1], mine = 0;
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
     const int e = i * 32 + lane;
     key[i] = e < E ? ordered(bits[e]) << 16 | (0xFFFFu - e) : 0;
   }
+  // A lane's own keys, the largest first.
+#pragma unroll
+  for (int size = 2; size <= PER_LANE; size *= 2) {
+#pragma unroll
+    for (int step = size / 2; step > 0; step /= 2) {
+#pragma unroll
+      for (int i = 0; i < PER_LANE; i++) {
+        const int other = i ^ step;
+        if (other < i) continue;
+        const uint32_t larger = max(key[i], key[other]), smaller = min(key[i], key[other]);
+        key[i] = i & size ? smaller : larger, key[other] = i & size ? larger : smaller;
+      }
+    }
+  }
+  key[PER_LANE] = 0;
 #pragma unroll 1
   for (int j = 0; j < K; j++) {
-    uint32_t best = key[0];
-#pragma unroll
-    for (int i = 1; i < PER_LANE; i++) best = max(best, key[i]);
-    best = __reduce_max_sync(0xffffffffu, best);
+    const uint32_t best = __reduce_max_sync(0xffffffffu, key[0]);
     if (lane == j) mine = best;
+    if (key[0] != best) continue;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) key[i] = key[i] == best ? 0 : key[i];
+    for (int i = 0; i < PER_LANE; i++) key[i] = key[i + 1];
   }
   return mine;
 }

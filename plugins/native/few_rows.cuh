@@ -24,8 +24,9 @@ struct FewRows {
   int M, K, log_rows, chunks;
 
   __host__ __device__ static int groups(int chunks) { return (chunks + kChunkGroup - 1) / kChunkGroup; }
+  // A multiple of 16.
   __host__ __device__ static size_t staged_bytes(int chunks, int log_rows) {
-    return (size_t(chunks) * sizeof(uint4) + size_t(groups(chunks)) * sizeof(float)) << log_rows;
+    return (size_t(chunks) << log_rows) * sizeof(uint4) + ((size_t(groups(chunks)) << log_rows) + 3) / 4 * 4 * sizeof(float);
   }
 
   __device__ uint4 load(int m, int chunk) const {
@@ -53,6 +54,11 @@ struct FewRows {
     }
   }
 
+  // Eight activations of each lane, neighboring chunks of a row. Lanes from `chunks` on have none.
+  __device__ void put(int m, int chunk, const Pack8<T>& value) const {
+    if (chunk < chunks) staged[place(m, chunk)] = value.bits;
+  }
+
   // The weight of the norm that this thread needs first. Weights do not depend on the previous kernel, and were not used since the last step.
   __device__ uint4 first_weight(const T* norm) const {
     const int chunk = (threadIdx.x / 32 >> log_rows) * kChunkGroup + threadIdx.x % 32;
@@ -64,16 +70,16 @@ struct FewRows {
     if (staged == nullptr) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, all = groups(chunks), tasks = all << log_rows;
     float* squares = reinterpret_cast<float*>(staged + (size_t(chunks) << log_rows));  // [rows][groups]
-    const auto row_of = [&](int task) { return task & ((1 << log_rows) - 1); };
+    const int m = warp & ((1 << log_rows) - 1);  // the row of all tasks of a warp: the number of warps is a multiple of the rows
     const auto chunk_of = [&](int task) { return (task >> log_rows) * kChunkGroup + lane; };
-    const auto exists = [&](int task) { return task < tasks && row_of(task) < M; };
+    const auto exists = [&](int task) { return task < tasks && m < M; };
     if (norm != nullptr) {
       Pack8<T> values[kSquaredTogether];
 #pragma unroll 1
       for (int task = warp; task < tasks; task += warps * kSquaredTogether) {
 #pragma unroll
         for (int i = 0; i < kSquaredTogether; i++) {
-          if (const int own = task + i * warps; exists(own)) values[i].bits = load(row_of(own), chunk_of(own));
+          if (const int own = task + i * warps; exists(own)) values[i].bits = load(m, chunk_of(own));
         }
 #pragma unroll
         for (int i = 0; i < kSquaredTogether; i++) {
@@ -83,10 +89,16 @@ struct FewRows {
 #pragma unroll
           for (int j = 0; j < 8; j++) square += to_float(values[i].item[j]) * to_float(values[i].item[j]);
           square = warp_sum(square);
-          if (lane == 0) squares[row_of(own) * all + (own >> log_rows)] = square;
+          if (lane == 0) squares[m * all + (own >> log_rows)] = square;
         }
       }
       __syncthreads();
+    }
+    float scale = 0.0f;
+    if (norm != nullptr) {
+#pragma unroll 1
+      for (int j = lane; j < all; j += 32) scale += squares[m * all + j];
+      scale = rsqrtf(warp_sum(scale) / K + eps);
     }
     Pack8<T> values[kNormalizedTogether], weight[kNormalizedTogether];
 #pragma unroll 1
@@ -95,22 +107,19 @@ struct FewRows {
       for (int i = 0; i < kNormalizedTogether; i++) {
         const int own = task + i * warps, chunk = chunk_of(own);
         if (!exists(own)) continue;
-        values[i].bits = load(row_of(own), chunk);
+        values[i].bits = load(m, chunk);
         weight[i].bits = own == warp ? weight_bits : make_uint4(0, 0, 0, 0);
         if (norm != nullptr && own != warp && chunk * kChunk < K) weight[i].bits = *reinterpret_cast<const uint4*>(norm + chunk * kChunk);
       }
 #pragma unroll
       for (int i = 0; i < kNormalizedTogether; i++) {
-        const int own = task + i * warps, m = row_of(own), chunk = chunk_of(own);
+        const int own = task + i * warps, chunk = chunk_of(own);
         if (!exists(own)) continue;
         if (norm != nullptr) {
-          float square = 0.0f;
-          for (int j = lane; j < all; j += 32) square += squares[m * all + j];
-          const float scale = rsqrtf(warp_sum(square) / K + eps);
 #pragma unroll
           for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weight[i].item[j]));
         }
-        if (chunk < chunks) staged[place(m, chunk)] = values[i].bits;
+        put(m, chunk, values[i]);
       }
     }
     __syncthreads();

@@ -2,6 +2,9 @@
 // moment at which a tile is made or started, so before the rows are known; `run` ends with sums that all threads of the block see.
 #pragma once
 
+#include <type_traits>
+
+#include "int4_panels.cuh"
 #include "mma.cuh"
 #include "quant_panels.cuh"
 #include "warp_ring.cuh"
@@ -18,39 +21,50 @@ __device__ inline void put_sums(const float (&sum)[4], float* into, int log_rows
 }
 
 // COUNT neighboring panels from row `first` of the matrix on; GATED: half of them, and as many from row first + gates on. No panel begins behind row
-// `last`. The warps share the units of each panel. STAGES: units of a panel that a warp has on their way. The code is short: kernels of this length are over
-// before long code has been fetched.
+// `last`. The warps share the units of each panel. STAGES: units that a warp has on their way. A warp multiplies a unit of several panels with activations
+// that it reads once. The code is short otherwise: kernels of this length are over before long code has been fetched.
 template <typename Panels, int WARPS, int STAGES, int COUNT, bool GATED>
 struct PanelsTile {
+  using Rows = typename Panels::Rows;
+  static constexpr int kTogether = !Panels::kTogether ? 1 : COUNT % 3 == 0 ? 3 : COUNT % 2 == 0 ? 2 : 1;  // panels
+  static_assert(STAGES % kTogether == 0);
+
   const Panels& panels;
-  WarpRing<STAGES> ring;
-  const int first, gates, last, units;  // units: that this warp has of a panel
-  const int warp = threadIdx.x / 32;
+  const int first, gates, last, warp, units;  // units: that this warp has of a panel
+  WarpRing<STAGES / kTogether> ring;
 
   static __host__ __device__ int ring_bytes(int unit_bytes) { return WARPS * STAGES * unit_bytes; }
   static __host__ __device__ int sums_bytes(int log_rows) { return int(sizeof(float)) * COUNT * WARPS * kPanelRows << log_rows; }
 
   __device__ PanelsTile(const Panels& panels, uint8_t* memory, int first, int gates, int last, int all_units)
       : panels(panels),
-        ring{memory + int(threadIdx.x / 32) * STAGES * panels.bytes, panels.bytes, COUNT * ((all_units - int(threadIdx.x / 32) + WARPS - 1) / WARPS)},
         first(first),
         gates(gates),
         last(last),
-        units(ring.count / COUNT) {}
+        warp(threadIdx.x / 32),
+        units((all_units - warp + WARPS - 1) / WARPS),
+        ring{memory + warp * STAGES * panels.bytes, kTogether * panels.bytes, COUNT / kTogether * units} {}
 
   __device__ void start() {
-    ring.start([&](int i, uint8_t* into) { fetch(i, into); });
+    ring.start([&](int, uint8_t* into) { fetch(into); });
   }
 
-  template <typename T>
-  __device__ void run(const FewRows<T>& rows, float* sums) {
+  __device__ void run(const Rows& rows, float* sums) {
 #pragma unroll 1
-    for (int p = 0; p < COUNT; p++) {
-      float sum[4] = {};
+    for (int p = 0; p < COUNT; p += kTogether) {
+      float sum[kTogether][4] = {};
 #pragma unroll 1
-      for (int i = 0; i < units; i++)
-        ring.next([&](int i, uint8_t* into) { fetch(i, into); }, [&](const uint8_t* from) { panels.multiply_unit(from, warp + i * WARPS, rows, sum); });
-      put_sums(sum, sums + ((p * WARPS + warp) << (rows.log_rows + 4)), rows.log_rows);
+      for (int i = 0; i < units; i++) {
+        ring.next([&](int, uint8_t* into) { fetch(into); },
+                  [&](const uint8_t* from) {
+                    typename Panels::Activations with;
+                    panels.read(rows, warp + i * WARPS, with);
+#pragma unroll
+                    for (int q = 0; q < kTogether; q++) panels.multiply_panel(from + q * panels.bytes, with, sum[q]);
+                  });
+      }
+#pragma unroll
+      for (int q = 0; q < kTogether; q++) put_sums(sum[q], sums + (((p + q) * WARPS + warp) << (rows.log_rows + 4)), rows.log_rows);
     }
     __syncthreads();
   }
@@ -64,52 +78,55 @@ struct PanelsTile {
   }
 
  private:
-  __device__ void fetch(int, uint8_t* into) {
-    if (fetched_units_ == units) fetched_units_ = 0, fetched_panels_++;
-    const int row = GATED && fetched_panels_ >= COUNT / 2 ? first + gates + (fetched_panels_ - COUNT / 2) * kPanelRows : first + fetched_panels_ * kPanelRows;
-    panels.fetch(min(row, last), warp + fetched_units_++ * WARPS, into);
+  // A unit of `kTogether` panels, in the order of their use.
+  __device__ void fetch(uint8_t* into) {
+#pragma unroll 1
+    for (int q = 0; q < kTogether; q++, into += panels.bytes) {
+      const int p = next_panel_ + q, row = GATED && p >= COUNT / 2 ? first + gates + (p - COUNT / 2) * kPanelRows : first + p * kPanelRows;
+      panels.fetch(min(row, last), warp + next_unit_ * WARPS, into);
+    }
+    if (++next_unit_ == units) next_unit_ = 0, next_panel_ += kTogether;
   }
 
-  int fetched_units_ = 0, fetched_panels_ = 0;
+  int next_panel_ = 0, next_unit_ = 0;
 };
 
-// Up to 8 rows of an ordinary matrix [count,K].
-template <typename T, int WARPS, int LOADS>
+// Up to 8 rows of an ordinary matrix [count,K], all of them in shared memory: a lane copies what it will read.
+template <typename T, int WARPS>
 struct RowsTile {
   static constexpr int kRows = 8;
-  const T* const row;  // of this lane, null where there is none
-  const int K, warp = threadIdx.x / 32, t = threadIdx.x % 4;
-  uint4 now[LOADS];  // on their way at a time
 
-  __device__ RowsTile(const T* rows, int count, int K)
-      : row(int(threadIdx.x % 32 / 4) < count ? rows + size_t(threadIdx.x % 32 / 4) * K : nullptr), K(K) {
-    load(0);
-  }
+  uint8_t* const memory;
+  const int K, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
-  __device__ int step(int group, int i) const { return (group * LOADS + i) * WARPS + warp; }
+  static __host__ __device__ int memory_bytes(int K) { return (K + kStep - 1) / kStep * 32 * 16; }
 
-  __device__ void load(int group) {
-#pragma unroll
-    for (int i = 0; i < LOADS; i++) {
-      const int k = step(group, i) * kStep + t * kChunk;
-      now[i] = row != nullptr && k < K ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
-    }
-  }
+  __device__ uint8_t* place(int step) const { return memory + (step * 32 + lane) * 16; }
 
-  __device__ void run(const FewRows<T>& rows, float* sums) {
-    float sum[4] = {};
-    const int g = threadIdx.x % 32 / 4, log_sums = rows.log_rows + 3;
+  __device__ void start(const T* rows, int count) const {
+    const int k = lane % 4 * kChunk, row = lane / 4;
+    const T* from = rows + size_t(min(row, count - 1)) * K + k;
 #pragma unroll 1
-    for (int group = 0; step(group, 0) * kStep < K; group++) {
-      if (group > 0) load(group);
-#pragma unroll
-      for (int i = 0; i < LOADS; i++) {
-        if (step(group, i) * kStep >= K) break;
-        uint4 x[1];
-        rows.read(g, step(group, i) * (kStep / kChunk) + t, 1, x);
-        multiply<T>(sum, now[i].x, 0, now[i].y, 0, x[0].x, x[0].y);
-        multiply<T>(sum, now[i].z, 0, now[i].w, 0, x[0].z, x[0].w);
-      }
+    for (int step = warp; step * kStep < K; step += WARPS) {
+      const bool there = row < count && step * kStep + k < K;
+      copy16_or_zeros(place(step), from + (there ? step * kStep : -k), there);
+    }
+    end_copies();
+  }
+
+  template <typename Rows>
+  __device__ void run(const Rows& rows, float* sums) const {
+    constexpr bool kArranged = !std::is_same<Rows, FewRows<T>>::value;  // then the weights must be, too
+    const int g = lane / 4, t = lane % 4, log_sums = rows.log_rows + 3;
+    float sum[4] = {};
+    await_copies<0>();
+#pragma unroll 1
+    for (int step = warp; step * kStep < K; step += WARPS) {
+      uint4 x[1], w = *reinterpret_cast<const uint4*>(place(step));
+      rows.read(g, step * (kStep / kChunk) + t, 1, x);
+      if (kArranged) w = BiasedCodes<T>::arranged(w);
+      multiply<T>(sum, w.x, 0, w.y, 0, x[0].x, x[0].y);
+      multiply<T>(sum, w.z, 0, w.w, 0, x[0].z, x[0].w);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {

@@ -15,6 +15,9 @@ constexpr int kPartThreads = 128, kPartBlocks = 4;  // of a block; blocks of a p
 // Columns that a lane holds, and of these what it works on at a time: all of them, which shares the reads of q and k, or one, while the next
 // is on its way.
 constexpr int kHeldColumns = 2, kWorkedColumns = 2;
+// Heads of a call from which a block asks for the rest of its state at once: where blocks are many, larger pieces are read faster; where they are
+// few, all of them would ask at the same time.
+constexpr int kLongQueue = 2048;
 
 // What a block shares: rows of q, k and v as they come and behind the convolution, outputs, gates of the norm, taps.
 template <typename T, int D>
@@ -85,6 +88,10 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
   if (TRANSACTION) copy_rows(kTaps - 1, waiting, width, pending);
 #pragma unroll
   for (int p = 0; p < kHeld && p < kParts; p++) load_part(p);
+#if __CUDA_ARCH__ >= 900
+  if (const float* rest = in.state + ((size_t(b) * Hv + hv) * D + kHeld * kPart) * D; tid == 0 && int(gridDim.x * gridDim.y) >= kLongQueue)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0],%1;" ::"l"(rest), "n"((D - kHeld * kPart) * D * 4) : "memory");
+#endif
   wait_for_previous();
   let_next_start();
   copy_rows(kTaps - 1 + pending, rows, width, tokens);

@@ -40,8 +40,8 @@ struct Shared {
 };
 
 template <typename Tile, typename T>
-int gated_bytes(const MixtureWork<T>& work, int unit_bytes) {
-  return work.rows_bytes() + Tile::sums_bytes(work.log_rows) + Tile::ring_bytes(unit_bytes);
+int tile_bytes(const MixtureWork<T>& work, int unit_bytes, int least) {
+  return work.template rows_bytes<typename Tile::Rows>() + Tile::sums_bytes(work.log_rows) + std::max(Tile::ring_bytes(unit_bytes), least);
 }
 
 template <typename Panels, typename T = typename Panels::Element>
@@ -49,34 +49,41 @@ Shared shared_of(const MixtureWork<T>& work) {
   const Mixture<T>& of = work.of;
   const int pieces = of.routed.K * of.routed.down.units() + of.shared_down.units(), gate_up = Panels::unit_bytes(of.routed.gate_up);
   const int bytes = std::max(Panels::unit_bytes(of.routed.down), Panels::unit_bytes(of.shared_down));
-  return {gated_bytes<EnterTile<Panels>>(work, Panels::unit_bytes(of.shared_gate_up)),
-          of.routed.tokens == 1 ? gated_bytes<InnerTile<Panels, true>>(work, gate_up) : gated_bytes<InnerTile<Panels, false>>(work, gate_up),
-          kLeaveWarps * kLeaveStages * bytes + pieces * kUnit * int(sizeof(T)) + kLeaveWarps * kPanelRows * int(sizeof(float))};
+  const int rows = int(Panels::OfOneRow::Rows::staged_bytes(pieces * kUnitChunks, 0));
+  return {tile_bytes<EnterTile<Panels>>(work, Panels::unit_bytes(of.shared_gate_up), RouterTile<T>::memory_bytes(of.routed.H)),
+          of.routed.tokens == 1 ? tile_bytes<InnerTile<Panels, true>>(work, gate_up, 0) : tile_bytes<InnerTile<Panels, false>>(work, gate_up, 0),
+          kLeaveWarps * kLeaveStages * bytes + rows + kLeaveWarps * kPanelRows * int(sizeof(float))};
 }
 
-template <typename Panels, int EXPERTS, typename T>
+template <typename Panels, bool ONE, int EXPERTS, typename T>
 void launch_all(const MixtureWork<T>& work, cudaStream_t stream) {
   constexpr auto enter = mixture_enter_kernel<Panels>;
-  constexpr auto inner = mixture_inner_kernel<Panels, false, EXPERTS>, inner_of_one = mixture_inner_kernel<Panels, true, EXPERTS>;
-  constexpr auto leave = mixture_leave_kernel<Panels, EXPERTS>;
+  constexpr auto inner = mixture_inner_kernel<Panels, ONE, EXPERTS>;
+  constexpr auto leave = mixture_leave_kernel<typename Panels::OfOneRow, EXPERTS>;
   static DeviceFlags allowed;
   allowed.once([&] {
-    for (const auto kernel : {enter, inner, inner_of_one, leave}) allow_shared(kernel, size_t(most_shared()));
+    for (const auto kernel : {enter, inner, leave}) allow_shared(kernel, size_t(most_shared()));
   });
   const Experts<QuantMatrix>& routed = work.of.routed;
   const Shared shared = shared_of<Panels>(work);
   const int tiles = work.of.S / kPanelRows, routers = (routed.E + RouterTile<T>::kRows - 1) / RouterTile<T>::kRows;
   launch(enter, dim3(tiles + routers + 1), dim3(kEnterWarps * 32), shared.enter, stream, work);
-  if (routed.tokens == 1)
-    launch(inner_of_one, dim3(routed.I / kPanelRows, routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
-  else
-    launch(inner, dim3((routed.I + 63) / 64, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
+  const int columns = (routed.I + kInnerColumns<ONE> - 1) / kInnerColumns<ONE>;
+  launch(inner, dim3(columns, routed.tokens * routed.K), dim3(kInnerWarps * 32), shared.inner, stream, work);
   launch(leave, dim3(routed.down.panels(), routed.tokens), dim3(kLeaveWarps * 32), shared.leave, stream, work);
 }
 
-template <typename Panels, typename T>
-void launch_for(const MixtureWork<T>& work, cudaStream_t stream) {
-  work.of.routed.E <= kUsualExperts ? launch_all<Panels, kUsualExperts>(work, stream) : launch_all<Panels, kMostChosenFrom>(work, stream);
+// of(panels, one) by the kind of all matrices of the mixture, and whether it has one token. `panels` is null, only its type counts.
+template <typename T, typename Of>
+auto with_panels(const Mixture<T>& mixture, const Of& of) {
+  const int tokens = mixture.routed.tokens;
+  const auto usual = [](const QuantMatrix& w) { return Int4Panels<T, 0>::takes(w); };
+  const auto of_kind = [&](auto* panels) { return tokens == 1 ? of(panels, std::true_type{}) : of(panels, std::false_type{}); };
+  if constexpr (std::is_same<T, __half>::value) {  // which quantized builds have
+    if (usual(mixture.routed.gate_up) && usual(mixture.routed.down) && usual(mixture.shared_gate_up) && usual(mixture.shared_down))
+      return with_int4_panels<T>(tokens, [&](auto* panels) { return of(panels, std::bool_constant<std::remove_pointer_t<decltype(panels)>::Rows::log_rows == 0>{}); });
+  }
+  return mixture.routed.down.bits == 4 ? of_kind(static_cast<QuantPanels<T, 4, true>*>(nullptr)) : of_kind(static_cast<QuantPanels<T, 8, true>*>(nullptr));
 }
 
 }  // namespace
@@ -87,7 +94,7 @@ bool has_mixture(const Mixture<T>& mixture) {
   const QuantMatrix &a = routed.down, &b = mixture.shared_down;
   const bool alike = a.bits == b.bits && a.block == b.block && a.zeros == b.zeros && a.wide_scales == b.wide_scales;
   if (routed.tokens > kFewColumns || routed.E > kMostChosenFrom || !alike || routed.gate_up.bits != a.bits || mixture.shared_gate_up.bits != a.bits) return false;
-  return a.bits == 4 ? shared_of<QuantPanels<T, 4, true>>(work_of(mixture)).fits() : shared_of<QuantPanels<T, 8, true>>(work_of(mixture)).fits();
+  return with_panels(mixture, [&](auto* panels, auto) { return shared_of<std::remove_pointer_t<decltype(panels)>>(work_of(mixture)).fits(); });
 }
 
 template <typename T>
@@ -100,12 +107,10 @@ template <typename T>
 void run_mixture(const Mixture<T>& mixture, void* workspace, cudaStream_t stream) {
   MixtureWork<T> work = work_of(mixture);
   place(work, static_cast<char*>(workspace));
-  const auto plain = [](const QuantMatrix& w) { return !w.zeros && !w.wide_scales; };
-  if constexpr (std::is_same<T, __half>::value) {
-    if (mixture.routed.down.bits == 4 && plain(mixture.routed.gate_up) && plain(mixture.routed.down) && plain(mixture.shared_gate_up))
-      return launch_for<QuantPanels<T, 4, false>>(work, stream);
-  }
-  mixture.routed.down.bits == 4 ? launch_for<QuantPanels<T, 4, true>>(work, stream) : launch_for<QuantPanels<T, 8, true>>(work, stream);
+  with_panels(mixture, [&](auto* panels, auto one) {
+    using Panels = std::remove_pointer_t<decltype(panels)>;
+    mixture.routed.E <= kUsualExperts ? launch_all<Panels, one.value, kUsualExperts>(work, stream) : launch_all<Panels, one.value, kMostChosenFrom>(work, stream);
+  });
 }
 
 #define INSTANTIATE(T)                                          \

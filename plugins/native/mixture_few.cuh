@@ -15,17 +15,20 @@
 
 namespace qwen {
 
-constexpr int kEnterWarps = 16, kInnerWarps = 8, kLeaveWarps = 12;
+constexpr int kEnterWarps = 16, kInnerWarps = 16, kLeaveWarps = 12;
 constexpr int kEnterStages = 4, kInnerStages = 4, kLeaveStages = 3;
 constexpr int kUsualExperts = 256, kMostChosenFrom = 512;  // a lane has no registers for the logits of more
-constexpr int kRouterLoads = 4;
 
 template <typename Panels>
 using EnterTile = PanelsTile<Panels, kEnterWarps, kEnterStages, 2, true>;
+// Columns of a block of `inner`: a single token has a block for each multiprocessor, several have blocks enough for 64 columns each, and most end before
+// they need the rows.
+template <bool ONE>
+constexpr int kInnerColumns = ONE ? 32 : 64;
 template <typename Panels, bool ONE>
-using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages, ONE ? 2 : 8, true>;
+using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages, 2 * kInnerColumns<ONE> / kPanelRows, true>;
 template <typename T>
-using RouterTile = RowsTile<T, kEnterWarps, kRouterLoads>;
+using RouterTile = RowsTile<T, kEnterWarps>;
 
 template <typename T>
 struct MixtureWork {
@@ -37,9 +40,13 @@ struct MixtureWork {
 
   __host__ __device__ T* shared_inner() const { return inner + size_t(of.routed.tokens) * of.routed.K * of.routed.I; }
   __host__ __device__ int units() const { return (of.routed.H + kUnit - 1) / kUnit; }
-  __host__ __device__ int rows_bytes() const { return (int(FewRows<T>::staged_bytes(units() * kUnitChunks, log_rows)) + 15) / 16 * 16; }
+  template <typename Rows>
+  __host__ __device__ int rows_bytes() const {
+    return int(Rows::staged_bytes(units() * kUnitChunks, log_rows));
+  }
 
-  __device__ FewRows<T> rows(uint8_t* staged) const {
+  template <typename Rows>
+  __device__ Rows rows(uint8_t* staged) const {
     return {of.s, reinterpret_cast<uint4*>(staged), of.routed.tokens, of.routed.H, log_rows, units() * kUnitChunks};
   }
 };
@@ -52,15 +59,20 @@ __global__ void __launch_bounds__(kEnterWarps * 32, 2) mixture_enter_kernel(cons
   constexpr int kRows = RouterTile<T>::kRows;
   const int H = of.routed.H, E = of.routed.E, M = of.routed.tokens, tiles = of.S / kPanelRows, router = (E + kRows - 1) / kRows;
   const bool is_shared = int(blockIdx.x) < tiles, is_gate = int(blockIdx.x) == tiles + router;
-  const FewRows<T> rows = work.rows(shared);
-  float* const sums = reinterpret_cast<float*>(shared + work.rows_bytes());
+  using Rows = typename Panels::Rows;
+  const Rows rows = work.template rows<Rows>(shared);
+  uint8_t* const behind_rows = shared + work.template rows_bytes<Rows>();
+  float* const sums = reinterpret_cast<float*>(behind_rows);
   const uint4 weight = rows.first_weight(of.norm);
   const Panels panels(of.shared_gate_up);
-  EnterTile<Panels> tile(panels, shared + work.rows_bytes() + EnterTile<Panels>::sums_bytes(work.log_rows), int(blockIdx.x) * kPanelRows, of.S,
+  EnterTile<Panels> tile(panels, behind_rows + EnterTile<Panels>::sums_bytes(rows.log_rows), int(blockIdx.x) * kPanelRows, of.S,
                          (of.shared_gate_up.panels() - 1) * kPanelRows, work.units());
   const int first = (int(blockIdx.x) - tiles) * kRows;
-  RouterTile<T> routing(is_gate ? of.gate : of.router + size_t(max(first, 0)) * H, is_shared ? 0 : is_gate ? 1 : min(kRows, E - first), H);
-  if (is_shared) tile.start();
+  const RouterTile<T> routing{behind_rows + EnterTile<Panels>::sums_bytes(rows.log_rows), H};
+  if (is_shared)
+    tile.start();
+  else
+    routing.start(is_gate ? of.gate : of.router + size_t(first) * H, is_gate ? 1 : min(kRows, E - first));
   wait_for_previous();
   let_next_start();
   rows.stage(of.norm, weight, of.eps);
@@ -68,13 +80,13 @@ __global__ void __launch_bounds__(kEnterWarps * 32, 2) mixture_enter_kernel(cons
     tile.run(rows, sums);
     const int m = threadIdx.x / kPanelRows;
     if (m >= M) return;
-    const float gate = tile.total(sums, work.log_rows, 0, threadIdx.x), up = tile.total(sums, work.log_rows, 1, threadIdx.x);
+    const float gate = tile.total(sums, rows.log_rows, 0, threadIdx.x), up = tile.total(sums, rows.log_rows, 1, threadIdx.x);
     work.shared_inner()[size_t(m) * of.S + blockIdx.x * kPanelRows + threadIdx.x % kPanelRows] = from_float<T>(silu(gate) * up);
   } else {
     routing.run(rows, sums);
     const int m = threadIdx.x / kRows, r = threadIdx.x % kRows;
     if (m >= M) return;
-    const float value = routing.total(sums, work.log_rows, threadIdx.x);
+    const float value = routing.total(sums, rows.log_rows, threadIdx.x);
     if (is_gate) {
       if (r == 0) work.gates[m] = value;
     } else if (first + r < E) {
@@ -83,15 +95,17 @@ __global__ void __launch_bounds__(kEnterWarps * 32, 2) mixture_enter_kernel(cons
   }
 }
 
-// Block (columns, visit). The first visit of an expert does the work of all of them: a token visits it once, so they are 8 at most. ONE: a single token,
-// 16 columns; several have blocks enough for 64 columns each, and most end before they need the rows.
+// Block (columns, visit). The first visit of an expert does the work of all of them: a token visits it once, so they are 8 at most. ONE: of a single token.
 template <typename Panels, bool ONE, int EXPERTS, typename T = typename Panels::Element>
-__global__ void __launch_bounds__(kInnerWarps * 32, 4) mixture_inner_kernel(const MixtureWork<T> work) {
+__global__ void __launch_bounds__(kInnerWarps * 32, 2) mixture_inner_kernel(const MixtureWork<T> work) {
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ int chosen[kFewColumns * kMostSelected];
   const Mixture<T>& of = work.of;
   const int M = of.routed.tokens, E = of.routed.E, K = of.routed.K, I = of.routed.I, own = blockIdx.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const FewRows<T> rows = work.rows(shared);
+  using Rows = typename Panels::Rows;
+  const Rows rows = work.template rows<Rows>(shared);
+  uint8_t* const behind_rows = shared + work.template rows_bytes<Rows>();
+  float* const sums = reinterpret_cast<float*>(behind_rows);
   const uint4 weight = rows.first_weight(of.norm);
   if constexpr (ONE) rows.stage(of.norm, weight, of.eps);
   wait_for_previous();
@@ -106,18 +120,17 @@ __global__ void __launch_bounds__(kInnerWarps * 32, 4) mixture_inner_kernel(cons
     if (chosen[v] == e) return;
   }
   const Panels panels(of.routed.gate_up.expert(e));
-  float* const sums = reinterpret_cast<float*>(shared + work.rows_bytes());
   using Tile = InnerTile<Panels, ONE>;
-  constexpr int kColumns = (ONE ? 1 : 4) * kPanelRows;
+  constexpr int kColumns = kInnerColumns<ONE>;
   const int column = int(blockIdx.x) * kColumns;
-  Tile tile(panels, shared + work.rows_bytes() + Tile::sums_bytes(work.log_rows), column, I, 2 * I - kPanelRows, work.units());
+  Tile tile(panels, behind_rows + Tile::sums_bytes(rows.log_rows), column, I, 2 * I - kPanelRows, work.units());
   tile.start();
   if constexpr (!ONE) rows.stage(of.norm, weight, of.eps);
   tile.run(rows, sums);
-  for (int i = threadIdx.x; i < kColumns << work.log_rows; i += kInnerWarps * 32) {
-    const int p = i >> (work.log_rows + 4), at = i & ((kPanelRows << work.log_rows) - 1), m = at / kPanelRows, n = column + p * kPanelRows + at % kPanelRows;
+  for (int i = threadIdx.x; i < kColumns << rows.log_rows; i += kInnerWarps * 32) {
+    const int p = i >> (rows.log_rows + 4), at = i & ((kPanelRows << rows.log_rows) - 1), m = at / kPanelRows, n = column + p * kPanelRows + at % kPanelRows;
     if (m >= M || n >= I) continue;
-    const T value = from_float<T>(silu(tile.total(sums, work.log_rows, p, at)) * tile.total(sums, work.log_rows, p + kColumns / kPanelRows, at));
+    const T value = from_float<T>(silu(tile.total(sums, rows.log_rows, p, at)) * tile.total(sums, rows.log_rows, p + kColumns / kPanelRows, at));
     for (int j = 0; j < K; j++) {
       if (chosen[m * K + j] == e) work.inner[size_t(m * K + j) * I + n] = value;
     }
@@ -143,9 +156,11 @@ __global__ void __maxnreg__(64) mixture_leave_kernel(const MixtureWork<T> work) 
   __syncthreads();
   const Panels shared_panels(of.shared_down);
   const int bytes = max(Panels::unit_bytes(of.routed.down), shared_panels.bytes);
-  uint4* const staged = reinterpret_cast<uint4*>(shared + kLeaveWarps * kLeaveStages * bytes);
-  float* const sums = reinterpret_cast<float*>(staged + all * kUnitChunks);
-  WarpRing<kLeaveStages> ring{shared + warp * kLeaveStages * bytes, bytes, (all - warp + kLeaveWarps - 1) / kLeaveWarps};
+  using Rows = typename Panels::Rows;
+  uint8_t* const behind_ring = shared + kLeaveWarps * kLeaveStages * bytes;
+  uint4* const staged = reinterpret_cast<uint4*>(behind_ring);
+  float* const sums = reinterpret_cast<float*>(behind_ring + Rows::staged_bytes(all * kUnitChunks, 0));
+  WarpRing<kLeaveStages, 1> ring{shared + warp * kLeaveStages * bytes, bytes, (all - warp + kLeaveWarps - 1) / kLeaveWarps};
   // A warp has the pieces warp, warp + kLeaveWarps, ...; `expert` is K behind the routed ones.
   const auto advance = [&](int& expert, int& unit) {
     while (expert < K && unit >= units) unit -= units, expert++;
@@ -164,20 +179,24 @@ __global__ void __maxnreg__(64) mixture_leave_kernel(const MixtureWork<T> work) 
   wait_for_previous();
   let_next_start();
   const T *own = work.inner + size_t(token) * K * I, *own_shared = work.shared_inner() + size_t(token) * S;
-  for (int c = threadIdx.x; c < all * kUnitChunks; c += kLeaveWarps * 32) {
+  const Rows rows{nullptr, staged, 1, all * kUnit, 0, all * kUnitChunks};
+  for (int c = threadIdx.x; c - lane < all * kUnitChunks; c += kLeaveWarps * 32) {
     const int p = c / kUnitChunks, j = min(p / units, K), k = (p - j * units) * kUnit + c % kUnitChunks * kChunk;
     const T* row = j < K ? own + size_t(j) * I : own_shared;
-    staged[c] = k < (j < K ? I : S) ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
+    Pack8<T> value;
+    value.bits = p < all && k < (j < K ? I : S) ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
+    rows.put(0, c, value);
   }
   __syncthreads();
-  const FewRows<T> rows{nullptr, staged, 1, all * kUnit, 0, all * kUnitChunks};
   float sum[4] = {};
 #pragma unroll 1
   for (int p = warp; p < all; p += kLeaveWarps) {
     ring.next(fetch, [&](const uint8_t* from) {
       advance(used_expert, used_unit);
       float part[4] = {};
-      shared_panels.multiply_unit(from, p, rows, part);
+      typename Panels::Activations with;
+      shared_panels.read(rows, p, with);
+      shared_panels.multiply_panel(from, with, part);
       const float factor = factors[used_expert];
 #pragma unroll
       for (int n = 0; n < 4; n++) sum[n] += factor * part[n];

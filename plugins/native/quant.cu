@@ -50,20 +50,33 @@ __global__ void gather_kernel(QuantMatrix w, const int64_t* ids, T* y) {
     *reinterpret_cast<uint4*>(y + size_t(blockIdx.x) * w.K + k) = id >= 0 && id < w.N ? eight<T>(w, int(id), k) : make_uint4(0, 0, 0, 0);
 }
 
-template <typename T, typename Shape>
-void by_tiles(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
-  if constexpr (std::is_same<T, __half>::value) {
-    if (!given.w.zeros && !given.w.wide_scales) return tiles_few<QuantPanels<T, 4, false>, Shape>(given, stream);
+// The usual matrices, where tiles are better. By measurements of steps of 0.8B and 35B-A3B on an H200.
+template <typename T, bool SWIGLU>
+bool usual_few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
+  if (!std::is_same<T, __half>::value || !Int4Panels<__half, 0>::takes(given.w)) return false;
+  const auto run = [&](auto shape) {
+    with_int4_panels<__half>(given.M, [&](auto* panels) { tiles_few<std::remove_pointer_t<decltype(panels)>, decltype(shape)>(given, stream); });
+    return true;
+  };
+  if constexpr (SWIGLU) {
+    if (tiles_fit<GatedTiles>(given, 2)) return run(GatedTiles{});
+    if (tiles_fit<WideGatedTiles>(given, 2)) return run(WideGatedTiles{});
+  } else if (given.residual == nullptr && given.N >= given.w.K) {
+    if (tiles_fit<WideTiles>(given, 2)) return run(WideTiles{});
+    if (tiles_fit<WidestTiles>(given, 2)) return run(WidestTiles{});
+  } else if (narrow_tiles_are_better(given)) {
+    return run(NarrowTiles{});
   }
-  tiles_few<QuantPanels<T, 4, true>, Shape>(given, stream);
+  return false;
 }
 
 template <typename T, bool SWIGLU>
 void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   const auto& w = given.w;
+  if (usual_few_rows<T, SWIGLU>(given, stream)) return;
   if (!SWIGLU && !resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K)) {
-    if (wide_tiles_are_better(given)) return by_tiles<T, WideTiles>(given, stream);
-    if (narrow_tiles_are_better(given)) return by_tiles<T, NarrowTiles>(given, stream);
+    if (wide_tiles_are_better(given)) return tiles_few<QuantPanels<T, 4, true>, WidestTiles>(given, stream);
+    if (narrow_tiles_are_better(given)) return tiles_few<QuantPanels<T, 4, true>, NarrowTiles>(given, stream);
   }
   if (!resident_is_better<QuantPanels<T, 4, false>>(given.N, w.K))
     w.bits == 4 ? product_few<T, Int4Stream, SWIGLU>(given, stream) : product_few<T, Int8Stream, SWIGLU>(given, stream);

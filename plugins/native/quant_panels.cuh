@@ -15,6 +15,9 @@ template <typename T, int BITS, bool GENERAL>
 struct QuantPanels {
   using Element = T;
   using Matrix = QuantMatrix;
+  using Rows = FewRows<T>;
+  using OfOneRow = QuantPanels;  // for products of a single row
+  static constexpr bool kTogether = false;  // whether several panels are multiplied with activations that are read once
   static constexpr int kUnitK = kUnit, kCodes = kUnit * kPanelRows * BITS / 8;
   static constexpr int kLogPanelRows = 4;
   static_assert(1 << kLogPanelRows == kPanelRows);
@@ -63,13 +66,23 @@ struct QuantPanels {
     if (zeros && lane < blocks) copy16(into + kCodes + (all * pieces + lane) * 16, at + zeros_at + (inside + lane) * 16);
   }
 
+  // What a lane multiplies with a unit of any panel.
+  struct Activations {
+    uint4 x[kUnit / kStep];
+  };
+  __device__ void read(const Rows& rows, int unit, Activations& of) const { rows.read(g, unit * kUnitChunks + t, kStep / kChunk, of.x); }
+
+  __device__ void multiply_unit(const uint8_t* buffer, int unit, const Rows& rows, float (&sum)[4]) const {
+    Activations with;
+    read(rows, unit, with);
+    multiply_panel(buffer, with, sum);
+  }
+
   // sum[0], [1]: row 2g of the panel with activation rows 2t, 2t+1; [2], [3]: row 2g+1.
-  __device__ void multiply_unit(const uint8_t* buffer, int unit, const FewRows<T>& rows, float (&sum)[4]) const {
-    uint4 parts[kUnit / kStep];
-    rows.read(g, unit * kUnitChunks + t, kStep / kChunk, parts);
+  __device__ void multiply_panel(const uint8_t* buffer, const Activations& with, float (&sum)[4]) const {
 #pragma unroll
     for (int step = 0; step < kUnit / kStep; step++) {
-      const uint4 x = parts[step];
+      const uint4 x = with.x[step];
       const int block = step * kStep >> log_block;
       const uint8_t* scales = buffer + kCodes;
       float2 scale;

@@ -1,27 +1,33 @@
 // Products of up to 8 rows with 4-bit matrices by blocks that have all their weights on their way before the rows are known: what is left then is one wait,
-// the norm and the products. Two shapes: wide matrices give every multiprocessor two blocks of three panels, narrow ones a block of one panel.
+// the norm and the products. Wide matrices give every multiprocessor two blocks of two or three panels, narrow ones a block of one panel, SwiGlu two blocks of
+// one or two gates and as many panels of up.
 #pragma once
+
+#include <algorithm>
 
 #include "few_tiles.cuh"
 #include "product_few.cuh"
 
 namespace qwen {
 
-template <int WARPS, int STAGES, int COUNT, int BLOCKS>
+template <int WARPS, int STAGES, int COUNT, int BLOCKS, bool SWIGLU = false>
 struct TilesShape {
+  static constexpr bool kSwiGlu = SWIGLU;  // then half of the panels are gates
   static constexpr int kWarps = WARPS, kStages = STAGES, kCount = COUNT, kBlocks = BLOCKS;  // COUNT panels; BLOCKS a multiprocessor must have room for
-  static constexpr int kTailLoads = COUNT > 1 ? 8 : 1;  // narrow products have no tail
   static constexpr int kMostK = WARPS * (STAGES / COUNT) * kUnit;
-  static constexpr int kColumns = COUNT * kPanelRows;
+  static constexpr int kColumns = COUNT * kPanelRows / (SWIGLU ? 2 : 1);
   static int tiles(int N) { return (N + kColumns - 1) / kColumns; }
 };
-using WideTiles = TilesShape<8, 6, 3, 3>;
+using WideTiles = TilesShape<8, 4, 2, 3>;
+using WidestTiles = TilesShape<8, 6, 3, 3>;
 using NarrowTiles = TilesShape<16, 4, 1, 2>;
+using GatedTiles = TilesShape<8, 4, 2, 3, true>;
+using WideGatedTiles = TilesShape<8, 8, 4, 3, true>;
 
 template <typename T, typename Shape>
-using TilesTail = RowsTile<T, Shape::kWarps, Shape::kTailLoads>;
+using TilesTail = RowsTile<T, Shape::kWarps>;
 template <typename Panels, typename Shape>
-using ShapedTile = PanelsTile<Panels, Shape::kWarps, Shape::kStages, Shape::kCount, false>;
+using ShapedTile = PanelsTile<Panels, Shape::kWarps, Shape::kStages, Shape::kCount, Shape::kSwiGlu>;
 
 template <typename Shape>
 bool tiles_fit(const FewProduct<QuantMatrix>& given, int blocks_each) {
@@ -29,7 +35,7 @@ bool tiles_fit(const FewProduct<QuantMatrix>& given, int blocks_each) {
   return given.w.bits == 4 && given.w.K <= Shape::kMostK && Shape::tiles(given.N) + tails <= blocks_each * multiprocessors() && most_shared() >= 128 << 10;
 }
 inline bool wide_tiles_are_better(const FewProduct<QuantMatrix>& given) {
-  return given.N > kSmallN && given.residual == nullptr && tiles_fit<WideTiles>(given, 2);
+  return given.N > kSmallN && given.residual == nullptr && tiles_fit<WidestTiles>(given, 2);
 }
 // Where a warp has one unit, product_few.cuh does not wait for its activations twice either.
 inline bool narrow_tiles_are_better(const FewProduct<QuantMatrix>& given) {
@@ -42,8 +48,9 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks) tiles_few_
   using T = typename Panels::Element;
   using Tail = TilesTail<T, Shape>;
   extern __shared__ __align__(16) uint8_t shared[];
-  const int M = given.M, K = given.w.K, log_rows = log_rows_of(M), units = given.w.units(), width = given.N + given.tail_rows;
-  const FewRows<T> rows{static_cast<const T*>(given.x), reinterpret_cast<uint4*>(shared), M, K, log_rows, units * kUnitChunks};
+  const int M = given.M, K = given.w.K, units = given.w.units(), width = given.N + given.tail_rows;
+  const typename Panels::Rows rows{static_cast<const T*>(given.x), reinterpret_cast<uint4*>(shared), M, K, log_rows_of(M), units * kUnitChunks};
+  const int log_rows = rows.log_rows;
   const T *norm = static_cast<const T*>(given.norm), *residual = static_cast<const T*>(given.residual);
   T* y = static_cast<T*>(given.y);
   float* const sums = reinterpret_cast<float*>(shared + sums_at);
@@ -51,9 +58,12 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks) tiles_few_
   const bool is_tail = int(blockIdx.x) >= given.tiles;
   const int column = int(blockIdx.x) * Shape::kColumns, first = is_tail ? (int(blockIdx.x) - given.tiles) * Tail::kRows : 0;
   const Panels panels(given.w);
-  ShapedTile<Panels, Shape> tile(panels, shared + ring_at, column, 0, (given.w.panels() - 1) * kPanelRows, units);
-  Tail tail(static_cast<const T*>(given.tail) + size_t(first) * K, is_tail ? min(Tail::kRows, given.tail_rows - first) : 0, K);
-  if (!is_tail) tile.start();
+  ShapedTile<Panels, Shape> tile(panels, shared + ring_at, column, given.N, (given.w.panels() - 1) * kPanelRows, units);
+  const Tail tail{shared + ring_at, K};
+  if (is_tail)
+    tail.start(static_cast<const T*>(given.tail) + size_t(first) * K, min(Tail::kRows, given.tail_rows - first));
+  else
+    tile.start();
   wait_for_previous();
   let_next_start();
   const auto place = [&](int i) {  // of value i of this block's, -1 where there is none
@@ -70,8 +80,13 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kBlocks) tiles_few_
   }
   tile.run(rows, sums);
   for (int i = threadIdx.x; i < Shape::kColumns << log_rows; i += Shape::kWarps * 32) {
-    if (const int at = place(i); at >= 0)
-      y[at] = from_float<T>(tile.total(sums, log_rows, i >> (log_rows + 4), i & ((kPanelRows << log_rows) - 1)) + added);
+    const int at = place(i), p = i >> (log_rows + 4), value = i & ((kPanelRows << log_rows) - 1);
+    if (at < 0) continue;
+    const float sum = tile.total(sums, log_rows, p, value);
+    if constexpr (Shape::kSwiGlu)
+      y[at] = from_float<T>(silu(sum) * tile.total(sums, log_rows, p + Shape::kCount / 2, value));
+    else
+      y[at] = from_float<T>(sum + added);
   }
 }
 
@@ -82,8 +97,9 @@ void tiles_few(FewProduct<QuantMatrix> given, cudaStream_t stream) {
   constexpr auto kernel = tiles_few_kernel<Panels, Shape>;
   static DeviceFlags allowed;
   allowed.once([&] { allow_shared(kernel, size_t(most_shared())); });
-  const int log_rows = log_rows_of(given.M), sums_at = (int(FewRows<T>::staged_bytes(given.w.units() * kUnitChunks, log_rows)) + 15) / 16 * 16;
-  const int ring_at = sums_at + Tile::sums_bytes(log_rows), bytes = ring_at + Tile::ring_bytes(Panels::unit_bytes(given.w));
+  const int log_rows = log_rows_of(given.M), sums_at = int(Panels::Rows::staged_bytes(given.w.units() * kUnitChunks, log_rows));
+  const int ring_at = sums_at + Tile::sums_bytes(log_rows), ring = Tile::ring_bytes(Panels::unit_bytes(given.w));
+  const int bytes = ring_at + std::max(ring, given.tail_rows > 0 ? TilesTail<T, Shape>::memory_bytes(given.w.K) : 0);
   given.tiles = Shape::tiles(given.N);
   const int tails = (given.tail_rows + TilesTail<T, Shape>::kRows - 1) / TilesTail<T, Shape>::kRows;
   launch(kernel, dim3(given.tiles + tails), dim3(Shape::kWarps * 32), size_t(bytes), stream, given, sums_at, ring_at);

@@ -6,7 +6,8 @@
 namespace qwen {
 
 // Of `count` pieces of at most `bytes` each. fetch(i, into) starts copying piece i; it is called in their order.
-template <int STAGES>
+// No more than IN_FLIGHT pieces are on their way before `start` begins the next one: what another kernel reads meanwhile waits behind them.
+template <int STAGES, int IN_FLIGHT = STAGES>
 struct WarpRing {
   uint8_t* const memory;
   const int bytes, count;
@@ -19,6 +20,7 @@ struct WarpRing {
     for (int i = 0; i < STAGES; i++) {
       if (i < count) fetch(i, memory + i * bytes);
       end_copies();
+      if constexpr (IN_FLIGHT < STAGES) await_copies<IN_FLIGHT - 1>();
     }
   }
 

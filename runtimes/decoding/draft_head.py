@@ -4,6 +4,10 @@ decoders, heads exist for graphs with dynamic and with fixed shapes; here is the
 Row i of the head pairs token i+1 with the decoder's hidden state of token i. So after n tokens the head can have n-1 rows, and the last
 hidden state waits for the token that follows. Hidden states wait in a log, one per slot: of a prompt chunk, of a verified draft, or of
 plain steps without drafts; they are read in one call when a draft is needed or the log is full.
+
+In steps of many sequences that draft nothing a head would cost more than it can bring: a copy for each sequence, and rows to read. Where
+it does not follow (`follows`), a step leaves one copy of all its hidden states, and a sequence that drafts again goes on from the last of
+its own: the head's row r then is that of token r + skipped. Drafts are worse for want of the rows between; the text is the same.
 """
 
 from __future__ import annotations
@@ -27,16 +31,23 @@ WAITING = 256
 
 
 class DraftHead(ABC):
-    """`log` [slots,rows,H] is memory for hidden states that wait."""
+    """`log` [slots,rows,H] is memory for hidden states that wait, `latest` [slots,H] for those of a step that is not followed, None where
+    every step is."""
 
-    def __init__(self, decoder: Decoder, log: Buffer) -> None:
-        self._reader, self._log = decoder, log
+    def __init__(self, decoder: Decoder, log: Buffer, latest: Buffer | None = None) -> None:
+        self._reader, self._log, self._latest = decoder, log, latest
+        self.follows = True
+        """Whether the rows of steps are kept; those of prompts and verifies always are."""
+        self._left: set[int] = set()
+        """Slots whose last step was not followed."""
         slots, self._log_rows = log.shape[:2]
         self._row_bytes = log.row_bytes // self._log_rows
         self.slot_bytes = log.row_bytes
         """Bytes of a slot beside its cache."""
         self.lengths = [0] * slots
         """Rows that the head's cache holds of the text that the decoder has read, by slot."""
+        self._skipped = [0] * slots
+        """Rows of the text that were never read, by slot."""
         self._bases = [0] * slots
         """The position whose hidden state is the log's first row; the last row is that of the last token read."""
         self._seen: list[dict[int, Feature]] = [{} for _ in range(slots)]
@@ -51,8 +62,38 @@ class DraftHead(ABC):
 
     # ---- what the decoder reports ----
 
+    @property
+    def may_leave(self) -> bool:
+        """Whether `follows` may be False."""
+        return self._latest is not None
+
+    def begin_step(self, slots: Sequence[int]) -> None:
+        """These slots are about to read a token each."""
+        for slot in slots if self.follows else ():
+            self.reserve(slot, 1)
+
+    def end_step(self, slots: range, hidden: Buffer) -> None:
+        """They have; `hidden` [slots,H] has their states in this order."""
+        if self.follows or self._latest is None:
+            for place, slot in enumerate(slots):
+                self.append(slot, hidden, place, 1)
+        else:
+            self._latest.copy_from(hidden, slots[0] * self._row_bytes, 0, len(slots) * self._row_bytes)
+            self._left.update(slots)
+
+    def _join(self, slot: int) -> None:
+        """Go on from the last hidden state of a slot that was left."""
+        if slot not in self._left or self._latest is None:
+            return
+        self._left.discard(slot)
+        last = self._known(slot) - 1
+        self._skipped[slot], self._bases[slot] = last - self.lengths[slot], last
+        self._log.copy_from(self._latest, self._at(slot, 0), slot * self._row_bytes, self._row_bytes)
+        self._seen[slot] = {at: row for at, row in self._seen[slot].items() if at > last}
+
     def reserve(self, slot: int, count: int) -> None:
         """Make room for the hidden states of `count` more tokens."""
+        self._join(slot)
         known, base = self._known(slot), self._bases[slot]
         if known - base + count <= self._log_rows:
             return
@@ -73,7 +114,7 @@ class DraftHead(ABC):
         self._seen[slot].update((start + place, row) for place, row in zip(places, features, strict=True))
 
     def cut(self, slot: int) -> None:
-        self.lengths[slot] = min(self.lengths[slot], max(0, self._known(slot) - 1))
+        self.lengths[slot] = min(self.lengths[slot], max(0, self._known(slot) - 1 - self._skipped[slot]))
 
     def save(self, slot: int) -> Bytes:
         """Bring the cache up to date and return the state that waits for its token, empty at the start."""
@@ -83,6 +124,8 @@ class DraftHead(ABC):
 
     def load(self, slot: int, waiting: Bytes) -> None:
         self._seen[slot].clear()
+        self._left.discard(slot)
+        self._skipped[slot] = 0
         self._bases[slot] = self.lengths[slot] = max(0, self._known(slot) - 1)
         self._log.write(waiting, self._at(slot, 0))
 
@@ -90,9 +133,10 @@ class DraftHead(ABC):
 
     def catch_up(self, slot: int) -> None:
         """Read every row whose token is known."""
+        self._join(slot)
         tokens = self._reader.sequences[slot].tokens
-        while self.lengths[slot] < len(tokens) - 1:
-            start = self.lengths[slot] + 1
+        while self._read_to(slot) < len(tokens) - 1:
+            start = self._read_to(slot) + 1
             self._read(slot, tokens[start : start + self._reader.chunk], rows=0)
 
     def first(self, tokens: Mapping[int, int]) -> dict[int, Row]:
@@ -103,9 +147,10 @@ class DraftHead(ABC):
                 raise ParameterError(
                     "a draft follows a text, and the slot has none", parameter="tokens", got=f"slot {slot}", fix="Read a prompt first."
                 )
+            self._join(slot)
             if self.behind(slot) > self._reader.widest_verify:
                 self.catch_up(slot)
-            rows[slot] = [*self._reader.sequences[slot].tokens[self.lengths[slot] + 1 :], token]
+            rows[slot] = [*self._reader.sequences[slot].tokens[self._read_to(slot) + 1 :], token]
         return self._first(rows)
 
     def _first(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Row]:
@@ -118,24 +163,28 @@ class DraftHead(ABC):
 
     def behind(self, slot: int) -> int:
         """Rows that a draft would have to read: one, what a round accepted, or what plain steps have left."""
-        return self._known(slot) - self.lengths[slot]
+        return 1 if slot in self._left else self._known(slot) - self._read_to(slot)
 
     def _read(self, slot: int, tokens: Sequence[int], rows: int) -> Row:
-        made = self._read_rows(slot, tokens, self._at(slot, self.lengths[slot] - self._bases[slot]), rows)
+        made = self._read_rows(slot, tokens, self._at(slot, self._read_to(slot) - self._bases[slot]), rows)
         self.lengths[slot] += len(tokens)
         if self._seen[slot]:  # row i has read token i + 1
-            self._seen[slot] = {at: row for at, row in self._seen[slot].items() if at > self.lengths[slot]}
+            self._seen[slot] = {at: row for at, row in self._seen[slot].items() if at > self._read_to(slot)}
         return made
 
     def _features(self, slot: int, start: int, count: int) -> tuple[list[int], list[Feature]]:
         """Which of `count` rows, from the one `start` behind those that are read, pair a token of a picture, and what stands for it."""
-        seen, first = self._seen[slot], self.lengths[slot] + 1 + start
+        seen, first = self._seen[slot], self._read_to(slot) + 1 + start
         places = [place for place in range(count) if first + place in seen] if seen else []
         return places, [seen[first + place] for place in places]
 
     @abstractmethod
     def _read_rows(self, slot: int, tokens: Sequence[int], at: int, rows: int) -> Row:
         """Rows `lengths[slot]`.. from these tokens and the log's states from byte `at` on; logits of the last `rows`, 0 or 1."""
+
+    def _read_to(self, slot: int) -> int:
+        """Rows of the text that are read or skipped."""
+        return self.lengths[slot] + self._skipped[slot]
 
     def _known(self, slot: int) -> int:
         return len(self._reader.sequences[slot].tokens)

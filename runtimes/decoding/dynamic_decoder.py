@@ -114,8 +114,7 @@ class DynamicDecoder(Decoder):
         self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
         with Change(sequences):
             if self.head is not None:
-                for slot in slots:
-                    self.head.reserve(slot, 1)
+                self.head.begin_step(slots)
             pending, stride = self._transaction.gather(slots)
             shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
             call = self._call(shape)
@@ -127,8 +126,7 @@ class DynamicDecoder(Decoder):
                 sequence.open = 0
             self._transaction.accepted[first : first + b] = [0] * b
             if self.head is not None and self._hidden:
-                for place, slot in enumerate(slots):
-                    self.head.append(slot, self._hidden[0], place, 1)
+                self.head.end_step(slots, self._hidden[0])
         return rows
 
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:

@@ -35,7 +35,7 @@ class DynamicDraftHead(DraftHead):
         self.session, self._tables, self._room = session, tables, room
         spec = next(tensor for tensor in session.spec.inputs if tensor.name == "hidden")
         width, rows, slots = int(spec.shape[-1]), decoder.chunk + WAITING, decoder.batch
-        super().__init__(decoder, session.buffer(spec.dtype, (slots, rows, width)))
+        super().__init__(decoder, session.buffer(spec.dtype, (slots, rows, width)), session.buffer(spec.dtype, (slots, width)))
         # States that a call reads and leaves: of one sequence's rows, and of drafts that follow drafts, one per slot.
         self._input, self._output = session.buffer(spec.dtype, (rows, width)), session.buffer(spec.dtype, (rows, width))
         self._drafts, self._drafts_out = session.buffer(spec.dtype, (slots, width)), session.buffer(spec.dtype, (slots, width))
@@ -89,7 +89,7 @@ class DynamicDraftHead(DraftHead):
             for place, read in enumerate(reads):
                 if read.logits:
                     target, at = (self._drafts, read.slot * row) if T == 1 else (self._input, place * T * row)
-                    start = self._at(read.slot, self.lengths[read.slot] - self._bases[read.slot])
+                    start = self._at(read.slot, self._read_to(read.slot) - self._bases[read.slot])
                     target.copy_from(self._log, at, start, len(read.ids) * row)
             made |= self._launch(reads, T, [self.lengths[read.slot] for read in reads])
             for read in reads:

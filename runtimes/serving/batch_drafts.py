@@ -15,6 +15,10 @@ _FEW_ROWS = 4
 """Rows up to which drafts may pay where a step reads the weights once for all rows, and a verify once for each."""
 
 
+_FOLLOWED = 8
+"""Rows up to which a draft head follows steps that draft nothing: it costs a copy for each, and a row to read."""
+
+
 class DraftCounts:
     """How many drafts a step makes, by the number of its rows: measured for 1, 2, 3-4, 5-8, ... rows apart."""
 
@@ -38,6 +42,10 @@ class DraftCounts:
         if self._few and rows > _FEW_ROWS:
             return 0
         return self._policy(rows).length(self.longest)
+
+    def leaves_head(self, rows: int) -> bool:
+        """Whether the draft head need not follow a step of so many rows that has no drafts."""
+        return self.adapts and rows > _FOLLOWED
 
     def forced(self, rows: int) -> int:
         """The least number of forced tokens that are worth a verify of their own, in a step of so many rows; 0 where none is."""

@@ -76,12 +76,14 @@ class StepRunner:
         if longest:
             calls, drafts = self._drafted(calls, {slot: 0 if slot in forced else count for slot, count in counts.items()})
         drafts |= forced
+        if (head := self.decoder.head) is not None and self._drafts is not None:
+            head.follows = bool(drafts) or not (head.may_leave and self._drafts.leaves_head(len(calls)))
         verified = self._verified(calls, drafts)
         for group in self._groups([call for call in calls if call not in verified], reading):
             kept += [(0, 0)] * self._run_group(group)
         for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
             kept += self._verify(group, drafts)
-        if not longest and self.decoder.head is not None:
+        if not longest and head is not None and head.follows:
             self._keep_head_near(calls)
         if self._drafts is not None and kept and not forced:
             seconds = time.perf_counter() - began - (self.decoder.binding_s - bound)
