@@ -1,6 +1,6 @@
 // Four-bit codes as operands of the tensor cores with one instruction for two of them: bits of an exponent are set around a code, which makes it
 // 1024 + code or 64 + code in fp16, and 128 + code in bf16. That bias, and the zero in the middle of the codes, add a multiple of the activations
-// to the sum over a block: each block's sum begins with what takes it off. For matrices without zeros of their own (quant.cuh).
+// to the sum over a block: the excess, which is taken off again. For matrices without zeros of their own (quant.cuh).
 #pragma once
 
 #include <type_traits>
@@ -28,12 +28,12 @@ struct BiasedCodes {
                       __byte_perm(bits.z, bits.w, 0x7632));
   }
 
-  // What a block's sum begins with. Four neighboring lanes have its activations, eight each, and get the same value. All lanes of the warp.
-  __device__ static float start_of(const Pack8<T>& value) {
+  // Of a block. Four neighboring lanes have its activations, eight each, and get the same value. All lanes of the warp.
+  __device__ static float excess_of(const Pack8<T>& value) {
     float low = 0.0f, high = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) low += to_float(value.item[i]), high += to_float(value.item[4 + i]);
-    float sum = low * -kLowZero + high * -kHighZero;
+    float sum = low * kLowZero + high * kHighZero;
 #pragma unroll
     for (int step = 1; step < kBiasedBlock / 8; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     return sum;

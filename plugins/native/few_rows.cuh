@@ -70,16 +70,16 @@ struct FewRows {
     if (staged == nullptr) return;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, all = groups(chunks), tasks = all << log_rows;
     float* squares = reinterpret_cast<float*>(staged + (size_t(chunks) << log_rows));  // [rows][groups]
-    const auto row_of = [&](int task) { return task & ((1 << log_rows) - 1); };
+    const int m = warp & ((1 << log_rows) - 1);  // the row of all tasks of a warp: the number of warps is a multiple of the rows
     const auto chunk_of = [&](int task) { return (task >> log_rows) * kChunkGroup + lane; };
-    const auto exists = [&](int task) { return task < tasks && row_of(task) < M; };
+    const auto exists = [&](int task) { return task < tasks && m < M; };
     if (norm != nullptr) {
       Pack8<T> values[kSquaredTogether];
 #pragma unroll 1
       for (int task = warp; task < tasks; task += warps * kSquaredTogether) {
 #pragma unroll
         for (int i = 0; i < kSquaredTogether; i++) {
-          if (const int own = task + i * warps; exists(own)) values[i].bits = load(row_of(own), chunk_of(own));
+          if (const int own = task + i * warps; exists(own)) values[i].bits = load(m, chunk_of(own));
         }
 #pragma unroll
         for (int i = 0; i < kSquaredTogether; i++) {
@@ -89,10 +89,16 @@ struct FewRows {
 #pragma unroll
           for (int j = 0; j < 8; j++) square += to_float(values[i].item[j]) * to_float(values[i].item[j]);
           square = warp_sum(square);
-          if (lane == 0) squares[row_of(own) * all + (own >> log_rows)] = square;
+          if (lane == 0) squares[m * all + (own >> log_rows)] = square;
         }
       }
       __syncthreads();
+    }
+    float scale = 0.0f;
+    if (norm != nullptr) {
+#pragma unroll 1
+      for (int j = lane; j < all; j += 32) scale += squares[m * all + j];
+      scale = rsqrtf(warp_sum(scale) / K + eps);
     }
     Pack8<T> values[kNormalizedTogether], weight[kNormalizedTogether];
 #pragma unroll 1
@@ -101,18 +107,15 @@ struct FewRows {
       for (int i = 0; i < kNormalizedTogether; i++) {
         const int own = task + i * warps, chunk = chunk_of(own);
         if (!exists(own)) continue;
-        values[i].bits = load(row_of(own), chunk);
+        values[i].bits = load(m, chunk);
         weight[i].bits = own == warp ? weight_bits : make_uint4(0, 0, 0, 0);
         if (norm != nullptr && own != warp && chunk * kChunk < K) weight[i].bits = *reinterpret_cast<const uint4*>(norm + chunk * kChunk);
       }
 #pragma unroll
       for (int i = 0; i < kNormalizedTogether; i++) {
-        const int own = task + i * warps, m = row_of(own), chunk = chunk_of(own);
+        const int own = task + i * warps, chunk = chunk_of(own);
         if (!exists(own)) continue;
         if (norm != nullptr) {
-          float square = 0.0f;
-          for (int j = lane; j < all; j += 32) square += squares[m * all + j];
-          const float scale = rsqrtf(warp_sum(square) / K + eps);
 #pragma unroll
           for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weight[i].item[j]));
         }

@@ -38,12 +38,12 @@ struct Int4Panels {
   // What a lane multiplies with a unit of any panel.
   struct Activations {
     uint4 x[kUnit / kStep];
-    float2 start[kUnit / kStep];
+    float2 excess[kUnit / kStep];
   };
   __device__ void read(const Rows& rows, int unit, Activations& of) const {
     const int lane = threadIdx.x % 32;
     rows.read_unit(lane / 4, lane % 4, unit, of.x);
-    rows.read_starts(lane % 4, unit, of.start);
+    rows.read_excesses(lane % 4, unit, of.excess);
   }
 
   // sum[0], [1]: row 2g of the panel with activation rows 2t, 2t+1; [2], [3]: row 2g+1.
@@ -52,12 +52,12 @@ struct Int4Panels {
     const uint8_t *scales = buffer + g * 4, *codes = buffer + kScales + t * 64 + g * 8;
 #pragma unroll
     for (int step = 0; step < kUnit / kStep; step++) {
-      const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(scales + step * kPanelRows * 2)), start = with.start[step];
+      const float2 scale = __half22float2(*reinterpret_cast<const __half2*>(scales + step * kPanelRows * 2)), excess = with.excess[step];
       const uint2 w = *reinterpret_cast<const uint2*>(codes + step * kStep * kPanelRows / 2);
-      float c[4] = {start.x, start.y, start.x, start.y};
+      float c[4] = {};
       BiasedCodes<T>::multiply_block(c, w.x, w.y, with.x[step]);
-      sum[0] += c[0] * scale.x, sum[1] += c[1] * scale.x;
-      sum[2] += c[2] * scale.y, sum[3] += c[3] * scale.y;
+      sum[0] += (c[0] - excess.x) * scale.x, sum[1] += (c[1] - excess.y) * scale.x;
+      sum[2] += (c[2] - excess.x) * scale.y, sum[3] += (c[3] - excess.y) * scale.y;
     }
   }
 };

@@ -65,8 +65,7 @@ void launch_all(const MixtureWork<T>& work, cudaStream_t stream) {
     for (const auto kernel : {enter, inner, leave}) allow_shared(kernel, size_t(most_shared()));
   });
   const Experts<QuantMatrix>& routed = work.of.routed;
-  Shared shared = shared_of<Panels>(work);
-  if (ONE) shared.inner = std::max(shared.inner, most_shared() / 2 + 1024);  // so that no multiprocessor gets two of them, and another one none
+  const Shared shared = shared_of<Panels>(work);
   const int tiles = work.of.S / kPanelRows, routers = (routed.E + RouterTile<T>::kRows - 1) / RouterTile<T>::kRows;
   launch(enter, dim3(tiles + routers + 1), dim3(kEnterWarps * 32), shared.enter, stream, work);
   const int columns = (routed.I + kInnerColumns<ONE> - 1) / kInnerColumns<ONE>;
