@@ -29,7 +29,7 @@ from tests.support.tiny_tokenizer import write_tiny_tokenizer
 pytestmark = pytest.mark.gpu
 Array = npt.NDArray[Any]
 KINDS = pytest.mark.parametrize(("dtype", "kind"), [("float16", "int4"), ("float16", "plain"), ("bfloat16", "plain")], ids=lambda x: x)
-HIDDEN = pytest.mark.parametrize("hidden", [128, 2048])
+HIDDEN = pytest.mark.parametrize("hidden", [128, 1024, 2048])
 FEW = [(1, 1), (1, 2), (1, 3), (2, 1), (1, 4), (1, 8), (4, 2), (8, 1)]
 STATES = {"history.next": "history", "state.next": "state"}
 # Each of five products rounds its result, and a chain sums in another order.

@@ -4,12 +4,15 @@
 // 2t, 2t+1, 2t+8, 2t+9 of 16. So within each 32 k of an activation row the pairs of all lanes that one register of a fragment takes lie together.
 #pragma once
 
+#include <algorithm>
+
 #include "device.cuh"
 #include "panels.cuh"
+#include "wgmma.cuh"
 
 namespace qwen {
 
-constexpr int kArrangeThreads = 128;
+constexpr int kMostArrangeThreads = 512;
 
 // What a row of K has room for.
 __host__ __device__ inline int arranged_stride(int K) { return (K + kUnit - 1) / kUnit * kUnit; }
@@ -21,60 +24,100 @@ __device__ inline int arranged_at(int k, int bits) {
   return k / kStep * kStep + place * 8 + t * 2 + half;
 }
 
-// 32 k of a row.
+// The four pairs of a lane's 8 values.
 template <int BITS>
-__device__ inline void arrange_step(const uint4 (&x)[4], uint4* y) {
-  uint32_t words[16];
-#pragma unroll
-  for (int t = 0; t < 4; t++) {
-    if constexpr (BITS == 4) {
-      words[t] = __byte_perm(x[t].x, x[t].y, 0x5410), words[4 + t] = __byte_perm(x[t].z, x[t].w, 0x5410);
-      words[8 + t] = __byte_perm(x[t].x, x[t].y, 0x7632), words[12 + t] = __byte_perm(x[t].z, x[t].w, 0x7632);
-    } else {
-      words[t] = x[t].x, words[4 + t] = x[t].y, words[8 + t] = x[t].z, words[12 + t] = x[t].w;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) y[i] = make_uint4(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]);
+__device__ inline uint4 pairs_of(const uint4& x) {
+  if constexpr (BITS != 4) return x;
+  return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
 }
 
-// A block arranges a row: y [M,arranged_stride(K)] of x [M,K], zeros behind K. With a norm, of rms_norm(x), which is written to `plain` [M,K] too,
-// if that is not null.
-template <typename T, int BITS>
-__global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const T* x, const T* norm, float eps, T* y, T* plain, int K) {
-  __shared__ float sums[kArrangeThreads / 32];
-  wait_for_previous();
-  let_next_start();
-  const int stride = arranged_stride(K);
-  const T* row = x + size_t(blockIdx.x) * K;
-  float scale = 1.0f;
-  if (norm != nullptr) scale = inverse_rms(row, K, eps, sums);
-  for (int k = threadIdx.x * kStep; k < stride; k += blockDim.x * kStep) {
-    uint4 values[4];
+// Where eight neighboring values of a row go.
+struct ArrangedRows {  // row after row, [M,arranged_stride(K)]
+  int stride;
+  __device__ uint4* at(void* y, int row, int eight) const { return static_cast<uint4*>(y) + (size_t(row) * stride / 8 + eight); }
+};
+struct ArrangedBlocks {  // as products read shared memory (wgmma.cuh), blocks of 64 k one after the other, [arranged_stride(K) / 64][rows][64]
+  int rows;              // a multiple of 8
+  __device__ uint4* at(void* y, int row, int eight) const { return static_cast<uint4*>(y) + swizzled(row, eight, rows) / 16; }
+};
+
+struct Arrangement {
+  const void *x, *norm;  // x [M,K]; norm [K], or null
+  float eps;
+  void* y;     // zeros behind K
+  int K;
+  bool early;  // whether the next kernel may start at once: one that touches nothing but weights before it waits
+};
+
+// A block arranges a row of x, or of rms_norm(x).
+template <typename T, int BITS, typename Order>
+__global__ void __launch_bounds__(kMostArrangeThreads) arrange_kernel(const Arrangement given, const Order order) {
+  __shared__ float sums[kMostArrangeThreads / 32];
+  if (given.early) let_next_start();
+  const int steps = arranged_stride(given.K) / kStep, own = threadIdx.x;
+  const T* row = static_cast<const T*>(given.x) + size_t(blockIdx.x) * given.K;
+  const T* norm = static_cast<const T*>(given.norm);
+  const auto load = [&](const T* from, int step, Pack8<T> (&to)[4]) {
 #pragma unroll
     for (int t = 0; t < 4; t++) {
-      const int at = k + t * 8;
-      Pack8<T> p;
-      p.bits = make_uint4(0, 0, 0, 0);
-      if (at < K) {
-        p.bits = *reinterpret_cast<const uint4*>(row + at);
-        if (norm != nullptr) {
-          Pack8<T> weight;
-          weight.bits = *reinterpret_cast<const uint4*>(norm + at);
-#pragma unroll
-          for (int i = 0; i < 8; i++) p.item[i] = from_float<T>(to_float(p.item[i]) * scale * to_float(weight.item[i]));
-        }
-        if (plain != nullptr) *reinterpret_cast<uint4*>(plain + size_t(blockIdx.x) * K + at) = p.bits;
-      }
-      values[t] = p.bits;
+      const int at = step * kStep + t * 8;
+      to[t].bits = make_uint4(0, 0, 0, 0);
+      if (at < given.K) to[t].bits = *reinterpret_cast<const uint4*>(from + at);
     }
-    arrange_step<BITS>(values, reinterpret_cast<uint4*>(y + size_t(blockIdx.x) * stride + k));
+  };
+  Pack8<T> weights[4], values[4];
+  if (norm != nullptr) load(norm, own, weights);
+  wait_for_previous();
+  if (!given.early) let_next_start();
+  load(row, own, values);
+  float scale = 1.0f;
+  if (norm != nullptr) {
+    float sum = 0.0f;
+    const auto add = [&](const Pack8<T> (&from)[4]) {
+#pragma unroll
+      for (int t = 0; t < 4; t++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) sum += to_float(from[t].item[i]) * to_float(from[t].item[i]);
+      }
+    };
+    add(values);
+    for (int step = own + blockDim.x; step < steps; step += blockDim.x) {
+      Pack8<T> more[4];
+      load(row, step, more);
+      add(more);
+    }
+    sum = warp_sum(sum);
+    if (own % 32 == 0) sums[own / 32] = sum;
+    __syncthreads();
+    sum = warp_sum(own % 32 < blockDim.x / 32 ? sums[own % 32] : 0.0f);
+    scale = rsqrtf(sum / given.K + given.eps);
+  }
+  for (int step = own; step < steps; step += blockDim.x) {
+    if (step != own) {
+      load(row, step, values);
+      if (norm != nullptr) load(norm, step, weights);
+    }
+    uint4 pairs[4];
+#pragma unroll
+    for (int t = 0; t < 4; t++) {
+      if (norm != nullptr) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[t].item[i] = from_float<T>(to_float(values[t].item[i]) * scale * to_float(weights[t].item[i]));
+      }
+      pairs[t] = pairs_of<BITS>(values[t].bits);
+    }
+    *order.at(given.y, blockIdx.x, step * 4) = make_uint4(pairs[0].x, pairs[1].x, pairs[2].x, pairs[3].x);
+    *order.at(given.y, blockIdx.x, step * 4 + 1) = make_uint4(pairs[0].y, pairs[1].y, pairs[2].y, pairs[3].y);
+    *order.at(given.y, blockIdx.x, step * 4 + 2) = make_uint4(pairs[0].z, pairs[1].z, pairs[2].z, pairs[3].z);
+    *order.at(given.y, blockIdx.x, step * 4 + 3) = make_uint4(pairs[0].w, pairs[1].w, pairs[2].w, pairs[3].w);
   }
 }
 
-template <typename T>
-void arrange(int bits, const T* x, const T* norm, float eps, T* y, T* plain, int M, int K, cudaStream_t stream) {
-  launch(bits == 4 ? arrange_kernel<T, 4> : arrange_kernel<T, 8>, dim3(M), dim3(kArrangeThreads), 0, stream, x, norm, eps, y, plain, K);
+// For weights of `bits`, M rows.
+template <typename T, typename Order>
+void arrange(int bits, const Arrangement& given, const Order& order, int M, cudaStream_t stream) {
+  const int threads = std::min(kMostArrangeThreads, (arranged_stride(given.K) / kStep + 31) / 32 * 32);
+  launch(bits == 4 ? arrange_kernel<T, 4, Order> : arrange_kernel<T, 8, Order>, dim3(M), dim3(threads), 0, stream, given, order);
 }
 
 }  // namespace qwen

@@ -63,9 +63,9 @@ const Device& this_device() {
 constexpr int up(int bytes) { return (bytes + 127) / 128 * 128; }
 
 // With more rows, and in narrow models, separate launches are faster. Measured on an H200 by benchmarks/chains.
-int most_rows(bool int4, int H) {
+int most_rows(bool int4, int H, bool replays) {
   if (H < 1024) return 0;
-  if (H < 2048) return int4 ? 1 : 2;
+  if (H < 2048) return replays ? 0 : 1;
   return int4 ? kMostChainRows : 2;
 }
 
@@ -81,7 +81,9 @@ class Planner {
   using Step = ChainStep<Panels>;
   static constexpr bool kInt4 = std::is_same<Panels, ChainInt4<T>>::value;
 
-  Planner(std::vector<ChainPart<T>> parts, int M, const Device& device) : parts_(std::move(parts)), M_(M), device_(device) {
+  // `replays`: the mixers between may have pending rows.
+  Planner(std::vector<ChainPart<T>> parts, int M, bool replays, const Device& device)
+      : parts_(std::move(parts)), M_(M), replays_(replays), device_(device) {
     p_.M = M, log_rows_ = M == 1 ? 0 : M == 2 ? 1 : 2;
   }
 
@@ -91,7 +93,7 @@ class Planner {
     for (size_t i = 0; i < parts_.size(); i++) {
       if (!add_product(parts_[i], i)) return false;
     }
-    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_) && H_ <= kMostNormColumns && lay_out();
+    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_, replays_) && H_ <= kMostNormColumns && lay_out();
   }
 
   // `memory`: counters of blocks, then words.
@@ -226,14 +228,13 @@ class Planner {
   }
 
   bool lay_out() {
-    int K = 0, parts = 0;
+    int K = 0;
     for (int i = 0; i < p_.count; i++) {
       Step& step = p_.steps[i];
       if (std::find(x_at_, x_at_ + p_.count, out_at_[i]) == x_at_ + p_.count) out_at_[i] = -1;  // nobody waits for it
       K = std::max(K, step.K);
       if (step.norm != nullptr) step.norm_at = p_.norms, p_.norms += step.K;
       if (step.arrival == Arrival::kParts && step.tail == nullptr) {
-        step.parts_at = parts, parts += step.K / kPanelRows;
         if (H_ == 0) H_ = step.K;
         if (step.K != H_) return false;
       }
@@ -249,11 +250,10 @@ class Planner {
     place(p_.residual_at, M_ * H_ * int(sizeof(T)));
     place(p_.squares_at, M_ * ((H_ + kGroupColumns - 1) / kGroupColumns) * int(sizeof(float)));
     place(p_.norms_at, p_.norms * int(sizeof(T)));
-    place(p_.parts_at, parts);
     p_.stages = std::min(kMostChainStages, (most - at) / Panels::kStage);
     if (most < at || p_.stages < kInFlight) return false;
     const int ring = p_.stages * Panels::kStage;
-    for (int* where : {&p_.bars_at, &p_.sums_at, &p_.rows_at, &p_.zeros_at, &p_.residual_at, &p_.squares_at, &p_.norms_at, &p_.parts_at})
+    for (int* where : {&p_.bars_at, &p_.sums_at, &p_.rows_at, &p_.zeros_at, &p_.residual_at, &p_.squares_at, &p_.norms_at})
       *where += ring;
     shared_ = ring + at;
     return true;
@@ -280,6 +280,7 @@ class Planner {
 
   const std::vector<ChainPart<T>> parts_;
   const int M_;
+  const bool replays_;
   const Device& device_;
   ChainProgram<Panels> p_{};
   std::vector<Result> results_;
@@ -301,7 +302,9 @@ std::unique_ptr<Planner<Panels>> plan_products(const std::vector<ChainPart<T>>& 
     if (from >= int(first) && from < int(end)) own[from - first].leaves = true;
   };
   for (size_t i = end; i < parts.size(); i++) leave(parts[i].x_from), leave(parts[i].residual_from);
-  auto planner = std::make_unique<Planner<Panels>>(std::move(own), M, device);
+  const auto has_pending = [](const auto& part) { return part.kind == ChainKind::kDeltaNet && part.in.accepted != nullptr && part.shape.P > 0; };
+  const bool replays = std::any_of(parts.begin(), parts.end(), has_pending);
+  auto planner = std::make_unique<Planner<Panels>>(std::move(own), M, replays, device);
   return planner->plan() ? std::move(planner) : nullptr;
 }
 

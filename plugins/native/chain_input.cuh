@@ -12,7 +12,6 @@ struct ChainRows {
   T* residual;        // [M,K], kept from step to step
   float* squares;     // of 256 columns, [M,groups]
   const T* norms;     // the weights of all norms
-  const uint8_t* parts;
   uint32_t norm_barrier;
   int M;
 };
@@ -84,7 +83,7 @@ __device__ inline void add_groups(const ChainStep<Panels>& step, const ChainRows
     const int own = index + i * kChainWarps;
     m[i] = input.row(own), column[i] = input.column(own, m[i]);
     there[i] = own < input.all && column[i] < K;
-    parts[i] = there[i] ? rows.parts[step.parts_at + column[i] / kPanelRows] : 0;
+    parts[i] = there[i] && step.producer.blocks ? step.producer.parts(column[i] / kPanelRows) : 0;
     waits[i] = parts[i] != 0;
     at[i] = static_cast<const uint32_t*>(step.x) + buffer + (m[i] * K + column[i]) / 2;
     value[i].bits = make_uint4(0, 0, 0, 0);
@@ -137,7 +136,8 @@ __device__ inline void add_groups(const ChainStep<Panels>& step, const ChainRows
     if (!there[i]) continue;
     const int64_t place = int64_t(m[i]) * K + column[i];
     *reinterpret_cast<uint4*>(rows.residual + place) = value[i].bits;
-    if (step.residual_out != nullptr && column[i] / kGroupColumns % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(step.residual_out + place) = value[i].bits;
+    if (step.residual_out != nullptr && column[i] / kGroupColumns % gridDim.x == blockIdx.x)
+      *reinterpret_cast<uint4*>(step.residual_out + place) = value[i].bits;
   }
 }
 
@@ -169,7 +169,7 @@ __device__ inline void normalize_groups(const ChainStep<Panels>& step, const Cha
 // others read. The squares of a row are summed in an order that depends on K only.
 template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element>
 __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
-  constexpr int kRows = 1 << LOG_ROWS, kCopied = LOG_ROWS ? 4 : 2, kAdded = LOG_ROWS ? 2 : 1, kNormalized = LOG_ROWS ? 2 : 1;
+  constexpr int kRows = 1 << LOG_ROWS, kCopied = LOG_ROWS ? 4 : 2, kAdded = LOG_ROWS == 1 ? 2 : 1, kNormalized = LOG_ROWS ? 2 : 1;
   const InputGroups<LOG_ROWS> input(rows.M, step.K);
   int index = input.first;
   if (step.arrival != Arrival::kParts) {

@@ -7,7 +7,7 @@
 // * A product with few columns is divided over k, too, so that all blocks have an equal share. Its columns are sums of up to kMostParts parts, which
 //   all readers add up in one order.
 // * The residual stream stays in the shared memory of every block.
-// All blocks must run at the same time: the launch is a cooperative one.
+// All blocks must run at the same time: chain_streams.h.
 #pragma once
 
 #include "chain_input.cuh"
@@ -77,19 +77,11 @@ __device__ inline void fetch_chain(const ChainProgram<Panels>& program, const Ch
   }
 }
 
-// What a block does while it would wait for the first product of the others: the words of the call before become those of the next one, and how many
-// parts each panel of an input has.
+// The words of the call before become those of the next one.
 template <typename Panels>
-__device__ inline void prepare_waits(const ChainProgram<Panels>& program, const ChainStep<Panels>* steps, uint8_t* parts, int buffer) {
+__device__ inline void clear_words(const ChainProgram<Panels>& program, int buffer) {
   for (int i = blockIdx.x * kChainThreads + threadIdx.x; i < program.buffer / 4; i += gridDim.x * kChainThreads)
     reinterpret_cast<uint4*>(program.words + buffer)[i] = make_uint4(kNotYet, kNotYet, kNotYet, kNotYet);
-  for (int s = 0; s < program.count; s++) {
-    if (steps[s].arrival != Arrival::kParts) continue;
-    const Spread& producer = steps[s].producer;
-    for (int panel = threadIdx.x; panel < steps[s].K / kPanelRows; panel += kChainThreads)
-      parts[steps[s].parts_at + panel] = uint8_t(producer.blocks ? producer.parts(panel) : 0);
-  }
-  meet();
 }
 
 // The place in the ring of the warps that multiply.
@@ -144,11 +136,10 @@ __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnSha
   if (part != 0 || m >= M) return;
   const int panel = group + p, column = step.first_column + (swiglu ? panel / 2 : panel) * kPanelRows + (pair & 7) * 2;
   const int64_t at = int64_t(m) * step.columns + column;
-  Pack2<T> both;
-  both.item[0] = from_float<T>(value.x), both.item[1] = from_float<T>(value.y);
+  const uint32_t both = pair_of(from_float<T>(value.x), from_float<T>(value.y));
   const int slot = step.spread.whole || panel != own.first_panel ? 0 : own.slot;  // all later panels begin in this share
-  if (step.out != nullptr) store_word(step.out + buffer + (int64_t(slot) * M * step.columns + at) / 2, both.bits);
-  if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both.bits;
+  if (step.out != nullptr) store_word(step.out + buffer + (int64_t(slot) * M * step.columns + at) / 2, both);
+  if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both;
 }
 
 // Unit: what a warp has of a stage. The next one is read while the own is multiplied.
@@ -232,14 +223,13 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
   wait_for_previous();  // neither weights depend on it nor words and their counters, which earlier calls of this chain have left
   let_next_start();
   const ChainRows<T> rows{shared + program.rows_at, reinterpret_cast<float*>(shared + program.zeros_at), reinterpret_cast<T*>(shared + program.residual_at),
-                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), shared + program.parts_at, norm_barrier,
+                          reinterpret_cast<float*>(shared + program.squares_at), reinterpret_cast<T*>(shared + program.norms_at), norm_barrier,
                           program.M};
   ChainRing ring{shared, full, empty, program.stages};
-  const int idle = steps[0].arrival == Arrival::kParts ? 0 : 1;
 #pragma unroll 1
   for (int s = 0; s < count; s++) {
     const Step& step = steps[s];
-    if (s == idle) prepare_waits(program, steps, shared + program.parts_at, program.buffer - buffer);
+    if (s == 1) clear_words(program, program.buffer - buffer);  // while other blocks finish the first step
     if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
     if (s == 0) shares_made<true>();
     const OwnShare own = shares[s];

@@ -19,7 +19,7 @@ __host__ __device__ constexpr int log_together(int log_rows) { return log_rows <
 enum class Arrival : int {
   kMemory,  // T [M,stride], complete before the launch
   kWords,   // words of two T, [M,stride / 2]
-  kParts,   // words of fp32, [parts][M,K]: to be added to the residual
+  kParts,   // the same, [parts][M,K / 2]: to be added to the residual
 };
 
 // n / d, where the quotient is below 2^20: a division of integers takes a block that starts late a while.
@@ -54,11 +54,10 @@ struct ChainStep {
   const T* residual;           // kParts: [M,K]; null: the one that every block keeps
   T* residual_out;             // kParts: where the sum goes, too, or null
   const T* norm;               // kParts
-  uint32_t* out;               // words of two columns [M,columns / 2], or, of a divided product, parts [parts][M,columns]; null: nobody waits for it
+  uint32_t* out;               // words of two columns [M,columns / 2], of a divided product [parts][M,columns / 2]; null: nobody waits for it
   T* y;                        // [M,columns] or null
   Spread spread, producer;     // producer: of the product whose parts are the input; no blocks: the residual alone is the input
   Arrival arrival;
-  int parts_at;                // kParts: of shared memory, how many parts each panel of the input has
   int norm_at;                 // where the norm is in shared memory, in elements
   int K, x_stride, first_column, columns;
   int up_rows;                 // SwiGlu: rows of w before those of up
@@ -68,7 +67,7 @@ struct ChainStep {
 template <typename Panels>
 struct ChainProgram {
   int count, M, stages, norms;  // norms: elements of all their weights
-  int bars_at, sums_at, rows_at, zeros_at, residual_at, squares_at, norms_at, parts_at;  // in shared memory
+  int bars_at, sums_at, rows_at, zeros_at, residual_at, squares_at, norms_at;  // in shared memory
   uint32_t* calls;  // a number per block: the calls so far, less one
   uint32_t* words;  // two buffers
   int buffer;       // words of one

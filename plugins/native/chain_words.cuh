@@ -1,4 +1,4 @@
-// How blocks of one launch hand values to each other: words of 4 bytes, a float or two values of 16 bits, which read as kNotYet until they have come.
+// How blocks of one launch hand values to each other: words of 4 bytes, two values of 16 bits, which read as kNotYet until they have come.
 // There is no barrier, and no second way to the data behind one. A call reads one of two buffers, and clears the other for the call after it.
 #pragma once
 
@@ -7,13 +7,7 @@
 
 namespace qwen {
 
-template <typename T>
-union Pack2 {
-  uint32_t bits;
-  T item[2];
-};
-
-constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // a NaN, or two, of bits that no arithmetic makes
+constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // two NaNs of bits that no arithmetic makes
 
 __device__ inline uint4 load_words(const uint32_t* at) {
   uint4 v;
@@ -22,12 +16,11 @@ __device__ inline uint4 load_words(const uint32_t* at) {
 }
 __device__ inline bool come(const uint4& v) { return v.x != kNotYet && v.y != kNotYet && v.z != kNotYet && v.w != kNotYet; }
 __device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("st.volatile.global.u32 [%0],%1;" ::"l"(at), "r"(value) : "memory"); }
-// Copies that complete a barrier.
-__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+template <typename T>
+__device__ inline uint32_t pair_of(T first, T second) {
+  Pack2<T> both;
+  both.item[0] = first, both.item[1] = second;
+  return both.bits;
 }
-__device__ inline void copy_bulk(uint32_t into, const void* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(into), "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
+
 }  // namespace qwen

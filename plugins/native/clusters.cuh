@@ -17,6 +17,15 @@ __device__ inline void barrier_arrive(uint32_t barrier) { asm volatile("mbarrier
 __device__ inline void barrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
+// This thread arrives, and the barrier waits for copies of so many bytes as well.
+__device__ inline void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _,[%0],%1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// A multiple of 16 bytes between multiples of 16.
+__device__ inline void copy_bulk(uint32_t into, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0],[%1],%2,[%3];" ::"r"(into), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
 __device__ inline bool barrier_passed(uint32_t barrier, int parity) {
   int passed;
   asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0,1,0,p;}" : "=r"(passed) : "r"(barrier), "r"(parity) : "memory");
@@ -25,6 +34,10 @@ __device__ inline bool barrier_passed(uint32_t barrier, int parity) {
 __device__ inline void barrier_wait(uint32_t barrier, int parity) {
   while (!barrier_passed(barrier, parity)) {
   }
+}
+
+__device__ inline void store_shared(uint32_t shared, const float4& v) {
+  asm volatile("st.shared.v4.f32 [%0],{%1,%2,%3,%4};" ::"r"(shared), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
 __device__ inline void cluster_sync() {

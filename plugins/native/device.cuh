@@ -38,6 +38,13 @@ union Pack8 {
   T item[8];
 };
 
+// Two.
+template <typename T>
+union Pack2 {
+  uint32_t bits;
+  T item[2];
+};
+
 __device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
 
 __device__ inline float warp_sum(float x) {

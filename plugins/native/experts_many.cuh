@@ -1,10 +1,93 @@
-// Products of many visits with the packed matrices of their experts (product_many.cuh says how a tile is multiplied). Blocks stay and take tiles in turn:
-// a tile of down rows is over after a few units, and the copies go on over the borders of tiles.
+// Products of many visits with the packed matrices of their experts, on the tensor cores of compute capability 9.0, from fragments that are made in
+// registers as in product_many.cuh. A block has 128 weight rows, four warps for each half, and four more warps that copy what the others use. Blocks stay
+// and take tiles in turn: a tile of down rows is over after a few units, and the copies go on over the borders of tiles.
 #pragma once
 
-#include "product_many.cuh"
+#include "arrange.cuh"
+#include "clusters.cuh"
+#include "device.cuh"
+#include "panels.cuh"
+#include "quant.cuh"
+#include "quant_fragments.cuh"
+#include "wgmma.cuh"
 
 namespace qwen {
+
+constexpr int kExpertMultipliers = 256, kExpertCopiers = 128, kExpertThreads = kExpertMultipliers + kExpertCopiers;
+constexpr int kExpertPanels = 8;  // panels of a tile's 128 weight rows
+
+// What a block keeps of 128 k.
+template <int BITS, bool GENERAL, int COLUMNS>
+struct alignas(1024) ExpertUnit {
+  static constexpr int kCodes = kUnit * kPanelRows * BITS / 8, kScales = kGroupBlocks * kPanelRows * (GENERAL ? 4 : 2);
+  uint8_t x[COLUMNS * kUnit * 2];  // two swizzled blocks of 64 k
+  uint8_t codes[kExpertPanels][kCodes];
+  uint8_t scales[kExpertPanels][kScales];
+  uint8_t zeros[GENERAL ? kExpertPanels : 1][GENERAL ? kGroupBlocks * kPanelRows : 1];
+};
+
+// A warp's products of its panel with the activations of a unit. Sums are not complete before `wait_for_products<0>` and `settle`.
+template <typename T, int BITS, bool GENERAL, int COLUMNS>
+struct ExpertFragments {
+  using Unit = ExpertUnit<BITS, GENERAL, COLUMNS>;
+  static constexpr int kTogether = 2;  // steps of 32 k whose products are issued together
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, log_block;
+  const bool zeros, wide;
+  Weights<T, BITS, GENERAL> weights;
+  uint32_t a[2][kTogether * 8];
+
+  __device__ explicit ExpertFragments(const QuantMatrix& w) : log_block(w.block == 32 ? 5 : w.block == 64 ? 6 : 7), zeros(w.zeros), wide(w.wide_scales) {}
+
+  __device__ void fragments(const Unit& unit, int step, uint32_t* to) {
+    weights.load(unit.scales[warp], GENERAL && zeros ? unit.zeros[GENERAL ? warp : 0] : nullptr, wide, (step * kStep >> log_block) * kPanelRows + 2 * g);
+    uint2 v, next{};
+    if constexpr (BITS == 4) {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 256 + t * 64 + g * 8);
+    } else {
+      v = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + g * 8);
+      next = *reinterpret_cast<const uint2*>(unit.codes[warp] + step * 512 + t * 128 + 64 + g * 8);
+    }
+    weights.of(v, next, to);
+  }
+
+  __device__ static uint64_t at_16(uint64_t x, int i) { return x + ((i / 4 * COLUMNS * 128 + i % 4 * 32) >> 4); }
+
+  // `used` is what the first 2 C of COLUMNS rows need. All products of the unit before are complete when `before_is_read` is called.
+  template <int C, typename Read>
+  __device__ void whole(float (&used)[C], const Unit& unit, const Read& before_is_read) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+#pragma unroll
+    for (int turn = 0; turn < kUnit / kStep / kTogether; turn++) {
+      auto& now = a[turn % 2];
+#pragma unroll
+      for (int s = 0; s < kTogether; s++) fragments(unit, turn * kTogether + s, now + s * 8);
+      settle(now);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2 * kTogether; s++) product_rows<T, C>(used, now + s * 4, at_16(x, turn * kTogether * 2 + s));
+      end_products();
+      wait_for_products<1>();
+      settle(a[(turn + 1) % 2]);
+      if (turn == 0) before_is_read();
+    }
+  }
+
+  // A unit that ends after `steps` of 32 k.
+  template <int C>
+  __device__ void part(float (&used)[C], const Unit& unit, int steps) {
+    const uint64_t x = matrix_of(shared_of(unit.x), 16);
+    for (int step = 0; step < steps; step++) {
+      wait_for_products<0>();
+      settle(used);
+      fragments(unit, step, a[0]);
+      settle(a[0]);
+      begin_products();
+#pragma unroll
+      for (int s = 0; s < 2; s++) product_rows<T, C>(used, a[0] + s * 4, at_16(x, step * 2 + s));
+      end_products();
+    }
+  }
+};
 
 // y[visit] = x[visit / sharing] w^T of the visit's expert. SWIGLU: w = [gate; up], y = silu(gate) * up, arranged for `bits`.
 struct ExpertProduct {
@@ -20,7 +103,7 @@ struct ExpertProduct {
 
 template <int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 struct ExpertLayout {
-  using Unit = ManyUnit<BITS, GENERAL, COLUMNS>;
+  using Unit = ExpertUnit<BITS, GENERAL, COLUMNS>;
   static constexpr int kBlocks = COLUMNS <= 64 ? 2 : 1, kRoom = (kBlocks == 2 ? 109 : 220) << 10;
   static constexpr int kSums = SWIGLU ? COLUMNS / 8 * 128 * 16 : 0;  // of the up rows, on their way to the gates
   static constexpr int kFit = (kRoom - 1024 - kSums) / int(sizeof(Unit)), kStages = kFit < 8 ? kFit : 8;
@@ -45,7 +128,7 @@ struct ExpertTile {
 };
 
 template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
-__global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLUMNS, SWIGLU>::kBlocks) experts_many_kernel(const ExpertProduct given) {
+__global__ void __launch_bounds__(kExpertThreads, ExpertLayout<BITS, GENERAL, COLUMNS, SWIGLU>::kBlocks) experts_many_kernel(const ExpertProduct given) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   using Layout = ExpertLayout<BITS, GENERAL, COLUMNS, SWIGLU>;
   using Unit = typename Layout::Unit;
@@ -63,17 +146,17 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
   const int items = given.tiles[0].x * given.across;  // the tiles were made before the kernel that this one waits for
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; i++) {
-      barrier_init(full + i * 8, kCopiers);
-      barrier_init(empty + i * 8, kMultipliers / 32);
+      barrier_init(full + i * 8, kExpertCopiers);
+      barrier_init(empty + i * 8, kExpertMultipliers / 32);
     }
     publish_barriers();
   }
   __syncthreads();
   int slot = 0, tile = 0;
 
-  if (warp >= kMultipliers / 32) {
+  if (warp >= kExpertMultipliers / 32) {
     if constexpr (kHanded) give_registers<40>();
-    const int own = threadIdx.x - kMultipliers, size = w.wide_scales ? 4 : 2, piece = own % 16, stride = arranged_stride(w.K);
+    const int own = threadIdx.x - kExpertMultipliers, size = w.wide_scales ? 4 : 2, piece = own % 16, stride = arranged_stride(w.K);
     constexpr int kPieces = Unit::kCodes / 16;
     int filled = 0, parity = 1;
     for (int item = blockIdx.x; item < items; item += gridDim.x, tile++) {
@@ -85,11 +168,11 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
         now.visit_of[own] = visit, now.row_at[own] = visit < 0 ? -1 : visit / given.sharing * stride;
       }
       if (own == 0) now.visits = count;
-      asm volatile("bar.sync 2, %0;" ::"n"(kCopiers) : "memory");
+      asm volatile("bar.sync 2, %0;" ::"n"(kExpertCopiers) : "memory");
       // SWIGLU: the first four are gates, the other four the ups that belong to them. The last tile may have too many panels: it reads some twice.
       const auto panel_at = [&](int p) {
-        const int half = panels / 2, four = kTilePanels / 2;
-        return size_t(SWIGLU ? min(column * four + p % four, half - 1) + p / four * half : min(column * kTilePanels + p, panels - 1)) * w.panel_bytes();
+        const int half = panels / 2, four = kExpertPanels / 2;
+        return size_t(SWIGLU ? min(column * four + p % four, half - 1) + p / four * half : min(column * kExpertPanels + p, panels - 1)) * w.panel_bytes();
       };
       const uint8_t* const packed = w.packed + size_t(e) * w.bytes();
       const uint8_t* const scales_at = packed + panel_at(own / 16);
@@ -103,8 +186,8 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
         const size_t codes = size_t(group) * w.group_bytes() + w.codes_at() + (first - (group * kGroupBlocks << log_block)) * (kPanelRows * BITS / 8);
         Unit& unit = ring[slot];
 #pragma unroll
-        for (int j = 0; j < kTilePanels * kPieces / kCopiers; j++) {
-          const int c = j * kCopiers + own, p = c / kPieces, at = c % kPieces;
+        for (int j = 0; j < kExpertPanels * kPieces / kExpertCopiers; j++) {
+          const int c = j * kExpertCopiers + own, p = c / kPieces, at = c % kPieces;
           if (at < k * BITS / 8) copy16(unit.codes[p] + at * 16, packed + panel_at(p) + codes + at * 16);
         }
         const uint8_t* scales = scales_at + size_t(group) * w.group_bytes();
@@ -133,9 +216,9 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
     if constexpr (kHanded) take_registers<96>();
     const int g = lane / 4, t = lane % 4, team = threadIdx.x / 128, member = threadIdx.x % 128;
     float4* const sums = reinterpret_cast<float4*>(memory + sizeof(Unit) * kStages);  // [C / 4][128]
-    const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kMultipliers) : "memory"); };
+    const auto sync = [] { asm volatile("bar.sync 1, %0;" ::"n"(kExpertMultipliers) : "memory"); };
     float c[C];
-    PanelProducts<T, BITS, GENERAL, COLUMNS> products(w);
+    ExpertFragments<T, BITS, GENERAL, COLUMNS> products(w);
     const int whole = w.padded() / kUnit;  // units that have all of their k
     int parity = 0;
     // `width`: sums of a thread that are used, which are those of the first visits.
@@ -191,7 +274,7 @@ __global__ void __launch_bounds__(kManyThreads, ExpertLayout<BITS, GENERAL, COLU
         sync();
         if (team == 1) continue;
       }
-      const int n = ((SWIGLU ? column * (kTilePanels / 2) : column * kTilePanels) + warp) * kPanelRows + 2 * g;
+      const int n = ((SWIGLU ? column * (kExpertPanels / 2) : column * kExpertPanels) + warp) * kPanelRows + 2 * g;
       if (n >= given.N) continue;
 #pragma unroll
       for (int eight = 0; eight < C / 4; eight++) {
@@ -226,8 +309,9 @@ void run_experts_many(ExpertProduct given, cudaStream_t stream) {
   constexpr auto kernel = experts_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
   static DeviceFlags allowed;
   allowed.once([] { allow_shared(kernel, Layout::kShared); });
-  given.across = many_tiles(given.w, SWIGLU);
-  launch(kernel, dim3(Layout::kBlocks * multiprocessors()), dim3(kManyThreads), Layout::kShared, stream, given);
+  const int panels = SWIGLU ? given.w.panels() / 2 : given.w.panels(), own = SWIGLU ? kExpertPanels / 2 : kExpertPanels;
+  given.across = (panels + own - 1) / own;
+  launch(kernel, dim3(Layout::kBlocks * multiprocessors()), dim3(kExpertThreads), Layout::kShared, stream, given);
 }
 
 }  // namespace qwen

@@ -50,10 +50,7 @@ struct Fp8Form {
   }
 
   static bool has_many(int) { return false; }  // cuBLASLt multiplies in FP8
-  template <typename T>
-  static size_t many_workspace(const Matrix&, int) {
-    return 0;
-  }
+  static size_t many_workspace(const Matrix&, int) { return 0; }
   template <typename... Arguments>
   static void linear_many(Arguments...) {}
   template <typename... Arguments>

@@ -7,7 +7,7 @@
 //   put(w, part)             it as the matrix of a part of a chain
 //   linear, swiglu, gather   the kernels of few rows; what they get last is memory for norm(x), or null
 //   has_many(M)              whether there are kernels for M rows, more than few; then
-//   many_workspace<T>(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
+//   many_workspace(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
 //   large<T>(call, w, x, residual, y, M, stride)     y [M, stride] = x [M,K] w^T + residual in its first N columns, for any number of rows
 #pragma once
 
@@ -85,20 +85,17 @@ class MatrixLinearKernel {
       Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream(), normed.memory());
       return;
     }
-    const bool many = Form::has_many(M);
-    const Scratch normed(call, norm != nullptr ? sizeof(T) * M * size_t(K) : 256);
-    if (many) {
-      const Scratch workspace(call, Form::template many_workspace<T>(w, M));
-      T* plain = tail != nullptr && norm != nullptr ? normed.as<T>() : nullptr;
-      Form::linear_many(w, x, residual, norm, eps_, y, M, width, plain, workspace.as<void>(), call.stream());
-      if (plain != nullptr) x = plain;
-    } else {
-      if (norm != nullptr) {
-        rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
-        x = normed.as<T>();
-      }
-      Form::large(call, w, x, residual, y, M, width);
+    if (Form::has_many(M)) {
+      const Scratch workspace(call, Form::many_workspace(w, M));
+      Form::linear_many(w, x, tail, tail_rows, residual, norm, eps_, y, M, workspace.as<void>(), call.stream());
+      return;
     }
+    const Scratch normed(call, norm != nullptr ? sizeof(T) * M * size_t(K) : 256);
+    if (norm != nullptr) {
+      rms_norm(x, norm, eps_, normed.as<T>(), M, K, call.stream());
+      x = normed.as<T>();
+    }
+    Form::large(call, w, x, residual, y, M, width);
     if (tail != nullptr) dense_product(call, x, tail, residual != nullptr ? residual + w.N : nullptr, y + w.N, M, tail_rows, K, width);
   }
 
@@ -150,7 +147,7 @@ class MatrixSwiGluKernel {
       return;
     }
     if (Form::has_many(M)) {
-      const Scratch workspace(call, Form::template many_workspace<T>(w, M));
+      const Scratch workspace(call, Form::many_workspace(w, M));
       Form::swiglu_many(w, x, norm, eps_, y, M, workspace.as<void>(), call.stream());
       return;
     }

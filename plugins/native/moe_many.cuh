@@ -105,7 +105,7 @@ void run_moe_many(const Experts<QuantMatrix>& moe, const T* x, const T* logits, 
   const auto work = routed(moe, x, logits, y, workspace, stream, true);
   launch(plan_tiles_kernel, dim3(1), dim3(kMostExperts), 0, stream, work.counts, moe.E, moe.tokens, COLUMNS, many.tiles);
   // Between the plan and the products: these read it before they wait.
-  arrange<T>(moe.gate_up.bits, x, nullptr, 0.0f, many.x, nullptr, moe.tokens, moe.H, stream);
+  arrange<T>(moe.gate_up.bits, {x, nullptr, 0.0f, many.x, moe.H, false}, ArrangedRows{arranged_stride(moe.H)}, moe.tokens, stream);
   ExpertProduct up{moe.gate_up, many.x, many.inner, moe.I, arranged_stride(moe.I), 0, moe.K, moe.down.bits};
   up.tiles = many.tiles, up.counts = work.counts, up.visits = work.visits, up.tokens = moe.tokens;
   ExpertProduct down = up;

@@ -51,10 +51,7 @@ struct PackedForm {
   }
 
   static bool has_many(int M) { return has_quant_many(M); }
-  template <typename T>
-  static size_t many_workspace(const Matrix& w, int M) {
-    return qwen::many_workspace<T>(w, M);
-  }
+  static size_t many_workspace(const Matrix& w, int M) { return qwen::many_workspace(w, M); }
   template <typename... Arguments>
   static void linear_many(Arguments... arguments) {
     quant_linear_many(arguments...);

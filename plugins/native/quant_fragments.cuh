@@ -22,8 +22,8 @@ __device__ inline uint32_t held(uint32_t constant) {  // in a register, of which
 __device__ inline __half2 as_half2(uint32_t bits) { return *reinterpret_cast<const __half2*>(&bits); }
 __device__ inline uint32_t bits_of(__half2 pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
 
-// Makes a lane's fragments of 32 k for two products, a[0..3] and a[4..7], of its codes of two neighboring rows. `load` takes their scales and zeros
-// at place `at` of a block. GENERAL: any element type, zeros (null where there are none) and scales in fp32 (`wide`); rounded from fp32.
+// Makes a lane's fragments of 32 k for two products, a[0..3] and a[4..7], of its codes of two rows. `load` takes the scales and zeros of neighbors, at
+// place `at` of a block, `load_two` those of rows at the same place of two panels. GENERAL: any element type, zeros (null where there are none) and scales in fp32 (`wide`); rounded from fp32.
 template <typename T, int BITS, bool GENERAL>
 struct Weights;
 template <typename T, int BITS>
@@ -38,6 +38,13 @@ struct Weights<T, BITS, true> {
       zero0 = both.x, zero1 = both.y;
     }
     bias0 = __uint_as_float(0x4B000000u | zero0), bias1 = __uint_as_float(0x4B000000u | zero1);
+  }
+  __device__ void load_two(const uint8_t* first, const uint8_t* second, int zeros_at, bool zeros, bool wide, int at) {
+    const auto scale = [&](const uint8_t* from) {
+      return wide ? reinterpret_cast<const float*>(from)[at] : __half2float(reinterpret_cast<const __half*>(from)[at]);
+    };
+    const auto bias = [&](const uint8_t* from) { return __uint_as_float(0x4B000000u | (zeros ? from[zeros_at + at] : 1u << (BITS - 1))); };
+    scale0 = scale(first), scale1 = scale(second), bias0 = bias(first), bias1 = bias(second);
   }
   __device__ static uint32_t pair(uint32_t word, float bias, float scale) {
     float low, high;
@@ -71,6 +78,9 @@ struct Weights<__half, 4, false> {
   __half2 scale;
   uint32_t low = held(0x000F000Fu), high = held(0x00F000F0u), magic = held(0x64006400u);
   __device__ void load(const uint8_t* scales, const uint8_t*, bool, int at) { scale = *reinterpret_cast<const __half2*>(scales + at * 2); }
+  __device__ void load_two(const uint8_t* first, const uint8_t* second, int, bool, bool, int at) {
+    scale = __halves2half2(reinterpret_cast<const __half*>(first)[at], reinterpret_cast<const __half*>(second)[at]);
+  }
   __device__ void of(const uint2& v, const uint2&, uint32_t* a) const {
     // 1024 + code, and 1024 + 16 code of the codes four bits further.
     const __half2 zero = __float2half2_rn(-1032.0f), sixteenth = __float2half2_rn(0.0625f), high_zero = __float2half2_rn(-72.0f);
@@ -90,6 +100,9 @@ struct Weights<__half, 8, false> {
   __half2 scale;
   uint32_t magic = held(0x64646464u);
   __device__ void load(const uint8_t* scales, const uint8_t*, bool, int at) { scale = *reinterpret_cast<const __half2*>(scales + at * 2); }
+  __device__ void load_two(const uint8_t* first, const uint8_t* second, int, bool, bool, int at) {
+    scale = __halves2half2(reinterpret_cast<const __half*>(first)[at], reinterpret_cast<const __half*>(second)[at]);
+  }
   __device__ void of(const uint2& v, const uint2& w, uint32_t* a) const {
     const __half2 zero = __float2half2_rn(-1152.0f), scale0 = __low2half2(scale), scale1 = __high2half2(scale);
     const auto pair = [&](uint32_t word, int select, __half2 scale) {

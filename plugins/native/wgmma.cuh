@@ -8,7 +8,24 @@
 
 #include <cstdint>
 
+#include "check.h"
+
 namespace qwen {
+
+// Whether kernels with these products are there and the device has what they need.
+inline bool has_tensor_cores_90() {
+#ifdef QWEN_SM90A
+  static const bool able = [] {
+    int device = 0, major = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    return major == 9;
+  }();
+  return able;
+#else
+  return false;
+#endif
+}
 
 // Where unit `unit` (8 elements) of row `row` is, in a matrix of `rows` rows.
 __device__ inline uint32_t swizzled(int row, int unit, int rows) { return unit / 8 * rows * 128 + row * 128 + ((unit % 8 ^ row % 8) << 4); }
