@@ -178,7 +178,7 @@ def test_two_chains_at_once(dtype: str, kind: str) -> None:
 
 @pytest.mark.parametrize("precision", ["int4", "bf16"])
 def test_a_bundle_is_right_layer_by_layer(precision: str, tmp_path: Path) -> None:
-    """As wide as the smallest model whose steps have chains in few launches; the check reads values inside of them."""
+    """As wide as models whose steps and verifies have chains in few launches; the check reads values inside of them."""
     sizes = {"hidden_size": 2048, "intermediate_size": 1024, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
     checkpoint = synthesize(tiny_config(vision=False, **sizes), tmp_path / "c", tokenizer=write_tiny_tokenizer(tmp_path / "tokenizer"))
     bundle = build(checkpoint, tmp_path / "bundle", device="cuda", precision=precision, max_context=128)

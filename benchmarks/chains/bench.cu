@@ -143,13 +143,22 @@ Layer layer(Memory& memory, const Size& s, bool int4) {
   return l;
 }
 
+// One for all, as a decoder has it: only the first stream with chains launches them plainly (chain_streams.h).
+cudaStream_t the_stream() {
+  static const cudaStream_t stream = [] {
+    cudaStream_t made;
+    check(cudaStreamCreate(&made), "cudaStreamCreate");
+    return made;
+  }();
+  return stream;
+}
+
 // Microseconds of the fastest replay; < 0 where `body` does nothing.
 float time_of(const std::function<bool(cudaStream_t)>& body) {
-  cudaStream_t stream;
+  const cudaStream_t stream = the_stream();
   cudaGraph_t graph;
   cudaGraphExec_t executable;
   cudaEvent_t begin, end;
-  check(cudaStreamCreate(&stream), "cudaStreamCreate");
   if (!body(stream)) return -1.0f;
   check(cudaStreamSynchronize(stream), "the first call");
   check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "cudaStreamBeginCapture");
@@ -167,7 +176,7 @@ float time_of(const std::function<bool(cudaStream_t)>& body) {
     cudaEventElapsedTime(&ms, begin, end);
     best = std::min(best, ms);
   }
-  cudaGraphExecDestroy(executable), cudaGraphDestroy(graph), cudaStreamDestroy(stream);
+  cudaGraphExecDestroy(executable), cudaGraphDestroy(graph);
   return best * 1000.0f;
 }
 

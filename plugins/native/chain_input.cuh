@@ -69,76 +69,43 @@ __device__ inline void copy_groups(const ChainStep<Panels>& step, const ChainRow
   }
 }
 
-// The parts in their order, then the residual, of N groups of columns.
-template <typename Panels, int LOG_ROWS, int N, typename T = typename Panels::Element>
-__device__ inline void add_groups(const ChainStep<Panels>& step, const ChainRows<T>& rows, const InputGroups<LOG_ROWS>& input, int buffer, int index) {
-  const int K = step.K, part = rows.M * K / 2;
-  uint4 words[N][2];
-  Pack8<T> value[N];
-  const uint32_t* at[N];
-  int parts[N], m[N], column[N];
-  bool there[N], waits[N];
+// The parts of a group of columns in their order, then the residual. More groups at once take registers that others need.
+template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element>
+__device__ inline void add_group(const ChainStep<Panels>& step, const ChainRows<T>& rows, const InputGroups<LOG_ROWS>& input, int buffer, int index) {
+  const int K = step.K, m = input.row(index), column = input.column(index, m), place = m * K + column, part = rows.M * K / 2;
+  const bool there = column < K;
+  const int parts = there && step.producer.blocks ? step.producer.parts(column / kPanelRows) : 0;
+  const uint32_t* at = static_cast<const uint32_t*>(step.x) + buffer + place / 2;
+  Pack8<T> value;
+  value.bits = make_uint4(0, 0, 0, 0);
+  if (there) value.bits = *reinterpret_cast<const uint4*>((step.residual != nullptr ? step.residual : rows.residual) + place);
+  float sum[kLaneColumns]{}, square = 0.0f;
+  const auto add = [&](const uint4& bits) {
+    Pack8<T> of_part;
+    of_part.bits = bits;
 #pragma unroll
-  for (int i = 0; i < N; i++) {
-    const int own = index + i * kChainWarps;
-    m[i] = input.row(own), column[i] = input.column(own, m[i]);
-    there[i] = own < input.all && column[i] < K;
-    parts[i] = there[i] && step.producer.blocks ? step.producer.parts(column[i] / kPanelRows) : 0;
-    waits[i] = parts[i] != 0;
-    at[i] = static_cast<const uint32_t*>(step.x) + buffer + (m[i] * K + column[i]) / 2;
-    value[i].bits = make_uint4(0, 0, 0, 0);
-    if (there[i]) {
-      const int64_t place = int64_t(m[i]) * K + column[i];
-      value[i].bits = *reinterpret_cast<const uint4*>((step.residual != nullptr ? step.residual : rows.residual) + place);
-    }
-  }
-  bool more;
-  do {
-    more = false;
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      if (!waits[i]) continue;
-      words[i][0] = load_words(at[i]), words[i][1] = load_words(at[i] + (parts[i] > 1 ? part : 0));
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-      waits[i] = waits[i] && !(come(words[i][0]) && come(words[i][1]));
-      more |= waits[i];
-    }
-  } while (more);
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    if (index + i * kChainWarps >= input.all) continue;
-    float sum[kLaneColumns]{}, square = 0.0f;
-    const auto add = [&](const uint4& bits) {
-      Pack8<T> of_part;
-      of_part.bits = bits;
-#pragma unroll
-      for (int j = 0; j < kLaneColumns; j++) sum[j] += to_float(of_part.item[j]);
-    };
-    if (parts[i] > 0) add(words[i][0]);
-    if (parts[i] > 1) add(words[i][1]);
+    for (int j = 0; j < kLaneColumns; j++) sum[j] += to_float(of_part.item[j]);
+  };
 #pragma unroll 1
-    for (int next = 2; next < parts[i]; next++) {
-      uint4 more_words;
-      do {
-        more_words = load_words(at[i] + next * part);
-      } while (!come(more_words));
-      add(more_words);
-    }
-#pragma unroll
-    for (int j = 0; j < kLaneColumns; j++) {
-      value[i].item[j] = from_float<T>(sum[j] + to_float(value[i].item[j]));
-      square += to_float(value[i].item[j]) * to_float(value[i].item[j]);
-    }
-    square = warp_sum(square);
-    if (threadIdx.x % 32 == 0) rows.squares[index + i * kChainWarps] = square;
-    if (!there[i]) continue;
-    const int64_t place = int64_t(m[i]) * K + column[i];
-    *reinterpret_cast<uint4*>(rows.residual + place) = value[i].bits;
-    if (step.residual_out != nullptr && column[i] / kGroupColumns % gridDim.x == blockIdx.x)
-      *reinterpret_cast<uint4*>(step.residual_out + place) = value[i].bits;
+  for (int first = 0; first < parts; first += 2, at += 2 * part) {  // two at a time
+    const int second = first + 1 < parts ? part : 0;
+    uint4 words[2];
+    do {
+      words[0] = load_words(at), words[1] = load_words(at + second);
+    } while (!(come(words[0]) && come(words[1])));
+    add(words[0]);
+    if (second) add(words[1]);
   }
+#pragma unroll
+  for (int j = 0; j < kLaneColumns; j++) {
+    value.item[j] = from_float<T>(sum[j] + to_float(value.item[j]));
+    square += to_float(value.item[j]) * to_float(value.item[j]);
+  }
+  square = warp_sum(square);
+  if (threadIdx.x % 32 == 0) rows.squares[index] = square;
+  if (!there) return;
+  *reinterpret_cast<uint4*>(rows.residual + place) = value.bits;
+  if (step.residual_out != nullptr && column / kGroupColumns % gridDim.x == blockIdx.x) *reinterpret_cast<uint4*>(step.residual_out + place) = value.bits;
 }
 
 template <typename Panels, int LOG_ROWS, int N, typename T = typename Panels::Element>
@@ -165,11 +132,11 @@ __device__ inline void normalize_groups(const ChainStep<Panels>& step, const Cha
   }
 }
 
-// The first group of a warp is awaited alone: while it has not come, neither have the others, and asking for all of them would be in the way of what
+// The first words of a warp are awaited alone: while they have not come, neither have the others, and asking for all of them would be in the way of what
 // others read. The squares of a row are summed in an order that depends on K only.
 template <typename Panels, int LOG_ROWS, typename T = typename Panels::Element>
 __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& rows, int buffer) {
-  constexpr int kRows = 1 << LOG_ROWS, kCopied = LOG_ROWS ? 4 : 2, kAdded = LOG_ROWS == 1 ? 2 : 1, kNormalized = LOG_ROWS ? 2 : 1;
+  constexpr int kRows = 1 << LOG_ROWS, kCopied = LOG_ROWS ? 4 : 2, kNormalized = 1 + LOG_ROWS;
   const InputGroups<LOG_ROWS> input(rows.M, step.K);
   int index = input.first;
   if (step.arrival != Arrival::kParts) {
@@ -178,9 +145,8 @@ __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& r
     for (; index < input.all; index += kCopied * kChainWarps) copy_groups<Panels, LOG_ROWS, kCopied>(step, rows, input, buffer, index);
     return meet();
   }
-  if (index < input.all) add_groups<Panels, LOG_ROWS, 1>(step, rows, input, buffer, index);
 #pragma unroll 1
-  for (index += kChainWarps; index < input.all; index += kAdded * kChainWarps) add_groups<Panels, LOG_ROWS, kAdded>(step, rows, input, buffer, index);
+  for (; index < input.all; index += kChainWarps) add_group<Panels, LOG_ROWS>(step, rows, input, buffer, index);
   meet();
   if (step.norm == nullptr) return;  // the step only writes the sum
   float scale[kRows];

@@ -142,7 +142,7 @@ __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnSha
   if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both;
 }
 
-// Unit: what a warp has of a stage. The next one is read while the own is multiplied.
+// Unit: what a warp has of a stage.
 template <typename Panels, int LOG_ROWS, typename Unit>
 __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnShare& own, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
                                      float* sums, int buffer) {
@@ -156,11 +156,6 @@ __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnSha
   int index = own.begin + warp, unit = own.first_unit + warp;
   while (unit >= units) unit -= units;
   const int place = int(held(warp * kPerWarp + Panels::template place_of_sums<LOG_ROWS>()));  // not computed again for each panel
-  Unit next;
-  const auto take = [&] {
-    next.load(ring.await<Panels::kStage>());
-    ring.release();
-  };
 #pragma unroll 1
   for (int group = own.first_panel; group < own.last_panel; group += kTogether) {
     const int count = min(kTogether, own.last_panel - group);
@@ -172,10 +167,12 @@ __device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnSha
       float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 1
       while (index < panel_end) {
-        take();
-        index += kChainWarps;
-        next.multiply(unit, rows.staged, rows.zeros, x, sum);
-        unit += ahead;
+        Unit now;
+        now.load_input(unit, rows.staged, rows.zeros, x);
+        now.load(ring.await<Panels::kStage>());
+        ring.release();
+        now.multiply(x, sum);
+        index += kChainWarps, unit += ahead;
         if (unit >= units) unit -= units;
       }
       Panels::template keep<LOG_ROWS>(to, sum);
@@ -229,7 +226,10 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
 #pragma unroll 1
   for (int s = 0; s < count; s++) {
     const Step& step = steps[s];
-    if (s == 1) clear_words(program, program.buffer - buffer);  // while other blocks finish the first step
+    if (s == 1) {  // while other blocks finish the first step
+      clear_words(program, program.buffer - buffer);
+      if (threadIdx.x == 0) program.calls[block] = call;
+    }
     if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
     if (s == 0) shares_made<true>();
     const OwnShare own = shares[s];
@@ -240,7 +240,6 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
     else
       multiply_step<Panels, LOG_ROWS, typename Panels::template Tail<LOG_ROWS>>(step, own, rows, ring, sums, buffer);
   }
-  if (threadIdx.x == 0) program.calls[block] = call;
 #endif
 }
 

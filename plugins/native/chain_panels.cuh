@@ -85,11 +85,13 @@ struct ChainPlain {
         d[step] = *reinterpret_cast<const uint4*>(at + kRow + step * 64);
       }
     }
-    __device__ void multiply(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks], float (&sum)[4]) const {
+    __device__ void load_input(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks]) {
       const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
       const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(g, t) + unit * (kUnitK * int(sizeof(T)) << LOG_ROWS);
 #pragma unroll
       for (int step = 0; step < kChunks; step++) load_where(g < 1 << LOG_ROWS, at + step * (64 << LOG_ROWS), x[step]);
+    }
+    __device__ void multiply(const uint4 (&x)[kChunks], float (&sum)[4]) const {
 #pragma unroll
       for (int step = 0; step < kChunks; step++) {
         qwen::multiply<T>(sum, a[step].x, d[step].x, a[step].y, d[step].y, x[step].x, x[step].y);
@@ -188,6 +190,7 @@ struct ChainInt4 {
   struct Unit {
     uint2 w[kGroupBlocks];
     __half2 scales[2 * kSums<LOG_ROWS>];  // of this lane's blocks
+    float zero[2 * kSums<LOG_ROWS>];
 
     __device__ void load(const uint8_t* stage) {
       const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -198,12 +201,11 @@ struct ChainInt4 {
       for (int i = 0; i < 2 * kSums<LOG_ROWS>; i++)
         scales[i] = *reinterpret_cast<const __half2*>(at + (i + (LOG_ROWS < 2 ? t % 2 * 2 : 0)) * kPanelRows * 2 + g * 4);
     }
-    __device__ void multiply(int unit, const uint8_t* staged, const float* zeros, uint4 (&x)[kChunks], float (&sum)[4]) const {
+    __device__ void load_input(int unit, const uint8_t* staged, const float* zeros, uint4 (&x)[kChunks]) {
       const int t = threadIdx.x % 4;
       const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(column_row<LOG_ROWS>(), t) + unit * (kUnitK * 2 << LOG_ROWS);
 #pragma unroll
       for (int block = 0; block < kGroupBlocks; block++) load_where(owns<LOG_ROWS>(block), at + block * (64 << LOG_ROWS), x[block]);
-      float zero[4];
       const float* own = zeros + (unit << LOG_ROWS) * kGroupBlocks;
       if constexpr (LOG_ROWS == 2) {
         const float4 all = *reinterpret_cast<const float4*>(own + t * 4);
@@ -212,6 +214,8 @@ struct ChainInt4 {
         const float2 both = *reinterpret_cast<const float2*>(own + (LOG_ROWS ? t : t % 2) * 2);
         zero[0] = both.x, zero[1] = both.y;
       }
+    }
+    __device__ void multiply(const uint4 (&x)[kChunks], float (&sum)[4]) const {
 #pragma unroll
       for (int s = 0; s < kSums<LOG_ROWS>; s++) {
         float c[4] = {zero[2 * s], zero[2 * s + 1], zero[2 * s], zero[2 * s + 1]}, d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -239,9 +243,11 @@ struct ChainInt4 {
       const uint8_t* at = stage + 2 * g * kTailRow + warp * kTailK * 2 + t * 16;
       a = *reinterpret_cast<const uint4*>(at), d = *reinterpret_cast<const uint4*>(at + kTailRow);
     }
-    __device__ void multiply(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks], float (&sum)[4]) const {
+    __device__ void load_input(int unit, const uint8_t* staged, const float*, uint4 (&x)[kChunks]) {
       const uint32_t at = shared_of(staged) + chunk_at<LOG_ROWS>(column_row<LOG_ROWS>(), threadIdx.x % 4) + unit * (kTailK * 2 << LOG_ROWS);
       load_where(owns<LOG_ROWS>(0), at, x[0]);
+    }
+    __device__ void multiply(const uint4 (&x)[kChunks], float (&sum)[4]) const {
       float c[4] = {sum[0], 0.0f, sum[1], 0.0f};
       qwen::multiply<T>(c, even(a.x, a.y), even(d.x, d.y), even(a.z, a.w), even(d.z, d.w), x[0].x, x[0].y);
       qwen::multiply<T>(c, odd(a.x, a.y), odd(d.x, d.y), odd(a.z, a.w), odd(d.z, d.w), x[0].z, x[0].w);

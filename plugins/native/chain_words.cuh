@@ -11,11 +11,11 @@ constexpr uint32_t kNotYet = 0xFFFFFFFFu;  // two NaNs of bits that no arithmeti
 
 __device__ inline uint4 load_words(const uint32_t* at) {
   uint4 v;
-  asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3},[%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at) : "memory");
   return v;
 }
 __device__ inline bool come(const uint4& v) { return v.x != kNotYet && v.y != kNotYet && v.z != kNotYet && v.w != kNotYet; }
-__device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("st.volatile.global.u32 [%0],%1;" ::"l"(at), "r"(value) : "memory"); }
+__device__ inline void store_word(uint32_t* at, uint32_t value) { asm volatile("st.relaxed.gpu.global.u32 [%0],%1;" ::"l"(at), "r"(value) : "memory"); }
 template <typename T>
 __device__ inline uint32_t pair_of(T first, T second) {
   Pack2<T> both;
