@@ -99,6 +99,16 @@ def test_a_sequence_gives_the_same_bits_alone(dtype: str, T: int) -> None:
         assert np.array_equal(call.op(slice(b, b + 1)).run(poison=False)["y"], together[b : b + 1])
 
 
+@pytest.mark.parametrize("T", [3, 7])
+def test_a_sequence_gives_the_same_bits_beside_many(T: int) -> None:
+    """Alone there are processors enough for blocks of eight rows, beside many others there are not."""
+    given = make_attention(4, kv_heads=4, lengths=(1, 130, 600) * 10, T=T, S=640, D=256, R=64)
+    call = Call(given, "bfloat16")
+    together = call.op().run(poison=False)["y"]
+    for b in range(3):
+        assert np.array_equal(call.op(slice(b, b + 1)).run(poison=False)["y"], together[b : b + 1])
+
+
 def test_a_recorded_step_serves_every_length() -> None:
     """The lengths are data: a replay reads those of its time."""
     given = make_attention(4, kv_heads=2, lengths=(3, 700), T=1, S=800, D=256, R=64)

@@ -4,15 +4,13 @@
 // 2t, 2t+1, 2t+8, 2t+9 of 16. So within each 32 k of an activation row the pairs of all lanes that one register of a fragment takes lie together.
 #pragma once
 
-#include <algorithm>
-
 #include "device.cuh"
 #include "panels.cuh"
 #include "wgmma.cuh"
 
 namespace qwen {
 
-constexpr int kMostArrangeThreads = 512;
+constexpr int kArrangeThreads = 128, kArrangedTogether = 4;  // eights of a row that a thread has at a time
 
 // What a row of K has room for.
 __host__ __device__ inline int arranged_stride(int K) { return (K + kUnit - 1) / kUnit * kUnit; }
@@ -24,11 +22,18 @@ __device__ inline int arranged_at(int k, int bits) {
   return k / kStep * kStep + place * 8 + t * 2 + half;
 }
 
-// The four pairs of a lane's 8 values.
+// The pairs of the 8 values of a lane, and what it has of 32 k in the order above: the lanes of four exchange them.
 template <int BITS>
 __device__ inline uint4 pairs_of(const uint4& x) {
   if constexpr (BITS != 4) return x;
   return make_uint4(__byte_perm(x.x, x.y, 0x5410), __byte_perm(x.z, x.w, 0x5410), __byte_perm(x.x, x.y, 0x7632), __byte_perm(x.z, x.w, 0x7632));
+}
+__device__ inline uint4 exchanged(const uint4& x) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  const uint32_t a = __shfl_xor_sync(0xffffffffu, odd ? x.x : x.y, 1), b = __shfl_xor_sync(0xffffffffu, odd ? x.z : x.w, 1);
+  const uint4 y = odd ? make_uint4(a, x.y, b, x.w) : make_uint4(x.x, a, x.z, b);  // of words in pairs
+  const uint32_t c = __shfl_xor_sync(0xffffffffu, high ? y.x : y.z, 2), d = __shfl_xor_sync(0xffffffffu, high ? y.y : y.w, 2);
+  return high ? make_uint4(c, d, y.z, y.w) : make_uint4(y.x, y.y, c, d);
 }
 
 // Where eight neighboring values of a row go.
@@ -49,23 +54,24 @@ struct Arrangement {
   bool early;  // whether the next kernel may start at once: one that touches nothing but weights before it waits
 };
 
-// A block arranges a row of x, or of rms_norm(x).
+// A block arranges a row of rms_norm(x), or kArrangeThreads * kArrangedTogether times eight values of a row of x.
 template <typename T, int BITS, typename Order>
-__global__ void __launch_bounds__(kMostArrangeThreads) arrange_kernel(const Arrangement given, const Order order) {
-  __shared__ float sums[kMostArrangeThreads / 32];
+__global__ void __launch_bounds__(kArrangeThreads) arrange_kernel(const Arrangement given, const Order order) {
+  __shared__ float sums[kArrangeThreads / 32];
   if (given.early) let_next_start();
-  const int steps = arranged_stride(given.K) / kStep, own = threadIdx.x;
+  constexpr int kTogether = kArrangeThreads * kArrangedTogether;
+  const int eights = arranged_stride(given.K) / 8, own = blockIdx.y * kTogether + threadIdx.x, all = gridDim.y * kTogether;
   const T* row = static_cast<const T*>(given.x) + size_t(blockIdx.x) * given.K;
   const T* norm = static_cast<const T*>(given.norm);
-  const auto load = [&](const T* from, int step, Pack8<T> (&to)[4]) {
+  const auto load = [&](const T* from, int first, Pack8<T> (&to)[kArrangedTogether]) {
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
-      const int at = step * kStep + t * 8;
-      to[t].bits = make_uint4(0, 0, 0, 0);
-      if (at < given.K) to[t].bits = *reinterpret_cast<const uint4*>(from + at);
+    for (int i = 0; i < kArrangedTogether; i++) {
+      const int at = (first + i * kArrangeThreads) * 8;
+      to[i].bits = make_uint4(0, 0, 0, 0);
+      if (at < given.K) to[i].bits = *reinterpret_cast<const uint4*>(from + at);
     }
   };
-  Pack8<T> weights[4], values[4];
+  Pack8<T> weights[kArrangedTogether], values[kArrangedTogether];
   if (norm != nullptr) load(norm, own, weights);
   wait_for_previous();
   if (!given.early) let_next_start();
@@ -73,51 +79,50 @@ __global__ void __launch_bounds__(kMostArrangeThreads) arrange_kernel(const Arra
   float scale = 1.0f;
   if (norm != nullptr) {
     float sum = 0.0f;
-    const auto add = [&](const Pack8<T> (&from)[4]) {
+    const auto add = [&](const Pack8<T> (&from)[kArrangedTogether]) {
 #pragma unroll
-      for (int t = 0; t < 4; t++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += to_float(from[t].item[i]) * to_float(from[t].item[i]);
-      }
+      for (int i = 0; i < kArrangedTogether * 8; i++) sum += to_float(from[i / 8].item[i % 8]) * to_float(from[i / 8].item[i % 8]);
     };
     add(values);
-    for (int step = own + blockDim.x; step < steps; step += blockDim.x) {
-      Pack8<T> more[4];
-      load(row, step, more);
+    for (int first = own + all; first < eights; first += all) {
+      Pack8<T> more[kArrangedTogether];
+      load(row, first, more);
       add(more);
     }
     sum = warp_sum(sum);
-    if (own % 32 == 0) sums[own / 32] = sum;
+    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     __syncthreads();
-    sum = warp_sum(own % 32 < blockDim.x / 32 ? sums[own % 32] : 0.0f);
+    sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kArrangeThreads / 32; i++) sum += sums[i];
     scale = rsqrtf(sum / given.K + given.eps);
   }
-  for (int step = own; step < steps; step += blockDim.x) {
-    if (step != own) {
-      load(row, step, values);
-      if (norm != nullptr) load(norm, step, weights);
+  for (int first = own; first - int(threadIdx.x) < eights; first += all) {
+    if (first != own) {
+      load(row, first, values);
+      if (norm != nullptr) load(norm, first, weights);
     }
-    uint4 pairs[4];
 #pragma unroll
-    for (int t = 0; t < 4; t++) {
+    for (int i = 0; i < kArrangedTogether; i++) {
       if (norm != nullptr) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) values[t].item[i] = from_float<T>(to_float(values[t].item[i]) * scale * to_float(weights[t].item[i]));
+        for (int j = 0; j < 8; j++) values[i].item[j] = from_float<T>(to_float(values[i].item[j]) * scale * to_float(weights[i].item[j]));
       }
-      pairs[t] = pairs_of<BITS>(values[t].bits);
+      const int eight = first + i * kArrangeThreads;
+      const uint4 result = exchanged(pairs_of<BITS>(values[i].bits));
+      if (eight < eights) *order.at(given.y, blockIdx.x, eight) = result;
     }
-    *order.at(given.y, blockIdx.x, step * 4) = make_uint4(pairs[0].x, pairs[1].x, pairs[2].x, pairs[3].x);
-    *order.at(given.y, blockIdx.x, step * 4 + 1) = make_uint4(pairs[0].y, pairs[1].y, pairs[2].y, pairs[3].y);
-    *order.at(given.y, blockIdx.x, step * 4 + 2) = make_uint4(pairs[0].z, pairs[1].z, pairs[2].z, pairs[3].z);
-    *order.at(given.y, blockIdx.x, step * 4 + 3) = make_uint4(pairs[0].w, pairs[1].w, pairs[2].w, pairs[3].w);
   }
 }
 
-// For weights of `bits`, M rows.
+// For weights of `bits`, M rows. Blocks are small enough for a place beside those of product_many.cuh, where they wait.
 template <typename T, typename Order>
 void arrange(int bits, const Arrangement& given, const Order& order, int M, cudaStream_t stream) {
-  const int threads = std::min(kMostArrangeThreads, (arranged_stride(given.K) / kStep + 31) / 32 * 32);
-  launch(bits == 4 ? arrange_kernel<T, 4, Order> : arrange_kernel<T, 8, Order>, dim3(M), dim3(threads), 0, stream, given, order);
+  constexpr auto four = arrange_kernel<T, 4, Order>, eight = arrange_kernel<T, 8, Order>;
+  static DeviceFlags allowed;
+  allowed.once([] { allow_shared(four, 0), allow_shared(eight, 0); });
+  const int together = kArrangeThreads * kArrangedTogether * 8, blocks = given.norm != nullptr ? 1 : (arranged_stride(given.K) + together - 1) / together;
+  launch(bits == 4 ? four : eight, dim3(M, blocks), dim3(kArrangeThreads), 0, stream, given, order);
 }
 
 }  // namespace qwen

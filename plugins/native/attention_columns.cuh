@@ -13,11 +13,11 @@ __device__ inline uint32_t transposed(uint32_t x) {
   return y;
 }
 
-// Lane 4g+t has columns 2t and 2t+1.
+// Lane 4g+t has columns 2t and 2t+1. Where it adds up one of PARTS parts of the values, those are the first of `o`.
 template <typename T, int D, int SLOTS>
 struct ColumnTile {
-  static constexpr int kBlocks = SLOTS / 16;  // of slots, as the tensor core has them
-  static constexpr int kMatrices = D / 16 * kBlocks, kMost = kBlocks == 1 ? 6 : 4, kAhead = kMatrices < kMost ? kMatrices : kMost;  // on their way
+  static constexpr int kBlocks = SLOTS / 16;       // of slots, as the tensor core has them
+  static constexpr int kMostAhead = kBlocks == 1 ? 6 : 4;  // matrices on their way
   float o[D / 16][4];         // values 16m+g (0, 1) and 16m+g+8 (2, 3) of columns 2t (0, 2) and 2t+1 (1, 3)
   float largest[2], sum[2];   // of the scores in base 2; `sum` is this lane's part until `finish`
   uint32_t q[D / 16][2];
@@ -33,14 +33,16 @@ struct ColumnTile {
     for (int m = 0; m < D / 16; m++) o[m][0] = o[m][1] = o[m][2] = o[m][3] = 0.0f;
   }
 
-  // s = k q^T: of block n slots 16n+g (0, 1) and 16n+g+8 (2, 3).
-  __device__ void scores(float (&s)[kBlocks][4], uint32_t keys, int lane) const {
+  // s = k q^T of some blocks: of block n slots 16n+g (0, 1) and 16n+g+8 (2, 3).
+  template <int BLOCKS>
+  __device__ void scores(float (&s)[BLOCKS][4], uint32_t keys, int lane) const {
+    constexpr int kMatrices = D / 16 * BLOCKS, kAhead = kMatrices < kMostAhead ? kMatrices : kMostAhead;
     const int matrix = lane / 8, row = matrix % 2 * 8 + lane % 8;
     const uint32_t first = keys + row * D * 2 + ((matrix / 2 ^ exchange<D>(row)) << 4);
-    auto address = [&](int i) { return (first ^ (i / kBlocks << 5)) + i % kBlocks * 16 * D * 2; };
-    float odd[kBlocks][4];
+    auto address = [&](int i) { return (first ^ (i / BLOCKS << 5)) + i % BLOCKS * 16 * D * 2; };
+    float odd[BLOCKS][4];
 #pragma unroll
-    for (int n = 0; n < kBlocks; n++) {
+    for (int n = 0; n < BLOCKS; n++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) s[n][i] = odd[n][i] = 0.0f;
     }
@@ -50,13 +52,13 @@ struct ColumnTile {
 #pragma unroll
     for (int i = 0; i < kMatrices; i++) {
       uint32_t(&now)[4] = k[i % kAhead];
-      const int step = i / kBlocks, n = i % kBlocks;
+      const int step = i / BLOCKS, n = i % BLOCKS;
       // Two chains of sums: a product need not wait for the one before.
       multiply<T>(step % 2 ? odd[n] : s[n], now[0], now[1], now[2], now[3], q[step][0], q[step][1]);
       if (i + kAhead < kMatrices) load_matrices<false>(now, address(i + kAhead));
     }
 #pragma unroll
-    for (int n = 0; n < kBlocks; n++) {
+    for (int n = 0; n < BLOCKS; n++) {
 #pragma unroll
       for (int i = 0; i < 4; i++) s[n][i] += odd[n][i];
     }
@@ -103,21 +105,23 @@ struct ColumnTile {
     }
   }
 
-  // o += v^T s.
-  __device__ void add_values(const float (&s)[kBlocks][4], uint32_t values, int lane) {
+  // o += v^T s, of the part's values.
+  template <int PARTS>
+  __device__ void add_values(const float (&s)[kBlocks][4], uint32_t values, int part, int lane) {
+    constexpr int kValues = D / 16 / PARTS, kMatrices = kValues * kBlocks, kAhead = kMatrices < kMostAhead ? kMatrices : kMostAhead;
     uint32_t p[kBlocks][2];
 #pragma unroll
     for (int n = 0; n < kBlocks; n++) p[n][0] = transposed(pair<T>(s[n][0], s[n][1])), p[n][1] = transposed(pair<T>(s[n][2], s[n][3]));
     const int matrix = lane / 8, row = matrix / 2 * 8 + lane % 8;
-    const uint32_t first = values + row * D * 2 + ((matrix % 2 ^ exchange<D>(row)) << 4);
-    auto address = [&](int i) { return (first ^ (i % (D / 16) << 5)) + i / (D / 16) * 16 * D * 2; };
+    const uint32_t first = (values + row * D * 2 + ((matrix % 2 ^ exchange<D>(row)) << 4)) ^ (part * kValues << 5);
+    auto address = [&](int i) { return (first ^ (i % kValues << 5)) + i / kValues * 16 * D * 2; };
     uint32_t v[kAhead][4];
 #pragma unroll
     for (int i = 0; i < kAhead; i++) load_matrices<true>(v[i], address(i));
 #pragma unroll
     for (int i = 0; i < kMatrices; i++) {
       uint32_t(&now)[4] = v[i % kAhead];
-      const int m = i % (D / 16), n = i / (D / 16);
+      const int m = i % kValues, n = i / kValues;
       multiply<T>(o[m], now[0], now[1], now[2], now[3], p[n][0], p[n][1]);
       if (i + kAhead < kMatrices) load_matrices<true>(now, address(i + kAhead));
     }

@@ -1,6 +1,6 @@
 // Attention of a few new tokens over a past. Behind a long one its time is that of reading it: the slots of a sequence are cut into chunks, each
-// read by one block, and the block that finishes the last chunk of a sequence and head adds them up. Behind a short one it is a row of waits, for
-// loads, for products and for the kernel before.
+// read by one block, and the blocks that are done last add them up, each a slice. Behind a short one it is a row of waits, for loads, for products
+// and for the kernel before.
 //
 // The grid does not depend on lengths, which are data: a recorded CUDA graph serves all of them. Where a sequence is cut depends on its own
 // length alone, and chunks are added in their order, so its results do not depend on the others.
@@ -19,36 +19,45 @@ __device__ inline int made_here(int x) {
   return x;
 }
 
-// What a block has of the sequences that are cut in meeting.cut.
+// What a block has of the sequences that are cut in meeting.cut. `same`: all warps of a group have the block's eight rows, and share out slots of scores
+// and columns of values.
 template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
 __device__ __forceinline__ void read_sequences(const AttentionShape& shape, const AttentionTensors<T>& in, const FewPlan& plan, const FewWorkspace& work,
-                                               int first_sequence, int sequences, FewMeeting<WARPS>& meeting) {
+                                               int first_sequence, int sequences, bool same, FewMeeting<WARPS>& meeting) {
   using Layout = FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>;
   constexpr int kGroups = Layout::kGroups, kRows = Layout::kRows, kThreads = Layout::kThreads;
+  constexpr bool kMany = MW > 1;  // rows of several passes
   extern __shared__ __align__(1024) unsigned char shared[];
   auto& group_weights = *reinterpret_cast<float2(*)[kGroups][kRows]>(meeting.weights);
   auto& factors = *reinterpret_cast<float(*)[kGroups][kRows]>(meeting.factors);
   unsigned char* const buffer = shared + Layout::kRingBytes;  // new rows, later sums of chunks
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int group = warp / MW, row_warp = warp % MW, member = row_warp * 32 + lane;
+  const int group = warp / MW, place_in_group = warp % MW, member = place_in_group * 32 + lane;
+  const int block_rows = same ? kEight : kRows, warp_row = same ? 0 : place_in_group * kEight;  // warp_row: the first of this warp's rows
   const int Hkv = shape.Hkv, G = shape.group();
   const int total = meeting.cut.starts[sequences] * plan.blocks, step = gridDim.x, first_id = blockIdx.x;
   if (first_id >= total) return;
-  auto item_of = [&](int id) { return FewItem::of(id, plan, shape.T, meeting.cut, sequences, kRows); };
+  const int items = (total - first_id + step - 1) / step;  // of this block
+  // The first items of a block are worked out together, a lane for each. Every warp does the same, so that none waits for another.
+  if (lane < kTabled) meeting.items[lane] = FewItem::of(min(first_id + lane * step, total - 1), plan, shape.T, meeting.cut, sequences, block_rows);
+  __syncwarp();
+  auto item_of = [&](int number) {
+    return number < kTabled ? meeting.items[number] : FewItem::of(first_id + number * step, plan, shape.T, meeting.cut, sequences, block_rows);
+  };
   auto token_of = [&](int row) { return divided(row, plan.per_head); };
 
   // ---- what this group copies next, half tiles of its tiles of the block's items, in order ----
   constexpr int kRow = Layout::kRowBytes;
   const int ring_at = Layout::kStages + group * HALVES * Layout::kHalfBytes;
   const uint32_t ring = shared_address(shared) + ring_at, stage = shared_address(shared) + group * Layout::kStageBytes;
-  int next_id = first_id, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
+  int next_item = 0, next_tile = group, next_slots = 0, next_there = 0, next_place = 0;
   bool next_values = false;
   size_t next_row = 0;
   auto find_next = [&] {
 #pragma unroll 1
-    for (; next_id < total; next_id += step, next_tile = group) {
-      const FewItem item = item_of(next_id);
+    for (; next_item < items; next_item++, next_tile = group) {
+      const FewItem item = item_of(next_item);
       if (next_tile * SLOTS >= item.slots) continue;
       // New slots are not in the cache yet where the kernel makes them itself.
       next_slots = item.slots, next_there = FRESH ? min(item.slots, item.length - item.first) : item.slots;
@@ -57,12 +66,12 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
     }
   };
   auto copy_next = [&] {
-    if (next_id < total) {
+    if (next_item < items) {
       const unsigned char* source = (next_values ? in.v_cache : in.k_cache) + (next_row + next_tile * SLOTS) * kRow;
       copy_rows<T, Cache, D, SLOTS, MW * 32>(ring + next_place * Layout::kHalfBytes, source, next_there - next_tile * SLOTS, member);
       if (next_values) {
         next_tile += kGroups;
-        if (next_tile * SLOTS >= next_slots) next_id += step, next_tile = group, find_next();
+        if (next_tile * SLOTS >= next_slots) next_item++, next_tile = group, find_next();
       }
       next_values = !next_values;
       next_place = next_place + 1 == HALVES ? 0 : next_place + 1;
@@ -87,6 +96,23 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
     meet();
   };
 
+  // Each warp of a group makes scores of some slots, for all of them.
+  auto share_scores = [&](const auto& tile, float (&s)[SLOTS / 16][4], uint32_t keys) {
+    constexpr int kBlocks = SLOTS / 16, kOwn = kBlocks >= MW ? kBlocks / MW : 1;
+    float4* const all = reinterpret_cast<float4*>(buffer + Layout::kScoresAt) + group * kBlocks * 32 + lane;
+    const int first = place_in_group * kOwn % kBlocks;
+    float own[kOwn][4];
+    tile.scores(own, keys + first * 16 * D * 2, lane);
+#pragma unroll
+    for (int n = 0; n < kOwn; n++) all[(first + n) * 32] = make_float4(own[n][0], own[n][1], own[n][2], own[n][3]);
+    meet();
+#pragma unroll
+    for (int n = 0; n < kBlocks; n++) {
+      const float4 x = all[n * 32];
+      s[n][0] = x.x, s[n][1] = x.y, s[n][2] = x.z, s[n][3] = x.w;
+    }
+  };
+
   // With FRESH the kernel before may still be making what the new rows are made from: what was there before is on its way by then, though not so
   // much that the rows would wait behind it.
   constexpr int kEarly = !FRESH || HALVES <= 3 ? HALVES - 1 : 2;
@@ -104,10 +130,10 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
   // The rows of an item's queries, and of its new keys and values, which are written to the cache, too.
   auto make_rows = [&](const FewItem& item, bool first) {
     using Row = LaneRow<T, D>;
-    constexpr int kTogether = 2;
+    constexpr int kTogether = MW == 1 ? 2 : 3;
     T* queries = reinterpret_cast<T*>(buffer);
     T *keys = queries + kRows * Layout::kStride, *values = keys + kMostFresh * D;
-    const int sequence = first_sequence + item.b, own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
+    const int sequence = first_sequence + item.b, own_row = item.block * block_rows, rows = min(block_rows, plan.rows - own_row);
     const int begin = max(0, item.first - item.length), fresh = max(0, item.first + item.slots - item.length - begin);
     const int jobs = rows + 2 * fresh;
     const size_t token = size_t(sequence) * shape.T, angles = sequence * shape.table_stride;
@@ -147,16 +173,16 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
   auto output_of = [&](const FewItem& item) { return FewOutput<T, D>::of(shape, in, plan, first_sequence + item.b, item.h); };
 
   // Adds up what this block has of the sequence and head of an item, whose chunk it counted when the counter had `before`.
-  auto finish_chunk = [&](int id, unsigned before) {
-    const FewItem item = item_of(id);
-    const int first_row = item.block * kRows, rows = min(kRows, plan.rows - first_row);
+  auto finish_chunk = [&](int number, unsigned before) {
+    const FewItem item = item_of(number);
+    const int first_row = item.block * block_rows, rows = min(block_rows, plan.rows - first_row);
     const FewSlices slices = FewSlices::of(item.chunks, rows * D / 4, kThreads);
     unsigned* const counter = work.counters + head_of(item);
     if (thread == 0) meeting.share = wait_for_share(counter, before, item.chunks, slices.count);
     __syncthreads();
     if (const FewShare share = meeting.share; share.first < slices.count) {
-      add_up<kRows, D, kThreads>(slices, share, work.partial + base_of(item) * kRows * D, work.weights + base_of(item) * kRows, item.chunks, first_row,
-                                 rows, output_of(item), buffer, thread);
+      add_up<D, kThreads>(slices, share, work.partial + base_of(item) * block_rows * D, work.weights + base_of(item) * block_rows, block_rows,
+                          item.chunks, first_row, rows, output_of(item), buffer, thread);
       if (thread == 0) leave_counter(counter, min(item.chunks, slices.count));
     }
     __syncthreads();
@@ -168,12 +194,12 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
   int place = 0, counted = -1;  // counted: the item before this one, if its sequence is cut
   unsigned before = 0;          // of its counter, in one thread
 #pragma unroll 1
-  for (int id = first_id; id < total; id += step) {
-    FewItem item = item_of(id);
+  for (int number = 0; number < items; number++) {
+    FewItem item = item_of(number);
     bool whole = item.chunks == 1;
-    int own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
+    int own_row = item.block * block_rows, rows = min(block_rows, plan.rows - own_row);
     ColumnTile<T, D, SLOTS> tile;
-    if constexpr (FRESH) make_rows(item, id == first_id);
+    if constexpr (FRESH) make_rows(item, number == 0);
     constexpr int kQuads = kEight * D / 4, kOwnQuads = (kQuads + kThreads - 1) / kThreads;  // of eight rows; of a thread
     const int here = made_here(thread);
     auto quad_of = [&](int i, int& row, int& d) {
@@ -182,25 +208,26 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
       return at < kQuads;
     };
     uint2 gates[kOwnQuads];
-    if (MW == 1 && whole) {
+    auto load_gates = [&](int pass) {
 #pragma unroll
       for (int i = 0; i < kOwnQuads; i++) {
         int row, d;
-        if (quad_of(i, row, d) && row < rows) gates[i] = output_of(item).gate_of(own_row + row, d);
+        if (quad_of(i, row, d) && pass * kEight + row < rows) gates[i] = output_of(item).gate_of(own_row + pass * kEight + row, d);
       }
-    }
+    };
+    if (!kMany && whole) load_gates(0);
     const T* queries = reinterpret_cast<const T*>(buffer);
     const T *new_keys = queries + kRows * Layout::kStride, *new_values = new_keys + kMostFresh * D;
     const int old = item.length - item.first;
     if constexpr (FRESH) {
-      tile.begin(queries + row_warp * kEight * Layout::kStride, Layout::kStride, lane);
+      tile.begin(queries + warp_row * Layout::kStride, Layout::kStride, lane);
     } else {
       const size_t head = size_t(first_sequence + item.b) * Hkv + item.h;
-      tile.begin(static_cast<const T*>(work.queries) + (head * plan.padded_rows + own_row + row_warp * kEight) * D, D, lane);
+      tile.begin(static_cast<const T*>(work.queries) + (head * plan.padded_rows + own_row + warp_row) * D, D, lane);
     }
     int visible[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) visible[i] = old + min(token_of(own_row + row_warp * kEight + lane % 4 * 2 + i), shape.T - 1) + 1;
+    for (int i = 0; i < 2; i++) visible[i] = old + min(token_of(own_row + warp_row + lane % 4 * 2 + i), shape.T - 1) + 1;
 #pragma unroll 1
     for (int first = group * SLOTS; first < item.slots; first += kGroups * SLOTS) {
       float s[SLOTS / 16][4];
@@ -218,17 +245,22 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
         place = place + 1 == HALVES ? 0 : place + 1;
         if (FRESH && first + SLOTS > old) add_new(at, half == 0 ? new_keys : new_values, first, old, item.slots);
         if (half == 0) {
-          tile.scores(s, at, lane);
+          if (Layout::kScores > 0 && same) share_scores(tile, s, at);
+          else tile.scores(s, at, lane);
           tile.weigh(s, visible, first, first + SLOTS <= old + 1, plan.scale, lane);
         } else {
-          tile.add_values(s, at, lane);
+          if (Layout::kMayShare && same) tile.template add_values<Layout::kParts>(s, at, place_in_group, lane);
+          else tile.template add_values<1>(s, at, 0, lane);
         }
       }
     }
     tile.finish();
-    if constexpr (MW > 1) {  // made again: registers are scarce in between
-      item = item_of(made_here(id));
-      whole = item.chunks == 1, own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
+    if constexpr (kMany) {
+      meet();  // the sums come where others of the group may still read values
+      // Made again: registers are scarce in between.
+      item = item_of(made_here(number));
+      whole = item.chunks == 1, own_row = item.block * block_rows, rows = min(block_rows, plan.rows - own_row);
+      if (whole) load_gates(0);
     }
 
     // The groups' sums of each row, in the order of the groups; those without a tile have none. Of eight rows a group puts them where values of a
@@ -238,24 +270,25 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
     auto place_of = [](int row, int d) { return row * D + d / 32 * 32 + (d % 32 ^ row / 2 * 8); };  // rows of a quad of columns: in different banks
     auto put_sums = [&] {
       float* into = reinterpret_cast<float*>(shared + merge_at);
-      const int column = here % 4 * 2, first = here % 32 / 4;
+      constexpr int kPart = D / 16 / Layout::kParts;  // matrices
+      const int column = here % 4 * 2, first = here % 32 / 4 + (same ? place_in_group * kPart * 16 : 0);
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
+      for (int m = 0; m < D / 16; m++) {
+        if (m >= kPart && same) break;
 #pragma unroll
-        for (int m = 0; m < D / 16; m++) {
+        for (int i = 0; i < 2; i++)
           into[place_of(column + i, m * 16 + first)] = tile.o[m][i], into[place_of(column + i, m * 16 + first + 8)] = tile.o[m][i + 2];
-        }
       }
     };
-    if (row_warp == 0 && group < used) put_sums();
+    if (warp_row == 0 && group < used) put_sums();
     if (member == 0) meeting.merge_at[group] = merge_at;
-    if (lane < 4) {
+    if (lane < 4 && (!same || place_in_group == 0)) {
 #pragma unroll
-      for (int i = 0; i < 2; i++) group_weights[group][row_warp * kEight + lane * 2 + i] = make_float2(tile.largest[i], tile.sum[i]);
+      for (int i = 0; i < 2; i++) group_weights[group][warp_row + lane * 2 + i] = make_float2(tile.largest[i], tile.sum[i]);
     }
     __syncthreads();
-    if (thread < kGroups * kRows) {
-      const int row = here / kGroups, g = here % kGroups;
+    if (warp * 32 < kGroups * kRows) {  // whole warps
+      const int row = here / kGroups % kRows, g = here % kGroups;
       const float2 w = group_weights[g][row];
       float top = w.x;
 #pragma unroll
@@ -264,12 +297,16 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
       float sum = factor * w.y;
 #pragma unroll
       for (int far = 1; far < kGroups; far *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, far);
-      if (!whole && g == 0) work.weights[(base_of(item) + item.chunk) * kRows + row] = make_float2(top, sum);
+      if (!whole && g == 0 && row < block_rows) work.weights[(base_of(item) + item.chunk) * block_rows + row] = make_float2(top, sum);
       factors[g][row] = whole ? factor * inverse_of(sum) : factor;
     }
 #pragma unroll 1
     for (int pass = 0; pass * kEight < rows; pass++) {
-      if (pass > 0 && row_warp == pass) put_sums();
+      if (pass > 0 && warp_row == pass * kEight) put_sums();
+      uint2 open[kOwnQuads];
+#pragma unroll
+      for (int i = 0; i < kOwnQuads; i++) open[i] = gates[i];
+      if (kMany && whole) load_gates(pass + 1);
       __syncthreads();
 #pragma unroll
       for (int i = 0; i < kOwnQuads; i++) {
@@ -277,13 +314,12 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
         const bool there = quad_of(i, row, d);
         const int all_row = pass * kEight + row;
         if (!there || all_row >= rows) continue;
-        if (whole && (MW > 1 || pass > 0)) gates[i] = output_of(item).gate_of(own_row + all_row, d);
         float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
         for (int g = 0; g < used; g++)
           add_scaled(o, factors[g][all_row], *reinterpret_cast<const float4*>(shared + meeting.merge_at[g] + place_of(row, d) * sizeof(float)));
-        if (whole) output_of(item).write(own_row + all_row, d, o, gates[i]);
-        else *reinterpret_cast<float4*>(work.partial + ((base_of(item) + item.chunk) * kRows + all_row) * D + d) = o;
+        if (whole) output_of(item).write(own_row + all_row, d, o, open[i]);
+        else *reinterpret_cast<float4*>(work.partial + ((base_of(item) + item.chunk) * block_rows + all_row) * D + d) = o;
       }
       __syncthreads();
     }
@@ -291,20 +327,34 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
     unsigned then = 0;
     if (thread == 0) then = add_to_counter(work.counters + head_of(item), kOneArrived);  // all have written the sums
     if (counted >= 0) finish_chunk(counted, before);
-    counted = id, before = then;
+    counted = number, before = then;
   }
   if (counted >= 0) finish_chunk(counted, before);
   wait_for_copies<0>();
+}
+
+// Whether blocks have eight rows of a call that has more, on so many processors: products are the time of a short past, reading that of a long one, and
+// a kernel behind this one begins on the processors that it leaves, as long as these are most. The bits are the same.
+__device__ inline bool share_rows(int blocks, int blocks_of_eight, int processors) {
+  return blocks_of_eight <= processors && (blocks_of_eight * 5 <= processors * 2 || blocks * 3 > processors);
 }
 
 template <typename T, typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
 __global__ void __launch_bounds__(WARPS * 32, 1) attention_few(
     const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionTensors<T> in, const __grid_constant__ FewPlan plan,
     const __grid_constant__ FewWorkspace work, int first_sequence, int sequences) {
-  if constexpr (FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>::kShared + kOwnShared<WARPS> <= kSharedOfBlock) {
+  using Layout = FewLayout<Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>;
+  if constexpr (Layout::kShared + kOwnShared<WARPS> <= kSharedOfBlock) {
     __shared__ FewMeeting<WARPS> meeting;
     cut_sequences(shape, in, plan, first_sequence, sequences, meeting.cut, threadIdx.x % 32);
-    read_sequences<T, Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>(shape, in, plan, work, first_sequence, sequences, meeting);
+    FewPlan own = plan;
+    bool same = false;
+    if constexpr (Layout::kMayShare) {
+      const int eights = (plan.rows + kEight - 1) / kEight;
+      same = share_rows(meeting.cut.starts[sequences] * plan.blocks, meeting.cut.starts[sequences] * eights, gridDim.x);
+      if (same) own.blocks = eights, own.per_block = inverse_of(float(eights));
+    }
+    read_sequences<T, Cache, D, MW, WARPS, SLOTS, HALVES, FRESH>(shape, in, own, work, first_sequence, sequences, same, meeting);
   }
 }
 

@@ -11,6 +11,7 @@ constexpr int kMostChunks = 128, kLeastSlots = 256;  // chunks of a sequence, sl
 constexpr int kCutSlots = 32;  // a sequence is cut at multiples, which are whole tiles
 constexpr int kMostFresh = 8;  // new tokens of a call whose rows attention_few makes itself
 constexpr int kEight = 8;      // rows of a warp
+constexpr int kTabled = 16;    // items of a block that are worked out together
 constexpr int kGroupBarrier = 1;  // barriers of parts of a block from here on; 0 is that of all of it
 
 // Shared memory that a block can have: for a device with less a kernel is not compiled.
@@ -50,28 +51,21 @@ struct FewShare {
   int first, step;
 };
 
-// Where the warps of a block meet.
-template <int WARPS>
-struct FewMeeting {
-  FewSequences cut;
-  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
-  float factors[WARPS * kEight];
-  int merge_at[WARPS];  // of groups
-  FewShare share;
-};
-
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 
 // What adding up chunks has in shared memory: sums of a thread, with the largest score and the sum of weights.
 template <int THREADS>
 constexpr int few_sum_bytes = THREADS * int(sizeof(float4) + sizeof(float2));
 
-// MW warps share the keys of one tile of SLOTS slots, each with 8 rows; WARPS / MW such groups read different tiles, and each has HALVES halves
-// of tiles (keys or values) in shared memory. With FRESH the kernel makes the rows of the new tokens itself, in one launch.
+// MW warps share the keys of one tile of SLOTS slots, each with 8 rows, or all with the same 8. WARPS / MW such groups read different tiles, and each
+// has HALVES halves of tiles (keys or values) in shared memory. With FRESH the kernel makes the rows of the new tokens itself, in one launch.
 template <typename Cache, int D, int MW, int WARPS, int SLOTS, int HALVES, bool FRESH>
 struct FewLayout {
   static constexpr int kThreads = WARPS * 32;
   static constexpr int kGroups = WARPS / MW, kRows = MW * kEight;
+  // Whether a block may have eight rows, which all warps of a group have.
+  static constexpr bool kMayShare = FRESH && MW > 1 && D / 16 >= MW;
+  static constexpr int kParts = kMayShare ? MW : 1;  // of the values of a row, then
   // Rows of bytes become values in memory of their own, which comes first: tiles begin at multiples of a row.
   static constexpr int kRowBytes = kCacheRow<Cache, D>, kHalfBytes = SLOTS * kRowBytes, kStageBytes = Cache::kPlain ? 0 : SLOTS * D * 2;
   static constexpr int kStages = kGroups * kStageBytes;
@@ -79,13 +73,11 @@ struct FewLayout {
   static constexpr int kRingBytes = kStages + kGroups * HALVES * kHalfBytes;
   // New queries, keys and values; later sums of chunks.
   static constexpr int kFreshBytes = FRESH ? (kRows * kStride + 2 * kMostFresh * D) * 2 : 0, kSumBytes = few_sum_bytes<kThreads>;
-  static constexpr int kShared = kRingBytes + larger(kFreshBytes, kSumBytes);
+  // Scores that the warps of a group tell each other: of 16 slots in a row of 32 lanes.
+  static constexpr int kScoresAt = larger(kFreshBytes, kSumBytes), kScores = kMayShare && SLOTS > 16 ? kGroups * (SLOTS / 16) * 32 * int(sizeof(float4)) : 0;
+  static constexpr int kShared = kRingBytes + kScoresAt + kScores;
   static_assert((Cache::kPlain ? kHalfBytes : kStageBytes) >= kEight * D * 4, "sums of eight rows take the place of a half tile of values");
 };
-
-// What attention_few has in shared memory beside that.
-template <int WARPS>
-constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
 
 // a / b for a small a, by 1 / b: exact, and much sooner there.
 __device__ inline int divided(int a, float inverse) { return int((float(a) + 0.5f) * inverse); }
@@ -126,6 +118,20 @@ struct FewItem {
     return item;
   }
 };
+
+// Where the warps of a block meet.
+template <int WARPS>
+struct FewMeeting {
+  FewSequences cut;
+  FewItem items[kTabled];  // the first of the block
+  float2 weights[WARPS * kEight];  // of groups and rows: largest score, sum
+  float factors[WARPS * kEight];
+  int merge_at[WARPS];  // of groups
+  FewShare share;
+};
+
+template <int WARPS>
+constexpr int kOwnShared = int(sizeof(FewMeeting<WARPS>));
 
 // Cuts the sequences. Lengths were written before the kernels of the call; every warp does the same, so that none waits for another.
 template <typename T>

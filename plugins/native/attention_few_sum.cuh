@@ -107,10 +107,10 @@ __device__ inline FewShare wait_for_share(unsigned* counter, unsigned before, in
   return kNone;
 }
 
-// Adds up slices of a sequence and head. `partial` and `weights` are those of its first chunk, which are STRIDE values and ROWS rows apart;
+// Adds up slices of a sequence and head. `partial` and `weights` are those of its first chunk; chunks are `stride` rows apart;
 // `room` is shared memory of few_sum_bytes.
-template <int ROWS, int D, int THREADS, typename Output>
-__device__ inline void add_up(const FewSlices& slices, FewShare share, const float* partial, const float2* weights, int chunks, int first_row, int rows,
+template <int D, int THREADS, typename Output>
+__device__ inline void add_up(const FewSlices& slices, FewShare share, const float* partial, const float2* weights, int stride, int chunks, int first_row, int rows,
                               const Output& output, unsigned char* room, int thread) {
   float4* const sums = reinterpret_cast<float4*>(room);
   float2* const tops = reinterpret_cast<float2*>(sums + THREADS);
@@ -131,8 +131,8 @@ __device__ inline void add_up(const FewSlices& slices, FewShare share, const flo
         const int c = first + i;
         w[i] = make_float2(-INFINITY, 0.0f), x[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (c >= end) continue;
-        w[i] = __ldcg(weights + size_t(c) * ROWS + row);
-        x[i] = __ldcg(reinterpret_cast<const float4*>(partial + (size_t(c) * ROWS + row) * D + d));
+        w[i] = __ldcg(weights + size_t(c) * stride + row);
+        x[i] = __ldcg(reinterpret_cast<const float4*>(partial + (size_t(c) * stride + row) * D + d));
       }
 #pragma unroll
       for (int i = 0; i < FewSlices::kTogether; i++) sum.largest = fmaxf(sum.largest, w[i].x);

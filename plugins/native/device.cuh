@@ -55,8 +55,9 @@ __device__ inline float warp_sum(float x) {
 
 // A kernel starts while the one before it in the stream still runs. It may touch weights, and state of earlier calls, before
 // `wait_for_previous`; everything else only after. `let_next_start` comes after the wait: when the next kernel starts, all kernels before
-// this one are complete. Only resident_few.cuh lets the next one start before it waits; a kernel behind such a product can rely on no kernel of its
-// call but those before the last that kept the rule. Every call has such kernels (the embedding's gather is one), so state of earlier calls is safe.
+// this one are complete. Only resident_few.cuh, product_many.cuh and what arranges for it let the next one start before they wait; a kernel behind such a
+// product can rely on no kernel of its call but those before the last that kept the rule. Every call has such kernels (the embedding's gather is
+// one), so state of earlier calls is safe.
 __device__ inline void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -79,13 +79,14 @@ void few_rows(const FewProduct<Fp8Matrix>& given, cudaStream_t stream) {
 }  // namespace
 
 template <typename T>
-void fp8_linear(const Fp8Matrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  few_rows<T, false>(FewProduct<Fp8Matrix>{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0}, stream);
+void fp8_linear(const Fp8Matrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream,
+                T* normed) {
+  few_rows<T, false>(FewProduct<Fp8Matrix>{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0, normed}, stream);
 }
 
 template <typename T>
-void fp8_swiglu(const Fp8Matrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  few_rows<T, true>(FewProduct<Fp8Matrix>{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0}, stream);
+void fp8_swiglu(const Fp8Matrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream, T* normed) {
+  few_rows<T, true>(FewProduct<Fp8Matrix>{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0, normed}, stream);
 }
 
 template <typename T>
@@ -107,8 +108,8 @@ void fp8_activations(const T* x, int M, int padded, int K, uint8_t* codes, float
 }
 
 #define INSTANTIATE(T)                                                                                                              \
-  template void fp8_linear<T>(const Fp8Matrix&, const T*, const T*, int, const T*, const T*, float, T*, int, cudaStream_t);         \
-  template void fp8_swiglu<T>(const Fp8Matrix&, const T*, const T*, float, T*, int, cudaStream_t);                                  \
+  template void fp8_linear<T>(const Fp8Matrix&, const T*, const T*, int, const T*, const T*, float, T*, int, cudaStream_t, T*);         \
+  template void fp8_swiglu<T>(const Fp8Matrix&, const T*, const T*, float, T*, int, cudaStream_t, T*);                                  \
   template void fp8_dequantize<T>(const Fp8Matrix&, int, int, T*, cudaStream_t);                                                    \
   template void fp8_gather<T>(const Fp8Matrix&, const int64_t*, T*, int, cudaStream_t);                                             \
   template void fp8_activations<T>(const T*, int, int, int, uint8_t*, float*, cudaStream_t);

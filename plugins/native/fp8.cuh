@@ -45,11 +45,12 @@ struct Fp8Matrix {
 
 // y = norm(x) [w; tail]^T + residual for M <= 8, as quant_linear: codes are multiplied as they are, and their sum of 128 k by its scale in fp32.
 template <typename T>
-void fp8_linear(const Fp8Matrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+void fp8_linear(const Fp8Matrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream,
+                T* normed = nullptr);
 
 // y = silu(h g^T) * (h u^T),  h = norm(x), for M <= 8.   w = [g; u], [2N,K] with N a multiple of 16   y [M,N]
 template <typename T>
-void fp8_swiglu(const Fp8Matrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+void fp8_swiglu(const Fp8Matrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream, T* normed = nullptr);
 
 // Rows first_row to first_row + rows - 1 of w, in T: out [rows,K].
 template <typename T>

@@ -14,7 +14,7 @@ struct Int4Panels {
   using Rows = BiasedRows<T, LOG_ROWS>;
   using OfOneRow = Int4Panels<T, 0>;
   static constexpr bool kTogether = LOG_ROWS > 0;  // a single row is read at no cost, and shorter code is faster
-  static constexpr int kScales = kGroupBlocks * kPanelRows * 2, bytes = kScales + kUnit * kPanelRows / 2;
+  static constexpr int kBits = 4, kScales = kGroupBlocks * kPanelRows * 2, bytes = kScales + kUnit * kPanelRows / 2;
   static_assert(kGroupBlocks * kBiasedBlock == kUnit);
 
   __host__ __device__ static int unit_bytes(const Matrix&) { return bytes; }

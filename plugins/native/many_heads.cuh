@@ -32,7 +32,12 @@ __device__ inline void copy_async(T* shared, const T* global) {
   asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(address), "l"(global) : "memory");
 }
 
-// States are larger than the second cache: they are read and written past what is in it.
+// Past the first cache.
+__device__ inline void store_through(float* to, float4 x) {
+  asm volatile("st.global.L1::no_allocate.v4.f32 [%0],{%1,%2,%3,%4};" ::"l"(to), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+
+// States are larger than the second cache: they are read past what is in it. Written past it they would not be written sooner.
 template <typename T, int D, bool TRANSACTION>
 __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>& in, const int pending, const int commit, float eps, int* arrivals) {
   constexpr int kLanes = kHeadThreads / D;  // of a column
@@ -139,7 +144,7 @@ __device__ inline void many_heads(DeltaNetShape shape, const DeltaNetTensors<T>&
 #pragma unroll
       for (int c = 0; c < kWorkedColumns; c++) {
 #pragma unroll
-        for (int j = 0; j < kQuads; j++) __stcs(reinterpret_cast<float4*>(in.state_out + place_of(p, c, j)), mine[c][j]);
+        for (int j = 0; j < kQuads; j++) store_through(in.state_out + place_of(p, c, j), mine[c][j]);
       }
     };
 #pragma unroll 1

@@ -5,13 +5,14 @@
 //   give(call, input, w)     its data, which begin at an input; throws where they do not have the size that w says
 //   give_experts(call, input, w, E)     the same for the matrices of E experts
 //   put(w, part)             it as the matrix of a part of a chain
-//   linear, swiglu, gather   the kernels of few rows
+//   linear, swiglu, gather   the kernels of few rows; what they get last is memory for norm(x), or null
 //   has_many(M)              whether there are kernels for M rows, more than few; then
 //   many_workspace(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
 //   large<T>(call, w, x, residual, y, M, stride)     y [M, stride] = x [M,K] w^T + residual in its first N columns, for any number of rows
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "chain.h"
 #include "dense_product.h"
@@ -31,6 +32,19 @@ typename Form::Matrix matrix_of(const Attributes& info) {
   expect(w.N > 0 && w.K > 0 && w.K % 8 == 0, "the columns of a quantized matrix must be a multiple of 8");
   return w;
 }
+
+// Memory for the normalized input of a product of several rows, for the time of a call.
+template <typename T>
+class NormedRows {
+ public:
+  NormedRows(const Call& call, const T* norm, int M, int K) {
+    if (norm != nullptr && M > 1) rows_.emplace(call, sizeof(T) * size_t(M) * K);
+  }
+  T* memory() const { return rows_ ? rows_->template as<T>() : nullptr; }
+
+ private:
+  std::optional<Scratch> rows_;
+};
 
 template <typename Form, typename T>
 class MatrixLinearKernel {
@@ -67,7 +81,8 @@ class MatrixLinearKernel {
     const T *x = p.x, *residual = p.residual, *norm = p.norm, *tail = p.tail;
     if (M == 0) return;
     if (M <= kFewColumns) {
-      Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream());
+      const NormedRows<T> normed(call, norm, M, K);
+      Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream(), normed.memory());
       return;
     }
     if (Form::has_many(M)) {
@@ -127,7 +142,8 @@ class MatrixSwiGluKernel {
     const T *x = p.x, *norm = p.norm;
     if (M == 0) return;
     if (M <= kFewColumns) {
-      Form::swiglu(w, x, norm, eps_, y, M, call.stream());
+      const NormedRows<T> normed(call, norm, M, K);
+      Form::swiglu(w, x, norm, eps_, y, M, call.stream(), normed.memory());
       return;
     }
     if (Form::has_many(M)) {

@@ -16,7 +16,9 @@
 namespace qwen {
 
 constexpr int kEnterWarps = 16, kInnerWarps = 16, kLeaveWarps = 12;
-constexpr int kEnterStages = 4, kInnerStages = 4, kLeaveStages = 3;
+constexpr int kEnterStages = 4, kLeaveStages = 3;
+template <typename Panels>
+constexpr int kInnerStages = Panels::kBits == 4 ? 4 : 2;  // so that the sums of 8 rows find room beside them
 constexpr int kUsualExperts = 256, kMostChosenFrom = 512;  // a lane has no registers for the logits of more
 
 template <typename Panels>
@@ -26,7 +28,7 @@ using EnterTile = PanelsTile<Panels, kEnterWarps, kEnterStages, 2, true>;
 template <bool ONE>
 constexpr int kInnerColumns = ONE ? 32 : 64;
 template <typename Panels, bool ONE>
-using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages, 2 * kInnerColumns<ONE> / kPanelRows, true>;
+using InnerTile = PanelsTile<Panels, kInnerWarps, kInnerStages<Panels>, 2 * kInnerColumns<ONE> / kPanelRows, true>;
 template <typename T>
 using RouterTile = RowsTile<T, kEnterWarps>;
 

@@ -4,6 +4,7 @@
 
 #include "few_rows.cuh"
 #include "mma.cuh"
+#include "normalize_few.cuh"
 
 namespace qwen {
 
@@ -19,6 +20,7 @@ struct FewProduct {
   float eps;
   int M, N, tail_rows, tiles;  // N: columns of y that come from w
   int staged;                  // where in shared memory activations are kept, normalized; 0: each warp reads those that it needs
+  void* normed;                // [M,K] that norm(x) may be put into, or null
 };
 
 // `count` elements are on their way to the second-level cache. A tail has too few blocks to wait for memory when its turn has come.
@@ -204,8 +206,12 @@ void run_few(FewProduct<typename Stream::Matrix> given, cudaStream_t stream) {
 
 // Stream<T, PANELS>: two panels share the activations; one each where that makes too few blocks.
 template <typename T, template <typename, int> typename Stream, bool SWIGLU, typename Matrix>
-void product_few(const FewProduct<Matrix>& given, cudaStream_t stream) {
+void product_few(FewProduct<Matrix> given, cudaStream_t stream) {
   constexpr int kSingle = SWIGLU ? 2 : 1;
+  // Several rows: there are more blocks than have room at a time, and each that normalizes all rows takes longer than a launch that does it once.
+  if (given.M > 1 && given.norm != nullptr && given.normed != nullptr &&
+      normalize_few<T>(static_cast<const T*>(given.x), static_cast<const T*>(given.norm), given.eps, static_cast<T*>(given.normed), given.M, given.w.K, stream))
+    given.x = given.normed, given.norm = nullptr;
   const bool single = !SWIGLU && given.N <= kSmallN;
   if (given.norm != nullptr)
     single ? run_few<T, Stream<T, kSingle>, true, SWIGLU>(given, stream) : run_few<T, Stream<T, 2>, true, SWIGLU>(given, stream);

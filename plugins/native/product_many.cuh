@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(kManyThreads, 1) product_many_kernel(const __g
       results.write(i, sum, residual);
     }
     cluster_sync();  // nobody leaves while another reads its sums
+    return;
   }
 #endif
 }

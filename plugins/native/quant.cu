@@ -60,7 +60,6 @@ bool usual_few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
   };
   if constexpr (SWIGLU) {
     if (tiles_fit<GatedTiles>(given, 2)) return run(GatedTiles{});
-    if (tiles_fit<WideGatedTiles>(given, 2)) return run(WideGatedTiles{});
   } else if (given.residual == nullptr && given.N >= given.w.K) {
     if (tiles_fit<WideTiles>(given, 2)) return run(WideTiles{});
     if (tiles_fit<WidestTiles>(given, 2)) return run(WidestTiles{});
@@ -89,14 +88,15 @@ void few_rows(const FewProduct<QuantMatrix>& given, cudaStream_t stream) {
 }  // namespace
 
 template <typename T>
-void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  const FewProduct<QuantMatrix> given{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0};
+void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream,
+                  T* normed) {
+  const FewProduct<QuantMatrix> given{w, x, tail, residual, norm, y, eps, M, w.N, tail_rows, 0, 0, normed};
   few_rows<T, false>(given, stream);
 }
 
 template <typename T>
-void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream) {
-  const FewProduct<QuantMatrix> given{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0};
+void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream, T* normed) {
+  const FewProduct<QuantMatrix> given{w, x, nullptr, nullptr, norm, y, eps, M, w.N / 2, 0, 0, 0, normed};
   few_rows<T, true>(given, stream);
 }
 
@@ -113,8 +113,8 @@ void quant_gather(const QuantMatrix& w, const int64_t* ids, T* y, int count, cud
 }
 
 #define INSTANTIATE(T)                                                                                                                \
-  template void quant_linear<T>(const QuantMatrix&, const T*, const T*, int, const T*, const T*, float, T*, int, cudaStream_t);       \
-  template void quant_swiglu<T>(const QuantMatrix&, const T*, const T*, float, T*, int, cudaStream_t);                                \
+  template void quant_linear<T>(const QuantMatrix&, const T*, const T*, int, const T*, const T*, float, T*, int, cudaStream_t, T*);       \
+  template void quant_swiglu<T>(const QuantMatrix&, const T*, const T*, float, T*, int, cudaStream_t, T*);                                \
   template void dequantize<T>(const QuantMatrix&, int, int, T*, cudaStream_t);                                                        \
   template void quant_gather<T>(const QuantMatrix&, const int64_t*, T*, int, cudaStream_t);
 INSTANTIATE(__half)

@@ -47,13 +47,15 @@ struct QuantMatrix {
 
 // y = norm(x) [w; tail]^T + residual for M <= 8.   x [M,K]  tail [tail_rows,K]  residual, y [M,N+tail_rows]  norm [K]; tail, residual and
 // norm may be null. norm(x) = x / sqrt(mean(x^2) + eps) * norm, rounded to T. tail_rows is a multiple of 8. The codes are multiplied as
-// integers and their sum of a block in fp32 by its scale: no weight is rounded.
+// integers and their sum of a block in fp32 by its scale: no weight is rounded. `normed` [M,K], or null, is memory for norm(x): several rows are faster
+// with it, and have the same bits.
 template <typename T>
-void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+void quant_linear(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, cudaStream_t stream,
+                  T* normed = nullptr);
 
 // y = silu(h g^T) * (h u^T),  h = norm(x), for M <= 8.   w = [g; u], [2N,K] with N a multiple of 16   y [M,N]
 template <typename T>
-void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream);
+void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream, T* normed = nullptr);
 
 // From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the activations, which are arranged in `workspace`
 // (many_workspace bytes), and one for the weights (two from 129 rows on), which are rounded to T as by `dequantize`. Of each range of rows (9 to 64, 65 to

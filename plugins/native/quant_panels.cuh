@@ -18,7 +18,7 @@ struct QuantPanels {
   using Rows = FewRows<T>;
   using OfOneRow = QuantPanels;  // for products of a single row
   static constexpr bool kTogether = false;  // whether several panels are multiplied with activations that are read once
-  static constexpr int kUnitK = kUnit, kCodes = kUnit * kPanelRows * BITS / 8;
+  static constexpr int kBits = BITS, kUnitK = kUnit, kCodes = kUnit * kPanelRows * BITS / 8;
   static constexpr int kLogPanelRows = 4;
   static_assert(1 << kLogPanelRows == kPanelRows);
   // A half of 16 bits holds 1024 + code in its lowest bits or 64 + code in bits 4 to 7: the second code of a byte need not be moved.

@@ -1,6 +1,6 @@
 // Products of up to 8 rows with 4-bit matrices by blocks that have all their weights on their way before the rows are known: what is left then is one wait,
 // the norm and the products. Wide matrices give every multiprocessor two blocks of two or three panels, narrow ones a block of one panel, SwiGlu two blocks of
-// one or two gates and as many panels of up.
+// a gate and an up panel.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,6 @@ using WideTiles = TilesShape<8, 4, 2, 3>;
 using WidestTiles = TilesShape<8, 6, 3, 3>;
 using NarrowTiles = TilesShape<16, 4, 1, 2>;
 using GatedTiles = TilesShape<8, 4, 2, 3, true>;
-using WideGatedTiles = TilesShape<8, 8, 4, 3, true>;
 
 template <typename T, typename Shape>
 using TilesTail = RowsTile<T, Shape::kWarps>;
