@@ -226,7 +226,9 @@ __device__ __forceinline__ void read_sequences(const AttentionShape& shape, cons
       }
     }
     tile.finish();
-    if constexpr (MW > 1) {  // made again: registers are scarce in between
+    if constexpr (MW > 1) {
+      meet();  // the sums come where others of the group may still read values
+      // Made again: registers are scarce in between.
       item = item_of(made_here(id));
       whole = item.chunks == 1, own_row = item.block * kRows, rows = min(kRows, plan.rows - own_row);
     }
