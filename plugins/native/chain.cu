@@ -63,9 +63,9 @@ const Device& this_device() {
 constexpr int up(int bytes) { return (bytes + 127) / 128 * 128; }
 
 // With more rows, and in narrow models, separate launches are faster. Measured on an H200 by benchmarks/chains.
-int most_rows(bool int4, int H, bool replays) {
+int most_rows(bool int4, int H) {
   if (H < 1024) return 0;
-  if (H < 2048) return replays ? 0 : 1;
+  if (H < 2048) return int4 ? 0 : 1;
   return int4 ? kMostChainRows : 2;
 }
 
@@ -81,9 +81,7 @@ class Planner {
   using Step = ChainStep<Panels>;
   static constexpr bool kInt4 = std::is_same<Panels, ChainInt4<T>>::value;
 
-  // `replays`: the mixers between may have pending rows.
-  Planner(std::vector<ChainPart<T>> parts, int M, bool replays, const Device& device)
-      : parts_(std::move(parts)), M_(M), replays_(replays), device_(device) {
+  Planner(std::vector<ChainPart<T>> parts, int M, const Device& device) : parts_(std::move(parts)), M_(M), device_(device) {
     p_.M = M, log_rows_ = M == 1 ? 0 : M == 2 ? 1 : 2;
   }
 
@@ -93,7 +91,7 @@ class Planner {
     for (size_t i = 0; i < parts_.size(); i++) {
       if (!add_product(parts_[i], i)) return false;
     }
-    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_, replays_) && H_ <= kMostNormColumns && lay_out();
+    return collect() && p_.count >= 2 && M_ <= most_rows(kInt4, H_) && H_ <= kMostNormColumns && lay_out();
   }
 
   // `memory`: counters of blocks, then words.
@@ -280,7 +278,6 @@ class Planner {
 
   const std::vector<ChainPart<T>> parts_;
   const int M_;
-  const bool replays_;
   const Device& device_;
   ChainProgram<Panels> p_{};
   std::vector<Result> results_;
@@ -302,9 +299,7 @@ std::unique_ptr<Planner<Panels>> plan_products(const std::vector<ChainPart<T>>& 
     if (from >= int(first) && from < int(end)) own[from - first].leaves = true;
   };
   for (size_t i = end; i < parts.size(); i++) leave(parts[i].x_from), leave(parts[i].residual_from);
-  const auto has_pending = [](const auto& part) { return part.kind == ChainKind::kDeltaNet && part.in.accepted != nullptr && part.shape.P > 0; };
-  const bool replays = std::any_of(parts.begin(), parts.end(), has_pending);
-  auto planner = std::make_unique<Planner<Panels>>(std::move(own), M, replays, device);
+  auto planner = std::make_unique<Planner<Panels>>(std::move(own), M, device);
   return planner->plan() ? std::move(planner) : nullptr;
 }
 
