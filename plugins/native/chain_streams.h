@@ -3,8 +3,9 @@
 // A cooperative launch starts all blocks together, but only when the kernel before it is complete. A plain one starts each block as soon as a
 // multiprocessor has room: weights are on their way while the mixer before it still runs, 2 us less for a layer. That is safe for the chains of one
 // stream: a kernel of a stream starts only when all blocks of the kernels before it have, and whatever else holds a multiprocessor ends without them, so
-// room comes for all blocks. Two chains on two streams could each hold a part of the device and wait for the rest for ever. So one stream of a device, the
-// first that has a chain, launches plainly while it has any; chains of other streams are cooperative: they take nothing before they can take all they need.
+// room comes for all blocks. Chains of two streams do not mix: of two plain ones each could hold a part of the device and wait for the rest for ever, and a
+// cooperative one that waits for all of it keeps back the blocks that a plain one still needs. So one stream of a device, the first that has a chain,
+// launches plainly, and while it has any other streams have none: their products run one by one. Where no stream may be the first all are cooperative.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -19,7 +20,7 @@ namespace qwen {
 enum class ChainStart {
   kEach,      // block by block
   kTogether,  // cooperative
-  kNever,     // not at all: the device would give what others hold a part of to this stream first
+  kNever,     // not at all: another stream has chains
 };
 
 class ChainStreams {
@@ -31,14 +32,12 @@ class ChainStreams {
 
   // The device is the current one. `joined`: whether this chain counts as one of the first stream, of which `leave` is then called once.
   ChainStart start(int device, cudaStream_t stream, bool& joined) {
+    if (shares_processors(device)) return ChainStart::kTogether;
+    if (stream == cudaStreamPerThread) return ChainStart::kNever;  // the handle is another stream in each thread
     std::lock_guard<std::mutex> lock(mutex_);
     First& first = first_[device];
-    if (!joined && (first.chains == 0 || first.stream == stream) && may_be_first(device, stream)) {
-      if (first.chains == 0) first.stream = stream, first.priority = priority(stream);
-      first.chains++, joined = true;
-    }
-    if (joined && first.stream == stream) return ChainStart::kEach;
-    return first.chains && priority(stream) < first.priority ? ChainStart::kNever : ChainStart::kTogether;
+    if (!joined && (first.chains == 0 || first.stream == stream)) first.stream = stream, first.chains++, joined = true;
+    return joined && first.stream == stream ? ChainStart::kEach : ChainStart::kNever;
   }
 
   void leave(int device) {
@@ -49,20 +48,14 @@ class ChainStreams {
  private:
   struct First {
     cudaStream_t stream = nullptr;
-    int chains = 0, priority = 0;
+    int chains = 0;
   };
 
-  static int priority(cudaStream_t stream) {
-    int value = 0;
-    check(cudaStreamGetPriority(stream, &value), "cudaStreamGetPriority");
-    return value;
-  }
-
-  // Not where processes share multiprocessors, nor the handle that is another stream in each thread.
-  static bool may_be_first(int device, cudaStream_t stream) {
+  // With other processes, whose kernels may wait for a whole device, too.
+  static bool shares_processors(int device) {
     int shared = 0;
     check(cudaDeviceGetAttribute(&shared, cudaDevAttrMpsEnabled, device), "cudaDeviceGetAttribute");
-    return !shared && stream != cudaStreamPerThread;
+    return shared != 0;
   }
 
   std::mutex mutex_;
