@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
+from qwen_export.bundle_contract import HIDDEN
 from qwen_export.graphs.layer_points import OUTPUT, point_name
 from qwen_export.graphs.passes.pass_context import PassContext
 from qwen_export.graphs.passes.pass_outcome import Outcome
@@ -32,9 +33,12 @@ def chain_steps(model: ir.Model, context: PassContext) -> Outcome:
            each the x of the next, three or more; products and DeltaNet of qwen.native
     Result y1, y3, ... = qwen.native::Chain(x, s, w1, w2, w3, ...)         outputs are the values that others read
 
-    A chain ends where a stage ends. Routers stay apart: what reads them is no part of a chain."""
+    A chain ends where a stage ends. Routers stay apart: what reads them is no part of a chain. The draft head has none: it runs on a stream
+    of its own, and the first stream with a chain keeps others from having any."""
     if "chain" not in context.choices:
         return Outcome.nothing("the backend has no kernel of Chain")
+    if any(value.name == HIDDEN for value in model.graph.inputs):
+        return Outcome.nothing("the draft head has no chains")
     ends = {point_name(start - 1, OUTPUT) for start in context.stage_starts if start > 0}
     return Outcome(join_chains(model.graph, ends))
 

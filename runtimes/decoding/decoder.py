@@ -33,6 +33,11 @@ states, valid until the next call. A call of fixed shape has more rows than toke
 class Follower(Protocol):
     """What keeps up with a decoder and drafts from there: a draft head (`draft_head.py`)."""
 
+    follows: bool
+    """Whether steps are kept up with; where `may_leave`, this may be False."""
+
+    @property
+    def may_leave(self) -> bool: ...
     @property
     def busy_s(self) -> float: ...
     @property
