@@ -342,9 +342,9 @@ bool run(const std::vector<ChainPart<T>>& parts, int M, const Device& device, Ch
     i = end;
   }
   if (bytes == 0) return false;
-  uint8_t* words = memory.get(M, bytes, stream);
   const ChainStart how = memory.start(stream);
-  if (words == nullptr || how == ChainStart::kNever) return false;
+  uint8_t* words = how == ChainStart::kNever ? nullptr : memory.get(M, bytes, stream);
+  if (words == nullptr) return false;
   for (auto& launch : launches) {
     if (launch.planner) {
       launch.planner->launch(words, how, stream);

@@ -5,7 +5,8 @@
 // stream: a kernel of a stream starts only when all blocks of the kernels before it have, and whatever else holds a multiprocessor ends without them, so
 // room comes for all blocks. Chains of two streams do not mix: of two plain ones each could hold a part of the device and wait for the rest for ever, and a
 // cooperative one that waits for all of it keeps back the blocks that a plain one still needs. So one stream of a device, the first that has a chain,
-// launches plainly, and while it has any other streams have none: their products run one by one. Where no stream may be the first all are cooperative.
+// launches plainly, and while it has any other streams have none: their products run one by one. Where processes share
+// multiprocessors all are cooperative.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -24,22 +24,16 @@ class TopLogitsKernel {
     expect(!shape.empty() && 0 < shape.back() && shape.back() < 1 << 30, "TopLogits: logits must be [...,V]");
     const int rows = rows_of(shape), V = static_cast<int>(shape.back()), K = std::min(static_cast<int>(k_), V);
     float* wide = nullptr;
-    if constexpr (kWidens) wide = call.output<float>(2, shape);
+    if constexpr (sizeof(T) == 2) wide = call.output<float>(2, shape);
     shape.back() = K;
     float* values = call.output<float>(0, shape);
     int32_t* ids = call.output<int32_t>(1, shape);
     if (rows == 0) return;
     const Scratch scratch(call, top_logits_scratch(rows, V));
-    const T* logits = call.input<T>(0);
-    if constexpr (kWidens)
-      top_logits(logits, wide, values, ids, rows, V, K, scratch.as<void>(), call.stream());
-    else
-      top_logits(logits, values, ids, rows, V, K, scratch.as<void>(), call.stream());
+    top_logits(call.input<T>(0), wide, values, ids, rows, V, K, scratch.as<void>(), call.stream());
   }
 
  private:
-  static constexpr bool kWidens = sizeof(T) == 2;
-
   int64_t k_;
 };
 

@@ -1,5 +1,7 @@
 #include "top_logits.cuh"
 
+#include <type_traits>
+
 #include "device.cuh"
 
 namespace qwen {
@@ -195,17 +197,16 @@ template <typename T>
 void top_logits(const T* logits, float* wide, float* values, int32_t* ids, int rows, int V, int K, void* scratch, cudaStream_t stream) {
   const int size = part_size(V), parts = (V + size - 1) / size;
   uint64_t* best = static_cast<uint64_t*>(scratch);
+  const float* found;
+  if constexpr (std::is_same<T, float>::value)
+    found = logits;
+  else
+    found = wide;
   launch(part_maxima<T>, dim3((parts + 7) / 8, rows), dim3(256), 0, stream, logits, wide, best, V, size, parts);
-  launch(select, dim3(rows), dim3(kThreads), 0, stream, static_cast<const float*>(wide), best, values, ids, V, size, parts, K);
+  launch(select, dim3(rows), dim3(kThreads), 0, stream, found, best, values, ids, V, size, parts, K);
 }
+template void top_logits(const float*, float*, float*, int32_t*, int, int, int, void*, cudaStream_t);
 template void top_logits(const __half*, float*, float*, int32_t*, int, int, int, void*, cudaStream_t);
 template void top_logits(const __nv_bfloat16*, float*, float*, int32_t*, int, int, int, void*, cudaStream_t);
-
-void top_logits(const float* logits, float* values, int32_t* ids, int rows, int V, int K, void* scratch, cudaStream_t stream) {
-  const int size = part_size(V), parts = (V + size - 1) / size;
-  uint64_t* best = static_cast<uint64_t*>(scratch);
-  launch(part_maxima<float>, dim3((parts + 7) / 8, rows), dim3(256), 0, stream, logits, static_cast<float*>(nullptr), best, V, size, parts);
-  launch(select, dim3(rows), dim3(kThreads), 0, stream, logits, best, values, ids, V, size, parts, K);
-}
 
 }  // namespace qwen

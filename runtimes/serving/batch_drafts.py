@@ -13,8 +13,6 @@ from qwen_export.runtimes.speculation.drafters import LookupDrafter
 
 _FEW_ROWS = 4
 """Rows up to which drafts may pay where a step reads the weights once for all rows, and a verify once for each."""
-
-
 _FOLLOWED = 8
 """Rows up to which a draft head follows steps that draft nothing: it costs a copy for each, and a row to read."""
 
