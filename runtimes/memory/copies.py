@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from qwen_export.runtimes.memory import cuda_memory
+from qwen_export.runtimes.memory import cuda_buffer
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.device import Device
@@ -34,7 +34,7 @@ class DeviceCopies(HostCopies):
     """Copies of at most `nbytes` together, in memory of the device. Raises BundleError where it has too little."""
 
     def __init__(self, nbytes: int, index: int) -> None:
-        self._whole = CudaBuffer("uint8", (nbytes,), index)
+        self._whole, self._index = CudaBuffer("uint8", (nbytes,), index), index
         self._used = 0
 
     def rows(self, source: Buffer, start: int, pitch: int, width: int, height: int) -> Kept:
@@ -46,7 +46,7 @@ class DeviceCopies(HostCopies):
         return made
 
     def done(self) -> None:
-        cuda_memory.wait()
+        cuda_buffer.settle(self._index)
 
 
 def put(target: Buffer, offset: int, pitch: int, kept: Kept, height: int = 1) -> None:
@@ -79,7 +79,7 @@ def put_back(places: Iterable[tuple[Buffer, int, int]]) -> Iterator[None]:
 def settle(device: Device) -> None:
     """Wait for what was put, before a call reads it."""
     if device.kind == "cuda":
-        cuda_memory.wait()
+        cuda_buffer.settle(device.index)
 
 
 def on_host(kept: Kept) -> Bytes:

@@ -46,6 +46,7 @@ class FakeDriver:
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         self.streams: set[int] = set()
+        self.events: set[int] = set()
         self.recordings: dict[int, list[Callable[[], None]]] = {}
         self.launches = 0
         self.connected: set[tuple[int | None, int]] = set()
@@ -261,11 +262,9 @@ class FakeDriver:
         self.connected.add((self.context, context))
         return 0
 
-    def _cuMemcpyPeer(self, target: int, target_context: int, source: int, source_context: int, nbytes: int) -> None:
-        self.check(target, nbytes)
-        self.check(source, nbytes)
+    def _cuMemcpyPeerAsync(self, target: int, target_context: int, source: int, source_context: int, nbytes: int, stream: int) -> None:
         assert (self._owner(target), self._owner(source)) == (target_context, source_context)
-        ctypes.memmove(target, source, nbytes)
+        self._copy(target, source, nbytes, stream, (target, source))
 
     def _cuMemcpy2DUnaligned(self, copy: Any) -> None:
         for row in range(copy.Height):
@@ -300,6 +299,20 @@ class FakeDriver:
 
     def _cuStreamSynchronize(self, stream: int) -> int:
         return _INVALID_VALUE if stream in self._recording else 0
+
+    def _cuEventCreate(self, event: Any, flags: int) -> None:
+        event.value = self._id()
+        self.events.add(event.value)
+
+    def _cuEventDestroy(self, event: int) -> None:
+        self.events.remove(event)
+
+    def _cuEventRecord(self, event: int, stream: int) -> int:
+        assert event in self.events and stream in self.streams
+        return _INVALID_VALUE if stream in self._recording else 0
+
+    def _cuEventSynchronize(self, event: int) -> None:
+        assert event in self.events
 
     def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
         self._recording[stream] = []
