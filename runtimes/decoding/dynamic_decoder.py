@@ -118,15 +118,17 @@ class DynamicDecoder(Decoder):
             pending, stride = self._transaction.gather(slots)
             shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
             call = self._call(shape)
-            rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
-            if self.observer is not None:
-                self.observer(lengths[0], 1, call.results)
+            call.queue(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+            # Bookkeeping while a GPU works. Should the call fail, the sequences are of no defined text anyway.
             for sequence, token in zip(sequences, tokens, strict=True):
                 sequence.tokens.append(token)
                 sequence.open = 0
             self._transaction.accepted[first : first + b] = [0] * b
             if self.head is not None and self._hidden:
                 self.head.end_step(slots, self._hidden[0])
+            rows = call.finish()
+            if self.observer is not None:
+                self.observer(lengths[0], 1, call.results)
         return rows
 
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
@@ -157,13 +159,12 @@ class DynamicDecoder(Decoder):
             call = self._call(shape)
             if one.features is not None and self._features is not None:
                 self._features.write(as_bytes(one.features))
+            begin = sequences[0].length
             if b == 1:
-                rows = self._launch(call, shape, one.ids, counts, places=one.places)
+                self._queue(call, shape, one.ids, counts, places=one.places)
             else:
                 ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
-                rows = self._launch(call, shape, ids, counts, [read.logits for read in reads])
-            if self.observer is not None:
-                self.observer(sequences[0].length, T, call.results)
+                self._queue(call, shape, ids, counts, [read.logits for read in reads])
             for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
                 if self.head is not None and read.features is not None:
                     self.head.see(slot, sequence.length, read.features, read.places)
@@ -174,9 +175,12 @@ class DynamicDecoder(Decoder):
                     self._transaction.opened(slot, pending, len(read.ids))
                 if self.head is not None and self._hidden:
                     self.head.append(slot, self._hidden[0], place * T, len(read.ids))
+            rows = call.finish()
+            if self.observer is not None:
+                self.observer(begin, T, call.results)
         return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
-    def _launch(
+    def _queue(
         self,
         call: BoundCall,
         shape: CallShape,
@@ -184,9 +188,9 @@ class DynamicDecoder(Decoder):
         counts: Sequence[int],
         logits: Sequence[int] | None = None,
         places: Sequence[int] = (),
-    ) -> Rows:
+    ) -> None:
         slots = range(shape.first, shape.first + shape.b)
-        return call.run(
+        call.queue(
             ids,
             [self.sequences[slot].length for slot in slots],
             logits and wanted_rows(shape.T, counts, logits, shape.rows),
@@ -381,7 +385,8 @@ class DynamicDecoder(Decoder):
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
         places += [place for slot in slots for place in self._transaction.held(slot).values()]
         with put_back(places):
-            self._launch(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
+            self._queue(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
+            call.finish()
 
     def _bound(self, shape: CallShape) -> BoundCall:
         dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride, "K": shape.features}
