@@ -137,6 +137,13 @@ class Decoder(ABC):
         rows = self.run([Read(first + place, (token,)) for place, token in enumerate(tokens)])
         return rows[0] if len(rows) == 1 else JoinedRows(rows)
 
+    def launch(self, tokens: Sequence[int], first: int = 0) -> Callable[[], Rows]:
+        """The first half of `advance`: the call is on its way where a GPU runs it, and the second half, which is returned, waits for the
+        rows. It must follow before anything else is done with these slots: they are not settled until then. Raises as `advance`, now or in
+        the second half."""
+        rows = self.advance(tokens, first)
+        return lambda: rows
+
     def prefill(self, ids: Sequence[int], slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
         Logits are valid until the next call."""

@@ -8,7 +8,7 @@ piece of memory: no padding, and a call touches no other sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -102,34 +102,41 @@ class DynamicDecoder(Decoder):
         return results
 
     def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+        return self.launch(tokens, first)()
+
+    def launch(self, tokens: Sequence[int], first: int = 0) -> Callable[[], Rows]:
         b, slots = len(tokens), range(first, first + len(tokens))
         sequences = self.sequences[first : first + b]
         usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
-        if not usable or self.tables.any_own(slots) or not all(sequence.settled for sequence in sequences):
-            return super().advance(tokens, first)
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        if max(lengths) >= self.capacity:
-            return super().advance(tokens, first)
+        lengths = [len(sequence.tokens) for sequence in sequences if sequence.settled]
+        if not usable or len(lengths) < b or max(lengths) >= self.capacity or self.tables.any_own(slots):
+            rows = super().advance(tokens, first)
+            return lambda: rows
         self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
         self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
-        with Change(sequences):
-            if self.head is not None:
-                self.head.begin_step(slots)
-            pending, stride = self._transaction.gather(slots)
-            shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
-            call = self._call(shape)
-            call.queue(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
-            # Bookkeeping while a GPU works. Should the call fail, the sequences are of no defined text anyway.
-            for sequence, token in zip(sequences, tokens, strict=True):
-                sequence.tokens.append(token)
-                sequence.open = 0
-            self._transaction.accepted[first : first + b] = [0] * b
-            if self.head is not None and self._hidden:
-                self.head.end_step(slots, self._hidden[0])
+        change = Change(sequences)
+        change.begin()
+        if self.head is not None:
+            self.head.begin_step(slots)
+        pending, stride = self._transaction.gather(slots)
+        call = self._call(CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width))
+        call.queue(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+        # Bookkeeping while a GPU works. Should the call fail, the sequences are of no defined text anyway.
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.tokens.append(token)
+            sequence.open = 0
+        self._transaction.accepted[first : first + b] = [0] * b
+        if self.head is not None and self._hidden:
+            self.head.end_step(slots, self._hidden[0])
+
+        def landed() -> Rows:
             rows = call.finish()
             if self.observer is not None:
                 self.observer(lengths[0], 1, call.results)
-        return rows
+            change.end()
+            return rows
+
+        return landed
 
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""

@@ -70,9 +70,7 @@ class CudaBuffer(Buffer):
         use_device(self.index)
         with self._stream.turn:
             if isinstance(other, CudaBuffer) and other.index != self.index:  # the other device's calls have ended
-                cuda_memory.copy_between(
-                    self.address + offset, self.index, other.address + start, other.index, nbytes, self._stream.handle
-                )
+                cuda_memory.copy_between(self.address + offset, self.index, other.address + start, other.index, nbytes, self._stream.handle)
             else:
                 cuda_memory.copy_later(self.address + offset, other.address + start, nbytes, self._stream.handle)
 

@@ -1,7 +1,7 @@
 """A queue of work on one device, and work that is recorded once and started as one (a CUDA graph).
 
-All work on a device that calls have in common (ONNX Runtime's graphs, copies, recordings) is queued on one stream, `device_stream`. So it runs
-in the order in which it was queued, whatever threads queue it, and nobody waits for what only other work on the device needs.
+Graphs that ONNX Runtime runs, copies and recordings of one device are queued on one stream, `device_stream`. So they run in the order in
+which they were queued, whatever threads queue them, and nobody waits for what only other work on the device needs.
 """
 
 from __future__ import annotations

@@ -239,6 +239,7 @@ class RecordedCall(OnnxRuntimeCall):
         self._copies_in: list[tuple[int, HostBuffer, int]] = []
         self._copies_out: list[tuple[HostBuffer, int, int]] = []
         self._recording: Recording | None = None
+        self._began = 0.0
 
     def send(self, target: Buffer, source: HostBuffer) -> None:
         self._copies_in.append((target.address, source, source.nbytes))
@@ -257,8 +258,8 @@ class RecordedCall(OnnxRuntimeCall):
         self.run()
 
     def queue(self) -> None:
-        session, started = self._session, time.perf_counter()
-        session.enter_device()
+        self._began = time.perf_counter()
+        self._session.enter_device()
         with self._stream.turn:
             if self._recording is not None:
                 self._recording.launch()
@@ -267,13 +268,11 @@ class RecordedCall(OnnxRuntimeCall):
                 self._stream.synchronize()
                 self._recording = self._stream.record(self._queue, may_allocate=True)
             self._done.record()
-        session.busy_s += time.perf_counter() - started
 
     def finish(self) -> None:
-        session, started = self._session, time.perf_counter()
-        session.enter_device()
+        self._session.enter_device()
         self._done.wait()
-        session.busy_s += time.perf_counter() - started
+        self._session.busy_s += time.perf_counter() - self._began
 
     def _queue(self) -> None:
         for target, source, nbytes in self._copies_in:
