@@ -31,7 +31,7 @@ from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes, as_bytes
-from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back, settle
+from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back
 
 _LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
@@ -101,21 +101,16 @@ class DynamicDecoder(Decoder):
                 results[index] = rows
         return results
 
-    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
-        return self.launch(tokens, first)()
-
     def launch(self, tokens: Sequence[int], first: int = 0) -> Callable[[], Rows]:
         b, slots = len(tokens), range(first, first + len(tokens))
         sequences = self.sequences[first : first + b]
         usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
         lengths = [len(sequence.tokens) for sequence in sequences if sequence.settled]
         if not usable or len(lengths) < b or max(lengths) >= self.capacity or self.tables.any_own(slots):
-            rows = super().advance(tokens, first)
-            return lambda: rows
+            return super().launch(tokens, first)
         self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
         self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
-        change = Change(sequences)
-        change.begin()
+        change = Change(sequences).begin()
         if self.head is not None:
             self.head.begin_step(slots)
         pending, stride = self._transaction.gather(slots)
@@ -289,7 +284,6 @@ class DynamicDecoder(Decoder):
         places = {name: (buffer, slot * buffer.row_bytes, buffer.row_bytes) for name, buffer in fixed.items()} | pending
         copies = self._copies(sum(nbytes for _, _, nbytes in places.values()), on_device)
         copied = {name: copies.rows(buffer, offset, 0, nbytes, 1) for name, (buffer, offset, nbytes) in places.items()}
-        copies.done()
         return Mark(
             tuple(sequence.tokens),
             {name: copied[name] for name in fixed},
@@ -308,7 +302,6 @@ class DynamicDecoder(Decoder):
             else:
                 buffer.zero(slot * buffer.row_bytes, buffer.row_bytes)
         self._transaction.load(slot, mark.accepted, mark.pending)
-        settle(self.session.device)
         self.tables.restore(slot, mark.positions)
 
     def _save_caches(self, slot: int, start: int, on_device: bool) -> dict[str, Kept]:
@@ -319,14 +312,12 @@ class DynamicDecoder(Decoder):
         for name, (buffer, heads, run, width) in layouts.items():
             kept = copies.rows(buffer, slot * buffer.row_bytes + start * width, run, count * width, heads)
             made[name] = kept if isinstance(kept, Buffer) else kept.reshape(heads, count, width)
-        copies.done()
         return made
 
     def _load_caches(self, piece: CachePiece, slot: int) -> None:
         for name, buffer in self._caches().items():
             heads, run, width = self._layout(buffer)
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
-        settle(self.session.device)
 
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
         """Where states are on several devices, copies go through the host."""
@@ -385,8 +376,7 @@ class DynamicDecoder(Decoder):
         return call
 
     def _record(self, call: BoundCall, shape: CallShape) -> None:
-        """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
-        in them."""
+        """Recording runs the graph. What that changes is put back: the states of the call's slots, and what is pending in them."""
         slots = range(shape.first, shape.first + shape.b)
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]

@@ -11,7 +11,6 @@ from typing import Literal, NamedTuple
 from qwen_export.errors import ContextOverflow
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
-from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.sampling.logprobs import PromptRecorder
 from qwen_export.runtimes.sampling.sampler import Sampler
@@ -149,8 +148,7 @@ def plain_rounds(reuse: PrefixReuse, request: Request, statistics: Statistics, h
     def following(token: int) -> Round:
         history.push(token)
         request.sampler.ahead(history)
-        [rows] = decoder.run([Read(slot, (token,))])
-        return Round([request.sampler.sample(rows[0], history)])
+        return Round([request.sampler.sample(decoder.advance((token,), slot)[0], history)])
 
     return following
 

@@ -97,9 +97,10 @@ class Change:
     def __init__(self, sequences: Sequence[SequenceState]) -> None:
         self._sequences = sequences
 
-    def begin(self) -> None:
+    def begin(self) -> Change:
         for sequence in self._sequences:
             sequence.settled = False
+        return self
 
     def end(self) -> None:
         for sequence in self._sequences:

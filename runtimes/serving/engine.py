@@ -13,7 +13,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
@@ -219,8 +218,7 @@ class Engine(Answering):
         except Exception as error:
             with self._lock:
                 self._error = error
-        with suppress(Exception):
-            self._runner.ahead.land()
+        self._runner.ahead.abandon()
         for call in list(self._calls.values()):
             self._end(call, self._closing or "error", self._error and ended_by(self._error))
         with self._lock:  # what arrived meanwhile

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
@@ -69,6 +70,11 @@ class StepAhead:
             return []
         rows = landing()
         return [rows[place] for place in self._places]
+
+    def abandon(self) -> None:
+        """Wait for the step, whatever comes of it."""
+        with suppress(Exception):
+            self.land()
 
 
 def _goes_on(call: ServedCall, token: int | Exception) -> bool:
