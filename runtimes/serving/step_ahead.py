@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
@@ -50,8 +51,8 @@ class StepAhead:
         try:
             self.clear(group)
             self._landing = self._decoder.launch([token for token in ids if isinstance(token, int)], first)
-        except Exception:  # the step that is planned meets it again, and its calls end with it
-            return
+        except Exception as error:
+            self._landing = partial(_raise, error)  # the tokens that are there are given out first
         self.group, self.calls = group, calls
         self._places = [place for place, one in enumerate(group) if not isinstance(one, int)]
 
@@ -75,6 +76,10 @@ class StepAhead:
         """Wait for the step, whatever comes of it."""
         with suppress(Exception):
             self.land()
+
+
+def _raise(error: Exception) -> Rows:
+    raise error
 
 
 def _goes_on(call: ServedCall, token: int | Exception) -> bool:

@@ -29,7 +29,7 @@ _BEHIND = 64
 
 class StepRunner:
     """`chosen(call, tokens)` takes the tokens that a step made for a call, `failed(call, error)` what ended it instead. `moved(call)` is
-    called when a part of a call's text has been read, before a token is chosen."""
+    called when a part of a call's text has been read, before a token is chosen. `same` as in `StepAhead`."""
 
     def __init__(
         self,
@@ -41,9 +41,7 @@ class StepRunner:
         stall: float = STALL,
         same: Callable[[int], bool] | None = None,
     ) -> None:
-        """`same` as in `StepAhead`; None where a call returns when it is done."""
-        self.ahead = StepAhead(decoder, same)
-        self.decoder, self.budget = decoder, ChunkBudget(decoder.chunk, stall)
+        self.decoder, self.budget, self.ahead = decoder, ChunkBudget(decoder.chunk, stall), StepAhead(decoder, same)
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
@@ -75,7 +73,10 @@ class StepRunner:
             for call in calls:
                 self._failed(call, error)
             return calls
-        self.budget.observe(len(calls), time.perf_counter() - ahead.began, ())
+        seconds = time.perf_counter() - ahead.began
+        self.budget.observe(len(calls), seconds, ())
+        if self._drafts is not None:
+            self._drafts.observe(0, [(0, 0)] * len(calls), seconds)
         self._choose(calls, results, ahead.group)
         return calls
 
@@ -96,7 +97,7 @@ class StepRunner:
         verified = self._verified(calls, drafts)
         groups = self._groups([call for call in calls if call not in verified], reading)
         for group in groups:
-            kept += [(0, 0)] * self._run_group(group, alone=len(groups) == 1 and self._drafts is None)
+            kept += [(0, 0)] * self._run_group(group, alone=len(groups) == 1 and not drafts)
         for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
             kept += self._verify(group, drafts)
         if not longest and head is not None and head.follows:
@@ -243,7 +244,7 @@ class StepRunner:
                 ended.append(call)
                 rows.append(row)
         tokens = choose(rows, ended)
-        if group and len(ended) == len(calls):
+        if group and len(ended) == len(calls) and self._plain(calls):
             self.ahead.launch(group, calls, tokens)
         for call, token in zip(ended, tokens, strict=True):
             if isinstance(token, Exception):
@@ -254,6 +255,13 @@ class StepRunner:
                 call.statistics.speculation.tokens += 1
             call.history.push(token)
             self._chosen(call, [token])
+
+    def _plain(self, calls: Sequence[ServedCall]) -> bool:
+        """Whether the next step has no drafts and leaves none of its calls far behind the draft head."""
+        if self._drafts is not None and self._drafts.length(len(calls)):
+            return False
+        head = self.decoder.head
+        return head is None or not head.follows or all(head.behind(call.slot) < _BEHIND for call in calls)
 
     def _verify(self, group: Sequence[ServedCall | int], drafts: Mapping[int, Sequence[Draft]]) -> list[tuple[int, int]]:
         """The last token of these and their drafts; returns how many drafts each had, and how many were kept. Slots that only fill the call
@@ -358,8 +366,7 @@ class StepRunner:
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
         """Read a text up to a position; returns the number of tokens read."""
         decoder, slot = self.decoder, call.slot
-        begin = decoder.sequences[slot].length
-        count = stop_at - begin
+        begin, count = decoder.sequences[slot].length, self._left(call, stop_at)
         if count <= 0:  # a step of others has read it
             return 0
         last = begin + count == len(call.text)
