@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from qwen_export.errors import BundleError, QwenExportError
 from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.decoding.decoder import Decoder
-from qwen_export.runtimes.decoding.generation import Request
+from qwen_export.runtimes.decoding.generation import Request, Statistics
 from qwen_export.runtimes.memory.buffers import as_bytes
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_stream import device_stream
@@ -105,6 +107,23 @@ def test_what_other_threads_do_is_not_recorded(driver: FakeDriver) -> None:
     buffer.zero(0, 8)
     recorded.launch()
     assert not buffer.read().any()
+
+
+def test_an_answer_that_its_reader_ends(demo_bundle: Path, driver: FakeDriver) -> None:
+    """The round that is under way then is waited for, and the next answer is what it would be anyway."""
+
+    def answers(model: Model) -> list[list[int]]:
+        vocabulary, made = model.manifest.model["vocab_size"], []
+        for seed, wanted, stops in ((1, 4, ()), (2, 9, ()), (1, 9, (0, 1, 2)), (1, 3, ())):
+            sampling = SamplingParams(temperature=0.9, top_k=20, seed=seed)
+            request = Request([*PROMPT, *chain(*made)], Sampler(sampling, vocabulary), stops, 8)
+            with closing(model.generate(request, Statistics())) as tokens:
+                made.append(list(islice(tokens, wanted)))
+        return made
+
+    expected = answers(load(demo_bundle, threads=1, max_context=128, speculate="off"))
+    with cuda_sessions(), load(demo_bundle, device="cuda", threads=1, max_context=128, speculate="off") as model:
+        assert answers(model) == expected and list(map(len, expected)) == [4, 8, 8, 3]
 
 
 def test_steps_that_are_launched_ahead_change_no_answer(demo_bundle: Path, model: Model) -> None:
