@@ -83,13 +83,14 @@ class BoundCall:
         B, self._T, self._cache_rows = dims["B"], dims["T"], dims["S"]
         self.recorded = repeated and session.records
         changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
+        self._copies = self.recorded and not session.device.is_host
         make = None if session.device.is_host else session.shared
-        self._controls = Controls(make, changing, HOST_INPUTS, PinnedBuffer if self.recorded else HostBuffer)
-        if self.recorded and self._controls.read is not None:
+        self._controls = Controls(make, changing, HOST_INPUTS, PinnedBuffer if self._copies else HostBuffer)
+        if self._copies and self._controls.read is not None:
             self._call.send(self._controls.read, self._controls.written)
         for spec in session.spec.inputs:
             self._call.bind_input(spec.name, inputs[spec.name] if spec.name in inputs else self._controls.buffers[spec.name])
-        self.results, self._logits = logits.take(dims, slot, self._call if self.recorded else None)
+        self.results, self._logits = logits.take(dims, slot, self._call if self._copies else None)
         """Those outputs by name, as buffers."""
         for spec in session.spec.outputs:
             if spec.name not in outputs and spec.name not in self.results:
@@ -136,5 +137,5 @@ class BoundCall:
         for name, value in controls.items():
             if value:
                 write(name, value)
-        if not self.recorded:
+        if not self._copies:
             self._controls.send()

@@ -18,7 +18,7 @@ class PinnedMemory:
     def __init__(self, nbytes: int) -> None:
         self.address = cuda_memory.allocate_pinned(nbytes)
         memory = (ctypes.c_uint8 * max(1, nbytes)).from_address(self.address)
-        weakref.finalize(memory, cuda_memory.free_pinned, self.address).atexit = False  # type: ignore[misc]
+        weakref.finalize(memory, cuda_memory.free_pinned, self.address).atexit = False
         self.array: Bytes = np.ctypeslib.as_array(memory)[:nbytes]
 
 
