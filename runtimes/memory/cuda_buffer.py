@@ -10,7 +10,7 @@ import numpy as np
 from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer, Bytes
 from qwen_export.runtimes.memory.cuda_driver import use_device
-from qwen_export.runtimes.memory.cuda_stream import device_stream
+from qwen_export.runtimes.memory.cuda_stream import Stream, device_stream
 
 
 def settle(index: int) -> None:
@@ -23,14 +23,23 @@ def settle(index: int) -> None:
 
 class CudaBuffer(Buffer):
     """`index`: which GPU. Every operation names it to the driver first, since the backend may have chosen another one in between, and is
-    queued on the device's stream: behind the calls before it, and in front of those after it."""
+    queued on the device's stream: behind the calls before it, and in front of those after it. `stream`: another one, for memory that
+    only calls beside those have."""
 
-    def __init__(self, dtype: str, shape: tuple[int, ...], index: int = 0, whole: CudaBuffer | None = None, offset: int = 0) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        shape: tuple[int, ...],
+        index: int = 0,
+        whole: CudaBuffer | None = None,
+        offset: int = 0,
+        stream: Stream | None = None,
+    ) -> None:
         super().__init__(dtype, shape)
         self.index = index
         self._whole, self._offset = whole, offset
         use_device(index)
-        self._stream = device_stream(index)
+        self._stream = stream or device_stream(index)
         self.address = self._allocate() if whole is None else whole.address + offset
         self._pinned: Bytes | None = None
 
@@ -86,10 +95,10 @@ class CudaBuffer(Buffer):
         return self._pinned
 
     def alike(self, nbytes: int) -> CudaBuffer:
-        return CudaBuffer("uint8", (nbytes,), self.index)
+        return CudaBuffer("uint8", (nbytes,), self.index, stream=self._stream)
 
     def part(self, dtype: str, shape: tuple[int, ...], offset: int = 0) -> CudaBuffer:
-        return CudaBuffer(dtype, shape, self.index, self, offset)
+        return CudaBuffer(dtype, shape, self.index, self, offset, self._stream)
 
     def _locked(self) -> Bytes:
         """Pinned memory for the contents; that of the whole, where this is a part."""

@@ -19,6 +19,7 @@ from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
 from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.bound_weights import BoundWeights
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.cuda_stream import Event, Recording, Stream, device_stream
 from qwen_export.runtimes.memory.device import Device
@@ -89,6 +90,7 @@ class OnnxRuntimeSession(LateSession):
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         self.stream = device_stream(device.index) if device.kind == "cuda" and not tower else None
         """What the graph runs on, where calls share it with copies and other graphs."""
+        self._beside = Stream(device.index) if device.kind == "cuda" and tower else None
         providers = _providers(ort, device, self.stream)
         if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
             _require_one_gpu(device.index, str(path))
@@ -154,6 +156,8 @@ class OnnxRuntimeSession(LateSession):
         return self.device.kind == "cuda"
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        if self._beside is not None:
+            return CudaBuffer(dtype, shape, self.device.index, stream=self._beside)
         return self.device.buffer(dtype, shape)
 
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
