@@ -276,7 +276,7 @@ class Engine(Answering):
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
         self.statistics.step_began = time.monotonic()
-        rows, parts = (self._runner.land(), ()) if self._runner.ahead.flies else self._planned()
+        rows, parts = self._runner.land() if self._runner.ahead.flies else self._planned()
         scheduler, sequences, numbers = self._scheduler, self._decoder.sequences, self.statistics
         for call in (*rows, *parts):
             if call.statistics.finish:

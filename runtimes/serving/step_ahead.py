@@ -46,7 +46,8 @@ class StepAhead:
             return
         made = iter(tokens)
         ids = [0 if isinstance(one, int) else next(made) for one in group]
-        first = group[0] if isinstance(group[0], int) else group[0].slot
+        foremost = group[0]
+        first = foremost if isinstance(foremost, int) else foremost.slot
         self.began = time.perf_counter()
         try:
             self.clear(group)

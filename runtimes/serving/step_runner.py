@@ -64,21 +64,21 @@ class StepRunner:
                 spent.append((read, time.perf_counter() - began - (decoder.binding_s - bound)))
         self.budget.observe(len(rows), rows_s, spent)
 
-    def land(self) -> Sequence[ServedCall]:
-        """As `run` for a step that was launched ahead; returns its calls."""
+    def land(self) -> tuple[Sequence[ServedCall], Sequence[ServedCall]]:
+        """As `run` for a step that was launched ahead; returns the calls of its rows, and none of parts."""
         ahead, calls = self.ahead, self.ahead.calls
         try:
             results = ahead.land()
         except Exception as error:
             for call in calls:
                 self._failed(call, error)
-            return calls
+            return calls, ()
         seconds = time.perf_counter() - ahead.began
         self.budget.observe(len(calls), seconds, ())
         if self._drafts is not None:
             self._drafts.observe(0, [(0, 0)] * len(calls), seconds)
         self._choose(calls, results, ahead.group)
-        return calls
+        return calls, ()
 
     # ---- rows ----
 
