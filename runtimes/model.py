@@ -315,7 +315,6 @@ class Model:
     def generate(self, request: Request, statistics: Statistics) -> Generator[int, None, None]:
         """The tokens that follow a prompt of token ids, with drafts as chosen at `load`. Ends an answer that is being made; what the
         prompt shares with the last one is not read again."""
-        self._require_open()
         self._end_running("superseded")
         with self._turn:
             self._end_running("superseded")  # that of another thread which was faster
@@ -356,11 +355,12 @@ class Model:
 
     def warm(self) -> None:
         """Do now what would otherwise happen once, in the first answers: on a GPU kernels are loaded or compiled, calls recorded and
-        prompts of every size read. For programs that load a bundle before the first request."""
+        prompts of every size read. For programs that load a bundle before the first request; nothing while an answer is being made."""
         self._require_open()
         with self._turn:
-            self._conversation.decoder.warm(self.longest_draft)
-            read_every_size(self._conversation.decoder)
+            if self._running is None or self._running.statistics.finish:  # else its next step may be under way
+                self._conversation.decoder.warm(self.longest_draft)
+                read_every_size(self._conversation.decoder)
 
     @property
     def drafts(self) -> Speculate:

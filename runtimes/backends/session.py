@@ -8,6 +8,7 @@ from typing import Protocol
 from qwen_export.manifest import GraphSpec
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 
 class Call(Protocol):
@@ -23,11 +24,20 @@ class Call(Protocol):
         """Do now what the first runs do besides running, such as compiling and recording. The call may run once for that: the controls
         must commit nothing, and place new cache rows after those that were read."""
 
+    def send(self, target: Buffer, source: HostBuffer) -> None:
+        """Every run begins by copying locked memory of the host to the device. For calls that are recorded."""
+
+    def fetch(self, target: HostBuffer, source: Buffer) -> None:
+        """Every run ends by copying results to locked memory of the host, likewise. They are there when the run has been waited for."""
+
+    def queue(self) -> None:
+        """Begin to run; what is queued on the device afterwards comes behind it. `run`, where a call cannot be waited for later."""
+
     def start(self) -> None:
-        """Begin to run. Where calls do not overlap this is `run`. Raises as `run` does, now or in `finish`."""
+        """Begin to run, maybe in other threads. Where calls do not overlap this is `run`. Raises as `run` does, now or in `finish`."""
 
     def finish(self) -> None:
-        """Wait for the end of what was started."""
+        """Wait for the end of what was started or queued."""
 
     def run(self) -> None:
         """Run and wait. Raises BundleError when the backend fails; what the call writes is undefined then."""

@@ -16,6 +16,7 @@ from qwen_export.manifest import GraphSpec
 from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 from qwen_export.runtimes.memory.mirrored_buffer import MirroredBuffer
 from qwen_export.stages import joined, links
 
@@ -133,6 +134,17 @@ class StagedCall:
         number = next(number for number, names in enumerate(self._outputs) if name in names)
         self._calls[number].bind_output(name, buffer)
 
+    def send(self, target: Buffer, source: HostBuffer) -> None:
+        """The first stage on each device does it for those behind."""
+        devices = [stage.device for stage in self._session.stages]
+        for number, device in enumerate(devices):
+            if device not in devices[:number]:
+                self._calls[number].send(target.on(device.kind, device.index), source)
+
+    def fetch(self, target: HostBuffer, source: Buffer) -> None:
+        """Of the last stage, which has the logits."""
+        self._calls[-1].fetch(target, source)
+
     def _bind_links(self, B: int, T: int) -> None:
         stages = self._session.stages
         for name, maker in self._session.links.items():
@@ -161,6 +173,9 @@ class StagedCall:
                 self._run_stage(number)
         finally:
             self._session.busy_s += time.perf_counter() - started
+
+    def queue(self) -> None:
+        self.run()
 
     def stop(self) -> None:
         for call in self._calls:

@@ -11,6 +11,7 @@ from typing import Any
 from qwen_export.errors import QwenExportError
 from qwen_export.runtimes.memory.buffers import Buffer
 from qwen_export.runtimes.memory.device import Device
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 
 
 class WholeSession(ABC):
@@ -83,6 +84,15 @@ class WholeCall(ABC):
 
     @abstractmethod
     def run(self) -> None: ...
+
+    def send(self, target: Buffer, source: HostBuffer) -> None:
+        raise NotImplementedError(type(self).__name__)
+
+    def fetch(self, target: HostBuffer, source: Buffer) -> None:
+        raise NotImplementedError(type(self).__name__)
+
+    def queue(self) -> None:
+        self.run()
 
     def start(self) -> None:
         self.run()

@@ -7,10 +7,12 @@ from math import prod
 
 from qwen_export.manifest import TensorSpec
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_session import HOST_INPUTS
-from qwen_export.runtimes.backends.session import Session
+from qwen_export.runtimes.backends.session import Call, Session
 from qwen_export.runtimes.decoding.controls import Controls
 from qwen_export.runtimes.decoding.logit_rows import TOP_IDS, TOP_LOGITS, LogitsBuffers, Rows
 from qwen_export.runtimes.memory.buffers import Buffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
+from qwen_export.runtimes.memory.pinned_memory import PinnedBuffer
 
 
 class LogitsMemory:
@@ -22,16 +24,21 @@ class LogitsMemory:
         self._specs = {spec.name: spec for spec in session.spec.outputs if spec.name in ("logits", TOP_LOGITS, TOP_IDS)}
         self._all: Buffer | None = None
 
-    def take(self, dims: Mapping[str, int], slot: int) -> tuple[dict[str, Buffer], LogitsBuffers]:
-        """Buffers of a call with these dims whose first sequence is in `slot`, by output."""
+    def take(self, dims: Mapping[str, int], slot: int, call: Call | None) -> tuple[dict[str, Buffer], LogitsBuffers]:
+        """Buffers of a call with these dims whose first sequence is in `slot`, by output. `call`: it brings the largest logits to the host
+        itself, None: they are copied when they are read."""
         shapes = {name: sizes(spec, dims) for name, spec in self._specs.items()}
         made = {"logits": self._logits(self._specs["logits"].dtype, shapes["logits"], slot)}
         largest: Buffer | None = None
+        fetched: PinnedBuffer | None = None
         if TOP_IDS in shapes:
             largest = self._device.buffer("int32", (2, *shapes[TOP_IDS]))
+            if call is not None and largest.nbytes:
+                fetched = PinnedBuffer("int32", largest.shape)
+                call.fetch(fetched, largest)
             made[TOP_LOGITS] = largest.part(self._specs[TOP_LOGITS].dtype, shapes[TOP_LOGITS])
             made[TOP_IDS] = largest.part("int32", shapes[TOP_IDS], largest.nbytes // 2)
-        return made, LogitsBuffers(made["logits"], made.get(TOP_LOGITS), made.get(TOP_IDS), largest)
+        return made, LogitsBuffers(made["logits"], made.get(TOP_LOGITS), made.get(TOP_IDS), largest, fetched)
 
     def _logits(self, dtype: str, shape: tuple[int, ...], slot: int) -> Buffer:
         place = slot * self._rows
@@ -76,10 +83,14 @@ class BoundCall:
         B, self._T, self._cache_rows = dims["B"], dims["T"], dims["S"]
         self.recorded = repeated and session.records
         changing = {spec.name: (spec.dtype, sizes(spec, dims)) for spec in session.spec.inputs if spec.name not in inputs}
-        self._controls = Controls(None if session.device.is_host else session.shared, changing, HOST_INPUTS)
+        self._copies = self.recorded and not session.device.is_host
+        make = None if session.device.is_host else session.shared
+        self._controls = Controls(make, changing, HOST_INPUTS, PinnedBuffer if self._copies else HostBuffer)
+        if self._copies and self._controls.read is not None:
+            self._call.send(self._controls.read, self._controls.written)
         for spec in session.spec.inputs:
             self._call.bind_input(spec.name, inputs[spec.name] if spec.name in inputs else self._controls.buffers[spec.name])
-        self.results, self._logits = logits.take(dims, slot)
+        self.results, self._logits = logits.take(dims, slot, self._call if self._copies else None)
         """Those outputs by name, as buffers."""
         for spec in session.spec.outputs:
             if spec.name not in outputs and spec.name not in self.results:
@@ -96,8 +107,15 @@ class BoundCall:
         self._call.run()
         return self._logits.rows()
 
+    def queue(self, ids: Sequence[int], lengths: Sequence[int], rows: Sequence[int] | None = None, **controls: Sequence[int]) -> None:
+        """Begin what `run` does: copies that follow see what the call leaves. `finish` waits, and returns the logits; it must follow before
+        the call is used again."""
+        self._write(ids, lengths, rows, controls)
+        self._call.queue()
+
     def start(self, ids: Sequence[int], lengths: Sequence[int], **controls: Sequence[int]) -> None:
-        """Begin what `run` does, with the last rows of each sequence. `finish` must follow before the call is used again."""
+        """Begin what `run` does, with the last rows of each sequence, beside other calls: nothing may rely on what it leaves before
+        `finish`."""
         self._write(ids, lengths, None, controls)
         self._call.start()
 
@@ -119,4 +137,5 @@ class BoundCall:
         for name, value in controls.items():
             if value:
                 write(name, value)
-        self._controls.send()
+        if not self._copies:
+            self._controls.send()

@@ -1,4 +1,5 @@
-"""What changes from run to run of a call (token ids, lengths, ...): integers in one piece of memory, which one copy moves to a device."""
+"""What changes from run to run of a call (token ids, lengths, ...): integers in one piece of memory, which one copy moves to a device.
+Calls that are recorded have that copy in their recording."""
 
 from __future__ import annotations
 
@@ -21,17 +22,21 @@ class Controls:
         make: Callable[[str, tuple[int, ...]], Buffer] | None,
         specs: Mapping[str, tuple[str, tuple[int, ...]]],
         on_host: Sequence[str] = (),
+        host: Callable[[str, tuple[int, ...]], HostBuffer] = HostBuffer,
     ) -> None:
+        """`host` makes the memory that `set` writes to."""
         starts, end = {}, 0
         for name, (dtype, shape) in specs.items():
             starts[name] = end
             end += -(-prod(shape) * ELEMENTS[dtype][0] // _ALIGNED) * _ALIGNED
-        host = HostBuffer("uint8", (end,))
-        self._whole: Buffer | None = make("uint8", (end,)) if make is not None else None
-        self._host, self._changed = host, False
-        self._written = {name: host.part(dtype, shape, starts[name]) for name, (dtype, shape) in specs.items()}
+        self.written = host("uint8", (end,))
+        """All of it, on the host."""
+        self.read: Buffer | None = make("uint8", (end,)) if make is not None else None
+        """The same on the device."""
+        self._changed = False
+        self._written = {name: self.written.part(dtype, shape, starts[name]) for name, (dtype, shape) in specs.items()}
         self.buffers: dict[str, Buffer] = {
-            name: self._written[name] if self._whole is None or name in on_host else self._whole.part(dtype, shape, starts[name])
+            name: self._written[name] if self.read is None or name in on_host else self.read.part(dtype, shape, starts[name])
             for name, (dtype, shape) in specs.items()
         }
         """Where a graph reads them."""
@@ -43,7 +48,7 @@ class Controls:
             self._changed = True
 
     def send(self) -> None:
-        """Before a run: what was set, to where the graph reads it."""
-        if self._changed and self._whole is not None:
-            self._whole.write(self._host.contents())
+        """Before a run that does not do it itself: what was set, to where the graph reads it."""
+        if self._changed and self.read is not None:
+            self.read.write(self.written.contents())
         self._changed = False

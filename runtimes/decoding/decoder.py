@@ -98,9 +98,8 @@ class Decoder(ABC):
                 fix=self.limit[1] if self.capacity > longest else "Raise {max_context}.",
             )
         if batch < 1:
-            raise ParameterError(
-                "a decoder needs at least one slot", parameter="batch", got=batch, expected="1 or more", fix="Raise {batch}."
-            )
+            what = "a decoder needs at least one slot"
+            raise ParameterError(what, parameter="batch", got=batch, expected="1 or more", fix="Raise {batch}.")
         self.sequences = [SequenceState() for _ in range(batch)]
         self._vocabulary = int(manifest.model["vocab_size"])
         self._slots = frozenset(range(batch))
@@ -134,8 +133,13 @@ class Decoder(ABC):
     def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
         """One more token for each of neighboring slots, from `first` on: what `run` does with a read of one token for each, in less time
         on the host. Row i is that of slot `first + i`."""
+        return self.launch(tokens, first)()
+
+    def launch(self, tokens: Sequence[int], first: int = 0) -> Callable[[], Rows]:
+        """The first half of `advance`: a GPU is at work on the call. The second half, which is returned, waits for the rows; before that
+        these slots are not settled. Either may raise."""
         rows = self.run([Read(first + place, (token,)) for place, token in enumerate(tokens)])
-        return rows[0] if len(rows) == 1 else JoinedRows(rows)
+        return lambda: rows[0] if len(rows) == 1 else JoinedRows(rows)
 
     def prefill(self, ids: Sequence[int], slot: int = 0, chunk: int | None = None, *, want_logits: bool = True) -> Logits:
         """Read more tokens into one sequence, in calls of at most `chunk`; returns the last token's logits f32[V], empty when not wanted.
@@ -166,13 +170,8 @@ class Decoder(ABC):
         """Advance every sequence by one token; row i has the logits of slot i, valid until the next call. They are copied where they are
         read as a whole; `argmax` and samplers need the largest only."""
         if len(tokens) != self.batch:
-            raise ParameterError(
-                "a step takes one token per slot",
-                parameter="tokens",
-                got=len(tokens),
-                expected=self.batch,
-                fix="Use run() to advance some of the sequences.",
-            )
+            what, fix = "a step takes one token per slot", "Use run() to advance some of the sequences."
+            raise ParameterError(what, parameter="tokens", got=len(tokens), expected=self.batch, fix=fix)
         return self.advance(tokens)
 
     def verify(self, tokens: Sequence[int], slot: int = 0) -> Rows:
@@ -367,9 +366,8 @@ class Decoder(ABC):
             self.sequences[read.slot].require_settled(read.slot)
             if not read.commit and len(read.ids) > self.widest_verify:
                 what, fix = ("a draft is too long", "Draft fewer tokens.") if self.widest_verify else self.no_verify
-                raise ParameterError(
-                    what, parameter="ids", got=f"{len(read.ids)} tokens", expected=f"at most {self.widest_verify} tokens", fix=fix
-                )
+                got, expected = f"{len(read.ids)} tokens", f"at most {self.widest_verify} tokens"
+                raise ParameterError(what, parameter="ids", got=got, expected=expected, fix=fix)
             if read.commit and len(read.ids) > self.chunk:
                 raise ParameterError(
                     "one read has too many tokens",

@@ -8,7 +8,7 @@ piece of memory: no padding, and a call touches no other sequence.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from qwen_export.runtimes.decoding.sequence import Change
 from qwen_export.runtimes.decoding.snapshot import CachePiece, Mark
 from qwen_export.runtimes.decoding.transaction import Transaction
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes, as_bytes
-from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back, settle
+from qwen_export.runtimes.memory.copies import DeviceCopies, HostCopies, Kept, put, put_back
 
 _LOGIT_TOKENS = 32
 # A call on the CPU costs as much as so many more rows of it; on CUDA rows are nearly free.
@@ -101,33 +101,37 @@ class DynamicDecoder(Decoder):
                 results[index] = rows
         return results
 
-    def advance(self, tokens: Sequence[int], first: int = 0) -> Rows:
+    def launch(self, tokens: Sequence[int], first: int = 0) -> Callable[[], Rows]:
         b, slots = len(tokens), range(first, first + len(tokens))
         sequences = self.sequences[first : first + b]
         usable = b > 0 <= first and len(sequences) == b and min(tokens) >= 0 and max(tokens) < self._vocabulary
-        if not usable or self.tables.any_own(slots) or not all(sequence.settled for sequence in sequences):
-            return super().advance(tokens, first)
-        lengths = [len(sequence.tokens) for sequence in sequences]
-        if max(lengths) >= self.capacity:
-            return super().advance(tokens, first)
+        lengths = [len(sequence.tokens) for sequence in sequences if sequence.settled]
+        if not usable or len(lengths) < b or max(lengths) >= self.capacity or self.tables.any_own(slots):
+            return super().launch(tokens, first)
         self._make_room(max(lengths) + 1, first + lengths.index(max(lengths)))
         self._room.reach_all(slots, lengths, max(1, self.widest_verify), self.capacity)
-        with Change(sequences):
-            if self.head is not None:
-                self.head.begin_step(slots)
-            pending, stride = self._transaction.gather(slots)
-            shape = CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width)
-            call = self._call(shape)
-            rows = call.run(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+        change = Change(sequences).begin()
+        if self.head is not None:
+            self.head.begin_step(slots)
+        pending, stride = self._transaction.gather(slots)
+        call = self._call(CallShape(b, 1, 1, first, True, pending, stride or self._transaction.width))
+        call.queue(tokens, lengths, accepted=self._transaction.accepted[first : first + b], commit=[1] * b)
+        # Bookkeeping while a GPU works. Should the call fail, the sequences are of no defined text anyway.
+        for sequence, token in zip(sequences, tokens, strict=True):
+            sequence.tokens.append(token)
+            sequence.open = 0
+        self._transaction.accepted[first : first + b] = [0] * b
+        if self.head is not None and self._hidden:
+            self.head.end_step(slots, self._hidden[0])
+
+        def landed() -> Rows:
+            rows = call.finish()
             if self.observer is not None:
                 self.observer(lengths[0], 1, call.results)
-            for sequence, token in zip(sequences, tokens, strict=True):
-                sequence.tokens.append(token)
-                sequence.open = 0
-            self._transaction.accepted[first : first + b] = [0] * b
-            if self.head is not None and self._hidden:
-                self.head.end_step(slots, self._hidden[0])
-        return rows
+            change.end()
+            return rows
+
+        return landed
 
     def _execute(self, reads: Sequence[Read]) -> list[Rows]:
         """One call: a read, or reads of neighboring slots. Those with fewer tokens than others are padded."""
@@ -157,13 +161,12 @@ class DynamicDecoder(Decoder):
             call = self._call(shape)
             if one.features is not None and self._features is not None:
                 self._features.write(as_bytes(one.features))
+            begin = sequences[0].length
             if b == 1:
-                rows = self._launch(call, shape, one.ids, counts, places=one.places)
+                self._queue(call, shape, one.ids, counts, places=one.places)
             else:
                 ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
-                rows = self._launch(call, shape, ids, counts, [read.logits for read in reads])
-            if self.observer is not None:
-                self.observer(sequences[0].length, T, call.results)
+                self._queue(call, shape, ids, counts, [read.logits for read in reads])
             for place, (slot, sequence, read) in enumerate(zip(slots, sequences, reads, strict=True)):
                 if self.head is not None and read.features is not None:
                     self.head.see(slot, sequence.length, read.features, read.places)
@@ -174,9 +177,12 @@ class DynamicDecoder(Decoder):
                     self._transaction.opened(slot, pending, len(read.ids))
                 if self.head is not None and self._hidden:
                     self.head.append(slot, self._hidden[0], place * T, len(read.ids))
+            rows = call.finish()
+            if self.observer is not None:
+                self.observer(begin, T, call.results)
         return [rows.part(place * shape.rows, read.logits if b > 1 else None) for place, read in enumerate(reads)]
 
-    def _launch(
+    def _queue(
         self,
         call: BoundCall,
         shape: CallShape,
@@ -184,9 +190,9 @@ class DynamicDecoder(Decoder):
         counts: Sequence[int],
         logits: Sequence[int] | None = None,
         places: Sequence[int] = (),
-    ) -> Rows:
+    ) -> None:
         slots = range(shape.first, shape.first + shape.b)
-        return call.run(
+        call.queue(
             ids,
             [self.sequences[slot].length for slot in slots],
             logits and wanted_rows(shape.T, counts, logits, shape.rows),
@@ -278,7 +284,6 @@ class DynamicDecoder(Decoder):
         places = {name: (buffer, slot * buffer.row_bytes, buffer.row_bytes) for name, buffer in fixed.items()} | pending
         copies = self._copies(sum(nbytes for _, _, nbytes in places.values()), on_device)
         copied = {name: copies.rows(buffer, offset, 0, nbytes, 1) for name, (buffer, offset, nbytes) in places.items()}
-        copies.done()
         return Mark(
             tuple(sequence.tokens),
             {name: copied[name] for name in fixed},
@@ -297,7 +302,6 @@ class DynamicDecoder(Decoder):
             else:
                 buffer.zero(slot * buffer.row_bytes, buffer.row_bytes)
         self._transaction.load(slot, mark.accepted, mark.pending)
-        settle(self.session.device)
         self.tables.restore(slot, mark.positions)
 
     def _save_caches(self, slot: int, start: int, on_device: bool) -> dict[str, Kept]:
@@ -308,14 +312,12 @@ class DynamicDecoder(Decoder):
         for name, (buffer, heads, run, width) in layouts.items():
             kept = copies.rows(buffer, slot * buffer.row_bytes + start * width, run, count * width, heads)
             made[name] = kept if isinstance(kept, Buffer) else kept.reshape(heads, count, width)
-        copies.done()
         return made
 
     def _load_caches(self, piece: CachePiece, slot: int) -> None:
         for name, buffer in self._caches().items():
             heads, run, width = self._layout(buffer)
             put(buffer, slot * buffer.row_bytes + piece.start * width, run, piece.rows[name], heads)
-        settle(self.session.device)
 
     def _copies(self, nbytes: int, on_device: bool) -> HostCopies:
         """Where states are on several devices, copies go through the host."""
@@ -374,14 +376,14 @@ class DynamicDecoder(Decoder):
         return call
 
     def _record(self, call: BoundCall, shape: CallShape) -> None:
-        """Recording runs the graph several times. What those runs change is put back: the states of the call's slots, and what is pending
-        in them."""
+        """Recording runs the graph. What that changes is put back: the states of the call's slots, and what is pending in them."""
         slots = range(shape.first, shape.first + shape.b)
         fixed = [self.states[name] for name in self._fixed()]
         places = [(buffer, shape.first * buffer.row_bytes, shape.b * buffer.row_bytes) for buffer in fixed]
         places += [place for slot in slots for place in self._transaction.held(slot).values()]
         with put_back(places):
-            self._launch(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
+            self._queue(call, shape, [0] * (shape.b * shape.T), [shape.T] * shape.b)
+            call.finish()
 
     def _bound(self, shape: CallShape) -> BoundCall:
         dims = {"B": shape.b, "T": shape.T, "N": shape.b * shape.rows, "S": self._room.rows, "P": shape.stride, "K": shape.features}

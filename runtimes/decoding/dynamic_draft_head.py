@@ -122,11 +122,12 @@ class DynamicDraftHead(DraftHead):
         call = self._calls.get(shape) or self._bind(shape)
         counts = [len(read.ids) for read in reads]
         ids = [token for read in reads for token in (*read.ids, *(0,) * (T - len(read.ids)))]
-        rows = call.run(ids, lengths, wanted_rows(T, counts, [1] * b, 1))
+        call.queue(ids, lengths, wanted_rows(T, counts, [1] * b, 1))
         if T == 1:
             self._keep(first, b, self._drafts_out, first * row)
         for place, read in enumerate(reads) if T > 1 else ():
             self._keep(read.slot, 1, self._output, (place * T + len(read.ids) - 1) * row)
+        rows = call.finish()
         return {read.slot: rows[place] for place, read in enumerate(reads) if read.logits}
 
     def _keep(self, slot: int, count: int, source: Buffer, at: int) -> None:
@@ -144,9 +145,10 @@ class DynamicDraftHead(DraftHead):
             call = self._calls.get(shape) or self._bind(shape)
             if places and self._pictures is not None:
                 self._pictures.write(as_bytes(np.stack(seen)))
-            made = call.run(tokens[start : start + size], [self.lengths[slot] + start], places=places)[0]
+            call.queue(tokens[start : start + size], [self.lengths[slot] + start], places=places)
             if rows:
                 self._keep(slot, 1, *((self._drafts_out, slot * row) if one else (self._output, (size - 1) * row)))
+            made = call.finish()[0]
             start += size
         return made
 

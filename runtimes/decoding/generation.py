@@ -5,13 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 from qwen_export.errors import ContextOverflow
+from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
-from qwen_export.runtimes.decoding.read import Read
 from qwen_export.runtimes.decoding.sequence import Media, Prompt
 from qwen_export.runtimes.sampling.logprobs import PromptRecorder
 from qwen_export.runtimes.sampling.sampler import Sampler
@@ -142,20 +144,42 @@ settled."""
 Rounds = Callable[[PrefixReuse, Request, Statistics, TokenHistory], NextRound]
 
 
-def plain_rounds(reuse: PrefixReuse, request: Request, statistics: Statistics, history: TokenHistory) -> NextRound:
+class PlainRounds:
     """One token after the other."""
-    decoder, slot = reuse.decoder, reuse.slot
 
-    def following(token: int) -> Round:
-        history.push(token)
-        request.sampler.ahead(history)
-        [rows] = decoder.run([Read(slot, (token,))])
-        return Round([request.sampler.sample(rows[0], history)])
+    def __init__(self, reuse: PrefixReuse, request: Request, statistics: Statistics, history: TokenHistory) -> None:
+        self._decoder, self._slot, self._request, self._history = reuse.decoder, reuse.slot, request, history
+        self._landing: Callable[[], Rows] | None = None
 
-    return following
+    def begin(self, token: int) -> None:
+        """Launch the round behind a token, which is given out meanwhile. What that raises is raised when the round is wanted."""
+        self._history.push(token)
+        self._request.sampler.ahead(self._history)
+        try:
+            self._landing = self._decoder.launch((token,), self._slot)
+        except Exception as error:
+            self._landing = partial(_raise, error)
+
+    def __call__(self, token: int) -> Round:
+        if self._landing is None:
+            self.begin(token)
+        landing, self._landing = self._landing, None
+        assert landing is not None
+        return Round([self._request.sampler.sample(landing()[0], self._history)])
+
+    def abandon(self) -> None:
+        """Wait for a round that is not wanted: the decoder has read the token then."""
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            with suppress(Exception):
+                landing()
 
 
-def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = plain_rounds) -> Generator[int, None, None]:
+def _raise(error: Exception) -> Rows:
+    raise error
+
+
+def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = PlainRounds) -> Generator[int, None, None]:
     """Yield new token ids, without the stop token. Ends at a stop id, after max_new_tokens, or when cancelled between two tokens or two
     parts of the prompt; raises ContextOverflow when the context is full before that. `statistics.finish` names the reason."""
     try:
@@ -185,6 +209,7 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
         statistics.finish, statistics.total_s = "length", time.perf_counter() - started
         return
     following = rounds(reuse, request, statistics, history)
+    ahead = following if isinstance(following, PlainRounds) and reuse.decoder.records else None
     made, emitted = Round([request.sampler.sample(read.rows[0], history)]), 0
     try:
         while True:
@@ -196,6 +221,8 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
                 statistics.new_tokens += 1
                 if statistics.new_tokens == request.max_new_tokens:
                     statistics.finish = "length"
+                elif ahead is not None:
+                    ahead.begin(token)
                 yield token
                 if request.cancelled.is_set():
                     statistics.finish = request.reason
@@ -205,5 +232,8 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
             made = following(last)
     finally:
         # An answer that ends inside a round leaves the decoder where plain decoding does: the last token given out is not read yet.
+        # One that its reader ends while the next round is under way has read it.
         if made.verified:
             reuse.decoder.accept(emitted + 1, reuse.slot)
+        if ahead is not None:
+            ahead.abandon()

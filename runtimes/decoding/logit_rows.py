@@ -182,15 +182,25 @@ class Row:
 
 class LogitsBuffers:
     """Where a call leaves its logits, dtype and shape [..,N,V] as the graph has them, and the largest of them if it picks them. `together`:
-    one buffer that has the largest and their ids, in this order; one copy transfers both from a device."""
+    one buffer that has the largest and their ids, in this order; one copy transfers both from a device. `fetched`: where a call that makes
+    this copy itself leaves them on the host."""
 
     def __init__(
-        self, logits: Buffer, top_logits: Buffer | None = None, top_ids: Buffer | None = None, together: Buffer | None = None
+        self,
+        logits: Buffer,
+        top_logits: Buffer | None = None,
+        top_ids: Buffer | None = None,
+        together: Buffer | None = None,
+        fetched: HostBuffer | None = None,
     ) -> None:
         self._logits, self._top_logits, self._top_ids, self._together = logits, top_logits, top_ids, together
         self._width = top_ids.shape[-1] if top_ids is not None else 0
         # On the host the views are made once.
-        self._host_top = self._top() if isinstance(top_ids, HostBuffer) and top_ids.nbytes else None
+        self._host_top: Top | None = None
+        if fetched is not None:
+            self._host_top = _halves(fetched)
+        elif isinstance(top_ids, HostBuffer) and top_ids.nbytes:
+            self._host_top = self._top()
 
     def rows(self) -> Rows:
         """The results of the call that has just run."""
@@ -201,9 +211,12 @@ class LogitsBuffers:
 
     def _top(self) -> Top:
         if self._together is not None:
-            words = self._together.contents().data
-            half = self._together.nbytes // 2
-            return Top(words[:half].cast("f"), words[half:].cast("i"))
+            return _halves(self._together)
         if self._top_logits is None or self._top_ids is None:
             raise AssertionError("the graph does not pick the largest logits")
         return Top(self._top_logits.contents().data.cast("f"), self._top_ids.contents().data.cast("i"))
+
+
+def _halves(together: Buffer) -> Top:
+    words, half = together.contents().data, together.nbytes // 2
+    return Top(words[:half].cast("f"), words[half:].cast("i"))

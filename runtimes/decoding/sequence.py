@@ -90,18 +90,25 @@ class SequenceState:
 
 
 class Change:
-    """The memory of these sequences changes inside; they are settled again only if nothing is raised."""
+    """The memory of these sequences changes inside, or between `begin` and `end`; they are settled again only if nothing is raised."""
 
     __slots__ = ("_sequences",)
 
     def __init__(self, sequences: Sequence[SequenceState]) -> None:
         self._sequences = sequences
 
-    def __enter__(self) -> None:
+    def begin(self) -> Change:
         for sequence in self._sequences:
             sequence.settled = False
+        return self
+
+    def end(self) -> None:
+        for sequence in self._sequences:
+            sequence.settled = True
+
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
-            for sequence in self._sequences:
-                sequence.settled = True
+            self.end()

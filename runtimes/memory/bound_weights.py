@@ -12,7 +12,7 @@ from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.device_weights import Place, place_of
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
-from qwen_export.runtimes.memory.stream_buffer import PinnedMemory
+from qwen_export.runtimes.memory.pinned_memory import PinnedMemory
 
 
 class BoundWeights:

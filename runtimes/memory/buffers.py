@@ -52,7 +52,7 @@ class Buffer(ABC):
         """Replace the bytes from `offset` on."""
 
     def zero(self, offset: int, nbytes: int) -> None:
-        """Make these bytes zero; on a GPU that is queued, as copies from the device are (`copies.settle`)."""
+        """Make these bytes zero; on a GPU that is queued, as copies within the device are."""
         self.write(np.zeros(nbytes, np.uint8), offset)
 
     def release(self, offset: int, nbytes: int) -> None:  # noqa: B027 - most memory cannot be given back in part

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.buffers import Buffer, Bytes
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
-from qwen_export.runtimes.memory.device import Device
 
 Kept = Bytes | Buffer
 """What was copied: bytes on the host, or a buffer of the device."""
@@ -25,9 +23,6 @@ class HostCopies:
         for row in range(height):
             made[row] = source.read(start + row * pitch, width)
         return made.reshape(-1)
-
-    def done(self) -> None:
-        """Everything that was copied is there."""
 
 
 class DeviceCopies(HostCopies):
@@ -45,12 +40,9 @@ class DeviceCopies(HostCopies):
         self._used += nbytes
         return made
 
-    def done(self) -> None:
-        cuda_memory.wait()
-
 
 def put(target: Buffer, offset: int, pitch: int, kept: Kept, height: int = 1) -> None:
-    """The inverse of `rows`. Copies from the device are queued: `settle` waits for them."""
+    """The inverse of `rows`. Copies from the device are queued in front of the calls that follow."""
     width = kept.nbytes // height
     if isinstance(kept, Buffer):
         assert isinstance(target, CudaBuffer) and isinstance(kept, CudaBuffer)
@@ -74,12 +66,6 @@ def put_back(places: Iterable[tuple[Buffer, int, int]]) -> Iterator[None]:
     finally:
         for buffer, offset, copy in kept:
             buffer.copy_from(copy, offset, 0, copy.nbytes)
-
-
-def settle(device: Device) -> None:
-    """Wait for what was put, before a call reads it."""
-    if device.kind == "cuda":
-        cuda_memory.wait()
 
 
 def on_host(kept: Kept) -> Bytes:

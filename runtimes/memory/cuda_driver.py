@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_ulonglong, c_void_p
 from functools import cache
 from typing import Any
@@ -62,7 +63,7 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuMemcpyDtoHAsync_v2": [c_void_p, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpyDtoDAsync_v2": [c_ulonglong, c_ulonglong, c_size_t, c_void_p],
     "cuMemcpy2DUnaligned_v2": [POINTER(Copy2D)],
-    "cuMemcpyPeer": [c_ulonglong, c_void_p, c_ulonglong, c_void_p, c_size_t],
+    "cuMemcpyPeerAsync": [c_ulonglong, c_void_p, c_ulonglong, c_void_p, c_size_t, c_void_p],
     "cuDeviceCanAccessPeer": [POINTER(c_int), c_int, c_int],
     "cuCtxEnablePeerAccess": [c_void_p, c_uint],
     "cuMemGetAllocationGranularity": [POINTER(c_size_t), c_void_p, c_int],
@@ -80,6 +81,10 @@ FUNCTIONS: dict[str, list[Any]] = {
     "cuStreamCreate": [POINTER(c_void_p), c_uint],
     "cuStreamDestroy_v2": [c_void_p],
     "cuStreamSynchronize": [c_void_p],
+    "cuEventCreate": [POINTER(c_void_p), c_uint],
+    "cuEventDestroy_v2": [c_void_p],
+    "cuEventRecord": [c_void_p, c_void_p],
+    "cuEventSynchronize": [c_void_p],
     "cuStreamBeginCapture_v2": [c_void_p, c_int],
     "cuStreamEndCapture": [c_void_p, POINTER(c_void_p)],
     "cuGraphInstantiateWithFlags": [POINTER(c_void_p), c_void_p, c_ulonglong],
@@ -128,17 +133,25 @@ def load_driver() -> Any:
 
 def forget_driver() -> None:
     """Load the driver again at its next use. The calling thread has no device until then."""
-    driver.cache_clear()
-    _primary_context.cache_clear()
-    connect.cache_clear()
+    for forget in (*at_forgetting, connect.cache_clear, _primary_context.cache_clear, driver.cache_clear):
+        forget()
     _thread.ready = False
+
+
+at_forgetting: list[Callable[[], None]] = []
+"""What gives up things of the driver that other modules keep."""
 
 
 def call(name: str, *arguments: object, fix: str = "") -> None:
     """Call a function of the driver. Raises BundleError with the driver's message."""
     code = getattr(driver(), name)(*arguments)
     if code:
-        raise BundleError(f"CUDA could not carry out {name}", got=_text(driver(), code), fix=fix)
+        raise failure(name, code, fix)
+
+
+def failure(name: str, code: int, fix: str = "") -> BundleError:
+    """The error for a function of the driver that has returned `code`."""
+    return BundleError(f"CUDA could not carry out {name}", got=_text(driver(), code), fix=fix)
 
 
 def ensure_context() -> None:

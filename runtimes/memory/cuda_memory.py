@@ -1,6 +1,6 @@
 """Device memory: allocate, copy, pin. Copies return when they are done, those that end in `_later` when they are queued on their stream.
 
-Stream 0 is the one that waits for all others that were not made to be independent of it; ONNX Runtime's are done when a call returns.
+Memory is new when it is allocated, so its zeros are written on stream 0, which no call runs on, and waited for.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ def require_memory(code: int, nbytes: int) -> None:
         )
 
 
-def zero_later(address: int, nbytes: int) -> None:
-    call("cuMemsetD8Async", address, 0, nbytes, 0)
+def zero_later(address: int, nbytes: int, stream: int) -> None:
+    cuda_driver.ensure_context()
+    call("cuMemsetD8Async", address, 0, nbytes, stream)
 
 
 def wait() -> None:
@@ -94,7 +95,7 @@ def copy_later(target: int, source: int, nbytes: int, stream: int) -> None:
 
 
 def copy_rows(target: int, target_pitch: int, source: int, source_pitch: int, width: int, height: int) -> None:
-    """Device to device: `height` rows of `width` bytes, whose starts are `pitch` bytes apart."""
+    """Device to device: `height` rows of `width` bytes, whose starts are `pitch` bytes apart; on stream 0."""
     cuda_driver.ensure_context()
     if not width or not height:
         return
@@ -102,14 +103,16 @@ def copy_rows(target: int, target_pitch: int, source: int, source_pitch: int, wi
     copy.srcMemoryType, copy.srcDevice, copy.srcPitch = _DEVICE, source, source_pitch
     copy.dstMemoryType, copy.dstDevice, copy.dstPitch = _DEVICE, target, target_pitch
     call("cuMemcpy2DUnaligned_v2", ctypes.byref(copy))
+    wait()
 
 
-def copy_between(target: int, target_device: int, source: int, source_device: int, nbytes: int) -> None:
-    """From one device to another."""
+def copy_between(target: int, target_device: int, source: int, source_device: int, nbytes: int, stream: int) -> None:
+    """From one device to another, on a stream of the target's."""
     mine, theirs = cuda_driver.connect(target_device, source_device)
     cuda_driver.use_device(target_device)
     if nbytes:
-        call("cuMemcpyPeer", target, mine, source, theirs, nbytes)
+        call("cuMemcpyPeerAsync", target, mine, source, theirs, nbytes, stream)
+        call("cuStreamSynchronize", stream)
 
 
 def pin(host: int, nbytes: int) -> None:

@@ -11,7 +11,7 @@ from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.memory.cuda_stream import Stream
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
-from qwen_export.runtimes.memory.stream_buffer import PinnedMemory
+from qwen_export.runtimes.memory.pinned_memory import PinnedMemory
 
 ALIGNMENT = 256
 """The alignment that TensorRT requires of every address."""

@@ -10,8 +10,7 @@ from math import lcm, prod
 
 from qwen_export.runtimes.memory import cuda_memory, cuda_pages
 from qwen_export.runtimes.memory.buffers import ELEMENTS
-from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
-from qwen_export.runtimes.memory.cuda_driver import use_device
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer, settle
 
 
 def row_step(dtype: str, shape: tuple[int, ...], index: int) -> int:
@@ -87,6 +86,6 @@ class GrowingBuffer(CudaBuffer):
         """Give back all pieces of a slot but the first `keep`."""
         pieces = self._pieces[slot]
         if len(pieces) > keep:
-            use_device(self.index)
+            settle(self.index)
         while len(pieces) > keep:
             cuda_pages.unmap_pages(pieces.pop(), self.page_bytes)

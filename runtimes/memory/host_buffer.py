@@ -19,23 +19,26 @@ _MAPPED_FROM, _HUGE_PAGE = 64 << 10, 2 << 20
 class HostBuffer(Buffer):
     def __init__(self, dtype: str, shape: tuple[int, ...], whole: HostBuffer | None = None, offset: int = 0) -> None:
         super().__init__(dtype, shape)
-        self._map: mmap.mmap | None
-        self._bytes: Bytes
-        self._map_address: int
+        self._map: mmap.mmap | None = None
+        self._map_address = 0
         if whole is not None:
             self._map, self._bytes, self._map_address = whole._map, whole._bytes[offset : offset + self.nbytes], whole._map_address
-        elif self.nbytes < _MAPPED_FROM or sys.platform == "win32":
-            self._map, self._bytes, self._map_address = None, np.zeros(self.nbytes, np.uint8), 0
-        else:  # fresh pages: an allocator may hand out memory that was used before, and has to clear it
-            spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
-            self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages = np.frombuffer(self._map, np.uint8)
-            self._map_address = int(pages.ctypes.data)
-            self._begin = -int(pages.ctypes.data) % _HUGE_PAGE if spare else 0
-            self._bytes = pages[self._begin : self._begin + self.nbytes]
+        else:
+            self._bytes = self._allocate()
         self._memory = self._bytes.data
         self._ints: memoryview[int] | None = None
         self.address = int(self._bytes.ctypes.data)
+
+    def _allocate(self) -> Bytes:
+        if self.nbytes < _MAPPED_FROM or sys.platform == "win32":
+            return np.zeros(self.nbytes, np.uint8)
+        # Fresh pages: an allocator may hand out memory that was used before, and has to clear it.
+        spare = _HUGE_PAGE if self.nbytes >= _HUGE_PAGE else 0
+        self._map = mmap.mmap(-1, self.nbytes + spare, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages = np.frombuffer(self._map, np.uint8)
+        self._map_address = int(pages.ctypes.data)
+        self._begin = -int(pages.ctypes.data) % _HUGE_PAGE if spare else 0
+        return pages[self._begin : self._begin + self.nbytes]
 
     def alike(self, nbytes: int) -> HostBuffer:
         return HostBuffer("uint8", (nbytes,))

@@ -11,7 +11,7 @@ import numpy as np
 from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
-from qwen_export.runtimes.memory.stream_buffer import PinnedMemory
+from qwen_export.runtimes.memory.pinned_memory import PinnedMemory
 
 _LINK_BYTES, _HOST_BYTES, _ROUNDS = 64 << 20, 32 << 20, 4
 """Bytes of a copy to a GPU, and bytes that each thread reads: more than caches hold."""

@@ -6,7 +6,6 @@ of the call that reads it; a call queues the copies of its results after itself,
 
 from __future__ import annotations
 
-import ctypes
 import sys
 from array import array
 from collections.abc import Sequence
@@ -16,20 +15,9 @@ import numpy as np
 from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.buffers import INTEGERS, Buffer, Bytes
 from qwen_export.runtimes.memory.cuda_stream import Stream
+from qwen_export.runtimes.memory.pinned_memory import PinnedMemory
 
 _SMALL = 64 << 10
-
-
-class PinnedMemory:
-    """Locked host memory as a numpy array."""
-
-    def __init__(self, nbytes: int) -> None:
-        self.address = cuda_memory.allocate_pinned(nbytes)
-        self.array: Bytes = np.ctypeslib.as_array((ctypes.c_uint8 * max(1, nbytes)).from_address(self.address))[:nbytes]
-
-    def __del__(self) -> None:
-        if getattr(self, "address", 0) and not sys.is_finalizing():
-            cuda_memory.free_pinned(self.address)
 
 
 class StreamBuffer(Buffer):

@@ -264,6 +264,10 @@ class Sampler:
         changes = penalties.biased or (penalties.penalizes and history is not None)
         if params.is_greedy and not changes and not forbidden and allowed is None and (limit is None or top.ids[0] < limit):
             return Distribution.certain(top.ids[0])
+        if not (changes or forbidden or allowed is not None or params.is_greedy):
+            plain = self._among_first(top)
+            if plain is not None:
+                return plain
         largest: list[tuple[int, float]] = list(zip(top.ids.tolist(), top.logits.tolist(), strict=True))
         found = [pair for pair in largest if limit is None or pair[0] < limit]
         if forbidden:
@@ -277,6 +281,20 @@ class Sampler:
             return None
         bound = sorted((x for _, x in found), reverse=True)[k - 1]
         return self._of_pairs(found, bound) if bound > floor else None
+
+    def _among_first(self, top: Top) -> Distribution | None:
+        """From the first `top_k` entries and those as large as the last of them, where nothing changes the order: the others are not looked
+        at, while a GPU waits for the token. None where these are not enough, or not all may be chosen."""
+        k, count = self.params.top_k, len(top.logits)
+        if k >= count or not top.logits[k - 1] > top.logits[count - 1]:
+            return None
+        end = k
+        while top.logits[end] == top.logits[k - 1]:
+            end += 1
+        ids = top.ids[:end].tolist()
+        if self.vocab_limit is not None and max(ids) >= self.vocab_limit:
+            return None
+        return self._few(sorted(zip(ids, top.logits[:end].tolist(), strict=True)))
 
     def _of_pairs(self, found: list[tuple[int, float]], bound: float | None) -> Distribution:
         """From ids and their logits. `bound`: the k-th largest, if it is known."""

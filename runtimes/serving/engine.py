@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, NamedTuple
@@ -85,6 +85,7 @@ class Engine(Answering):
         self._closing: Finish | None = None
         self._error: Exception | None = None
         self._calls: dict[int, ServedCall] = {}
+        self._stays = False
         self._deliveries, self._shared, self._pictures = Deliveries(), SharedPrompts(), PictureThread()
         self.statistics = EngineStatistics()
         ready: SimpleQueue[Exception | None] = SimpleQueue()
@@ -135,12 +136,9 @@ class Engine(Answering):
         if not len(request.ids):
             raise ParameterError("the prompt is empty", parameter="prompt", fix="Give some text.")
         if len(request.ids) > self._longest:
-            raise ContextOverflow(
-                "the prompt is longer than the context",
-                got=f"{len(request.ids)} tokens",
-                expected=f"at most {self._longest}",
-                fix="Shorten the prompt, or load with a larger {max_context} and more {cache_memory}.",
-            )
+            fix = "Shorten the prompt, or load with a larger {max_context} and more {cache_memory}."
+            got, expected = f"{len(request.ids)} tokens", f"at most {self._longest}"
+            raise ContextOverflow("the prompt is longer than the context", got=got, expected=expected, fix=fix)
         statistics = statistics or Statistics()
         inbox = ThreadInbox() if loop is None else LoopInbox(loop)
         with self._lock:
@@ -220,6 +218,7 @@ class Engine(Answering):
         except Exception as error:
             with self._lock:
                 self._error = error
+        self._runner.ahead.abandon()
         for call in list(self._calls.values()):
             self._end(call, self._closing or "error", self._error and ended_by(self._error))
         with self._lock:  # what arrived meanwhile
@@ -240,7 +239,9 @@ class Engine(Answering):
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
-        self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall)
+        self._runner = StepRunner(
+            decoder, counts, self._chosen, self._failed, self._moved, self._stall, self._same if decoder.records else None
+        )
         make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         read_every_size(decoder)
         numbers = self.statistics
@@ -275,6 +276,26 @@ class Engine(Answering):
     def _step(self) -> None:
         began, busy, binding = time.perf_counter(), self._decoder.busy_s, self._decoder.binding_s
         self.statistics.step_began = time.monotonic()
+        rows, parts = self._runner.land() if self._runner.ahead.flies else self._planned()
+        scheduler, sequences, numbers = self._scheduler, self._decoder.sequences, self.statistics
+        for call in (*rows, *parts):
+            if call.statistics.finish:
+                self._end(call, call.statistics.finish)
+            else:
+                scheduler.has(call.key, sequences[call.slot].length, len(call.text))
+        self._stays = scheduler.stays
+        numbers.rows += len(rows)
+        for inbox in self._deliveries.send():
+            self._forget_reader(inbox)
+        numbers.step_began = 0.0
+        spent = time.perf_counter() - began
+        numbers.steps += 1
+        numbers.step_s += spent
+        numbers.host_s += spent - (self._decoder.busy_s - busy) - (self._decoder.binding_s - binding)
+        numbers.running, numbers.waiting = len(scheduler.running), scheduler.waiting
+
+    def _planned(self) -> tuple[Sequence[ServedCall], Sequence[ServedCall]]:
+        """Run the step that is next: the calls with a row, and those of which a part of the text was read."""
         self._drop_unwanted()
         for call in self._shared.released():
             self._enqueue(call)
@@ -282,30 +303,22 @@ class Engine(Answering):
         for failed, error in self._pictures.release(self._scheduler):
             self._end(failed, "error", ended_by(error))
         scheduler, calls = self._scheduler, self._calls
-        running = scheduler.running
-        if running:
-            texts = [calls[job.key] for job in scheduler.texts]
-            longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
-            step = scheduler.plan(*self._runner.budget.tokens(len(scheduler.rows), longest))
-            rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
-            self._runner.occupied = frozenset(self._table.calls)
-            self._runner.run(rows, parts)
-            sequences = self._decoder.sequences
-            for call in [*rows, *(call for call, _ in parts)]:
-                if call.statistics.finish:
-                    self._end(call, call.statistics.finish)
-                else:
-                    scheduler.has(call.key, sequences[call.slot].length, len(call.text))
-            self.statistics.rows += len(rows)
-        for inbox in self._deliveries.send():
-            self._forget_reader(inbox)
-        numbers = self.statistics
-        numbers.step_began = 0.0
-        spent = time.perf_counter() - began
-        numbers.steps += 1
-        numbers.step_s += spent
-        numbers.host_s += spent - (self._decoder.busy_s - busy) - (self._decoder.binding_s - binding)
-        numbers.running, numbers.waiting = len(running), scheduler.waiting
+        if not scheduler.running:
+            return (), ()
+        texts = [calls[job.key] for job in scheduler.texts]
+        longest = max((len(call.text) - call.statistics.reused_tokens for call in texts), default=0)
+        step = scheduler.plan(*self._runner.budget.tokens(len(scheduler.rows), longest))
+        rows, parts = [calls[key] for key in step.rows], [(calls[key], size) for key, size in step.parts]
+        self._runner.occupied = frozenset(self._table.calls)
+        self._runner.run(rows, parts)
+        return rows, [call for call, _ in parts]
+
+    def _same(self, count: int) -> bool:
+        """Whether the next step has the same rows as one of so many, whatever their tokens; see StepAhead. Memory was looked at while the
+        step ran."""
+        running, waiting = len(self._scheduler.running), self._scheduler.waiting
+        same = count == running and count + waiting == len(self._calls) and not (waiting and running < self._slots)
+        return same and self._stays and self._arrivals.empty() and self._closing is None
 
     def _drop_unwanted(self) -> None:
         """End what was cancelled, is late, or has no room for its next token."""
@@ -322,12 +335,9 @@ class Engine(Answering):
                 self._end(call, "overflow", self._overflow(call))
 
     def _overflow(self, call: ServedCall) -> ContextOverflow:
-        return ContextOverflow(
-            "the context is full",
-            got=f"{len(call.text) - 1} tokens read and 1 more",
-            expected=f"at most {self._longest}",
-            fix="Shorten the input, or load with a larger {max_context}.",
-        )
+        got, expected = f"{len(call.text) - 1} tokens read and 1 more", f"at most {self._longest}"
+        fix = "Shorten the input, or load with a larger {max_context}."
+        return ContextOverflow("the context is full", got=got, expected=expected, fix=fix)
 
     def _change_slots(self) -> None:
         changes = self._scheduler.admit()
@@ -385,5 +395,6 @@ class Engine(Answering):
     def _forget_reader(self, inbox: LoopInbox) -> None:
         """The event loop of a reader has closed."""
         for call in list(self._calls.values()):
-            if call.inbox is inbox:
-                self._end(call, "abandoned")
+            if call.inbox is inbox and not call.request.cancelled.is_set():
+                call.request.reason = "abandoned"
+                call.request.cancelled.set()

@@ -143,6 +143,11 @@ class Scheduler:
         """Bytes that running jobs have, or will have when their texts are read."""
         return sum(self._cost(job.known + self._ahead) for job in self.running.values())
 
+    @property
+    def stays(self) -> bool:
+        """Whether all running jobs fit when each has two more tokens."""
+        return sum(self._cost(job.known + self._ahead + 2) for job in self.running.values()) <= self._limit
+
     def admit(self) -> Changes:
         """Before a step. The youngest leave while memory is short; then the oldest that wait enter while there is a slot and memory. No
         job overtakes an older one, or small ones would keep a large one out."""

@@ -19,18 +19,17 @@ from qwen_export.runtimes.serving.batch_drafts import DraftCounts, draft
 from qwen_export.runtimes.serving.choosing import choose
 from qwen_export.runtimes.serving.chunk_budget import STALL, ChunkBudget
 from qwen_export.runtimes.serving.served_call import ServedCall
+from qwen_export.runtimes.serving.step_ahead import StepAhead
 from qwen_export.runtimes.speculation.acceptance import Draft
 from qwen_export.runtimes.speculation.drafters import forced_drafts
 
 _BEHIND = 64
 """Rows that the draft head may be behind while nothing is drafted."""
-_FILLER_TOKENS = 64
-"""Tokens that a free slot reads before it is cleared: a short text costs attention next to nothing."""
 
 
 class StepRunner:
     """`chosen(call, tokens)` takes the tokens that a step made for a call, `failed(call, error)` what ended it instead. `moved(call)` is
-    called when a part of a call's text has been read, before a token is chosen."""
+    called when a part of a call's text has been read, before a token is chosen. `same` as in `StepAhead`."""
 
     def __init__(
         self,
@@ -40,8 +39,9 @@ class StepRunner:
         failed: Callable[[ServedCall, Exception], None],
         moved: Callable[[ServedCall], None],
         stall: float = STALL,
+        same: Callable[[int], bool] | None = None,
     ) -> None:
-        self.decoder, self.budget = decoder, ChunkBudget(decoder.chunk, stall)
+        self.decoder, self.budget, self.ahead = decoder, ChunkBudget(decoder.chunk, stall), StepAhead(decoder, same)
         self._drafts, self._chosen, self._failed, self._moved = drafts, chosen, failed, moved
         self.occupied: frozenset[int] = frozenset()
         """Slots of all running calls, which the caller sets before a step."""
@@ -64,6 +64,22 @@ class StepRunner:
                 spent.append((read, time.perf_counter() - began - (decoder.binding_s - bound)))
         self.budget.observe(len(rows), rows_s, spent)
 
+    def land(self) -> tuple[Sequence[ServedCall], Sequence[ServedCall]]:
+        """As `run` for a step that was launched ahead; returns the calls of its rows, and none of parts."""
+        ahead, calls = self.ahead, self.ahead.calls
+        try:
+            results = ahead.land()
+        except Exception as error:
+            for call in calls:
+                self._failed(call, error)
+            return calls, ()
+        seconds = time.perf_counter() - ahead.began
+        self.budget.observe(len(calls), seconds, ())
+        if self._drafts is not None:
+            self._drafts.observe(0, [(0, 0)] * len(calls), seconds)
+        self._choose(calls, results, ahead.group)
+        return calls, ()
+
     # ---- rows ----
 
     def _run_rows(self, calls: Sequence[ServedCall], reading: Mapping[int, ServedCall]) -> None:
@@ -79,8 +95,9 @@ class StepRunner:
         if (head := self.decoder.head) is not None and self._drafts is not None:
             head.follows = bool(drafts) or not (head.may_leave and self._drafts.leaves_head(len(calls)))
         verified = self._verified(calls, drafts)
-        for group in self._groups([call for call in calls if call not in verified], reading):
-            kept += [(0, 0)] * self._run_group(group)
+        groups = self._groups([call for call in calls if call not in verified], reading)
+        for group in groups:
+            kept += [(0, 0)] * self._run_group(group, alone=len(groups) == 1 and not drafts)
         for group in self._groups(verified, reading, 1 + max(map(len, drafts.values()), default=0)):
             kept += self._verify(group, drafts)
         if not longest and head is not None and head.follows:
@@ -183,14 +200,14 @@ class StepRunner:
             group[:0] = before
             group += behind
 
-    def _run_group(self, group: Sequence[ServedCall | int]) -> int:
-        """One token for each of these; returns the number of calls that got one."""
+    def _run_group(self, group: Sequence[ServedCall | int], *, alone: bool) -> int:
+        """One token for each of these; returns the number of calls that got one. `alone`: the step has no other rows."""
         calls, places, tokens, sequences = [], [], [], self.decoder.sequences
         first = next(one if isinstance(one, int) else one.slot for one in group)
         pictures = any(not isinstance(one, int) and one.request.media for one in group)
+        self.ahead.clear(group)
         for place, one in enumerate(group):
             if isinstance(one, int):
-                self._clear(one)
                 tokens.append(0)
             else:
                 places.append(place)
@@ -208,7 +225,7 @@ class StepRunner:
         for call in calls:
             if call.points:
                 self._moved(call)
-        self._choose(calls, [results[place] for place in places])
+        self._choose(calls, [results[place] for place in places], group if alone else ())
         return len(calls)
 
     def _advance_with_media(self, group: Sequence[ServedCall | int], tokens: Sequence[int]) -> Rows:
@@ -219,19 +236,17 @@ class StepRunner:
             reads.append(Read(one, (token,)) if isinstance(one, int) else one.read(length, length + 1))
         return JoinedRows(self.decoder.run(reads))
 
-    def _clear(self, slot: int) -> None:
-        sequence = self.decoder.sequences[slot]
-        if not sequence.settled or sequence.length >= _FILLER_TOKENS or sequence.length >= self.decoder.capacity:
-            self.decoder.reset(slot)
-
-    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row]) -> None:
-        """The next tokens of those whose text is read to its end."""
+    def _choose(self, calls: Sequence[ServedCall], results: Sequence[Row], group: Sequence[ServedCall | int] = ()) -> None:
+        """The next tokens of those whose text is read to its end. `group`: the rows of the step, where it may come again."""
         ended, rows, sequences, self.now = [], [], self.decoder.sequences, time.perf_counter()
         for call, row in zip(calls, results, strict=True):
             if len(sequences[call.slot].tokens) == len(call.text):
                 ended.append(call)
                 rows.append(row)
-        for call, token in zip(ended, choose(rows, ended), strict=True):
+        tokens = choose(rows, ended)
+        if group and len(ended) == len(calls) and self._plain(calls):
+            self.ahead.launch(group, calls, tokens)
+        for call, token in zip(ended, tokens, strict=True):
             if isinstance(token, Exception):
                 self._failed(call, token)
                 continue
@@ -240,6 +255,13 @@ class StepRunner:
                 call.statistics.speculation.tokens += 1
             call.history.push(token)
             self._chosen(call, [token])
+
+    def _plain(self, calls: Sequence[ServedCall]) -> bool:
+        """Whether the next step has no drafts and leaves none of its calls far behind the draft head."""
+        if self._drafts is not None and self._drafts.length(len(calls)):
+            return False
+        head = self.decoder.head
+        return head is None or not head.follows or all(head.behind(call.slot) < _BEHIND for call in calls)
 
     def _verify(self, group: Sequence[ServedCall | int], drafts: Mapping[int, Sequence[Draft]]) -> list[tuple[int, int]]:
         """The last token of these and their drafts; returns how many drafts each had, and how many were kept. Slots that only fill the call
@@ -344,8 +366,7 @@ class StepRunner:
     def _run_part(self, call: ServedCall, stop_at: int) -> int:
         """Read a text up to a position; returns the number of tokens read."""
         decoder, slot = self.decoder, call.slot
-        begin = decoder.sequences[slot].length
-        count = stop_at - begin
+        begin, count = decoder.sequences[slot].length, self._left(call, stop_at)
         if count <= 0:  # a step of others has read it
             return 0
         last = begin + count == len(call.text)

@@ -85,14 +85,14 @@ def test_a_call_that_fails_ends_its_requests_and_nothing_else(small: LiveServer,
     """The engine goes on, or /health fails."""
     from qwen_export.runtimes.decoding.bound_call import BoundCall
 
-    run, broken = BoundCall.run, threading.Event()
+    queue, broken = BoundCall.queue, threading.Event()
 
     def failing(self: Any, *arguments: Any, **named: Any) -> Any:
         if broken.is_set():
             raise RuntimeError("the device is on fire")
-        return run(self, *arguments, **named)
+        return queue(self, *arguments, **named)
 
-    monkeypatch.setattr(BoundCall, "run", failing)
+    monkeypatch.setattr(BoundCall, "queue", failing)
     with httpx.Client(base_url=small.url, timeout=60) as client:
         with client.stream("POST", CHAT, json=LONG) as stream:
             lines = stream.iter_lines()

@@ -38,7 +38,9 @@ class CudaSession:
 
     def __init__(self, graph: Any, options: Any, providers: list[Any]) -> None:
         CudaSession.providers = providers
-        self._index = int(providers[0][1]["device_id"]) if isinstance(providers[0], tuple) else None
+        options_given = providers[0][1] if isinstance(providers[0], tuple) else {}
+        self._index = int(options_given["device_id"]) if options_given else None
+        self._stream = int(options_given.get("user_compute_stream", 0))
         self._note_context()
         self._native = real_session(graph, options, providers=["CPUExecutionProvider"])
 
@@ -50,7 +52,7 @@ class CudaSession:
 
     def run_with_iobinding(self, binding: Binding, options: Any) -> None:
         self._note_context()
-        self._native.run_with_iobinding(binding.native)
+        cuda_driver.driver().queue(self._stream, lambda: self._native.run_with_iobinding(binding.native))
 
     def _note_context(self) -> None:
         if self._index is not None:

@@ -38,7 +38,7 @@ class _Function:
 
 class FakeDriver:
     """One GPU of `memory` bytes. `allocated` are live pieces of device memory by address, `pinned` those of the host; `launches` counts
-    recorded work that was started."""
+    recorded work that was started, `waits` how often the host has waited, `fault` is what the next waits return."""
 
     def __init__(self, memory: int = 1 << 30, sm: tuple[int, int] = (8, 9), cuda: int = 13000, devices: int = 1) -> None:
         self.memory, self.sm, self.cuda, self.devices = memory, sm, cuda, devices
@@ -46,8 +46,9 @@ class FakeDriver:
         self.allocated: dict[int, int] = {}
         self.pinned: dict[int, int] = {}
         self.streams: set[int] = set()
+        self.events: set[int] = set()
         self.recordings: dict[int, list[Callable[[], None]]] = {}
-        self.launches = 0
+        self.launches = self.waits = self.fault = 0
         self.connected: set[tuple[int | None, int]] = set()
         """Contexts that reach the memory of others: from, to."""
         self.owners: dict[int, int | None] = {}
@@ -261,11 +262,9 @@ class FakeDriver:
         self.connected.add((self.context, context))
         return 0
 
-    def _cuMemcpyPeer(self, target: int, target_context: int, source: int, source_context: int, nbytes: int) -> None:
-        self.check(target, nbytes)
-        self.check(source, nbytes)
+    def _cuMemcpyPeerAsync(self, target: int, target_context: int, source: int, source_context: int, nbytes: int, stream: int) -> None:
         assert (self._owner(target), self._owner(source)) == (target_context, source_context)
-        ctypes.memmove(target, source, nbytes)
+        self._copy(target, source, nbytes, stream, (target, source))
 
     def _cuMemcpy2DUnaligned(self, copy: Any) -> None:
         for row in range(copy.Height):
@@ -299,7 +298,24 @@ class FakeDriver:
         self.streams.remove(stream)
 
     def _cuStreamSynchronize(self, stream: int) -> int:
+        self.waits += 1
+        return _INVALID_VALUE if stream in self._recording else self.fault
+
+    def _cuEventCreate(self, event: Any, flags: int) -> None:
+        event.value = self._id()
+        self.events.add(event.value)
+
+    def _cuEventDestroy(self, event: int) -> None:
+        self.events.remove(event)
+
+    def _cuEventRecord(self, event: int, stream: int) -> int:
+        assert event in self.events and stream in self.streams
         return _INVALID_VALUE if stream in self._recording else 0
+
+    def _cuEventSynchronize(self, event: int) -> int:
+        assert event in self.events
+        self.waits += 1
+        return self.fault
 
     def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
         self._recording[stream] = []

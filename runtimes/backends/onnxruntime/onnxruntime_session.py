@@ -16,23 +16,26 @@ from qwen_export.manifest import GraphSpec, WeightSpec
 from qwen_export.runtimes.backends.onnxruntime.graph_signature import check_signature
 from qwen_export.runtimes.backends.onnxruntime.onnxruntime_kernels import PROVIDERS
 from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
+from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.bound_weights import BoundWeights
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
 from qwen_export.runtimes.memory.cuda_driver import use_device
+from qwen_export.runtimes.memory.cuda_stream import Event, Recording, Stream, device_stream
 from qwen_export.runtimes.memory.device import Device
 from qwen_export.runtimes.memory.directml_buffer import DmlBuffer
+from qwen_export.runtimes.memory.host_buffer import HostBuffer
 from qwen_export.runtimes.memory.mapped_weights import MappedWeights
 
-# Options of the execution provider, by kind of device; its number is added. A step on CUDA is some 400 small kernels: recorded once as a
-# CUDA graph, they are launched as one. Calls choose whether they are recorded, see `OnnxRuntimeCall`. Attention is flash attention (1): the
-# default takes cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
-_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"enable_cuda_graph": "1", "sdpa_kernel": "1"}, "dml": {}}
-# The tower: no call comes again, in fp32 its attention is the memory-efficient one (2), and memory is what one picture needs.
+# Options of the execution provider, by kind of device; its number is added. Attention on CUDA is flash attention (1): the default takes
+# cuDNN, which makes a plan for every new length of prompt, 0.3 s each on an H200, for prompts that are 5 % faster.
+_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"sdpa_kernel": "1"}, "dml": {}}
+# The tower: it has a stream of its own, so that pictures are looked at beside the steps of an engine; in fp32 its attention is the
+# memory-efficient one (2), and memory is what one picture needs.
 _TOWER_OPTIONS = {"sdpa_kernel": "3", "arena_extend_strategy": "kSameAsRequested"}
 # ONNX Runtime 1.31 fails in GroupQueryAttention on every GPU but the first that a process used ("cudaErrorInvalidValue").
 _ONE_GPU, _ONE_GPU_INPUT = "GroupQueryAttention", LAST_SLOT
 _used_gpus: set[int] = set()
-_NO_GRAPH = "-1"
 _FIXES = {
     "cpu": "Reinstall onnxruntime.",
     "cuda": "pip install onnxruntime-gpu, or build with --device cpu.",
@@ -85,20 +88,24 @@ class OnnxRuntimeSession(LateSession):
             options.enable_mem_pattern = False
         if device.kind == "dml":  # takes calls one after the other
             options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-        providers = _providers(ort, device, tower=tower)
+        self.stream = device_stream(device.index) if device.kind == "cuda" and not tower else None
+        """What the graph runs on, where calls share it with copies and other graphs."""
+        self._beside = Stream(device.index) if device.kind == "cuda" and tower else None
+        providers = _providers(ort, device, self.stream)
         if device.kind == "cuda" and any(tensor.name == _ONE_GPU_INPUT for tensor in spec.inputs):
             _require_one_gpu(device.index, str(path))
         for plugin in plugins:
             _register(options, plugin)
         self.spec, self.device = spec, device
-        self._graphs = 0
         self._opening = (path, options, providers, weights, repack, folder)
         self._bound = bound
         self.weight_inputs: list[tuple[WeightSpec, int]] = []
         """The weights that are inputs of the graph, and where each is for the device."""
         self._weights: dict[str, Any] = {}
         self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
-        """Held by a call: on a GPU one session runs one call at a time, whatever threads share it."""
+        """Held by a call: on a GPU calls take turns, whatever threads share it."""
+        if self.stream is not None:
+            self.turn = self.stream.turn
         super().__init__(later=later)
 
     def _open(self) -> Any:
@@ -149,11 +156,14 @@ class OnnxRuntimeSession(LateSession):
         return self.device.kind == "cuda"
 
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
+        if self._beside is not None:
+            return CudaBuffer(dtype, shape, self.device.index, stream=self._beside)
         return self.device.buffer(dtype, shape)
 
     def call(self, *, repeated: bool) -> OnnxRuntimeCall:
-        self._graphs += repeated
-        return OnnxRuntimeCall(self, str(self._graphs) if repeated else _NO_GRAPH)
+        if repeated and self.stream is not None:
+            return RecordedCall(self, self.stream)
+        return OnnxRuntimeCall(self, stops=not repeated)
 
     def close(self) -> None:
         super().close()
@@ -161,16 +171,14 @@ class OnnxRuntimeSession(LateSession):
 
 
 class OnnxRuntimeCall(WholeCall):
-    """Bindings of one session. `graph`: the number under which CUDA graphs of the call are recorded."""
+    """Bindings of one session. `stops`: whether a run can be stopped."""
 
-    def __init__(self, session: OnnxRuntimeSession, graph: str) -> None:
+    def __init__(self, session: OnnxRuntimeSession, *, stops: bool) -> None:
         import onnxruntime as ort
 
         self._session = session
         # None costs 80 us less than options without entries; calls that do not come again are long, and can be stopped.
-        self._options = ort.RunOptions() if session.device.kind == "cuda" or graph == _NO_GRAPH else None
-        if session.device.kind == "cuda" and self._options is not None:
-            self._options.add_run_config_entry("gpu_graph_id", graph)
+        self._options = ort.RunOptions() if stops else None
         self._binding = session.native.io_binding()
         self._inputs = {tensor.name: tensor for tensor in session.spec.inputs}
         self._outputs = {tensor.name: tensor for tensor in session.spec.outputs}
@@ -205,15 +213,77 @@ class OnnxRuntimeCall(WholeCall):
         self._session.enter_device()
         try:
             with self._session.turn:
-                self._session.native.run_with_iobinding(self._binding, self._options)
+                self._launch()
+        finally:
+            self._session.busy_s += time.perf_counter() - started
+
+    def _launch(self) -> None:
+        try:
+            self._session.native.run_with_iobinding(self._binding, self._options)
         except Exception as error:
             raise BundleError(
                 "ONNX Runtime failed while running the graph",
                 got=_first_line(error),
                 fix="If memory ran out, load with a smaller {max_context}; otherwise run `qwen-export check` on the bundle.",
             ) from error
-        finally:
-            self._session.busy_s += time.perf_counter() - started
+
+
+class RecordedCall(OnnxRuntimeCall):
+    """A call that comes again on a GPU, as one CUDA graph of ours: what is sent, the graph's kernels, and what is fetched. A step is some
+    300 small kernels, which so take one launch and one wait. The first run is queued kernel by kernel, with which ONNX Runtime gets its
+    memory; then the same is recorded, and runs from then on."""
+
+    def __init__(self, session: OnnxRuntimeSession, stream: Stream) -> None:
+        import onnxruntime as ort
+
+        super().__init__(session, stops=False)
+        self._options = ort.RunOptions()
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self._stream, self._done = stream, Event(stream)
+        self._copies_in: list[tuple[int, HostBuffer, int]] = []
+        self._copies_out: list[tuple[HostBuffer, int, int]] = []
+        self._recording: Recording | None = None
+        self._began = 0.0
+
+    def send(self, target: Buffer, source: HostBuffer) -> None:
+        self._copies_in.append((target.address, source, source.nbytes))
+
+    def fetch(self, target: HostBuffer, source: Buffer) -> None:
+        self._copies_out.append((target, source.address, target.nbytes))
+
+    def stop(self) -> None:
+        """Nothing: what was recorded runs to its end."""
+
+    def run(self) -> None:
+        self.queue()
+        self.finish()
+
+    def start(self) -> None:
+        self.run()
+
+    def queue(self) -> None:
+        self._began = time.perf_counter()
+        self._session.enter_device()
+        with self._stream.turn:
+            if self._recording is not None:
+                self._recording.launch()
+            else:
+                self._queue()
+                self._stream.synchronize()
+                self._recording = self._stream.record(self._queue, may_allocate=True)
+            self._done.record()
+
+    def finish(self) -> None:
+        self._session.enter_device()
+        self._done.wait()
+        self._session.busy_s += time.perf_counter() - self._began
+
+    def _queue(self) -> None:
+        for target, source, nbytes in self._copies_in:
+            cuda_memory.to_device_later(target, source.address, nbytes, self._stream.handle)
+        self._launch()
+        for destination, address, nbytes in self._copies_out:
+            cuda_memory.to_host_later(destination.address, address, nbytes, self._stream.handle)
 
 
 def _values(ort: Any, specs: Iterable[WeightSpec], weights: MappedWeights) -> dict[str, Any]:
@@ -249,7 +319,7 @@ def _register(options: Any, plugin: Path) -> None:
         ) from error
 
 
-def _providers(ort: Any, device: Device, *, tower: bool) -> list[Any]:
+def _providers(ort: Any, device: Device, stream: Stream | None) -> list[Any]:
     name = PROVIDERS[device.kind]
     if name not in ort.get_available_providers():
         raise BundleError(
@@ -259,7 +329,11 @@ def _providers(ort: Any, device: Device, *, tower: bool) -> list[Any]:
         )
     if device.is_host:
         return [name]
-    options = _TOWER_OPTIONS if tower and device.kind == "cuda" else _OPTIONS[device.kind]
+    options = _OPTIONS[device.kind]
+    if stream is not None:
+        options = options | {"user_compute_stream": str(stream.handle)}
+    elif device.kind == "cuda":
+        options = _TOWER_OPTIONS
     return [(name, {"device_id": str(device.index)} | options), PROVIDERS["cpu"]]
 
 
