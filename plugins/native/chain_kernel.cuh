@@ -142,19 +142,31 @@ __device__ inline void finish_panels(const ChainStep<Panels>& step, const OwnSha
   if (step.y != nullptr) *reinterpret_cast<uint32_t*>(step.y + at) = both;
 }
 
+// Where a warp begins in its block's share, made before the step's values have come.
+struct ShareStart {
+  OwnShare own;
+  int index, unit, units;
+
+  __device__ ShareStart(const OwnShare& own, int units) : own(own), units(units) {
+    const int warp = threadIdx.x / 32;
+    index = own.begin + warp, unit = own.first_unit + warp;
+    while (units > 0 && unit >= units) unit -= units;  // a step without columns has none
+  }
+};
+
 // Unit: what a warp has of a stage.
 template <typename Panels, int LOG_ROWS, typename Unit>
-__device__ inline void multiply_step(const ChainStep<Panels>& step, const OwnShare& own, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
+__device__ inline void multiply_step(const ChainStep<Panels>& step, const ShareStart& start, const ChainRows<typename Panels::Element>& rows, ChainRing& ring,
                                      float* sums, int buffer) {
   constexpr int kRows = 1 << LOG_ROWS, kTogether = 1 << log_together(LOG_ROWS);
   constexpr int kPerWarp = kTogether * kPanelRows * kRows + 4;  // floats; four more, so that warps begin in different banks
-  const int warp = threadIdx.x / 32, units = step.spread.units, end = own.end;
+  const OwnShare& own = start.own;
+  const int warp = threadIdx.x / 32, units = start.units, end = own.end;
   uint4 x[Panels::kChunks];
 #pragma unroll
   for (auto& chunk : x) chunk = make_uint4(0, 0, 0, 0);
   const int ahead = own.ahead;
-  int index = own.begin + warp, unit = own.first_unit + warp;
-  while (unit >= units) unit -= units;
+  int index = start.index, unit = start.unit;
   const int place = int(held(warp * kPerWarp + Panels::template place_of_sums<LOG_ROWS>()));  // not computed again for each panel
 #pragma unroll 1
   for (int group = own.first_panel; group < own.last_panel; group += kTogether) {
@@ -230,15 +242,15 @@ __global__ void __launch_bounds__(kChainThreads + 32, 1) chain_kernel(const __gr
       clear_words(program, program.buffer - buffer);
       if (threadIdx.x == 0) program.calls[block] = call;
     }
-    if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
     if (s == 0) shares_made<true>();
-    const OwnShare own = shares[s];
-    if (own.begin == own.end) continue;
+    const ShareStart start(shares[s], step.spread.units);
+    if (step.tail == nullptr) stage_input<Panels, LOG_ROWS>(step, rows, buffer);
+    if (start.own.begin == start.own.end) continue;
     float* const sums = reinterpret_cast<float*>(shared + program.sums_at);
     if (step.tail == nullptr)
-      multiply_step<Panels, LOG_ROWS, typename Panels::template Unit<LOG_ROWS>>(step, own, rows, ring, sums, buffer);
+      multiply_step<Panels, LOG_ROWS, typename Panels::template Unit<LOG_ROWS>>(step, start, rows, ring, sums, buffer);
     else
-      multiply_step<Panels, LOG_ROWS, typename Panels::template Tail<LOG_ROWS>>(step, own, rows, ring, sums, buffer);
+      multiply_step<Panels, LOG_ROWS, typename Panels::template Tail<LOG_ROWS>>(step, start, rows, ring, sums, buffer);
   }
 #endif
 }
