@@ -50,7 +50,7 @@ struct PackedForm {
     quant_gather(arguments...);
   }
 
-  static bool has_many(int M) { return has_quant_many(M); }
+  static bool has_many(const Matrix& w, int M) { return has_quant_many(w, M); }
   static size_t many_workspace(const Matrix& w, int M) { return qwen::many_workspace(w, M); }
   template <typename... Arguments>
   static void linear_many(Arguments... arguments) {
