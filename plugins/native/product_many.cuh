@@ -1,10 +1,10 @@
 // Products of many rows with packed matrices, on the tensor cores of compute capability 9.0. No copy of the weights is made in memory: four warps
-// make fragments of 64 weight rows in registers and multiply them with the activations of up to 128 rows, which are in shared memory.
+// make fragments of 64 weight rows in registers and multiply them with the activations of up to 256 rows, which are in shared memory.
 //
-// A multiprocessor has one block: three teams of four warps, and warps that copy what they use, units of 128 k of a tile of 192 weight rows. Where there
-// are more tiles than processors blocks take tiles in turn, and copies go on over their borders. Where there are fewer, several blocks (`splits`) take a
-// part of K each, as a cluster, and each adds up the sums of all for some activation rows, in the order of k. The order of a sum depends on the matrix
-// alone, so a row has the same bits beside any other rows.
+// A multiprocessor has one block: two or three teams of four warps, and warps that copy what they use, units of 128 k of a tile. Where there are more tiles
+// than processors blocks take tiles in turn, and copies go on over their borders. Where there are fewer, several blocks (`splits`) take a part of K each,
+// as a cluster, and each adds up the sums of all for some activation rows, in the order of k. A row has the same bits in tiles of every width; `splits`
+// decides on them.
 //
 // Neither this kernel nor the one that arranges waits before it lets the next one start (device.cuh). The weights of the next product are therefore
 // on their way as soon as a processor has no block of this one.
@@ -232,25 +232,43 @@ __global__ void __launch_bounds__(ManyTeams<COLUMNS>::kThreads, 1) product_many_
 #endif
 }
 
+// A launch of the kernel by clusters of `splits` blocks.
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
+struct ManyLaunch {
+  static constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
+  cudaLaunchAttribute attributes[2]{};
+  cudaLaunchConfig_t config{};
+
+  ManyLaunch(int blocks, int splits, cudaStream_t stream) {
+    constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
+    static DeviceFlags allowed;
+    allowed.once([] { allow_shared(kernel, shared); });
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim.x = splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(ManyTeams<COLUMNS>::kThreads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    config.attrs = attributes;
+    config.numAttrs = splits > 1 ? 2 : 1;
+  }
+};
+
+// How many clusters run at the same time.
+template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
+int many_clusters(int splits) {
+  const ManyLaunch<T, BITS, GENERAL, COLUMNS, SWIGLU> launch(splits, splits, nullptr);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, launch.kernel, &launch.config), "cudaOccupancyMaxActiveClusters");
+  return count;
+}
+
 template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 void run_many(const ManyProduct& given, int blocks, cudaStream_t stream) {
-  constexpr auto kernel = product_many_kernel<T, BITS, GENERAL, COLUMNS, SWIGLU>;
-  constexpr size_t shared = ManyLayout<BITS, GENERAL, COLUMNS>::kShared;
-  static DeviceFlags allowed;
-  allowed.once([] { allow_shared(kernel, shared); });
-  cudaLaunchAttribute attributes[2]{};
-  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[0].val.programmaticStreamSerializationAllowed = 1;
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim.x = given.splits, attributes[1].val.clusterDim.y = 1, attributes[1].val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(ManyTeams<COLUMNS>::kThreads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = given.splits > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, given), "cudaLaunchKernelEx");
+  const ManyLaunch<T, BITS, GENERAL, COLUMNS, SWIGLU> launch(blocks, given.splits, stream);
+  check(cudaLaunchKernelEx(&launch.config, launch.kernel, given), "cudaLaunchKernelEx");
 }
 
 }  // namespace qwen

@@ -1,35 +1,57 @@
 #include "product_many.cuh"
 
 #include <algorithm>
+#include <array>
 
 namespace qwen {
 namespace {
 
-constexpr int kMostOf8Bits = 256;
-constexpr int kLastRange = 256;  // rows up to which the order of sums depends on the range and the matrix alone
-
 constexpr int kFewestUnits = 3, kMostSplits = 8;  // that a block should have of a tile which is shared; blocks of a cluster
+constexpr int kLastRange = 256;                   // rows up to which the order of sums depends on the range and the matrix alone
+// Of formats whose weights take more instructions, or more memory: above, a copy of the weights in the element type is still what is known to be good.
+constexpr int kMostOfOthers = 256;
 
-// How a product of M rows is shared out: by tiles of so many weight rows with so many activation rows.
+// Weights without zeros and with scales in fp16, for activations in fp16: Weights<T, BITS, false>.
+template <typename T>
+bool is_plain(const QuantMatrix& w) {
+  return std::is_same<T, __half>::value && !w.zeros && !w.wide_scales;
+}
+
+// Clusters of so many blocks, each with a processor for itself, that run at the same time. There are fewer than the processors would make, for a cluster
+// stays within a part of the device.
+int clusters_at_once(int blocks) {
+  static const std::array<int, kMostSplits + 1> counts = [] {
+    std::array<int, kMostSplits + 1> most{};
+    for (int i = 1; i <= kMostSplits; i++) most[i] = i == 1 ? multiprocessors() : many_clusters<__half, 4, false, 128, false>(i);
+    return most;
+  }();
+  return counts[blocks];
+}
+
+// How a product of M rows is shared out: by tiles of so many weight rows with so many activation rows, each by a cluster of `splits` blocks.
 struct ManyPlan {
   int columns, tiles, all_tiles, splits;
-  float cost;  // an estimate, in units of 64 weight rows x 32 activation rows x 128 k of a processor
+  float time;
 
-  // What a tile costs beside its products: sums become results while nothing is multiplied. A tile that is shared costs its exchange, too. By measurements
-  // on an H200.
-  static constexpr float kTileEnd = 12.0f, kExchange = 12.0f;
+  // Microseconds, of an H200, which fit all of its times within some percent: of 128 k of 192 x 128 sums of a block, of the end of a tile, in which nothing
+  // is multiplied, and of the exchange of 192 x 128 sums.
+  static constexpr float kUnitTime = 1.12f, kEnd = 2.0f, kExchange = 5.0f, kSums = 192 * 128;
 
   template <int COLUMNS>
   static ManyPlan of(const QuantMatrix& w, int tail_rows, bool swiglu, int M) {
     using Teams = ManyTeams<COLUMNS>;
     ManyPlan plan{COLUMNS};
-    const int own = swiglu ? Teams::kTilePanels / 2 : Teams::kTilePanels, most = multiprocessors();
+    const int own = swiglu ? Teams::kTilePanels / 2 : Teams::kTilePanels, units = w.units();
     plan.tiles = ((swiglu ? w.panels() / 2 : w.panels()) + own - 1) / own;
     plan.all_tiles = plan.tiles + (tail_rows + Teams::kTailRows - 1) / Teams::kTailRows;
     const int items = plan.items(M);
-    plan.splits = std::max(1, std::min({most / items, w.units() / kFewestUnits, kMostSplits}));
-    const float turns = (items * plan.splits + most - 1) / most, work = Teams::kTeams * COLUMNS / 32.0f;
-    plan.cost = turns * (float(w.units()) / plan.splits * work + (plan.splits > 1 ? kTileEnd + kExchange : kTileEnd) * work / 16);
+    const float sums = Teams::kTeams * 64 * COLUMNS / kSums;
+    for (int splits = 1; splits <= std::max(1, std::min(units / kFewestUnits, kMostSplits)); splits++) {
+      const int at_once = clusters_at_once(splits), turns = at_once > 0 ? (items + at_once - 1) / at_once : 0;
+      if (turns == 0 || (splits > 1 && turns > 1)) continue;
+      const float time = turns * ((units + splits - 1) / splits * sums * kUnitTime + kEnd + (splits > 1 ? sums * kExchange : 0.0f));
+      if (splits == 1 || time < plan.time) plan.splits = splits, plan.time = time;
+    }
     return plan;
   }
   int items(int M) const { return all_tiles * ((M + columns - 1) / columns); }
@@ -37,18 +59,19 @@ struct ManyPlan {
 
 template <typename T, int BITS, bool GENERAL, int COLUMNS, bool SWIGLU>
 void run_planned(ManyProduct given, const ManyPlan& plan, cudaStream_t stream) {
-  given.tiles = plan.tiles, given.all_tiles = plan.all_tiles, given.items = plan.items(given.M), given.splits = plan.splits;
+  given.tiles = plan.tiles, given.all_tiles = plan.all_tiles, given.splits = plan.splits;
+  given.items = plan.all_tiles * ((given.M + COLUMNS - 1) / COLUMNS);
   run_many<T, BITS, GENERAL, COLUMNS, SWIGLU>(given, std::min(multiprocessors(), given.items * plan.splits), stream);
 }
 
-// Widths of tiles of many rows, of which the cheapest is taken.
+// Widths of tiles of many rows, of which the fastest is taken.
 template <int... COLUMNS>
 struct Widths {
   template <typename T, int BITS, bool GENERAL, bool SWIGLU>
   static void run(const ManyProduct& given, cudaStream_t stream) {
     ManyPlan best{};
     const auto consider = [&](const ManyPlan& plan) {
-      if (best.columns == 0 || plan.cost < best.cost) best = plan;
+      if (best.columns == 0 || plan.time < best.time) best = plan;
     };
     (consider(ManyPlan::of<COLUMNS>(given.w, given.tail_rows, SWIGLU, std::max(given.M, kLastRange))), ...);
     ((best.columns == COLUMNS ? run_planned<T, BITS, GENERAL, COLUMNS, SWIGLU>(given, best, stream) : void()), ...);
@@ -60,24 +83,22 @@ using WidthsOf = std::conditional_t<BITS == 4, Widths<128, 160, 192, 224, 256>, 
 
 template <typename T, int BITS, bool GENERAL, bool SWIGLU>
 void of_rows(const ManyProduct& given, cudaStream_t stream) {
-  const auto narrow = [&](auto columns) {
-    constexpr int COLUMNS = decltype(columns)::value;
-    run_planned<T, BITS, GENERAL, COLUMNS, SWIGLU>(given, ManyPlan::of<COLUMNS>(given.w, given.tail_rows, SWIGLU, COLUMNS), stream);
-  };
+  if (given.M > 128) return WidthsOf<BITS>::template run<T, BITS, GENERAL, SWIGLU>(given, stream);
+  if (given.M > 64)
+    return run_planned<T, BITS, GENERAL, 128, SWIGLU>(given, ManyPlan::of<128>(given.w, given.tail_rows, SWIGLU, given.M), stream);
+  const ManyPlan plan = ManyPlan::of<64>(given.w, given.tail_rows, SWIGLU, given.M);  // for narrower tiles, too: sums have the same order
   if constexpr (!GENERAL) {
-    if (given.M <= 16) return narrow(std::integral_constant<int, 16>{});
-    if (given.M <= 32) return narrow(std::integral_constant<int, 32>{});
+    if (given.M <= 16) return run_planned<T, BITS, GENERAL, 16, SWIGLU>(given, plan, stream);
+    if (given.M <= 32) return run_planned<T, BITS, GENERAL, 32, SWIGLU>(given, plan, stream);
   }
-  if (given.M <= 64) return narrow(std::integral_constant<int, 64>{});
-  if (given.M <= 128) return narrow(std::integral_constant<int, 128>{});
-  WidthsOf<BITS>::template run<T, BITS, GENERAL, SWIGLU>(given, stream);
+  run_planned<T, BITS, GENERAL, 64, SWIGLU>(given, plan, stream);
 }
 
 template <typename T, bool SWIGLU>
 void of_format(const ManyProduct& given, cudaStream_t stream) {
   const bool four = given.w.bits == 4;
   if constexpr (std::is_same<T, __half>::value) {
-    if (!given.w.zeros && !given.w.wide_scales) return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
+    if (is_plain<T>(given.w)) return four ? of_rows<T, 4, false, SWIGLU>(given, stream) : of_rows<T, 8, false, SWIGLU>(given, stream);
   }
   four ? of_rows<T, 4, true, SWIGLU>(given, stream) : of_rows<T, 8, true, SWIGLU>(given, stream);
 }
@@ -92,7 +113,10 @@ void run(ManyProduct given, const T* x, const T* norm, float eps, void* workspac
 
 }  // namespace
 
-bool has_quant_many(const QuantMatrix& w, int M) { return M > kFewColumns && (w.bits == 4 || M <= kMostOf8Bits) && has_tensor_cores_90(); }
+template <typename T>
+bool has_quant_many(const QuantMatrix& w, int M) {
+  return M > kFewColumns && (M <= kMostOfOthers || (w.bits == 4 && is_plain<T>(w))) && has_tensor_cores_90();
+}
 
 size_t many_workspace(const QuantMatrix& w, int M) { return size_t((M + 7) / 8 * 8) * arranged_stride(w.K) * 2; }
 
@@ -108,6 +132,7 @@ void quant_swiglu_many(const QuantMatrix& w, const T* x, const T* norm, float ep
 }
 
 #define INSTANTIATE(T)                                                                                                                              \
+  template bool has_quant_many<T>(const QuantMatrix&, int);                                                                                         \
   template void quant_linear_many<T>(const QuantMatrix&, const T*, const T*, int, const T*, const T*, float, T*, int, void*, cudaStream_t);          \
   template void quant_swiglu_many<T>(const QuantMatrix&, const T*, const T*, float, T*, int, void*, cudaStream_t);
 INSTANTIATE(__half)
