@@ -9,6 +9,7 @@
 
 #include "attention.cuh"
 #include "ops.h"
+#include "zeroed.h"
 
 namespace qwen {
 namespace {
@@ -24,8 +25,7 @@ class GatedAttentionKernel {
     check(cudaDeviceGetAttribute(&device_.major, cudaDevAttrComputeCapabilityMajor, number), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&device_.processors, cudaDevAttrMultiProcessorCount, number), "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&device_.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number), "cudaDeviceGetAttribute");
-    check(cudaMalloc(&device_.counters, sizeof(unsigned) * kAttentionCounters), "cudaMalloc");
-    check(cudaMemset(device_.counters, 0, sizeof(unsigned) * kAttentionCounters), "cudaMemset");
+    device_.counters = zeroed<unsigned>(kAttentionCounters);
   }
   ~GatedAttentionKernel() { cudaFree(device_.counters); }
   GatedAttentionKernel(const GatedAttentionKernel&) = delete;

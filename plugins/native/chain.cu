@@ -33,7 +33,7 @@ uint8_t* ChainMemory::get(int M, size_t bytes, cudaStream_t stream) {
   check(cudaFree(memory), "cudaFree");
   memory = nullptr, bytes_[M - 1] = 0;
   check(cudaMalloc(&memory, bytes), "cudaMalloc");
-  check(cudaMemset(memory, 0xFF, bytes), "cudaMemset");
+  check(cudaMemsetAsync(memory, 0xFF, bytes, stream), "cudaMemsetAsync");  // in front of the chain, which may not be on the default stream
   bytes_[M - 1] = bytes;
   return static_cast<uint8_t*>(memory);
 }

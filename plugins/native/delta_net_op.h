@@ -4,6 +4,7 @@
 #include "chain.h"
 #include "delta_net.cuh"
 #include "operator.h"
+#include "zeroed.h"
 
 namespace qwen {
 
@@ -16,8 +17,7 @@ class DeltaNetKernel {
   explicit DeltaNetKernel(const Attributes& info) {
     eps_ = info.real("epsilon");
     key_heads_ = static_cast<int>(info.integer("key_heads"));
-    check(cudaMalloc(&arrivals_, sizeof(int) * kArrivals), "cudaMalloc");
-    check(cudaMemset(arrivals_, 0, sizeof(int) * kArrivals), "cudaMemset");
+    arrivals_ = zeroed<int>(kArrivals);
   }
   ~DeltaNetKernel() { cudaFree(arrivals_); }
 
