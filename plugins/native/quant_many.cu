@@ -8,8 +8,9 @@ namespace {
 
 constexpr int kFewestUnits = 3, kMostSplits = 8;  // that a block should have of a tile which is shared; blocks of a cluster
 constexpr int kLastRange = 256;                   // rows up to which the order of sums depends on the range and the matrix alone
-// Of formats whose weights take more instructions, or more memory: above, a copy of the weights in the element type is still what is known to be good.
-constexpr int kMostOfOthers = 256;
+// Of more rows a copy of so few weights costs less than tiles that do not fill the device. Measured on an H200: 2 M and 4 M weights are better with the
+// copy, 7 M to 100 M without it, of up to 2048 rows by 4 to 50 %; one of 10 M loses 6 % of 2048 rows.
+constexpr int64_t kFewestWeights = 5 << 20;
 
 // Weights without zeros and with scales in fp16, for activations in fp16: Weights<T, BITS, false>.
 template <typename T>
@@ -34,8 +35,8 @@ struct ManyPlan {
   float time;
 
   // Microseconds, of an H200, which fit all of its times within some percent: of 128 k of 192 x 128 sums of a block, of the end of a tile, in which nothing
-  // is multiplied, and of the exchange of 192 x 128 sums.
-  static constexpr float kUnitTime = 1.12f, kEnd = 2.0f, kExchange = 5.0f, kSums = 192 * 128;
+  // is multiplied, and of the exchange of the 64 sums of a thread.
+  static constexpr float kUnitTime = 1.12f, kEnd = 2.0f, kExchange = 3.0f;
 
   template <int COLUMNS>
   static ManyPlan of(const QuantMatrix& w, int tail_rows, bool swiglu, int M) {
@@ -45,11 +46,11 @@ struct ManyPlan {
     plan.tiles = ((swiglu ? w.panels() / 2 : w.panels()) + own - 1) / own;
     plan.all_tiles = plan.tiles + (tail_rows + Teams::kTailRows - 1) / Teams::kTailRows;
     const int items = plan.items(M);
-    const float sums = Teams::kTeams * 64 * COLUMNS / kSums;
+    const float unit_time = kUnitTime * Teams::kTeams * COLUMNS / (3 * 128), exchange = kExchange * COLUMNS / 128;
     for (int splits = 1; splits <= std::max(1, std::min(units / kFewestUnits, kMostSplits)); splits++) {
       const int at_once = clusters_at_once(splits), turns = at_once > 0 ? (items + at_once - 1) / at_once : 0;
       if (turns == 0 || (splits > 1 && turns > 1)) continue;
-      const float time = turns * ((units + splits - 1) / splits * sums * kUnitTime + kEnd + (splits > 1 ? sums * kExchange : 0.0f));
+      const float time = turns * ((units + splits - 1) / splits * unit_time + kEnd + (splits > 1 ? exchange : 0.0f));
       if (splits == 1 || time < plan.time) plan.splits = splits, plan.time = time;
     }
     return plan;
@@ -113,9 +114,10 @@ void run(ManyProduct given, const T* x, const T* norm, float eps, void* workspac
 
 }  // namespace
 
+// Other formats make weights by more instructions, or larger units; of more rows than 256 they are not measured, and have a copy.
 template <typename T>
 bool has_quant_many(const QuantMatrix& w, int M) {
-  return M > kFewColumns && (M <= kMostOfOthers || (w.bits == 4 && is_plain<T>(w))) && has_tensor_cores_90();
+  return M > kFewColumns && has_tensor_cores_90() && (M <= kLastRange || (w.bits == 4 && is_plain<T>(w) && int64_t(w.N) * w.K >= kFewestWeights));
 }
 
 size_t many_workspace(const QuantMatrix& w, int M) { return size_t((M + 7) / 8 * 8) * arranged_stride(w.K) * 2; }
