@@ -144,7 +144,7 @@ def test_products_of_many_rows(dtype: str, format: QuantFormat, N: int, K: int) 
     packed, w = random_matrix(format, N, K)
     both, gates = random_matrix(format, 2 * N // 32 * 32, K)
     half = len(gates) // 2
-    for M in (16, 17, 64, 65, 200, 257):
+    for M in (16, 17, 64, 65, 128, 129, 260, 600):
         x, norm = rounded(rng.normal(size=(1, M, K)), dtype), rounded(1 + rng.normal(size=K) / 4, dtype)
         tail, residual = rounded(rng.normal(size=(24, K)) / np.sqrt(K), dtype), rounded(rng.normal(size=(1, M, N + 24)), dtype)
         given = {"x": (x, dtype), "w": (packed, "uint8"), "residual": (residual, dtype), "norm": (norm, dtype), "tail": (tail, dtype)}
@@ -200,7 +200,7 @@ def test_rows_have_the_same_bits_alone_and_together(dtype: str, N: int, K: int) 
     """Up to 8: drafts are verified with the sums that steps have. More: wherever their weights are not copied for a call."""
     ranges: list[list[int]] = [list(range(1, 9))]
     if compute_capability()[0] == 9:
-        ranges += [[9, 16, 31, 64], [65, 100, 256]]
+        ranges += [[9, 16, 31, 64], [65, 100, 128], [129, 200, 256]]
     for format in FORMATS:
         packed, _ = random_matrix(format, N, K)
         x, norm = rounded(np.random.default_rng(1).normal(size=(1, 256, K)), dtype), np.ones(K)

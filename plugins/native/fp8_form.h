@@ -49,7 +49,10 @@ struct Fp8Form {
     fp8_gather(arguments...);
   }
 
-  static bool has_many(int) { return false; }  // cuBLASLt multiplies in FP8
+  template <typename T>
+  static bool has_many(const Matrix&, int) {
+    return false;  // cuBLASLt multiplies in FP8
+  }
   static size_t many_workspace(const Matrix&, int) { return 0; }
   template <typename... Arguments>
   static void linear_many(Arguments...) {}

@@ -6,7 +6,7 @@
 //   give_experts(call, input, w, E)     the same for the matrices of E experts
 //   put(w, part)             it as the matrix of a part of a chain
 //   linear, swiglu, gather   the kernels of few rows; what they get last is memory for norm(x), or null
-//   has_many(M)              whether there are kernels for M rows, more than few; then
+//   has_many<T>(w, M)        whether kernels for M rows, more than few, are there and better than `large`; then
 //   many_workspace(w, M), linear_many, swiglu_many     their workspace, and the kernels (quant.cuh)
 //   large<T>(call, w, x, residual, y, M, stride)     y [M, stride] = x [M,K] w^T + residual in its first N columns, for any number of rows
 #pragma once
@@ -85,7 +85,7 @@ class MatrixLinearKernel {
       Form::linear(w, x, tail, tail_rows, residual, norm, eps_, y, M, call.stream(), normed.memory());
       return;
     }
-    if (Form::has_many(M)) {
+    if (Form::template has_many<T>(w, M)) {
       const Scratch workspace(call, Form::many_workspace(w, M));
       Form::linear_many(w, x, tail, tail_rows, residual, norm, eps_, y, M, workspace.as<void>(), call.stream());
       return;
@@ -146,7 +146,7 @@ class MatrixSwiGluKernel {
       Form::swiglu(w, x, norm, eps_, y, M, call.stream(), normed.memory());
       return;
     }
-    if (Form::has_many(M)) {
+    if (Form::template has_many<T>(w, M)) {
       const Scratch workspace(call, Form::many_workspace(w, M));
       Form::swiglu_many(w, x, norm, eps_, y, M, workspace.as<void>(), call.stream());
       return;

@@ -58,9 +58,10 @@ template <typename T>
 void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T* y, int M, cudaStream_t stream, T* normed = nullptr);
 
 // From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the activations, which are arranged in `workspace`
-// (many_workspace bytes), and one for the weights (two from 129 rows on), which are rounded to T as by `dequantize`. Of each range of rows (9 to 64, 65 to
-// 256) a row has the same bits beside any others.
-bool has_quant_many(int M);
+// (many_workspace bytes), and one for the weights, which are rounded to T as by `dequantize`. Of each range of rows (9 to 64, 65 to 128, 129 to 256) a row
+// has the same bits beside any others. `has_quant_many`: whether that is there and better than products with a copy of the weights.
+template <typename T>
+bool has_quant_many(const QuantMatrix& w, int M);
 size_t many_workspace(const QuantMatrix& w, int M);
 template <typename T>
 void quant_linear_many(const QuantMatrix& w, const T* x, const T* tail, int tail_rows, const T* residual, const T* norm, float eps, T* y, int M, void* workspace,

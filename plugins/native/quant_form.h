@@ -50,7 +50,10 @@ struct PackedForm {
     quant_gather(arguments...);
   }
 
-  static bool has_many(int M) { return has_quant_many(M); }
+  template <typename T>
+  static bool has_many(const Matrix& w, int M) {
+    return has_quant_many<T>(w, M);
+  }
   static size_t many_workspace(const Matrix& w, int M) { return qwen::many_workspace(w, M); }
   template <typename... Arguments>
   static void linear_many(Arguments... arguments) {

@@ -63,7 +63,7 @@ __device__ void product_64(float (&c)[32], uint64_t a, uint64_t b, int add);
 template <typename T, int C>
 __device__ void product_values(float (&c)[C], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b);
 
-// c [64,2C] += a b^T: a [64,16] in registers, as mma takes it; b [2C,16] in shared memory. C is 8, 16, 32, 48 or 64.
+// c [64,2C] += a b^T: a [64,16] in registers, as mma takes it; b [2C,16] in shared memory. C is 8, 16, 32, 48, 64, 80, 96, 112 or 128.
 template <typename T, int C>
 __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
 
@@ -80,11 +80,17 @@ __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
   QWEN_NAMES_32 "," \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define QWEN_NAMES_128 \
+#define QWEN_NAMES_80 \
   QWEN_NAMES_64 "," \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79," \
-  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define QWEN_NAMES_96 \
+  QWEN_NAMES_80 "," \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define QWEN_NAMES_112 \
+  QWEN_NAMES_96 "," \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111"
+#define QWEN_NAMES_128 \
+  QWEN_NAMES_112 "," \
   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 #define QWEN_SUMS_8(i) \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
@@ -92,6 +98,9 @@ __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
 #define QWEN_SUMS_32(i) QWEN_SUMS_16(i), QWEN_SUMS_16(i + 16)
 #define QWEN_SUMS_48(i) QWEN_SUMS_32(i), QWEN_SUMS_16(i + 32)
 #define QWEN_SUMS_64(i) QWEN_SUMS_32(i), QWEN_SUMS_32(i + 32)
+#define QWEN_SUMS_80(i) QWEN_SUMS_64(i), QWEN_SUMS_16(i + 64)
+#define QWEN_SUMS_96(i) QWEN_SUMS_64(i), QWEN_SUMS_32(i + 64)
+#define QWEN_SUMS_112(i) QWEN_SUMS_64(i), QWEN_SUMS_48(i + 64)
 #define QWEN_SUMS_128(i) QWEN_SUMS_64(i), QWEN_SUMS_64(i + 64)
 
 #define QWEN_SCORES(T, TYPE) \
@@ -125,6 +134,10 @@ __device__ inline void product_rows<T, C>(float (&c)[C], const uint32_t* a, uint
   QWEN_ROWS(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
   QWEN_ROWS(T, TYPE, "96", 48, "%48", "%49", "%50", "%51", "%52") \
   QWEN_ROWS(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
+  QWEN_ROWS(T, TYPE, "160", 80, "%80", "%81", "%82", "%83", "%84") \
+  QWEN_ROWS(T, TYPE, "192", 96, "%96", "%97", "%98", "%99", "%100") \
+  QWEN_ROWS(T, TYPE, "224", 112, "%112", "%113", "%114", "%115", "%116") \
+  QWEN_ROWS(T, TYPE, "256", 128, "%128", "%129", "%130", "%131", "%132") \
   QWEN_VALUES(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
   QWEN_VALUES(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
   QWEN_VALUES(T, TYPE, "256", 128, "%128", "%129", "%130", "%131", "%132")
@@ -136,12 +149,18 @@ QWEN_PRODUCTS(__nv_bfloat16, "bf16")
 #undef QWEN_VALUES
 #undef QWEN_SCORES
 #undef QWEN_SUMS_128
+#undef QWEN_SUMS_112
+#undef QWEN_SUMS_96
+#undef QWEN_SUMS_80
 #undef QWEN_SUMS_64
 #undef QWEN_SUMS_48
 #undef QWEN_SUMS_32
 #undef QWEN_SUMS_16
 #undef QWEN_SUMS_8
 #undef QWEN_NAMES_128
+#undef QWEN_NAMES_112
+#undef QWEN_NAMES_96
+#undef QWEN_NAMES_80
 #undef QWEN_NAMES_64
 #undef QWEN_NAMES_48
 #undef QWEN_NAMES_32
