@@ -15,8 +15,8 @@ template <int COLUMNS>
 struct ManyTeams {
   static constexpr bool kHanded = COLUMNS >= 128;
   static constexpr int kTeams = COLUMNS > 128 ? 2 : 3, kTaken = kTeams == 2 ? 232 : 152, kLeft = kTeams == 2 ? 40 : 56;  // registers
-  // All that they have before they are handed over is as much.
-  static_assert(!kHanded || (kTeams * kTaken + kLeft) * kTeamThreads <= (kTeams == 2 ? 3 * 168 : 4 * 128) * kTeamThreads, "nobody gets what nobody gives");
+  // Registers that nobody has given are waited for without end.
+  static_assert(!kHanded || (kTeams * kTaken + kLeft) * kTeamThreads <= (kTeams == 2 ? 3 * 168 : 4 * 128) * kTeamThreads, "a block has no more registers");
   static constexpr int kMultipliers = kTeams * kTeamThreads, kThreads = kMultipliers + kCopiers * 32;
   static constexpr int kTilePanels = 4 * kTeams, kTailRows = COLUMNS > 192 ? 32 : 64;  // of a tile of packed rows; of plain rows
 };
