@@ -145,6 +145,7 @@ __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& r
     for (; index < input.all; index += kCopied * kChainWarps) copy_groups<Panels, LOG_ROWS, kCopied>(step, rows, input, buffer, index);
     return meet();
   }
+  barrier_wait(rows.norm_barrier, 0);  // they have long come, and asking takes a while
 #pragma unroll 1
   for (; index < input.all; index += kChainWarps) add_group<Panels, LOG_ROWS>(step, rows, input, buffer, index);
   meet();
@@ -154,7 +155,6 @@ __device__ void stage_input(const ChainStep<Panels>& step, const ChainRows<T>& r
 #pragma unroll
   for (int m = 0; m < kRows; m++)
     scale[m] = rsqrtf(warp_sum(lane < input.groups && m < rows.M ? rows.squares[m * input.groups + lane] : 0.0f) / step.K + step.eps);
-  barrier_wait(rows.norm_barrier, 0);
 #pragma unroll 1
   for (index = input.first; index < input.all; index += kNormalized * kChainWarps)
     normalize_groups<Panels, LOG_ROWS, kNormalized>(step, rows, input, scale, index);
