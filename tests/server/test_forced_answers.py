@@ -120,7 +120,7 @@ def test_no_call_may_come(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("budget", [0, 1, 12])
 def test_a_budget_of_thinking(client: openai.OpenAI, budget: int) -> None:
-    made = chat(client, extra_body={"enable_thinking": True, "thinking_budget": budget}, max_tokens=60)
+    made = chat(client, extra_body={"enable_thinking": True, "thinking_budget": budget}, max_tokens=60, temperature=0)
     assert made.usage.completion_tokens_details.reasoning_tokens <= budget + 4 and "</think>" not in (made.choices[0].message.content or "")
 
 
