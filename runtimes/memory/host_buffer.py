@@ -21,6 +21,7 @@ class HostBuffer(Buffer):
         super().__init__(dtype, shape)
         self._map: mmap.mmap | None = None
         self._map_address = 0
+        self._bytes: Bytes
         if whole is not None:
             self._map, self._bytes, self._map_address = whole._map, whole._bytes[offset : offset + self.nbytes], whole._map_address
         else:
