@@ -1,7 +1,7 @@
 #!/bin/sh
 # Runs NVIDIA's compute-sanitizer over every kernel of libqwen_export_cuda.so, through onnxruntime-gpu, and over those of delta_net_step.cu:
 # out-of-bounds and misaligned accesses, races in shared memory, barriers that not all threads reach, and memory that is read before it was
-# written. One line per tool; exit code 1 on an error of any. The tools run side by side: about two minutes.
+# written. One line per tool; exit code 1 on an error of any. The tools run side by side: about five minutes.
 #   COMPUTE_SANITIZER   the program, from the CUDA toolkit or `pip install nvidia-cuda-sanitizer-api` (nvidia/cu13/bin)
 #   PYTHON, OUT         interpreter with onnxruntime-gpu and pytest; folder for the logs
 set -u
@@ -41,11 +41,11 @@ check() {
 ours="--kernel-name kernel_substring=qwen"
 # shellcheck disable=SC2086
 {
-  check memcheck "${MEMCHECK_S:-120}" "$every" $ours & memcheck=$!
+  check memcheck "${MEMCHECK_S:-480}" "$every" $ours & memcheck=$!
   # Without the products: racecheck 2025.3.1 stops in them with an exception of its own ("failed to handle a hardware exception").
   check racecheck "${RACECHECK_S:-90}" "($recurrence or ($plugin) or $top or test_quant_gather) and not bfloat16" $ours & racecheck=$!
   # Barriers of asynchronous copies: the tool tracks too few of them by default.
-  check synccheck "${SYNCCHECK_S:-120}" "$every" $ours --num-cuda-barriers 65536 & synccheck=$!
+  check synccheck "${SYNCCHECK_S:-480}" "$every" $ours --num-cuda-barriers 65536 & synccheck=$!
   # Unfiltered: what an unchecked kernel has written would count as not written. Products of many rows are cuBLAS's.
   check initcheck "${INITCHECK_S:-90}" "($recurrence or ($plugin) or $top) and not bfloat16" & initcheck=$!
 }

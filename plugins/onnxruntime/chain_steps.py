@@ -33,8 +33,8 @@ def chain_steps(model: ir.Model, context: PassContext) -> Outcome:
            each the x of the next, three or more; products and DeltaNet of qwen.native
     Result y1, y3, ... = qwen.native::Chain(x, s, w1, w2, w3, ...)         outputs are the values that others read
 
-    A chain ends where a stage ends. Routers stay apart: what reads them is no part of a chain. The draft head has none: it runs on a stream
-    of its own, and the first stream with a chain keeps others from having any."""
+    A chain ends where a stage ends. Routers stay apart: what reads them is no part of a chain. The draft head has none: where it
+    runs on a stream of its own, the first stream with a chain keeps others from having any."""
     if "chain" not in context.choices:
         return Outcome.nothing("the backend has no kernel of Chain")
     if any(value.name == HIDDEN for value in model.graph.inputs):
