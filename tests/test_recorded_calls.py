@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_export.errors import BundleError, QwenExportError
+from qwen_export.errors import BundleError, ContextOverflow, QwenExportError
 from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Request, Statistics
@@ -143,3 +143,26 @@ def test_steps_that_are_launched_ahead_change_no_answer(demo_bundle: Path, model
 
     expected = answers(load(demo_bundle, threads=1, max_context=128))
     assert answers(model) == expected and [len(one) for one in expected[1:8]] == [5 + 3 * n for n in range(7)]
+
+
+def test_a_full_context_ends_its_own_answer_only(demo_bundle: Path, model: Model) -> None:
+    def answers(model: Model) -> tuple[list[int], list[int]]:
+        sampler, long = Sampler(SamplingParams(greedy=True), model.manifest.model["vocab_size"]), []
+        with Engine(lambda: model.decoder(2), prefix_memory=0, drafts="off") as engine:
+            full = engine.submit(Request([5] * 90, sampler, (), None))
+            other = engine.submit(Request(PROMPT, sampler, (), 70))
+            with pytest.raises(ContextOverflow):
+                long += iter(full)
+            return long, list(other)
+
+    expected = answers(load(demo_bundle, threads=1, max_context=128))
+    assert answers(model) == expected and len(expected[1]) == 70
+
+
+def test_a_closed_model_runs_nothing(demo_bundle: Path, driver: FakeDriver) -> None:
+    with cuda_sessions(), load(demo_bundle, device="cuda", threads=1, max_context=128) as model:
+        decoder = model.decoder()
+        decoder.prefill(PROMPT)
+        greedy(decoder, 3, 3)
+    with pytest.raises(QwenExportError, match="closed"):
+        decoder.step([4])

@@ -1,4 +1,4 @@
-// The routed experts of many tokens on the tensor cores (product_many.cuh): the visits of an expert read its weights many at a time, and one launch for
+// The routed experts of many tokens on the tensor cores (experts_many.cuh): the visits of an expert read its weights many at a time, and one launch for
 // gate and up rows and one for down rows do the work of all experts.
 #pragma once
 

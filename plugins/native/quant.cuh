@@ -59,7 +59,7 @@ void quant_swiglu(const QuantMatrix& w, const T* x, const T* norm, float eps, T*
 
 // From 9 rows on, on compute capability 9.0: the same products of M rows in one launch for the activations, which are arranged in `workspace`
 // (many_workspace bytes), and one for the weights, which are rounded to T as by `dequantize`. Of each range of rows (9 to 64, 65 to 128, 129 to 256) a row
-// has the same bits beside any others. `has_quant_many`: whether that is there and better than products with a copy of the weights.
+// has the same bits beside any others; of more rows the order of sums depends on their number. `has_quant_many`: whether that is there and better than products with a copy of the weights.
 template <typename T>
 bool has_quant_many(const QuantMatrix& w, int M);
 size_t many_workspace(const QuantMatrix& w, int M);

@@ -9,7 +9,7 @@ namespace {
 constexpr int kFewestUnits = 3, kMostSplits = 8;  // that a block should have of a tile which is shared; blocks of a cluster
 constexpr int kLastRange = 256;                   // rows up to which the order of sums depends on the range and the matrix alone
 // Of more rows a copy of so few weights costs less than tiles that do not fill the device. Measured on an H200: 2 M and 4 M weights are better with the
-// copy, 7 M to 100 M without it, of up to 2048 rows by 4 to 50 %; one of 10 M loses 6 % of 2048 rows.
+// copy, 7 M to 100 M without it, of up to 2048 rows by 4 to 50 %, except one of 10 M, which loses 6 % of 2048 rows.
 constexpr int64_t kFewestWeights = 5 << 20;
 
 // Weights without zeros and with scales in fp16, for activations in fp16: Weights<T, BITS, false>.

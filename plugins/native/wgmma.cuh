@@ -12,16 +12,13 @@
 
 namespace qwen {
 
-// Whether kernels with these products are there and the device has what they need.
+// Whether kernels with these products are there and the current device, of several that may differ, has what they need.
 inline bool has_tensor_cores_90() {
 #ifdef QWEN_SM90A
-  static const bool able = [] {
-    int device = 0, major = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-    return major == 9;
-  }();
-  return able;
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  return major == 9;
 #else
   return false;
 #endif

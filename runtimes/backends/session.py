@@ -84,6 +84,10 @@ class Session(Protocol):
     def records(self) -> bool:
         """Whether repeated calls are recorded by their first run, which then runs the graph several times."""
 
+    @property
+    def queues(self) -> bool:
+        """Whether `queue` of a recorded call returns while the device works."""
+
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         """Zeroed memory that calls of this session can be bound to."""
 

@@ -73,6 +73,11 @@ class StagedSession:
     def records(self) -> bool:
         return all(stage.records for stage in self.stages)
 
+    @property
+    def queues(self) -> bool:
+        """A stage waits for the one before."""
+        return False
+
     def buffer(self, dtype: str, shape: tuple[int, ...]) -> Buffer:
         return self.device.buffer(dtype, shape)
 

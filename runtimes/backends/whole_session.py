@@ -18,6 +18,7 @@ class WholeSession(ABC):
     """See Session. A graph in several is a `StagedSession`."""
 
     overlaps = False
+    queues = False
     device: Device
     busy_s: float
 
@@ -67,13 +68,17 @@ class LateSession(WholeSession):
     @property
     def native(self) -> Any:
         """The backend's own session; opened now if it was not. Raises QwenExportError for a model that is closed."""
-        if self._closed:
-            raise QwenExportError("the model is closed", fix="Load the bundle again.")
+        self.require_open()
         if self._native is None:
             started = time.perf_counter()
             self._native = self._open()
             self.binding_s += time.perf_counter() - started
         return self._native
+
+    def require_open(self) -> None:
+        """Raise QwenExportError for a model that is closed."""
+        if self._closed:
+            raise QwenExportError("the model is closed", fix="Load the bundle again.")
 
     def close(self) -> None:
         self._closed, self._native = True, None

@@ -79,6 +79,8 @@ class Decoder(ABC):
     """What sets the longest context, and what to do about a longer one."""
     head: Follower | None = None
     observer: Observer | None = None
+    launches: bool = False
+    """Whether `launch` returns while a device works."""
     sees: bool = False
     """Whether reads may have features of pictures."""
     shares_pasts: bool = False
@@ -273,7 +275,7 @@ class Decoder(ABC):
     @property
     @abstractmethod
     def busy_s(self) -> float:
-        """Seconds that the backend has worked for this decoder and its draft head, and others of the same sessions."""
+        """Seconds from starts to ends of the backend's calls, for this decoder, its draft head, and others of the same sessions."""
 
     @property
     def binding_s(self) -> float:

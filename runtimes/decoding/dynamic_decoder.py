@@ -50,7 +50,7 @@ class DynamicDecoder(Decoder):
         self, session: Session, manifest: Manifest, batch: int = 1, capacity: int | None = None, head_session: Session | None = None
     ) -> None:
         super().__init__(manifest, batch, capacity, manifest.model["max_position_embeddings"])
-        self.session, device = session, session.device
+        self.session, device, self.launches = session, session.device, session.records and session.queues
         self._piece = prompt_piece(device.kind, manifest, overlaps=session.overlaps)
         self.chunk = PIECES * self._piece if session.overlaps else self._piece
         self.idle_rows = batch if device.kind == "cuda" else _CPU_IDLE_ROWS

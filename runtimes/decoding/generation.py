@@ -154,8 +154,8 @@ class PlainRounds:
     def begin(self, token: int) -> None:
         """Launch the round behind a token, which is given out meanwhile. What that raises is raised when the round is wanted."""
         self._history.push(token)
-        self._request.sampler.ahead(self._history)
         try:
+            self._request.sampler.ahead(self._history)
             self._landing = self._decoder.launch((token,), self._slot)
         except Exception as error:
             self._landing = partial(_raise, error)
@@ -209,7 +209,8 @@ def _tokens(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds
         statistics.finish, statistics.total_s = "length", time.perf_counter() - started
         return
     following = rounds(reuse, request, statistics, history)
-    ahead = following if isinstance(following, PlainRounds) and reuse.decoder.records else None
+    launches = reuse.decoder.launches and not request.media
+    ahead = following if isinstance(following, PlainRounds) and launches else None
     made, emitted = Round([request.sampler.sample(read.rows[0], history)]), 0
     try:
         while True:

@@ -7,10 +7,11 @@ which they were queued, whatever threads queue them, and nobody waits for what o
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 import threading
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from qwen_export.runtimes.memory import cuda_driver
 from qwen_export.runtimes.memory.cuda_driver import call
@@ -45,14 +46,15 @@ class Stream:
     def record(self, queue: Callable[[], None], *, may_allocate: bool = False) -> Recording:
         """What `queue` queues on this stream, recorded and not carried out. `may_allocate`: memory that it allocates meanwhile lives as
         long as the recording, so that it may; else that ends the recording with an error."""
-        call("cuStreamBeginCapture_v2", self.handle, _RELAXED if may_allocate else _STRICT)
         graph = ctypes.c_void_p()
-        try:
-            queue()
-        except BaseException:  # a recording that failed must end too, or the stream stays unusable
-            cuda_driver.driver().cuStreamEndCapture(self.handle, ctypes.byref(graph))
-            raise
-        call("cuStreamEndCapture", self.handle, ctypes.byref(graph))
+        with _no_collection():
+            call("cuStreamBeginCapture_v2", self.handle, _RELAXED if may_allocate else _STRICT)
+            try:
+                queue()
+            except BaseException:  # a recording that failed must end too, or the stream stays unusable
+                cuda_driver.driver().cuStreamEndCapture(self.handle, ctypes.byref(graph))
+                raise
+            call("cuStreamEndCapture", self.handle, ctypes.byref(graph))
         try:
             return Recording(self, int(graph.value or 0))
         finally:
@@ -63,13 +65,29 @@ class Stream:
             cuda_driver.driver().cuStreamDestroy_v2(self.handle)
 
 
-@cache
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected: what is freed then may wait for the stream, which a recording does not survive."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+_streams: dict[int, Stream] = {}
+_making = threading.Lock()
+cuda_driver.at_forgetting.append(_streams.clear)
+
+
 def device_stream(device_id: int) -> Stream:
     """The one that all work on a device takes its turn on. Lives as long as the process."""
-    return Stream(device_id)
-
-
-cuda_driver.at_forgetting.append(device_stream.cache_clear)
+    with _making:  # graphs are opened side by side, and two streams of a device would be in no order
+        if device_id not in _streams:
+            _streams[device_id] = Stream(device_id)
+        return _streams[device_id]
 
 
 class Recording:
@@ -95,6 +113,7 @@ class Event:
     """A place in a stream's work, which a thread can wait for while others queue more."""
 
     def __init__(self, stream: Stream) -> None:
+        cuda_driver.use_device(stream.device_id)
         event = ctypes.c_void_p()
         call("cuEventCreate", ctypes.byref(event), _NO_TIMING)
         driver = cuda_driver.driver()

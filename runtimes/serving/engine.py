@@ -239,17 +239,15 @@ class Engine(Answering):
         counts = None
         if drafts != "off" and decoder.widest_verify and (decoder.head is not None or drafts == "lookup"):
             counts = DraftCounts(decoder, drafts if isinstance(drafts, int) else None)
-        self._runner = StepRunner(
-            decoder, counts, self._chosen, self._failed, self._moved, self._stall, self._same if decoder.records else None
-        )
+        same = self._same if decoder.launches else None
+        self._runner = StepRunner(decoder, counts, self._chosen, self._failed, self._moved, self._stall, same)
         make_ready(decoder, counts.longest if counts is not None else 0, counts.time_of if counts is not None and counts.adapts else None)
         read_every_size(decoder)
         numbers = self.statistics
         numbers.slots = decoder.batch
         numbers.cache_limit, numbers.state_bytes, numbers.prefix_apart = plan.limit, decoder.fixed_bytes, apart
         numbers.measure = lambda: {slot: decoder.held_bytes(slot) for slot in list(self._table.calls)}
-        if cache is not None:
-            self.statistics.prefix = cache.statistics
+        numbers.prefix = cache.statistics if cache is not None else numbers.prefix
 
     def _take_arrivals(self) -> bool:
         """Queue what has arrived, waiting for it while there is nothing to do. False when the thread should end."""
@@ -314,11 +312,13 @@ class Engine(Answering):
         return rows, [call for call, _ in parts]
 
     def _same(self, count: int) -> bool:
-        """Whether the next step has the same rows as one of so many, whatever their tokens; see StepAhead. Memory was looked at while the
-        step ran."""
+        """Whether the next step has the same rows as one of so many, whatever their tokens; see StepAhead. Memory was looked at before."""
         running, waiting = len(self._scheduler.running), self._scheduler.waiting
-        same = count == running and count + waiting == len(self._calls) and not (waiting and running < self._slots)
-        return same and self._stays and self._arrivals.empty() and self._closing is None
+        if count != running or count + waiting != len(self._calls) or not self._stays or self._closing is not None:
+            return False
+        if waiting and (running < self._slots or (self.statistics.steps + 1) % _LOOK_EVERY == 0):
+            return False
+        return self._arrivals.empty() and all(len(call.text) < self._longest for call in self._table.calls.values())
 
     def _drop_unwanted(self) -> None:
         """End what was cancelled, is late, or has no room for its next token."""

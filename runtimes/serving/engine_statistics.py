@@ -10,7 +10,8 @@ from qwen_export.runtimes.serving.prefix_cache import PrefixStatistics
 
 @dataclass
 class EngineStatistics:
-    """`steps` and seconds since the engine began; `host_s` is what steps took outside the backend and its bindings."""
+    """`steps` and seconds since the engine began; `host_s` is what steps took beside calls of the backend, which
+    last from their starts to their ends, and its bindings."""
 
     slots: int = 0
     running: int = 0

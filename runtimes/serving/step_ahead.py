@@ -33,7 +33,7 @@ class StepAhead:
         self.calls: Sequence[ServedCall] = ()
         self._places: Sequence[int] = ()
         self.began = 0.0
-        """When the step was launched."""
+        """When the step was launched, with what was bound or recorded first taken off."""
 
     @property
     def flies(self) -> bool:
@@ -48,12 +48,13 @@ class StepAhead:
         ids = [0 if isinstance(one, int) else next(made) for one in group]
         foremost = group[0]
         first = foremost if isinstance(foremost, int) else foremost.slot
-        self.began = time.perf_counter()
+        self.began, bound = time.perf_counter(), self._decoder.binding_s
         try:
             self.clear(group)
             self._landing = self._decoder.launch([token for token in ids if isinstance(token, int)], first)
         except Exception as error:
             self._landing = partial(_raise, error)  # the tokens that are there are given out first
+        self.began += self._decoder.binding_s - bound
         self.group, self.calls = group, calls
         self._places = [place for place, one in enumerate(group) if not isinstance(one, int)]
 

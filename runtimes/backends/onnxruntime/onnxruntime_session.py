@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class OnnxRuntimeSession(LateSession):
         self.turn: AbstractContextManager[object] = nullcontext() if device.is_host else threading.Lock()
         """Held by a call: on a GPU calls take turns, whatever threads share it."""
         if self.stream is not None:
-            self.turn = self.stream.turn
+            self.turn, self.queues = self.stream.turn, True
         super().__init__(later=later)
 
     def _open(self) -> Any:
@@ -166,6 +166,10 @@ class OnnxRuntimeSession(LateSession):
         return OnnxRuntimeCall(self, stops=not repeated)
 
     def close(self) -> None:
+        if self.stream is not None and not self._closed:
+            self.enter_device()
+            with self.stream.turn, suppress(BundleError):  # a call may be under way; whoever waits for it is told what came of it
+                self.stream.synchronize()
         super().close()
         self._weights = {}
 
@@ -263,6 +267,7 @@ class RecordedCall(OnnxRuntimeCall):
 
     def queue(self) -> None:
         self._began = time.perf_counter()
+        self._session.require_open()  # a recording would run on memory that is gone
         self._session.enter_device()
         with self._stream.turn:
             if self._recording is not None:
