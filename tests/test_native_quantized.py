@@ -164,6 +164,21 @@ def test_products_of_many_rows(dtype: str, format: QuantFormat, N: int, K: int) 
 
 
 @gpu
+@pytest.mark.parametrize(("N", "K", "M"), [(8192, 640, 400), (8192, 640, 450), (4096, 2048, 350), (5120, 1024, 600)])
+def test_prompts_of_large_matrices(N: int, K: int, M: int) -> None:
+    """Of more weights than a copy pays for: tiles of all widths, with and without a share of K for several blocks."""
+    rng, dtype = np.random.default_rng(M), "float16"
+    format = QuantFormat(4, 32)
+    packed, w = random_matrix(format, N, K)
+    x, norm = rounded(rng.normal(size=(1, M, K)), dtype), rounded(1 + rng.normal(size=K) / 4, dtype)
+    tail, residual = rounded(rng.normal(size=(24, K)) / np.sqrt(K), dtype), rounded(rng.normal(size=(1, M, N + 24)), dtype)
+    given = {"x": (x, dtype), "w": (packed, "uint8"), "residual": (residual, dtype), "norm": (norm, dtype), "tail": (tail, dtype)}
+    op = OneOp("QuantLinear", dtype, given, {"y": ((1, M, N + 24), dtype)}, epsilon=1e-6, **format.attributes(N, K))
+    expected = normalized(x, norm, dtype) @ np.concatenate([w, tail]).T + residual
+    assert error(op.run()["y"], expected) < 1.5 * LIMIT[dtype]
+
+
+@gpu
 @DTYPES
 @EVERY
 def test_quant_swiglu(dtype: str, format: QuantFormat) -> None:
