@@ -6,6 +6,7 @@ first tensor is noted as finished, or with `after`, after that. At that time the
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ def stand_in(name: str, **members: object) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what they start in the background
     stand_in("qwen_export.building.lower_graphs", lower=weights_only)
     stand_in("qwen_export.building.calibration.calibrate_model", calibrated=as_planned)
     Journal.append = waiting(sys.argv[1])  # type: ignore[method-assign]
