@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from qwen_export.graphs.ops.gated_attention_op import gated_attention
 from qwen_export.runtimes import Model, SamplingParams, load
 from qwen_export.runtimes.decoding.read import Read
 from tests.support.cuda_ops import LIMIT, Array, OneOp, error, rounded
+from tests.support.longer_context import with_context
 from tests.support.op_inputs import Attention, make_attention
 
 pytestmark = pytest.mark.gpu
@@ -171,10 +170,7 @@ def test_a_sequence_gives_the_same_bits_alone(kept: str) -> None:
 @pytest.fixture(scope="module")
 def bundles(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     directory = tmp_path_factory.mktemp("caches")
-    checkpoint = Path(shutil.copytree(demo_checkpoint, directory / "checkpoint"))
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["max_position_embeddings"] = CONTEXT
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    checkpoint = with_context(demo_checkpoint, CONTEXT, directory / "checkpoint")
     return {
         name: build(checkpoint, directory / name, device="cuda", precision="fp16", cache_precision=name, max_context=CONTEXT)
         for name in ("fp16", "int8", "fp8")

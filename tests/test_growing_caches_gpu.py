@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from qwen_export import build
 from qwen_export.runtimes import Model, load
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.memory.growing_buffer import GrowingBuffer
+from tests.support.longer_context import with_context
 
 pytestmark = pytest.mark.gpu
 CONTEXT = 40_000
@@ -24,10 +23,7 @@ CONTEXT = 40_000
 @pytest.fixture(scope="module")
 def model(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     directory = tmp_path_factory.mktemp("growing")
-    checkpoint = Path(shutil.copytree(demo_checkpoint, directory / "checkpoint"))
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["max_position_embeddings"] = CONTEXT
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    checkpoint = with_context(demo_checkpoint, CONTEXT, directory / "checkpoint")
     model = load(build(checkpoint, directory / "bundle", device="cuda", precision="fp16"), max_context=CONTEXT, speculate=2)
     yield model
     model.close()

@@ -22,6 +22,7 @@ from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.serving.engine import Engine
 from tests.support.cuda_sessions import cuda_sessions
 from tests.support.fake_driver import FakeDriver
+from tests.support.greedy import greedy_steps
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -32,38 +33,30 @@ def model(demo_bundle: Path, driver: FakeDriver) -> Iterator[Model]:
         yield model
 
 
-def greedy(decoder: Decoder, token: int, count: int) -> list[int]:
-    made = []
-    for _ in range(count):
-        token = decoder.step([token])[0].argmax()
-        made.append(token)
-    return made
-
-
 def text(decoder: Decoder) -> list[int]:
     """Steps, a verify with its drafts, and steps from marks on."""
     decoder.prefill(PROMPT)
-    made = greedy(decoder, 3, 4)
+    made = greedy_steps(decoder, 3, 4)
     mark = decoder.mark(on_device=True)
     made += [row.argmax() for row in decoder.verify([made[-1], 4, 5])]
     decoder.accept(2)
-    made += greedy(decoder, 7, 3)
+    made += greedy_steps(decoder, 7, 3)
     decoder.rewind(mark)
-    return made + greedy(decoder, 7, 3)
+    return made + greedy_steps(decoder, 7, 3)
 
 
 def test_a_step_is_one_launch_and_one_wait(demo_bundle: Path, model: Model, driver: FakeDriver) -> None:
     decoder = model.decoder()
     assert text(decoder) == text(load(demo_bundle, threads=1, max_context=128).decoder())
     before = driver.launches, driver.waits
-    greedy(decoder, 3, 5)
+    greedy_steps(decoder, 3, 5)
     assert (driver.launches - before[0], driver.waits - before[1]) == (5, 5)
 
 
 def test_a_call_that_fails_says_so_itself(model: Model, driver: FakeDriver) -> None:
     decoder = model.decoder()
     decoder.prefill(PROMPT)
-    greedy(decoder, 3, 2)
+    greedy_steps(decoder, 3, 2)
     driver.fault = 700
     with pytest.raises(BundleError, match="cuEventSynchronize"):
         decoder.step([4])
@@ -72,7 +65,7 @@ def test_a_call_that_fails_says_so_itself(model: Model, driver: FakeDriver) -> N
         decoder.step([4])
     decoder.reset()
     decoder.prefill(PROMPT)
-    assert len(greedy(decoder, 3, 2)) == 2
+    assert len(greedy_steps(decoder, 3, 2)) == 2
 
 
 def test_a_step_in_two_halves(model: Model) -> None:
@@ -163,6 +156,6 @@ def test_a_closed_model_runs_nothing(demo_bundle: Path, driver: FakeDriver) -> N
     with cuda_sessions(), load(demo_bundle, device="cuda", threads=1, max_context=128) as model:
         decoder = model.decoder()
         decoder.prefill(PROMPT)
-        greedy(decoder, 3, 3)
+        greedy_steps(decoder, 3, 3)
     with pytest.raises(QwenExportError, match="closed"):
         decoder.step([4])

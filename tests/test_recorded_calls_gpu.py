@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +10,11 @@ import pytest
 
 from qwen_export import build
 from qwen_export.runtimes import Model, SamplingParams, load
-from qwen_export.runtimes.decoding.decoder import Decoder
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.serving.engine import Engine
+from tests.support.greedy import greedy_steps
+from tests.support.longer_context import with_context
 
 pytestmark = pytest.mark.gpu
 CONTEXT = 5000
@@ -24,20 +23,9 @@ CONTEXT = 5000
 @pytest.fixture(scope="module")
 def model(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     directory = tmp_path_factory.mktemp("recorded")
-    checkpoint = Path(shutil.copytree(demo_checkpoint, directory / "checkpoint"))
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["max_position_embeddings"] = CONTEXT
-    (checkpoint / "config.json").write_text(json.dumps(config))
+    checkpoint = with_context(demo_checkpoint, CONTEXT, directory / "checkpoint")
     with load(build(checkpoint, directory / "bundle", device="cuda", precision="fp16"), max_context=CONTEXT, speculate=2) as model:
         yield model
-
-
-def greedy(decoder: Decoder, token: int, count: int) -> list[int]:
-    made = []
-    for _ in range(count):
-        token = decoder.step([token])[0].argmax()
-        made.append(token)
-    return made
 
 
 def test_marks_rewinds_and_growth_in_between(model: Model) -> None:
@@ -45,12 +33,12 @@ def test_marks_rewinds_and_growth_in_between(model: Model) -> None:
     ids = np.random.default_rng(0).integers(10, 200, 2030).tolist()
     decoder, whole = model.decoder(drafts=True), model.decoder()
     decoder.prefill(ids)
-    made = [7, *greedy(decoder, 7, 10)]
+    made = [7, *greedy_steps(decoder, 7, 10)]
     for on_device in (False, True):
         mark, snapshot = decoder.mark(on_device=on_device), decoder.snapshot(on_device=on_device)
-        expected = greedy(decoder, made[-1], 8)
+        expected = greedy_steps(decoder, made[-1], 8)
         decoder.rewind(mark)
-        assert greedy(decoder, made[-1], 8) == expected
+        assert greedy_steps(decoder, made[-1], 8) == expected
         decoder.restore(snapshot)
         decoder.verify([made[-1], *expected[:2]])
         decoder.accept(3)
@@ -58,7 +46,7 @@ def test_marks_rewinds_and_growth_in_between(model: Model) -> None:
             decoder.step([token])
         made += expected[:8]
     for _ in range(12):  # across the end of caches that double
-        made += greedy(decoder, made[-1], 1)
+        made += greedy_steps(decoder, made[-1], 1)
     assert decoder.tokens() == (*ids, *made[:-1])
     got = decoder.step([made[-1]])[0].copy()
     np.testing.assert_allclose(got, whole.prefill([*ids, *made]), atol=0.05)
@@ -77,4 +65,4 @@ def test_steps_of_an_engine_are_those_of_a_decoder(model: Model) -> None:
     for n, ids in enumerate(prompts):
         decoder.reset()
         first = int(decoder.prefill(ids).argmax())
-        assert [first, *greedy(decoder, first, 19 + 5 * n)] == answers[n]
+        assert [first, *greedy_steps(decoder, first, 19 + 5 * n)] == answers[n]

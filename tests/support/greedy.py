@@ -12,3 +12,12 @@ def greedy(decoder: Decoder, ids: list[int], count: int) -> list[int]:
         tokens.append(int(logits.argmax()))
         logits = decoder.step([tokens[-1]])[0]
     return tokens
+
+
+def greedy_steps(decoder: Decoder, token: int, count: int) -> list[int]:
+    """The next `count` tokens after one that the decoder has not read, by the largest logits that steps have picked."""
+    made = []
+    for _ in range(count):
+        token = decoder.step([token])[0].argmax()
+        made.append(token)
+    return made

@@ -262,9 +262,6 @@ class RecordedCall(OnnxRuntimeCall):
         self.queue()
         self.finish()
 
-    def start(self) -> None:
-        self.run()
-
     def queue(self) -> None:
         self._began = time.perf_counter()
         self._session.require_open()  # a recording would run on memory that is gone
