@@ -28,11 +28,12 @@ struct ExpertProduct {
 template <int BITS, bool GENERAL, int COLUMNS>
 struct ExpertLayout {
   using Unit = ExpertUnit<BITS, GENERAL, COLUMNS>;
-  static constexpr int kBlocks = COLUMNS <= 64 ? 2 : 1, kRoom = (kBlocks == 2 ? 109 : 220) << 10;
+  static constexpr int kBlocks = 2, kRoom = 109 << 10;  // blocks of a processor
   static constexpr int kFit = (kRoom - 1024) / int(sizeof(Unit)), kStages = kFit < 8 ? kFit : 8;
   static constexpr int kTilesKept = kStages + 2;  // a tile has one unit or more: so many are on their way, one is prepared, one is written
   static constexpr size_t kShared = sizeof(Unit) * kStages + 1024;
   static_assert(kStages >= 3, "copies must run ahead");
+  static_assert(COLUMNS <= 64, "two blocks have registers for no more");
 };
 
 __device__ inline void copy16_to(uint32_t shared, const void* global) {
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kExpertThreads, ExpertLayout<BITS, GENERAL, CO
   using Layout = ExpertLayout<BITS, GENERAL, COLUMNS>;
   using Unit = typename Layout::Unit;
   constexpr int kStages = Layout::kStages, kTilesKept = Layout::kTilesKept, C = COLUMNS / 2;
-  constexpr bool kHanded = Layout::kBlocks == 2 && C > 16;
+  constexpr bool kHanded = C > 16;
   constexpr int kBytes = sizeof(Unit);
   extern __shared__ __align__(1024) uint8_t many_memory[];
   __shared__ __align__(8) uint64_t barriers[2 * kStages];
@@ -153,13 +154,11 @@ __global__ void __launch_bounds__(kExpertThreads, ExpertLayout<BITS, GENERAL, CO
       const ExpertTile<COLUMNS>& now = known[tile % kTilesKept];
       const int visits = min(now.visits, COLUMNS), column = item % given.across;
       float c[C];
-      constexpr int kThirtyTwo = C > 16 ? 16 : C, kSixtyFour = C > 32 ? 32 : C;
+      constexpr int kThirtyTwo = C > 16 ? 16 : C;
       if (C > 8 && visits <= 16)
         multiply_units(reinterpret_cast<float(&)[8]>(c));
       else if (C > 16 && visits <= 32)
         multiply_units(reinterpret_cast<float(&)[kThirtyTwo]>(c));
-      else if (C > 32 && visits <= 64)
-        multiply_units(reinterpret_cast<float(&)[kSixtyFour]>(c));
       else
         multiply_units(c);
       wait_for_previous();

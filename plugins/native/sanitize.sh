@@ -46,7 +46,7 @@ ours="--kernel-name kernel_substring=qwen"
   check racecheck "${RACECHECK_S:-90}" "($recurrence or ($plugin) or $top or test_quant_gather) and not bfloat16" $ours & racecheck=$!
   # Barriers of asynchronous copies: the tool tracks too few of them by default.
   check synccheck "${SYNCCHECK_S:-480}" "$every" $ours --num-cuda-barriers 65536 & synccheck=$!
-  # Unfiltered: what an unchecked kernel has written would count as not written. Products of many rows are cuBLAS's.
+  # Unfiltered: what an unchecked kernel has written would count as not written.
   check initcheck "${INITCHECK_S:-90}" "($recurrence or ($plugin) or $top) and not bfloat16" & initcheck=$!
 }
 failed=0

@@ -70,9 +70,6 @@ __device__ void product_rows(float (&c)[C], const uint32_t* a, uint64_t b);
 #define QWEN_NAMES_32 \
   QWEN_NAMES_16 "," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define QWEN_NAMES_48 \
-  QWEN_NAMES_32 "," \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
 #define QWEN_NAMES_64 \
   QWEN_NAMES_32 "," \
   "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
@@ -129,7 +126,6 @@ __device__ inline void product_rows<T, C>(float (&c)[C], const uint32_t* a, uint
   QWEN_ROWS(T, TYPE, "16", 8, "%8", "%9", "%10", "%11", "%12") \
   QWEN_ROWS(T, TYPE, "32", 16, "%16", "%17", "%18", "%19", "%20") \
   QWEN_ROWS(T, TYPE, "64", 32, "%32", "%33", "%34", "%35", "%36") \
-  QWEN_ROWS(T, TYPE, "96", 48, "%48", "%49", "%50", "%51", "%52") \
   QWEN_ROWS(T, TYPE, "128", 64, "%64", "%65", "%66", "%67", "%68") \
   QWEN_ROWS(T, TYPE, "160", 80, "%80", "%81", "%82", "%83", "%84") \
   QWEN_ROWS(T, TYPE, "192", 96, "%96", "%97", "%98", "%99", "%100") \
@@ -159,7 +155,6 @@ QWEN_PRODUCTS(__nv_bfloat16, "bf16")
 #undef QWEN_NAMES_96
 #undef QWEN_NAMES_80
 #undef QWEN_NAMES_64
-#undef QWEN_NAMES_48
 #undef QWEN_NAMES_32
 #undef QWEN_NAMES_16
 #undef QWEN_NAMES_8
