@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen_export.runtimes.text.chat_template import ChatTemplate
 from qwen_export.runtimes.text.reasoning import Content
 from qwen_export.runtimes.text.tool_calls import CallArguments, CallEnded, CallStarted, ToolCallParser
+from tests.support.templates import family_template
 
 DATA = json.loads((Path(__file__).parent / "data" / "tool_calls.json").read_text(encoding="utf-8"))
 TOOLS = DATA["tools"]
@@ -79,21 +82,23 @@ def test_result_does_not_depend_on_the_cuts(parts: list[str], complete: bool, da
             assert isinstance(json.loads(call["text"]), dict)
 
 
+@cache
+def template() -> ChatTemplate:
+    return ChatTemplate(family_template("3.6"))
+
+
 VALUES = st.text(st.sampled_from('ab <>/\n"\\é😀{}='), max_size=20)
 
 
 @settings(max_examples=200, deadline=None)
 @given(VALUES, VALUES, st.integers(-(10**6), 10**6), st.booleans(), st.lists(st.none() | st.booleans() | VALUES, max_size=3))
 def test_what_the_template_writes_is_read_back(file: str, text: str, seats: int, window: bool, stops: list[Any]) -> None:
-    from qwen_export.runtimes.text.chat_template import ChatTemplate
-    from tests.support.templates import family_template
-
     calls = [
         {"name": "save_file", "arguments": {"file": file, "text": text}},
         {"name": "book", "arguments": {"seats": seats, "window": window, "stops": stops}},
     ]
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "One moment.", "tool_calls": calls}]
-    rendered = ChatTemplate(family_template("3.6")).render(messages, TOOLS, add_generation_prompt=False)
+    rendered = template().render(messages, TOOLS, add_generation_prompt=False)
     answer = rendered[rendered.rindex("</think>\n\n") + len("</think>\n\n") : rendered.rindex("<|im_end|>")]
     content, found = parse([answer])
     assert content == "One moment."
