@@ -75,6 +75,11 @@ def added(quarter: int) -> list[str]:
     return lines
 
 
+def kind(instruction: str) -> list[str]:
+    """As many operations of one kind, on registers."""
+    return [f"{instruction} %%zmm30, %%zmm31, %%zmm{i % 24}" for i in range(48)]
+
+
 def loops() -> dict[str, list[str]]:
     """Four sums each."""
     order = [(0, 4, 6), (1, 4, 7), (2, 5, 6), (3, 5, 7)]
@@ -91,6 +96,10 @@ def loops() -> dict[str, list[str]]:
         "tile loads, TDPBSSD and stores, two by two tiles": joined(square),
         "48 operations on vectors, no tile instructions": joined(vectors),
         "48 operations on vectors beside tile loads alone": joined(loads, vectors),
+        "48 multiplications": joined([kind("vmulps")] * 4),
+        "48 multiplications beside tile loads": joined(loads, [kind("vmulps")] * 4),
+        "48 additions": joined([kind("vaddps")] * 4),
+        "48 additions beside tile loads": joined(loads, [kind("vaddps")] * 4),
         "all of one sum, one by one tile": joined(single, vectors),
         "all of one sum, two by two tiles": joined(square, vectors),
     }
