@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
 from qwen_export.errors import ContextOverflow
+from qwen_export.runtimes.decoding.flight import Flight
 from qwen_export.runtimes.decoding.logit_rows import Rows
 from qwen_export.runtimes.decoding.prefix_reuse import PrefixReuse
 from qwen_export.runtimes.decoding.prompt_pictures import PromptPictures
@@ -148,35 +148,26 @@ class PlainRounds:
     """One token after the other."""
 
     def __init__(self, reuse: PrefixReuse, request: Request, statistics: Statistics, history: TokenHistory) -> None:
-        self._decoder, self._slot, self._request, self._history = reuse.decoder, reuse.slot, request, history
-        self._landing: Callable[[], Rows] | None = None
+        self._decoder, self._slot, self._sampler, self._history = reuse.decoder, reuse.slot, request.sampler, history
+        self._flight = Flight()
 
     def begin(self, token: int) -> None:
-        """Launch the round behind a token, which is given out meanwhile. What that raises is raised when the round is wanted."""
+        """Launch the round behind a token, which is given out meanwhile."""
         self._history.push(token)
-        try:
-            self._request.sampler.ahead(self._history)
-            self._landing = self._decoder.launch((token,), self._slot)
-        except Exception as error:
-            self._landing = partial(_raise, error)
+        self._flight.launch(partial(self._launch, token))
+
+    def _launch(self, token: int) -> Callable[[], Rows]:
+        self._sampler.ahead(self._history)
+        return self._decoder.launch((token,), self._slot)
 
     def __call__(self, token: int) -> Round:
-        if self._landing is None:
+        if not self._flight.flies:
             self.begin(token)
-        landing, self._landing = self._landing, None
-        assert landing is not None
-        return Round([self._request.sampler.sample(landing()[0], self._history)])
+        return Round([self._sampler.sample(self._flight.land()[0], self._history)])
 
     def abandon(self) -> None:
         """Wait for a round that is not wanted: the decoder has read the token then."""
-        landing, self._landing = self._landing, None
-        if landing is not None:
-            with suppress(Exception):
-                landing()
-
-
-def _raise(error: Exception) -> Rows:
-    raise error
+        self._flight.abandon()
 
 
 def generate(reuse: PrefixReuse, request: Request, statistics: Statistics, rounds: Rounds = PlainRounds) -> Generator[int, None, None]:

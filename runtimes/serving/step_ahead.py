@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 
 from qwen_export.runtimes.decoding.decoder import Decoder
+from qwen_export.runtimes.decoding.flight import Flight
 from qwen_export.runtimes.decoding.logit_rows import Row, Rows
 from qwen_export.runtimes.serving.served_call import ServedCall
 
@@ -28,7 +27,7 @@ class StepAhead:
 
     def __init__(self, decoder: Decoder, same: Callable[[int], bool] | None) -> None:
         self._decoder, self._same = decoder, same
-        self._landing: Callable[[], Rows] | None = None
+        self._flight = Flight()
         self.group: Sequence[Member] = ()
         self.calls: Sequence[ServedCall] = ()
         self._places: Sequence[int] = ()
@@ -38,7 +37,7 @@ class StepAhead:
     @property
     def flies(self) -> bool:
         """Whether a step has been launched and not waited for."""
-        return self._landing is not None
+        return self._flight.flies
 
     def launch(self, group: Sequence[Member], calls: Sequence[ServedCall], tokens: Sequence[int | Exception]) -> None:
         """Launch the step behind a step of `group`, which has made `tokens` for its calls, if it is the same but for these."""
@@ -49,11 +48,12 @@ class StepAhead:
         foremost = group[0]
         first = foremost if isinstance(foremost, int) else foremost.slot
         self.began, bound = time.perf_counter(), self._decoder.binding_s
-        try:
+
+        def launching() -> Callable[[], Rows]:
             self.clear(group)
-            self._landing = self._decoder.launch([token for token in ids if isinstance(token, int)], first)
-        except Exception as error:
-            self._landing = partial(_raise, error)  # the tokens that are there are given out first
+            return self._decoder.launch([token for token in ids if isinstance(token, int)], first)
+
+        self._flight.launch(launching)
         self.began += self._decoder.binding_s - bound
         self.group, self.calls = group, calls
         self._places = [place for place, one in enumerate(group) if not isinstance(one, int)]
@@ -68,20 +68,12 @@ class StepAhead:
 
     def land(self) -> list[Row]:
         """Wait for the step; a row for each of `calls`. Raises what the decoder does."""
-        landing, self._landing = self._landing, None
-        if landing is None:
-            return []
-        rows = landing()
+        rows = self._flight.land()
         return [rows[place] for place in self._places]
 
     def abandon(self) -> None:
         """Wait for the step, whatever comes of it."""
-        with suppress(Exception):
-            self.land()
-
-
-def _raise(error: Exception) -> Rows:
-    raise error
+        self._flight.abandon()
 
 
 def _goes_on(call: ServedCall, token: int | Exception) -> bool:

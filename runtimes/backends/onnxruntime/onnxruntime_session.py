@@ -19,7 +19,7 @@ from qwen_export.runtimes.backends.whole_session import LateSession, WholeCall
 from qwen_export.runtimes.memory import cuda_memory
 from qwen_export.runtimes.memory.bound_weights import BoundWeights
 from qwen_export.runtimes.memory.buffers import ELEMENTS, Buffer
-from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer
+from qwen_export.runtimes.memory.cuda_buffer import CudaBuffer, settle
 from qwen_export.runtimes.memory.cuda_driver import use_device
 from qwen_export.runtimes.memory.cuda_stream import Event, Recording, Stream, device_stream
 from qwen_export.runtimes.memory.device import Device
@@ -167,9 +167,8 @@ class OnnxRuntimeSession(LateSession):
 
     def close(self) -> None:
         if self.stream is not None and not self._closed:
-            self.enter_device()
-            with self.stream.turn, suppress(BundleError):  # a call may be under way; whoever waits for it is told what came of it
-                self.stream.synchronize()
+            with suppress(BundleError):  # a call may be under way; whoever waits for it is told what came of it
+                settle(self.device.index)
         super().close()
         self._weights = {}
 
