@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_export import build
-from qwen_export.runtimes import Model, load
+from qwen_export.runtimes import Model
 from qwen_export.runtimes.memory.cuda_driver import memory_info
 from qwen_export.runtimes.memory.growing_buffer import GrowingBuffer
-from tests.support.longer_context import with_context
+from tests.support.longer_context import on_gpu
 
 pytestmark = pytest.mark.gpu
 CONTEXT = 40_000
@@ -22,11 +21,8 @@ CONTEXT = 40_000
 
 @pytest.fixture(scope="module")
 def model(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    directory = tmp_path_factory.mktemp("growing")
-    checkpoint = with_context(demo_checkpoint, CONTEXT, directory / "checkpoint")
-    model = load(build(checkpoint, directory / "bundle", device="cuda", precision="fp16"), max_context=CONTEXT, speculate=2)
-    yield model
-    model.close()
+    with on_gpu(demo_checkpoint, CONTEXT, tmp_path_factory.mktemp("growing")) as model:
+        yield model
 
 
 def alone(model: Model) -> Model:

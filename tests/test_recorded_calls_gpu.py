@@ -8,23 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_export import build
-from qwen_export.runtimes import Model, SamplingParams, load
+from qwen_export.runtimes import Model, SamplingParams
 from qwen_export.runtimes.decoding.generation import Request
 from qwen_export.runtimes.sampling.sampler import Sampler
 from qwen_export.runtimes.serving.engine import Engine
 from tests.support.greedy import greedy_steps
-from tests.support.longer_context import with_context
+from tests.support.longer_context import on_gpu
 
 pytestmark = pytest.mark.gpu
-CONTEXT = 5000
 
 
 @pytest.fixture(scope="module")
 def model(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    directory = tmp_path_factory.mktemp("recorded")
-    checkpoint = with_context(demo_checkpoint, CONTEXT, directory / "checkpoint")
-    with load(build(checkpoint, directory / "bundle", device="cuda", precision="fp16"), max_context=CONTEXT, speculate=2) as model:
+    with on_gpu(demo_checkpoint, 5000, tmp_path_factory.mktemp("recorded")) as model:
         yield model
 
 
